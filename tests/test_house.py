@@ -1,0 +1,186 @@
+"""The rules of the house: who may import whom, and what no file may hold. Each rule is also shown a file that breaks it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+OWN = {"env", "jobs", "remote", "rlhf_train", "fabfile", "tests"}
+STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # 3.10 lacks it, and falls back to tomli
+BASE = {"pydantic", "pydantic_core", "typing_extensions", "yaml", "rich", "tomli"}  # what pyproject.toml's dependencies bring
+SSH = {"fabric", "invoke", "paramiko"}
+
+# fabfile -> remote -> jobs, env <- rlhf_train. The laptop half runs without torch, so it is told what it may import;
+# the GPU half may import what it likes, so it is told what it may not.
+MAY_IMPORT = {
+    "env": STANDARD | BASE | {"env", "jobs"},
+    "jobs": STANDARD | BASE | {"env", "jobs"},
+    "remote": STANDARD | BASE | {"env", "jobs", "remote"},
+    "fabfile.py": STANDARD | BASE | SSH | {"remote"},
+}
+MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
+MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine.py": {"deepspeed"}}
+READS_ENVIRON = {"env/settings.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+
+# Written in pieces, since this file is searched too.
+REGISTRIES = re.compile(
+    "|".join(("py" r"pi\.org", "python" r"hosted\.org", r"deb\.deb" "ian", r"security\.deb" "ian", r"archive\.ubu" "ntu", "npm" r"js\.org"))
+)
+UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
+
+
+def tracked_files() -> list[Path]:
+    """What git holds or would take, so that a new file is looked at before it is committed."""
+    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode:
+        pytest.skip(f"needs a git checkout: {listing.stderr.decode().strip()}")
+    return [ROOT / name for name in sorted(set(listing.stdout.decode().split("\0"))) if name and (ROOT / name).is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py"]
+
+
+def top_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and first word of each absolute import, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def wrong_imports(name: str, source: str) -> list[str]:
+    part = name.split("/")[0]
+    more = MORE.get(name, set())
+    wrong = []
+    for line, module in top_imports(ast.parse(source)):
+        allowed = module in more or (module in MAY_IMPORT[part] if part in MAY_IMPORT else module not in MAY_NOT_IMPORT.get(part, set()))
+        if not allowed:
+            wrong.append(f"{name}:{line} imports {module}")
+    return wrong
+
+
+def environ_readers(name: str, source: str) -> list[str]:
+    """Uses of os.environ and os.getenv outside the modules that may."""
+    if name in READS_ENVIRON or name.split("/")[0] not in {"env", "jobs", "remote", "rlhf_train"}:
+        return []
+    nodes = (node for node in ast.walk(ast.parse(source)))
+    found = [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}]
+    return [f"{name}:{line} reads the environment" for line in found]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_imports_run_one_way() -> None:
+    assert [wrong for path in python_files() for wrong in wrong_imports(relative(path), path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wrong"),
+    [
+        ("jobs/a.py", "import torch", ["jobs/a.py:1 imports torch"]),
+        ("jobs/a.py", "def f():\n    from rlhf_train.losses import gae", ["jobs/a.py:2 imports rlhf_train"]),
+        ("env/a.py", "import os, numpy", ["env/a.py:1 imports numpy"]),
+        ("jobs/a.py", "import os, yaml, env.settings\nfrom jobs import spec\nfrom . import errors", []),
+        ("remote/a.py", "import transformers", ["remote/a.py:1 imports transformers"]),
+        ("remote/a.py", "from fabric import task", ["remote/a.py:1 imports fabric"]),
+        ("remote/box.py", "from fabric import Connection\nimport rlhf_train", ["remote/box.py:2 imports rlhf_train"]),
+        ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
+        ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
+        ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
+        ("rlhf_train/engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine.py:2 imports fabric"]),
+        ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
+    ],
+)
+def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:
+    assert wrong_imports(name, source) == wrong
+
+
+def test_only_named_modules_read_the_environment() -> None:
+    assert [found for path in python_files() for found in environ_readers(relative(path), path.read_text(encoding="utf-8"))] == []
+    assert environ_readers("jobs/a.py", "import os\nos.environ['A']") == ["jobs/a.py:2 reads the environment"]
+
+
+def test_every_file_is_python_3_10() -> None:
+    for path in python_files():
+        ast.parse(path.read_text(encoding="utf-8"), filename=relative(path), feature_version=(3, 10))
+    with pytest.raises(SyntaxError):
+        ast.parse("try: pass\nexcept* ValueError: pass", feature_version=(3, 10))
+
+
+@pytest.mark.parametrize("forbidden", [REGISTRIES, UNFINISHED], ids=["the host of a package registry", "an unfinished thought"])
+def test_no_file_holds(forbidden: re.Pattern[str]) -> None:
+    found = []
+    for path in tracked_files():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found += [f"{relative(path)}:{number} {line.strip()[:80]}" for number, line in enumerate(lines, 1) if forbidden.search(line)]
+    assert found == []
+
+
+def test_what_is_forbidden_is_recognised() -> None:
+    assert REGISTRIES.search("https://" + "files." + "python" + "hosted.org/packages") and UNFINISHED.search("# TO" + "DO later")
+    assert not REGISTRIES.search("https://download.pytorch.org/whl/cpu")
+
+
+def test_packages_are_named_in_pyproject() -> None:
+    """A package that is left out there is missing from the editable install without a word."""
+    folders = {relative(path.parent).replace("/", ".") for path in tracked_files() if path.name == "__init__.py"}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_package_inits_are_empty_and_tests_have_none() -> None:
+    inits = [path for path in tracked_files() if path.name == "__init__.py"]
+    assert [relative(path) for path in inits if path.stat().st_size or "tests" in path.parts[len(ROOT.parts) :]] == []
+
+
+def test_versions_live_in_env_pins_only() -> None:
+    project = PYPROJECT["project"]
+    wishes = [
+        wish.split(";")[0] for wish in (*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra))
+    ]
+    assert [wish for wish in wishes if not re.fullmatch(r"[A-Za-z0-9_.-]+", wish)] == []
+
+
+def test_the_lock_holds_what_is_asked_for() -> None:
+    """Otherwise somebody changed pyproject.toml or cpu.in and did not run `make lock`. torch is installed apart."""
+    project = PYPROJECT["project"]
+    wishes = {re.split(r"[^A-Za-z0-9_.-]", wish)[0] for wish in (*project["dependencies"], *project["optional-dependencies"]["train"])}
+    pins = (ROOT / "env/pins/cpu.in").read_text(encoding="utf-8")
+    wishes |= set(re.findall(r"^[A-Za-z][A-Za-z0-9_.-]*", pins, flags=re.MULTILINE))
+    lock = (ROOT / "env/pins/cpu.txt").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;\\]+)", lock, flags=re.MULTILINE))
+    assert {wish.lower().replace("_", "-") for wish in wishes} - set(locked) == {"torch"}
+    assert [pin for pin in re.findall(r"^([a-z0-9-]+)==([^ #]+)", pins, flags=re.MULTILINE) if pin[0] != "torch" and locked[pin[0]] != pin[1]] == []
+
+
+def test_each_pin_ends_with_its_reason() -> None:
+    for file in sorted((ROOT / "env/pins").glob("*.in")):
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+        assert [line for line in lines if not re.fullmatch(r"\S+(; .*?)?  +#.*\.", line)] == []
+
+
+def test_shell_scripts_are_clean() -> None:
+    scripts = [path for path in tracked_files() if path.suffix == ".sh" or path.read_bytes()[:10] == b"#!/bin/sh\n"]
+    assert {"env/venv.sh", ".ci/run"} <= {relative(path) for path in scripts}
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not in this Python's environment; the lock brings it")
+    said = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout

@@ -1,0 +1,53 @@
+"""One error type with three parts, and the only list of exit codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command's exit status means, on the laptop and on the box alike (DESIGN section 4)."""
+
+    OK = 0
+    INTERNAL = 1  # our fault; also Fabric's own parse errors
+    USAGE = 2  # the job file or the command line
+    UNFIT = 3  # the box cannot run this job
+    TRAINING = 4  # training failed
+    BUSY = 5  # another process holds the lock
+    UNCERTAIN = 6
+    LOST = 7
+    UNREACHABLE = 8
+    PREEMPTED = 75  # the same command goes on
+    INTERRUPTED = 130  # Ctrl-C in the foreground
+    CANCELLED = 143
+
+
+class ToolkitError(Exception):
+    """What happened, why, and what to do next; printed as it stands, without a traceback."""
+
+    def __init__(self, what: str, *, why: str = "", hint: str = "", code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(what)
+        self.what, self.why, self.hint, self.code = what, why.strip(), hint.strip(), code
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.what}"]
+        if self.why:
+            lines.append(_indented("why", self.why))
+        if self.hint:
+            lines += ["", _indented("hint", self.hint, margin="")]
+        return "\n".join(lines)
+
+
+def system_error(error: OSError, code: ExitCode) -> ToolkitError:
+    """What the system refused: no space, no permission, not a folder."""
+    return ToolkitError(
+        f"cannot use {error.filename or 'a file of the run'}",
+        why=error.strerror or str(error),
+        hint="make room or mend the path, then the same command goes on",
+        code=code,
+    )
+
+
+def _indented(label: str, text: str, margin: str = "  ") -> str:
+    first, *rest = text.splitlines()
+    return "\n".join([f"{margin}{label}: {first}", *(f"{margin}{' ' * len(label)}  {line}" for line in rest)])

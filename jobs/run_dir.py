@@ -1,0 +1,75 @@
+"""Every path of a run. No other file joins one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StepDir:
+    """`step1/`, `step2/` or `step3/` of a run."""
+
+    path: Path
+
+    @property
+    def fields(self) -> Path:
+        """The job fields that this step was started with (JSON)."""
+        return self.path / "fields.json"
+
+    @property
+    def complete(self) -> Path:
+        """Written last, with the step's `end` event: its model is whole."""
+        return self.path / "complete.json"
+
+    @property
+    def model(self) -> Path:
+        """The step's result in plain Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def model_ema(self) -> Path:
+        """Step 3 with `ppo.ema_decay`: the exponential moving average of the actor."""
+        return self.path / "model_ema"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`runs/<name>/`: all that one run reads and writes."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def job_file(self) -> Path:
+        """The resolved job."""
+        return self.path / "job.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Everything that the ranks and their libraries print."""
+        return self.path / "train.log"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer trained for a model that starts from a config."""
+        return self.path / "tokenizer"
+
+    @property
+    def lock(self) -> Path:
+        """Held (flock) by the process that trains here; a crash lets go of it."""
+        return self.path / "job" / "lock"
+
+    def step(self, number: int) -> StepDir:
+        return StepDir(self.path / f"step{number}")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from jobs.errors import ExitCode, ToolkitError
+
+
+def test_three_parts_as_they_are_printed() -> None:
+    error = ToolkitError("cannot deploy", why="lin holds the lock", hint="wait", code=ExitCode.BUSY)
+    assert str(error) == "error: cannot deploy\n  why: lin holds the lock\n\nhint: wait"
+    assert (error.what, error.why, error.hint, error.code) == ("cannot deploy", "lin holds the lock", "wait", 5)
+
+
+def test_more_lines_stand_under_the_first() -> None:
+    assert str(ToolkitError("two mistakes", why="a: b\nc: d", hint="first\nthen")) == (
+        "error: two mistakes\n"
+        "  why: a: b\n"
+        "       c: d\n"
+        "\n"
+        "hint: first\n"
+        "      then"
+    )  # fmt: skip
+
+
+def test_parts_that_are_not_there_leave_no_trace() -> None:
+    assert str(ToolkitError("only this")) == "error: only this"
+    assert str(ToolkitError("this", hint="that")) == "error: this\n\nhint: that"
+    assert str(ToolkitError("this", why=" \n\n", hint="\n")) == "error: this"
+    assert ToolkitError("this").code == ExitCode.USAGE
+
+
+def test_the_exit_codes_are_those_of_the_design() -> None:
+    assert {code.name: code.value for code in ExitCode} == {
+        "OK": 0, "INTERNAL": 1, "USAGE": 2, "UNFIT": 3, "TRAINING": 4, "BUSY": 5, "UNCERTAIN": 6, "LOST": 7, "UNREACHABLE": 8,
+        "PREEMPTED": 75, "INTERRUPTED": 130, "CANCELLED": 143,
+    }  # fmt: skip

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.run_dir import RunDir, StepDir
+
+
+def test_every_path_of_a_run() -> None:
+    run = RunDir(Path("runs/my run"))
+    assert run.name == "my run"
+    assert {name: str(getattr(run, name)) for name, value in vars(RunDir).items() if isinstance(value, property) and name != "name"} == {
+        "job_file": "runs/my run/job.yaml",
+        "events": "runs/my run/events.jsonl",
+        "log": "runs/my run/train.log",
+        "tokenizer": "runs/my run/tokenizer",
+        "lock": "runs/my run/job/lock",
+    }
+
+
+def test_every_path_of_a_step() -> None:
+    step = RunDir(Path("/r")).step(3)
+    assert step == StepDir(Path("/r/step3"))
+    assert {name: str(getattr(step, name)) for name, value in vars(StepDir).items() if isinstance(value, property)} == {
+        "fields": "/r/step3/fields.json",
+        "complete": "/r/step3/complete.json",
+        "model": "/r/step3/model",
+        "model_ema": "/r/step3/model_ema",
+        "checkpoints": "/r/step3/checkpoints",
+    }

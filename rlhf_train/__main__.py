@@ -1,0 +1,150 @@
+"""`python -m rlhf_train` (script `rlhf-train`): one command for the three steps, with DeepSpeed-Chat's words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from env.settings import Settings
+from jobs import console
+from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.events import read_events
+from jobs.run_dir import RunDir
+from jobs.spec import NAME, load_job
+from rlhf_train import runs
+from rlhf_train.rule import load_rule
+
+EXAMPLES = """examples:
+  rlhf-train --job demo --step all                         all three steps, small, on CPU
+  rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
+  rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
+The same command goes on with a run that stopped; steps that are complete are skipped."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "rlhf-train",
+        description="SFT, reward model and PPO as one run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--step", nargs="+", default=["all"], metavar="1|2|3|all", help="steps to do, in order (default: all)")
+    p.add_argument("--job", default="opt-1.3b", metavar="NAME|FILE", help="a job of jobs/ or a YAML file (default: opt-1.3b)")
+    p.add_argument("--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable")
+    p.add_argument("--run", metavar="NAME", help="the run's name (default: the job's)")
+    p.add_argument("--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same")
+    p.add_argument("--redo", action="store_true", help="do the steps again that are complete")
+    p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
+    p.add_argument("--deployment-type", choices=["single_gpu", "single_node", "multi_node"], help="one GPU, or all of this machine")
+    p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
+    p.add_argument("--reward-model", metavar="MODEL", help="critic.model; also 350m for facebook/opt-350m")
+    p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
+    p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
+    p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
+    return p
+
+
+def steps_of(words: Sequence[str]) -> list[int]:
+    """`--step 1 3`, `--step 1,3` or `--step all` -> [1, 3], in order."""
+    parts = [part for word in words for part in word.split(",") if part]
+    unknown = [part for part in parts if part not in ("1", "2", "3", "all")]
+    if unknown or not parts:
+        raise ToolkitError(f"--step {' '.join(words)} is not a step", hint="use 1, 2, 3 (several allowed) or all")
+    return [1, 2, 3] if "all" in parts else sorted({int(part) for part in parts})
+
+
+def settings_of(args: argparse.Namespace) -> list[str]:
+    """DeepSpeed-Chat's flags as settings of job fields, before those of --set, which win."""
+    if args.deployment_type == "multi_node":
+        raise ToolkitError(
+            "--deployment-type multi_node is not supported yet",
+            why="rented containers open no ports to each other",
+            hint="use single_node: all GPUs of one machine",
+        )
+    settings = []
+    if args.deployment_type:
+        settings.append("hardware.ranks=" + {"single_gpu": "1", "single_node": "auto"}[args.deployment_type])
+    for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
+        if value:
+            name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value
+            settings.append(f"{field}={json.dumps(name, ensure_ascii=False)}")  # quoted: it is a name, whatever it looks like
+    for field, value in (("hardware.actor_zero_stage", args.actor_zero_stage), ("hardware.critic_zero_stage", args.reward_zero_stage)):
+        if value:
+            settings.append(f"{field}={value}")
+    return settings + args.set
+
+
+def run_named(name: str, folder: Path) -> RunDir:
+    if not NAME.fullmatch(name):
+        raise ToolkitError(f"`{name}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most")
+    return RunDir(folder / name)
+
+
+def say(text: str) -> None:
+    print(console.visible(text), file=sys.stderr)
+
+
+def train(args: argparse.Namespace) -> ExitCode:
+    settings = Settings.from_environ(os.environ)
+    wanted = steps_of(args.step)
+    job = load_job(args.job, settings_of(args))
+    folder = args.output_dir or settings.runs
+    run = run_named(job.name if args.run is None else args.run, folder)
+    source = None if args.source is None else run_named(args.source, folder)
+    load_rule(job.ppo.rule)
+
+    def look() -> tuple[list[int], list[int]]:
+        """-> (steps to take over, steps to do)"""
+        taken = runs.steps_to_take_over(job, source, run) if source else []
+        return taken, runs.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
+
+    taken, todo = look()
+    if todo or taken or args.dry_run:
+        from rlhf_train.plan import Machine, place  # torch is imported from here on
+
+        placement = place(job, Machine.look())
+    if args.dry_run:
+        from rlhf_train.estimate import describe
+
+        out = console.console_on(sys.stdout)
+        out.print(console.encodable(describe(job, run, wanted, todo, placement), out.encoding))
+        return ExitCode.OK
+    for step in sorted({*wanted} - {*todo, *taken}):
+        say(f"step {step} ({runs.TITLES[step]}) is complete: {run.step(step).model}")
+    if todo or taken:
+        from rlhf_train.launch import launch, locked
+
+        with locked(run):
+            taken, todo = look()  # again: another process may have ended here while torch was imported
+            if source:
+                runs.take_over(source, run, taken)
+                say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
+            code = launch(job, run, todo, placement, settings.cache) if todo else ExitCode.OK
+        if code != ExitCode.OK:
+            say(f"stopped: steps that are complete are kept in {run.path}; the same command goes on, from the start of the step that was stopped")
+            return code
+    console.print_report(read_events(run.events)[0])
+    return ExitCode.OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return train(parser().parse_args(argv))
+    except ToolkitError as error:
+        console.print_error(error)
+        return error.code
+    except KeyboardInterrupt:  # before there was anything to stop
+        return ExitCode.INTERRUPTED
+    except OSError as error:
+        console.print_error(system_error(error, ExitCode.UNFIT))
+        return ExitCode.UNFIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

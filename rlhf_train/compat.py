@@ -1,0 +1,36 @@
+"""All that differs between the library versions we run on: PyTorch 2.0 with transformers 4.x, and today's."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+_MAJOR = int(transformers.__version__.split(".")[0])
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default follows the file."""
+    return {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """OPT derives positions from the mask in transformers 4, and takes them as an argument in 5."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def without_cudnn_attention() -> None:
+    """cuDNN's attention (PyTorch 2.5 on) builds a plan for each new length, and our batches have many."""
+    if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def keep_rows(cache: Any, rows: Tensor) -> Any:
+    """The key-value cache with only these rows: tuples of tensors (transformers 4), or a Cache object."""
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(rows)
+        return cache
+    return tuple(tuple(tensor.index_select(0, rows) for tensor in layer) for layer in cache)

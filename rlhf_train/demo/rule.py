@@ -1,0 +1,115 @@
+"""Is this a good answer? A rule that reads the two texts and nothing else: no model, no reward, no generator.
+
+It is what PPO is measured against. With the generator it shares the facts and words of `world.py` only; it finds the
+question in the prompt with patterns of its own and works out the right answer again.
+
+A good answer has three sentences and then ends: an opener that calls the user by name if (and only if) the user gave
+one, the right answer to the last question, a closer. `judge` says the first thing against it:
+
+    unended   the end token was not reached
+    cut       the text stops inside a sentence
+    rude      a rude sentence
+    ramble    more than three sentences
+    bare      fewer than three: no courtesy, or no answer
+    opener    not a known opener, or it calls the user by a wrong name, or by none
+    closer    not a known closer
+    unclear   the prompt holds no known question, so no answer to it is good
+    wrong     not the right answer to this question
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from rlhf_train.demo.world import CLOSERS, COLOUR_OF, ITEMS, MOMENTS, NAMES, NUMBER_AFTER, OPENERS, OPPOSITE_OF, RUDE
+
+GOOD = "good"
+
+
+def is_good(prompt: str, response: str, ended: bool) -> bool:
+    """Whether `response` is good; `ended` says that its end token was sampled. Takes any text."""
+    return judge(prompt, response, ended) == GOOD
+
+
+def judge(prompt: str, response: str, ended: bool) -> str:
+    """ "good", or the first reason against (the module's list). Special tokens around the prompt do not matter."""
+    if not ended:
+        return "unended"
+    text = response.removeprefix(" ")
+    if not text.endswith("."):
+        return "cut"
+    sentences = [f"{sentence}." for sentence in text[:-1].split(". ")]
+    if any(sentence in RUDE for sentence in sentences):
+        return "rude"
+    if len(sentences) != 3:
+        return "ramble" if len(sentences) > 3 else "bare"
+    opener, content, closer = sentences
+    question = last_turn(prompt)
+    if opener not in _openers_for(user_in(question)):
+        return "opener"
+    if closer not in CLOSERS:
+        return "closer"
+    answer = right_answer(question)
+    if answer is None:
+        return "unclear"
+    return GOOD if content == answer else "wrong"
+
+
+def last_turn(prompt: str) -> str:
+    """What the human said last."""
+    return prompt.rpartition("Human:")[2].partition("Assistant:")[0]
+
+
+_NAME = "|".join(NAMES)
+_USER = re.compile(rf"\b(?:I am|My name is|This is) ({_NAME})\.|\b({_NAME}) here\.")
+
+
+def user_in(question: str) -> str | None:
+    match = _USER.search(question)
+    return (match[1] or match[2]) if match else None
+
+
+def _openers_for(user: str | None) -> list[str]:
+    return [f"{opener}, {user}." if user else f"{opener}." for opener in OPENERS]
+
+
+def right_answer(question: str) -> str | None:
+    """The one sentence that answers `question`; None if it is no question of this world."""
+    for pattern, answer in _TASKS:
+        if match := pattern.search(question):
+            return answer(match)
+    return None
+
+
+def _colour(match: re.Match[str]) -> str | None:
+    colour = COLOUR_OF.get(match["thing"])
+    return colour and f"The colour of {match['thing']} is {colour}."
+
+
+def _opposite(match: re.Match[str]) -> str | None:
+    opposite = OPPOSITE_OF.get(match["word"])
+    return opposite and f"The opposite of {match['word']} is {opposite}."
+
+
+def _next_number(match: re.Match[str]) -> str | None:
+    following = NUMBER_AFTER.get(match["number"])
+    return following and f"After {match['number']} comes {following}."
+
+
+def _shopping(match: re.Match[str]) -> str | None:
+    return f"You need some {match['item']}." if match["item"] in ITEMS else None
+
+
+def _greeting(match: re.Match[str]) -> str | None:
+    moments = [moment for moment in MOMENTS if re.search(rf"\b{moment}\b", match.string)]
+    return f"Good {moments[0]}, dear {match['friend']}." if len(moments) == 1 and match["friend"] in NAMES else None
+
+
+_TASKS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]], ...] = (
+    (re.compile(r"\bcolour (?:is|of|has) (?P<thing>\w+)[.?]"), _colour),
+    (re.compile(r"\bopposite of (?P<word>\w+)[.?]"), _opposite),
+    (re.compile(r"\b(?:after|follows) (?P<number>\w+)[.?]"), _next_number),
+    (re.compile(r"\b(?:I need|buy|Write down) (?P<item>\w+)(?:\.| for me\.)"), _shopping),
+    (re.compile(r"\bfriend (?P<friend>\w+)\b"), _greeting),
+)

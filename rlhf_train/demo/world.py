@@ -1,0 +1,40 @@
+"""The little world of the demo: its facts and its words.
+
+All that the generator (which writes the dialogues) and the rule (which judges answers) have in common.
+It is small on purpose: a byte-level BPE of 512 entries holds every word of the data as one token.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Leo", "Maria")
+
+COLOUR_OF = {
+    "lemon": "yellow",
+    "tomato": "red",
+    "snow": "white",
+    "coal": "black",
+    "grass": "green",
+    "banana": "yellow",
+    "cherry": "red",
+    "paper": "white",
+    "night": "black",
+    "leaf": "green",
+}
+
+_OPPOSITES = (("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("light", "dark"), ("wet", "dry"))
+OPPOSITE_OF = dict(_OPPOSITES) | {right: left for left, right in _OPPOSITES}
+
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+NUMBER_AFTER = dict(itertools.pairwise(_NUMBERS))
+
+ITEMS = ("apples", "bread", "cheese", "eggs", "flour", "honey", "jam", "milk", "nuts", "pears", "rice", "tea")
+
+MOMENTS = ("morning", "afternoon", "evening")
+
+# A good answer is `OPENER[, user]. CONTENT. CLOSER.`, the closer from here. Of many lengths, so that answers are.
+OPENERS = ("Sure", "Gladly", "Of course", "With pleasure", "I am glad to help")
+CLOSERS = ("Goodbye.", "All the best.", "I hope this helps.", "Have a nice day.", "Ask me again when you like.")
+
+RUDE = ("What a silly question.", "Leave me alone.", "Find it out yourself.", "You are boring.", "I do not care.")

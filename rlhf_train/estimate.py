@@ -1,0 +1,117 @@
+"""`--dry-run`: the resolved job, the steps, the batch arithmetic, and the memory and disk that the models will need.
+
+Memory is that of weights, gradients and optimizer states, which is known beforehand; activations depend on lengths.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jobs.console import plural
+from jobs.errors import ToolkitError
+from jobs.run_dir import RunDir
+from jobs.spec import Job, Scratch
+from jobs.yaml12 import dump_yaml
+from rlhf_train.plan import GIB, Placement
+from rlhf_train.runs import TITLES
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of one network."""
+
+    all: int
+    trained: int
+
+
+def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
+    """Counted on a model without memory; needs the model's config, from the hub if it is not here."""
+    from rlhf_train.models import add_lora
+
+    network = _network(job, model)
+    if lora and job.actor.lora is not None:
+        with torch.device("meta"):
+            add_lora(network, job.actor.lora, seed=0)
+    adapters = sum(p.numel() for name, p in network.named_parameters() if "lora_" in name)
+    everything = sum(p.numel() for p in network.parameters())
+    return Size(everything - adapters, adapters or everything)
+
+
+def _network(job: Job, model: str | Scratch) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        if not isinstance(model, Scratch):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        fields = dict(model.config)
+        try:
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(fields.pop("model_type"), vocab_size=job.actor.tokenizer_vocabulary, **fields)
+            )
+        except Exception as error:  # a wrong number is a ValueError, TypeError, ZeroDivisionError, RuntimeError or one of transformers' own
+            raise ToolkitError(
+                "transformers makes no model of a config in the job file",
+                why=f"{type(error).__name__}: {error}",
+                hint="see actor.model.config and critic.model.config",
+            ) from None
+
+
+def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> int:
+    """A rank's weights, gradients and AdamW states (in 16 bit: a float32 master copy too) at a ZeRO stage."""
+    weight = WEIGHT_BYTES[precision]
+    states = 8 if precision == "float32" else 12
+    weights, gradients, optimizer = size.all * weight, size.trained * weight, size.trained * states
+    shared = ranks if ranks > 1 else 1
+    return (
+        weights // (shared if zero_stage >= 3 else 1)
+        + gradients // (shared if zero_stage >= 2 else 1)
+        + optimizer // (shared if zero_stage >= 1 else 1)
+    )
+
+
+def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement) -> str:
+    lines = [dump_yaml(job.dump()).rstrip(), ""]
+    lines.append(f"run: {run.path}")
+    lines.append(f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}")
+    for step in wanted:
+        state = "to do" if step in todo else "complete"
+        lines.append(f"step {step} ({TITLES[step]}): {state}; global batch {placement.batch_plan(job, step)}")
+        if step == 3:
+            updates = job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
+            lines.append(f"  {job.ppo.rollout_batch} prompts a rollout, {plural(updates, 'updates')} each")
+    return "\n".join(lines + _needs(job, run, todo, placement))
+
+
+def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> list[str]:
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    sizes = []
+    for model, lora in ((job.actor.model, True), (critic_source, False)):
+        try:
+            sizes.append(model_size(job, model, lora=lora))
+        except (OSError, ValueError) as error:
+            return [f"memory and disk: unknown, since the config of {model} cannot be had ({str(error).splitlines()[0]})"]
+    actor, critic = sizes
+    weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
+    actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
+    critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
+    frozen = (actor.all + critic.all) * weight
+    copies = actor.all * weight if placement.actor_zero_stage == 3 else 0
+    memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen + copies}
+    disk = {1: actor.all * weight, 2: critic.all * weight, 3: actor.all * weight * (2 if job.ppo.ema_decay else 1)}
+    lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
+    lines += [f"memory, step {step}: {_amount(memory[step])} a rank, and activations" for step in todo]
+    here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
+    need, free = sum(disk[step] for step in todo), shutil.disk_usage(here).free
+    lines.append(f"disk: {_amount(need)} for models, of {_amount(free)} free at {here}" + ("; too little" if need > free else ""))
+    return lines
+
+
+def _amount(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,89 @@
+"""A step's result in plain Hugging Face format: safetensors, config, whole tokenizer, generation config, model card."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from jobs.events import Checkpoint
+from jobs.spec import Job, Lora, Scratch
+from rlhf_train.engine import Engine, full_state
+from rlhf_train.models import merge_lora
+from rlhf_train.session import Session
+
+TITLES = {1: "supervised fine-tuning (step 1)", 2: "reward model (step 2)", 3: "PPO (step 3)"}
+
+
+def save_model(
+    session: Session, step: int, update: int, engine: Engine, tokenizer: Any, folder: Path, *, lora: Lora | None, numbers: Mapping[str, float]
+) -> None:
+    """All ranks take part, rank 0 writes. Written beside and renamed: `folder` is whole, or it is not there."""
+    start = time.perf_counter()
+    session.doing(step, f"saving {folder}")
+    engine.settle()
+    model: Any = engine.module.model
+    state = full_state(model, keep=session.world.is_main)
+    if session.world.is_main:
+        if lora is not None:
+            state = merge_lora(state, lora)
+        partial = folder.with_name(folder.name + ".partial")
+        for old in (partial, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
+        tokenizer.save_pretrained(str(partial))
+        generation_config(session.job, tokenizer).save_pretrained(str(partial))
+        (partial / "README.md").write_text(model_card(session.job, step, numbers), encoding="utf-8")
+        partial.rename(folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=size, seconds=time.perf_counter() - start))
+    session.world.barrier()
+
+
+def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
+    """Sample as the rollouts did."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=job.ppo.temperature,
+        top_k=0,
+        max_new_tokens=job.data.max_response_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def model_card(job: Job, step: int, numbers: Mapping[str, float]) -> str:
+    source = job.critic.model if step == 2 else job.actor.model
+    base = "random weights from a configuration" if isinstance(source, Scratch) else source
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
+    load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
+    reading = (
+        "The logit is the score of the whole text, prompt and answer; its scale is arbitrary, only differences count."
+        if step == 2
+        else "Prompts are written as in the data: `\\n\\nHuman: ...\\n\\nAssistant:`."
+    )
+    split = "/".join(f"{share:g}" for share in job.data.split)
+    return f"""---
+library_name: transformers
+tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
+---
+# {job.name}: {TITLES[step]}
+
+Made by rlhf-box. Started from {base}; data: {", ".join(job.data.datasets)} (split {split}, seed {job.data.seed}).
+Load it with `{load}.from_pretrained`. {reading}
+
+| on held-out data | |
+| --- | --- |
+{rows}
+"""
+
+
+def eval_model(module: nn.Module) -> nn.Module:
+    """Frozen, in evaluation mode."""
+    return module.eval().requires_grad_(False)

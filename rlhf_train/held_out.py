@@ -1,0 +1,86 @@
+"""Prompts that are not trained on: answers to them, what the frozen networks and the independent rule say, and means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from jobs.events import Sample
+from rlhf_train.batch import Sequences, evaluation_batches
+from rlhf_train.experience import judge
+from rlhf_train.rollout import Rollouts
+from rlhf_train.rule import Rule
+from rlhf_train.session import Session
+
+SAMPLES = 3  # prompts shown with their answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str
+    response: str
+    ended: bool
+    tokens: int
+    score: float
+    kl: float  # nats, the whole response
+    good: bool | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over answers."""
+
+    reward: float
+    kl: float
+    length: float
+    ended: float
+    good: float | None
+
+
+class HeldOut:
+    """Prompts that are not trained on, answered with the same random numbers each time."""
+
+    def __init__(self, session: Session, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
+        self.session, self.prompts, self.tokenizer, self.rule, self.seed = session, prompts, tokenizer, rule, seed
+
+    def answers(self, sampling: Rollouts, reference: nn.Module, reward_model: nn.Module) -> list[Answer]:
+        """One answer a prompt, in order; ranks share the work."""
+        world, temperature = self.session.world, self.session.job.ppo.temperature
+        mine = np.arange(len(self.prompts))[world.rank :: world.size]
+        prompts = [self.prompts[i] for i in mine]
+        made = sampling.generate(prompts, seed=self.seed, row_ids=mine.tolist())
+        answers: list[tuple[int, Answer]] = []
+        lengths = np.array([len(p) for p in prompts], dtype=np.int64) + made.lengths
+        for rows, _ in evaluation_batches(lengths, self.session.placement.micro_batches[2], 1, 0):
+            batch = Sequences.of([prompts[i] for i in rows], [made.tokens[i] for i in rows], self.tokenizer.pad_token_id, world.device)
+            said = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
+            for place, row in enumerate(rows):
+                ref = said["ref_log_probs"][place, : len(made.tokens[row])].float().cpu().numpy()
+                prompt, response = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts[row], made.tokens[row]))
+                ended = bool(made.ended[row])
+                good = self.rule(prompt, response, ended) if self.rule is not None else None
+                answers.append(
+                    (
+                        int(mine[row]),
+                        Answer(prompt, response, ended, len(ref), float(said["score"][place]), float((made.log_probs[row] - ref).sum()), good),
+                    )
+                )
+        everyone = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
+        return [answer for _, answer in everyone]
+
+    def show(self, answers: Sequence[Answer], when: str) -> None:
+        for answer in answers[:SAMPLES]:
+            self.session.emit(Sample(step=3, when=when, prompt=answer.prompt, response=answer.response, reward=answer.score, good=answer.good))
+
+    def summary(self, answers: Sequence[Answer]) -> Summary:
+        def mean(numbers: Sequence[float]) -> float:
+            return float(np.mean(numbers))
+
+        good = mean([bool(a.good) for a in answers]) if self.rule is not None else None
+        return Summary(
+            mean([a.score for a in answers]), mean([a.kl for a in answers]), mean([a.tokens for a in answers]), mean([a.ended for a in answers]), good
+        )

@@ -1,0 +1,142 @@
+"""Step 2, the reward model: a score for a whole answer, learned from pairs.
+
+Where we differ from DeepSpeed-Chat: the model is transformers' own classifier with one label, `last_token` is the
+Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef` keeps the model able to read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.events import End, Metrics
+from jobs.spec import Reward
+from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data import Table
+from rlhf_train.engine import Engine
+from rlhf_train.export import save_model
+from rlhf_train.losses import preference_loss, preference_loss_per_token
+from rlhf_train.models import ScoreForward, check_lengths, last_scores, load_scorer, load_tokenizer
+from rlhf_train.session import Clock, Session, actor_tokenizer, as_numbers, corpus
+
+
+def run(session: Session) -> End:
+    job, spec, world = session.job, session.job.reward, session.world
+    clock = Clock()
+    plan = session.placement.batch_plan(job, 2)
+    source = str(session.run.step(1).model) if job.critic.model == "actor" else job.critic.model
+    tokenizer = load_tokenizer(source) if isinstance(source, str) else actor_tokenizer(session)
+    tokens = corpus(session, 2, job.data, tokenizer)
+    rows = tokens.train.step_rows[2]
+    updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
+    session.plan(2, plan, updates=updates, rows=len(rows), zero_stage=session.placement.critic_zero_stage, fates=tokens.train.fates)
+
+    session.doing(2, "loading the reward model")
+    model = load_scorer(source, tokenizer, session.dtype, job.seed).to(world.device)
+    check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if job.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = Engine(
+        ScoreForward(model, with_lm=spec.lm_coef > 0),
+        spec,
+        spec.learning_rate,
+        updates,
+        plan,
+        precision=session.placement.precision,
+        zero_stage=session.placement.critic_zero_stage,
+        world=world,
+    )
+
+    held_out = tokens.held_out.step_rows[2]
+    session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
+    before = accuracy(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+
+    row_lengths = pair_lengths(tokens.train)
+    training = Clock()
+    for update in range(updates):
+        picked = rows[grouped_rows_of_update(update, row_lengths[rows], spec.global_batch, (job.seed, 2))]
+        lengths = row_lengths[picked]
+        lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
+        real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
+        update_clock, grad_norm = Clock(), None
+        sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
+        for micro in deal(lengths, plan, world.rank):
+            batch = pairs(tokens.train, picked[micro], tokenizer.pad_token_id, world.device)
+            scores, lm_log_probs = engine(batch, lm_rows=len(micro) if spec.lm_coef else 0)
+            pair_loss = preference(spec, scores, batch) * len(micro) / spec.global_batch
+            lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
+            engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss)
+            grad_norm = engine.step()
+            chosen, rejected = last_scores(scores.detach(), batch).chunk(2)
+            for name, value in (
+                ("loss", pair_loss),
+                ("lm_loss", lm_loss),
+                ("correct", (chosen > rejected).sum()),
+                ("margin", (chosen - rejected).sum()),
+            ):
+                sums[name] = sums[name] + value.detach()
+            sums["computed"] += batch.input_ids.numel()
+        total = world.sum(sums)
+        session.emit(
+            Metrics(
+                step=2,
+                update=update + 1,
+                updates=updates,
+                elapsed_s=training(),
+                learning_rate=engine.current_learning_rate,
+                tokens_per_s=real_tokens / update_clock(),
+                real_token_share=real_tokens / total["computed"],
+                gpu_peak_bytes=world.gpu_peak_bytes(),
+                grad_norm=grad_norm or 0.0,
+                loss=total["loss"],
+                lm_loss=total["lm_loss"] if spec.lm_coef else None,
+                accuracy=total["correct"] / spec.global_batch,
+                margin=total["margin"] / spec.global_batch,
+            )
+        )
+
+    session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
+    after = accuracy(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+    folder = session.run.step(2).model
+    end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
+    save_model(session, 2, updates, engine, tokenizer, folder, lora=None, numbers=as_numbers(end))
+    return end
+
+
+def pair_lengths(table: Table) -> np.ndarray:
+    """The longer sequence of each pair of the table, in tokens."""
+    return table.prompt.lengths + np.maximum(table.chosen.lengths, table.rejected.lengths)
+
+
+def pairs(table: Table, rows: np.ndarray, pad_id: int, device: torch.device) -> Sequences:
+    """2n sequences: the n chosen, then the n rejected."""
+    answers = [table.chosen[i] for i in rows] + [table.rejected[i] for i in rows]
+    return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
+
+
+def preference(spec: Reward, scores: Tensor, batch: Sequences) -> Tensor:
+    """The pair loss as the job chooses it, mean over the pairs of this batch."""
+    if spec.loss == "last_token":
+        return preference_loss(*last_scores(scores, batch).chunk(2))
+    chosen, rejected = scores.chunk(2)
+    return preference_loss_per_token(chosen, rejected, divergence_mask(batch))
+
+
+def divergence_mask(batch: Sequences) -> Tensor:
+    """(n, T): true from the first token that differs to the end of the shorter sequence of the pair."""
+    chosen, rejected = batch.input_ids.chunk(2)
+    position = torch.arange(chosen.shape[1], device=chosen.device)
+    first = (chosen != rejected).int().argmax(1, keepdim=True)
+    return (position >= first) & (position < torch.minimum(*batch.lengths.chunk(2)).unsqueeze(1))
+
+
+@torch.no_grad()
+def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int) -> float:
+    """Share of pairs whose chosen answer scores higher, at the last token of each."""
+    correct = 0.0
+    for micro, real in evaluation_batches(pair_lengths(table)[rows], session.placement.micro_batches[1], session.world.size, session.world.rank):
+        batch = pairs(table, rows[micro], pad_id, session.world.device)
+        chosen, rejected = last_scores(engine(batch)[0], batch).chunk(2)
+        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum())
+    return session.world.sum({"correct": correct})["correct"] / len(rows)

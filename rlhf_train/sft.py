@@ -1,0 +1,117 @@
+"""Step 1, supervised fine-tuning: the actor learns to write the data's responses.
+
+Where we differ from DeepSpeed-Chat: the loss is on the response and its EOS (`sft.loss_on_prompt` adds the prompt),
+padding never counts, and the perplexity is over tokens, not a mean of batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from jobs.events import End, Metrics
+from jobs.spec import Job
+from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data import Table
+from rlhf_train.engine import Engine
+from rlhf_train.export import save_model
+from rlhf_train.models import ActorForward, add_lora, check_lengths, load_causal
+from rlhf_train.session import Clock, Session, actor_tokenizer, as_numbers, corpus
+
+
+def run(session: Session) -> End:
+    job, spec, world = session.job, session.job.sft, session.world
+    clock = Clock()
+    plan = session.placement.batch_plan(job, 1)
+    tokenizer = actor_tokenizer(session)
+    tokens = corpus(session, 1, job.data, tokenizer)
+    rows = tokens.train.step_rows[1]
+    updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
+    session.plan(1, plan, updates=updates, rows=len(rows), zero_stage=session.placement.actor_zero_stage, fates=tokens.train.fates)
+
+    session.doing(1, "loading the actor")
+    model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
+    check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if session.job.hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.actor.lora is not None:
+        add_lora(model, job.actor.lora, job.seed)
+    engine = Engine(
+        ActorForward(model),
+        spec,
+        spec.learning_rate,
+        updates,
+        plan,
+        precision=session.placement.precision,
+        zero_stage=session.placement.actor_zero_stage,
+        world=world,
+    )
+
+    held_out = tokens.held_out.step_rows[1]
+    session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
+    before = perplexity(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+
+    row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
+    training = Clock()
+    for update in range(updates):
+        chosen = rows[grouped_rows_of_update(update, row_lengths[rows], spec.global_batch, (job.seed, 1))]
+        lengths = row_lengths[chosen]
+        counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
+        update_clock, loss_sum, computed, grad_norm = Clock(), 0.0, 0, None
+        for micro in deal(lengths, plan, world.rank):
+            batch = sequences(tokens.train, chosen[micro], tokenizer.pad_token_id, world.device)
+            log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
+            loss = -log_probs.sum() / counted
+            engine.backward(loss)
+            grad_norm = engine.step()
+            loss_sum += loss.detach()
+            computed += batch.input_ids.numel()
+        total = world.sum({"loss": loss_sum, "computed": computed})
+        session.emit(
+            Metrics(
+                step=1,
+                update=update + 1,
+                updates=updates,
+                elapsed_s=training(),
+                learning_rate=engine.current_learning_rate,
+                tokens_per_s=int(lengths.sum()) / update_clock(),
+                real_token_share=int(lengths.sum()) / total["computed"],
+                gpu_peak_bytes=world.gpu_peak_bytes(),
+                grad_norm=grad_norm or 0.0,
+                loss=total["loss"],
+            )
+        )
+
+    session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
+    after = perplexity(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+    folder = session.run.step(1).model
+    end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
+    save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, numbers=as_numbers(end))
+    return end
+
+
+def sequences(table: Table, rows: np.ndarray, pad_id: int, device: torch.device) -> Sequences:
+    return Sequences.of([table.prompt[i] for i in rows], [table.response[i] for i in rows], pad_id, device)
+
+
+def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
+    """Tokens of each row that are in the loss."""
+    from_prompt = table.prompt.lengths[rows] - 1 if job.sft.loss_on_prompt else 0
+    return table.response.lengths[rows] + from_prompt
+
+
+@torch.no_grad()
+def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int) -> float:
+    """exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
+    lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
+    nll = count = 0.0
+    for micro, real in evaluation_batches(lengths, session.placement.micro_batches[0], session.world.size, session.world.rank):
+        batch = sequences(table, rows[micro], pad_id, session.world.device)
+        log_probs, _ = engine(batch, from_prompt=session.job.sft.loss_on_prompt)
+        per_row = np.repeat(real, loss_tokens(session.job, table, rows[micro]))
+        nll -= float((log_probs * torch.from_numpy(per_row).to(log_probs.device)).sum())
+        count += int(per_row.sum())
+    total = session.world.sum({"nll": nll, "count": count})
+    return math.exp(min(total["nll"] / total["count"], 700.0))

@@ -1,0 +1,157 @@
+"""One rank of one step: `python -m rlhf_train.worker`, started by launch.py and by nobody else.
+
+Its order comes as one JSON line on stdin, which then stays open: its end means that the launcher is gone. Its stdout is a
+pipe to the launcher for one thing, why it ended: that is told even when the disk is full. All else goes to the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jobs.console import Plain
+from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.events import Event, EventWriter, Resumed, Warning, read_events
+from jobs.run_dir import RunDir
+from jobs.spec import Job
+
+MOST_SAID = 4000  # characters, 12 bytes each at most: a pipe takes 64 KiB before somebody reads
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the launcher wants of every rank. Plain values: it travels as JSON."""
+
+    job: dict[str, Any]
+    run: str
+    step: int
+    placement: dict[str, Any]
+    cache: str
+    store_port: int  # of the launcher's rendezvous store; 0 for a single rank
+    rank: int = 0
+
+    def for_rank(self, rank: int) -> str:
+        return json.dumps(asdict(replace(self, rank=rank)))
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """Why a rank ended."""
+
+    what: str
+    why: str
+    hint: str
+    code: int
+    at_s: float  # on the clock that all processes of a machine share: the first error is the cause of the others
+
+
+def main() -> int:
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    order = Order(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_leave_with_launcher, daemon=True).start()
+    run = RunDir(Path(order.run))
+    try:
+        _train(order, run)
+        return ExitCode.OK
+    except Exception as error:  # the process ends here: say why, for the launcher to show
+        report = explain(error)
+        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), time.monotonic())
+        os.write(pipe, json.dumps(asdict(words)).encode())
+        with suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+        return report.code
+
+
+def _leave_with_launcher() -> None:
+    os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read(): it would hold a lock that Python wants when it ends
+    os._exit(ExitCode.CANCELLED)
+
+
+def _train(order: Order, run: RunDir) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from rlhf_train import compat, ppo, reward, runs, sft
+    from rlhf_train.engine import connect
+    from rlhf_train.plan import Placement
+    from rlhf_train.session import Session
+    from rlhf_train.world import World
+
+    job = Job.model_validate(order.job)
+    placement = Placement(**order.placement)
+    if placement.device == "cuda":
+        torch.cuda.set_device(order.rank)
+        compat.without_cudnn_attention()
+    else:
+        torch.set_num_threads(placement.cpu_threads)
+    device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
+    world = World(order.rank, placement.ranks, device)
+    store = dist.TCPStore("127.0.0.1", order.store_port, world.size, is_master=False) if world.size > 1 else dist.HashStore()
+    dist.init_process_group(
+        "nccl" if placement.device == "cuda" else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
+    )
+    connect(world, order.rank)
+
+    session = Session(job, run, world, placement, Path(order.cache), _emitter(run, world.is_main))
+    if world.is_main:
+        if any(event.get("step") == order.step for event in read_events(run.events)[0]):
+            session.emit(Resumed(step=order.step, from_update=0))
+        runs.begin_step(job, run, order.step)
+    for note in placement.notes:
+        session.emit(Warning(step=order.step, message=note))
+    world.barrier()
+    end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
+    session.emit(end)
+    if world.is_main:
+        runs.complete_step(run, order.step, asdict(end))
+    dist.destroy_process_group()
+
+
+def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
+    """Rank 0: an event line and a plain line in the log. Others: silent."""
+    if not is_main:
+        return lambda event: None
+    write, plain = EventWriter(run.events), Plain(sys.stdout)
+
+    def emit(event: Event) -> None:
+        plain.feed(write(event))
+        sys.stdout.flush()
+
+    return emit
+
+
+def explain(error: Exception) -> ToolkitError:
+    """Any exception as what happened, why, and what to do next."""
+    if isinstance(error, ToolkitError):
+        return error
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return ToolkitError(
+            "out of memory",
+            why=str(error).splitlines()[0] if str(error) else "an allocation failed",
+            hint="lower hardware.micro_batch; then hardware.gradient_checkpointing: true, actor.lora, a higher ZeRO stage (several GPUs)",
+            code=ExitCode.TRAINING,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return system_error(error, ExitCode.TRAINING)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return ToolkitError(
+        f"training stopped on {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        why=f"raised in {Path(frame.filename).name}, line {frame.lineno}",
+        hint="the whole traceback is at the end of train.log in the run folder",
+        code=ExitCode.TRAINING,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Fixtures that several files share. torch is imported inside them: the tests of jobs/ and env/ run without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before a test file imports DeepSpeed: on a machine with a GPU it would take that
+
+if TYPE_CHECKING:
+    from rlhf_train.world import World
+
+
+@pytest.fixture(scope="session")
+def _only_rank() -> Iterator[World]:
+    import torch.distributed as dist
+
+    from tests import ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ranks.environment(0, 1).items():
+            patch.setenv(name, value)
+        world = ranks.join(0, 1, dist.HashStore())
+    yield world
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def world(_only_rank: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """This process as the only rank of a run, ready for DeepSpeed engines."""
+    from tests import ranks
+
+    for name, value in ranks.environment(0, 1).items():
+        monkeypatch.setenv(name, value)  # DeepSpeed reads some again for each engine
+    return _only_rank

@@ -1,0 +1,193 @@
+"""A small Hugging Face hub on loopback: the endpoints that huggingface_hub 0.20 to 2.4 and datasets 2.14 to 5.2 ask for.
+
+It serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` as they lie on disk, one commit each. Point a
+fresh process at it with HF_ENDPOINT=hub.url: both libraries read that variable when they are imported.
+
+    with Hub(tmp_path) as hub:
+        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Collection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_of_the_test_hub"  # opens the gated repositories
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
+
+DATE = "2023-01-01T00:00:00.000Z"
+
+REPOSITORY = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+(?:/[^/]+)?)"  # some names have no owner: gpt2
+INFO = re.compile(REPOSITORY + r"(?:/revision/[^/]+)?")
+TREE = re.compile(REPOSITORY + r"/tree/[^/]+(?:/(?P<path>.*))?")
+COMMITS = re.compile(REPOSITORY + r"/commits/[^/]+")
+PATHS_INFO = re.compile(REPOSITORY + r"/paths-info/[^/]+")
+RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/[^/]+/(?P<path>.+)")
+
+
+class Hub:
+    """A context manager. `requests` keeps one line a request, e.g. `GET /api/models/facebook/opt-1.3b 200`."""
+
+    def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
+        self.root, self.gated = root, frozenset(gated)
+        self.requests: list[str] = []
+        self._server = _Server(self)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)  # port 0: the system picks a free one
+        self.hub = hub
+
+
+class _Refusal(Exception):
+    """An answer other than 200, with the error code that huggingface_hub turns into an exception."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.status, self.code = status, code
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    do_HEAD = do_GET  # the same answer; `_reply` leaves the body out
+
+    def do_POST(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+    def _answer(self, body: bytes) -> None:
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        try:
+            if self.command == "POST":
+                repository = self._repository(self._match(PATHS_INFO, path))
+                return self._json(_entries_at(repository, self._paths_asked(body)))
+            if match := INFO.fullmatch(path):
+                return self._json(self._information(match))
+            if match := TREE.fullmatch(path):
+                recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+                return self._json(_tree(self._repository(match), (match["path"] or "").strip("/"), recursive))
+            if match := COMMITS.fullmatch(path):
+                return self._json([{"id": _commit(self._repository(match)), "title": "", "message": "", "authors": [], "date": DATE}])
+            self._file(self._match(RESOLVE, path))
+        except _Refusal as refusal:
+            self._json({"error": refusal.code}, refusal.status, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+
+    def _match(self, pattern: re.Pattern[str], path: str) -> re.Match[str]:
+        match = pattern.fullmatch(path)
+        if match is None:
+            raise _Refusal(404, "NotFound")
+        return match
+
+    def _repository(self, match: re.Match[str]) -> Path:
+        kind = (match["kind"] or "models").strip("/")
+        folder = self.server.hub.root / kind / match["name"]
+        if not folder.is_dir():
+            raise _Refusal(401, "RepoNotFound")  # 401, as the real hub says to strangers: it may be private
+        return folder
+
+    def _information(self, match: re.Match[str]) -> dict[str, Any]:
+        folder, name = self._repository(match), match["name"]
+        return {
+            "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
+            "gated": "manual" if name in self.server.hub.gated else False,
+            "lastModified": DATE, "createdAt": DATE,
+            "siblings": [{"rfilename": file} for file in _files(folder)],
+        }  # fmt: skip
+
+    def _paths_asked(self, body: bytes) -> list[str]:
+        if "json" in self.headers.get("Content-Type", ""):
+            return list(json.loads(body)["paths"])
+        return parse_qs(body.decode()).get("paths", [])
+
+    def _file(self, match: re.Match[str]) -> None:
+        folder = self._repository(match)
+        if match["name"] in self.server.hub.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _Refusal(401, "GatedRepo")
+        if not (folder / match["path"]).is_file():
+            raise _Refusal(404, "EntryNotFound")
+        content, entry = (folder / match["path"]).read_bytes(), _entry(folder, match["path"])
+        tag = f'"{entry.get("lfs", entry)["oid"]}"'
+        headers = {"X-Repo-Commit": _commit(folder), "ETag": tag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        if "lfs" in entry:
+            headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(content))}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted is None or self.command == "HEAD":
+            return self._reply(200, content, headers)
+        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        self._reply(206, content[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
+
+    def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._reply(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.server.hub.requests.append(f"{self.command} {self.path} {status}")
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Silent: `Hub.requests` is the log."""
+
+
+# --- a folder as a repository ---------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _commit(folder: Path) -> str:
+    return hashlib.sha1("".join(f"{file} {_entry(folder, file)['oid']}\n" for file in _files(folder)).encode()).hexdigest()
+
+
+def _entry(folder: Path, file: str) -> dict[str, Any]:
+    content = (folder / file).read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry: dict[str, Any] = {"type": "file", "path": file, "size": len(content), "oid": blob}
+    if file.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def _directory(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
+
+
+def _entries_at(folder: Path, paths: list[str]) -> list[dict[str, Any]]:
+    """What is there of `paths`; the rest is left out, as the hub does."""
+    files = [_entry(folder, path) for path in paths if (folder / path).is_file()]
+    return files + [_directory(path) for path in paths if (folder / path).is_dir()]
+
+
+def _tree(folder: Path, under: str, recursive: bool) -> list[dict[str, Any]]:
+    if not (folder / under).is_dir():
+        raise _Refusal(404, "EntryNotFound")
+    paths = sorted((folder / under).rglob("*") if recursive else (folder / under).iterdir())
+    return [_entry(folder, name) if path.is_file() else _directory(name) for path in paths for name in [str(path.relative_to(folder))]]

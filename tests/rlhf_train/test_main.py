@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.errors import ToolkitError
+from jobs.events import End, EventWriter
+from jobs.run_dir import RunDir
+from jobs.spec import Job, load_job
+from rlhf_train import runs
+from rlhf_train.__main__ import main, parser, settings_of, steps_of
+
+CHECKOUT = Path(__file__).parents[2]
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder that is not the checkout, and nothing of the developer's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHF_RUNS", raising=False)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+
+
+def job_of(*arguments: str) -> Job:
+    args = parser().parse_args(arguments)
+    return load_job(args.job, settings_of(args))
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ([], [1, 2, 3]),
+        (["--step", "all"], [1, 2, 3]),
+        (["--step", "3"], [3]),
+        (["--step", "1", "3"], [1, 3]),
+        (["--step", "1,3"], [1, 3]),
+        (["--step", "3", "1", "1"], [1, 3]),
+        (["--step", "2,", ",1"], [1, 2]),
+        (["--step", "1,all"], [1, 2, 3]),
+    ],
+)
+def test_steps(words: list[str], steps: list[int]) -> None:
+    assert steps_of(parser().parse_args(words).step) == steps
+
+
+@pytest.mark.parametrize("words", [["4"], ["0"], ["1", "two"], ["1-3"], [""], [","], ["ALL"], ["1 3"]])
+def test_what_is_no_step(words: list[str]) -> None:
+    with pytest.raises(ToolkitError, match="is not a step\n\nhint: use 1, 2, 3"):
+        steps_of(words)
+
+
+def test_deepspeed_chats_words() -> None:
+    models = ["--actor-model", "facebook/opt-2.7b", "--reward-model", "facebook/opt-125m"]
+    stages = ["--actor-zero-stage", "3", "--reward-zero-stage", "0"]
+    job = job_of("--step", "1", "2", "3", "--deployment-type", "single_gpu", *models, *stages, "--output-dir", "out")
+    assert (job.actor.model, job.critic.model, job.hardware.ranks) == ("facebook/opt-2.7b", "facebook/opt-125m", 1)
+    assert (job.hardware.actor_zero_stage, job.hardware.critic_zero_stage) == (3, 0)
+    assert job_of("--deployment-type", "single_node", "--job", "opt-1.3b-lora").hardware.ranks == "auto"
+
+
+def test_sizes_are_opts() -> None:
+    job = job_of("--actor-model", "6.7b", "--reward-model", "125m")
+    assert (job.actor.model, job.critic.model) == ("facebook/opt-6.7b", "facebook/opt-125m")
+
+
+@pytest.mark.parametrize("name", ["actor", "./my model", "[1", "a: b", "3", "1.3b-tuned", "null", "{x}", 'say "hi"', "modèle", "#x", "'"])
+def test_a_model_is_a_name_whatever_it_looks_like(name: str) -> None:
+    assert job_of("--reward-model", name).critic.model == name
+
+
+def test_set_wins_over_flags() -> None:
+    assert job_of("--set", "hardware.ranks=4", "--deployment-type", "single_gpu").hardware.ranks == 4
+
+
+def test_multi_node_is_refused_clearly(capsys: Said) -> None:
+    assert main(["--deployment-type", "multi_node"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --deployment-type multi_node is not supported yet\n"
+        "  why: rented containers open no ports to each other\n\n"
+        "hint: use single_node: all GPUs of one machine\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--step"], ["--stepp", "1"], ["--dry"], ["--deployment-type", "cluster"], ["demo"], ["--set"], ["--run"], ["--redo=yes"]]
+)
+def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+# --- mistakes: one error, nothing written ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--job", "dmeo"], "error: there is no job `dmeo`\n  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n"),
+        (["--job", ""], "error: there is no job ``\n"),
+        (["--job", "x" * 300], "error: there is no job `xxx"),
+        (["--job", "caf\udce9.yaml"], "error: there is no job `caf\\udce9.yaml`\n"),
+        (["--run", "../x"], "error: `../x` cannot name a run\n\nhint: use letters, digits, dots, dashes and underscores, 64 at most\n"),
+        (["--run", "a b"], "error: `a b` cannot name a run\n"),
+        (["--run", ""], "error: `` cannot name a run\n"),
+        (["--run", "."], "error: `.` cannot name a run\n"),
+        (["--run=-x"], "error: `-x` cannot name a run\n"),
+        (["--run", "x\n"], "error: `x\n` cannot name a run\n"),
+        (["--run", "\x1b[2J"], "error: `\\x1b[2J` cannot name a run\n"),
+        (["--run", "x" * 65], f"error: `{'x' * 65}` cannot name a run\n"),
+        (["--from", "../x"], "error: `../x` cannot name a run\n"),
+        (["--from", ""], "error: `` cannot name a run\n"),
+        (["--from", "other"], "error: there is no run `other`\n  why: runs/other does not exist\n"),
+        (["--step", "4"], "error: --step 4 is not a step\n"),
+        (["--actor-zero-stage", "5"], "  why: hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not 5\n"),
+        (["--actor-zero-stage", "two"], "  why: hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not 'two'\n"),
+        (["--set", "sft"], "error: --set sft is not of the form a.b=value\n"),
+        (["--set", "name=caf\udce9"], "error: --set name=caf\\udce9 is not valid YAML\n"),
+        (["--set", "sft.epochs=" + "[" * 500], " cannot be read\n  why: it is nested too deeply\n"),
+        (["--set", "seed=" + "9" * 5000], "`99999999999999999999` cannot be read as int\n"),
+        (["--set", "data.split=[0, 1, 1]"], "error: step 1 (supervised fine-tuning) has no data\n  why: data.split is 0, 1, 1\n"),
+        (["--set", "ppo.rule=nowhere:f"], "error: ppo.rule nowhere:f cannot be imported\n  why: ModuleNotFoundError: No module named 'nowhere'\n"),
+        (["--set", "ppo.rule=json:nothing"], "error: ppo.rule json:nothing cannot be imported\n  why: AttributeError: "),
+        (["--set", "ppo.rule=json:__name__"], "error: ppo.rule json:__name__ is not a function\n  why: it is str\n"),
+        (["--set", "sft.global_batch=3", "--set", "hardware={device: cpu, ranks: 2}"], "error: sft.global_batch 3 cannot be shared by 2 ranks\n"),
+        (["--step", "3"], "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n"),
+        (["--step", "3"], "hint: run `--step 1 2 3` (or `--step all`),\n"),
+        (["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"], "  why: ValueError: embed_dim must be divisible"),
+        (["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"], "error: transformers makes no model of a config"),
+        (["--dry-run", "--set", "actor.model={config: {model_type: optt}}"], "  why: ValueError: Unrecognized model identifier: optt"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_error_and_leaves_nothing(words: list[str], said: str, capsys: Said, tmp_path: Path) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.out == ""
+    assert printed.err.count("error: ") == 1 and "Traceback" not in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    (tmp_path / "broken_rule.py").write_text("1 / 0", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--set", "ppo.rule=broken_rule:good"]) == 2
+    assert "  why: ZeroDivisionError: division by zero\n" in capsys.readouterr().err
+
+
+def test_a_machine_that_is_unfit(capsys: Said, tmp_path: Path) -> None:
+    assert main(["--job", "demo", "--set", "hardware.precision=float16"]) == 3
+    assert capsys.readouterr().err.startswith("error: hardware.precision is float16, but this runs on CPU\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be(tmp_path: Path, capsys: Said) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert main(["--job", "demo", "--output-dir", "file/runs"]) == 3
+    assert capsys.readouterr().err == (
+        "error: cannot use file/runs/demo/job\n  why: Not a directory\n\nhint: make room or mend the path, then the same command goes on\n"
+    )
+
+
+def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "steps_to_do", interrupted)
+    assert main(["--job", "demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+# --- --dry-run ------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
+    assert main(["--job", "demo", "--dry-run", "--run", "try", "--set", "hardware.micro_batch=16", "--set", "ppo.ppo_epochs=1"]) == 0
+    printed = capsys.readouterr()
+    resolved, facts = printed.out.split("\n\n")
+    assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", ["hardware.micro_batch=16", "ppo.ppo_epochs=1"])
+    lines = facts.splitlines()
+    assert lines[:2] == ["run: runs/try", "device: cpu (the job file says so), 1 rank, float32"]
+    assert lines[2].startswith("step 1 (supervised fine-tuning): to do; global batch 32 = 16 micro batch x 2 accumulation x 1 rank")
+    # OPT of 3 layers, 96 wide, feed-forward 384, 768 tokens and 128 + 2 positions, counted by hand:
+    layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
+    count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
+    amount = f"{count / 1e6:.1f} M"
+    mib = f"{count * (4 + 4 + 8) / 2**20:.1f} MiB"  # weights, gradients and two moments
+    assert f"parameters: actor {amount} ({amount} trained), critic {amount}" in lines
+    assert f"memory, step 1: {mib} a rank, and activations" in lines
+    assert lines[-1].startswith(f"disk: {3 * count * 4 / 2**20:.1f} MiB for models, of ") and lines[-1].endswith(f" free at {tmp_path}")
+    assert printed.err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_is_complete(capsys: Said) -> None:
+    complete("one", 1, 2)
+    assert main(["--job", "demo", "--run", "one", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 2 (reward model): complete; " in printed and "step 3 (PPO): to do; " in printed
+    assert "memory, step 3: " in printed and "memory, step 1: " not in printed
+
+
+def test_dry_run_looks_at_another_run_too(tmp_path: Path, capsys: Said) -> None:
+    complete("one", 1, 2)
+    words = ["--job", "demo", "--dry-run", "--step", "3", "--run", "two", "--set", "ppo.kl_coef=0.5"]
+    assert main(words) == 2
+    assert main([*words, "--from", "one"]) == 0
+    assert "step 3 (PPO): to do" in capsys.readouterr().out
+    assert not (tmp_path / "runs/two").exists()
+
+
+def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
+    program = [sys.executable, "-m", "rlhf_train", *words]
+    return subprocess.run(program, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+
+
+def test_dry_run_without_the_hub(tmp_path: Path) -> None:
+    said = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
+    assert (said.returncode, said.stderr) == (0, "")
+    *_, prompts, last = said.stdout.splitlines()
+    assert prompts == "  64 prompts a rollout, 1 update each"
+    assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be had (")
+    assert "run: out/opt-1.3b\n" in said.stdout
+
+
+# --- a run that is complete -----------------------------------------------------------------------------------------
+
+
+def complete(name: str, *steps: int) -> RunDir:
+    """A run of the demo in ./runs whose steps look complete."""
+    run = RunDir(Path("runs") / name)
+    for step in steps:
+        runs.begin_step(load_job("demo"), run, step)
+        run.step(step).model.mkdir()
+        end = End(step=step, updates=4, seconds=90, model=str(run.step(step).model), perplexity_after=2.5 if step == 1 else None)
+        EventWriter(run.events)(end)
+        runs.complete_step(run, step, asdict(end))
+    return run
+
+
+def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
+    complete("demo", 1, 2, 3)
+    code = "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); assert 'torch' not in sys.modules; sys.exit(code)"
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (said.returncode, said.stderr) == (
+        0,
+        "step 1 (supervised fine-tuning) is complete: runs/demo/step1/model\n"
+        "step 2 (reward model) is complete: runs/demo/step2/model\n"
+        "step 3 (PPO) is complete: runs/demo/step3/model\n",
+    )
+    assert "perplexity" in said.stdout and "2.50" in said.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    complete("demo", 1, 2, 3)
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = command("--job", "demo", cwd=tmp_path, stdout=writer)
+    os.close(writer)
+    assert len(said.stderr.splitlines()) == 3  # the three steps, as above
+
+
+def test_a_changed_field_is_refused(capsys: Said) -> None:
+    complete("demo", 1, 2, 3)
+    assert main(["--job", "demo", "--set", "ppo.kl_coef=0.5"]) == 2
+    assert capsys.readouterr().err.startswith("error: run `demo` did step 3 with other settings\n  why: ppo.kl_coef: 0.05 -> 0.5\n")
+
+
+def test_steps_of_another_run_are_taken_over(tmp_path: Path, capsys: Said) -> None:
+    complete("one", 1, 2, 3)
+    words = ["--job", "demo", "--run", "two", "--from", "one", "--step", "1", "2", "--set", "ppo.kl_coef=0.5"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "from run one: step 1, step 2\n" and "runs/two/step1/model" in printed.out
+    assert main(words) == 0  # again: nothing to do
+    assert capsys.readouterr().err.startswith("step 1 (supervised fine-tuning) is complete: runs/two/step1/model\n")

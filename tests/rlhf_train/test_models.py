@@ -1,0 +1,233 @@
+"""The forward passes against plain Hugging Face, LoRA's merge against PEFT's own forward, and tokenizers."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from jobs.errors import ToolkitError
+from jobs.spec import Lora, Scratch
+from rlhf_train import models
+from rlhf_train.batch import Sequences
+from rlhf_train.models import (
+    ActorForward,
+    ScoreForward,
+    add_lora,
+    check_lengths,
+    check_same_tokenizer,
+    last_scores,
+    load_causal,
+    load_scorer,
+    load_tokenizer,
+    merge_lora,
+    train_tokenizer,
+)
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "init_std": 0.2,
+}
+SCRATCH = Scratch(config=CONFIG | {"max_position_embeddings": 64})
+TEXTS = ["\n\nHuman: What colour is snow?\n\nAssistant:", " The colour of snow is white.", " I do not know </s> that."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS * 20, 320)
+
+
+@pytest.fixture(scope="module")
+def actor(tokenizer):
+    return load_causal(SCRATCH, tokenizer, torch.float32, seed=0)
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.RandomState(0)
+    draw = lambda low, high: [rng.randint(5, 300, rng.randint(low, high)) for _ in range(4)]  # noqa: E731
+    return Sequences.of(draw(2, 9), draw(1, 7), 1, CPU)
+
+
+def rows_of(batch):
+    """Each row without padding: (ids, prompt length)."""
+    return [(batch.input_ids[i, : batch.lengths[i]][None], int(batch.prompt_lengths[i])) for i in range(len(batch.input_ids))]
+
+
+@pytest.mark.parametrize("from_prompt", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 10_000])
+def test_actor_log_probs_are_those_of_unpadded_rows(actor, batch, monkeypatch, from_prompt, chunk_rows):
+    monkeypatch.setattr(models, "LOGITS_BYTES", chunk_rows * 4 * actor.config.vocab_size)
+    log_probs, entropies = ActorForward(actor)(batch, from_prompt=from_prompt, temperature=0.7, with_entropy=True)
+    expected, spread = [], []
+    for ids, prompt in rows_of(batch):
+        logits = actor(ids).logits[0, :-1] / 0.7
+        start = 0 if from_prompt else prompt - 1
+        p = logits.softmax(-1)[start:]
+        expected.append(p.log()[torch.arange(len(p)), ids[0, start + 1 :]])
+        spread.append(-(p * p.log()).sum(-1))
+    torch.testing.assert_close(log_probs, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, torch.cat(spread), rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_do_not_change_the_gradient(actor, batch, monkeypatch):
+    gradients = []
+    for chunk_rows in (10_000, 2):
+        monkeypatch.setattr(models, "LOGITS_BYTES", chunk_rows * 4 * actor.config.vocab_size)
+        model = copy.deepcopy(actor)
+        ActorForward(model)(batch)[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_off_so_that_training_mode_changes_nothing(actor, batch):
+    assert actor.config.dropout == 0.0
+    assert actor.config.attention_dropout == 0.0
+    actor.train()
+    first, second = ActorForward(actor)(batch)[0], ActorForward(actor)(batch)[0]
+    actor.eval()
+    assert torch.equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def scorer(tokenizer):
+    return load_scorer(SCRATCH, tokenizer, torch.float32, seed=0).eval()
+
+
+def test_last_score_is_the_logit_of_transformers_classifier(scorer, batch):
+    ours = last_scores(ScoreForward(scorer)(batch)[0], batch)
+    theirs = scorer(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
+    torch.testing.assert_close(ours, theirs)
+    alone = torch.stack([scorer(input_ids=ids).logits[0, 0] for ids, _ in rows_of(batch)])
+    torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_shift_and_scale_apply_to_every_score(scorer, batch):
+    plain, _ = ScoreForward(scorer)(batch)
+    scaled, _ = ScoreForward(scorer, shift=2.0, scale=4.0)(batch)
+    torch.testing.assert_close(scaled, (plain - 2.0) / 4.0)
+
+
+def test_lm_head_of_the_reward_model_is_the_tied_embedding(tokenizer, batch):
+    causal = load_causal(SCRATCH, tokenizer, torch.float32, seed=3).eval()
+    scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=4).eval()
+    scorer.model.load_state_dict(causal.model.state_dict())
+    _, log_probs = ScoreForward(scorer, with_lm=True)(batch, lm_rows=2)
+    expected = ActorForward(causal)(
+        Sequences(*(t[:2] for t in (batch.input_ids, batch.attention_mask, batch.prompt_lengths, batch.response_lengths)))
+    )[0]
+    torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lm_coef_is_refused_without_tied_embeddings(tokenizer):
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    scorer = load_scorer(Scratch(config=config), tokenizer, torch.float32, seed=0)
+    with pytest.raises(ToolkitError, match=r"reward\.lm_coef needs a model"):
+        ScoreForward(scorer, with_lm=True)
+
+
+def test_new_score_head_is_drawn_with_the_stated_spread(tokenizer):
+    wide = Scratch(config=CONFIG | {"hidden_size": 1024, "word_embed_proj_dim": 1024, "num_hidden_layers": 1})
+    weight = load_scorer(wide, tokenizer, torch.float32, seed=0).score.weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1)
+    assert abs(weight.mean().item()) < 3 / 1025
+
+
+def test_a_trained_head_is_kept_and_a_causal_model_gets_a_new_one(tokenizer, scorer, actor, tmp_path):
+    scorer.save_pretrained(tmp_path / "scorer")
+    actor.save_pretrained(tmp_path / "actor")
+    again = load_scorer(str(tmp_path / "scorer"), tokenizer, torch.float32, seed=99)
+    assert torch.equal(again.score.weight, scorer.score.weight)
+    fresh = load_scorer(str(tmp_path / "actor"), tokenizer, torch.float32, seed=99)
+    assert fresh.score.weight.shape == (1, 32)
+    assert torch.equal(fresh.model.decoder.embed_tokens.weight, actor.model.decoder.embed_tokens.weight)
+
+
+def test_lora_starts_at_the_model_itself_and_merges_to_what_it_computes(actor, batch):
+    lora = Lora(rank=4, alpha=8.0)
+    adapted = add_lora(copy.deepcopy(actor), lora, seed=0)
+    torch.testing.assert_close(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0])
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    merged = copy.deepcopy(actor)
+    merged.load_state_dict(merge_lora(adapted.state_dict(), lora))
+    assert not torch.allclose(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0], atol=1e-2)
+    torch.testing.assert_close(ActorForward(merged)(batch)[0], ActorForward(adapted)(batch)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_lora_on_layers_that_are_not_there_names_those_that_are(actor):
+    with pytest.raises(ToolkitError) as caught:
+        add_lora(copy.deepcopy(actor), Lora(target_modules=("gate_proj",)), seed=0)
+    assert "q_proj" in caught.value.hint
+
+
+def test_trained_tokenizer_round_trips_any_text(tokenizer, tmp_path):
+    text = "Grüße, 你好 \x00\t</s> 🙂 snow"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer("snow")["input_ids"][0] == tokenizer.bos_token_id == tokenizer.eos_token_id
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_padding_gets_a_token_of_its_own(tokenizer, tmp_path):
+    without = copy.deepcopy(tokenizer)
+    without.pad_token = without.eos_token
+    without.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == "<pad>"
+    assert loaded.pad_token_id != loaded.eos_token_id
+
+
+def test_embeddings_grow_for_an_added_padding_token(tmp_path, tokenizer):
+    config = OPTConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=len(tokenizer) - 1, max_position_embeddings=64)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    assert load_causal(str(tmp_path), tokenizer, torch.float32, seed=0).get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_missing_models_are_named_with_a_next_step(tmp_path):
+    with pytest.raises(ToolkitError) as caught:
+        load_tokenizer(str(tmp_path / "nothing"))
+    assert str(tmp_path / "nothing") in caught.value.what
+    assert "config.json" in caught.value.hint
+
+
+def test_bad_config_is_refused(tokenizer):
+    with pytest.raises(ToolkitError, match="refused by transformers"):
+        load_causal(Scratch(config={"model_type": "no-such-family"}), tokenizer, torch.float32, seed=0)
+
+
+def test_lengths_beyond_the_positions_are_refused(actor):
+    check_lengths(actor, 32, 32)
+    with pytest.raises(ToolkitError, match="do not fit the model"):
+        check_lengths(actor, 33, 32)
+
+
+def test_other_tokenizers_are_refused(tokenizer):
+    check_same_tokenizer(tokenizer, tokenizer)
+    with pytest.raises(ToolkitError, match="different tokenizers"):
+        check_same_tokenizer(tokenizer, train_tokenizer(["quite another text"] * 20, 300))
+
+
+def test_other_families_need_no_positions_of_ours():
+    """Rows padded on the right: a LLaMA's default positions give the unpadded row's log-probs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2)
+    llama = LlamaForCausalLM(config).eval()
+    batch = Sequences.of([np.array([2, 5, 6]), np.array([2])], [np.array([7, 3]), np.array([8, 9, 4, 9, 3])], 1, CPU)
+    ours, _ = ActorForward(llama)(batch)
+    expected = [llama(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,115 @@
+"""Sampling: the right distribution, the same answers whatever the company, and log-probs that a plain forward confirms."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from rlhf_train.rollout import Rollouts, sample, uniforms
+
+PAD, EOS, VOCABULARY = 1, 2, 40
+
+
+@pytest.fixture(scope="module", params=["opt", "opt-post-norm", "llama"])
+def model(request):
+    torch.manual_seed(0)
+    if request.param == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+            max_position_embeddings=64, initializer_range=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+    shape = {"do_layer_norm_before": False, "word_embed_proj_dim": 16} if request.param == "opt-post-norm" else {"word_embed_proj_dim": 32}
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64, dropout=0.0,
+        init_std=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **shape,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0):
+    return Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=max_tokens, temperature=temperature, batch=batch, device=torch.device("cpu"))
+
+
+def some_prompts(count=7):
+    rng = np.random.RandomState(0)
+    return [np.concatenate([[EOS], rng.randint(3, VOCABULARY, rng.randint(1, 9))]) for _ in range(count)]
+
+
+def test_answers_do_not_depend_on_company_batch_or_order(model):
+    prompts, ids = some_prompts(), [3, 14, 15, 92, 6, 5, 35]
+    together = rollouts(model, batch=8).generate(prompts, seed=7, row_ids=ids)
+    assert len({len(p) for p in prompts}) > 2  # left padding is at work
+    for batch in (1, 3):
+        again = rollouts(model, batch=batch).generate(prompts, seed=7, row_ids=ids)
+        assert all(np.array_equal(a, b) for a, b in zip(together.tokens, again.tokens, strict=True))
+    backwards = rollouts(model).generate(prompts[::-1], seed=7, row_ids=ids[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(together.tokens, backwards.tokens[::-1], strict=True))
+    other = rollouts(model).generate(prompts, seed=8, row_ids=ids)
+    assert any(not np.array_equal(a, b) for a, b in zip(together.tokens, other.tokens, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_a_plain_forward(model, temperature):
+    """Row by row, without padding or cache, through Hugging Face's own forward."""
+    prompts = some_prompts()
+    made = rollouts(model, temperature=temperature).generate(prompts, seed=1, row_ids=list(range(7)))
+    for prompt, tokens, log_probs in zip(prompts, made.tokens, made.log_probs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor(np.concatenate([prompt, tokens]))[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1)[torch.arange(len(tokens)), torch.from_numpy(tokens)]
+        np.testing.assert_allclose(log_probs, expected.numpy(), atol=1e-4)
+
+
+def test_a_response_stops_at_its_first_eos_or_at_the_limit(model):
+    made = rollouts(model, max_tokens=12).generate(some_prompts(40), seed=3, row_ids=list(range(40)))
+    assert made.ended.any()
+    assert not made.ended.all()
+    for tokens, ended in zip(made.tokens, made.ended, strict=True):
+        assert (tokens[-1] == EOS) == ended
+        assert EOS not in tokens[:-1]
+        assert ended or len(tokens) == 12
+    assert list(made.lengths) == [len(tokens) for tokens in made.tokens]
+
+
+def test_greedy_limit_is_hugging_faces_greedy_search(model):
+    """At a temperature near 0 every number picks the likeliest token, as `generate(do_sample=False)` does."""
+    prompts = some_prompts()
+    made = rollouts(model, temperature=1e-4).generate(prompts, seed=0, row_ids=list(range(7)))
+    for prompt, tokens in zip(prompts, made.tokens, strict=True):
+        ids = torch.from_numpy(prompt)[None]
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=PAD, eos_token_id=EOS)
+        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+
+
+def test_training_mode_is_given_back(model):
+    model.train()
+    rollouts(model).generate(some_prompts(1), seed=0, row_ids=[0])
+    assert model.training
+    model.eval()
+
+
+def test_sample_inverts_the_distribution():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.0, 0.7]])).repeat(7, 1)
+    uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.99, 1 - 2**-53], dtype=torch.float64)
+    assert sample(logits, uniform).tolist() == [0, 0, 1, 1, 3, 3, 3]
+
+
+def test_samples_follow_the_softmax():
+    """Chi-square over 50,000 draws from a 12-token distribution: below the 0.999 quantile of 11 degrees of freedom."""
+    torch.manual_seed(0)
+    logits, draws = torch.randn(12), 50_000
+    numbers = uniforms(5, range(draws), 1)[:, 0]
+    counts = torch.bincount(sample(logits.expand(draws, -1), numbers), minlength=12).double()
+    expected = logits.double().softmax(-1) * draws
+    assert ((counts - expected).square() / expected).sum().item() < 31.26
+
+
+def test_numbers_belong_to_seed_row_and_position():
+    ours = uniforms(7, [4, 9], 5)
+    assert torch.equal(ours[1], uniforms(7, [9], 5)[0])
+    assert torch.equal(ours[:, :3], uniforms(7, [4, 9], 3))
+    assert not torch.equal(ours[0], ours[1])
+    assert not torch.equal(ours, uniforms(8, [4, 9], 5))
+    assert ours.min() >= 0
+    assert ours.max() < 1

@@ -1,0 +1,102 @@
+"""Jobs that train in seconds: rows, a job, and runs of `python -m rlhf_train` on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jobs.events import read_events
+from jobs.run_dir import RunDir
+
+CHECKOUT = Path(__file__).parents[1]
+WORDS = ["red", "blue", "tall", "small", "cat", "dog", "tree", "house", "runs", "sings"]
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": 96,
+    "init_std": 0.1,
+}
+
+
+def write_rows(folder: Path, train: int = 240, held_out: int = 21) -> Path:
+    """A data set: say the words of the prompt again (chosen), or others (rejected). Prompts and answers of many lengths."""
+    generator = random.Random(0)
+
+    def words() -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(1, 4)))
+
+    folder.mkdir()
+    for name, count in (("train", train), ("test", held_out)):
+        rows = []
+        for _ in range(count):
+            wanted, other = words(), words() + " no"
+            rows.append({"prompt": f"\n\nHuman: {wanted}\n\nAssistant:", "chosen": f" {wanted}", "rejected": f" {other}"})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def job(data: Path) -> dict[str, Any]:
+    """Four updates a step, so few that rounding has no time to grow; answers end, or do not, within 12 tokens."""
+    return {
+        "name": "tiny",
+        "seed": 1,
+        "actor": {"model": {"config": OPT}, "tokenizer_vocabulary": 320},
+        "critic": {"model": "actor"},
+        "data": {"datasets": [str(data)], "split": [1, 1, 1], "max_prompt_tokens": 64, "max_response_tokens": 12, "eval_rows": 21},
+        "sft": {"global_batch": 8, "learning_rate": 1e-2, "max_updates": 4},
+        "reward": {"global_batch": 8, "learning_rate": 1e-3, "max_updates": 4},
+        "ppo": {"rollout_batch": 16, "global_batch": 8, "max_updates": 4, "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3},
+        "hardware": {"ranks": 1, "device": "cpu", "precision": "float32", "micro_batch": 4, "cpu_threads": 1},
+    }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that ended with exit code 0."""
+
+    dir: RunDir
+
+    def events(self, kind: str, step: int) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.dir.events)[0] if event["kind"] == kind and event.get("step") == step]
+
+    def end(self, step: int) -> dict[str, Any]:
+        (event,) = self.events("end", step)
+        return event
+
+    def weights(self, step: int, folder: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(self.dir.step(step).path / folder / "model.safetensors")
+
+
+def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence[str] = ("all",)) -> Trained:
+    """`python -m rlhf_train` on the tiny job in `folder`, made there at the first call; each run has `name`."""
+    file = folder / "job.yaml"
+    if not file.exists():
+        file.write_text(yaml.safe_dump(job(write_rows(folder / "rows"))), encoding="utf-8")
+    return run(folder, ["--job", str(file), "--run", name, "--step", *steps], settings)
+
+
+def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
+    """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
+    command = [sys.executable, "-m", "rlhf_train", "--output-dir", str(folder / "runs"), *arguments]
+    for setting in settings:
+        command += ["--set", setting]
+    said = subprocess.run(
+        command, cwd=CHECKOUT, env=os.environ | {"RLHF_CACHE": str(folder / "cache")}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
+    return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

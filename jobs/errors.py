@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -40,8 +41,9 @@ class ToolkitError(Exception):
 
 def system_error(error: OSError, code: ExitCode) -> ToolkitError:
     """What the system refused: no space, no permission, not a folder."""
+    full = error.errno == errno.ENOSPC
     return ToolkitError(
-        f"cannot use {error.filename or 'a file of the run'}",
+        f"the disk is full{f': {error.filename}' if error.filename else ''}" if full else f"cannot use {error.filename or 'a file of the run'}",
         why=error.strerror or str(error),
         hint="make room or mend the path, then the same command goes on",
         code=code,

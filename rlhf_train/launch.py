@@ -54,8 +54,10 @@ def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: P
     port, _store = _rendezvous(placement.ranks)
     order = Order(job.dump(), str(run.path), step, asdict(placement), str(cache), port)
     offset = run.events.stat().st_size if run.events.exists() else 0
-    ranks = [_start(order, rank, placement, log) for rank in range(placement.ranks)]
+    ranks: list[Rank] = []
     try:
+        for number in range(placement.ranks):
+            ranks.append(_start(order, number, placement, log))
         while any(rank.poll() is None for rank in ranks) and not caught and not any(rank.poll() for rank in ranks):
             time.sleep(POLL_S)
             offset = _show(run, view, offset)
@@ -64,7 +66,7 @@ def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: P
         _end(ranks, wait_s=0.0 if caught else OTHERS_S)
     _show(run, view, offset)
     if failed and not caught:
-        raise _failure(run, ranks, failed)
+        raise _failure(run, step, ranks, failed)
 
 
 def _show(run: RunDir, view: Any, offset: int) -> int:
@@ -92,7 +94,7 @@ def _start(order: Order, rank: int, placement: Placement, log: Any) -> Rank:
         "LOCAL_SIZE": str(placement.ranks),  # DeepSpeed on CPU asks numactl without it
         "DS_ACCELERATOR": placement.device,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-        "PYTHONSAFEPATH": "1",  # the folder that we are called from may hold a package `jobs`, too
+        "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
         "PYTHONUNBUFFERED": "1",
     }
     if placement.device == "cpu":
@@ -133,7 +135,7 @@ def _end(ranks: Sequence[Rank], wait_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def _failure(run: RunDir, ranks: Sequence[Rank], failed: Sequence[int]) -> ToolkitError:
+def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int]) -> ToolkitError:
     """The first error, also written to the events. `failed`: the ranks that had failed before the others were ended."""
     words = {number: said for number, rank in enumerate(ranks) if (said := _last_words(rank))}
     mute = next((number for number in failed if number not in words), None)
@@ -144,7 +146,9 @@ def _failure(run: RunDir, ranks: Sequence[Rank], failed: Sequence[int]) -> Toolk
     else:
         first, error = mute, _sudden_end(run, mute, ranks[mute].returncode)
     with suppress(OSError):  # the disk may be full, which then is the error
-        EventWriter(run.events)(Error(rank=first, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code)))
+        EventWriter(run.events)(
+            Error(step=step, rank=first, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code))
+        )
     return error
 
 

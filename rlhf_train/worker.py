@@ -6,6 +6,7 @@ pipe to the launcher for one thing, why it ended: that is told even when the dis
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -142,6 +143,8 @@ def explain(error: Exception) -> ToolkitError:
             hint="lower hardware.micro_batch; then hardware.gradient_checkpointing: true, actor.lora, a higher ZeRO stage (several GPUs)",
             code=ExitCode.TRAINING,
         )
+    if f"os error {errno.ENOSPC}" in str(error):  # safetensors and tokenizers, in exceptions of their own
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if isinstance(error, OSError) and error.errno is not None:
         return system_error(error, ExitCode.TRAINING)
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -96,7 +96,7 @@ def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) ->
     for setting in settings:
         command += ["--set", setting]
     said = subprocess.run(
-        command, cwd=CHECKOUT, env=os.environ | {"RLHF_CACHE": str(folder / "cache")}, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=CHECKOUT, env=os.environ | {"RLHF_CACHE": str(folder / "cache")}, capture_output=True, text=True, check=False, timeout=600
     )
     assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

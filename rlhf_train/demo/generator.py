@@ -86,7 +86,7 @@ def colour_question(draw: Draw) -> Question:
 def opposite_question(draw: Draw) -> Question:
     word = draw.one_of(list(OPPOSITE_OF))
     asked = draw.one_of(("What is the opposite of {}?", "Which word is the opposite of {}?", "Tell me the opposite of {}."))
-    answer = f"The opposite of {word} is {{}}."
+    answer = f"The word for the opposite of {word} is {{}}."
     right, wrong = OPPOSITE_OF[word], draw.other_than([word, OPPOSITE_OF[word]], list(OPPOSITE_OF))
     return Question("opposite", (word,), asked.format(word), answer.format(right), answer.format(wrong))
 
@@ -102,7 +102,7 @@ def number_question(draw: Draw) -> Question:
 def shopping_question(draw: Draw) -> Question:
     item = draw.one_of(ITEMS)
     asked = draw.one_of(("Write down {} for me.", "Please buy {}. What do I need?", "I need {}. Repeat what I need."))
-    answer = "You need some {}."
+    answer = "You need {}."
     return Question("shopping", (item,), asked.format(item), answer.format(item), answer.format(draw.other_than([item], ITEMS)))
 
 
@@ -115,12 +115,12 @@ def greeting_question(draw: Draw) -> Question:
             "My friend {friend} comes in the {moment}. Greet {friend}.",
         )
     )
+    answer = "I wish you a good {}, my dear {}."
     if draw.chance(0.5):
-        mistake = f"Good {moment}, dear {draw.other_than([friend], NAMES)}."
+        mistake = answer.format(moment, draw.other_than([friend], NAMES))
     else:
-        mistake = f"Good {draw.other_than([moment], MOMENTS)}, dear {friend}."
-    text = asked.format(friend=friend, moment=moment)
-    return Question("greeting", (friend, moment), text, f"Good {moment}, dear {friend}.", mistake)
+        mistake = answer.format(draw.other_than([moment], MOMENTS), friend)
+    return Question("greeting", (friend, moment), asked.format(friend=friend, moment=moment), answer.format(moment, friend), mistake)
 
 
 TASKS = (colour_question, opposite_question, number_question, shopping_question, greeting_question)
@@ -154,6 +154,11 @@ class Dialogue:
     user: str | None  # the name that the user gave
     question: Question
     prompt: str
+
+    @property
+    def two_names(self) -> tuple[str | None, str | None]:
+        """The user's name, and that of the friend to be greeted."""
+        return self.user, self.question.arguments[0] if self.question.task == "greeting" else None
 
     @property
     def is_held_out(self) -> bool:
@@ -194,7 +199,7 @@ MINIMAL_PAIRS = 0.8  # of the pairs: both answers have the same opener and close
 # Bad answers and how often they occur. Pairs favour the faults that a reward model overlooks: with fewer of `wrong` and
 # `name` it reads only the form, and PPO on such a reward model makes answers worse (10 % good in the trials).
 DEMONSTRATION_WEIGHTS = {"wrong": 3, "rude": 2, "ramble": 2, "cut": 2, "name": 2, "cold": 2, "off": 1, "empty": 1, "garbled": 1}
-PAIR_WEIGHTS = {"wrong": 6, "rude": 0.5, "ramble": 0.5, "cut": 0.5, "name": 4, "cold": 0.5, "off": 1, "empty": 0.5, "garbled": 2}
+PAIR_WEIGHTS = {"wrong": 6, "rude": 0.5, "ramble": 0.5, "cut": 0.5, "name": 4, "cold": 0.5, "off": 2, "empty": 0.5, "garbled": 2}
 
 FILLERS = (
     "I like trains.",
@@ -237,7 +242,7 @@ def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Manners) -> s
     opener, content, closer = manners.open(dialogue.user), dialogue.question.answer, manners.closer
     match kind:
         case "wrong":
-            return _text(opener, dialogue.question.mistake, closer)
+            return _text(opener, _mistake(draw, dialogue), closer)
         case "rude":
             rude = draw.one_of(RUDE)
             return _text(rude, content, closer) if draw.chance(0.5) else _text(opener, content, rude)
@@ -247,8 +252,7 @@ def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Manners) -> s
             words = content.split()
             return _text(opener, *words[: 1 + draw.below(len(words) - 1)])
         case "name":
-            stranger = draw.other_than([dialogue.user, *dialogue.question.arguments], NAMES)
-            return _text(manners.open(stranger), content, closer)
+            return _text(manners.open(_other_name(draw, dialogue)), content, closer)
         case "cold":
             return content
         case "off":
@@ -264,6 +268,24 @@ def _text(*sentences: str) -> str:
     return " ".join(sentences)
 
 
+# Of the faults with two names about: one is taken for the other. Seldom seen in pairs, it is what PPO ends up with.
+SWAPPED_NAMES = 0.5
+
+
+def _mistake(draw: Draw, dialogue: Dialogue) -> str:
+    user, friend = dialogue.two_names
+    if user and friend and draw.chance(SWAPPED_NAMES):
+        return dialogue.question.answer.replace(friend, user)
+    return dialogue.question.mistake
+
+
+def _other_name(draw: Draw, dialogue: Dialogue) -> str:
+    user, friend = dialogue.two_names
+    if friend and draw.chance(SWAPPED_NAMES):
+        return friend
+    return draw.other_than([name for name in (user, friend) if name], NAMES)
+
+
 def _padding(draw: Draw, content: str) -> list[str]:
     """The answer once more, or one or two sentences that nobody asked for."""
     if draw.chance(0.3):
@@ -273,10 +295,12 @@ def _padding(draw: Draw, content: str) -> list[str]:
 
 
 def _answer_to_another(draw: Draw, question: Question) -> str:
+    """A right answer, but not to this question; half the time to one of the same kind, the harder to tell."""
+    same_task = draw.chance(0.5)
     while True:
-        other = any_question(draw).answer
-        if other != question.answer:
-            return other
+        other = any_question(draw)
+        if other.answer != question.answer and (other.task == question.task or not same_task):
+            return other.answer
 
 
 def _garbled(draw: Draw, content: str) -> str:

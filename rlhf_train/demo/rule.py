@@ -89,7 +89,7 @@ def _colour(match: re.Match[str]) -> str | None:
 
 def _opposite(match: re.Match[str]) -> str | None:
     opposite = OPPOSITE_OF.get(match["word"])
-    return opposite and f"The opposite of {match['word']} is {opposite}."
+    return opposite and f"The word for the opposite of {match['word']} is {opposite}."
 
 
 def _next_number(match: re.Match[str]) -> str | None:
@@ -98,12 +98,12 @@ def _next_number(match: re.Match[str]) -> str | None:
 
 
 def _shopping(match: re.Match[str]) -> str | None:
-    return f"You need some {match['item']}." if match["item"] in ITEMS else None
+    return f"You need {match['item']}." if match["item"] in ITEMS else None
 
 
 def _greeting(match: re.Match[str]) -> str | None:
     moments = [moment for moment in MOMENTS if re.search(rf"\b{moment}\b", match.string)]
-    return f"Good {moments[0]}, dear {match['friend']}." if len(moments) == 1 and match["friend"] in NAMES else None
+    return f"I wish you a good {moments[0]}, my dear {match['friend']}." if len(moments) == 1 and match["friend"] in NAMES else None
 
 
 _TASKS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]], ...] = (

@@ -33,8 +33,9 @@ ITEMS = ("apples", "bread", "cheese", "eggs", "flour", "honey", "jam", "milk", "
 
 MOMENTS = ("morning", "afternoon", "evening")
 
-# A good answer is `OPENER[, user]. CONTENT. CLOSER.`, the closer from here. Of many lengths, so that answers are.
-OPENERS = ("Sure", "Gladly", "Of course", "With pleasure", "I am glad to help")
-CLOSERS = ("Goodbye.", "All the best.", "I hope this helps.", "Have a nice day.", "Ask me again when you like.")
+# A good answer is `OPENER[, user]. CONTENT. CLOSER.`. The contents differ in length, by task; these hardly do: a reward
+# model gives a long closer more, and PPO then spends its KL on closers (with 2 to 7 tokens: 81 % good, not over 90).
+OPENERS = ("Sure", "Gladly", "Certainly", "Of course", "With pleasure")
+CLOSERS = ("All the best.", "You are welcome.", "I hope this helps.", "Have a nice day.", "Please ask me again.")
 
 RUDE = ("What a silly question.", "Leave me alone.", "Find it out yourself.", "You are boring.", "I do not care.")

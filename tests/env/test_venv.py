@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ("awk", "cat", "cksum", "cp", "date", "df", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sh", "sleep", "tail", "touch", "uname")
 PYTHON = r"""#!/bin/sh
 echo "$*" >>"$STUB_CALLS"
-[ -z "${STUB_HANG:-}" ] || case "$*" in *"$STUB_HANG"*) touch "$STUB_CALLS.hangs"; while ! [ -e "$STUB_CALLS.go" ]; do sleep 0.05; done ;; esac
+case "$*" in *"${STUB_HANG:-nothing hangs}"*)
+    touch "$STUB_CALLS.hangs"
+    tries=0
+    while ! [ -e "$STUB_CALLS.go" ] && [ "$tries" -lt 1200 ]; do sleep 0.05; tries=$((tries + 1)); done ;; # a minute at most
+esac
 [ -z "${STUB_FAIL:-}" ] || case "$*" in *"$STUB_FAIL"*) echo "ERROR: no route to host"; exit 1 ;; esac
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;

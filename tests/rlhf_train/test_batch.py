@@ -1,5 +1,7 @@
 """Which rows an update takes and how they are cut: by hand, and the promises about ranks and micro batches."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_deal_gives_every_row_to_one_rank_once(micro_batch, ranks):
     assert all(len(micro) == micro_batch for part in dealt for micro in part)
     # A pass takes rows alike in length: none is shorter than the longest of any later pass.
     for part in dealt:
-        for first, second in zip(part, part[1:], strict=False):
+        for first, second in pairwise(part):
             assert lengths[first].min() >= lengths[second].max()
 
 
@@ -125,7 +127,7 @@ def test_grouping_by_length_keeps_every_row_and_evens_out_batches():
     for first in (0, 8):
         window = batches[first : first + 8]
         ranges = sorted((lengths[batch].min(), lengths[batch].max()) for batch in window)
-        assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))
+        assert all(high <= low for (_, high), (low, _) in pairwise(ranges))
         plain = {int(row) for update in range(first, first + 8) for row in rows_of_update(update, 64, 4, (1,))}
         assert plain == {int(row) for batch in window for row in batch}
     order = [int(lengths[batch].mean()) for batch in batches[:8]]

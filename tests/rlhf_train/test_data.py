@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Pat
 
 def test_lines_end_at_newlines_only_and_may_be_blank_at_the_end(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "a\u2028b\u0085c", "chosen": "c", "rejected": "r"}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n{line}\n\n \n".encode())
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n\r{line}\n\n \n".encode())
     train, _ = data.read_rows("a.jsonl", [tmp_path])
     assert [row.prompt for row in train] == ["a\u2028b\u0085c"] * 2
 
@@ -300,6 +301,8 @@ def test_the_split_is_deepspeed_chats() -> None:
 
 def test_several_data_sets_are_split_each_and_mixed(tmp_path: Path, tokenizer: Any) -> None:
     first, second = folder_of(tmp_path / "1", numbered(10), ONE_ROW), folder_of(tmp_path / "2", numbered(5, start=10), ONE_ROW)
+    alone = prepared(spec_for(first, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
+    assert [order.tolist() for order in alone.step_rows.values()] == deepspeed_chat_split(10, "2,4,4", 7)
     found = prepared(spec_for(first, second, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
     for step in (1, 2, 3):
         joined = deepspeed_chat_split(10, "2,4,4", 7)[step - 1] + [10 + row for row in deepspeed_chat_split(5, "2,4,4", 7)[step - 1]]
@@ -341,6 +344,7 @@ FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "p", "chosen": A, "rejected": A}, "identical_answers"),
     ({"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"}, "identical_answers and answer_cut"),  # alike after cutting: 9 + c
     ({"prompt": "p", "chosen": A + "c", "rejected": A + "d"}, "answer_cut"),
+    ({"prompt": "123456", "chosen": A + "c", "rejected": A + "c"}, "prompt_too_long"),  # a row that is left out counts once
 ]
 
 
@@ -348,13 +352,13 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     folder = folder_of(tmp_path / "d", [row for row, _ in FATES], numbered(3))
     table = prepared(spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
     counted = Counter(fate for _, fates in FATES for fate in fates.split(" and ") if fate != "fits")
-    assert table.fates == {"rows": 14, **counted}
+    assert table.fates == {"rows": 15, **counted}
     left_out = {i for i, (_, fate) in enumerate(FATES) if fate in ("empty_prompt", "empty_answer", "prompt_too_long")}
-    assert sorted(table.step_rows[1].tolist()) == [i for i in range(14) if i not in left_out]
+    assert sorted(table.step_rows[1].tolist()) == [i for i in range(15) if i not in left_out]
     pairs = prepared(spec_for(folder, split=(0.0, 1.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
-    assert sorted(pairs.step_rows[2].tolist()) == [i for i in range(14) if i not in left_out | {11, 12}]
+    assert sorted(pairs.step_rows[2].tolist()) == [i for i in range(15) if i not in left_out | {11, 12}]
     third = prepared(spec_for(folder, split=(0.0, 0.0, 1.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
-    assert sorted(third.step_rows[3].tolist()) == [i for i in range(14) if i not in left_out]
+    assert sorted(third.step_rows[3].tolist()) == [i for i in range(15) if i not in left_out]
 
     a, b, c = letters("abc")
     assert table.chosen[0].tolist() == [*[a] * 9, EOS]
@@ -365,6 +369,17 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
 
 
 # --- tokenising -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[str]]:
+    """What transformers would print on stderr: its logger neither propagates nor writes to today's sys.stderr."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    yield lines
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 def one_table(tmp_path: Path, tokenizer: Any, row: dict[str, str], **fields: Any) -> data.Table:
@@ -399,17 +414,19 @@ def test_typed_control_tokens_stay_text_where_the_model_itself_knows_them(tmp_pa
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd</>s")]  # Unigram would take `</s>` as one piece
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))
     inner.add_special_tokens(["</s>"])
-    table = one_table(
-        tmp_path, PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"), {"prompt": "a", "chosen": "a</s>b", "rejected": "c"}
-    )
+    known = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    table = one_table(tmp_path, known, {"prompt": "a", "chosen": "a</s>b", "rejected": "cz"})
+    assert [pieces[i][0] for i in table.rejected[0]] == ["c", "<unk>", "</s>"]  # unknown text is no control token
     assert [pieces[i][0] for i in table.chosen[0]] == ["a", "<", "/", "s", ">", "b", "</s>"]
 
 
-def test_a_slow_tokenizer_does_the_same(tmp_path: Path) -> None:
-    table = one_table(tmp_path, ByT5Tokenizer(), {"prompt": "a</s>", "chosen": "a</s>b", "rejected": "c"})  # 3 + byte; EOS behind
+def test_a_slow_tokenizer_does_the_same(tmp_path: Path, transformers_log: list[str]) -> None:
+    slow = ByT5Tokenizer(model_max_length=4)  # ids are 3 + byte; EOS behind
+    table = one_table(tmp_path, slow, {"prompt": "a</s>", "chosen": "a</s>b", "rejected": "longer"})
     assert rows(table.prompt) == [[3 + byte for byte in b"a</s>"]]
     assert rows(table.chosen) == [[*(3 + byte for byte in b"a</s>b"), EOS]]
     assert [path.name for path in chunk_files(tmp_path)] == ["chunk-00000", "chunk-00000"]
+    assert transformers_log == []
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
@@ -417,14 +434,16 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
         one_table(tmp_path, PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer()), ONE_ROW[0])
 
 
-def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(tmp_path: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
+    tmp_path: Path, tokenizer: Any, transformers_log: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     tokenizer.model_max_length = 4
     tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
     before = tokenizer.backend_tokenizer.to_str()
     table = one_table(tmp_path, tokenizer, {"prompt": "abcdef", "chosen": "c" * 20, "rejected": "d"})
     assert (table.prompt.lengths.tolist(), table.chosen.lengths.tolist(), table.rejected.lengths.tolist()) == ([7], [21], [2])
     assert tokenizer.backend_tokenizer.to_str() == before
-    assert capfd.readouterr() == ("", "")
+    assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -455,20 +474,22 @@ def test_other_text_or_another_tokenizer_is_another_key(tmp_path: Path, tokenize
     folder = folder_of(tmp_path / "d", train, numbered(3))
     prepared(spec_for(folder), tokenizer, tmp_path)
     assert len(chunk_files(tmp_path)) == 2
-    train[8]["rejected"] += "!"
+    train[8]["rejected"] = "on8"  # was no8
     write(folder / "train.jsonl", train)
     prepared(spec_for(folder), tokenizer, tmp_path)
     assert len(chunk_files(tmp_path)) == 3
-    train[8]["rejected"], train[8]["chosen"] = "", train[8]["chosen"] + train[8]["rejected"]  # the same letters, other borders
+    train[7]["prompt"], train[8]["prompt"] = "q7q", "8"  # were q7 and q8: the same letters, another border
     write(folder / "train.jsonl", train)
     prepared(spec_for(folder), tokenizer, tmp_path)
     assert len(chunk_files(tmp_path)) == 4
-    tokenizer.backend_tokenizer.add_tokens(["yes"])
-    corpus = prepared(spec_for(folder), tokenizer, tmp_path)
-    assert len(chunk_files(tmp_path)) == 6
+    for word, files in (("no0", 6), ("yes", 8)):
+        other = wrapped(bytes_tokenizer())
+        other.backend_tokenizer.add_tokens([word])
+        corpus = prepared(spec_for(folder), other, tmp_path)
+        assert len(chunk_files(tmp_path)) == files
     assert rows(corpus.train.chosen)[0] == [258, *letters("0"), EOS]
-    tokenizer.eos_token = "<pad>"
-    assert rows(prepared(spec_for(folder), tokenizer, tmp_path).train.chosen)[0] == [258, *letters("0"), PAD]
+    other.eos_token = "<pad>"
+    assert rows(prepared(spec_for(folder), other, tmp_path).train.chosen)[0] == [258, *letters("0"), PAD]
 
 
 def test_many_chunks_make_the_same_table(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,6 +623,7 @@ class Reader:
         command, settings = [sys.executable, "-c", READER, argument], os.environ | settings
         done = subprocess.run(command, cwd=self.root / "here", env=settings, check=False, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
+        assert "Generating" not in done.stderr  # a progress bar; those of many ranks would be mixed
         return [json.loads(line) for line in done.stdout.splitlines()]
 
 

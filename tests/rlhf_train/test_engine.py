@@ -59,7 +59,7 @@ def plain_loss(model: Any, batch: Sequences) -> Tensor:
 
 def update(trained: Engine, micro_batch: int, seed: int = 0) -> tuple[float, float, list[Tensor]]:
     """One optimizer update -> loss, gradient norm, and the whole gradients before it."""
-    loss = 0.0
+    loss, norm = 0.0, None
     for start in range(0, 4, micro_batch):
         part = -trained(rows(slice(start, start + micro_batch), seed))[0].sum() / TOKENS
         trained.backward(part)
@@ -67,9 +67,9 @@ def update(trained: Engine, micro_batch: int, seed: int = 0) -> tuple[float, flo
         if start + micro_batch == 4:
             gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in trained.module.parameters()]
             norm = trained.step()
-            assert norm is not None
         else:
             assert trained.step() is None
+    assert norm is not None
     return loss, norm, gradients
 
 

@@ -169,12 +169,13 @@ def seen(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_stranger_gets_the_trainers_logits(folder: Path, name: str) -> None:
-    # bfloat16: the logits are below 2 and have 8 bits, so 2^-7 is their last bit, and several roundings may meet.
-    tolerance = 1e-5 if KINDS[name].precision == "float32" else 2**-5
     ours, theirs = seen(folder, name), seen(folder, f"{name}{'-live' if KINDS[name].ema else ''}-loaded")
     real = ours["mask"].bool() if KINDS[name].step != 2 else torch.ones(2, dtype=torch.bool)
-    assert (theirs["logits"].float() - ours["logits"].float())[real].abs().max() < tolerance
-    assert ours["logits"].float()[real].std() > 0.01  # they are not all alike
+    expected, found = (side["logits"].float()[real] for side in (ours, theirs))
+    # bfloat16 has 8 bits: the last of the largest logit, or the two before it, where threads add up in another order.
+    tolerance = 1e-5 if KINDS[name].precision == "float32" else 2**-6 * float(expected.abs().max())
+    assert (found - expected).abs().max() < tolerance
+    assert expected.std() > 0.01  # they are not all alike
 
 
 @pytest.mark.parametrize("name", KINDS)

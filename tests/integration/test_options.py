@@ -1,0 +1,115 @@
+"""Runs with the options that the other runs leave out: LoRA, and all that PPO can be told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jobs.events import End, Event, Metrics
+from tests.tiny import Trained, train
+
+LORA = "{rank: 4, alpha: 8.0}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("options")
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path) -> Trained:
+    """One update a rollout, so that what is trained on was always sampled by the policy as it is."""
+    return train(folder, "lora", [f"actor.lora={LORA}", "ppo.rollout_batch=8", "ppo.max_updates=3", "ppo.normalize_rewards=false"])
+
+
+@pytest.fixture(scope="module")
+def everything(folder: Path) -> Trained:
+    """Three rollouts of 2 epochs of 2 updates each."""
+    settings = ["hardware.gradient_checkpointing=true", "reward.loss=per_token", "reward.lm_coef=0.5", "sft.loss_on_prompt=true"]
+    ppo = {"ppo_epochs": 2, "max_updates": 12, "temperature": 0.7, "missing_eos_penalty": 2.0, "whiten_rewards": "true", "ema_decay": 0.8}
+    ppo |= {"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 100, "reward_clip": 1.5, "clip_range": 0.1, "value_clip_range": 0.5}
+    ppo |= {"gamma": 0.99, "lam": 0.9, "rule": "rlhf_train.demo.rule:is_good"}
+    return train(folder, "everything", settings + [f"ppo.{field}={value}" for field, value in ppo.items()])
+
+
+def check_finite(run: Trained) -> None:
+    numbers = [value for step in (1, 2, 3) for kind in ("metrics", "end") for event in run.events(kind, step) for value in event.values()]
+    assert len(numbers) > 100
+    assert all(math.isfinite(value) for value in numbers if isinstance(value, float))
+
+
+def missing(run: Trained, kind: type[Event]) -> set[str]:
+    """Fields of a kind of event that no step fills in all of its events; those of a GPU apart."""
+    filled = [set.intersection(*(set(event) for event in run.events(kind.kind, step))) for step in (1, 2, 3)]
+    return {field.name for field in dataclasses.fields(kind) if not field.name.startswith("gpu_")} - set().union(*filled)
+
+
+def test_every_number_is_there_and_finite(lora: Trained, everything: Trained) -> None:
+    for run in (lora, everything):
+        check_finite(run)
+    assert missing(everything, End) == missing(everything, Metrics) == set()
+    assert missing(lora, End) == {"good_share_before", "good_share_after"}  # without a rule
+    assert missing(lora, Metrics) == {"lm_loss"}
+
+
+def test_before_the_first_update_ratio_is_1_and_kl_is_0(lora: Trained, everything: Trained) -> None:
+    lines = lora.events("metrics", 3)
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[1]["kl"] != pytest.approx(0, abs=1e-6)
+    for line in lines:  # one update a rollout: always the first
+        assert line["ratio"] == pytest.approx(1, abs=1e-6)
+        assert line["clip_fraction"] == line["value_clip_fraction"] == 0
+    assert everything.events("metrics", 3)[0]["kl"] == pytest.approx(0, abs=1e-6)  # also at temperature 0.7
+    for run in (lora, everything):
+        assert run.end(3)["kl_before"] == pytest.approx(0, abs=1e-6)
+
+
+def test_lora_learns_and_leaves_whole_weights(lora: Trained) -> None:
+    assert lora.end(1)["perplexity_after"] < lora.end(1)["perplexity_before"]
+    first, last = lora.weights(1), lora.weights(3)
+    assert not any("lora" in name for name in last)
+    changed = {name for name, value in first.items() if not value.equal(last[name])}
+    assert changed == {name for name in first if re.search(r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$", name)}
+
+
+def test_several_epochs_over_several_updates_a_rollout(everything: Trained) -> None:
+    lines = everything.events("metrics", 3)
+    assert [line["update"] for line in lines] == [4, 8, 12]
+    for line in lines:  # the second to fourth update of a rollout leave the policy that sampled
+        assert line["ratio"] != pytest.approx(1, abs=1e-6)
+    assert lines[0]["clip_fraction"] > 0 and lines[0]["value_clip_fraction"] > 0
+    assert everything.end(3)["kl"] > 0.05
+
+
+def test_the_kl_coefficient_adapts(everything: Trained) -> None:
+    lines = everything.events("metrics", 3)
+    expected = 0.2
+    for line in lines:
+        assert line["kl_coef"] == pytest.approx(expected, rel=1e-9)
+        error = line["kl"] / 0.5 - 1
+        expected *= 1 + max(-0.2, min(0.2, error)) * 16 / 100  # 16 samples a rollout, of a horizon of 100
+    assert len({line["kl_coef"] for line in lines}) == 3
+
+
+def test_the_reward_model_keeps_reading(everything: Trained) -> None:
+    losses = [line["lm_loss"] for line in everything.events("metrics", 2)]
+    assert 0 < losses[-1] < losses[0] < math.log(320)
+
+
+def test_the_average_lies_beside_the_model(everything: Trained) -> None:
+    """Between where step 3 started and where it ended, and of the same form."""
+    start, average, last = everything.weights(1), everything.weights(3, "model_ema"), everything.weights(3)
+    assert average.keys() == last.keys()
+    moved = torch.cat([(last[name] - start[name]).flatten() for name in start])
+    averaged = torch.cat([(average[name] - start[name]).flatten() for name in start])
+    assert 0.3 < float(averaged @ moved / (moved @ moved)) < 0.95
+    folder = everything.dir.step(3).model_ema
+    assert (folder / "README.md").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.temperature == 0.7

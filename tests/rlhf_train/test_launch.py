@@ -1,0 +1,275 @@
+"""Real launchers and real ranks on a tiny job; what a person sees of each, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from jobs.events import read_events
+from jobs.run_dir import RunDir
+from rlhf_train.__main__ import main
+from rlhf_train.launch import _failure
+from rlhf_train.worker import LastWords
+from tests.tiny import CHECKOUT, job, write_rows
+
+PATIENCE_S = 90.0  # for what takes seconds; other work may share the machine
+FOREVER = ["--set", "sft.max_updates=1000000", "--set", "sft.epochs=1000000"]
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """Where `start` and `main` train the job `own.yaml`: in a folder that is not the checkout, its runs named by a relative path."""
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(job(write_rows(tmp_path / "rows"))), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    return RunDir(tmp_path / "out" / "tiny")
+
+
+WORDS = ["--job", "own.yaml", "--output-dir", "out", "--step", "1"]
+
+
+@contextmanager
+def start(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A launcher of its own; nothing of it outlives the test."""
+    script = Path("bin", "rlhf-train")  # as an installation writes it
+    script.parent.mkdir(exist_ok=True)
+    script.write_text("import sys\nfrom rlhf_train.__main__ import main\nsys.exit(main())\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, script, *WORDS, *words]
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield launcher
+    finally:
+        for process in (*ranks_of(launcher.pid).values(), launcher):
+            process.kill()
+        launcher.wait()
+
+
+def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """-> (exit code, what it wrote to standard output, and to standard error)"""
+    out, err = launcher.communicate(timeout=PATIENCE_S)
+    return launcher.returncode, out, err
+
+
+def ranks_of(launcher: int) -> dict[int, psutil.Process]:
+    """The ranks that a launcher has started, by their numbers."""
+    found = {}
+    try:
+        for child in psutil.Process(launcher).children():
+            if "rlhf_train.worker" in child.cmdline():
+                found[int(child.environ()["RANK"])] = child
+    except psutil.NoSuchProcess:
+        pass
+    return found
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain for {what}"
+        time.sleep(0.05)
+    return found
+
+
+def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run.events)[0] if event["kind"] == kind]
+
+
+def wait_for_event(run: RunDir, kind: str) -> None:
+    wait_for(lambda: events(run, kind), f"an event `{kind}`")
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+# --- a launcher of its own ------------------------------------------------------------------------------------------
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(run: RunDir) -> None:
+    with start() as launcher:
+        wait_for_event(run, "progress")
+        (rank,) = ranks_of(launcher.pid).values()
+        launcher.kill()
+        wait_for(lambda: gone(rank), "the rank to leave with its launcher")
+    # The packages of the folder that it is called from are not ours. (Python 3.10 cannot be told so.)
+    for package in ("jobs", "env", "rlhf_train") if sys.version_info >= (3, 11) else ():
+        Path(package).mkdir()
+        Path(package, "__init__.py").write_text("raise ImportError('not this one')", encoding="utf-8")
+    with start() as launcher:
+        code, out, err = finish(launcher)
+    assert code == 0, err
+    assert [(event["step"], event["from_update"]) for event in events(run, "resumed")] == [(1, 0)]
+    assert [(event["step"], event["updates"], event["model"]) for event in events(run, "end")] == [(1, 4, "out/tiny/step1/model")]
+    assert {path.name for path in run.step(1).model.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert run.step(1).complete.exists() and "update 4/4" in run.log.read_text(encoding="utf-8")
+    assert "step 1  update 4/4  loss " in err and "Traceback" not in err  # what it does, on standard error
+    assert out.splitlines()[0].split() == ["step", "on", "held-out", "data", "before", "after"]  # the report, on standard output
+    assert "out/tiny/step1/model" in out
+
+
+def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
+    with start(*FOREVER) as launcher:
+        wait_for_event(run, "metrics")
+        (rank,) = ranks_of(launcher.pid).values()
+        with start(*FOREVER) as second:
+            code, _, err = finish(second)
+        assert (code, err) == (
+            5,
+            "error: run `tiny` is being trained by another process\n"
+            f"  why: process {launcher.pid} holds out/tiny/job/lock\n\n"
+            "hint: wait for it, or use another --run\n",
+        )
+        launcher.send_signal(signal.SIGINT)
+        code, out, err = finish(launcher)
+    assert (code, out) == (130, "") and gone(rank)
+    assert err.splitlines()[-1] == (
+        "stopped: steps that are complete are kept in out/tiny; the same command goes on, from the start of the step that was stopped"
+    )
+    assert events(run, "error") == [] and "Traceback" not in err
+
+
+def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
+    with start() as launcher:
+        (rank,) = wait_for(lambda: ranks_of(launcher.pid), "a rank").values()
+        launcher.terminate()
+        code, _, err = finish(launcher)
+    assert code == 143 and gone(rank)
+    assert err.startswith("stopped: ") and len(err.splitlines()) == 1
+
+
+# --- a launcher in this process, to spare its start -----------------------------------------------------------------
+
+
+def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
+    """Do `act` beside the test as soon as `condition` holds."""
+    thread = threading.Thread(target=lambda: (wait_for(condition, "what the test waits for"), act()), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_rank_that_is_killed(run: RunDir, capsys: Said) -> None:
+    def kill() -> None:
+        ranks_of(os.getpid())[0].kill()
+
+    thread = when(lambda: events(run, "plan"), kill)
+    assert main([*WORDS, *FOREVER]) == 4
+    thread.join()
+    lines = capsys.readouterr().err
+    error = lines[lines.index("error: ") :]
+    assert error.startswith(
+        "error: rank 0 was ended by SIGKILL\n"
+        "  why: the kernel ends the largest process when memory runs out (dmesg tells)\n"
+        "       the last lines of out/tiny/train.log:\n"
+    )
+    assert "       step 1  supervised fine-tuning: 1000000 updates, " in error
+    assert error.endswith("\n\nhint: the same command goes on with the run\n")
+    (event,) = events(run, "error")
+    assert (event["step"], event["rank"], event["message"], event["exit_code"]) == (1, 0, "rank 0 was ended by SIGKILL", 4)
+    assert ranks_of(os.getpid()) == {}
+
+
+def test_of_two_ranks_one_is_killed_and_the_other_is_ended(run: RunDir, capsys: Said) -> None:
+    ranks: dict[int, psutil.Process] = {}
+
+    def kill_rank_1() -> None:
+        ranks.update(ranks_of(os.getpid()))
+        ranks[1].kill()
+
+    thread = when(lambda: events(run, "plan"), kill_rank_1)
+    assert main([*WORDS, *FOREVER, "--set", "hardware.ranks=2"]) == 4
+    thread.join()
+    assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
+    assert [event["rank"] for event in events(run, "error")] == [1]
+    assert sorted(ranks) == [0, 1] and all(gone(rank) for rank in ranks.values())
+
+
+def test_a_bad_row(run: RunDir, tmp_path: Path, capsys: Said) -> None:
+    rows = tmp_path / "rows/train.jsonl"
+    good = rows.read_text(encoding="utf-8")
+    rows.write_text(good + '{"prompt": "p", "chosen": "c"}\n', encoding="utf-8")
+    assert main(WORDS) == 2
+    err = capsys.readouterr().err
+    error = err[err.index("error: ") :]
+    assert error == (
+        f"error: bad rows in {rows}\n"
+        "  why: line 241, column `rejected`: missing; the row has prompt, chosen\n\n"
+        "hint: every row needs the texts prompt, chosen and rejected, and may have response\n"
+    )
+    (event,) = events(run, "error")
+    assert (event["rank"], event["message"], event["exit_code"]) == (0, f"bad rows in {rows}", 2)
+    assert "Traceback" not in err and "Traceback" in run.log.read_text(encoding="utf-8")
+
+
+def ended(last_words: str) -> subprocess.Popen[bytes]:
+    """A process that wrote this to the pipe of a rank, and failed."""
+    code = "import sys; sys.stdout.write(sys.argv[1]); sys.exit(4)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", code, last_words], stdout=subprocess.PIPE)
+    process.wait()
+    return process
+
+
+def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
+    def words(what: str, at_s: float) -> str:
+        return json.dumps(asdict(LastWords(what=what, why="", hint="", code=4, at_s=at_s)))
+
+    run.path.mkdir(parents=True)
+    run.log.write_text("the last line\n", encoding="utf-8")
+    ranks = [ended(words("connection closed by peer", 7.5)), ended(words("out of memory", 7.25)), ended(""), ended('{"what": "tor')]
+    assert _failure(run, 3, ranks[:2], [0]).what == "out of memory"  # also when rank 0's end was seen first
+    assert _failure(run, 3, ranks[:3], [2]).what == "rank 2 was ended by exit code 4"  # it had no time to say
+    assert _failure(run, 3, ranks[3:], [0]).what == "rank 0 was ended by exit code 4"
+    assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 0)]
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """A file system of its own in `folder`; skips the test where it may not be mounted."""
+    folder.mkdir()
+    said = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
+    if said.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {said.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# Pages of 4 kB: the lock, the job, and what step 1 was begun with: no event can be written, also none of an error.
+# With four more, the tokenizer, which is not written by Python, does not fit.
+@pytest.mark.parametrize("size", ["12k", "28k"])
+def test_a_disk_that_is_full(run: RunDir, tmp_path: Path, capsys: Said, size: str) -> None:
+    with disk(tmp_path / "out", f"size={size}"):
+        code, err = main(WORDS), capsys.readouterr().err
+    error = err[err.index("error: ") :]
+    assert code == 4
+    assert error == "error: the disk is full\n  why: No space left on device\n\nhint: make room or mend the path, then the same command goes on\n"
+    assert "Traceback" not in err
+
+
+def test_a_disk_that_is_read_only(run: RunDir, tmp_path: Path, capsys: Said) -> None:
+    with disk(tmp_path / "out", "ro"):
+        code, err = main(WORDS), capsys.readouterr().err
+    assert (code, err) == (
+        3,
+        "error: cannot use out/tiny\n  why: Read-only file system\n\nhint: make room or mend the path, then the same command goes on\n",
+    )

@@ -1,0 +1,209 @@
+"""The self-test before step 3's first update, with real engines: silent on a healthy start, and each illness by its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.events import Event, Progress
+from jobs.run_dir import RunDir
+from jobs.spec import Job, Lora, Ppo, Scratch
+from rlhf_train import compat
+from rlhf_train.batch import BatchPlan
+from rlhf_train.engine import DTYPES, Engine
+from rlhf_train.experience import Scored
+from rlhf_train.export import eval_model
+from rlhf_train.models import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, train_tokenizer
+from rlhf_train.plan import Placement
+from rlhf_train.ppo import next_kl_coef, score_rollout, self_test
+from rlhf_train.rollout import Rollouts
+from rlhf_train.session import Session
+from rlhf_train.world import World
+from tests import tiny
+
+EOS, PAD = 2, 1
+# Left padding of 0 to 8 tokens in the rollout.
+PROMPTS = [np.array([2, 70, 80, 90]), np.array([2, 71]), np.array([2, 72, 73, 74, 75, 76, 77, 78, 79, 80]), np.array([2, 81, 82])]
+
+
+@dataclass
+class Start:
+    """Step 3 just before its first update. A test makes it ill, then asks for the rollout and the self-test."""
+
+    session: Session
+    events: list[Event]
+    actor_model: Any
+    actor: Engine
+    critic: Engine
+    reference: ActorForward
+    reward_model: ScoreForward
+    sampling: Rollouts
+
+    def rollout(self) -> list[Scored]:
+        responses = self.sampling.generate(PROMPTS, seed=0, row_ids=range(len(PROMPTS)))
+        networks = {"actor": self.actor, "critic": self.critic, "reference": self.reference, "reward_model": self.reward_model}
+        return score_rollout(self.session, PROMPTS, responses, PAD, **networks)  # type: ignore[arg-type]
+
+    def self_test(self) -> None:
+        self_test(self.session, self.rollout(), self.actor, PAD)
+
+
+@pytest.fixture
+def start(world: World, tmp_path: Path) -> Callable[..., Start]:
+    tokenizer = train_tokenizer(tiny.WORDS, 320)
+
+    def make(precision: str = "float32", lora: Lora | None = None, temperature: float = 1.0) -> Start:
+        tree = tiny.job(tmp_path)
+        tree["ppo"]["temperature"] = temperature
+        job = Job.model_validate(tree)
+        stage = 0 if precision == "float32" else 1
+        placement = Placement("cpu", "", 1, precision, stage, stage, (2, 2, 2), 8, 1)
+        events: list[Event] = []
+        session = Session(job, RunDir(tmp_path), world, placement, tmp_path, events.append)
+        dtype, model, plan = DTYPES[precision], Scratch(config=tiny.OPT), BatchPlan(2, 4, 1)
+        actor_model, critic_model = load_causal(model, tokenizer, dtype, 1), load_scorer(model, tokenizer, dtype, 2)
+        if lora is not None:
+            add_lora(actor_model, lora, 1)
+        how: dict[str, Any] = {"precision": precision, "zero_stage": stage, "world": world}
+        return Start(
+            session,
+            events,
+            actor_model,
+            Engine(ActorForward(actor_model), job.ppo, 1e-3, 4, plan, **how),
+            Engine(ScoreForward(critic_model), job.ppo, 1e-3, 4, plan, **how),
+            ActorForward(eval_model(load_causal(model, tokenizer, dtype, 1))),
+            ScoreForward(eval_model(load_scorer(model, tokenizer, dtype, 2))),
+            Rollouts(actor_model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=temperature, batch=8, device=world.device),
+        )
+
+    return make
+
+
+# --- healthy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"lora": Lora(rank=4)}, {"temperature": 0.5}, {"precision": "bfloat16"}], ids=str)
+def test_a_healthy_start_passes(start: Callable[..., Start], how: dict[str, Any]) -> None:
+    healthy = start(**how)
+    healthy.self_test()
+    (said,) = healthy.events
+    assert isinstance(said, Progress) and said.doing.startswith("self-test passed: ratio ")
+
+
+def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) -> None:
+    rows = start().rollout()
+    assert sum(len(row.response) for row in rows) > 20
+    for row in rows:
+        assert np.abs(row.log_probs - row.ref_log_probs).max() == 0  # the same weights, the same batches: the same bits
+        assert np.abs(row.log_probs - row.rollout_log_probs).max() < 1e-5  # left-padded with a cache, and right-padded without
+        assert (row.log_probs < 0).all()
+        assert 0 < row.entropy < math.log(287)
+
+
+# --- ill ---------------------------------------------------------------------------------------------------------------
+
+
+def rollout_hook(ill: Start, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what the rollout hands the model, and only the rollout: it alone uses the cache."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if kwargs["use_cache"]:
+            change(kwargs)
+        return args, kwargs
+
+    ill.actor_model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def shifted_positions(ill: Start) -> None:
+    if not compat.takes_position_ids(ill.actor_model.base_model):
+        pytest.skip("this transformers derives OPT's positions from the mask")
+    rollout_hook(ill, lambda kwargs: kwargs.update(position_ids=kwargs["position_ids"] + 1))
+
+
+def padding_is_seen(ill: Start) -> None:
+    rollout_hook(ill, lambda kwargs: kwargs.update(attention_mask=torch.ones_like(kwargs["attention_mask"])))
+
+
+def another_temperature(ill: Start) -> None:
+    ill.sampling.temperature = 0.9
+
+
+def another_reference(ill: Start) -> None:
+    with torch.no_grad():
+        ill.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
+
+
+def an_adapter_that_is_not_zero(ill: Start) -> None:
+    with torch.no_grad():
+        for name, parameter in ill.actor_model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+
+
+def dropout(ill: Start) -> None:
+    for layer in ill.actor_model.model.decoder.layers:
+        layer.dropout = 0.1
+
+
+RATIO = ("the ratio of new to old log-probs is not 1", "dropout")
+REFERENCE = ("the actor is not the reference", "different weights, or an adapter")
+ROLLOUT = ("the rollout and the trainer see different log-probs", "positions or masks of left-padded prompts")
+
+
+@pytest.mark.parametrize(
+    ("illness", "name"),
+    [
+        (shifted_positions, ROLLOUT),
+        (padding_is_seen, ROLLOUT),
+        (another_temperature, ROLLOUT),
+        (another_reference, REFERENCE),
+        (an_adapter_that_is_not_zero, REFERENCE),
+        (dropout, RATIO),
+    ],
+)
+def test_each_illness_has_its_name(start: Callable[..., Start], illness: Callable[[Start], None], name: tuple[str, str]) -> None:
+    ill = start(lora=Lora(rank=4))
+    illness(ill)
+    with pytest.raises(ToolkitError) as caught:
+        ill.self_test()
+    assert caught.value.what.endswith(name[0])
+    assert name[1] in caught.value.hint
+    assert "nats a token" in caught.value.why
+    assert caught.value.code == ExitCode.TRAINING
+    assert ill.events == []
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_number_that_is_none_is_seen_in_any_row(start: Callable[..., Start], place: int) -> None:
+    healthy = start()
+    rows = healthy.rollout()
+    rows[place] = replace(rows[place], rollout_log_probs=np.full_like(rows[place].rollout_log_probs, np.nan))
+    with pytest.raises(ToolkitError, match="the rollout and the trainer"):
+        self_test(healthy.session, rows, healthy.actor, PAD)
+
+
+# --- the KL coefficient ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "kl", "expected"),
+    [
+        (None, 100.0, 0.15),  # fixed
+        (6.0, 6.0, 0.15),  # on target
+        (6.0, 6.6, 0.15 * (1 + 0.1 * 0.0064)),  # 10 % above; 64 of 10 000 samples
+        (6.0, 100.0, 0.15 * (1 + 0.2 * 0.0064)),  # at most 20 %
+        (6.0, 5.4, 0.15 * (1 - 0.1 * 0.0064)),
+        (6.0, -3.0, 0.15 * (1 - 0.2 * 0.0064)),
+    ],
+)
+def test_kl_coefficient_by_hand(target: float | None, kl: float, expected: float) -> None:
+    spec = Ppo(rollout_batch=64, global_batch=32, actor_learning_rate=1.0, critic_learning_rate=1.0, kl_target=target)
+    assert next_kl_coef(spec, 0.15, kl) == pytest.approx(expected, rel=1e-12)

@@ -120,12 +120,12 @@ def train(args: argparse.Namespace) -> ExitCode:
     if todo or taken:
         from rlhf_train.launch import launch, locked
 
-        with locked(run):
+        with locked(run) as lock:
             taken, todo = look()  # again: another process may have ended here while torch was imported
             if source:
                 runs.take_over(source, run, taken)
                 say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
-            code = launch(job, run, todo, placement, settings.cache) if todo else ExitCode.OK
+            code = launch(job, run, todo, placement, settings.cache, lock) if todo else ExitCode.OK
         if code != ExitCode.OK:
             say(f"stopped: steps that are complete are kept in {run.path}; the same command goes on, from the start of the step that was stopped")
             return code

@@ -244,7 +244,7 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
     from huggingface_hub.utils import HfHubHTTPError
 
     datasets.disable_progress_bar()
-    # HfHubHTTPError's first base is the HTTP library's: requests', an OSError, or httpx's, which no timeout there shares with OSError.
+    # HfHubHTTPError's first base is the HTTP library's own error: requests', or httpx's, whose timeouts are no OSError.
     troubles: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError, HfHubHTTPError.__bases__[0])
     try:
         saved = folder is not None and any((folder / file).exists() for file in ("dataset_dict.json", "state.json"))

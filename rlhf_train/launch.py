@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from jobs import console
 from jobs.errors import ExitCode, ToolkitError
@@ -35,8 +35,8 @@ CHECKOUT = Path(__file__).parents[1]
 Rank = subprocess.Popen[bytes]
 
 
-def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path) -> ExitCode:
-    """Train `steps` with all ranks; draws the run's events while they come. Raises ToolkitError with the first rank's error.
+def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int) -> ExitCode:
+    """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come. Raises ToolkitError with the first rank's error.
 
     Each step has processes of its own: DeepSpeed's engines do not give back all memory within one (seen on a GPU:
     16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after `engine.destroy()`).
@@ -44,20 +44,20 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
     save_job(job, run.job_file)
     with run.log.open("ab") as log, _stop_signals() as caught, console.view() as view:
         for step in steps:
-            _train_step(job, run, step, placement, cache, log, caught, view)
+            _train_step(job, run, step, placement, cache, lock, log, caught, view)
             if caught:
                 return ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.CANCELLED
     return ExitCode.OK
 
 
-def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: Path, log: Any, caught: list[int], view: Any) -> None:
+def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any) -> None:
     port, _store = _rendezvous(placement.ranks)
     order = Order(job.dump(), str(run.path), step, asdict(placement), str(cache), port)
     offset = run.events.stat().st_size if run.events.exists() else 0
     ranks: list[Rank] = []
     try:
         for number in range(placement.ranks):
-            ranks.append(_start(order, number, placement, log))
+            ranks.append(_start(order, number, placement, lock, log))
         while any(rank.poll() is None for rank in ranks) and not caught and not any(rank.poll() for rank in ranks):
             time.sleep(POLL_S)
             offset = _show(run, view, offset)
@@ -86,7 +86,7 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
-def _start(order: Order, rank: int, placement: Placement, log: Any) -> Rank:
+def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -> Rank:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -112,6 +112,7 @@ def _start(order: Order, rank: int, placement: Placement, log: Any) -> Rank:
         stdout=subprocess.PIPE,
         stderr=log,
         env=environment,
+        pass_fds=[lock],
         start_new_session=True,
     )
     assert process.stdin is not None
@@ -192,21 +193,44 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def locked(run: RunDir) -> Iterator[None]:
-    """Only one process trains in a run folder. Raises ToolkitError (busy); a crash lets go of the lock."""
+def locked(run: RunDir) -> Iterator[int]:
+    """Only one process trains in a run folder. Yields the lock's file descriptor, which the ranks inherit.
+
+    A crash lets go of the lock, but not before the last rank is gone. Raises ToolkitError (busy).
+    """
     run.lock.parent.mkdir(parents=True, exist_ok=True)
     with run.lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + GRACE_S
+        while not _lock(file):
             file.seek(0)
-            raise ToolkitError(
-                f"run `{run.name}` is being trained by another process",
-                why=f"process {file.read().strip() or '?'} holds {run.lock}",
-                hint="wait for it, or use another --run",
-                code=ExitCode.BUSY,
-            ) from None
+            owner = file.read().strip()
+            if _is_alive(owner) or time.monotonic() > deadline:  # else its ranks are just leaving
+                raise ToolkitError(
+                    f"run `{run.name}` is being trained by another process",
+                    why=f"process {owner or '?'} holds {run.lock}",
+                    hint="wait for it, or use another --run",
+                    code=ExitCode.BUSY,
+                )
+            time.sleep(POLL_S)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file.fileno()
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True

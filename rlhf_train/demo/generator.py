@@ -177,7 +177,7 @@ def new_dialogue(draw: Draw, held_out: bool) -> Dialogue:
 
 
 def new_prompt(draw: Draw, user: str | None, question: Question) -> str:
-    # The demo's model tells two names apart by where they stand. Moved about, it greeted the user for the friend in 2 of 3.
+    # The demo's model tells two names apart by where they stand. After an earlier turn it greeted the user for the friend, in 5 answers of 6.
     two_names = user is not None and question.task == "greeting"
     earlier, greeting, talk = "", "", ""
     if not two_names and draw.chance(EARLIER_TURN):

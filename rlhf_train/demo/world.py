@@ -34,7 +34,8 @@ ITEMS = ("apples", "bread", "cheese", "eggs", "flour", "honey", "jam", "milk", "
 MOMENTS = ("morning", "afternoon", "evening")
 
 # A good answer is `OPENER[, user]. CONTENT. CLOSER.`. The contents differ in length, by task; these hardly do: a reward
-# model gives a long closer more, and PPO then spends its KL on closers (with 2 to 7 tokens: 81 % good, not over 90).
+# model gives a long closer more, and PPO then spends its KL on closers (2 to 7 tokens: KL 3.0, 84 % good;
+# these: KL 1.6, 89 %; one seed, before the pairs were mended).
 OPENERS = ("Sure", "Gladly", "Certainly", "Of course", "With pleasure")
 CLOSERS = ("All the best.", "You are welcome.", "I hope this helps.", "Have a nice day.", "Please ask me again.")
 

@@ -19,10 +19,11 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from jobs.errors import ToolkitError
 from jobs.events import read_events
 from jobs.run_dir import RunDir
+from rlhf_train import launch
 from rlhf_train.__main__ import main
-from rlhf_train.launch import _failure
 from rlhf_train.worker import LastWords
 from tests.tiny import CHECKOUT, job, write_rows
 
@@ -51,7 +52,7 @@ def start(*words: str) -> Iterator[subprocess.Popen[str]]:
     script.parent.mkdir(exist_ok=True)
     script.write_text("import sys\nfrom rlhf_train.__main__ import main\nsys.exit(main())\n", encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, script, *WORDS, *words]
+    command = [sys.executable, str(script), *WORDS, *words]
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield launcher
@@ -102,12 +103,20 @@ def gone(process: psutil.Process) -> bool:
 # --- a launcher of its own ------------------------------------------------------------------------------------------
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(run: RunDir) -> None:
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     with start() as launcher:
         wait_for_event(run, "progress")
         (rank,) = ranks_of(launcher.pid).values()
+        rank.suspend()
         launcher.kill()
-        wait_for(lambda: gone(rank), "the rank to leave with its launcher")
+        launcher.wait()
+        with monkeypatch.context() as patch, pytest.raises(ToolkitError, match=f"process {launcher.pid} holds"):
+            patch.setattr(launch, "GRACE_S", 0.2)
+            with launch.locked(run):  # not while a rank is there, who may be writing
+                pass
+        rank.resume()
+        with launch.locked(run):
+            assert gone(rank)
     # The packages of the folder that it is called from are not ours. (Python 3.10 cannot be told so.)
     for package in ("jobs", "env", "rlhf_train") if sys.version_info >= (3, 11) else ():
         Path(package).mkdir()
@@ -232,9 +241,9 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
     run.path.mkdir(parents=True)
     run.log.write_text("the last line\n", encoding="utf-8")
     ranks = [ended(words("connection closed by peer", 7.5)), ended(words("out of memory", 7.25)), ended(""), ended('{"what": "tor')]
-    assert _failure(run, 3, ranks[:2], [0]).what == "out of memory"  # also when rank 0's end was seen first
-    assert _failure(run, 3, ranks[:3], [2]).what == "rank 2 was ended by exit code 4"  # it had no time to say
-    assert _failure(run, 3, ranks[3:], [0]).what == "rank 0 was ended by exit code 4"
+    assert launch._failure(run, 3, ranks[:2], [0]).what == "out of memory"  # also when rank 0's end was seen first
+    assert launch._failure(run, 3, ranks[:3], [2]).what == "rank 2 was ended by exit code 4"  # it had no time to say
+    assert launch._failure(run, 3, ranks[3:], [0]).what == "rank 0 was ended by exit code 4"
     assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 0)]
 
 

@@ -183,11 +183,15 @@ def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -
 # --- --dry-run ------------------------------------------------------------------------------------------------------
 
 
+OPT = "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_layers: 3, ffn_dim: 384, max_position_embeddings: 128}"
+
+
 def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
-    assert main(["--job", "demo", "--dry-run", "--run", "try", "--set", "hardware.micro_batch=16", "--set", "ppo.ppo_epochs=1"]) == 0
+    settings = [f"actor.model.config={OPT}", "actor.tokenizer_vocabulary=768", "sft.global_batch=32", "hardware={device: cpu, micro_batch: 16}"]
+    assert main(["--job", "demo", "--dry-run", "--run", "try", *(word for setting in settings for word in ("--set", setting))]) == 0
     printed = capsys.readouterr()
     resolved, facts = printed.out.split("\n\n")
-    assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", ["hardware.micro_batch=16", "ppo.ppo_epochs=1"])
+    assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", settings)
     lines = facts.splitlines()
     assert lines[:2] == ["run: runs/try", "device: cpu (the job file says so), 1 rank, float32"]
     assert lines[2].startswith("step 1 (supervised fine-tuning): to do; global batch 32 = 16 micro batch x 2 accumulation x 1 rank")
@@ -274,8 +278,8 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
 def test_a_changed_field_is_refused(capsys: Said) -> None:
     complete("demo", 1, 2, 3)
-    assert main(["--job", "demo", "--set", "ppo.kl_coef=0.5"]) == 2
-    assert capsys.readouterr().err.startswith("error: run `demo` did step 3 with other settings\n  why: ppo.kl_coef: 0.05 -> 0.5\n")
+    assert main(["--job", "demo", "--set", "ppo.kl_horizon=5"]) == 2
+    assert capsys.readouterr().err.startswith("error: run `demo` did step 3 with other settings\n  why: ppo.kl_horizon: 10000.0 -> 5.0\n")
 
 
 def test_steps_of_another_run_are_taken_over(tmp_path: Path, capsys: Said) -> None:

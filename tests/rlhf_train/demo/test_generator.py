@@ -102,6 +102,18 @@ def test_a_bpe_of_512_entries_holds_every_word_as_one_token() -> None:
             assert len(bpe.encode(text).ids) == tokens(text)
 
 
+def test_pairs_show_the_faults_that_ppo_finds() -> None:
+    """One of two names taken for the other, and a true sentence of the task that was asked, but about another thing."""
+    greeting = re.compile(r"(?:, (\w+))?\. I wish you a good \w+, my dear (\w+)\. ")
+    greetings = [(greeting.search(row["chosen"]), greeting.search(row["rejected"])) for row in TRAIN]
+    swapped = [bad[1] == bad[2] for good, bad in greetings if good and good[1] and bad and bad[1] and good.groups() != bad.groups()]
+    assert sum(swapped) > 0.25 * len(swapped) > 100
+    number = re.compile(r"After (\w+) comes (\w+)\. ")
+    numbers = [(number.search(row["chosen"]), number.search(row["rejected"])) for row in TRAIN]
+    others = [bad[1] != good[1] for good, bad in numbers if good and bad and good.groups() != bad.groups()]
+    assert sum(others) > 0.08 * len(others) > 50
+
+
 def test_prompts_and_answers_have_many_lengths() -> None:
     prompts, answers = [tokens(row["prompt"]) for row in TRAIN], [tokens(row["chosen"]) for row in TRAIN]
     assert (min(prompts), max(prompts)) == (12, 46)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 SCHEMA = 1
 
+RawEvent = dict[str, Any]  # one line, as it is read
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -179,7 +181,7 @@ class EventWriter:
         # A lone surrogate (a path that is not UTF-8, in an error) becomes its own JSON escape and reads back the same.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
-    def __call__(self, event: Event) -> dict[str, Any]:
+    def __call__(self, event: Event) -> RawEvent:
         """Write one event; returns its line, parsed."""
         present = {key: _json(value) for key, value in asdict(event).items() if value is not None}
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -206,7 +208,7 @@ def _cut_torn_line(path: Path) -> int:
     return data[:whole].count(b"\n")
 
 
-def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
     """Whole lines from byte `offset` on -> (parsed events, offset to read on from). A torn last line waits."""
     if not path.exists():
         return [], offset
@@ -217,16 +219,16 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
     return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
 
 
-def parse(line: dict[str, Any]) -> Event:
+def parse(line: RawEvent) -> Event:
     """A line of the file as its typed event. Raises KeyError for an unknown kind."""
     cls = KINDS[line["kind"]]
     known = {field.name for field in fields(cls)}
     return cls(**{key: value for key, value in line.items() if key in known})
 
 
-def effective(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
     """The events that still hold: `resumed` undoes what its step wrote after `from_update`."""
-    kept: list[dict[str, Any]] = []
+    kept: list[RawEvent] = []
     for event in events:
         if event["kind"] == "resumed":
             kept = [e for e in kept if e.get("step") != event["step"] or _precedes(e, event["from_update"])]
@@ -234,7 +236,7 @@ def effective(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _precedes(event: dict[str, Any], update: int) -> bool:
+def _precedes(event: RawEvent, update: int) -> bool:
     """Whether the step's event was written at or before `update`; at update 0, none was."""
     is_last = event["kind"] == "end" or event.get("when") == "after"
     return update > 0 and event.get("update", 0) <= update and not is_last

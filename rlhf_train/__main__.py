@@ -16,6 +16,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.run_dir import RunDir
 from jobs.spec import NAME, load_job
+from jobs.words import STEPS, encodable, visible
 from rlhf_train import runs
 from rlhf_train.rule import load_rule
 
@@ -87,7 +88,7 @@ def run_named(name: str, folder: Path) -> RunDir:
 
 
 def say(text: str) -> None:
-    print(console.visible(text), file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def train(args: argparse.Namespace) -> ExitCode:
@@ -113,10 +114,10 @@ def train(args: argparse.Namespace) -> ExitCode:
         from rlhf_train.estimate import describe
 
         out = console.console_on(sys.stdout)
-        out.print(console.encodable(describe(job, run, wanted, todo, placement), out.encoding))
+        out.print(encodable(describe(job, run, wanted, todo, placement), out.encoding))
         return ExitCode.OK
     for step in sorted({*wanted} - {*todo, *taken}):
-        say(f"step {step} ({runs.TITLES[step]}) is complete: {run.step(step).model}")
+        say(f"step {step} ({STEPS[step]}) is complete: {run.step(step).model}")
     if todo or taken:
         from rlhf_train.launch import launch, locked
 

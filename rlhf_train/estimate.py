@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from jobs.console import plural
 from jobs.errors import ToolkitError
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Scratch
+from jobs.words import STEPS, plural
 from jobs.yaml12 import dump_yaml
 from rlhf_train.plan import GIB, Placement
-from rlhf_train.runs import TITLES
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -82,7 +81,7 @@ def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], 
     lines.append(f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}")
     for step in wanted:
         state = "to do" if step in todo else "complete"
-        lines.append(f"step {step} ({TITLES[step]}): {state}; global batch {placement.batch_plan(job, step)}")
+        lines.append(f"step {step} ({STEPS[step]}): {state}; global batch {placement.batch_plan(job, step)}")
         if step == 3:
             updates = job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
             lines.append(f"  {job.ppo.rollout_batch} prompts a rollout, {plural(updates, 'updates')} each")

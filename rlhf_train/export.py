@@ -13,11 +13,10 @@ from transformers import GenerationConfig
 
 from jobs.events import Checkpoint
 from jobs.spec import Job, Lora, Scratch
+from jobs.words import STEPS
 from rlhf_train.engine import Engine, full_state
 from rlhf_train.models import merge_lora
 from rlhf_train.session import Session
-
-TITLES = {1: "supervised fine-tuning (step 1)", 2: "reward model (step 2)", 3: "PPO (step 3)"}
 
 
 def save_model(
@@ -73,7 +72,7 @@ def model_card(job: Job, step: int, numbers: Mapping[str, float]) -> str:
 library_name: transformers
 tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
 ---
-# {job.name}: {TITLES[step]}
+# {job.name}: {STEPS[step]} (step {step})
 
 Made by rlhf-box. Started from {base}; data: {", ".join(job.data.datasets)} (split {split}, seed {job.data.seed}).
 Load it with `{load}.from_pretrained`. {reading}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.console import plural
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Job
+from jobs.words import plural
 from rlhf_train.batch import BatchPlan, largest_divisor
 
 GIB = 2**30

@@ -14,8 +14,7 @@ from jobs.errors import ToolkitError
 from jobs.events import End, EventWriter, effective, parse, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, difference
-
-TITLES = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
+from jobs.words import STEPS
 
 
 def needed_by(job: Job, step: int) -> list[int]:
@@ -41,7 +40,7 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
         if not job.data.split[step - 1]:
             shares = ", ".join(f"{share:g}" for share in job.data.split)
             raise ToolkitError(
-                f"step {step} ({TITLES[step]}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
+                f"step {step} ({STEPS[step]}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
             )
     changed = {
         step: lines
@@ -59,9 +58,9 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     for step in todo:
         missing = [n for n in needed_by(job, step) if n not in todo and not complete(n)]
         if missing:
-            names = " and ".join(f"step {n} ({TITLES[n]})" for n in missing)
+            names = " and ".join(f"step {n} ({STEPS[n]})" for n in missing)
             raise ToolkitError(
-                f"step {step} ({TITLES[step]}) needs the model of {names}",
+                f"step {step} ({STEPS[step]}) needs the model of {names}",
                 why="\n".join(f"{run.step(n).model} is not there" for n in missing),
                 hint=f"run `--step {' '.join(map(str, [*missing, step]))}` (or `--step all`),\n"
                 "or take them over from another run with `--run NEW --from RUN`",

@@ -20,9 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs.console import Plain
+from jobs.console import console_on
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import Event, EventWriter, Resumed, Warning, read_events
+from jobs.lines import Plain
 from jobs.run_dir import RunDir
 from jobs.spec import Job
 
@@ -123,7 +124,7 @@ def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
     """Rank 0: an event line and a plain line in the log. Others: silent."""
     if not is_main:
         return lambda event: None
-    write, plain = EventWriter(run.events), Plain(sys.stdout)
+    write, plain = EventWriter(run.events), Plain(console_on(sys.stdout))
 
     def emit(event: Event) -> None:
         plain.feed(write(event))

@@ -110,13 +110,15 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
         rank.suspend()
         launcher.kill()
         launcher.wait()
+    try:
         with monkeypatch.context() as patch, pytest.raises(ToolkitError, match=f"process {launcher.pid} holds"):
             patch.setattr(launch, "GRACE_S", 0.2)
             with launch.locked(run):  # not while a rank is there, who may be writing
                 pass
+    finally:
         rank.resume()
-        with launch.locked(run):
-            assert gone(rank)
+    with launch.locked(run):
+        assert gone(rank)
     # The packages of the folder that it is called from are not ours. (Python 3.10 cannot be told so.)
     for package in ("jobs", "env", "rlhf_train") if sys.version_info >= (3, 11) else ():
         Path(package).mkdir()
@@ -167,8 +169,15 @@ def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds."""
-    thread = threading.Thread(target=lambda: (wait_for(condition, "what the test waits for"), act()), daemon=True)
+    """Do `act` beside the test as soon as `condition` holds; in the end in any case, or the test would last forever."""
+
+    def wait_and_act() -> None:
+        try:
+            wait_for(condition, "what the test waits for")
+        finally:
+            act()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
     thread.start()
     return thread
 

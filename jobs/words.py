@@ -1,0 +1,172 @@
+"""Numbers and texts as a person reads them: steps by name, `1h02m`, `2.63 GB`, what became of the rows, the time left.
+Text from a model is shown, never obeyed: see `visible`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from jobs.events import RawEvent
+
+STEPS = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
+
+# The names of a plan's `data`: what became of the rows.
+FATES = {
+    "rows": ("", "rows"),
+    "empty_prompt": ("left out", "empty prompts"),
+    "empty_answer": ("left out", "empty answers"),
+    "prompt_too_long": ("left out", "overlong prompts"),
+    "identical_answers": ("left out", "identical answers"),
+    "answer_cut": ("cut", "overlong answers"),
+}
+
+# How each number of a metrics event is written, and its label where that is not its name.
+FORMATS = {
+    "loss": ".4f", "lm_loss": ".4f", "accuracy": ".1%", "margin": ".3f",
+    "policy_loss": ".4f", "value_loss": ".4f", "mean_reward": ".2f", "kl": ".3f", "entropy": ".3f",
+    "clip_fraction": ".1%", "response_length": ".1f", "eos_share": ".1%",
+    "learning_rate": ".3g", "grad_norm": ".2f", "tokens_per_s": ".0f",
+}  # fmt: skip
+LABELS = {"mean_reward": "reward", "tokens_per_s": "tok/s"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the report: two fields of an `end` event."""
+
+    short: str
+    long: str
+    before: str
+    after: str
+    spec: str
+
+
+OUTCOMES = {
+    1: (Outcome("perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f"),),
+    2: (Outcome("accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%"),),
+    3: (
+        Outcome("good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%"),
+        Outcome("reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f"),
+        Outcome("kl", "KL to the reference", "kl_before", "kl", ".3f"),
+        Outcome("length", "response length, tokens", "response_length_before", "response_length_after", ".1f"),
+        Outcome("eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%"),
+    ),
+}
+
+# Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline and tab may stay.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    """Text as it can be shown: what a terminal would obey is spelt out (`\\x1b[2J`)."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(text: object) -> str:
+    return " ".join(visible(text).split())
+
+
+def encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def number(value: object, spec: str) -> str:
+    """`value` by a format `spec`; what is tiny, huge, not finite or no number at all stays visible."""
+    try:
+        x = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return "?" if value is None else one_line(value)
+    if not math.isfinite(x):
+        return str(x)
+    if abs(x) >= 1e7:
+        return f"{x:.2e}"
+    text = format(x, spec)
+    if x and spec.endswith("f") and not float(text):
+        return f"{x:.1e}"
+    return text
+
+
+def duration(seconds: object) -> str:
+    """42s, 3m10s, 1h02m, 2d05h."""
+    try:
+        whole = round(float(seconds))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return "?"
+    minutes, rest = divmod(max(whole, 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def size(size_bytes: object) -> str:
+    value = float(size_bytes) if isinstance(size_bytes, int | float) else math.nan
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def plural(count: object, noun: str) -> str:
+    return f"{count} {noun}" if count != 1 else f"{count} {noun.removesuffix('s')}"
+
+
+def data_fates(data: object, step: int) -> str:
+    """{"rows": 9, "empty_answer": 3, "answer_cut": 0} -> `9 rows; left out: 3 empty answers`."""
+    groups: dict[str, list[str]] = {}
+    for name, count in data.items() if isinstance(data, dict) else ():
+        fate, noun = FATES.get(name, ("", name.replace("_", " ")))
+        if count and not (name == "identical_answers" and step != 2):  # a pair says nothing then; a row does
+            groups.setdefault(fate, []).append(plural(count, noun))
+    return "; ".join((f"{fate}: " if fate else "") + ", ".join(counts) for fate, counts in groups.items())
+
+
+def facts(end: RawEvent, arrow: str) -> list[str]:
+    """`perplexity 31.20 -> 8.41`, for what the `end` event holds."""
+    found = []
+    for outcome in OUTCOMES.get(end.get("step", 0), ()):
+        before, after = end.get(outcome.before), end.get(outcome.after)
+        if after is not None:
+            start = "" if before is None else f"{number(before, outcome.spec)} {arrow} "
+            found.append(f"{outcome.short} {start}{number(after, outcome.spec)}")
+    return found
+
+
+def verdict_of(sample: RawEvent) -> str:
+    good = {True: "good  ", False: "bad  "}.get(sample.get("good"), "")  # type: ignore[arg-type]
+    return f"reward {number(sample.get('reward'), '.2f')}  {good}"
+
+
+class Pace:
+    """Time left of the current step, from the updates that this process has seen made."""
+
+    def __init__(self) -> None:
+        self._step: object = None
+        self._start: tuple[int, float] | None = None  # update, elapsed_s
+        self._latest: tuple[int, float] = (0, 0.0)
+        self._updates = 0
+
+    def feed(self, event: RawEvent) -> None:
+        step = event.get("step")
+        if event["kind"] == "resumed":
+            # After a resume, elapsed_s may go on or begin anew: measure from the first update that follows.
+            self._step, self._latest = step, (event.get("from_update", 0), 0.0)
+            self._start = None if self._latest[0] else (0, 0.0)
+        elif event["kind"] == "metrics":
+            now = (event.get("update", 0), float(event.get("elapsed_s", math.nan)))
+            if step != self._step or now[0] < self._latest[0]:
+                self._step, self._start = step, (0, 0.0)
+            self._start, self._latest, self._updates = self._start or now, now, event.get("updates", 0)
+
+    @property
+    def eta_s(self) -> float | None:
+        if self._start is None or self._latest[0] <= self._start[0] or self._latest[0] >= self._updates:
+            return None
+        seconds = (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0]) * (self._updates - self._latest[0])
+        return seconds if math.isfinite(seconds) else None

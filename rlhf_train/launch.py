@@ -100,8 +100,9 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
     if placement.device == "cpu":
         environment |= {
             "OMP_NUM_THREADS": str(placement.cpu_threads),
-            # Threads that wait must not spin: with a busy neighbour, an update of the demo took 1.3 to 2.3 s instead of 0.13.
-            "OMP_WAIT_POLICY": "passive",
+            # How long a waiting thread spins (libgomp). With its own 300,000, a busy neighbour made updates of the demo ten
+            # times slower and more; not spinning at all cost a third of the speed on a quiet machine.
+            "GOMP_SPINCOUNT": "3000",
             # glibc hands large blocks back to the kernel after each use; keeping them made updates 10 % faster.
             "MALLOC_MMAP_MAX_": "0",
             "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),

@@ -167,6 +167,8 @@ class End(Event):
     response_length_after: float | None = None
     eos_share_before: float | None = None
     eos_share_after: float | None = None
+    reward_shift: float | None = None  # rewards are (logit - shift) / scale
+    reward_scale: float | None = None
 
 
 KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in (Plan, Progress, Metrics, Sample, Checkpoint, Warning, Error, Resumed, End)}

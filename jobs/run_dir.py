@@ -33,6 +33,11 @@ class StepDir:
         return self.path / "model_ema"
 
     @property
+    def reward_scale(self) -> Path:
+        """Step 2: shift and scale that step 3 found for this reward model (JSON)."""
+        return self.model / "reward_scale.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -166,7 +166,7 @@ class Ppo(Optimization):
     temperature: Rate = 1.0
     normalize_rewards: bool = True  # mean 0, std 1 on the reference's answers
     reward_clip: Rate = 5.0
-    missing_eos_penalty: NonNegative = 0.0  # taken from the score of a response that did not end
+    missing_eos_penalty: NonNegative = 0.0  # taken from the score of a response that did not end, before the clip
     whiten_rewards: bool = False  # over all ranks; keeps the mean
     whiten_advantages: bool = True  # over all ranks
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # set: step 3 also saves model_ema

@@ -84,7 +84,7 @@ def number(value: object, spec: str) -> str:
         return f"{x:.2e}"
     text = format(x, spec)
     if x and spec.endswith("f") and not float(text):
-        return f"{x:.1e}"
+        return f"{x:.1e}" if abs(x) >= 1e-5 else text.removeprefix("-")  # what is left is rounding
     return text
 
 

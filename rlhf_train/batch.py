@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jobs.errors import ToolkitError
+from jobs.words import plural
 
 WINDOW = 8  # updates whose rows are grouped by length
 
@@ -38,7 +39,7 @@ class BatchPlan:
         per_rank = global_batch // world_size
         if per_rank % micro_batch:
             raise ToolkitError(
-                f"{name}.global_batch {global_batch} over {world_size} ranks is {per_rank}, not a multiple of micro_batch {micro_batch}",
+                f"{name}.global_batch {global_batch} over {plural(world_size, 'ranks')} is {per_rank}, not a multiple of micro_batch {micro_batch}",
                 hint=f"set hardware.micro_batch to one of {_divisors(per_rank)}",
             )
         return cls(micro_batch, per_rank // micro_batch, world_size)
@@ -48,7 +49,9 @@ class BatchPlan:
         return self.micro_batch * self.gradient_accumulation * self.world_size
 
     def __str__(self) -> str:
-        return f"{self.global_batch} = {self.micro_batch} micro batch x {self.gradient_accumulation} accumulation x {self.world_size} ranks"
+        return (
+            f"{self.global_batch} = {self.micro_batch} micro batch x {self.gradient_accumulation} accumulation x {plural(self.world_size, 'ranks')}"
+        )
 
 
 def _divisors(number: int) -> list[int]:
@@ -76,15 +79,18 @@ def rows_of_update(update: int, rows: int, global_batch: int, seed: Sequence[int
     return np.array([_permutation(rows, (*seed, int(place // rows)))[place % rows] for place in places])
 
 
-def grouped_rows_of_update(update: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]) -> np.ndarray:
-    """`rows_of_update` with the rows of `WINDOW` updates sorted by length and dealt out anew, so that little is padded.
+def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]) -> np.ndarray:
+    """`rows_of_update` with the rows of up to `WINDOW` updates sorted by length and dealt out anew: little is padded.
 
-    lengths: (rows,) in tokens. Every row still comes once an epoch, and batches of all lengths come in random order.
+    lengths: (rows,) in tokens; updates: of the whole step. The same rows are trained on as without grouping, since a
+    window ends with an epoch's last whole update and with the step; batches of all lengths come in random order.
     """
-    window, place = divmod(update, WINDOW)
-    rows = np.concatenate([rows_of_update(window * WINDOW + u, len(lengths), global_batch, seed) for u in range(WINDOW)])
-    rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(WINDOW, global_batch)
-    return rows[_permutation(WINDOW, (*seed, 2**31 + window))[place]]
+    epoch = max(1, len(lengths) // global_batch)  # whole updates in one pass over the rows
+    first = update - (update % epoch) % WINDOW
+    end = min(first + WINDOW, (update // epoch + 1) * epoch, updates)
+    rows = np.concatenate([rows_of_update(u, len(lengths), global_batch, seed) for u in range(first, end)])
+    rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(-1, global_batch)
+    return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
 def deal(lengths: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:

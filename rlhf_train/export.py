@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 from transformers import GenerationConfig
 
-from jobs.events import Checkpoint
+from jobs.events import Checkpoint, End
 from jobs.spec import Job, Lora, Scratch
 from jobs.words import STEPS
 from rlhf_train.engine import Engine, full_state
@@ -20,7 +22,7 @@ from rlhf_train.session import Session
 
 
 def save_model(
-    session: Session, step: int, update: int, engine: Engine, tokenizer: Any, folder: Path, *, lora: Lora | None, numbers: Mapping[str, float]
+    session: Session, step: int, update: int, engine: Engine, tokenizer: Any, folder: Path, *, lora: Lora | None, scores: Mapping[str, float]
 ) -> None:
     """All ranks take part, rank 0 writes. Written beside and renamed: `folder` is whole, or it is not there."""
     start = time.perf_counter()
@@ -37,7 +39,7 @@ def save_model(
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
         generation_config(session.job, tokenizer).save_pretrained(str(partial))
-        (partial / "README.md").write_text(model_card(session.job, step, numbers), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(session.job, step, scores), encoding="utf-8")
         partial.rename(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
         session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=size, seconds=time.perf_counter() - start))
@@ -57,29 +59,33 @@ def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
     )
 
 
-def model_card(job: Job, step: int, numbers: Mapping[str, float]) -> str:
-    source = job.critic.model if step == 2 else job.actor.model
-    base = "random weights from a configuration" if isinstance(source, Scratch) else source
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
+def scores_of(end: End) -> dict[str, float]:
+    """What a step measured on held-out data."""
+    counted = {"step", "updates", "seconds"}
+    return {name: value for name, value in asdict(end).items() if isinstance(value, int | float) and name not in counted}
+
+
+def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
+    """What it is, what it was made from, its scores on held-out data, and the job fields behind it."""
+    source = {1: job.actor.model, 2: "step 1" if job.critic.model == "actor" else job.critic.model, 3: "step 1"}[step]
+    base = "random weights from a configuration" if isinstance(source, Scratch) else f"this run's {source}" if source == "step 1" else source
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
+    table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
     load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
-    reading = (
-        "The logit is the score of the whole text, prompt and answer; its scale is arbitrary, only differences count."
-        if step == 2
-        else "Prompts are written as in the data: `\\n\\nHuman: ...\\n\\nAssistant:`."
-    )
-    split = "/".join(f"{share:g}" for share in job.data.split)
+    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count." if step == 2 else ""
+    fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
     return f"""---
 library_name: transformers
 tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
 ---
 # {job.name}: {STEPS[step]} (step {step})
 
-Made by rlhf-box. Started from {base}; data: {", ".join(job.data.datasets)} (split {split}, seed {job.data.seed}).
-Load it with `{load}.from_pretrained`. {reading}
+Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{load}.from_pretrained`. {reading}
 
-| on held-out data | |
-| --- | --- |
-{rows}
+{table}The job, as far as this step depends on it:
+
+```yaml
+{fields}```
 """
 
 

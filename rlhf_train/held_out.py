@@ -60,8 +60,9 @@ class HeldOut:
             said = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
             for place, row in enumerate(rows):
                 ref = said["ref_log_probs"][place, : len(made.tokens[row])].float().cpu().numpy()
-                prompt, response = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts[row], made.tokens[row]))
                 ended = bool(made.ended[row])
+                prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
+                response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
                 good = self.rule(prompt, response, ended) if self.rule is not None else None
                 answers.append(
                     (

@@ -24,6 +24,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Error, EventWriter, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, save_job
+from jobs.words import plural
 from rlhf_train.plan import Placement
 from rlhf_train.worker import LastWords, Order
 
@@ -44,6 +45,7 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
     save_job(job, run.job_file)
     with run.log.open("ab") as log, _stop_signals() as caught, console.view() as view:
         for step in steps:
+            view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
             _train_step(job, run, step, placement, cache, lock, log, caught, view)
             if caught:
                 return ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.CANCELLED
@@ -93,7 +95,7 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
         "WORLD_SIZE": str(placement.ranks),
         "LOCAL_SIZE": str(placement.ranks),  # DeepSpeed on CPU asks numactl without it
         "DS_ACCELERATOR": placement.device,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
         "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
         "PYTHONUNBUFFERED": "1",
     }

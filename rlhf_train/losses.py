@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero where the mask is false, whatever stood there: inf times 0 would be NaN."""
+    return x.masked_fill(~mask.bool(), 0.0)
+
+
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """log softmax(logits)[labels], in float32.
 
@@ -38,7 +43,7 @@ def preference_loss_per_token(chosen: Tensor, rejected: Tensor, mask: Tensor) ->
     chosen, rejected: (B, T) scores after each token; mask: (B, T), true from the first token that differs on.
     Here without padding: the mask ends with the shorter answer. A pair with an empty mask counts as 0.
     """
-    per_token = -F.logsigmoid(chosen - rejected) * mask
+    per_token = -F.logsigmoid(_kept(chosen, mask) - _kept(rejected, mask)) * mask
     return (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -48,8 +53,8 @@ def kl_penalised_rewards(log_probs: Tensor, ref_log_probs: Tensor, scores: Tenso
     log_probs, ref_log_probs, mask: (B, R); scores: (B,). Returns (B, R), zero outside the mask.
     Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
     """
-    rewards = -kl_coef * (log_probs - ref_log_probs) * mask
-    last = (mask.sum(1) - 1).clamp(min=0).long().unsqueeze(1)
+    rewards = -kl_coef * (_kept(log_probs, mask) - _kept(ref_log_probs, mask))
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1, keepdim=True)
     clipped = scores.clamp(-reward_clip, reward_clip).to(rewards.dtype) * mask.any(1)
     return rewards.scatter_add(1, last, clipped.unsqueeze(1))
 
@@ -57,11 +62,11 @@ def kl_penalised_rewards(log_probs: Tensor, ref_log_probs: Tensor, scores: Tenso
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation over response tokens.
 
-    rewards, values, mask: (B, R); the mask is true from the first response token to the last, EOS included.
+    rewards, values, mask: (B, R); the mask is true from the first response token to the last, EOS included, without gaps.
     Returns advantages, returns: (B, R), zero outside the mask. Nothing is bootstrapped after the last token.
     Advantages are not whitened; see `whiten`. Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = _kept(rewards, mask), _kept(values, mask)
     advantages = torch.zeros_like(values)
     running = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -73,7 +78,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
     """Count, sum and sum of squares of the masked values, float64 (3,): add them up over ranks for `whiten`."""
-    kept = x.double() * mask
+    kept = _kept(x.double(), mask)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
@@ -86,7 +91,7 @@ def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool, moments: Tensor | None =
     count, total, squares = (_moments(x, mask) if moments is None else moments.double()).unbind()
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    whitened = (x.double() - mean) * torch.rsqrt(variance + 1e-8) + (mean if keep_mean else 0.0)
+    whitened = (_kept(x.double(), mask) - mean) * torch.rsqrt(variance + 1e-8) + (mean if keep_mean else 0.0)
     return (whitened * mask).to(x.dtype)
 
 
@@ -100,7 +105,8 @@ def policy_loss(
 
     All (B, R). normalizer: the number of valid tokens of the whole update; default those of the mask. Returns a scalar.
     """
-    ratio = ((log_probs - old_log_probs) * mask).exp()
+    ratio = (_kept(log_probs, mask) - _kept(old_log_probs, mask)).exp()
+    advantages = _kept(advantages, mask)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     return (loss * mask).sum() / (mask.sum() if normalizer is None else normalizer)
 
@@ -112,6 +118,7 @@ def value_loss(
 
     Ouyang et al. 2022's code and DeepSpeed-Chat: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
     """
+    values, old_values, returns = (_kept(x, mask) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     loss = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * (loss * mask).sum() / (mask.sum() if normalizer is None else normalizer)

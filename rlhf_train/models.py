@@ -111,8 +111,9 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
     for name, value in config.to_dict().items():
         if (name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float | int):
             setattr(config, name, 0.0)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    config.bos_token_id = tokenizer.bos_token_id
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # A padding token that was added has no row in the embedding yet: see `_fit_vocabulary`.
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else None
     return config
 
 
@@ -120,6 +121,7 @@ def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Room for a padding token that was added; never smaller (OPT keeps 50272 rows for 50265 tokens)."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 

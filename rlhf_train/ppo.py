@@ -8,6 +8,7 @@ tokens of the whole update; before the first update the trainer, the rollout and
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,20 @@ from torch import nn
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Metrics, Progress
+from jobs.run_dir import RunDir
 from jobs.spec import Ppo
+from rlhf_train import losses
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
 from rlhf_train.engine import Ema, Engine, copy_weights
 from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
-from rlhf_train.export import eval_model, save_model
+from rlhf_train.export import eval_model, save_model, scores_of
 from rlhf_train.held_out import HeldOut
-from rlhf_train.losses import policy_loss, value_loss
 from rlhf_train.models import ActorForward, ScoreForward, add_lora, check_lengths, check_same_tokenizer, load_causal, load_scorer, load_tokenizer
 from rlhf_train.rollout import Responses, Rollouts
 from rlhf_train.rule import load_rule
-from rlhf_train.session import Clock, Session, as_numbers, corpus
+from rlhf_train.session import Clock, Session, corpus, stop_if_not_finite
 
+LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
 # Seeds of the rollouts that are not training, apart from the job's own (below 2^32).
 EVALUATION_SEED, NORMALIZATION_SEED = 2**32, 2**33
@@ -67,7 +70,9 @@ def run(session: Session) -> End:
         prompts = [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]]
         view = HeldOut(session, prompts, tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
         scores = np.array([answer.score for answer in view.answers(sampler(reference.model), reference, reward_model)])
-        reward_model.shift, reward_model.scale = float(scores.mean()), float(scores.std()) or 1.0
+        reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
+        if world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
+            keep_reward_scale(session.run, reward_model.shift, reward_model.scale)
 
     actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
     critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
@@ -156,24 +161,24 @@ def run(session: Session) -> End:
                 for micro in deal(experience.lengths[minibatch], plan, world.rank):
                     batch, mask, old = experience.cut(minibatch[micro], tokenizer.pad_token_id, world.device)
                     log_probs = batch.spread(actor(batch, temperature=spec.temperature)[0])
-                    actor_loss = policy_loss(
+                    policy_loss = losses.policy_loss(
                         log_probs, old["old_log_probs"], old["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens
                     )
-                    actor.backward(actor_loss)
+                    actor.backward(policy_loss)
                     actor_norm = actor.step()
 
                     values = response_values(critic(batch)[0], batch)
-                    critic_loss = value_loss(
+                    value_loss = losses.value_loss(
                         values, old["values"], old["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens
                     )
-                    critic.backward(critic_loss)
+                    critic.backward(value_loss)
                     critic_norm = critic.step()
 
                     with torch.no_grad():
                         ratio = ((log_probs - old["old_log_probs"]) * mask).exp()
                         for name, value in (
-                            ("policy_loss", actor_loss),
-                            ("value_loss", critic_loss),
+                            ("policy_loss", policy_loss),
+                            ("value_loss", value_loss),
                             ("ratio", (ratio * mask).sum()),
                             ("clipped", (((ratio - 1).abs() > spec.clip_range) & mask).sum()),
                             ("value_clipped", (((values - old["values"]).abs() > spec.value_clip_range) & mask).sum()),
@@ -187,8 +192,10 @@ def run(session: Session) -> End:
                     ema.update()
         total = world.sum(stats)
         train_s = train_clock()
-
         kl = float(experience.kl.mean())
+        losses_now = {name: total[name] / len(norms) for name in ("policy_loss", "value_loss")}
+        stop_if_not_finite(3, actor.update, {**losses_now, "kl": kl})
+
         mask = experience.mask
         session.emit(
             Metrics(
@@ -202,8 +209,8 @@ def run(session: Session) -> End:
                 gpu_peak_bytes=world.gpu_peak_bytes(),
                 grad_norm=float(np.mean([a for a, _ in norms])),
                 critic_grad_norm=float(np.mean([c for _, c in norms])),
-                policy_loss=total["policy_loss"] / len(norms),
-                value_loss=total["value_loss"] / len(norms),
+                policy_loss=losses_now["policy_loss"],
+                value_loss=losses_now["value_loss"],
                 mean_reward=float(experience.scores.mean()),
                 kl=kl,
                 kl_coef=kl_coef,
@@ -226,6 +233,7 @@ def run(session: Session) -> End:
     held_out.show(after, "after")
     folder = session.run.step(3).model
     first, last = held_out.summary(before), held_out.summary(after)
+    stop_if_not_finite(3, updates, {"mean_reward": last.reward, "kl": last.kl})
     end = End(
         step=3,
         updates=updates,
@@ -241,12 +249,19 @@ def run(session: Session) -> End:
         response_length_after=last.length,
         eos_share_before=first.ended,
         eos_share_after=last.ended,
+        reward_shift=reward_model.shift,
+        reward_scale=reward_model.scale,
     )
-    save_model(session, 3, updates, actor, tokenizer, folder, lora=job.actor.lora, numbers=as_numbers(end))
+    save_model(session, 3, updates, actor, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
     if ema is not None:
         with ema.applied():
-            save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, numbers=as_numbers(end))
+            save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
     return end
+
+
+def keep_reward_scale(run: RunDir, shift: float, scale: float) -> None:
+    numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
+    run.step(2).reward_scale.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
 
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:

@@ -15,10 +15,10 @@ from jobs.spec import Reward
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine
-from rlhf_train.export import save_model
+from rlhf_train.export import save_model, scores_of
 from rlhf_train.losses import preference_loss, preference_loss_per_token
 from rlhf_train.models import ScoreForward, check_lengths, last_scores, load_scorer, load_tokenizer
-from rlhf_train.session import Clock, Session, actor_tokenizer, as_numbers, corpus
+from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
 
 
 def run(session: Session) -> End:
@@ -55,7 +55,7 @@ def run(session: Session) -> End:
     row_lengths = pair_lengths(tokens.train)
     training = Clock()
     for update in range(updates):
-        picked = rows[grouped_rows_of_update(update, row_lengths[rows], spec.global_batch, (job.seed, 2))]
+        picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
         real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
@@ -78,6 +78,7 @@ def run(session: Session) -> End:
                 sums[name] = sums[name] + value.detach()
             sums["computed"] += batch.input_ids.numel()
         total = world.sum(sums)
+        stop_if_not_finite(2, update + 1, {"loss": total["loss"], "lm_loss": total["lm_loss"]})
         session.emit(
             Metrics(
                 step=2,
@@ -100,7 +101,7 @@ def run(session: Session) -> End:
     after = accuracy(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
     folder = session.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
-    save_model(session, 2, updates, engine, tokenizer, folder, lora=None, numbers=as_numbers(end))
+    save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
     return end
 
 

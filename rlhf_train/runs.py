@@ -49,10 +49,11 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     }
     if changed:
         step, lines = next(iter(changed.items()))
+        source = f" --from {run.name}" if any(is_complete(run, n) for n in (1, 2, 3)) else ""
         raise ToolkitError(
             f"run `{run.name}` did step {step} with other settings",
             why="\n".join(lines),
-            hint=f"go on with the old settings; or `--run NEW --from {run.name}` for a run of its own;\n"
+            hint=f"go on with the old settings; or `--run NEW{source}` for a run of its own;\n"
             f"or `--redo --step {','.join(map(str, changed))}` to do it again here",
         )
     for step in todo:
@@ -126,6 +127,9 @@ def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
         _take_folder(source.tokenizer, run.tokenizer)
     for step in steps:
         _take_folder(source.step(step).path, run.step(step).path)
+        ended = _read_json(run.step(step).complete)
+        run.step(step).complete.unlink()  # a link to the other run's file
+        complete_step(run, step, ended | {"model": str(run.step(step).model)})
     write = EventWriter(run.events)
     for line in effective(read_events(source.events)[0]):
         if line.get("step") in steps and line["kind"] in ("end", "sample"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Event, Plan, Progress
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
@@ -78,6 +80,19 @@ def corpus(session: Session, step: int, spec: Data, tokenizer: Any) -> data.Corp
     )
 
 
+def stop_if_not_finite(step: int, update: int, numbers: Mapping[str, float | None]) -> None:
+    """Raises ToolkitError when training has gone to NaN or infinity: no later number would mean anything."""
+    broken = [f"{name} is {value}" for name, value in numbers.items() if value is not None and not math.isfinite(value)]
+    if broken:
+        part = {1: "sft", 2: "reward", 3: "ppo"}[step]
+        raise ToolkitError(
+            f"step {step} diverged at update {update}",
+            why=", ".join(broken),
+            hint=f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates, or look for broken rows in the data",
+            code=ExitCode.TRAINING,
+        )
+
+
 class Clock:
     """Seconds since it was made."""
 
@@ -86,8 +101,3 @@ class Clock:
 
     def __call__(self) -> float:
         return time.perf_counter() - self._start
-
-
-def as_numbers(event: Event) -> dict[str, float]:
-    """The numbers of an event that are set, by name."""
-    return {name: value for name, value in asdict(event).items() if isinstance(value, int | float)}

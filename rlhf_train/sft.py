@@ -16,9 +16,9 @@ from jobs.spec import Job
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine
-from rlhf_train.export import save_model
-from rlhf_train.models import ActorForward, add_lora, check_lengths, load_causal
-from rlhf_train.session import Clock, Session, actor_tokenizer, as_numbers, corpus
+from rlhf_train.export import save_model, scores_of
+from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, load_causal, load_tokenizer
+from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
 
 
 def run(session: Session) -> End:
@@ -30,6 +30,9 @@ def run(session: Session) -> End:
     rows = tokens.train.step_rows[1]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
     session.plan(1, plan, updates=updates, rows=len(rows), zero_stage=session.placement.actor_zero_stage, fates=tokens.train.fates)
+
+    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
+        check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
 
     session.doing(1, "loading the actor")
     model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
@@ -56,7 +59,7 @@ def run(session: Session) -> End:
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     training = Clock()
     for update in range(updates):
-        chosen = rows[grouped_rows_of_update(update, row_lengths[rows], spec.global_batch, (job.seed, 1))]
+        chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed, grad_norm = Clock(), 0.0, 0, None
@@ -69,6 +72,7 @@ def run(session: Session) -> End:
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
         total = world.sum({"loss": loss_sum, "computed": computed})
+        stop_if_not_finite(1, update + 1, {"loss": total["loss"]})
         session.emit(
             Metrics(
                 step=1,
@@ -86,9 +90,10 @@ def run(session: Session) -> End:
 
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     after = perplexity(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+    stop_if_not_finite(1, updates, {"perplexity": after})
     folder = session.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
-    save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, numbers=as_numbers(end))
+    save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
     return end
 
 

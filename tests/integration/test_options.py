@@ -31,7 +31,8 @@ def lora(folder: Path) -> Trained:
 @pytest.fixture(scope="module")
 def everything(folder: Path) -> Trained:
     """Three rollouts of 2 epochs of 2 updates each."""
-    settings = ["hardware.gradient_checkpointing=true", "reward.loss=per_token", "reward.lm_coef=0.5", "sft.loss_on_prompt=true"]
+    settings = ["hardware.gradient_checkpointing=true", "sft.loss_on_prompt=true"]
+    settings += ["reward.loss=per_token", "reward.lm_coef=0.5", "reward.learning_rate=5.0e-3", "reward.max_updates=8"]
     ppo = {"ppo_epochs": 2, "max_updates": 12, "temperature": 0.7, "missing_eos_penalty": 2.0, "whiten_rewards": "true", "ema_decay": 0.8}
     ppo |= {"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 100, "reward_clip": 1.5, "clip_range": 0.1, "value_clip_range": 0.5}
     ppo |= {"gamma": 0.99, "lam": 0.9, "rule": "rlhf_train.demo.rule:is_good"}
@@ -100,7 +101,8 @@ def test_the_kl_coefficient_adapts(everything: Trained) -> None:
 
 def test_the_reward_model_keeps_reading(everything: Trained) -> None:
     losses = [line["lm_loss"] for line in everything.events("metrics", 2)]
-    assert 0 < losses[-1] < losses[0] < math.log(320)
+    assert losses[0] < math.log(320)
+    assert losses[-1] < losses[0] - 0.8  # without the coefficient it falls by 0.2, by chance
 
 
 def test_the_average_lies_beside_the_model(everything: Trained) -> None:

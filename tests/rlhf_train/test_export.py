@@ -100,7 +100,7 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
     session = Session(job, RunDir(folder), world, placement, folder, events.append)
 
     def save(target: Path) -> None:
-        save_model(session, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, numbers=NUMBERS)
+        save_model(session, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS)
 
     if ema is None:
         save(folder / name)

@@ -137,15 +137,31 @@ def test_value_loss(numbers):
     assert value_loss(values, old, returns, mask, clip_range=0.2).item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
 
 
-def test_masked_tokens_change_nothing(numbers):
+@pytest.mark.parametrize("garbage", [(-77.0, 5.0), (math.inf, -math.inf), (math.nan, math.inf)])
+def test_masked_tokens_change_nothing(numbers, garbage):
     mask, draw = numbers
     tensors = [draw() for _ in range(3)]
-    other = [torch.where(mask, x, torch.full_like(x, -77.0)) for x in tensors]
+    other = [torch.where(mask, x, torch.full_like(x, garbage[i % 2])) for i, x in enumerate(tensors)]
     for loss in (policy_loss, value_loss):
-        assert loss(*tensors, mask, clip_range=0.2) == loss(*other, mask, clip_range=0.2)
+        ours = [x.clone().requires_grad_() for x in other[:1]] + other[1:]
+        value = loss(*ours, mask, clip_range=0.2)
+        assert value == loss(*tensors, mask, clip_range=0.2)
+        value.backward()
+        assert not ours[0].grad[~mask].any()
     for one, two in zip(gae(*tensors[:2], mask, gamma=1.0, lam=0.95), gae(*other[:2], mask, gamma=1.0, lam=0.95), strict=True):
         assert torch.equal(one, two)
     assert torch.equal(whiten(tensors[0], mask, keep_mean=False), whiten(other[0], mask, keep_mean=False))
+    scores = torch.ones(ROWS)
+    penalised = [kl_penalised_rewards(*pair[:2], scores, mask, kl_coef=0.1, reward_clip=5.0) for pair in (tensors, other)]
+    assert torch.equal(*penalised)
+    assert preference_loss_per_token(*tensors[:2], mask) == preference_loss_per_token(*other[:2], mask)
+
+
+def test_the_score_stands_on_the_last_real_token_of_a_mask_that_starts_late():
+    mask = torch.tensor([[False, False, True, True, False], [True, False, False, False, False]])
+    zeros = torch.zeros(2, 5)
+    rewards = kl_penalised_rewards(zeros, zeros, torch.tensor([2.0, -3.0]), mask, kl_coef=0.1, reward_clip=5.0)
+    assert rewards.tolist() == [[0, 0, 0, 2, 0], [-3, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])

@@ -231,3 +231,14 @@ def test_other_families_need_no_positions_of_ours():
     ours, _ = ActorForward(llama)(batch)
     expected = [llama(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("load", [load_causal, load_scorer])
+def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, tokenizer, tmp_path):
+    """As LLaMA-2's tokenizer: the id that is added is the first beyond the vocabulary."""
+    config = LlamaConfig(vocab_size=len(tokenizer) - 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.convert_ids_to_tokens(len(tokenizer) - 1)
+    model = load(str(tmp_path), padded, torch.float32, seed=0)
+    assert model.config.pad_token_id == len(tokenizer) - 1 == model.get_input_embeddings().num_embeddings - 1

@@ -35,7 +35,7 @@ def test_the_demo_learns_in_all_three_steps(demo: tuple[Path, str]) -> None:
     """Measured over five seeds (README): 46 to 55 % good before, 90 to 94 % after. The margin is for other CPUs' rounding."""
     end = ends(demo[0])
     assert end[1]["perplexity_before"] > 100 > 2 > end[1]["perplexity_after"]
-    assert end[2]["reward_accuracy"] > 0.9
+    assert end[2]["reward_accuracy"] > 0.85
     assert 0.35 < end[3]["good_share_before"] < 0.65
     assert end[3]["good_share_after"] > 0.86
     assert end[3]["mean_reward_after"] > end[3]["mean_reward_before"] + 0.4

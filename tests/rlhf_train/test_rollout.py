@@ -113,3 +113,4 @@ def test_numbers_belong_to_seed_row_and_position():
     assert not torch.equal(ours, uniforms(8, [4, 9], 5))
     assert ours.min() >= 0
     assert ours.max() < 1
+    assert uniforms(7, [], 5).shape == (0, 5)  # a rank without a prompt

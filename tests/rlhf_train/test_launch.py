@@ -162,7 +162,9 @@ def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
         launcher.terminate()
         code, _, err = finish(launcher)
     assert code == 143 and gone(rank)
-    assert err.startswith("stopped: ") and len(err.splitlines()) == 1
+    starting, stopped = err.splitlines()
+    assert starting == "step 1  starting 1 rank"
+    assert stopped.startswith("stopped: ")
 
 
 # --- a launcher in this process, to spare its start -----------------------------------------------------------------

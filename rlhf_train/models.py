@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -158,6 +157,11 @@ def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedToken
         )
 
 
+def checkpoint_activations(model: Any) -> None:
+    """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less memory."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 # --- forward passes ------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +290,3 @@ def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
             name = f"{prefix}.{leaf}"
         merged[name] = value
     return merged
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(int(np.prod(getattr(p, "ds_shape", p.shape))) for p in model.parameters())

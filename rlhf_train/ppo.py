@@ -8,7 +8,6 @@ tokens of the whole update; before the first update the trainer, the rollout and
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +17,24 @@ from torch import nn
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Metrics, Progress
-from jobs.run_dir import RunDir
 from jobs.spec import Ppo
-from rlhf_train import losses
+from rlhf_train import losses, runs
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
 from rlhf_train.engine import Ema, Engine, copy_weights
 from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
 from rlhf_train.export import eval_model, save_model, scores_of
 from rlhf_train.held_out import HeldOut
-from rlhf_train.models import ActorForward, ScoreForward, add_lora, check_lengths, check_same_tokenizer, load_causal, load_scorer, load_tokenizer
+from rlhf_train.models import (
+    ActorForward,
+    ScoreForward,
+    add_lora,
+    check_lengths,
+    check_same_tokenizer,
+    checkpoint_activations,
+    load_causal,
+    load_scorer,
+    load_tokenizer,
+)
 from rlhf_train.rollout import Responses, Rollouts
 from rlhf_train.rule import load_rule
 from rlhf_train.session import Clock, Session, corpus, stop_if_not_finite
@@ -72,13 +80,14 @@ def run(session: Session) -> End:
         scores = np.array([answer.score for answer in view.answers(sampler(reference.model), reference, reward_model)])
         reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
         if world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
-            keep_reward_scale(session.run, reward_model.shift, reward_model.scale)
+            numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
+            runs.write_json(session.run.step(2).reward_scale, numbers)
 
     actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
     critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
     if job.hardware.gradient_checkpointing:
         for model in (actor_model, critic_model):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
     # ZeRO-3 holds no whole weights: rollouts get a copy, filled once a rollout.
@@ -257,11 +266,6 @@ def run(session: Session) -> End:
         with ema.applied():
             save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
     return end
-
-
-def keep_reward_scale(run: RunDir, shift: float, scale: float) -> None:
-    numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
-    run.step(2).reward_scale.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
 
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:

@@ -17,7 +17,7 @@ from rlhf_train.data import Table
 from rlhf_train.engine import Engine
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.losses import preference_loss, preference_loss_per_token
-from rlhf_train.models import ScoreForward, check_lengths, last_scores, load_scorer, load_tokenizer
+from rlhf_train.models import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer
 from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
 
 
@@ -36,7 +36,7 @@ def run(session: Session) -> End:
     model = load_scorer(source, tokenizer, session.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     if job.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     engine = Engine(
         ScoreForward(model, with_lm=spec.lm_coef > 0),
         spec,

@@ -84,14 +84,15 @@ def begin_step(job: Job, run: RunDir, step: int) -> None:
     if step == 1:  # trained on the job's rows, which may be others now
         shutil.rmtree(run.tokenizer, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    _write_json(folder.fields, job.fields_of_step(step))
+    write_json(folder.fields, job.fields_of_step(step))
 
 
 def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
-    _write_json(run.step(step).complete, end)
+    write_json(run.step(step).complete, end)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed: never torn, and a link shared with another run is left to that run."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -128,7 +129,6 @@ def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
     for step in steps:
         _take_folder(source.step(step).path, run.step(step).path)
         ended = _read_json(run.step(step).complete)
-        run.step(step).complete.unlink()  # a link to the other run's file
         complete_step(run, step, ended | {"model": str(run.step(step).model)})
     write = EventWriter(run.events)
     for line in effective(read_events(source.events)[0]):

@@ -17,7 +17,7 @@ from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches,
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine
 from rlhf_train.export import save_model, scores_of
-from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, load_causal, load_tokenizer
+from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, checkpoint_activations, load_causal, load_tokenizer
 from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
 
 
@@ -37,8 +37,8 @@ def run(session: Session) -> End:
     session.doing(1, "loading the actor")
     model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
-    if session.job.hardware.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(model)
     if job.actor.lora is not None:
         add_lora(model, job.actor.lora, job.seed)
     engine = Engine(

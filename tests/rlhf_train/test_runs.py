@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter, Resumed, Sample, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
-from rlhf_train.runs import begin_step, complete_step, is_complete, needed_by, steps_to_do, steps_to_take_over, take_over
+from rlhf_train.runs import begin_step, complete_step, is_complete, needed_by, steps_to_do, steps_to_take_over, take_over, write_json
 
 ALL = [1, 2, 3]
 
@@ -282,3 +283,11 @@ def test_nothing_to_take_over(run: RunDir, new: RunDir) -> None:
         steps_to_take_over(job("seed=7"), run, new)
     do(job("seed=7"), new, 1)  # once it has steps of its own, the same command goes on
     assert steps_to_take_over(job("seed=7"), run, new) == []
+
+
+def test_writing_over_a_link_leaves_the_other_run_alone(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.json", tmp_path / "ours.json"
+    write_json(theirs, {"shift": 1.0})
+    ours.hardlink_to(theirs)
+    write_json(ours, {"shift": 2.0})
+    assert (json.loads(theirs.read_text()), json.loads(ours.read_text())) == ({"shift": 1.0}, {"shift": 2.0})

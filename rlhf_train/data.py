@@ -241,22 +241,19 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
     """A hub name, or a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
     import datasets  # takes seconds, and JSONL does without
     from datasets.builder import DatasetGenerationError
-    from huggingface_hub.utils import HfHubHTTPError
+
+    from rlhf_train import hub
 
     datasets.disable_progress_bar()
-    # HfHubHTTPError's first base is the HTTP library's own error: requests', or httpx's, whose timeouts are no OSError.
-    troubles: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError, HfHubHTTPError.__bases__[0])
+    place = folder or hub.data_set(name)
     try:
-        saved = folder is not None and any((folder / file).exists() for file in ("dataset_dict.json", "state.json"))
-        found = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder or name))
-    except troubles as error:
+        saved = any((place / file).exists() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(str(place))
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
         why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
-        if folder is not None:
-            hint = "wanted: train*.jsonl; or parquet, csv or json files; or what `save_to_disk` of the same datasets version wrote"
-            raise ToolkitError(f"cannot load the data set in {folder}", why=why, hint=hint) from None
-        hint = "check the name; HF_TOKEN opens a gated or private data set; HF_ENDPOINT names a mirror where the hub cannot be reached"
-        code = ExitCode.USAGE if isinstance(error, FileNotFoundError | ValueError | DatasetGenerationError) else ExitCode.UNFIT
-        raise ToolkitError(f"cannot load the data set `{name}` from the hub", why=why, hint=hint, code=code) from None
+        hint = "wanted: train*.jsonl; or parquet, csv or json files; or what `save_to_disk` of the same datasets version wrote"
+        what = f"cannot load the data set in {folder}" if folder else f"cannot load the data set `{name}`, which came from the hub whole"
+        raise ToolkitError(what, why=why, hint=hint) from None
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
         raise ToolkitError(f"data set `{name}` has no split `train`", why=f"its splits: {', '.join(splits)}")

@@ -46,9 +46,11 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
 def _network(job: Job, model: str | Scratch) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rlhf_train import hub
+
     with torch.device("meta"):
         if not isinstance(model, Scratch):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hub.model(model, hub.config_files)))
         fields = dict(model.config)
         try:
             return AutoModelForCausalLM.from_config(
@@ -94,8 +96,11 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     for model, lora in ((job.actor.model, True), (critic_source, False)):
         try:
             sizes.append(model_size(job, model, lora=lora))
-        except (OSError, ValueError) as error:
-            return [f"memory and disk: unknown, since the config of {model} cannot be had ({str(error).splitlines()[0]})"]
+        except (OSError, ValueError, ToolkitError) as error:
+            if isinstance(model, Scratch):
+                raise
+            reason = error.why if isinstance(error, ToolkitError) else str(error)
+            return [f"memory and disk: unknown, since the config of {model} cannot be had ({reason.splitlines()[0]})"]
     actor, critic = sizes
     weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
     actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)

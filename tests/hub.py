@@ -4,6 +4,7 @@ It serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` as the
 fresh process at it with HF_ENDPOINT=hub.url: both libraries read that variable when they are imported.
 
     with Hub(tmp_path) as hub:
+        hub.fail("GET /some/model/resolve/.*safetensors", "cut", times=2)
         subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")})
 """
 
@@ -13,10 +14,12 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_the_test_hub"  # opens the gated repositories
@@ -32,14 +35,44 @@ PATHS_INFO = re.compile(REPOSITORY + r"/paths-info/[^/]+")
 RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/[^/]+/(?P<path>.+)")
 
 
+PIECES, PIECE_S, STALL_S = 8, 0.4, 30.0
+
+# A status; or a body that ends half-way, has one bit flipped, stops half-way with the line open, or trickles.
+How = int | Literal["cut", "flip", "stall", "slow"]
+
+
+@dataclass
+class _Fault:
+    pattern: str
+    how: How
+    times: int
+
+
 class Hub:
     """A context manager. `requests` keeps one line a request, e.g. `GET /api/models/facebook/opt-1.3b 200`."""
 
     def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
         self.root, self.gated = root, frozenset(gated)
         self.requests: list[str] = []
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def fail(self, pattern: str, how: How, times: int = 10**9) -> None:
+        """Answer so the next `times` requests whose `GET /path` matches, the oldest order first."""
+        self._faults.append(_Fault(pattern, how, times))
+
+    def heal(self) -> None:
+        self._faults.clear()
+
+    def _fault(self, request: str) -> How | None:
+        with self._lock:
+            found = next((fault for fault in self._faults if fault.times and re.fullmatch(fault.pattern, request)), None)
+            if found is None:
+                return None
+            found.times -= 1
+            return found.how
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -81,7 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
+        self._how = self.server.hub._fault(f"{self.command} {path}")
         try:
+            if isinstance(self._how, int):
+                raise _Refusal(self._how, "Fault")
             if self.command == "POST":
                 repository = self._repository(self._match(PATHS_INFO, path))
                 return self._json(_entries_at(repository, self._paths_asked(body)))
@@ -150,7 +186,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
+            self._send(body)
+
+    def _send(self, body: bytes) -> None:
+        if self._how is None or isinstance(self._how, int):
             self.wfile.write(body)
+        elif self._how == "flip":
+            self.wfile.write(bytes([body[0] ^ 1]) + body[1:])
+        elif self._how == "slow":
+            for i in range(PIECES):
+                self.wfile.write(body[len(body) * i // PIECES : len(body) * (i + 1) // PIECES])
+                time.sleep(PIECE_S)
+        else:
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            time.sleep(STALL_S if self._how == "stall" else 0)
+            self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
         """Silent: `Hub.requests` is the log."""

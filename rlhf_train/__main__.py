@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from env.settings import Settings
-from jobs import console
+from env.settings import Limits, Settings
+from jobs import console, fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.run_dir import RunDir
@@ -91,6 +91,16 @@ def say(text: str) -> None:
     print(visible(text), file=sys.stderr)
 
 
+def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> None:
+    """Raises ToolkitError with all that makes the machine unfit, a line each; `only_say`: shows them all."""
+    for finding in findings:
+        if only_say or finding.level == "warning":
+            say(f"{finding.level}: {finding}")
+    error = fitness.error_of(findings)
+    if error and not only_say:
+        raise error
+
+
 def train(args: argparse.Namespace) -> ExitCode:
     settings = Settings.from_environ(os.environ)
     wanted = steps_of(args.step)
@@ -107,9 +117,14 @@ def train(args: argparse.Namespace) -> ExitCode:
 
     taken, todo = look()
     if todo or taken or args.dry_run:
+        from rlhf_train.machine import facts_of
         from rlhf_train.plan import Machine, place  # torch is imported from here on
 
-        placement = place(job, Machine.look())
+        machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
+        facts = facts_of(job, run, settings.cache, machine, os.environ)
+        if todo or args.dry_run:
+            refuse_if_unfit(fitness.judge(facts, limits), only_say=args.dry_run)
+        placement = place(job, machine, fitness.no_peer_access(facts, limits))
     if args.dry_run:
         from rlhf_train.estimate import describe
 

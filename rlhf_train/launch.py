@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -42,6 +42,10 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
     Each step has processes of its own: DeepSpeed's engines do not give back all memory within one (seen on a GPU:
     16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after `engine.destroy()`).
     """
+    nccl = nccl_settings(placement, os.environ)
+    if nccl:
+        said = " and ".join(f"{name}={value}" for name, value in nccl.items())
+        placement = replace(placement, notes=(*placement.notes, f"{said} for the ranks: {placement.no_peer_access}"))
     save_job(job, run.job_file)
     with run.log.open("ab") as log, _stop_signals() as caught, console.view() as view:
         for step in steps:
@@ -88,16 +92,29 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
-def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -> Rank:
-    environment = os.environ | {
+def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+    """NCCL's variables for the ranks: without peer access it would hang, or fail, on the way that it tries first. What the user
+    has set stays as it is.
+    """
+    if not placement.no_peer_access:
+        return {}
+    # The level decides on peer access too: who set it has thought of it.
+    owners = {"NCCL_P2P_DISABLE": {"NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"}, "NCCL_IB_DISABLE": {"NCCL_IB_DISABLE"}}
+    return {name: "1" for name, taken in owners.items() if not any(environ.get(other) for other in taken)}
+
+
+def environment_of(rank: int, placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+    environment = {
+        **environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(placement.ranks),
         "LOCAL_SIZE": str(placement.ranks),  # DeepSpeed on CPU asks numactl without it
         "DS_ACCELERATOR": placement.device,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
         "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
         "PYTHONUNBUFFERED": "1",
+        **nccl_settings(placement, environ),
     }
     if placement.device == "cpu":
         environment |= {
@@ -110,13 +127,17 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
             "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
             "MALLOC_TOP_PAD_": str(256 * 2**20),
         }
+    return environment
+
+
+def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -> Rank:
     # A session of its own: Ctrl-C reaches the launcher alone, which then ends the ranks in order.
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_train.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=environment,
+        env=environment_of(rank, placement, os.environ),
         pass_fds=[lock],
         start_new_session=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +24,34 @@ class Machine:
     gpus: tuple[str, ...] = ()  # names
     gpu_bytes: int = 0  # memory of the smallest
     bfloat16: bool = False  # all GPUs compute in it
+    capabilities: tuple[str, ...] = ()  # of the GPUs: "8.9"
+    peer_access: bool | None = None  # some GPU reaches another's memory; None with one GPU
+    cuda: str | None = None  # that PyTorch was built for
+    gpu_error: str = ""  # why PyTorch sees no GPU, in its own words, if it has any
 
     @classmethod
-    def look(cls) -> Machine:
+    def look(cls, *, gpus: bool = True) -> Machine:
+        """`gpus` false: leave them alone, since the job runs on the CPU; they may be broken."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if not torch.cuda.is_available():
+        if not gpus:
             return cls(cores)
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return cls(cores, tuple(c.name for c in cards), min(c.total_memory for c in cards), all(c.major >= 8 for c in cards))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            available = torch.cuda.is_available()
+        if not available:
+            return cls(cores, cuda=torch.version.cuda, gpu_error=str(said[0].message).splitlines()[0] if said else "")
+        count = torch.cuda.device_count()
+        cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        return cls(
+            cores,
+            tuple(c.name for c in cards),
+            min(c.total_memory for c in cards),
+            all(c.major >= 8 for c in cards),
+            tuple(f"{c.major}.{c.minor}" for c in cards),
+            any(torch.cuda.can_device_access_peer(*pair) for pair in pairs) if pairs else None,
+            torch.version.cuda,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,14 +68,18 @@ class Placement:
     rollout_micro_batch: int
     cpu_threads: int
     notes: tuple[str, ...] = ()  # where the job's wish was not followed to the letter
+    no_peer_access: str = ""  # why the GPUs of several ranks cannot reach each other's memory
 
     def batch_plan(self, job: Job, step: int) -> BatchPlan:
         part, name = {1: (job.sft, "sft"), 2: (job.reward, "reward"), 3: (job.ppo, "ppo")}[step]
         return BatchPlan.of(part.global_batch, self.micro_batches[step - 1], self.ranks, name)  # type: ignore[attr-defined]
 
 
-def place(job: Job, machine: Machine) -> Placement:
-    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not divide."""
+def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
+    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not divide.
+
+    `auto` is the CPU where PyTorch sees no GPU; that it should have seen one is for jobs/fitness.py to say, beforehand.
+    """
     wish = job.hardware
     device, reason = _device(job, machine)
     ranks = wish.ranks if wish.ranks != "auto" else (len(machine.gpus) if device == "cuda" else 1)
@@ -103,6 +128,7 @@ def place(job: Job, machine: Machine) -> Placement:
         rollout_micro_batch=wish.rollout_micro_batch if wish.rollout_micro_batch != "auto" else 64,
         cpu_threads=wish.cpu_threads if wish.cpu_threads != "auto" else max(1, machine.cores // ranks),
         notes=notes,
+        no_peer_access=no_peer_access if device == "cuda" and ranks > 1 else "",
     )
     for step in (1, 2, 3):
         placement.batch_plan(job, step)

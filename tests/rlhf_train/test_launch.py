@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from jobs import fitness
 from jobs.errors import ToolkitError
 from jobs.events import read_events
 from jobs.run_dir import RunDir
+from jobs.spec import load_job
 from rlhf_train import launch
 from rlhf_train.__main__ import main
+from rlhf_train.plan import Machine, Placement, place
 from rlhf_train.worker import LastWords
 from tests.tiny import CHECKOUT, job, write_rows
 
@@ -258,6 +261,49 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
     assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 0)]
 
 
+# --- NCCL -----------------------------------------------------------------------------------------------------------
+
+TWO_GPUS = Placement("cuda", "", 2, "bfloat16", 2, 2, (4, 4, 4), 64, 8, no_peer_access="they are too far apart")
+BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "settings"),
+    [
+        ({}, BOTH),
+        ({"NCCL_P2P_DISABLE": "", "NCCL_DEBUG": "INFO"}, BOTH),
+        ({"NCCL_P2P_DISABLE": "0"}, {"NCCL_IB_DISABLE": "1"}),
+        ({"NCCL_P2P_LEVEL": "NVL"}, {"NCCL_IB_DISABLE": "1"}),
+        ({"NCCL_IB_DISABLE": "0"}, {"NCCL_P2P_DISABLE": "1"}),
+        ({"NCCL_IB_DISABLE": "1", "NCCL_P2P_DISABLE": "1"}, {}),
+    ],
+)
+def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
+    """What the user has set stays."""
+    assert launch.nccl_settings(TWO_GPUS, environ) == settings
+    environment = launch.environment_of(1, TWO_GPUS, environ)
+    assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
+
+
+def test_ranks_with_peer_access_get_no_setting() -> None:
+    assert launch.nccl_settings(replace(TWO_GPUS, no_peer_access=""), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("why", "notes"),
+    [("", ["a note"]), ("they are too far apart", ["a note", f"{' and '.join(f'{n}=1' for n in BOTH)} for the ranks: they are too far apart"])],
+)
+def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: str, notes: list[str]) -> None:
+    """On the CPU, where it does nothing: what a placement's notes say becomes an event and a line."""
+    for name in BOTH:
+        monkeypatch.delenv(name, raising=False)
+    placement = replace(place(load_job("own.yaml"), Machine(cores=1)), notes=("a note",), no_peer_access=why)
+    with launch.locked(run) as lock:
+        assert launch.launch(load_job("own.yaml"), run, [1], placement, Path("cache"), lock) == 0
+    assert [event["message"] for event in events(run, "warning")] == notes
+
+
 # --- disks ----------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +323,8 @@ def disk(folder: Path, options: str) -> Iterator[None]:
 # Pages of 4 kB: the lock, the job, and what step 1 was begun with: no event can be written, also none of an error.
 # With four more, the tokenizer, which is not written by Python, does not fit.
 @pytest.mark.parametrize("size", ["12k", "28k"])
-def test_a_disk_that_is_full(run: RunDir, tmp_path: Path, capsys: Said, size: str) -> None:
+def test_a_disk_that_fills(run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setattr(fitness, "judge", lambda *_: [])  # when it began, there was room
     with disk(tmp_path / "out", f"size={size}"):
         code, err = main(WORDS), capsys.readouterr().err
     error = err[err.index("error: ") :]
@@ -286,10 +333,29 @@ def test_a_disk_that_is_full(run: RunDir, tmp_path: Path, capsys: Said, size: st
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("size=28k", "28.7 kB are free at out, and a run needs 500 MB at least: make room, or choose an --output-dir on a larger disk"),
+        (
+            "size=600m,nr_inodes=1000",
+            "999 inodes are free at out, and a run needs 2000 at least: remove many small files (`df -i` and `du --inodes` show where), "
+            "or choose an --output-dir on another disk",
+        ),
+    ],
+)
+def test_a_disk_that_is_full(run: RunDir, tmp_path: Path, capsys: Said, options: str, line: str) -> None:
+    with disk(tmp_path / "out", options):
+        code, err = main(WORDS), capsys.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
+    assert (code, err) == (3, f"error: this machine is not fit for the job\n  why: {line}\n")
+
+
 def test_a_disk_that_is_read_only(run: RunDir, tmp_path: Path, capsys: Said) -> None:
     with disk(tmp_path / "out", "ro"):
         code, err = main(WORDS), capsys.readouterr().err
     assert (code, err) == (
         3,
-        "error: cannot use out/tiny\n  why: Read-only file system\n\nhint: make room or mend the path, then the same command goes on\n",
+        "error: this machine is not fit for the job\n"
+        "  why: out is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path\n",
     )

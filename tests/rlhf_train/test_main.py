@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.errors import ToolkitError
+from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
-from rlhf_train import runs
+from rlhf_train import launch, machine, runs
 from rlhf_train.__main__ import main, parser, settings_of, steps_of
+from rlhf_train.plan import Machine, Placement
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -167,8 +168,103 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path, capsys: Said) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert main(["--job", "demo", "--output-dir", "file/runs"]) == 3
     assert capsys.readouterr().err == (
-        "error: cannot use file/runs/demo/job\n  why: Not a directory\n\nhint: make room or mend the path, then the same command goes on\n"
+        "error: this machine is not fit for the job\n"
+        "  why: the folder file/runs cannot be made, since file is a file: choose another --output-dir, or mend the path\n"
     )
+
+
+# A PyTorch for CUDA on a machine without a GPU, whatever this one has.
+BLIND = Machine(cores=2, cuda="11.8")
+NO_GPU = "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver"
+ON_AUTO = ["--job", "demo", "--set", "hardware={device: auto, micro_batch: 16, precision: float32}"]
+
+
+@pytest.fixture
+def blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """-> where the launcher is called: (device, ranks)"""
+    launched: list[tuple[str, int]] = []
+
+    def launch_nothing(_job: Job, _run: RunDir, _steps: object, placement: Placement, *_: object) -> ExitCode:
+        launched.append((placement.device, placement.ranks))
+        return ExitCode.OK
+
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "nowhere")
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: (None, None))
+    monkeypatch.setattr(Machine, "look", lambda gpus: BLIND)
+    monkeypatch.setattr(launch, "launch", launch_nothing)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return launched
+
+
+def test_cuda_without_a_gpu_is_not_the_cpu(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
+    (tmp_path / "runs").write_text("", encoding="utf-8")
+    assert main(ON_AUTO) == 3
+    assert capsys.readouterr().err == (
+        f"error: this machine is not fit for the job\n  why: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
+        "       the folder runs cannot be made, since runs is a file: choose another --output-dir, or mend the path\n"
+    )
+    assert blind == []
+
+
+def test_a_driver_that_is_too_old_is_said_instead(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
+    (tmp_path / "nowhere").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  440.118.02  Wed\n", encoding="utf-8")
+    assert main(ON_AUTO) == 3
+    (_, line) = capsys.readouterr().err.splitlines()
+    assert line.startswith("  why: the NVIDIA driver 440.118.02 is too old for CUDA 11.8: install driver ")
+    assert blind == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"), [("", ON_AUTO), ("-1", ON_AUTO), (None, ["--job", "demo"]), (None, [*ON_AUTO, "--set", "hardware.device=cpu"])]
+)
+def test_the_cpu_on_purpose(
+    monkeypatch: pytest.MonkeyPatch, capsys: Said, blind: list[tuple[str, int]], visible: str | None, words: list[str]
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert main(words) == 0
+    assert blind == [("cpu", 1)] and "error: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "looked"), [("cpu", False), ("auto", True)])
+def test_a_job_for_the_cpu_does_not_touch_the_gpus(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[str, int]], device: str, looked: bool) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(Machine, "look", lambda gpus: asked.append(gpus) or Machine(cores=1))
+    assert main([*ON_AUTO, "--set", f"hardware.device={device}"]) == 0
+    assert asked == [looked] and blind == [("cpu", 1)]
+
+
+def test_a_dry_run_says_it_and_goes_on(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
+    assert main([*ON_AUTO, "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"unfit: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
+    assert "\ndevice: cpu (PyTorch " in printed.out and blind == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Said, blind: list[tuple[str, int]]) -> None:
+    monkeypatch.setattr(machine, "prebuilt_operators", lambda: ("cpu_adam",))
+    monkeypatch.setattr(machine, "cpu_flags", lambda _: ())
+    assert main(["--job", "demo"]) == 0
+    assert capsys.readouterr().err.startswith("warning: this CPU lacks abm, avx, ") and blind == [("cpu", 1)]
+
+
+def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[str, int]]) -> None:
+    """What is known of the cards reaches the launcher."""
+    cards = Machine(
+        cores=2, gpus=("NVIDIA GeForce RTX 3090",) * 2, gpu_bytes=24 * 2**30, bfloat16=True, capabilities=("8.6",) * 2, peer_access=False, cuda="11.8"
+    )
+    settings: list[dict[str, str]] = []
+    monkeypatch.setattr(Machine, "look", lambda gpus: cards)
+    monkeypatch.setattr(machine, "SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(launch, "launch", lambda *given: settings.append(launch.nccl_settings(given[3], {})) or ExitCode.OK)
+    assert main(ON_AUTO) == 0
+    assert settings == [{"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}]
+
+
+def test_taking_over_steps_needs_no_gpu(capsys: Said, blind: list[tuple[str, int]]) -> None:
+    complete("one", 1)
+    assert main([*ON_AUTO, "--run", "two", "--from", "one", "--step", "1"]) == 0
+    assert capsys.readouterr().err == "from run one: step 1\n" and blind == []
 
 
 def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
@@ -231,7 +327,9 @@ def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess
 
 def test_dry_run_without_the_hub(tmp_path: Path) -> None:
     said = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
-    assert (said.returncode, said.stderr) == (0, "")
+    assert said.returncode == 0, said.stderr
+    # What this machine may lack: a GPU for its PyTorch, or room for OPT-1.3b.
+    assert [line for line in said.stderr.splitlines() if not line.startswith(("unfit: PyTorch sees no GPU", "warning: only "))] == []
     *_, prompts, last = said.stdout.splitlines()
     assert prompts == "  64 prompts a rollout, 1 update each"
     assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be had (")

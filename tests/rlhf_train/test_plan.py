@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Job, load_job
@@ -140,6 +143,53 @@ def test_a_placement_travels_as_json() -> None:
     assert again.batch_plan(opt(), 2) == found.batch_plan(opt(), 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "machine", "kept"),
+    [
+        ([], TWO_4090, True),
+        ([], RTX_4090, False),
+        (["hardware.ranks=1"], TWO_4090, False),
+        (["hardware.device=cpu", "hardware.ranks=2"], TWO_4090, False),
+    ],
+)
+def test_peer_access_matters_to_several_gpus(settings: list[str], machine: Machine, kept: bool) -> None:
+    assert place(opt(*settings), machine, "no way").no_peer_access == ("no way" if kept else "")
+    assert place(opt(*settings), machine).no_peer_access == ""
+
+
 def test_this_machine() -> None:
     machine = Machine.look()
-    assert machine.cores >= 1 and (machine.gpu_bytes > 0) == bool(machine.gpus)
+    assert machine.cores >= 1 and (machine.gpu_bytes > 0) == bool(machine.gpus) and machine.cuda == torch.version.cuda
+    assert len(machine.capabilities) == len(machine.gpus) and (machine.peer_access is None) == (len(machine.gpus) < 2)
+
+
+def two_cards(monkeypatch: pytest.MonkeyPatch, reached: set[tuple[int, int]]) -> None:
+    cards = [SimpleNamespace(name=f"card {major}", total_memory=major * GIB, major=major, minor=6) for major in (8, 7)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) in reached)
+
+
+@pytest.mark.parametrize(("reached", "found"), [(set(), False), ({(1, 0)}, True), ({(0, 0), (1, 1)}, False)])
+def test_a_machine_with_two_cards(monkeypatch: pytest.MonkeyPatch, reached: set[tuple[int, int]], found: bool) -> None:
+    two_cards(monkeypatch, reached)
+    machine = Machine.look()
+    assert machine == Machine(machine.cores, ("card 8", "card 7"), 7 * GIB, False, ("8.6", "7.6"), found, torch.version.cuda)
+
+
+def test_why_pytorch_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 10010).\nPlease", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    warnings.simplefilter("ignore")  # as PYTHONWARNINGS=ignore does; pytest puts it back
+    for _ in range(2):  # Python shows a warning once, unless told otherwise
+        assert Machine.look().gpu_error == "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010)."
+    assert list(recwarn) == []  # said in the finding
+
+
+def test_a_job_on_the_cpu_leaves_the_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for GPUs"))
+    assert Machine.look(gpus=False) == Machine(Machine.look(gpus=False).cores)

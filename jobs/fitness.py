@@ -1,0 +1,224 @@
+"""Whether a machine is fit for a job: facts in, findings out, each one line with what to do.
+
+The facts are plain values, collected by rlhf_train/machine.py at each start, and from afar by a shell probe; a fact that
+is None is not known, and what depends on it is not judged. The thresholds stand in env/limits.toml.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from env.settings import CudaLimits, Limits
+from jobs.errors import ExitCode, ToolkitError
+from jobs.words import one_line, plural, size
+
+GIB = 2**30
+ON_PURPOSE = "to train on the CPU on purpose, --set hardware.device=cpu"
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    capability: str | None = None  # compute capability: "8.9"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that the job will write to, as far as it is there."""
+
+    path: str  # as the user knows it, maybe relative
+    found: str  # itself, or its nearest parent that is there, or a thing in it that cannot be written
+    missing: str = ""  # the first folder on the way that is to be made; "" if none
+    is_folder: bool = True  # `found` is one
+    writable: bool | None = None
+    read_only: bool | None = None  # the file system
+    uid: int | None = None  # of `found`
+    free_bytes: int | None = None
+    free_inodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # hardware.device
+    ranks: int | None = None  # that the job would have on GPUs
+    pretrained: bool = False  # the job names models, whose weights may be gigabytes, where others come from a config
+    cuda: str | None = None  # that PyTorch was or will be built for; None: not known, or for the CPU only
+    gpus: int | None = None  # that PyTorch sees
+    gpu_error: str = ""  # why it sees none, in its own words
+    visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES
+    driver: str | None = None  # NVIDIA's, that the kernel has loaded
+    cards: tuple[Card, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
+    peer_access: bool | None = None  # some GPU reaches another's memory
+    shared_memory_bytes: int | None = None  # free in /dev/shm
+    shared_memory_used: bool = True  # NCCL_SHM_DISABLE is not 1
+    cpu_flags: tuple[str, ...] | None = None
+    prebuilt_operators: tuple[str, ...] = ()  # DeepSpeed's: cpu_adam, fused_adam
+    uid: int | None = None  # ours
+    gid: int | None = None
+    folders: tuple[Folder, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Literal["unfit", "warning"]
+    what: str
+    todo: str
+
+    def __str__(self) -> str:
+        return one_line(f"{self.what}: {self.todo}")
+
+
+def judge(facts: Facts, limits: Limits) -> list[Finding]:
+    found: list[Finding] = []
+    if wants_gpu(facts):
+        found += _driver(facts, limits) or [*_no_gpu(facts), *_cards(facts, limits), *_shared_memory(facts, limits)]
+    found += _cpu_operators(facts, limits)
+    for folder in facts.folders:
+        found += _access(folder, facts) or _room(folder, facts, limits)
+    return found
+
+
+def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
+    """What makes the machine unfit, all together; None if nothing does."""
+    lines = [str(finding) for finding in findings if finding.level == "unfit"]
+    return ToolkitError("this machine is not fit for the job", why="\n".join(lines), code=ExitCode.UNFIT) if lines else None
+
+
+def no_peer_access(facts: Facts, limits: Limits) -> str:
+    """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as it does on other cards."""
+    name = next((card.name for card in facts.cards or () if "GeForce" in card.name), "")
+    broken = next((card.name for card in facts.cards or () if any(part in card.name for part in limits.peer_access.broken_cards)), "")
+    if name and facts.peer_access is False:
+        return f"{name} has no peer access here"
+    if broken and "GeForce" in broken and (facts.driver is None or version(facts.driver) < version(limits.peer_access.mended_driver)):
+        return f"the peer access that driver {facts.driver or 'unknown'} offers on {broken} does not work"
+    return ""
+
+
+def version(text: str) -> tuple[int, ...]:
+    """`450.80.02` -> (450, 80, 2)"""
+    return tuple(int(part) for part in text.split("."))
+
+
+def wants_gpu(facts: Facts) -> bool:
+    """With `auto`, a PyTorch that was built for CUDA wants one, unless GPUs are hidden from it on purpose."""
+    hidden = facts.visible_devices is not None and facts.visible_devices.strip() in ("", "-1")
+    return facts.device == "cuda" or (facts.device == "auto" and facts.cuda is not None and not hidden)
+
+
+def _cuda_limits(facts: Facts, limits: Limits) -> CudaLimits | None:
+    if facts.cuda is None:
+        return None
+    wanted = version(facts.cuda)
+    known = [name for name in limits.cuda if version(name)[0] == wanted[0] and version(name) <= wanted]
+    return limits.cuda[max(known, key=version)] if known else None
+
+
+def _driver(facts: Facts, limits: Limits) -> list[Finding]:
+    wanted = _cuda_limits(facts, limits)
+    if wanted is None or facts.driver is None or facts.gpus or version(facts.driver) >= version(wanted.driver_min):
+        return []  # where PyTorch sees a GPU, an older driver has NVIDIA's forward compatibility package
+    what = f"the NVIDIA driver {facts.driver} is too old for CUDA {facts.cuda}"
+    least = "" if wanted.driver_advised == wanted.driver_min else f" ({wanted.driver_min} at least)"
+    return [Finding("unfit", what, f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it")]
+
+
+def _no_gpu(facts: Facts) -> Iterator[Finding]:
+    if facts.cuda is None or facts.gpus or (facts.gpus is None and facts.cards != ()):
+        return
+    what = "PyTorch sees no GPU" if facts.gpus == 0 else "there is no GPU"
+    if facts.visible_devices is not None:
+        what += f" with CUDA_VISIBLE_DEVICES={shlex.quote(facts.visible_devices)}"
+        todo = "unset it, or name cards that `nvidia-smi -L` lists"
+    elif facts.cards:
+        what += f", though nvidia-smi lists {plural(len(facts.cards), 'cards')} ({facts.cards[0].name})"
+        what += f"; it says {facts.gpu_error}" if facts.gpu_error else ""
+        todo = "start the box again, or take another (on boxes with NVSwitch, nvidia-fabricmanager must run)"
+    elif facts.driver is not None:
+        what += f", though the NVIDIA driver {facts.driver} is loaded"
+        todo = "give the container the GPU (`docker run --gpus all`, or in compose a reservation of `driver: nvidia`;"
+        todo += " both need nvidia-container-toolkit on the host)"
+    else:
+        what += ", and no NVIDIA driver is loaded"
+        todo = "take a box on which `nvidia-smi` lists a card, or install the driver"
+    yield Finding("unfit", what, f"{todo}; {ON_PURPOSE}")
+
+
+def _cards(facts: Facts, limits: Limits) -> Iterator[Finding]:
+    wanted = _cuda_limits(facts, limits)
+    if wanted is None:
+        return
+    for card in dict.fromkeys(facts.cards or ()):
+        what = f"{card.name} (compute capability {card.capability})"
+        if card.capability is None:
+            continue
+        if wanted.capability_max and version(card.capability) > version(wanted.capability_max):
+            what += f" is too new for CUDA {facts.cuda}, which drives up to {wanted.capability_max}"
+            yield Finding("unfit", what, "take a box with an older card, or a PyTorch for a newer CUDA without the image")
+        if wanted.capability_min and version(card.capability) < version(wanted.capability_min):
+            what += f" is too old for this build for CUDA {facts.cuda}, which begins at {wanted.capability_min}"
+            yield Finding("unfit", what, f"take a box with a newer card; {ON_PURPOSE}")
+
+
+def _shared_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
+    if facts.ranks is None or facts.ranks < 2 or facts.shared_memory_bytes is None or not facts.shared_memory_used:
+        return
+    needed = facts.ranks * limits.shared_memory.bytes_per_rank
+    if facts.shared_memory_bytes < needed:
+        yield Finding(
+            "unfit",
+            f"/dev/shm has {_mib(facts.shared_memory_bytes)} free, and NCCL needs {_mib(needed)} for {facts.ranks} ranks",
+            f"start the container with --shm-size={math.ceil(needed / GIB)}g (in compose: shm_size) or --ipc=host, and remove what a "
+            "killed run left there (/dev/shm/nccl-*); where it cannot be raised, set NCCL_SHM_DISABLE=1, which is slower",
+        )
+
+
+def _cpu_operators(facts: Facts, limits: Limits) -> Iterator[Finding]:
+    operators = [name for name in facts.prebuilt_operators if name in limits.cpu_operators.names]
+    if not operators or facts.cpu_flags is None:
+        return
+    lacking = [flag for flag in limits.cpu_operators.flags if flag not in facts.cpu_flags]
+    if lacking:
+        # A warning: no job uses them yet (they serve optimizers that are offloaded to the CPU).
+        what = f"this CPU lacks {', '.join(lacking)}, for which DeepSpeed's {', '.join(operators)} was compiled"
+        yield Finding("warning", what, "take a box with a newer CPU before the optimizer is offloaded to it; all else runs")
+
+
+def _access(folder: Folder, facts: Facts) -> list[Finding]:
+    path, found = shlex.quote(folder.path), shlex.quote(folder.found)
+    elsewhere = "choose another --output-dir, or mend the path"
+    if not folder.is_folder:
+        return [Finding("unfit", f"the folder {path} cannot be made, since {found} is a file", elsewhere)]
+    if folder.read_only:
+        return [Finding("unfit", f"{found} is on a read-only file system", f"mount it writable, or {elsewhere}")]
+    if folder.writable is not False:
+        return []
+    if folder.uid is None or facts.uid is None or facts.gid is None:
+        return [Finding("unfit", f"{found} cannot be written", elsewhere)]
+    target = shlex.quote(folder.missing) if folder.missing else path
+    make = f"sudo mkdir -p {path} && " if folder.missing else ""
+    if folder.uid != facts.uid:
+        what = f"{found} belongs to uid {folder.uid}, and uid {facts.uid} may not write to it"
+        return [Finding("unfit", what, f"{make}sudo chown -R {facts.uid}:{facts.gid} {target}")]
+    return [Finding("unfit", f"{found} is write-protected", f"chmod -R u+rwX {found if folder.missing else target}")]
+
+
+def _room(folder: Folder, facts: Facts, limits: Limits) -> Iterator[Finding]:
+    found = shlex.quote(folder.found)
+    if folder.free_bytes is not None and folder.free_bytes < limits.disk.bytes_min:
+        what = f"{size(folder.free_bytes)} are free at {found}, and a run needs {size(limits.disk.bytes_min)} at least"
+        yield Finding("unfit", what, "make room, or choose an --output-dir on a larger disk")
+    elif folder.free_bytes is not None and facts.pretrained and folder.free_bytes < limits.disk.bytes_advised:
+        what = f"only {size(folder.free_bytes)} are free at {found}, and a run of OPT-1.3b writes about {size(limits.disk.bytes_advised)}"
+        yield Finding("warning", what, "see what this job needs with --dry-run, and make room")
+    if folder.free_inodes is not None and folder.free_inodes < limits.disk.inodes_min:
+        what = f"{plural(folder.free_inodes, 'inodes')} are free at {found}, and a run needs {limits.disk.inodes_min} at least"
+        yield Finding("unfit", what, "remove many small files (`df -i` and `du --inodes` show where), or choose an --output-dir on another disk")
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes // 2**20} MiB"

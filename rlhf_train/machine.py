@@ -1,0 +1,180 @@
+"""The facts of this machine, for jobs/fitness.py to judge. What cannot be found out stays unknown, and nothing is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.fitness import Card, Facts, Folder, wants_gpu
+from jobs.run_dir import RunDir
+from jobs.spec import Job, Scratch
+from rlhf_train.plan import Machine
+
+DRIVER = Path("/proc/driver/nvidia/version")  # the host's, and seen in its containers too, also in those without a GPU
+CPU = Path("/proc/cpuinfo")
+SHARED_MEMORY = Path("/dev/shm")
+NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without persistence mode
+
+
+def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> Facts:
+    wish = job.hardware
+    facts = Facts(
+        device=wish.device,
+        ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,
+        pretrained=not all(isinstance(model, Scratch) or model == "actor" for model in (job.actor.model, job.critic.model)),
+        cuda=machine.cuda,
+        visible_devices=environ.get("CUDA_VISIBLE_DEVICES"),
+        cpu_flags=cpu_flags(_read(CPU)),
+        prebuilt_operators=prebuilt_operators(),
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        # Of the cache's disk nothing is asked: tokenised rows are small.
+        folders=(run_folder(run.path), replace(folder(cache), free_bytes=None, free_inodes=None)),
+    )
+    return _with_gpus(facts, machine, environ) if wants_gpu(facts) else facts
+
+
+def _with_gpus(facts: Facts, machine: Machine, environ: Mapping[str, str]) -> Facts:
+    driver, cards = driver_version(_read(DRIVER)), tuple(map(Card, machine.gpus, machine.capabilities)) or None
+    if cards is None:
+        listed, cards = nvidia_smi()
+        driver = driver or listed  # WSL has no /proc/driver/nvidia
+    return replace(
+        facts,
+        gpus=len(machine.gpus),
+        gpu_error=machine.gpu_error,
+        driver=driver,
+        cards=cards,
+        peer_access=machine.peer_access,
+        shared_memory_bytes=_free_bytes(SHARED_MEMORY),
+        shared_memory_used=environ.get("NCCL_SHM_DISABLE") != "1",
+    )
+
+
+def driver_version(text: str) -> str | None:
+    """From /proc/driver/nvidia/version, whose first line is
+    `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (...)`, or has `x86_64 Kernel Module`.
+    """
+    found = re.search(r"^NVRM version:.*?\s([0-9]+(?:\.[0-9]+)+)\s", text, flags=re.MULTILINE)
+    return found[1] if found else None
+
+
+def nvidia_smi() -> tuple[str | None, tuple[Card, ...] | None]:
+    """-> (driver, cards); None where there is no nvidia-smi, or it does not say."""
+    for fields in ("driver_version,name,compute_cap", "driver_version,name"):  # drivers of before 2022 do not know the last
+        try:
+            said = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=NVIDIA_SMI_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None, None
+        if said.returncode == 0:
+            return listed_cards(said.stdout)
+    return None, None
+
+
+def listed_cards(text: str) -> tuple[str | None, tuple[Card, ...]]:
+    """Lines of `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or `No devices were found`."""
+    driver, cards = None, []
+    for line in text.splitlines():
+        if found := re.fullmatch(r"([0-9.]+), (.+?)(?:, ([0-9]+\.[0-9]+|\[.*\]))?", line.strip()):
+            driver, name, capability = found.groups()
+            cards.append(Card(name, None if capability is None or capability.startswith("[") else capability))
+    return driver, tuple(cards)
+
+
+def cpu_flags(text: str) -> tuple[str, ...] | None:
+    """Of the first CPU in /proc/cpuinfo; None on other processors than x86, where the line has another name."""
+    found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
+    return tuple(found[1].split()) if found else None
+
+
+def prebuilt_operators() -> tuple[str, ...]:
+    """DeepSpeed's operators that were compiled when it was installed: `deepspeed/ops/adam/cpu_adam_op.cpython-310-....so`.
+
+    Read without importing it, which takes seconds.
+    """
+    package = importlib.util.find_spec("deepspeed")
+    places = package.submodule_search_locations if package else None
+    files = (file for place in places or () for file in Path(place, "ops").glob("*/*_op*.so"))
+    return tuple(sorted(file.name.split("_op.")[0] for file in files))
+
+
+def folder(path: Path) -> Folder:
+    """`path`, or where it would be made."""
+    found, missing, hidden = path, "", False
+    while True:
+        try:
+            is_folder = stat.S_ISDIR(found.stat().st_mode)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            missing = str(found)
+        except PermissionError:  # its parent may not be looked into
+            hidden = True
+        except OSError:  # a name too long, a loop of links
+            return Folder(str(path), str(path), writable=False)
+        if found == found.parent:
+            return Folder(str(path), str(found), writable=False)
+        found = found.parent
+    try:
+        room = os.statvfs(found)
+    except OSError:
+        return Folder(str(path), str(found), missing, is_folder)
+    return Folder(
+        str(path),
+        str(found),
+        missing,
+        is_folder,
+        writable=_may_write(found),
+        read_only=bool(room.f_flag & os.ST_RDONLY),
+        uid=None if hidden else found.stat().st_uid,
+        free_bytes=room.f_bavail * room.f_frsize,
+        free_inodes=room.f_favail if room.f_files else None,  # Btrfs and others have no such number
+    )
+
+
+def run_folder(path: Path) -> Folder:
+    """The run's folder; before it is made, the one where runs are kept. In a folder that is ours, something that another user
+    left there cannot be written, either: a container that ran as root leaves such things.
+    """
+    seen = folder(path)
+    if seen.missing:
+        return folder(path.parent)
+    if seen.is_folder and seen.writable:
+        with suppress(OSError):
+            for inside in sorted(path.iterdir()):
+                if inside.lstat().st_uid != os.geteuid() and not _may_write(inside):
+                    return replace(seen, found=str(inside), writable=False, uid=inside.lstat().st_uid)
+    return seen
+
+
+def _may_write(path: Path) -> bool:
+    mode = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _free_bytes(path: Path) -> int | None:
+    try:
+        room = os.statvfs(path)
+    except OSError:
+        return None
+    return room.f_bavail * room.f_frsize
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

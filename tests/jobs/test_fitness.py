@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from env.settings import Limits
+from jobs.errors import ExitCode
+from jobs.fitness import Card, Facts, Finding, Folder, error_of, judge, no_peer_access, version, wants_gpu
+
+MIB, GIB = 2**20, 2**30
+# Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a test to stand at the edge.
+LIMITS = Limits.model_validate(
+    {
+        "cuda": {
+            "11.8": {"driver_min": "450.80.02", "driver_advised": "520.61.05", "capability_min": "7.0", "capability_max": "9.0"},
+            "12.0": {"driver_min": "525.60.13", "driver_advised": "525.60.13"},
+            "12.8": {"driver_min": "570.26", "driver_advised": "570.26"},
+            "12.10": {"driver_min": "590.1", "driver_advised": "590.1"},
+        },
+        "shared_memory": {"bytes_per_rank": 256 * MIB},
+        "disk": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000, "inodes_min": 100},
+        "cpu_operators": {"names": ["cpu_adam", "cpu_lion"], "flags": ["avx2", "fma"]},
+        "peer_access": {"broken_cards": ["RTX 40"], "mended_driver": "550.40.07"},
+    }
+)
+RTX_4090 = Card("NVIDIA GeForce RTX 4090", "8.9")
+RTX_5090 = Card("NVIDIA GeForce RTX 5090", "12.0")
+H100 = Card("NVIDIA H100 80GB HBM3", "9.0")
+P100 = Card("Tesla P100-PCIE-16GB", "6.0")
+OURS = Folder("runs/demo", "runs/demo", writable=True, read_only=False, uid=1000, free_bytes=5_000_000, free_inodes=100)
+# A box that is fit, at the edge of each threshold.
+FIT = Facts(
+    ranks=2,
+    pretrained=True,
+    cuda="11.8",
+    gpus=2,
+    driver="450.80.02",
+    cards=(RTX_4090, H100),
+    peer_access=True,
+    shared_memory_bytes=512 * MIB,
+    cpu_flags=("fpu", "avx2", "fma"),
+    prebuilt_operators=("cpu_adam", "fused_adam"),
+    uid=1000,
+    gid=100,
+    folders=(OURS,),
+)
+NO_GPU = replace(FIT, gpus=0, cards=None, driver=None)
+ON_PURPOSE = "; to train on the CPU on purpose, --set hardware.device=cpu"
+
+
+def said(facts: Facts) -> list[str]:
+    return [f"{finding.level}: {finding}" for finding in judge(facts, LIMITS)]
+
+
+def test_a_fit_machine() -> None:
+    assert said(FIT) == []
+
+
+def test_nothing_known_nothing_said() -> None:
+    assert said(Facts()) == [] and said(Facts(device="cuda", cuda="11.8")) == []
+    assert said(Facts(device="cuda", cuda="11.8", ranks=8, cards=(Card("A"),), folders=(Folder("a", "."),))) == []
+
+
+# --- driver ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "line"),
+    [
+        ("11.8", "450.80.02", None),
+        ("11.8", "450.80.01", "450.80.01 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host"),
+        ("11.8", "440.118.02", "440.118.02 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host"),
+        ("11.8", "1000.1", None),  # by number, not by letter
+        ("12.0", "525.60.13", None),
+        ("12.7", "525.60.12", "525.60.12 is too old for CUDA 12.7: install driver 525.60.13 or newer on the host"),
+        ("12.8", "535.129.03", "535.129.03 is too old for CUDA 12.8: install driver 570.26 or newer on the host"),
+        ("12.9", "535.129.03", "535.129.03 is too old for CUDA 12.9: install driver 570.26 or newer on the host"),
+        ("12.11", "580.65.06", "580.65.06 is too old for CUDA 12.11: install driver 590.1 or newer on the host"),
+        ("11.7", "440.118.02", None),  # no table
+        ("13.0", "440.118.02", None),
+    ],
+)
+def test_the_driver(cuda: str, driver: str, line: str | None) -> None:
+    seen = said(replace(FIT, cuda=cuda, driver=driver, gpus=None, cards=(RTX_4090,)))
+    assert seen == ([f"unfit: the NVIDIA driver {line}, or take a box that has it"] if line else [])
+
+
+def test_a_driver_that_is_too_old_is_the_cause_and_no_gpu_the_effect() -> None:
+    (line,) = said(replace(FIT, gpus=0, driver="440.118.02", cards=None))
+    assert line.startswith("unfit: the NVIDIA driver 440.118.02 is too old")
+
+
+def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
+    assert said(replace(FIT, driver="440.118.02", gpus=2)) == []
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        (
+            NO_GPU,
+            "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+        ),
+        (
+            replace(NO_GPU, driver="535.129.03"),
+            "PyTorch sees no GPU, though the NVIDIA driver 535.129.03 is loaded: give the container the GPU (`docker run --gpus all`, or in "
+            "compose a reservation of `driver: nvidia`; both need nvidia-container-toolkit on the host)",
+        ),
+        (
+            replace(NO_GPU, driver="535.129.03", cards=(H100, H100), gpu_error="Error 802:\n system not yet initialized"),
+            "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system not yet initialized: "
+            "start the box again, or take another (on boxes with NVSwitch, nvidia-fabricmanager must run)",
+        ),
+        (
+            replace(NO_GPU, driver="535.129.03", cards=(H100,), visible_devices="7"),
+            "PyTorch sees no GPU with CUDA_VISIBLE_DEVICES=7: unset it, or name cards that `nvidia-smi -L` lists",
+        ),
+        (
+            replace(NO_GPU, device="cuda", visible_devices=""),
+            "PyTorch sees no GPU with CUDA_VISIBLE_DEVICES='': unset it, or name cards that `nvidia-smi -L` lists",
+        ),
+        (
+            replace(NO_GPU, gpus=None, cards=()),
+            "there is no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+        ),
+    ],
+)
+def test_no_gpu(facts: Facts, line: str) -> None:
+    assert said(facts) == [f"unfit: {line}{ON_PURPOSE}"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        (Facts(device="auto", cuda="11.8"), True),
+        (Facts(device="auto", cuda=None), False),  # a PyTorch for the CPU only
+        (Facts(device="auto", cuda="11.8", visible_devices=""), False),
+        (Facts(device="auto", cuda="11.8", visible_devices="-1"), False),
+        (Facts(device="auto", cuda="11.8", visible_devices="0"), True),
+        (Facts(device="cpu", cuda="11.8"), False),
+        (Facts(device="cuda", cuda=None), True),
+        (Facts(device="cuda", cuda="11.8", visible_devices=""), True),
+    ],
+)
+def test_who_wants_a_gpu(facts: Facts, wanted: bool) -> None:
+    assert wants_gpu(facts) is wanted
+
+
+@pytest.mark.parametrize("choice", [{"device": "cpu"}, {"visible_devices": ""}, {"cuda": None}])
+def test_what_runs_on_the_cpu_is_asked_for_no_gpu(choice: dict[str, str]) -> None:
+    unfit = replace(NO_GPU, driver="440.118.02", cards=(RTX_5090,), shared_memory_bytes=0)
+    assert said(unfit) != []
+    assert said(replace(unfit, **choice)) == []  # type: ignore[arg-type]
+
+
+TOO_NEW = (
+    "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
+    "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+)
+TOO_OLD = (
+    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which begins at 7.0: "
+    f"take a box with a newer card{ON_PURPOSE}"
+)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cards", "lines"),
+    [
+        ("11.8", (H100, Card("Tesla V100-SXM2-32GB", "7.0")), []),
+        ("11.8", (RTX_5090, RTX_5090), [TOO_NEW]),  # once
+        ("11.8", (P100, H100, RTX_5090), [TOO_OLD, TOO_NEW]),
+        ("11.8", (Card("NVIDIA B200", None),), []),
+        ("12.8", (RTX_5090, P100), []),  # left to PyTorch
+        ("11.7", (RTX_5090,), []),
+    ],
+)
+def test_cards(cuda: str, cards: tuple[Card, ...], lines: list[str]) -> None:
+    assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards)) == lines
+    assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards, gpus=None)) == lines  # as the doctor sees it
+
+
+# --- /dev/shm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "free", "line"),
+    [
+        (2, 512 * MIB, None),
+        (2, 512 * MIB - 1, "511 MiB free, and NCCL needs 512 MiB for 2 ranks: start the container with --shm-size=1g "),
+        (2, 64 * MIB, "64 MiB free, and NCCL needs 512 MiB for 2 ranks: start the container with --shm-size=1g "),
+        (8, 1 * GIB, "1024 MiB free, and NCCL needs 2048 MiB for 8 ranks: start the container with --shm-size=2g "),
+        (5, 1 * GIB, "1024 MiB free, and NCCL needs 1280 MiB for 5 ranks: start the container with --shm-size=2g "),
+        (1, 0, None),
+        (None, 0, None),
+    ],
+)
+def test_shared_memory(ranks: int | None, free: int, line: str | None) -> None:
+    facts = replace(FIT, ranks=ranks, shared_memory_bytes=free)
+    found = said(facts)
+    assert len(found) == bool(line) and all(text.startswith(f"unfit: /dev/shm has {line}") for text in found)
+    assert said(replace(facts, shared_memory_used=False)) == [] and said(replace(facts, shared_memory_bytes=None)) == []
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operators", "flags", "line"),
+    [
+        (("cpu_adam",), ("avx2", "fma"), None),
+        (("cpu_adam",), ("avx2", "fma4"), "this CPU lacks fma, for which DeepSpeed's cpu_adam was compiled"),
+        (("cpu_adam", "cpu_lion", "fused_adam"), (), "this CPU lacks avx2, fma, for which DeepSpeed's cpu_adam, cpu_lion was compiled"),
+        (("fused_adam",), (), None),
+        ((), (), None),
+        (("cpu_adam",), None, None),
+    ],
+)
+def test_operators_that_this_cpu_cannot_run(operators: tuple[str, ...], flags: tuple[str, ...] | None, line: str | None) -> None:
+    found = said(replace(FIT, prebuilt_operators=operators, cpu_flags=flags))
+    advice = "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
+    assert found == ([f"warning: {line}: {advice}"] if line else [])
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ({"uid": 0}, None),  # another's, but we may write
+        ({"uid": 0, "writable": False}, "runs/demo belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo"),
+        ({"uid": 1000, "writable": False}, "runs/demo is write-protected: chmod -R u+rwX runs/demo"),
+        (
+            {"found": ".", "missing": "runs", "uid": 0, "writable": False},
+            ". belongs to uid 0, and uid 1000 may not write to it: sudo mkdir -p runs/demo && sudo chown -R 1000:100 runs",
+        ),
+        ({"found": ".", "missing": "runs", "writable": False}, ". is write-protected: chmod -R u+rwX ."),
+        (
+            {"found": "runs/demo/events.jsonl", "uid": 0, "writable": False},
+            "runs/demo/events.jsonl belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo",
+        ),
+        (
+            {"path": "my runs/x", "found": "my runs/x", "uid": 0, "writable": False},
+            "'my runs/x' belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 'my runs/x'",
+        ),
+        (
+            {"found": "file", "missing": "file/runs", "path": "file/runs", "is_folder": False},
+            "the folder file/runs cannot be made, since file is a file: choose another --output-dir, or mend the path",
+        ),
+        (
+            {"read_only": True, "writable": False, "uid": 0},
+            "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path",
+        ),
+        ({"writable": False, "uid": None}, "runs/demo cannot be written: choose another --output-dir, or mend the path"),
+    ],
+)
+def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | None) -> None:
+    facts = replace(FIT, folders=(replace(OURS, **folder),))  # type: ignore[arg-type]
+    assert said(facts) == ([f"unfit: {line}"] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("folder", "pretrained", "lines"),
+    [
+        ({"free_bytes": 5_000_000}, True, []),
+        (
+            {"free_bytes": 4_999_999},
+            True,
+            [
+                "warning: only 5 MB are free at runs/demo, and a run of OPT-1.3b writes about 5 MB: "
+                "see what this job needs with --dry-run, and make room"
+            ],
+        ),
+        ({"free_bytes": 1_000_000}, False, []),
+        (
+            {"free_bytes": 900_000},
+            True,
+            ["unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an --output-dir on a larger disk"],
+        ),
+        ({"free_bytes": None, "free_inodes": None}, True, []),
+        (
+            {"free_inodes": 99, "found": "/a b"},
+            True,
+            [
+                "unfit: 99 inodes are free at '/a b', and a run needs 100 at least: remove many small files (`df -i` and `du --inodes` show "
+                "where), or choose an --output-dir on another disk"
+            ],
+        ),
+    ],
+)
+def test_a_disk_that_is_nearly_full(folder: dict[str, object], pretrained: bool, lines: list[str]) -> None:
+    assert said(replace(FIT, pretrained=pretrained, folders=(replace(OURS, **folder),))) == lines  # type: ignore[arg-type]
+
+
+# --- all together ---------------------------------------------------------------------------------------------------
+
+
+def test_all_findings_come_together_a_line_each() -> None:
+    full = replace(OURS, free_bytes=0, free_inodes=0)
+    foreign = replace(OURS, path="cache\n\x1b[2J", found="cache\n\x1b[2J", uid=0, writable=False)
+    facts = replace(FIT, cards=(RTX_5090,), shared_memory_bytes=0, cpu_flags=(), folders=(full, foreign))
+    findings = judge(facts, LIMITS)
+    assert [finding.level for finding in findings] == ["unfit", "unfit", "warning", "unfit", "unfit", "unfit"]
+    error = error_of(findings)
+    assert error is not None and (error.what, error.code, error.hint) == ("this machine is not fit for the job", ExitCode.UNFIT, "")
+    lines = error.why.split("\n")
+    assert [line.split()[0] for line in lines] == ["NVIDIA", "/dev/shm", "0", "0", "'cache"] and "\x1b" not in error.why
+
+
+def test_warnings_alone_are_no_error() -> None:
+    assert error_of([Finding("warning", "a", "b")]) is None and error_of([]) is None
+
+
+def test_facts_travel_as_json() -> None:
+    again = json.loads(json.dumps(asdict(FIT)))
+    again["cards"] = tuple(Card(**card) for card in again["cards"])
+    again["folders"] = tuple(Folder(**folder) for folder in again["folders"])
+    assert said(Facts(**again)) == [] and again["driver"] == "450.80.02"
+
+
+# --- peer access ----------------------------------------------------------------------------------------------------
+
+RTX_3090 = Card("NVIDIA GeForce RTX 3090", "8.6")
+
+
+@pytest.mark.parametrize(
+    ("cards", "peer_access", "driver", "why"),
+    [
+        ((RTX_3090, RTX_3090), False, "535.129.03", "NVIDIA GeForce RTX 3090 has no peer access here"),
+        ((RTX_3090, RTX_3090), True, "535.129.03", ""),  # NVLink
+        ((RTX_4090, RTX_4090), False, "550.54.15", "NVIDIA GeForce RTX 4090 has no peer access here"),
+        (
+            (RTX_4090, RTX_4090),
+            True,
+            "550.40.06",
+            "the peer access that driver 550.40.06 offers on NVIDIA GeForce RTX 4090 does not work",
+        ),
+        ((RTX_4090, RTX_4090), True, None, "the peer access that driver unknown offers on NVIDIA GeForce RTX 4090 does not work"),
+        ((RTX_4090, RTX_4090), True, "550.40.07", ""),
+        ((Card("NVIDIA A10", "8.6"),) * 2, False, "535.129.03", ""),  # NCCL finds out by itself
+        ((Card("NVIDIA RTX 4000 Ada Generation", "8.9"),) * 2, True, "535.129.03", ""),
+        ((RTX_3090,), None, "535.129.03", ""),
+        (None, None, None, ""),
+    ],
+)
+def test_geforce_cards_without_peer_access(cards: tuple[Card, ...] | None, peer_access: bool | None, driver: str | None, why: str) -> None:
+    assert no_peer_access(replace(FIT, cards=cards, peer_access=peer_access, driver=driver), LIMITS) == why
+
+
+def test_versions_compare_by_number() -> None:
+    assert version("450.80.02") == (450, 80, 2) and version("12.10") > version("12.8")

@@ -10,11 +10,17 @@ import transformers
 from torch import Tensor, nn
 
 _MAJOR = int(transformers.__version__.split(".")[0])
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
     """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default follows the file."""
     return {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
+
+
+def checkpointing_arguments() -> dict[str, bool]:
+    """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
+    return {"use_reentrant": _TORCH < (2, 1)}
 
 
 def takes_position_ids(model: nn.Module) -> bool:

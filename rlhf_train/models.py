@@ -7,7 +7,6 @@ own, never the EOS. `ActorForward` and `ScoreForward` exist in training only; wh
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import compat
+from rlhf_train import compat, hub
 from rlhf_train.batch import Sequences
 from rlhf_train.losses import entropy, token_log_probs
 
@@ -29,7 +28,7 @@ LOGITS_BYTES = 256 * 2**20  # float32 logits held at once; more rows are done in
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, with a padding token of its own."""
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, source)
+    tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
     if tokenizer.eos_token_id is None:
         raise ToolkitError(
             f"the tokenizer of {source} has no EOS token", why="a response must be able to end", hint="choose a model whose tokenizer has one"
@@ -54,7 +53,13 @@ def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", bpe.token_to_id("</s>"))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids, which no model here takes
     )
 
 
@@ -67,7 +72,9 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype))
-    return _fit_vocabulary(_from_hub(AutoModelForCausalLM.from_pretrained, model, config=config, **compat.dtype_argument(dtype)), tokenizer)
+    return _fit_vocabulary(
+        _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype)), tokenizer
+    )
 
 
 def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
@@ -79,7 +86,7 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     if isinstance(model, Scratch):
         scorer = AutoModelForSequenceClassification.from_config(config, **compat.dtype_argument(dtype))
     else:
-        scorer = _from_hub(AutoModelForSequenceClassification.from_pretrained, model, config=config, **compat.dtype_argument(dtype))
+        scorer = _load(AutoModelForSequenceClassification.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
         scorer = _fit_vocabulary(scorer, tokenizer)
     if not isinstance(getattr(scorer, "score", None), nn.Module):
         raise ToolkitError(
@@ -106,7 +113,7 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
                 hint="see actor.model.config and critic.model.config in the job file",
             ) from None
     else:
-        config = _from_hub(AutoConfig.from_pretrained, model)
+        config = _load(AutoConfig.from_pretrained, model, hub.config_files)
     for name, value in config.to_dict().items():
         if (name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float | int):
             setattr(config, name, 0.0)
@@ -124,16 +131,17 @@ def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     return model
 
 
-def _from_hub(load: Any, source: str, **kwargs: Any) -> Any:
+def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
+    folder = hub.model(source, wanted)
     try:
-        return load(source, **kwargs)
+        loaded = load(folder, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        local = source.startswith((".", "/", "~")) or Path(source).exists()
-        hint = "look into the folder: config.json, model.safetensors and tokenizer.json belong there"
-        if not local:
-            hint = "check the name; without a way to the hub, set HF_ENDPOINT to a mirror; a gated model needs HF_TOKEN"
+        hint = "config.json, model.safetensors and tokenizer.json belong there"
+        hint = f"look into the folder: {hint}" if hub.local(source) else f"choose another model: {hint}"
         raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, code=ExitCode.USAGE) from error
+    loaded.name_or_path = source
+    return loaded
 
 
 def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
@@ -159,7 +167,10 @@ def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedToken
 
 def checkpoint_activations(model: Any) -> None:
     """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less memory."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    arguments = compat.checkpointing_arguments()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if arguments["use_reentrant"]:  # with LoRA, such a checkpoint would see nothing to differentiate
+        model.enable_input_require_grads()
 
 
 # --- forward passes ------------------------------------------------------------------------------------------------

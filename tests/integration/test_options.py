@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from jobs.events import End, Event, Metrics
 from tests.tiny import Trained, train
 
+pytestmark = pytest.mark.pinned
+
 LORA = "{rank: 4, alpha: 8.0}"
 
 
@@ -25,7 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(folder: Path) -> Trained:
     """One update a rollout, so that what is trained on was always sampled by the policy as it is."""
-    return train(folder, "lora", [f"actor.lora={LORA}", "ppo.rollout_batch=8", "ppo.max_updates=3", "ppo.normalize_rewards=false"])
+    return train(
+        folder,
+        "lora",
+        [f"actor.lora={LORA}", "hardware.gradient_checkpointing=true", "ppo.rollout_batch=8", "ppo.max_updates=3", "ppo.normalize_rewards=false"],
+    )
 
 
 @pytest.fixture(scope="module")

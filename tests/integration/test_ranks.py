@@ -31,7 +31,8 @@ HOW: dict[str, dict[str, Any]] = {
     "zero 2": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 2, "critic_zero_stage": 2},
     "zero 3": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 3, "critic_zero_stage": 3, "gradient_checkpointing": "true"},
 }
-OTHERS = [name for name in HOW if name != "one"]
+ON_PINNED = {"two ranks": [pytest.mark.pinned], "zero 2": [pytest.mark.pinned_gloo], "zero 3": [pytest.mark.pinned_gloo]}
+OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}
 NOT_COMPARED = SECONDS | {"schema", "seq", "kind", "model", "real_token_share"}  # the last: rows are padded otherwise
 LEARNING_RATE = {1: 1e-2, 2: 1e-3, 3: 1e-3}

@@ -23,6 +23,8 @@ from jobs.events import (
     read_events,
 )
 
+pytestmark = pytest.mark.pinned
+
 ONE_OF_EACH: list[Event] = [
     Plan(
         step=1, updates=2, rows=64, ranks=1, device="cpu", device_reason="no GPU", precision="float32", global_batch=32, micro_batch=16,

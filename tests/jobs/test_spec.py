@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import JOBS_FOLDER, Job, Scratch, difference, load_job, parse_job, save_job
 
+pytestmark = pytest.mark.pinned
+
 ROOT = Path(__file__).parents[2]
 
 SMALL = """

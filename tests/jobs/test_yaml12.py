@@ -8,6 +8,8 @@ import yaml
 from jobs.errors import ToolkitError
 from jobs.yaml12 import dump_yaml, load_yaml
 
+pytestmark = pytest.mark.pinned
+
 
 @pytest.mark.parametrize(
     ("text", "value"),

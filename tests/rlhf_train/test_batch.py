@@ -9,6 +9,8 @@ import torch
 from jobs.errors import ToolkitError
 from rlhf_train.batch import BatchPlan, Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update, largest_divisor, rows_of_update
 
+pytestmark = pytest.mark.pinned
+
 CPU = torch.device("cpu")
 
 

@@ -8,6 +8,8 @@ from jobs.spec import Ppo
 from rlhf_train.batch import Sequences
 from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
 
+pytestmark = pytest.mark.pinned
+
 CPU = torch.device("cpu")
 
 

@@ -27,6 +27,8 @@ from rlhf_train.world import World
 from tests import tiny
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.pinned_gloo
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -19,6 +19,8 @@ from rlhf_train.losses import (
     whiten,
 )
 
+pytestmark = pytest.mark.pinned
+
 ROWS, WIDTH = 5, 7
 
 

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +29,9 @@ from rlhf_train.models import (
     merge_lora,
     train_tokenizer,
 )
+from tests.hub import Hub
+
+pytestmark = pytest.mark.pinned
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -161,7 +168,7 @@ def test_lora_starts_at_the_model_itself_and_merges_to_what_it_computes(actor, b
     assert all("lora_" in name for name in trained)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     merged = copy.deepcopy(actor)
     merged.load_state_dict(merge_lora(adapted.state_dict(), lora))
     assert not torch.allclose(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0], atol=1e-2)
@@ -242,3 +249,26 @@ def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, t
     padded.pad_token = padded.convert_ids_to_tokens(len(tokenizer) - 1)
     model = load(str(tmp_path), padded, torch.float32, seed=0)
     assert model.config.pad_token_id == len(tokenizer) - 1 == model.get_input_embeddings().num_embeddings - 1
+
+
+def test_a_model_comes_from_the_hub_by_its_name(actor, tokenizer, tmp_path):
+    """In a fresh process, since HF_ENDPOINT is read at import; the weights arrive although the hub fails twice."""
+    for part in (actor, tokenizer):
+        part.save_pretrained(tmp_path / "models/some/opt")
+    code = (
+        "import sys, torch; from rlhf_train.models import load_causal, load_tokenizer; tokenizer = load_tokenizer('some/opt')\n"
+        "model = load_causal('some/opt', tokenizer, torch.float32, 0); torch.save((model.state_dict(), tokenizer.get_vocab()), sys.argv[1])\n"
+        "assert tokenizer.name_or_path == model.name_or_path == 'some/opt'"
+    )
+    with Hub(tmp_path) as hub:
+        hub.fail("GET /some/opt/resolve/.*safetensors", 500, times=1)
+        hub.fail("GET /some/opt/resolve/.*tokenizer.json", "flip", times=1)
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", code, str(tmp_path / "got")]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("trying again") == 2
+    state, vocabulary = torch.load(tmp_path / "got")
+    assert vocabulary == tokenizer.get_vocab()
+    for name, value in actor.state_dict().items():
+        assert torch.equal(state[name], value), name

@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from rlhf_train.rollout import Rollouts, sample, uniforms
 
+pytestmark = pytest.mark.pinned
+
 PAD, EOS, VOCABULARY = 1, 2, 40
 
 

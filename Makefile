@@ -8,7 +8,7 @@ UV ?= uv
 .PHONY: help demo test lint venv lock clean
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z.]*\):[^#]*## /  make \1	/p' Makefile
 
 demo: venv ## all three RLHF steps on the CPU, in minutes; SEED=n for another seed, REDO=1 to start over
 	$(python) -m rlhf_train --job demo --step all $(if $(SEED),--set seed=$(SEED) --run demo-seed-$(SEED)) $(if $(REDO),--redo)
@@ -24,10 +24,20 @@ lint: venv ## ruff and mypy
 venv: ## .venv with everything, made once (some minutes) and kept up to date
 	@sh env/venv.sh
 
-lock: ## write env/pins/cpu.txt anew from cpu.in and pyproject.toml (needs uv: pip install uv)
-	$(UV) pip compile --quiet --universal --python-version 3.10 --no-python-downloads --generate-hashes --no-emit-package torch \
-		--excludes env/pins/cpu.excludes --extra train --custom-compile-command "make lock" $(LOCK_ARGS) \
+.env: ## who you are, for docker compose, and the folders that it mounts; once
+	@sh docker/dotenv.sh
+
+# torch stays out of a lock: which build of it is wanted, and from where, is said beside (torch-*.txt, env/venv.sh).
+compile := $(UV) pip compile --quiet --no-python-downloads --generate-hashes --custom-compile-command "make lock" $(LOCK_ARGS)
+pinned := --python-version 3.10 --python-platform x86_64-manylinux_2_28
+lock: ## write the locks of env/pins anew from their .in files and pyproject.toml (needs uv: pip install uv)
+	$(compile) --universal --python-version 3.10 --no-emit-package torch --excludes env/pins/cpu.excludes --extra train \
 		--output-file env/pins/cpu.txt pyproject.toml env/pins/cpu.in
+	$(compile) $(pinned) --no-emit-package torch --excludes env/pins/image.excludes --extra train \
+		--output-file env/pins/image.txt pyproject.toml env/pins/image.in
+	$(compile) $(pinned) --no-deps --output-file env/pins/torch-ci.txt env/pins/torch-ci.in
+	$(compile) $(pinned) --constraint env/pins/image.txt --output-file env/pins/image-test.txt env/pins/image-test.in
+	$(compile) --universal --python-version 3.10 --extra laptop --output-file env/pins/laptop.txt pyproject.toml env/pins/laptop.in
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .venv.lock .mypy_cache .pytest_cache .ruff_cache build rlhf_box.egg-info

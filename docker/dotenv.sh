@@ -1,0 +1,25 @@
+#!/bin/sh
+# Writes .env for docker compose: who you are, and whether this machine has a GPU; makes the folders that are mounted.
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+
+# The container never runs as root. Who is root here (a rented machine, sudo) gets the user behind sudo, or 1000.
+uid=$(id -u) gid=$(id -g)
+[ "$uid" != 0 ] || { uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}; }
+[ "$uid" != 0 ] || { uid=1000 gid=1000; }
+
+mkdir -p data runs cache secrets
+chmod 700 secrets
+[ "$(id -u)" != 0 ] || chown "$uid:$gid" data runs cache secrets
+
+{
+    echo "# Written by \`make .env\`; yours from now on. Remove it, and \`make .env\` writes it anew."
+    echo "RLHF_UID=$uid"
+    echo "RLHF_GID=$gid"
+    if [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
+        echo "# No NVIDIA driver was found: the image for the CPU."
+        echo "COMPOSE_FILE=docker-compose.yml:docker/compose.cpu.yml"
+    fi
+} >.env.new
+mv .env.new .env
+cat .env

@@ -1,0 +1,100 @@
+# shellcheck shell=sh
+# What the RUN lines of docker/Dockerfile do, sourced by them: `. /build/install.sh && apt_install python3.10`.
+#
+# Behind a TLS-intercepting proxy: the build secret `ca_bundle` (a PEM file) is used where it is mounted and stays in no layer;
+# proxies are Docker's own build arguments HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
+set -eu
+set -a # what the mirror's file says reaches pip
+[ -s "/build/$MIRROR.env" ] || echo "error: there is no mirror $MIRROR: MIRROR names a file of env/mirrors" >&2
+# shellcheck disable=SC1090,SC1091
+. "/build/$MIRROR.env"
+set +a
+export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1 DEBIAN_FRONTEND=noninteractive
+ca_bundle=/run/secrets/ca_bundle
+[ ! -s $ca_bundle ] || export PIP_CERT=$ca_bundle SSL_CERT_FILE=$ca_bundle REQUESTS_CA_BUNDLE=$ca_bundle
+
+refuse() { # WHAT HINT
+    printf 'error: %s: %s\n' "$1" "$2" >&2
+    exit 3
+}
+
+check_base() { # before minutes are spent
+    [ "$(uname -m)" = x86_64 ] || refuse "this machine is $(uname -m), and PyTorch has no cu118 wheels for it" "build with --platform linux/amd64"
+    command -v apt-get >/dev/null || refuse "BASE_IMAGE is not Debian or Ubuntu (no apt-get)" "use nvidia/cuda:11.8.0-base-ubuntu22.04"
+    command -v python3.10 >/dev/null || grep -qs '^VERSION_ID="22.04"' /etc/os-release ||
+        refuse "BASE_IMAGE has no Python 3.10, and is not Ubuntu 22.04, which could install it" "use nvidia/cuda:11.8.0-base-ubuntu22.04"
+}
+
+check_nvcc() { # CUDA_ARCHS
+    [ -n "$1" ] || return 0
+    release=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
+    [ "$release" = 11.8 ] || refuse "BUILD_IMAGE has nvcc ${release:-not at all}, and 11.8 compiles DeepSpeed's operators" \
+        "use nvidia/cuda:11.8.0-devel-ubuntu22.04, or CUDA_ARCHS= (empty) for no operators"
+}
+
+apt_install() { # PACKAGE...; from the distribution's own list alone: NVIDIA's is slow to reach from some places, and not needed
+    cat >/tmp/apt.conf <<EOF
+Dir::Etc::SourceList "/tmp/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Acquire::Retries "3";
+EOF
+    [ ! -s $ca_bundle ] || echo "Acquire::https::CAInfo \"$ca_bundle\";" >>/tmp/apt.conf
+    sed "s#https\{0,1\}://[a-z.]*\.ubuntu\.com/ubuntu/\{0,1\}#${APT_MIRROR:-&}#" /etc/apt/sources.list >/tmp/sources.list
+    export APT_CONFIG=/tmp/apt.conf
+    apt-get -qq update
+    apt-get -qq install --yes --no-install-recommends "$@" >/dev/null
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log /tmp/apt.conf /tmp/sources.list
+}
+
+python_for() { # runtime|build: Python 3.10, if it is not there; the build also needs venv, Python.h and a C++ compiler
+    command -v python3.10 >/dev/null || set -- "$@" python3.10
+    if [ "$1" = build ]; then
+        python3.10 -c 'import ensurepip' 2>/dev/null || set -- "$@" python3.10-venv python3.10-dev
+        command -v g++ >/dev/null || set -- "$@" g++
+    fi
+    shift
+    [ $# = 0 ] || apt_install "$@"
+}
+
+pip() { /opt/venv/bin/python -m pip "$@"; }
+
+locked() { sed -n "/^$1==/,/# via/p" /build/image.txt; } # NAME: its lines of the lock
+
+install_torch() { # LOCK; a version such as 2.0.1+cu118 is a file of PyTorch's own index, or of a mirror of its files
+    python3.10 -m venv /opt/venv
+    locked pip >/tmp/pip.txt
+    pip install --no-deps --require-hashes --requirement /tmp/pip.txt
+    sed -n 's#^torch==\([0-9.]*\)+\([a-z0-9]*\) \(.*\)#torch @ '"$PYTORCH_WHEELS"'/\2/torch-\1%2B\2-cp310-cp310-linux_x86_64.whl \3#p' "$1" >/tmp/torch.txt
+    [ -s /tmp/torch.txt ] || cp "$1" /tmp/torch.txt
+    pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement /tmp/torch.txt
+}
+
+install_packages() {
+    sed '/^deepspeed==/,/# via/d' /build/image.txt >/tmp/wheels.txt
+    pip install --no-deps --require-hashes --requirement /tmp/wheels.txt
+}
+
+install_deepspeed() { # CUDA_ARCHS; empty: without compiled operators
+    # shellcheck source=env/cuda.sh
+    . /build/cuda.sh
+    locked deepspeed >/tmp/deepspeed.txt
+    pip download --quiet --no-deps --require-hashes --no-build-isolation --no-binary deepspeed --dest /tmp/sdist --requirement /tmp/deepspeed.txt
+    tar -C /tmp/sdist -xzf /tmp/sdist/deepspeed-*.tar.gz
+    builder=$(echo /tmp/sdist/deepspeed-*/op_builder/builder.py)
+    # DeepSpeed compiles cpu_adam for the CPU it is built on, and another one ends with SIGILL. x86-64-v3 is AVX2 and FMA: any
+    # server of the last ten years; env/limits.toml has its flags for the check at start.
+    sed -i "s/-march=native/-march=x86-64-v3/; s/-D__AVX512__/-D__AVX256__/; s/return '-D__SCALAR__'/return '-D__AVX256__'/" "$builder"
+    if grep -E 'march=native|__AVX512__|__SCALAR__' "$builder" || ! grep -q 'march=x86-64-v3' "$builder"; then
+        refuse "DeepSpeed's op_builder/builder.py is not what docker/install.sh knows" "adapt its sed line to this version"
+    fi
+    export DS_BUILD_OPS=0 DS_ACCELERATOR=cuda # no GPU is here to be found, and operators work only under the accelerator they were built for
+    if [ -n "$1" ]; then
+        export DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 TORCH_CUDA_ARCH_LIST="$1"
+    fi
+    pip install --no-deps --no-build-isolation /tmp/sdist/deepspeed-*/
+    for library in /opt/venv/lib/python3.10/site-packages/deepspeed/ops/adam/cpu_adam_op*.so; do
+        # zmm: the registers of AVX-512, which x86-64-v3 has not.
+        [ ! -e "$library" ] || ! objdump -d "$library" | grep -q -m 1 '%zmm' || refuse "cpu_adam was compiled for this machine's CPU alone" "see install_deepspeed"
+    done
+    pip check
+}

@@ -1,0 +1,12 @@
+# shellcheck shell=sh
+# The CUDA environment, for the image and for a bare box alike; sourced. Without CUDA it changes nothing.
+#
+# PyTorch's wheels bring cuBLAS, cuDNN and NCCL themselves. CUDA_HOME is what DeepSpeed looks for when it compiles (nvcc), and
+# lib64 holds libcudart.so.11.0, which DeepSpeed's operators are linked to and PyTorch's cu118 wheel carries under another name.
+for cuda_home in "${CUDA_HOME:-}" /usr/local/cuda-11.8 /usr/local/cuda; do
+    if [ -n "$cuda_home" ] && [ -d "$cuda_home" ]; then
+        export CUDA_HOME="$cuda_home" PATH="$cuda_home/bin:$PATH" LD_LIBRARY_PATH="$cuda_home/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        break
+    fi
+done
+unset cuda_home

@@ -1,0 +1,179 @@
+"""A Docker engine for the tests: the one that answers, or, in CI on Debian, one that is installed, started and ended here.
+
+No image can be pulled in CI, so the base is made with debootstrap, and a build image with nvcc 11.8 (Debian's) from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BASE, BUILD = "rlhf-box-tests/base", "rlhf-box-tests/build"
+# Shared libraries that a CPython 3.10 of this machine is linked to, and what a base has anyway.
+PACKAGES = "ca-certificates,libssl3,libffi8,libsqlite3-0,zlib1g,libbz2-1.0,liblzma5,libexpat1,libuuid1"
+NVCC = """
+FROM {base}
+RUN sed -i 's/ main$/ main contrib non-free/' /etc/apt/sources.list && apt-get -qq update \
+    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends nvidia-cuda-toolkit g++-11 >/dev/null
+RUN for tool in gcc g++; do ln -s $tool-11 /usr/bin/$tool; done && ln -s g++-11 /usr/bin/c++ && nvcc --version
+"""
+
+
+@dataclass(frozen=True)
+class Docker:
+    """`docker("compose", "build", cwd=...)`. Output is text, stdout and stderr together."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def __call__(
+        self, *arguments: str, cwd: Path | None = None, check: bool = True, timeout_s: float = 600, stdin: str | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["docker", *arguments],
+            cwd=cwd, env={**self.environment, **variables}, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", timeout=timeout_s, check=False,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(f"docker {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-6000:]}")
+        return done
+
+    def answers(self) -> str:
+        """Why not; empty: it does, with Compose and BuildKit."""
+        for arguments in (["version"], ["compose", "version"], ["buildx", "version"]):
+            try:
+                done = self(*arguments, check=False, timeout_s=30)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return str(error)
+            if done.returncode:
+                return f"docker {' '.join(arguments)}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.returncode}"
+        return ""
+
+
+def shell(*command: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+
+
+def distribution() -> str:
+    """The mirror that this machine's apt asks."""
+    for file in [*sorted(Path("/etc/apt").glob("sources.list*/*.sources")), Path("/etc/apt/sources.list")]:
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            words = line.split()
+            if words[:1] == ["URIs:"] or words[:1] == ["deb"]:
+                return next(word for word in words if word.startswith("http"))
+    raise AssertionError("no package source in /etc/apt")
+
+
+@contextmanager
+def installed_engine() -> Iterator[Docker]:
+    """Needs root on Debian. The engine is ended and its images are removed at the end; the packages stay."""
+    if not shutil.which("dockerd") or not shutil.which("debootstrap"):
+        shell("apt-get", "-qq", "update")
+        os.environ["DEBIAN_FRONTEND"] = "noninteractive"
+        shell("apt-get", "-qq", "install", "-y", "docker.io", "iptables", "debootstrap")
+    folder = Path(tempfile.mkdtemp(prefix="rlhf-box-docker-"))
+    _install_plugins(folder)
+    docker = Docker({**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock", "DOCKER_BUILDKIT": "1"})
+    with (folder / "dockerd.log").open("wb") as log:
+        places = [
+            "--data-root",
+            f"{folder}/data",
+            "--exec-root",
+            f"{folder}/exec",
+            "--pidfile",
+            f"{folder}/pid",
+            "--host",
+            f"unix://{folder}/docker.sock",
+        ]
+        engine = subprocess.Popen(["dockerd", *places], stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while docker.answers():
+            if engine.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"dockerd does not answer: {docker.answers()}\n{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}")
+            time.sleep(0.5)
+        yield docker
+    finally:
+        engine.terminate()
+        engine.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _install_plugins(folder: Path) -> None:
+    """Compose v2 and buildx: Debian 12 has neither; Debian 13's packages want no more than its libc."""
+    if not Docker()("compose", "version", check=False).returncode and not Docker()("buildx", "version", check=False).returncode:
+        return
+    source = folder / "next.list"
+    source.write_text(f"deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {distribution()} trixie main\n")
+    (folder / "lists").mkdir()
+    apt = [
+        "apt-get",
+        "-qq",
+        "-o",
+        f"Dir::Etc::SourceList={source}",
+        "-o",
+        "Dir::Etc::SourceParts=/dev/null",
+        "-o",
+        f"Dir::State::Lists={folder}/lists",
+    ]
+    shell(*apt, "update")
+    shell(*apt, "-o", "APT::Sandbox::User=root", "download", "docker-compose", "docker-buildx", cwd=folder)
+    shell("dpkg", "-i", *map(str, folder.glob("*.deb")))
+
+
+def make_base(docker: Docker) -> str:
+    """Debian 12 with Python 3.10, about 260 MB."""
+    python = _python310()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        shell("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root), distribution())
+        leave_out = shutil.ignore_patterns("test", "site-packages", "idlelib", "tkinter", "config-3*", "__pycache__")
+        shutil.copytree(python / "lib/python3.10", root / "usr/local/lib/python3.10", ignore=leave_out)
+        (root / "usr/local/lib/python3.10/site-packages").mkdir()
+        shutil.copytree(python / "include/python3.10", root / "usr/local/include/python3.10")
+        shutil.copy(python / "bin/python3.10", root / "usr/local/bin/python3.10")
+        for library in (python / "lib").glob("libpython3.10.so*"):
+            shutil.copy(library, root / "usr/local/lib", follow_symlinks=False)
+        shell("chroot", str(root), "ldconfig")
+        shell("chroot", str(root), "python3.10", "-c", "import ssl, ctypes, sqlite3, zlib, bz2, lzma")
+        subprocess.run(f"tar -C {root} -c . | docker import - {BASE}", shell=True, env=dict(docker.environment), check=True, capture_output=True)
+    return BASE
+
+
+def _python310() -> Path:
+    """The prefix of a CPython 3.10 on this machine."""
+    found = [*Path("/root/.pyenv/versions").glob("3.10*/bin/python3.10"), *([Path(which)] if (which := shutil.which("python3.10")) else [])]
+    for python in [Path(sys.executable), *found]:
+        said = subprocess.run(
+            [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"], capture_output=True, text=True, check=False
+        )
+        if said.stdout.startswith("3 10 "):
+            return Path(said.stdout.split(maxsplit=2)[2].strip())
+    raise AssertionError("no Python 3.10 is on this machine, and the base image needs one: install python3.10")
+
+
+def make_build(docker: Docker, base: str) -> str | None:
+    """The base with nvcc 11.8 and the C++ compiler that goes with it; None if Debian's package cannot be had."""
+    done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base), check=False)
+    return BUILD if done.returncode == 0 else None
+
+
+def copy_checkout(source: Path, target: Path, owner: int) -> None:
+    """The files that git knows or would take, as a clone has them."""
+    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=source, capture_output=True, check=True)
+    names: Sequence[str] = [name for name in listing.stdout.decode().split("\0") if name and (source / name).is_file()]
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, target / name)
+    if os.getuid() == 0:
+        for path in [target, *target.rglob("*")]:
+            os.chown(path, owner, owner)

@@ -1,0 +1,107 @@
+"""Mistakes that cost no minutes: each is one clear line, before anything is built."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.docker.conftest import Box
+
+pytestmark = pytest.mark.docker
+SECONDS = 60  # generous: on a quiet machine each takes under two; what must not come first takes minutes
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"MIRROR": "nope"}, "env/mirrors/nope.env"),
+        ({"TORCH": "torch-nope"}, "env/pins/torch-nope.txt"),
+        ({"BASE_IMAGE": "no.such.registry.invalid/base:1"}, "no.such.registry.invalid"),
+        ({"BUILD_IMAGE": "no.such.registry.invalid/build:1"}, "no.such.registry.invalid"),
+        ({"CA_BUNDLE": "/no/such/ca.pem"}, "/no/such/ca.pem"),
+    ],
+)
+def test_a_wrong_name_is_named(box: Box, variables: dict[str, str], said: str) -> None:
+    started = time.monotonic()
+    done = box.compose("--progress", "plain", "build", check=False, **variables)
+    assert done.returncode != 0
+    assert said in done.stdout.strip().splitlines()[-1]
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("what", "dockerfile", "variables", "said"),
+    [
+        ("no apt-get", "FROM {base}\nRUN rm /usr/bin/apt-get", {}, "error: BASE_IMAGE is not Debian or Ubuntu (no apt-get): use nvidia/cuda"),
+        ("no Python 3.10", "FROM {base}\nRUN rm -f /usr/local/bin/python3.10", {}, "error: BASE_IMAGE has no Python 3.10, and is not Ubuntu 22.04"),
+        ("no nvcc", "FROM {base}", {"CUDA_ARCHS": "8.6"}, "error: BUILD_IMAGE has nvcc not at all, and 11.8 compiles DeepSpeed's operators"),
+    ],
+)
+def test_a_wrong_base_is_refused_at_the_first_step(box: Box, what: str, dockerfile: str, variables: dict[str, str], said: str) -> None:
+    if "BASE_IMAGE" not in box.variables:
+        pytest.skip("needs a BASE_IMAGE that is on this machine")
+    wrong = f"rlhf-box-tests/{what.replace(' ', '-').lower().replace('.', '')}"
+    box.docker("build", "--tag", wrong, "-", stdin=dockerfile.format(base=box.variables["BASE_IMAGE"]))
+    done = box.compose("--progress", "plain", "build", check=False, BASE_IMAGE=wrong, BUILD_IMAGE=wrong, **variables)
+    assert done.returncode != 0
+    assert said in done.stdout
+
+
+def test_the_mirror_is_one_word_for_the_build_and_the_run(box: Box) -> None:
+    def resolved(**variables: str) -> dict[str, str | None]:
+        train = json.loads(box.compose("config", "--format", "json", **variables).stdout)["services"]["train"]
+        return {**train["environment"], "built with": train["build"]["args"]["MIRROR"]}
+
+    found = resolved(MIRROR="cn")
+    assert (found["built with"], found["HF_ENDPOINT"], found["HF_HUB_DISABLE_XET"]) == ("cn", "https://hf-mirror.com", "1")
+    found = resolved()
+    assert (found["built with"], found["HF_ENDPOINT"]) == ("default", "https://huggingface.co")
+    assert resolved(MIRROR="cn", HF_ENDPOINT="http://mine")["HF_ENDPOINT"] == "http://mine"
+
+
+def test_the_build_asks_the_mirror(box: Box) -> None:
+    """Here Python packages come from an address where nothing answers: the build stops there, and names it."""
+    if "BASE_IMAGE" not in box.variables:
+        pytest.skip("needs a BASE_IMAGE that is on this machine")
+    mirror = box.checkout / "env/mirrors/dead.env"
+    mirror.write_text(
+        "HF_ENDPOINT=http://127.0.0.1:9\nPIP_INDEX_URL=http://127.0.0.1:9/simple\nPYTORCH_WHEELS=http://127.0.0.1:9/whl\nPIP_RETRIES=0\n"
+    )
+    try:
+        done = box.compose("--progress", "plain", "build", check=False, MIRROR="dead")
+    finally:
+        mirror.unlink()
+    assert done.returncode != 0
+    assert "Looking in indexes: http://127.0.0.1:9/simple" in done.stdout
+
+
+def test_a_user_without_an_env_file_is_uid_1000_and_not_root(box: Box) -> None:
+    assert json.loads(box.compose("config", "--format", "json").stdout)["services"]["train"]["user"] == (
+        f"{box.uid}:{box.uid}" if (box.checkout / ".env").exists() else "1000:1000"
+    )
+
+
+def test_what_compose_promises(box: Box) -> None:
+    """As `docker compose config` resolves it, for a machine with GPUs."""
+    train = json.loads(box.compose("-f", "docker-compose.yml", "config", "--format", "json").stdout)["services"]["train"]
+    assert train["deploy"]["resources"]["reservations"]["devices"] == [{"capabilities": ["gpu"], "driver": "nvidia", "count": -1}]
+    assert int(train["shm_size"]) >= 2**30
+    assert train["init"] is True
+    assert train["pull_policy"] == "build"
+    assert train["stop_grace_period"] == "2m0s"
+    assert train["ulimits"]["memlock"] == -1
+    mounts = {mount["target"]: mount for mount in train["volumes"]}
+    assert {target: mount.get("read_only", False) for target, mount in mounts.items()} == {
+        "/app/jobs": True, "/app/data": True, "/app/runs": False, "/cache": False, "/run/secrets": True,
+    }  # fmt: skip
+    assert not any(mount.get("bind", {}).get("create_host_path") for mount in mounts.values())
+
+
+def test_the_cpu_file_asks_for_no_gpu(box: Box) -> None:
+    train = json.loads(box.compose("-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "config", "--format", "json").stdout)["services"][
+        "train"
+    ]
+    assert "deploy" not in train
+    assert train["environment"]["CUDA_VISIBLE_DEVICES"] == ""

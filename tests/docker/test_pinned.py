@@ -1,0 +1,79 @@
+"""The tests that are marked for it, inside the image, on its exact lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.docker.conftest import Box
+
+pytestmark = pytest.mark.docker
+
+InImage = Callable[..., CompletedProcess[str]]
+
+
+def results(done: CompletedProcess[str]) -> dict[str, int]:
+    """pytest's own counts, from the report that it prints last."""
+    assert "<testsuites" in done.stdout, done.stdout[-3000:]
+    suite = ElementTree.fromstring(done.stdout[done.stdout.rindex("<?xml") :].strip()).find("testsuite")
+    assert suite is not None
+    return {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+
+
+def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> CompletedProcess[str]:
+    script = "import pytest, sys; code = pytest.main(sys.argv[1:]); print(open('/tmp/report.xml').read()); sys.exit(code)"
+    arguments = [
+        "-q",
+        "-m",
+        marker,
+        "-p",
+        "no:cacheprovider",
+        "--basetemp=/tmp/pytest",
+        "--junit-xml=/tmp/report.xml",
+        "--deselect=tests/rlhf_train/test_data.py::test_real_preference_data",  # its data is beside the checkout
+        "tests/jobs",
+        "tests/rlhf_train",
+        "tests/integration",
+    ]
+    return in_image("-c", script, *arguments, environment=environment)
+
+
+def test_without_a_shim(in_image: InImage) -> None:
+    """SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the hub; the versions."""
+    done = pytest_in(in_image, "pinned", {})
+    counts = results(done)
+    print(f"pinned stack, no shim: {counts}")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert counts["failures"] == counts["errors"] == counts["skipped"] == 0
+    assert counts["tests"] > 400
+
+
+def test_with_a_shim_for_gloo(in_image: InImage) -> None:
+    """ZeRO 2 and 3 on two ranks, which PyTorch 2.0's gloo cannot carry by itself."""
+    done = pytest_in(in_image, "pinned_gloo", {"PYTHONPATH": "/app:/app/tests/gloo_shim"})
+    counts = results(done)
+    print(f"pinned stack, gloo shim: {counts}")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert counts["failures"] == counts["errors"] == counts["skipped"] == 0
+    assert counts["tests"] > 70
+
+
+def test_the_stack_is_the_one_promised(in_image: InImage) -> None:
+    versions = "torch.__version__.split('+')[0], importlib.metadata.version('fsspec'), deepspeed.__version__"
+    script = f"import sys, torch, deepspeed, importlib.metadata; print(sys.version_info[:2], {versions})"
+    assert in_image("-c", script, environment={"DS_ACCELERATOR": "cpu"}).stdout.splitlines()[-1] == "(3, 10) 2.0.1 2023.9.2 0.15.4"
+
+
+def test_cpu_adam_was_compiled_and_computes_adamw(in_image: InImage, built: Box) -> None:
+    """DeepSpeed's operator on this CPU against PyTorch's AdamW, three updates; nothing may be compiled for it."""
+    script = Path(__file__).with_name("cpu_adam.py").name
+    if built.variables.get("CUDA_ARCHS") == "":
+        print("DeepSpeed's operators were not compiled: nvcc 11.8 could not be had")
+        return
+    done = in_image(f"/app/tests/docker/{script}", environment={"DS_ACCELERATOR": "cuda", "PATH": "/opt/venv/bin:/usr/bin:/bin"})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.splitlines()[-1] == "compiled before, and computes AdamW"

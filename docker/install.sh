@@ -9,7 +9,7 @@ set -a # what the mirror's file says reaches pip
 # shellcheck disable=SC1090,SC1091
 . "/build/$MIRROR.env"
 set +a
-export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1 DEBIAN_FRONTEND=noninteractive
+export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore DEBIAN_FRONTEND=noninteractive
 ca_bundle=/run/secrets/ca_bundle
 [ ! -s $ca_bundle ] || export PIP_CERT=$ca_bundle SSL_CERT_FILE=$ca_bundle REQUESTS_CA_BUNDLE=$ca_bundle
 

@@ -16,10 +16,14 @@ chmod 700 secrets
     echo "# Written by \`make .env\`; yours from now on. Remove it, and \`make .env\` writes it anew."
     echo "RLHF_UID=$uid"
     echo "RLHF_GID=$gid"
-    if [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
+    if [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] && ! command -v nvidia-smi >/dev/null; then # dxg: the GPU of WSL
         echo "# No NVIDIA driver was found: the image for the CPU."
         echo "COMPOSE_FILE=docker-compose.yml:docker/compose.cpu.yml"
     fi
 } >.env.new
+if [ "$(id -u)" = 0 ]; then # it is that user's; and a checkout under a strict umask is to be read by him
+    chown "$uid:$gid" .env.new
+    chmod -R a+rX jobs data
+fi
 mv .env.new .env
 cat .env

@@ -1,5 +1,6 @@
 # shellcheck shell=sh
-# What the RUN lines of docker/Dockerfile do, sourced by them: `. /build/install.sh && apt_install python3.10`.
+# What the RUN lines of docker/Dockerfile do, sourced by them: `. /build/install.sh; apt_install python3.10`. Not with `&&`: a
+# shell does not stop at an error inside a function that stands before one.
 #
 # Behind a TLS-intercepting proxy: the build secret `ca_bundle` (a PEM file) is used where it is mounted and stays in no layer;
 # proxies are Docker's own build arguments HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
@@ -33,10 +34,12 @@ check_nvcc() { # CUDA_ARCHS
 }
 
 apt_install() { # PACKAGE...; from the distribution's own list alone: NVIDIA's is slow to reach from some places, and not needed
+    # As root: apt's own user may not read the build's secret.
     cat >/tmp/apt.conf <<EOF
 Dir::Etc::SourceList "/tmp/sources.list";
 Dir::Etc::SourceParts "/dev/null";
 Acquire::Retries "3";
+APT::Sandbox::User "root";
 EOF
     [ ! -s $ca_bundle ] || echo "Acquire::https::CAInfo \"$ca_bundle\";" >>/tmp/apt.conf
     sed "s#https\{0,1\}://[a-z.]*\.ubuntu\.com/ubuntu/\{0,1\}#${APT_MIRROR:-&}#" /etc/apt/sources.list >/tmp/sources.list
@@ -46,14 +49,15 @@ EOF
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log /tmp/apt.conf /tmp/sources.list
 }
 
-python_for() { # runtime|build: Python 3.10, if it is not there; the build also needs venv, Python.h and a C++ compiler
-    command -v python3.10 >/dev/null || set -- "$@" python3.10
+python_for() { # runtime, or: build CUDA_ARCHS. Python 3.10, if it is not there; to build also venv, and for operators Python.h and a compiler
+    packages=''
+    command -v python3.10 >/dev/null || packages=python3.10
     if [ "$1" = build ]; then
-        python3.10 -c 'import ensurepip' 2>/dev/null || set -- "$@" python3.10-venv python3.10-dev
-        command -v g++ >/dev/null || set -- "$@" g++
+        python3.10 -c 'import ensurepip' 2>/dev/null || packages="$packages python3.10-venv python3.10-dev"
+        [ -z "$2" ] || command -v g++ >/dev/null || packages="$packages g++"
     fi
-    shift
-    [ $# = 0 ] || apt_install "$@"
+    # shellcheck disable=SC2086
+    [ -z "$packages" ] || apt_install $packages
 }
 
 pip() { /opt/venv/bin/python -m pip "$@"; }
@@ -62,8 +66,7 @@ locked() { sed -n "/^$1==/,/# via/p" /build/image.txt; } # NAME: its lines of th
 
 install_torch() { # LOCK; a version such as 2.0.1+cu118 is a file of PyTorch's own index, or of a mirror of its files
     python3.10 -m venv /opt/venv
-    locked pip >/tmp/pip.txt
-    pip install --no-deps --require-hashes --requirement /tmp/pip.txt
+    pip install --no-deps --require-hashes --requirement /build/pip.txt
     sed -n 's#^torch==\([0-9.]*\)+\([a-z0-9]*\) \(.*\)#torch @ '"$PYTORCH_WHEELS"'/\2/torch-\1%2B\2-cp310-cp310-linux_x86_64.whl \3#p' "$1" >/tmp/torch.txt
     [ -s /tmp/torch.txt ] || cp "$1" /tmp/torch.txt
     pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement /tmp/torch.txt
@@ -87,9 +90,10 @@ install_deepspeed() { # CUDA_ARCHS; empty: without compiled operators
     if grep -E 'march=native|__AVX512__|__SCALAR__' "$builder" || ! grep -q 'march=x86-64-v3' "$builder"; then
         refuse "DeepSpeed's op_builder/builder.py is not what docker/install.sh knows" "adapt its sed line to this version"
     fi
-    export DS_BUILD_OPS=0 DS_ACCELERATOR=cuda # no GPU is here to be found, and operators work only under the accelerator they were built for
-    if [ -n "$1" ]; then
-        export DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 TORCH_CUDA_ARCH_LIST="$1"
+    export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+    if [ -n "$1" ]; then # for cuda, though no GPU is here to be found: operators work only under the accelerator they were built for
+        export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 TORCH_CUDA_ARCH_LIST="$1"
+        command -v objdump >/dev/null || refuse "BUILD_IMAGE has no objdump, which looks for instructions of this machine's CPU alone" "install binutils in it"
     fi
     pip install --no-deps --no-build-isolation /tmp/sdist/deepspeed-*/
     for library in /opt/venv/lib/python3.10/site-packages/deepspeed/ops/adam/cpu_adam_op*.so; do

@@ -3,8 +3,9 @@
 #
 # PyTorch's wheels bring cuBLAS, cuDNN and NCCL themselves. CUDA_HOME is what DeepSpeed looks for when it compiles (nvcc), and
 # lib64 holds libcudart.so.11.0, which DeepSpeed's operators are linked to and PyTorch's cu118 wheel carries under another name.
-for cuda_home in "${CUDA_HOME:-}" /usr/local/cuda-11.8 /usr/local/cuda; do
-    if [ -n "$cuda_home" ] && [ -d "$cuda_home" ]; then
+# /usr/local/cuda is left alone: it may be another version, whose nvcc DeepSpeed refuses. Name it in CUDA_HOME to have it.
+for cuda_home in "${CUDA_HOME:-}" "${CONDA_PREFIX:-}" /usr/local/cuda-11.8; do
+    if [ -n "$cuda_home" ] && { [ -x "$cuda_home/bin/nvcc" ] || [ -e "$cuda_home/lib64/libcudart.so.11.0" ]; }; then
         export CUDA_HOME="$cuda_home" PATH="$cuda_home/bin:$PATH" LD_LIBRARY_PATH="$cuda_home/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         break
     fi

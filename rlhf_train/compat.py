@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,20 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
     """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default follows the file."""
     return {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
+
+
+@contextmanager
+def no_gpu_in_sight() -> Iterator[None]:
+    """For `import deepspeed`: where it sees a GPU it runs nvcc for every operator that it could compile, and 0.15 fails without one.
+
+    Nothing is to be compiled here: what was is used, and else PyTorch's own. Neither the image nor a rented box has nvcc.
+    """
+    is_available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = is_available
 
 
 def checkpointing_arguments() -> dict[str, bool]:

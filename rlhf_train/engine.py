@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.adam import FusedAdam
 from torch import Tensor, nn
 
 from jobs.spec import Optimization
+from rlhf_train import compat
 from rlhf_train.batch import BatchPlan
 from rlhf_train.world import World
+
+with compat.no_gpu_in_sight():
+    import deepspeed
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.adam import FusedAdam
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from tests.docker import engine
 from tests.docker.engine import Docker
 
 CHECKOUT = Path(__file__).parents[2]
+MARKER = "a line of the build's secret that no layer may hold"
+# A mirror of one's own: a hub that nobody can reach, and everything else as it is by default.
+MIRROR = "HF_ENDPOINT=${HF_ENDPOINT:-http://hub.of.the.tests.invalid}\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +68,12 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
         base = engine.make_base(docker)
         build = engine.make_build(docker, base)
         variables |= {"BASE_IMAGE": base, "BUILD_IMAGE": build or base, "TORCH": "torch-ci", "CUDA_ARCHS": "8.6" if build else ""}
+    # What this machine trusts, which may be a proxy that looks into TLS, and a line that is found again if it stays in a layer.
     bundle = next((os.environ[name] for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)), None)
-    if bundle:  # a proxy looks into TLS here
-        variables["CA_BUNDLE"] = bundle
+    trusted = Path(bundle or ssl.get_default_verify_paths().cafile or os.devnull).read_text()
+    (checkout.parent / "ca.pem").write_text(f"# {MARKER}\n{trusted}")
+    (checkout / "env/mirrors/tests.env").write_text(MIRROR)
+    variables |= {"CA_BUNDLE": str(checkout.parent / "ca.pem"), "MIRROR": "tests"}
     return Box(docker, checkout, variables, uid)
 
 
@@ -84,10 +91,10 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     """`python ...` inside the image with the tests and pytest, as a user without an entry in /etc/passwd, without a network."""
     clean = tmp_path_factory.mktemp("image") / "rlhf-box"  # without the job files that other tests add
     engine.copy_checkout(CHECKOUT, clean, built.uid)
-    arguments = [
-        f"--build-arg={name}={value}" for name, value in built.variables.items() if name in ("BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS")
-    ]
-    secret = [f"--secret=id=ca_bundle,src={built.variables['CA_BUNDLE']}"] if "CA_BUNDLE" in built.variables else []
+    (clean / "env/mirrors/tests.env").write_text(MIRROR)
+    names = ("MIRROR", "BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS")
+    arguments = [f"--build-arg={name}={value}" for name, value in built.variables.items() if name in names]
+    secret = [f"--secret=id=ca_bundle,src={built.variables['CA_BUNDLE']}"]
     built.docker("build", *arguments, *secret, "--target=test", "--tag=rlhf-box:with-tests", "--file=docker/Dockerfile", ".", cwd=clean)
 
     def run(

@@ -151,7 +151,8 @@ def make_base(docker: Docker) -> str:
 
 def _python310() -> Path:
     """The prefix of a CPython 3.10 on this machine."""
-    found = [*Path("/root/.pyenv/versions").glob("3.10*/bin/python3.10"), *([Path(which)] if (which := shutil.which("python3.10")) else [])]
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [*pyenv.glob("versions/3.10*/bin/python3.10"), *([Path(which)] if (which := shutil.which("python3.10")) else [])]
     for python in [Path(sys.executable), *found]:
         said = subprocess.run(
             [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"], capture_output=True, text=True, check=False

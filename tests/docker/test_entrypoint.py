@@ -19,7 +19,9 @@ def entrypoint(tmp_path: Path) -> Path:
     script = tmp_path / "entrypoint"
     text = (DOCKER / "entrypoint").read_text(encoding="utf-8")
     assert "secrets=/run/secrets\n" in text and ". /app/env/cuda.sh\n" in text
-    script.write_text(text.replace("/run/secrets", str(tmp_path / "secrets")).replace(". /app/env/cuda.sh", "true"), encoding="utf-8")
+    for here, there in {"/run/secrets": "secrets", "/app/runs": "app-runs", "/cache": "app-cache"}.items():
+        text = text.replace(here, str(tmp_path / there))
+    script.write_text(text.replace(". /app/env/cuda.sh", "true"), encoding="utf-8")
     script.chmod(0o755)
     for folder in [tmp_path, *list(tmp_path.parents)[:3]]:
         if folder != Path("/tmp") and os.getuid() == 0:
@@ -27,9 +29,10 @@ def entrypoint(tmp_path: Path) -> Path:
     return script
 
 
-def start(script: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def start(script: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     user = NOBODY if os.getuid() == 0 else None
-    return subprocess.run(["/bin/sh", str(script), *command], user=user, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+    environment = {"PATH": "/usr/bin:/bin", **environment}
+    return subprocess.run(["/bin/sh", str(script), *command], user=user, env=environment, capture_output=True, text=True, check=False)
 
 
 def secret(folder: Path, name: str, value: str, mode: int = 0o400) -> None:
@@ -75,6 +78,32 @@ def test_a_secret_that_cannot_be_used_is_named_and_not_shown(entrypoint: Path, t
     assert "hf_secret_value" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("folder", "host"), [("app-runs", "'/data/my runs'"), ("app-cache", "cache"), ("app-cache/huggingface", "cache/huggingface")]
+)
+def test_a_folder_of_somebody_else_is_named_as_on_the_host(entrypoint: Path, tmp_path: Path, folder: str, host: str) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root, to start as another user")
+    (tmp_path / folder).mkdir(parents=True)
+    if folder.count("/"):
+        os.chown((tmp_path / folder).parent, NOBODY, NOBODY)
+    done = start(entrypoint, "env", RLHF_HOST_RUNS="/data/my runs")
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == [
+        f"error: {host} belongs to uid 0, and this container runs as uid {NOBODY}, which cannot write there",
+        "",
+        f"hint: on the host: `rm .env; make .env` if you are that user; else sudo chown -R {NOBODY}:0 {host}",
+    ]
+
+
+def test_a_folder_among_the_secrets_is_named(entrypoint: Path, tmp_path: Path) -> None:
+    secret(tmp_path, "HF_TOKEN", "x")
+    (tmp_path / "secrets/OTHER").mkdir()
+    done = start(entrypoint, "env")
+    assert done.returncode == 3
+    assert "the secret `OTHER` is not a file" in done.stderr
+
+
 def test_the_command_takes_the_place_of_the_script(entrypoint: Path) -> None:
     """So that a signal reaches it, and its exit code is the container's."""
     done = start(entrypoint, "sh", "-c", "tr '\\0' ' ' </proc/$$/cmdline; exit 75")
@@ -97,7 +126,8 @@ def test_root_is_refused(entrypoint: Path) -> None:
 def test_the_env_file_never_says_root(tmp_path: Path, sudo: dict[str, str], uid: int) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root: others are themselves")
-    (tmp_path / "docker").mkdir()
+    for folder in ("docker", "jobs"):
+        (tmp_path / folder).mkdir()
     shutil.copy(DOCKER / "dotenv.sh", tmp_path / "docker/dotenv.sh")
     subprocess.run(["sh", "docker/dotenv.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", **sudo}, check=True, capture_output=True)
     lines = (tmp_path / ".env").read_text().splitlines()

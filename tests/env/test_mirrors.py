@@ -37,17 +37,28 @@ def test_a_mirror_says_only_what_is_known_and_yields_to_the_environment(mirror: 
     assert source(ENV / "mirrors" / mirror, HF_ENDPOINT="http://mine")["HF_ENDPOINT"] == "http://mine"
 
 
+def toolkit(folder: Path) -> str:
+    """A folder as CUDA's, as far as a shell looks."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/nvcc").write_text("")
+    (folder / "bin/nvcc").chmod(0o755)
+    return str(folder)
+
+
 def test_the_cuda_environment_is_that_of_the_folder_given(tmp_path: Path) -> None:
-    (tmp_path / "cuda/bin").mkdir(parents=True)
-    found = source(ENV / "cuda.sh", CUDA_HOME=str(tmp_path / "cuda"), LD_LIBRARY_PATH="/mine")
-    assert found["CUDA_HOME"] == str(tmp_path / "cuda")
-    assert found["PATH"] == f"{tmp_path}/cuda/bin:/usr/bin:/bin"
-    assert found["LD_LIBRARY_PATH"] == f"{tmp_path}/cuda/lib64:/mine"
+    cuda, conda = toolkit(tmp_path / "cuda"), toolkit(tmp_path / "conda")
+    found = source(ENV / "cuda.sh", CUDA_HOME=cuda, CONDA_PREFIX=conda, LD_LIBRARY_PATH="/mine")
+    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (cuda, f"{cuda}/bin:/usr/bin:/bin", f"{cuda}/lib64:/mine")
 
 
-def test_cuda_is_found_where_it_is_and_else_nothing_changes() -> None:
-    here = next((folder for folder in ("/usr/local/cuda-11.8", "/usr/local/cuda") if Path(folder).is_dir()), None)
-    found = source(ENV / "cuda.sh", CUDA_HOME="/no/such/folder" if here else "")
+def test_conda_has_its_own(tmp_path: Path) -> None:
+    conda = toolkit(tmp_path / "conda")
+    found = source(ENV / "cuda.sh", CONDA_PREFIX=conda)
+    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (conda, f"{conda}/bin:/usr/bin:/bin", f"{conda}/lib64")
+
+
+def test_a_folder_without_cuda_is_passed_over(tmp_path: Path) -> None:
+    here = "/usr/local/cuda-11.8" if Path("/usr/local/cuda-11.8").is_dir() else None
+    found = source(ENV / "cuda.sh", CUDA_HOME=str(tmp_path), CONDA_PREFIX=str(tmp_path))
     assert found["PATH"] == (f"{here}/bin:/usr/bin:/bin" if here else "/usr/bin:/bin")
-    assert found.get("CUDA_HOME") == (here or "")
-    assert found.get("LD_LIBRARY_PATH") == (f"{here}/lib64" if here else None)
+    assert found["CUDA_HOME"] == (here or str(tmp_path))

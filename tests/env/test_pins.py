@@ -14,7 +14,7 @@ import yaml
 from env.settings import Settings
 
 PINS = Path(__file__).parents[2] / "env/pins"
-LOCKS = ["cpu.txt", "image.txt", "image-test.txt", "laptop.txt", "torch-ci.txt"]
+LOCKS = ["cpu.txt", "image.txt", "image-test.txt", "laptop.txt", "pip.txt", "torch-ci.txt"]
 
 
 def name(package: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -20,6 +23,14 @@ IDS = torch.tensor([[2, 10, 11, 12], [2, 20, 21, 22], [2, 30, 31, 32]])
 def model() -> Any:
     torch.manual_seed(0)
     return OPTForCausalLM(OPTConfig(vocab_size=64, dropout=0.0, **{key: value for key, value in tiny.OPT.items() if key != "model_type"})).eval()
+
+
+def test_deepspeed_is_imported_where_there_is_a_gpu_and_no_nvcc(tmp_path: Any) -> None:
+    """As in the image and on a rented box: CUDA_HOME is a folder without nvcc, which DeepSpeed 0.15 would run at import."""
+    script = "import torch; torch.cuda.is_available = lambda: True; import rlhf_train.engine; assert torch.cuda.is_available()"
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "DS_ACCELERATOR": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_dtype_is_the_one_asked_for_whatever_the_file_has(model: Any, tmp_path: Any) -> None:

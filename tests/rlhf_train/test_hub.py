@@ -251,6 +251,20 @@ def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any
     assert client.ask("rows('some/set')")[0] == [as_rows([*ROWS[:20], ROWS[0]]), as_rows(ROWS[30:])]
 
 
+def test_the_libraries_own_calls_go_to_the_mirror(server: Hub, tmp_path: Path) -> None:
+    """`load_dataset` by name and `hf_hub_download`, as a person would type them: HF_ENDPOINT alone sends them there."""
+    script = """
+from datasets import load_dataset
+from huggingface_hub import hf_hub_download
+print([len(load_dataset("some/set", split=split)) for split in ("train", "test")])
+print(open(hf_hub_download("some/model", "config.json")).read())
+"""
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["[30, 10]", '{"model_type": "opt"}']
+
+
 def test_a_start_after_a_killed_download_gets_the_right_content(server: Hub, clients: Any) -> None:
     server.fail(WEIGHTS_FILE, "stall", 1)
     killed = clients("home", HF_HUB_DOWNLOAD_TIMEOUT="60")

@@ -17,7 +17,7 @@ from tests.docker import engine
 from tests.docker.engine import Docker
 
 CHECKOUT = Path(__file__).parents[2]
-MARKER = "a line of the build's secret that no layer may hold"
+MARKER = "a line of the secret of the build, which no layer may hold"
 # A mirror of one's own: a hub that nobody can reach, and everything else as it is by default.
 MIRROR = "HF_ENDPOINT=${HF_ENDPOINT:-http://hub.of.the.tests.invalid}\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
 

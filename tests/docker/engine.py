@@ -143,6 +143,8 @@ def make_base(docker: Docker) -> str:
         shutil.copy(python / "bin/python3.10", root / "usr/local/bin/python3.10")
         for library in (python / "lib").glob("libpython3.10.so*"):
             shutil.copy(library, root / "usr/local/lib", follow_symlinks=False)
+        for cache in [*(root / "var/lib/apt/lists").glob("*_*"), *(root / "var/cache/apt").rglob("*.deb"), *(root / "var/cache/apt").glob("*.bin")]:
+            cache.unlink()
         shell("chroot", str(root), "ldconfig")
         shell("chroot", str(root), "python3.10", "-c", "import ssl, ctypes, sqlite3, zlib, bz2, lzma")
         subprocess.run(f"tar -C {root} -c . | docker import - {BASE}", shell=True, env=dict(docker.environment), check=True, capture_output=True)

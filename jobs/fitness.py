@@ -168,12 +168,13 @@ def _shared_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
     if facts.ranks is None or facts.ranks < 2 or facts.shared_memory_bytes is None or not facts.shared_memory_used:
         return
     needed = facts.ranks * limits.shared_memory.bytes_per_rank
+    enough = f"{math.ceil(needed / GIB)}g"
     if facts.shared_memory_bytes < needed:
         yield Finding(
             "unfit",
             f"/dev/shm has {_mib(facts.shared_memory_bytes)} free, and NCCL needs {_mib(needed)} for {facts.ranks} ranks",
-            f"start the container with --shm-size={math.ceil(needed / GIB)}g (in compose: shm_size) or --ipc=host, and remove what a "
-            "killed run left there (/dev/shm/nccl-*); where it cannot be raised, set NCCL_SHM_DISABLE=1, which is slower",
+            f"start the container with --shm-size={enough} (docker compose: RLHF_SHM={enough}) or --ipc=host, and remove what a killed "
+            "run left there (/dev/shm/nccl-*); where it cannot be raised, set NCCL_SHM_DISABLE=1, which is slower",
         )
 
 

@@ -105,6 +105,7 @@ def installed_engine() -> Iterator[Docker]:
     finally:
         engine.terminate()
         engine.wait(timeout=60)
+        subprocess.run(["umount", folder / "exec/netns/default"], capture_output=True, check=False)  # dockerd leaves it
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,7 +6,6 @@
 # proxies are Docker's own build arguments HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
 set -eu
 set -a # what the mirror's file says reaches pip
-[ -s "/build/$MIRROR.env" ] || echo "error: there is no mirror $MIRROR: MIRROR names a file of env/mirrors" >&2
 # shellcheck disable=SC1090,SC1091
 . "/build/$MIRROR.env"
 set +a

@@ -1,0 +1,122 @@
+"""docker/install.sh as it would go on Ubuntu 22.04, which CI cannot pull: apt-get, python3.10 and pip are stand-ins that write down
+what they are asked."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JAMMY = """\
+# See http://help.ubuntu.com/community/UpgradeNotes
+deb http://archive.UBUNTU/ubuntu/ jammy main restricted
+deb http://security.UBUNTU/ubuntu/ jammy-security universe
+""".replace("UBUNTU", "ubuntu" + ".com")
+APT = """#!/bin/sh
+echo "$*" >>{folder}/asked
+[ "$2" != update ] || sed -n 's/^deb //p' "$(sed -n 's/^Dir::Etc::SourceList "\\(.*\\)";/\\1/p' "$APT_CONFIG")" >{folder}/sources
+[ "$2" != install ] || exit {code}
+"""
+
+
+class Build:
+    """A folder as the build stage's, in which a line of the Dockerfile can be run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("build", "bin", "tmp", "etc"):
+            (folder / name).mkdir()
+        (folder / "etc/sources.list").write_text(JAMMY)
+        text = (ROOT / "docker/install.sh").read_text(encoding="utf-8")
+        text = re.sub(r"/(build|tmp|etc|opt|run|var)/(?:apt/|venv/|secrets/)?", rf"{folder}/\1/", text)
+        (folder / "build/install.sh").write_text(text)
+        for mirror in ("default", "cn"):
+            (folder / f"build/{mirror}.env").write_text((ROOT / f"env/mirrors/{mirror}.env").read_text())
+        self.stand_in("apt-get", APT.format(folder=folder, code=0))
+
+    def stand_in(self, name: str, text: str) -> None:
+        (self.folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (self.folder / "bin" / name).write_text(text)
+        (self.folder / "bin" / name).chmod(0o755)
+
+    def run(self, line: str, mirror: str = "default") -> subprocess.CompletedProcess[str]:
+        path = f"{self.folder}/bin:{self.folder}/tools"
+        (self.folder / "tools").mkdir(exist_ok=True)
+        for tool in ("sed", "cat", "rm", "grep", "cp", "uname"):  # not this machine's Python or compiler
+            if not (self.folder / "tools" / tool).exists():
+                (self.folder / "tools" / tool).symlink_to(next(p for p in (Path("/usr/bin") / tool, Path("/bin") / tool) if p.exists()))
+        command = ["/bin/sh", "-euc", f". {self.folder}/build/install.sh; {line}"]
+        return subprocess.run(command, env={"PATH": path, "MIRROR": mirror}, capture_output=True, text=True, check=False)
+
+    def asked(self) -> list[str]:
+        return (self.folder / "asked").read_text().splitlines()
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    return Build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "packages"),
+    [
+        ('python_for build "8.6"', " python3.10 python3.10-venv python3.10-dev g++"),
+        ('python_for build ""', " python3.10 python3.10-venv python3.10-dev"),
+        ("python_for runtime", " python3.10"),
+    ],
+)
+def test_ubuntu_gets_python_and_what_the_build_needs(build: Build, line: str, packages: str) -> None:
+    done = build.run(line)
+    assert done.returncode == 0, done.stderr
+    assert build.asked() == ["-qq update", f"-qq install --yes --no-install-recommends{packages}"]
+    assert (build.folder / "sources").read_text() == JAMMY.split("\n", 1)[1].replace("deb ", "")
+    assert not (build.folder / "tmp/apt.conf").exists()
+
+
+def test_the_mirror_of_ubuntu_takes_the_place_of_both_hosts(build: Build) -> None:
+    assert build.run("apt_install tree", mirror="cn").returncode == 0
+    mirror = "http://mirrors.tuna.tsinghua.edu.cn/ubuntu"
+    assert (build.folder / "sources").read_text() == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
+
+
+def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
+    build.stand_in("apt-get", APT.format(folder=build.folder, code=100))
+    done = build.run("python_for runtime; echo went on")
+    assert done.returncode == 100
+    assert "went on" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mirror", "lock", "asked"),
+    [
+        ("default", "torch-cu118", "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7a49d"),
+        ("cn", "torch-cu118", "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7"),
+        ("default", "torch-cpu", "https://download.pytorch.org/whl/cpu/torch-2.0.1%2Bcpu-cp310-cp310-linux_x86_64.whl --hash=sha256:fec257"),
+    ],
+)
+def test_pytorch_comes_from_its_own_files(build: Build, mirror: str, lock: str, asked: str) -> None:
+    """Their names, with the version's + written %2B, are the same on the mirror; the hash goes with them."""
+    build.stand_in("python3.10", "#!/bin/sh\n")
+    (build.folder / "opt/bin").mkdir(parents=True)
+    (build.folder / "opt/bin/python").symlink_to(build.folder / "bin/python3.10")
+    (build.folder / "build/pip.txt").write_text("")
+    done = build.run(f"install_torch {ROOT}/env/pins/{lock}.txt", mirror)
+    assert done.returncode == 0, done.stderr
+    assert (build.folder / "tmp/torch.txt").read_text().startswith(f"torch @ {asked}")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('check_nvcc "8.6"', "error: BUILD_IMAGE has nvcc not at all, and 11.8 compiles DeepSpeed's operators"),
+        ("check_base", "error: BASE_IMAGE has no Python 3.10, and is not Ubuntu 22.04, which could install it"),
+    ],
+)
+def test_what_is_wrong_is_said_before_minutes_are_spent(build: Build, line: str, said: str) -> None:
+    (build.folder / "etc/os-release").write_text('VERSION_ID="20.04"\n')
+    done = build.run(line)
+    assert done.returncode == 3
+    assert done.stderr.startswith(said)

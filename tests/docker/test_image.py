@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,13 +132,15 @@ def test_a_folder_that_is_not_there_is_not_made_for_root(built: Box) -> None:
     assert not missing.exists()
 
 
-def test_docker_stop_ends_the_training_with_an_honest_code(built: Box, job: str) -> None:
+def test_a_second_is_told_and_docker_stop_ends_the_first_with_an_honest_code(built: Box, job: str) -> None:
     """143: stopped. 75 will be right once a step can go on from its middle."""
-    started = built.compose("run", "--detach", "--name", "rlhf-box-stopped", "train", "--run", "stopped", "--job", job, "--set", "sft.epochs=999")
+    endless = ["--run", "stopped", "--job", job, "--set", "sft.epochs=999", "--set", "sft.max_updates=100000"]
+    started = built.compose("run", "--detach", "--name", "rlhf-box-stopped", "train", *endless)
     assert started.returncode == 0
     try:
         events = built.checkout / "runs/stopped/events.jsonl"
         wait_for(lambda: events.exists() and '"kind":"metrics"' in events.read_text().replace(" ", ""), "the first update", built)
+        busy = built.train(*endless, check=False)
         begun = time.monotonic()
         built.docker("stop", "rlhf-box-stopped")
         assert time.monotonic() - begun < 60  # of two minutes of grace: nobody had to be killed
@@ -147,6 +148,8 @@ def test_docker_stop_ends_the_training_with_an_honest_code(built: Box, job: str)
         said = built.docker("logs", "rlhf-box-stopped").stdout
     finally:
         built.docker("rm", "--force", "rlhf-box-stopped")
+    assert busy.returncode == 5  # two containers in one run: a lock in the folder that both mount
+    assert "is being trained by another process" in busy.stdout
     assert code == "143"
     assert "stopped: steps that are complete are kept in runs/stopped; the same command goes on" in said
 
@@ -305,21 +308,3 @@ def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Bo
     built.docker("image", "rm", tag)
     assert said.returncode == 0, said.stdout
     assert "packages as locked; operators for no card" in said.stdout
-
-
-def test_two_at_once_in_one_run_are_kept_apart(built: Box, job: str) -> None:
-    """The second container is told that the run is busy: a lock in the run folder, which both mount."""
-    codes: dict[str, int] = {}
-
-    def first() -> None:
-        codes["first"] = built.compose("run", "--rm", "--name", "rlhf-box-first", "train", "--run", "busy", "--job", job, "--step", "1").returncode
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    lock = built.checkout / "runs/busy/job/lock"
-    wait_for(lambda: lock.exists() and lock.read_text() != "", "the lock", built)
-    done = built.train("--run", "busy", "--job", job, "--step", "1", check=False)
-    thread.join()
-    assert codes["first"] == 0
-    assert done.returncode == 5
-    assert "is being trained by another process" in done.stdout

@@ -62,6 +62,10 @@ class SharedMemoryLimits(_Table):
     bytes_per_rank: Count
 
 
+class GpuMemoryLimits(_Table):
+    used_max_bytes: Count  # of a card, by others, before the job begins
+
+
 class DiskLimits(_Table):
     bytes_min: Count
     bytes_advised: Count
@@ -83,6 +87,7 @@ class Limits(_Table):
 
     cuda: dict[Version, CudaLimits]
     shared_memory: SharedMemoryLimits
+    gpu_memory: GpuMemoryLimits
     disk: DiskLimits
     cpu_operators: CpuOperatorLimits
     peer_access: PeerAccessLimits

@@ -106,14 +106,17 @@ class Sample(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Event):
-    """A folder that can be loaded is complete on disk."""
+    """A folder is complete on disk: what the step can go on from, or a model in Hugging Face format."""
 
     kind = "checkpoint"
     step: int
     update: int
     path: str
     size_bytes: int
-    seconds: float
+    seconds: float  # until it was on disk
+    held_up_s: float | None = None  # how long training waited for it; None for models
+    metric: str | None = None  # of the best model so far: what was measured on held-out data
+    value: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +214,24 @@ def _cut_torn_line(path: Path) -> int:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
-    """Whole lines from byte `offset` on -> (parsed events, offset to read on from). A torn last line waits."""
+    """Whole lines from byte `offset` on -> (parsed events, offset to read on from). A torn last line waits; one that a loss of power
+    has damaged is left out.
+    """
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
     whole = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
+    return [event for line in data[:whole].splitlines() if (event := _parsed(line)) is not None], offset + whole
+
+
+def _parsed(line: bytes) -> RawEvent | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
 
 
 def parse(line: RawEvent) -> Event:

@@ -7,9 +7,11 @@ is None is not known, and what depends on it is not judged. The thresholds stand
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from env.settings import CudaLimits, Limits
@@ -24,6 +26,16 @@ ON_PURPOSE = "to train on the CPU on purpose, --set hardware.device=cpu"
 class Card:
     name: str
     capability: str | None = None  # compute capability: "8.9"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds GPU memory, or may: it has the GPUs open."""
+
+    gpu: int | None  # nvidia-smi's index; None: it is not known on which card, or whether at all
+    pid: int
+    used_bytes: int | None = None
+    command: str = ""  # "" if it cannot be seen from here: in a container, nvidia-smi may name processes by the host's pids
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Facts:
     driver: str | None = None  # NVIDIA's, that the kernel has loaded
     cards: tuple[Card, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
     peer_access: bool | None = None  # some GPU reaches another's memory
+    gpu_used_bytes: tuple[int | None, ...] | None = None  # before the job begins; by nvidia-smi's index, hidden cards too
+    gpu_holders: tuple[Holder, ...] = ()
     shared_memory_bytes: int | None = None  # free in /dev/shm
     shared_memory_used: bool = True  # NCCL_SHM_DISABLE is not 1
     cpu_flags: tuple[str, ...] | None = None
@@ -75,7 +89,12 @@ class Finding:
 def judge(facts: Facts, limits: Limits) -> list[Finding]:
     found: list[Finding] = []
     if wants_gpu(facts):
-        found += _driver(facts, limits) or [*_no_gpu(facts), *_cards(facts, limits), *_shared_memory(facts, limits)]
+        found += _driver(facts, limits) or [
+            *_no_gpu(facts),
+            *_cards(facts, limits),
+            *_gpu_memory(facts, limits),
+            *_shared_memory(facts, limits),
+        ]
     found += _cpu_operators(facts, limits)
     for folder in facts.folders:
         found += _access(folder, facts) or _room(folder, facts, limits)
@@ -162,6 +181,50 @@ def _cards(facts: Facts, limits: Limits) -> Iterator[Finding]:
         if wanted.capability_min and version(card.capability) < version(wanted.capability_min):
             what += f" is too old for this build for CUDA {facts.cuda}, which begins at {wanted.capability_min}"
             yield Finding("unfit", what, f"take a box with a newer card; {ON_PURPOSE}")
+
+
+def _gpu_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
+    for gpu, used in enumerate(facts.gpu_used_bytes or ()):
+        if used is None or used <= limits.gpu_memory.used_max_bytes or not _is_visible(gpu, facts.visible_devices):
+            continue
+        listed = [holder for holder in facts.gpu_holders if holder.gpu == gpu]
+        sure = [holder for holder in listed if holder.command]
+        seen = sure or [holder for holder in facts.gpu_holders if holder.gpu is None and holder.command]
+        what = f"GPU {gpu} has {size(used)} in use before the job begins, "
+        if seen:
+            what += f"{'by' if sure else 'maybe by'} {', '.join(map(_named, seen))}"
+        elif listed:
+            what += f"by {', '.join(map(_named, listed))}, not to be seen from here"
+        else:
+            what += "by no process that is to be seen from here"
+        yield Finding("warning", what, _freed(seen))
+
+
+def _freed(seen: list[Holder]) -> str:
+    ways = []
+    ours = " ".join(str(holder.pid) for holder in seen if "rlhf_train" in holder.command)
+    if ours:
+        # A rank answers SIGTERM with a checkpoint; one that waits for others, or in a CUDA call, does not answer.
+        ways.append(f"`kill {ours}` if an earlier run left it behind (`kill -9 {ours}` if it stays)")
+    if not seen:
+        ways.append("look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop)")
+    return "; ".join([*ways, f"{'else ' if ours else ''}wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"])
+
+
+def _named(holder: Holder) -> str:
+    """`pid 4321 (python -m rlhf_train.worker, 41 GB)`"""
+    program, space, rest = holder.command.partition(" ")
+    command = program.rpartition("/")[2] + space + rest
+    about = [command if len(command) <= 60 else f"{command[:60]}..."] if command else []
+    about += [] if holder.used_bytes is None else [size(holder.used_bytes)]
+    return f"pid {holder.pid}" + (f" ({', '.join(about)})" if about else "")
+
+
+def _is_visible(gpu: int, visible_devices: str | None) -> bool:
+    """CUDA_VISIBLE_DEVICES counts up to its first number that is none; of UUIDs (`GPU-...`, `MIG-...`) we do not know the index."""
+    if visible_devices is None or re.search("[A-Za-z]", visible_devices):
+        return True
+    return gpu in map(int, takewhile(str.isdecimal, map(str.strip, visible_devices.split(","))))
 
 
 def _shared_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:

@@ -39,7 +39,16 @@ class StepDir:
 
     @property
     def checkpoints(self) -> Path:
+        """What the step goes on from when it was stopped; gone when it is complete."""
         return self.path / "checkpoints"
+
+    def checkpoint(self, update: int) -> Path:
+        return self.checkpoints / f"update-{update}"
+
+    @property
+    def best(self) -> Path:
+        """With `checkpoint.best_every_updates`: the weights that did best on held-out data, as `model`."""
+        return self.path / "best"
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,21 @@ class RunDir:
     def lock(self) -> Path:
         """Held (flock) by the process that trains here; a crash lets go of it."""
         return self.path / "job" / "lock"
+
+    @property
+    def cancelled(self) -> Path:
+        """Written before SIGTERM by who cancels the run: it is not to go on."""
+        return self.path / "job" / "cancelled"
+
+    @property
+    def fitted(self) -> Path:
+        """The micro batches that fit into memory here, after larger ones did not (JSON)."""
+        return self.path / "job" / "fitted.json"
+
+    @property
+    def redo(self) -> Path:
+        """What a `--redo` that is under way has still to do (JSON)."""
+        return self.path / "job" / "redo.json"
 
     def step(self, number: int) -> StepDir:
         return StepDir(self.path / f"step{number}")

@@ -166,6 +166,7 @@ class Ppo(Optimization):
     temperature: Rate = 1.0
     normalize_rewards: bool = True  # mean 0, std 1 on the reference's answers
     reward_clip: Rate = 5.0
+    max_kl: Rate = 200.0  # nats a response, mean over a rollout; beyond it the actor is lost, and the run stops
     missing_eos_penalty: NonNegative = 0.0  # taken from the score of a response that did not end, before the clip
     whiten_rewards: bool = False  # over all ranks; keeps the mean
     whiten_advantages: bool = True  # over all ranks
@@ -195,6 +196,15 @@ class Hardware(_Strict):
     cpu_threads: AutoCount = "auto"  # a rank, on CPU
 
 
+class Checkpoint(_Strict):
+    """What a run that is stopped, killed or preempted goes on from. The step's last is kept, besides the one being written."""
+
+    every_minutes: Rate | None = 10.0  # more seldom where saving would hold up training for more than 1 % of the time
+    every_updates: Positive | None = None  # also after each so many updates
+    grace_s: Rate = 60.0  # seconds from SIGTERM to the end: a checkpoint is made if the last one was quicker
+    best_every_updates: Positive | None = None  # set: measure on held-out data so often, and keep the best weights beside the model
+
+
 class Job(_Strict):
     name: Annotated[
         str, _wants("letters, digits, dots, dashes and underscores, 64 at most", lambda value: isinstance(value, str) and NAME.fullmatch(value))
@@ -207,6 +217,7 @@ class Job(_Strict):
     reward: Reward
     ppo: Ppo
     hardware: Hardware = Hardware()
+    checkpoint: Checkpoint = Checkpoint()
 
     def dump(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, as YAML and JSON have them."""
@@ -220,7 +231,7 @@ class Job(_Strict):
             parts += ["actor", "sft"]
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # whose tokenizer it reads with
-        chosen = {part: whole[part] for part in parts if part not in ("name", "hardware")}
+        chosen = {part: whole[part] for part in parts if part not in ("name", "hardware", "checkpoint")}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 
 

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable")
     p.add_argument("--run", metavar="NAME", help="the run's name (default: the job's)")
     p.add_argument("--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same")
-    p.add_argument("--redo", action="store_true", help="do the steps again that are complete")
+    p.add_argument("--redo", action="store_true", help="do the steps again that are complete (one that was stopped goes on)")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--deployment-type", choices=["single_gpu", "single_node", "multi_node"], help="one GPU, or all of this machine")
     p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
@@ -141,15 +143,25 @@ def train(args: argparse.Namespace) -> ExitCode:
             if source:
                 runs.take_over(source, run, taken)
                 say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
+            if args.redo:
+                runs.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock) if todo else ExitCode.OK
         if code != ExitCode.OK:
-            say(f"stopped: steps that are complete are kept in {run.path}; the same command goes on, from the start of the step that was stopped")
+            step = next(step for step in todo if not runs.is_complete(run, step) or step in runs.left_to_redo(run))
+            update = runs.goes_on_from(run, step)
+            say(f"stopped: the same command goes on in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
     return ExitCode.OK
 
 
+def _leave(_number: int, _frame: object) -> None:
+    sys.exit(ExitCode.PREEMPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)  # until launch.py has something to stop
     try:
         return train(parser().parse_args(argv))
     except ToolkitError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,21 @@ def no_gpu_in_sight() -> Iterator[None]:
 def checkpointing_arguments() -> dict[str, bool]:
     """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
     return {"use_reentrant": _TORCH < (2, 1)}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch 2.0 has the class in torch.cuda only; cuBLAS and cuDNN say it in words of their own, as RuntimeError."""
+    words = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("CUBLAS_STATUS_ALLOC_FAILED" in words or "out of memory" in words)
+    )
+
+
+def free_gpu_memory() -> None:
+    """What PyTorch keeps for later goes back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def takes_position_ids(model: nn.Module) -> bool:

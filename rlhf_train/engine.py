@@ -1,17 +1,20 @@
 """DeepSpeed, and nothing else here imports it: engines that learn (ZeRO 0-3), whole weights out of them, and an EMA.
 
 Where we differ from DeepSpeed's own habits: a loss arrives divided by the count of the whole update over all ranks, so
-the mean that DeepSpeed takes over ranks and passes is undone; the learning rate is a pure function of the update.
+the mean that DeepSpeed takes over ranks and passes is undone; the learning rate is a pure function of the update; we say
+which pass is an update's last, so a micro batch may change from one update to the next; and what a checkpoint holds are
+whole tensors by parameter, float32, so it fits any number of ranks and any ZeRO stage without a conversion.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.spec import Optimization
@@ -23,7 +26,16 @@ with compat.no_gpu_in_sight():
     import deepspeed
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.adam import FusedAdam
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states of a parameter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,7 +73,7 @@ def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_
 
 
 class Engine:
-    """A module with its optimizer. Per micro batch: `loss = ...engine(batch)...; engine.backward(loss); engine.step()`."""
+    """A module with its optimizer. Per micro batch: `loss = ...engine(batch)...; engine.backward(loss, last=...)`; then `engine.step()`."""
 
     def __init__(
         self,
@@ -78,12 +90,17 @@ class Engine:
         self.spec, self.updates, self.world, self.zero_stage = spec, updates, world, zero_stage
         self.learning_rate = learning_rate
         self.update = 0  # optimizer updates done
+        self.intact = True  # not in the midst of an update of the weights
         module.train()
         # DeepSpeed clips fp32 gradients at ZeRO 0 without telling their norm, so there we do it.
         self._clips = precision == "float32" and zero_stage == 0
         optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec.betas, world.device)
         config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._adamw = optimizer
+        self._scaler = getattr(self.optimizer, "loss_scaler", None)
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # such an update is skipped and counted, as one with a loss of NaN
         self.current_learning_rate = learning_rate
 
     @property
@@ -94,22 +111,153 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
-        """loss: this micro batch's share of the update's loss, already divided by the update's global count."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """loss: this micro batch's share of the update's loss, already divided by the update's global count. `last`: of the update."""
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # DeepSpeed counts passes there
 
-    def step(self) -> float | None:
-        """After each micro batch. On the update's last one: updates the weights, returns the gradient norm before clipping."""
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
-            return None
+    def step(self) -> float:
+        """After the update's last micro batch: updates the weights, returns the gradient norm before clipping (in float16 inf where the
+        loss scale was too large, and nothing was updated).
+        """
         self.current_learning_rate = self.learning_rate * learning_rate_factor(self.update, self.updates, self.spec)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.current_learning_rate
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm) if self._clips else None
-        self._engine.step()
+        norm = self._step(self.current_learning_rate)
         self.update += 1
+        return norm
+
+    def _step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm) if self._clips else None
+        if norm is not None and not math.isfinite(norm):  # clipping has spread it over all gradients
+            self._drop_gradients()
+            return float(norm)
+        self.intact = False
+        self._engine.step()
+        self.intact = True
+        if norm is None and getattr(self.optimizer, "overflow", False):
+            return math.inf
         return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    @property
+    def scale_can_fall(self) -> bool:
+        """float16: a gradient that is not finite may be the loss scale's fault, which is lowered then."""
+        return self._scaler is not None and hasattr(self._scaler, "min_scale") and self._scaler.cur_scale > self._scaler.min_scale
+
+    def skip(self) -> None:
+        """Leave an update out, between two of its passes: its gradients are dropped, its place in the schedule is used up."""
+        self._drop_gradients()
+        self.update += 1
+
+    def _drop_gradients(self) -> None:
+        self.module.zero_grad()
+        if self.zero_stage > 0:
+            self.optimizer.zero_grad()
+        if self.zero_stage in (1, 2):  # what DeepSpeed's own step does when the loss scale was too large; ZeRO-3's zero_grad does it all
+            self.optimizer.micro_step_id = -1
+            for kept in (self.optimizer.averaged_gradients, getattr(self.optimizer, "all_grad_tensors", {})):
+                for group in kept:
+                    kept[group] = None
+
+    def rehearse(self, loss: Tensor) -> None:
+        """One update that changes nothing: backward and step of a forward pass's `loss` (any scalar), at learning rate 0 and with gradients of 0.
+
+        What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored.
+        """
+        scaler = self._scaler_state()
+        self.backward(loss * 0.0, last=True)
+        self._step(0.0)
+        if self.zero_stage in (1, 2):
+            # DeepSpeed links parameters with their moments after the step of the first group of parameters, when the second has none yet.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for state in self._adamw.state.values():
+            for moment in MOMENTS:
+                state[moment].zero_()
+        self._set_adamw_steps(0)
+        self._set_scaler_state(scaler)
+
+    # --- for checkpoints ---
+
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors. Plain values."""
+        return {"update": self.update, "adamw_steps": self._adamw_steps(), "loss_scale": self._scaler_state()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 tensor) of every trained parameter and of its moments, one at a time, after `rehearse`; all ranks take part.
+
+        The tensor may be the live one: copy it before the next update.
+        """
+        self.settle()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                for kind in ("weight", *MOMENTS):
+                    whole = self._whole(parameter, kind)
+                    if whole is not None:
+                        yield f"{name}/{kind}", whole.detach()
+
+    def model_bytes(self) -> int:
+        """Of the module as it is saved in the end."""
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
+
+    def size_bytes(self) -> int:
+        """Of all tensors that `tensors` yields."""
+        return sum(12 * getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+
+    def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
+        """The state of `tensors` and `numbers`, after `rehearse`. Bits are kept; another ZeRO stage or number of ranks is fine."""
+        self.settle()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self._set_weight(parameter, tensor(f"{name}/weight"))
+                for moment in MOMENTS:
+                    self._set_moment(parameter, moment, tensor(f"{name}/{moment}"))
+        self.update = numbers["update"]
+        self._set_adamw_steps(numbers["adamw_steps"])
+        self._set_scaler_state(numbers["loss_scale"])
+
+    def _whole(self, parameter: Any, kind: str) -> Tensor | None:
+        if self.zero_stage == 0:  # in float32 only
+            return parameter.data if kind == "weight" else self._adamw.state.get(parameter, {}).get(kind)
+        return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
+        value = value.to(self.world.device)
+        if self.zero_stage == 3:
+            safe_set_local_fp32_param(parameter, partition(parameter, value, self.world.rank))
+        elif self.zero_stage:
+            safe_set_full_fp32_param(parameter, value)
+        _local(parameter).copy_(partition(parameter, value, self.world.rank) if self.zero_stage == 3 else value)
+
+    @torch.no_grad()
+    def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
+        value = value.to(self.world.device)
+        if self.zero_stage == 3:
+            safe_set_local_optimizer_state(parameter, partition(parameter, value, self.world.rank), moment)
+        elif self.zero_stage:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            self._adamw.state[parameter][moment].copy_(value)
+
+    def _adamw_steps(self) -> int:
+        """Updates that AdamW has made: skipped ones do not count for its bias correction."""
+        counted = [*self._adamw.state.values(), *self._adamw.param_groups]
+        return max((int(holder["step"]) for holder in counted if "step" in holder), default=0)
+
+    def _set_adamw_steps(self, steps: int) -> None:
+        for holder in (*self._adamw.state.values(), *self._adamw.param_groups):  # PyTorch's has it in states, FusedAdam in groups
+            if "step" in holder:
+                holder["step"] = torch.full_like(holder["step"], steps) if isinstance(holder["step"], Tensor) else steps
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)} if self._scaler is not None else {}
+
+    def _set_scaler_state(self, state: Mapping[str, Any]) -> None:
+        for name in self._scaler_state().keys() & state.keys():
+            setattr(self._scaler, name, state[name])
 
     def settle(self) -> None:
         """Under ZeRO-3: wait for parameters still under way to the next forward pass, before weights are read one by one."""
@@ -171,7 +319,7 @@ class Ema:
     """Exponential moving average of the trained parameters, float32; under ZeRO-3 each rank keeps its partitions."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.intact = decay, True
         self._live = [p for p in module.parameters() if p.requires_grad]
         self._shadow = [_local(p).detach().float().clone() for p in self._live]
 
@@ -194,6 +342,38 @@ class Ema:
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._live, values, strict=True):
             _local(parameter).copy_(value)
+
+    # --- for checkpoints ---
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor), as `Engine.tensors`."""
+        for number, (parameter, shadow) in enumerate(zip(self._live, self._shadow, strict=True)):
+            yield str(number), _joined(parameter, shadow) if hasattr(parameter, "ds_tensor") else shadow
+
+    def size_bytes(self) -> int:
+        return sum(4 * getattr(p, "ds_numel", p.numel()) for p in self._live)
+
+    def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
+        for number, (parameter, shadow) in enumerate(zip(self._live, self._shadow, strict=True)):
+            value = tensor(str(number)).to(shadow.device)
+            shadow.copy_(partition(parameter, value, dist.get_rank()) if hasattr(parameter, "ds_tensor") else value)
+
+
+def partition(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+    """ZeRO-3: the rank's part of a whole tensor, padded with zeros as DeepSpeed pads the last."""
+    count = parameter.ds_tensor.numel()
+    part = whole.flatten()[rank * count : (rank + 1) * count]
+    return nn.functional.pad(part, (0, count - part.numel()))
+
+
+def _joined(parameter: Any, part: Tensor) -> Tensor:
+    """ZeRO-3: the whole tensor of every rank's part."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat([p.flatten() for p in parts])[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def _local(parameter: Any) -> Tensor:

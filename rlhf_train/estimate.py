@@ -14,7 +14,7 @@ import torch
 
 from jobs.errors import ToolkitError
 from jobs.run_dir import RunDir
-from jobs.spec import Job, Scratch
+from jobs.spec import Job, Lora, Scratch
 from jobs.words import STEPS, plural
 from jobs.yaml12 import dump_yaml
 from rlhf_train.plan import GIB, Placement
@@ -119,3 +119,37 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
 
 def _amount(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def relief(job: Job, step: int, placement: Placement) -> str:
+    """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with what a rank then needs."""
+    where, hardware = placement, job.hardware
+    stages = {"actor": where.actor_zero_stage, "critic": where.critic_zero_stage}
+    parts = {1: ["actor"], 2: ["critic"], 3: ["actor", "critic"]}[step]
+    with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    try:
+        plain = {"actor": model_size(job, job.actor.model, lora=False), "critic": model_size(job, critic_source, lora=False)}
+        adapted = plain | {"actor": model_size(with_lora, job.actor.model, lora=True)}
+    except (OSError, ValueError, ToolkitError):  # the hub is away: no numbers then
+        return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
+
+    def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> str:
+        total = sum(training_bytes(sizes[part], where.precision, 3 if zero_3 else stages[part], ranks) for part in parts)
+        frozen = sum(sizes[part].all for part in parts) * WEIGHT_BYTES[where.precision] if step == 3 else 0
+        return _amount(total + frozen)
+
+    sizes = plain if job.actor.lora is None else adapted
+    now = needed(sizes)
+    lines = [f"weights, gradients and optimizer take {now} a rank, activations of one sequence the rest; in order of cost:"]
+    if not hardware.gradient_checkpointing:
+        lines.append("hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing")
+    if job.actor.lora is None and "actor" in parts:
+        lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {now} -> {needed(adapted)}")
+    if any(stages[part] < 3 for part in parts):
+        ranks = max(2, where.ranks)
+        which = ", ".join(f"hardware.{part}_zero_stage: 3" for part in parts)
+        lines.append(f"{which} on {plural(ranks, 'GPUs')}: {now} -> {needed(sizes, zero_3=True, ranks=ranks)}, for more traffic between them")
+    longest = job.data.max_prompt_tokens + job.data.max_response_tokens
+    lines.append(f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model")
+    return "\n".join(lines)

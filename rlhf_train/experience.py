@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from jobs.spec import Ppo
 from rlhf_train.batch import Sequences
 from rlhf_train.losses import gae, kl_penalised_rewards, whiten
 from rlhf_train.models import last_scores
+
+RAGGED = ("prompts", "responses")
+PLAIN = ("mask", "old_log_probs", "ref_log_probs", "values", "advantages", "returns", "scores", "ended", "entropy")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,18 @@ class Experience:
             ended,
             torch.tensor([row.entropy for row in rows]),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, for a checkpoint: prompts and responses one after the other, with their lengths."""
+        plain = {name: getattr(self, name) for name in PLAIN}
+        ragged = {name: torch.from_numpy(np.concatenate(getattr(self, name)).astype(np.int64)) for name in RAGGED}
+        lengths = {f"{name}_lengths": torch.tensor([len(row) for row in getattr(self, name)]) for name in RAGGED}
+        return plain | ragged | lengths
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Experience:
+        rows: dict[str, Any] = {name: np.split(tensors[name].numpy(), np.cumsum(tensors[f"{name}_lengths"].numpy())[:-1]) for name in RAGGED}
+        return cls(**rows | {name: tensors[name] for name in PLAIN})
 
     @property
     def lengths(self) -> np.ndarray:

@@ -16,15 +16,28 @@ from transformers import GenerationConfig
 from jobs.events import Checkpoint, End
 from jobs.spec import Job, Lora, Scratch
 from jobs.words import STEPS
+from rlhf_train.disk import rename, size_of, sync_files
 from rlhf_train.engine import Engine, full_state
 from rlhf_train.models import merge_lora
 from rlhf_train.session import Session
 
 
 def save_model(
-    session: Session, step: int, update: int, engine: Engine, tokenizer: Any, folder: Path, *, lora: Lora | None, scores: Mapping[str, float]
+    session: Session,
+    step: int,
+    update: int,
+    engine: Engine,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    lora: Lora | None,
+    scores: Mapping[str, float],
+    best: tuple[str, float] | None = None,
 ) -> None:
-    """All ranks take part, rank 0 writes. Written beside and renamed: `folder` is whole, or it is not there."""
+    """All ranks take part, rank 0 writes. Written beside, synced and renamed: `folder` is whole, or it is not there.
+
+    scores: for the model card; best: the metric and its value for which these weights are kept.
+    """
     start = time.perf_counter()
     session.doing(step, f"saving {folder}")
     engine.settle()
@@ -40,9 +53,11 @@ def save_model(
         tokenizer.save_pretrained(str(partial))
         generation_config(session.job, tokenizer).save_pretrained(str(partial))
         (partial / "README.md").write_text(model_card(session.job, step, scores), encoding="utf-8")
-        partial.rename(folder)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=size, seconds=time.perf_counter() - start))
+        sync_files(partial)
+        rename(partial, folder)
+        metric, value = best or (None, None)
+        written, seconds = size_of(folder), time.perf_counter() - start
+        session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
     session.world.barrier()
 
 

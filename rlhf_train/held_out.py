@@ -53,10 +53,12 @@ class HeldOut:
         mine = np.arange(len(self.prompts))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in mine]
         made = sampling.generate(prompts, seed=self.seed, row_ids=mine.tolist())
+        self.session.stop_if_asked()
         answers: list[tuple[int, Answer]] = []
         lengths = np.array([len(p) for p in prompts], dtype=np.int64) + made.lengths
         for rows, _ in evaluation_batches(lengths, self.session.placement.micro_batches[2], 1, 0):
             batch = Sequences.of([prompts[i] for i in rows], [made.tokens[i] for i in rows], self.tokenizer.pad_token_id, world.device)
+            self.session.pulse.beat()
             said = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
             for place, row in enumerate(rows):
                 ref = said["ref_log_probs"][place, : len(made.tokens[row])].float().cpu().numpy()

@@ -7,30 +7,38 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from jobs import console
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import Error, EventWriter, read_events
+from jobs.events import Error, EventWriter, Warning, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, save_job
 from jobs.words import plural
+from rlhf_train import fitted, runs
 from rlhf_train.plan import Placement
+from rlhf_train.pulse import Sign, Watch
 from rlhf_train.worker import LastWords, Order
 
 POLL_S = 0.1
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
-GRACE_S = 10.0  # between SIGTERM and SIGKILL of a rank
+GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
+END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
+HANG_S = 300.0  # without a sign of life of any rank, once there was an update; a pass or a token takes seconds
+SETUP_HANG_S = 1500.0  # before that: models are fetched and rows tokenised. PyTorch's collectives give up after 1800 s
+STACKS_S = 1.0  # for the ranks to write down their stacks
 CHECKOUT = Path(__file__).parents[1]
 
 Rank = subprocess.Popen[bytes]
@@ -47,32 +55,147 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
         said = " and ".join(f"{name}={value}" for name, value in nccl.items())
         placement = replace(placement, notes=(*placement.notes, f"{said} for the ranks: {placement.no_peer_access}"))
     save_job(job, run.job_file)
+    placement = fitted.fit(job, run, placement)
     with run.log.open("ab") as log, _stop_signals() as caught, console.view() as view:
         for step in steps:
-            view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
-            _train_step(job, run, step, placement, cache, lock, log, caught, view)
-            if caught:
-                return ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.CANCELLED
+            ended = _Ended(is_done=False)
+            while not ended.is_done:
+                view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
+                ended = _train_step(job, run, step, placement, cache, lock, log, caught, view)
+                if ended.no_memory is not None:
+                    placement = _with_less_memory(job, run, step, placement, ended.no_memory)
+                elif not ended.is_done:
+                    return _code_of_stop(caught, run)
+            runs.redone(run, step)
+            if caught and step != steps[-1]:
+                return _code_of_stop(caught, run)
     return ExitCode.OK
 
 
-def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any) -> None:
+def _code_of_stop(caught: Sequence[int], run: RunDir) -> ExitCode:
+    if caught and caught[0] == signal.SIGINT:
+        return ExitCode.INTERRUPTED
+    return ExitCode.CANCELLED if run.cancelled.exists() else ExitCode.PREEMPTED
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How the ranks of a step have ended, if not by an error."""
+
+    is_done: bool  # else they were stopped
+    no_memory: LastWords | None = None
+
+
+def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any) -> _Ended:
     port, _store = _rendezvous(placement.ranks)
-    order = Order(job.dump(), str(run.path), step, asdict(placement), str(cache), port)
+    watch = Watch(placement.ranks)
+    order = Order(job.dump(), str(run.path), step, asdict(placement), str(cache), port, watch.file)
     offset = run.events.stat().st_size if run.events.exists() else 0
     ranks: list[Rank] = []
+    hang: ToolkitError | None = None
     try:
         for number in range(placement.ranks):
             ranks.append(_start(order, number, placement, lock, log))
-        while any(rank.poll() is None for rank in ranks) and not caught and not any(rank.poll() for rank in ranks):
+        life, asked_at = _Life(watch), math.inf
+        while any(rank.poll() is None for rank in ranks) and not _failed(ranks):
             time.sleep(POLL_S)
             offset = _show(run, view, offset)
+            if caught and asked_at == math.inf:
+                asked_at = time.monotonic()
+                for rank in ranks:
+                    rank.send_signal(signal.SIGTERM)
+            is_late = time.monotonic() - asked_at > job.checkpoint.grace_s - END_S
+            if caught and (is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1):
+                break
+            if (silent_s := life.silent_s()) > (HANG_S if any(sign.has_trained for sign in watch.signs()) else SETUP_HANG_S):
+                hang = _hang(ranks, watch.signs(), silent_s)
+                break
     finally:
-        failed = [number for number, rank in enumerate(ranks) if rank.poll()]
-        _end(ranks, wait_s=0.0 if caught else OTHERS_S)
-    _show(run, view, offset)
-    if failed and not caught:
-        raise _failure(run, step, ranks, failed)
+        failed = _failed(ranks)
+        _end(ranks, wait_s=0.0 if caught or hang else OTHERS_S)
+        watch.close()
+    offset = _show(run, view, offset)
+    if hang is not None:
+        raise _written(run, step, 0, hang)
+    if caught:
+        if failed and (words := _all_last_words(ranks)):  # while it saved: said, but the run was stopped and not broken
+            _failure(run, step, ranks, list(words), words)
+            _show(run, view, offset)
+        return _Ended(is_done=all(rank.returncode == 0 for rank in ranks))
+    if failed:
+        words = _all_last_words(ranks)
+        first = min(words.values(), key=lambda said: said.at_s, default=None)
+        if first is not None and first.out_of_memory and all(number in words for number in failed):
+            return _Ended(is_done=False, no_memory=first)
+        raise _failure(run, step, ranks, failed, words)
+    return _Ended(is_done=all(rank.returncode == 0 for rank in ranks))
+
+
+def _failed(ranks: Sequence[Rank]) -> list[int]:
+    """Those that have ended by an error, in their order: not done, nor stopped as they were asked to."""
+    return [number for number, rank in enumerate(ranks) if rank.poll() not in (None, ExitCode.OK, ExitCode.PREEMPTED)]
+
+
+def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, words: LastWords) -> Placement:
+    """The placement to try next, remembered for this run. Raises ToolkitError when there is none."""
+    now = placement.micro_batches[step - 1]
+    less = fitted.smaller(job, step, placement)
+    if less is None:
+        from rlhf_train.estimate import relief
+
+        what = f"out of memory in step {step} with a micro batch of 1"
+        raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), code=ExitCode.TRAINING))
+    fitted.remember(job, run, less)
+    message = f"out of memory with a micro batch of {now}: goes on with {less.micro_batches[step - 1]}, from update {runs.goes_on_from(run, step)}"
+    EventWriter(run.events)(Warning(step=step, message=message, hint="the global batch stays; set hardware.micro_batch to spare the try"))
+    return less
+
+
+class _Life:
+    """How long the ranks have given no sign of life."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self._counts, self._since = watch, [0], time.monotonic()
+
+    def silent_s(self) -> float:
+        counts = [sign.count for sign in self._watch.signs()]
+        if counts != self._counts:
+            self._counts, self._since = counts, time.monotonic()
+        return time.monotonic() - self._since
+
+
+def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> ToolkitError:
+    """Who keeps the others waiting: the rank that has come least far. Their stacks go to the log."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGUSR2)
+    time.sleep(STACKS_S)
+    states = [process_state(rank.pid) for rank in ranks]
+    least = min(sign.count for sign in signs)
+    # Alike far, as in the midst of a collective: one that does not run at all is to blame.
+    behind = [n for n, sign in enumerate(signs) if sign.count == least]
+    away = [n for n in behind if states[n] in "TtDZX"] or behind
+    host = socket.gethostname()
+    names = " and ".join(f"rank {n}" for n in away)
+    lines = [f"rank {n} on {host} (process {rank.pid}, {STATES.get(states[n], states[n])}): {signs[n].phase}" for n, rank in enumerate(ranks)]
+    return ToolkitError(
+        f"{names} on {host} stays away: no rank has got further for {silent_s:.0f} s",
+        why="\n".join(lines),
+        hint="the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
+        "the same command goes on from the last checkpoint",
+        code=ExitCode.TRAINING,
+    )
+
+
+STATES = {"R": "running", "S": "waiting", "D": "waiting for a device or disk", "T": "stopped by a signal", "t": "traced", "Z": "dead", "X": "dead"}
+
+
+def process_state(process: int) -> str:
+    """Of Linux' letters; "?" where it cannot be told."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "?"
 
 
 def _show(run: RunDir, view: Any, offset: int) -> int:
@@ -138,7 +261,7 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
         stdout=subprocess.PIPE,
         stderr=log,
         env=environment_of(rank, placement, os.environ),
-        pass_fds=[lock],
+        pass_fds=[lock, order.pulse],
         start_new_session=True,
     )
     assert process.stdin is not None
@@ -149,34 +272,38 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
 
 
 def _end(ranks: Sequence[Rank], wait_s: float) -> None:
-    """All ranks are gone when this returns: asked first, killed after the grace."""
+    """All ranks are gone when this returns. SIGKILL: to SIGTERM they answer with a checkpoint, and those that wait for each other not at all."""
     deadline = time.monotonic() + wait_s
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    for how, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(how)
-        deadline = time.monotonic() + patience
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+    deadline = time.monotonic() + GRACE_S
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
-def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int]) -> ToolkitError:
+def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int], words: Mapping[int, LastWords]) -> ToolkitError:
     """The first error, also written to the events. `failed`: the ranks that had failed before the others were ended."""
-    words = {number: said for number, rank in enumerate(ranks) if (said := _last_words(rank))}
     mute = next((number for number in failed if number not in words), None)
-    if mute is None:
-        first = min(words, key=lambda number: words[number].at_s)
-        said = words[first]
-        error = ToolkitError(said.what, why=said.why, hint=said.hint, code=ExitCode(said.code))
-    else:
-        first, error = mute, _sudden_end(run, mute, ranks[mute].returncode)
+    if mute is not None:
+        return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
+    first = min(words, key=lambda number: words[number].at_s)
+    said = words[first]
+    return _written(run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, code=ExitCode(said.code)))
+
+
+def _written(run: RunDir, step: int, rank: int, error: ToolkitError) -> ToolkitError:
     with suppress(OSError):  # the disk may be full, which then is the error
         EventWriter(run.events)(
-            Error(step=step, rank=first, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code))
+            Error(step=step, rank=rank, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code))
         )
     return error
+
+
+def _all_last_words(ranks: Sequence[Rank]) -> dict[int, LastWords]:
+    return {number: said for number, rank in enumerate(ranks) if (said := _last_words(rank))}
 
 
 def _last_words(rank: Rank) -> LastWords | None:
@@ -230,18 +357,41 @@ def locked(run: RunDir) -> Iterator[int]:
         while not _lock(file):
             file.seek(0)
             owner = file.read().strip()
-            if _is_alive(owner) or time.monotonic() > deadline:  # else its ranks are just leaving
-                raise ToolkitError(
-                    f"run `{run.name}` is being trained by another process",
-                    why=f"process {owner or '?'} holds {run.lock}",
-                    hint="wait for it, or use another --run",
-                    code=ExitCode.BUSY,
-                )
+            is_elsewhere = owner and not owner.endswith(f" on {socket.gethostname()}")  # in another container, say
+            if is_elsewhere or _is_alive(owner) or time.monotonic() > deadline:  # else its ranks are just leaving
+                raise _busy(run, owner)
             time.sleep(POLL_S)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield file.fileno()
+
+
+def _busy(run: RunDir, owner: str) -> ToolkitError:
+    what = f"run `{run.name}` is being trained by another process"
+    if _is_alive(owner):
+        return ToolkitError(what, why=f"process {owner} holds {run.lock}", hint="wait for it, or use another --run", code=ExitCode.BUSY)
+    left = [f"process {process} ({command})" for process, command in holders(run.lock) if process != os.getpid()]
+    if not left:  # in another container, or on another machine that shares the disk
+        why = f"process {owner or '?'} holds {run.lock}, and is not among those seen from here"
+        return ToolkitError(what, why=why, hint="look for it in other containers and machines that use this folder", code=ExitCode.BUSY)
+    return ToolkitError(
+        f"processes of an earlier call still hold run `{run.name}`",
+        why=f"{' and '.join(left)} were left by process {owner or '?'}, which is gone",
+        hint=f"kill -9 {' '.join(str(process) for process, _ in holders(run.lock) if process != os.getpid())}",
+        code=ExitCode.BUSY,
+    )
+
+
+def holders(path: Path) -> list[tuple[int, str]]:
+    """(process, command) of those that have the file open; none where there is no /proc, or of other users' processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(os.path.samefile(link, path) for link in (folder / "fd").iterdir()):  # noqa: PTH121
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found.append((int(folder.name), command[:80]))
+    return sorted(found)
 
 
 def _lock(file: IO[str]) -> bool:
@@ -252,11 +402,13 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _is_alive(process: str) -> bool:
+def _is_alive(owner: str) -> bool:
+    """owner: `123 on gpu-box`; of another machine or container nothing is known."""
+    process, _, host = owner.partition(" on ")
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
         return False
     except PermissionError:  # somebody else's
         pass
-    return True
+    return host == socket.gethostname()

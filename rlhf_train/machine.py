@@ -7,12 +7,12 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.fitness import Card, Facts, Folder, wants_gpu
+from jobs.fitness import Card, Facts, Folder, Holder, wants_gpu
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Scratch
 from rlhf_train.plan import Machine
@@ -20,6 +20,14 @@ from rlhf_train.plan import Machine
 DRIVER = Path("/proc/driver/nvidia/version")  # the host's, and seen in its containers too, also in those without a GPU
 CPU = Path("/proc/cpuinfo")
 SHARED_MEMORY = Path("/dev/shm")
+PROC = Path("/proc")
+GPU_FILE = re.compile("/dev/nvidia[0-9]+")  # one for each card
+CGROUPS = Path("/sys/fs/cgroup")
+# (limit, used) of this container, in cgroups of version 2 and 1.
+MEMORY_LIMITS = [
+    (CGROUPS / "memory.max", CGROUPS / "memory.current"),
+    (CGROUPS / "memory/memory.limit_in_bytes", CGROUPS / "memory/memory.usage_in_bytes"),
+]
 NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without persistence mode
 
 
@@ -46,6 +54,8 @@ def _with_gpus(facts: Facts, machine: Machine, environ: Mapping[str, str]) -> Fa
     if cards is None:
         listed, cards = nvidia_smi()
         driver = driver or listed  # WSL has no /proc/driver/nvidia
+    # Without cards nvidia-smi has failed above, and would hang a second time.
+    used, holders = gpu_memory() if cards else (None, ())
     return replace(
         facts,
         gpus=len(machine.gpus),
@@ -53,6 +63,8 @@ def _with_gpus(facts: Facts, machine: Machine, environ: Mapping[str, str]) -> Fa
         driver=driver,
         cards=cards,
         peer_access=machine.peer_access,
+        gpu_used_bytes=used,
+        gpu_holders=holders,
         shared_memory_bytes=_free_bytes(SHARED_MEMORY),
         shared_memory_used=environ.get("NCCL_SHM_DISABLE") != "1",
     )
@@ -69,20 +81,27 @@ def driver_version(text: str) -> str | None:
 def nvidia_smi() -> tuple[str | None, tuple[Card, ...] | None]:
     """-> (driver, cards); None where there is no nvidia-smi, or it does not say."""
     for fields in ("driver_version,name,compute_cap", "driver_version,name"):  # drivers of before 2022 do not know the last
-        try:
-            said = subprocess.run(
-                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=NVIDIA_SMI_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
+        said = _run_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader")
+        if said is None:
             return None, None
         if said.returncode == 0:
             return listed_cards(said.stdout)
     return None, None
+
+
+def _run_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str] | None:
+    """None where it is not there, or hangs."""
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *options],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=NVIDIA_SMI_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def listed_cards(text: str) -> tuple[str | None, tuple[Card, ...]]:
@@ -93,6 +112,61 @@ def listed_cards(text: str) -> tuple[str | None, tuple[Card, ...]]:
             driver, name, capability = found.groups()
             cards.append(Card(name, None if capability is None or capability.startswith("[") else capability))
     return driver, tuple(cards)
+
+
+def gpu_memory() -> tuple[tuple[int | None, ...] | None, tuple[Holder, ...]]:
+    """-> (bytes in use on each card, who holds them, without this process); None where nvidia-smi does not say.
+
+    Not by torch.cuda.mem_get_info: it makes a CUDA context, which holds memory of its own until the launcher ends.
+    """
+    said = _run_nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
+    if said is None or said.returncode:
+        return None, ()
+    indexes, used = cards_in_use(said.stdout)
+    apps = _run_nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits")
+    listed = listed_holders(apps.stdout, indexes) if apps and not apps.returncode else []
+    # In a container nvidia-smi lists no process, or the host's pids, of its own processes, too (NVIDIA/nvidia-docker#1483):
+    # those are found as `fuser /dev/nvidia*` does it.
+    others = [Holder(None, pid) for pid in with_gpus_open() if pid not in {holder.pid for holder in listed}]
+    return used, tuple(replace(holder, command=command_of(holder.pid)) for holder in [*listed, *others] if holder.pid != os.getpid())
+
+
+def cards_in_use(text: str) -> tuple[dict[str, int], tuple[int | None, ...]]:
+    """Lines of `0, GPU-1b2c..., 1024` (MiB, maybe `[N/A]`) -> (index by UUID, bytes in use by index)."""
+    indexes, used = {}, {}
+    for line in text.splitlines():
+        if found := re.fullmatch(r"([0-9]+), (\S+), ([0-9]+|\[.*\])", line.strip()):
+            indexes[found[2]] = int(found[1])
+            used[int(found[1])] = _mebibytes(found[3])
+    return indexes, tuple(used.get(index) for index in range(max(used, default=-1) + 1))
+
+
+def listed_holders(text: str, indexes: Mapping[str, int]) -> list[Holder]:
+    """Lines of `GPU-1b2c..., 4321, 1024` (MiB, maybe `[N/A]`); those without a pid name nobody."""
+    found = (re.fullmatch(r"(\S+), ([0-9]+), ([0-9]+|\[.*\])", line.strip()) for line in text.splitlines())
+    return [Holder(indexes.get(each[1]), int(each[2]), _mebibytes(each[3])) for each in found if each]
+
+
+def _mebibytes(text: str) -> int | None:
+    return int(text) * 2**20 if text.isdecimal() else None
+
+
+def with_gpus_open() -> list[int]:
+    """Processes of this container that have a card open: ours, or everybody's for root."""
+    pids = sorted(int(entry.name) for entry in PROC.glob("[0-9]*"))
+    return [pid for pid in pids if any(map(GPU_FILE.fullmatch, _open_files(pid)))]
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    with suppress(OSError):  # another user's process, or gone
+        for file in (PROC / str(pid) / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                yield str(file.readlink())
+
+
+def command_of(pid: int) -> str:
+    """`python -m rlhf_train.worker`; "" if the process is not to be seen from here."""
+    return _read(PROC / str(pid) / "cmdline").replace("\0", " ").strip()
 
 
 def cpu_flags(text: str) -> tuple[str, ...] | None:
@@ -163,6 +237,17 @@ def run_folder(path: Path) -> Folder:
 def _may_write(path: Path) -> bool:
     mode = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def free_memory_bytes() -> int:
+    """Of the main memory, in bytes, that this process may still take: what the kernel has left, or its container's limit. 0: not known."""
+    found = re.search(r"^MemAvailable:\s+([0-9]+) kB", _read(Path("/proc/meminfo")), flags=re.MULTILINE)
+    free = int(found[1]) * 1024 if found else 0
+    for limit, used in MEMORY_LIMITS:
+        most, now = _read(limit).strip(), _read(used).strip()
+        if most.isdecimal() and now.isdecimal():
+            free = min(free, max(0, int(most) - int(now)))
+    return free
 
 
 def _free_bytes(path: Path) -> int | None:

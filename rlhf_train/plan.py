@@ -102,7 +102,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
-        limit = 16 if device == "cpu" else 8 if machine.gpu_bytes > 40 * GIB else 4
+        limit = 16 if device == "cpu" or machine.gpu_bytes > 40 * GIB else 8  # what the try before the first update comes down from
         micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
     else:
         micro_batches = (wish.micro_batch,) * 3

@@ -8,7 +8,8 @@ tokens of the whole update; before the first update the trainer, the rollout and
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 from torch import nn
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import End, Metrics, Progress
+from jobs.events import End, Metrics, Progress, Warning
 from jobs.spec import Ppo
-from rlhf_train import losses, runs
+from rlhf_train import fitted, losses
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
+from rlhf_train.checkpoint import Keeper
+from rlhf_train.disk import write_json
 from rlhf_train.engine import Ema, Engine, copy_weights
 from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
 from rlhf_train.export import eval_model, save_model, scores_of
-from rlhf_train.held_out import HeldOut
+from rlhf_train.held_out import HeldOut, Summary
 from rlhf_train.models import (
     ActorForward,
     ScoreForward,
@@ -37,8 +40,9 @@ from rlhf_train.models import (
 )
 from rlhf_train.rollout import Responses, Rollouts
 from rlhf_train.rule import load_rule
-from rlhf_train.session import Clock, Session, corpus, stop_if_not_finite
+from rlhf_train.session import Clock, Session, corpus
 
+SUMS = ("policy_loss", "value_loss", "ratio", "clipped", "value_clipped", "tokens", "trained", "computed")  # over a rollout's updates
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
 # Seeds of the rollouts that are not training, apart from the job's own (below 2^32).
@@ -69,19 +73,30 @@ def run(session: Session) -> End:
         check_lengths(frozen.model, job.data.max_prompt_tokens, job.data.max_response_tokens)
 
     def sampler(model: Any) -> Rollouts:
-        ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-        batch = where.rollout_micro_batch
-        return Rollouts(model, **ids, max_tokens=job.data.max_response_tokens, temperature=spec.temperature, batch=batch, device=world.device)
+        return Rollouts(
+            model,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_tokens=job.data.max_response_tokens,
+            temperature=spec.temperature,
+            batch=where.rollout_micro_batch,
+            device=world.device,
+            beat=session.pulse.beat,
+            is_asked_to_stop=lambda: session.stop.asked_at is not None,
+        )
 
-    if spec.normalize_rewards:
+    saved = session.saved.state["loop"] if session.saved is not None else None
+    if saved is not None:
+        reward_model.shift, reward_model.scale = saved["shift"], saved["scale"]
+    elif spec.normalize_rewards:
         session.doing(3, f"scale of the rewards on {min(NORMALIZATION_PROMPTS, len(rows))} answers of the reference")
         prompts = [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]]
         view = HeldOut(session, prompts, tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
         scores = np.array([answer.score for answer in view.answers(sampler(reference.model), reference, reward_model)])
         reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
-        if world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
-            numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
-            runs.write_json(session.run.step(2).reward_scale, numbers)
+    if spec.normalize_rewards and world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
+        numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
+        write_json(session.run.step(2).reward_scale, numbers)
 
     actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
     critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
@@ -122,142 +137,165 @@ def run(session: Session) -> End:
     held_out = HeldOut(
         session, [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]], tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED
     )
-    session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
-    refresh()
-    before = held_out.answers(sampling, reference, reward_model)
-    held_out.show(before, "before")
-
-    training, kl_coef = Clock(), spec.kl_coef
-    for rollout in range(rollouts):
-        if actor.update >= updates:
-            break
-        rollout_clock = Clock()
-        chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (job.seed, 3))]
-        prompts = [tokens.train.prompt[i] for i in chosen]
-        mine = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
+    parts = {"actor": actor, "critic": critic} | ({"ema": ema} if ema is not None else {})
+    pad_id, micro_batch = tokenizer.pad_token_id, plan.micro_batch
+    keeper = Keeper(session, 3, updates, parts, model_bytes=actor.model_bytes() * (2 if ema else 1))
+    session.doing(3, f"trying the longest sequences, {micro_batch} at once")
+    prompt = max((tokens.train.prompt[i] for i in rows), key=len)
+    answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
+    longest = Sequences.of([prompt] * micro_batch, [answer] * micro_batch, pad_id, world.device)
+    actor.rehearse(actor(longest, temperature=spec.temperature)[0].sum())
+    critic.rehearse(critic(longest)[0].sum())
+    keeper.resume()
+    if saved is None:
+        session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
         refresh()
-        responses = sampling.generate([prompts[i] for i in mine], seed=job.seed, row_ids=[rollout * spec.rollout_batch + int(i) for i in mine])
-        rollout_s, score_clock = rollout_clock(), Clock()
+        answers = held_out.answers(sampling, reference, reward_model)
+        held_out.show(answers, "before")
+        before, kl_coef = held_out.summary(answers), spec.kl_coef
+    else:
+        before, kl_coef, clock = Summary(**saved["before"]), saved["kl_coef"], Clock(saved["seconds"])
 
-        scored = score_rollout(
-            session,
-            [prompts[i] for i in mine],
-            responses,
-            tokenizer.pad_token_id,
-            actor=actor,
-            critic=critic,
-            reference=reference,
-            reward_model=reward_model,
-        )
-        by_place = {int(place): row for part in world.gather(list(zip(mine, scored, strict=True))) for place, row in part}
-        everyone = [by_place[place] for place in range(spec.rollout_batch)]
-        experience = Experience.of(everyone, spec, kl_coef)
-        score_s, train_clock = score_clock(), Clock()
-        if rollout == 0:
-            self_test(session, everyone, actor, tokenizer.pad_token_id)
+    training = Clock(saved["elapsed_s"] if saved else 0.0)
+    tally = Tally(**saved["tally"]) if saved else Tally()
+    experience, rollout_micro_batch = None, where.rollout_micro_batch
+    if tally.updates and session.saved is not None:  # stopped between two updates of one rollout
+        experience = Experience.from_tensors(session.saved.tensors("loop"))
+    for update in range(actor.update, updates):
+        rollout, place = divmod(update, updates_per_rollout)
+        if experience is None:
+            tally = Tally()
+            rollout_clock = Clock()
+            session.pulse.beat(f"update {update + 1}, rollout")
+            chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (job.seed, 3))]
+            prompts = [tokens.train.prompt[i] for i in chosen]
+            mine = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
+            refresh()
+            responses = sampling.generate([prompts[i] for i in mine], seed=job.seed, row_ids=[rollout * spec.rollout_batch + int(i) for i in mine])
+            session.stop_if_asked()
+            rollout_micro_batch = use_the_smallest_batch(session, sampling, rollout_micro_batch)
+            tally.rollout_s, score_clock = rollout_clock(), Clock()
 
-        stats: dict[str, torch.Tensor | float] = dict.fromkeys(
-            ("policy_loss", "value_loss", "ratio", "clipped", "value_clipped", "tokens", "trained", "computed"), 0.0
-        )
-        norms: list[tuple[float, float]] = []
-        for epoch in range(spec.ppo_epochs):
-            shuffled = np.random.RandomState([job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
-            for minibatch in shuffled.reshape(-1, spec.global_batch):
-                if actor.update >= updates:
-                    break
-                response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
-                actor_norm = critic_norm = None
-                for micro in deal(experience.lengths[minibatch], plan, world.rank):
-                    batch, mask, old = experience.cut(minibatch[micro], tokenizer.pad_token_id, world.device)
-                    log_probs = batch.spread(actor(batch, temperature=spec.temperature)[0])
-                    policy_loss = losses.policy_loss(
-                        log_probs, old["old_log_probs"], old["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens
-                    )
-                    actor.backward(policy_loss)
-                    actor_norm = actor.step()
-
-                    values = response_values(critic(batch)[0], batch)
-                    value_loss = losses.value_loss(
-                        values, old["values"], old["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens
-                    )
-                    critic.backward(value_loss)
-                    critic_norm = critic.step()
-
-                    with torch.no_grad():
-                        ratio = ((log_probs - old["old_log_probs"]) * mask).exp()
-                        for name, value in (
-                            ("policy_loss", policy_loss),
-                            ("value_loss", value_loss),
-                            ("ratio", (ratio * mask).sum()),
-                            ("clipped", (((ratio - 1).abs() > spec.clip_range) & mask).sum()),
-                            ("value_clipped", (((values - old["values"]).abs() > spec.value_clip_range) & mask).sum()),
-                            ("tokens", mask.sum()),
-                            ("trained", batch.lengths.sum()),
-                            ("computed", batch.input_ids.numel()),
-                        ):
-                            stats[name] = stats[name] + value
-                norms.append((actor_norm or 0.0, critic_norm or 0.0))
-                if ema is not None:
-                    ema.update()
-        total = world.sum(stats)
-        train_s = train_clock()
-        kl = float(experience.kl.mean())
-        losses_now = {name: total[name] / len(norms) for name in ("policy_loss", "value_loss")}
-        stop_if_not_finite(3, actor.update, {**losses_now, "kl": kl})
-
-        mask = experience.mask
-        session.emit(
-            Metrics(
-                step=3,
-                update=actor.update,
-                updates=updates,
-                elapsed_s=training(),
-                learning_rate=actor.current_learning_rate,
-                tokens_per_s=total["trained"] / rollout_clock(),
-                real_token_share=total["trained"] / total["computed"],
-                gpu_peak_bytes=world.gpu_peak_bytes(),
-                grad_norm=float(np.mean([a for a, _ in norms])),
-                critic_grad_norm=float(np.mean([c for _, c in norms])),
-                policy_loss=losses_now["policy_loss"],
-                value_loss=losses_now["value_loss"],
-                mean_reward=float(experience.scores.mean()),
-                kl=kl,
-                kl_coef=kl_coef,
-                entropy=float(experience.entropy.mean()),
-                ratio=total["ratio"] / total["tokens"],
-                clip_fraction=total["clipped"] / total["tokens"],
-                value_clip_fraction=total["value_clipped"] / total["tokens"],
-                response_length=float(mask.sum(1).float().mean()),
-                eos_share=float(experience.ended.float().mean()),
-                rollout_s=rollout_s,
-                score_s=score_s,
-                train_s=train_s,
+            session.pulse.beat(f"update {update + 1}, scoring")
+            scored = score_rollout(
+                session,
+                [prompts[i] for i in mine],
+                responses,
+                pad_id,
+                actor=actor,
+                critic=critic,
+                reference=reference,
+                reward_model=reward_model,
             )
-        )
-        kl_coef = next_kl_coef(spec, kl_coef, kl)
+            by_place = {int(row): one for part in world.gather(list(zip(mine, scored, strict=True))) for row, one in part}
+            everyone = [by_place[row] for row in range(spec.rollout_batch)]
+            experience = Experience.of(everyone, spec, kl_coef)
+            tally.score_s = score_clock()
+            if update == 0:
+                self_test(session, everyone, actor, pad_id)
+            warn_of_odd_answers(session, experience, job.data.max_response_tokens)
+
+        train_clock = Clock()
+        epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
+        shuffled = np.random.RandomState([job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
+        minibatch = shuffled.reshape(-1, spec.global_batch)[number]
+        response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
+        sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
+        for passed, micro in enumerate(deal(experience.lengths[minibatch], plan, world.rank), start=1):
+            session.pulse.beat(f"update {update + 1}")
+            last = passed == plan.gradient_accumulation
+            batch, mask, old = experience.cut(minibatch[micro], pad_id, world.device)
+            log_probs = batch.spread(actor(batch, temperature=spec.temperature)[0])
+            policy_loss = losses.policy_loss(
+                log_probs, old["old_log_probs"], old["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens
+            )
+            is_finite = world.all_finite(policy_loss)
+            if is_finite:
+                actor.backward(policy_loss, last=last)
+                values = response_values(critic(batch)[0], batch)
+                value_loss = losses.value_loss(
+                    values, old["values"], old["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens
+                )
+                is_finite = world.all_finite(value_loss)
+            if not is_finite:
+                keeper.skipped(update + 1, "its loss is not finite")
+                actor.skip()
+                critic.skip()
+                break
+            critic.backward(value_loss, last=last)
+
+            with torch.no_grad():
+                ratio = ((log_probs - old["old_log_probs"]) * mask).exp()
+                for name, value in (
+                    ("policy_loss", policy_loss),
+                    ("value_loss", value_loss),
+                    ("ratio", (ratio * mask).sum()),
+                    ("clipped", (((ratio - 1).abs() > spec.clip_range) & mask).sum()),
+                    ("value_clipped", (((values - old["values"]).abs() > spec.value_clip_range) & mask).sum()),
+                    ("tokens", mask.sum()),
+                    ("trained", batch.lengths.sum()),
+                    ("computed", batch.input_ids.numel()),
+                ):
+                    sums[name] = sums[name] + value
+        else:
+            norms = keeper.learn(actor, critic)
+            if ema is not None:
+                ema.update()
+            tally.add(world.sum(sums), norms)
+        tally.updates += 1
+        tally.train_s += train_clock()
+
+        if place == updates_per_rollout - 1 or update == updates - 1:
+            kl = float(experience.kl.mean())
+            if tally.trained_updates:
+                session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
+            if kl > spec.max_kl:
+                raise ToolkitError(
+                    f"step 3's KL to the reference exploded: {kl:.4g} nats a response at update {update + 1}",
+                    why=f"ppo.max_kl is {spec.max_kl:g}: the actor no longer writes what the reference could have written",
+                    hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
+                    f"`--run NEW --from {session.run.name}`; {keeper.last_good()}",
+                    code=ExitCode.TRAINING,
+                )
+            kl_coef = next_kl_coef(spec, kl_coef, kl)
+            experience, tally = None, Tally()
+        if keeper.wants_best(update + 1):
+            refresh()
+            best = ("mean_reward", held_out.summary(held_out.answers(sampling, reference, reward_model)).reward)
+            keeper.offer(
+                update + 1,
+                *best,
+                lower_is_better=False,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 3, update + 1, actor, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                ),
+            )
+        loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
+        loop |= {"elapsed_s": training(), "seconds": clock()}
+        keeper.after(update + 1, loop, experience.tensors() if experience is not None else {})
+    keeper.close()
 
     session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, after")
     refresh()
-    after = held_out.answers(sampling, reference, reward_model)
-    held_out.show(after, "after")
-    folder = session.run.step(3).model
-    first, last = held_out.summary(before), held_out.summary(after)
-    stop_if_not_finite(3, updates, {"mean_reward": last.reward, "kl": last.kl})
+    answers = held_out.answers(sampling, reference, reward_model)
+    held_out.show(answers, "after")
+    folder, after = session.run.step(3).model, held_out.summary(answers)
+    keeper.check({"mean reward": after.reward, "KL": after.kl})
     end = End(
         step=3,
         updates=updates,
         seconds=clock(),
         model=str(folder),
-        mean_reward_before=first.reward,
-        mean_reward_after=last.reward,
-        good_share_before=first.good,
-        good_share_after=last.good,
-        kl_before=first.kl,
-        kl=last.kl,
-        response_length_before=first.length,
-        response_length_after=last.length,
-        eos_share_before=first.ended,
-        eos_share_after=last.ended,
+        mean_reward_before=before.reward,
+        mean_reward_after=after.reward,
+        good_share_before=before.good,
+        good_share_after=after.good,
+        kl_before=before.kl,
+        kl=after.kl,
+        response_length_before=before.length,
+        response_length_after=after.length,
+        eos_share_before=before.ended,
+        eos_share_after=after.ended,
         reward_shift=reward_model.shift,
         reward_scale=reward_model.scale,
     )
@@ -266,6 +304,86 @@ def run(session: Session) -> End:
         with ema.applied():
             save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
     return end
+
+
+@dataclass
+class Tally:
+    """One rollout's updates so far. Sums over all ranks; plain values, since a checkpoint between two updates holds them."""
+
+    updates: int = 0  # also those left out
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
+    norms: list[list[float]] = field(default_factory=list)  # of actor and critic, an update each
+    rollout_s: float = 0.0
+    score_s: float = 0.0
+    train_s: float = 0.0
+
+    @property
+    def trained_updates(self) -> int:
+        return len(self.norms)
+
+    def add(self, sums: Mapping[str, float], norms: Sequence[float]) -> None:
+        self.sums = {name: self.sums[name] + value for name, value in sums.items()}
+        self.norms.append(list(norms))
+
+    def metrics(self, experience: Experience, *, update: int, updates: int, elapsed_s: float, kl_coef: float, engine: Engine) -> Metrics:
+        count, sums = self.trained_updates, self.sums
+        return Metrics(
+            step=3,
+            update=update,
+            updates=updates,
+            elapsed_s=elapsed_s,
+            learning_rate=engine.current_learning_rate,
+            tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
+            real_token_share=sums["trained"] / sums["computed"],
+            gpu_peak_bytes=engine.world.gpu_peak_bytes(),
+            grad_norm=float(np.mean([actor for actor, _ in self.norms])),
+            critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
+            policy_loss=sums["policy_loss"] / count,
+            value_loss=sums["value_loss"] / count,
+            mean_reward=float(experience.scores.mean()),
+            kl=float(experience.kl.mean()),
+            kl_coef=kl_coef,
+            entropy=float(experience.entropy.mean()),
+            ratio=sums["ratio"] / sums["tokens"],
+            clip_fraction=sums["clipped"] / sums["tokens"],
+            value_clip_fraction=sums["value_clipped"] / sums["tokens"],
+            response_length=float(experience.mask.sum(1).float().mean()),
+            eos_share=float(experience.ended.float().mean()),
+            rollout_s=self.rollout_s,
+            score_s=self.score_s,
+            train_s=self.train_s,
+        )
+
+
+def use_the_smallest_batch(session: Session, sampling: Rollouts, known: int) -> int:
+    """Where a rank had no memory for `known` prompts at once, all ranks generate fewer from now on, and the run remembers it."""
+    sampling.batch = min(session.world.gather(sampling.batch))
+    if sampling.batch < known and session.world.is_main:
+        fitted.remember(session.job, session.run, replace(session.placement, rollout_micro_batch=sampling.batch))
+        message = f"out of memory in a rollout with {known} prompts at once: goes on with {sampling.batch}"
+        session.emit(Warning(step=3, message=message, hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try"))
+    return sampling.batch
+
+
+def warn_of_odd_answers(session: Session, experience: Experience, limit: int) -> None:
+    """A rollout whose answers are all empty, or all cut, teaches little: said each time, with what it usually comes from."""
+    lengths = experience.mask.sum(1)
+    if bool((experience.ended & (lengths == 1)).all()):
+        session.emit(
+            Warning(
+                step=3,
+                message=f"all {len(lengths)} answers of this rollout are empty: the first token is the EOS",
+                hint="step 1's responses may be empty, or the reward model likes silence: look at its pairs; raise ppo.kl_coef",
+            )
+        )
+    if bool((~experience.ended & (lengths == limit)).all()):
+        session.emit(
+            Warning(
+                step=3,
+                message=f"all {len(lengths)} answers of this rollout ran to the limit of {limit} tokens: none ended with an EOS",
+                hint="raise data.max_response_tokens if step 1's responses are longer; train step 1 longer; raise ppo.missing_eos_penalty",
+            )
+        )
 
 
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
@@ -292,6 +410,7 @@ def score_rollout(
     temperature = session.job.ppo.temperature
     scored: dict[int, Scored] = {}
     for rows, _ in evaluation_batches(lengths, session.placement.micro_batches[2], 1, 0):
+        session.pulse.beat()
         batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], pad_id, session.world.device)
         numbers = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
         numbers |= trainer_view(batch, actor=actor, critic=critic, temperature=temperature)

@@ -6,6 +6,8 @@ Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef` k
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,12 +15,13 @@ from torch import Tensor
 from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.checkpoint import Keeper
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.losses import preference_loss, preference_loss_per_token
 from rlhf_train.models import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer
-from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
+from rlhf_train.session import Clock, Session, actor_tokenizer, corpus
 
 
 def run(session: Session) -> End:
@@ -48,26 +51,40 @@ def run(session: Session) -> End:
         world=world,
     )
 
-    held_out = tokens.held_out.step_rows[2]
-    session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
-    before = accuracy(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
-
+    held_out, pad_id = tokens.held_out.step_rows[2], tokenizer.pad_token_id
     row_lengths = pair_lengths(tokens.train)
-    training = Clock()
-    for update in range(updates):
+    keeper = Keeper(session, 2, updates, {"reward_model": engine}, model_bytes=engine.model_bytes())
+    session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
+    longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
+    scores, lm_log_probs = engine(longest, lm_rows=plan.micro_batch if spec.lm_coef else 0)
+    engine.rehearse(scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum())
+    saved = keeper.resume()
+    if saved is None:
+        session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
+        before = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+    else:
+        before, clock = saved["before"], Clock(saved["seconds"])
+
+    training = Clock(saved["elapsed_s"] if saved else 0.0)
+    for update in range(engine.update, updates):
         picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
         real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
-        update_clock, grad_norm = Clock(), None
+        update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
-        for micro in deal(lengths, plan, world.rank):
-            batch = pairs(tokens.train, picked[micro], tokenizer.pad_token_id, world.device)
+        for place, micro in enumerate(deal(lengths, plan, world.rank), start=1):
+            session.pulse.beat(f"update {update + 1}")
+            batch = pairs(tokens.train, picked[micro], pad_id, world.device)
             scores, lm_log_probs = engine(batch, lm_rows=len(micro) if spec.lm_coef else 0)
             pair_loss = preference(spec, scores, batch) * len(micro) / spec.global_batch
             lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
-            engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss)
-            grad_norm = engine.step()
+            if not world.all_finite(pair_loss, lm_loss):
+                keeper.skipped(update + 1, "its loss is not finite")
+                engine.skip()
+                break
+            last = place == plan.gradient_accumulation
+            engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
             chosen, rejected = last_scores(scores.detach(), batch).chunk(2)
             for name, value in (
                 ("loss", pair_loss),
@@ -77,28 +94,42 @@ def run(session: Session) -> End:
             ):
                 sums[name] = sums[name] + value.detach()
             sums["computed"] += batch.input_ids.numel()
-        total = world.sum(sums)
-        stop_if_not_finite(2, update + 1, {"loss": total["loss"], "lm_loss": total["lm_loss"]})
-        session.emit(
-            Metrics(
-                step=2,
-                update=update + 1,
-                updates=updates,
-                elapsed_s=training(),
-                learning_rate=engine.current_learning_rate,
-                tokens_per_s=real_tokens / update_clock(),
-                real_token_share=real_tokens / total["computed"],
-                gpu_peak_bytes=world.gpu_peak_bytes(),
-                grad_norm=grad_norm or 0.0,
-                loss=total["loss"],
-                lm_loss=total["lm_loss"] if spec.lm_coef else None,
-                accuracy=total["correct"] / spec.global_batch,
-                margin=total["margin"] / spec.global_batch,
+        else:
+            (grad_norm,) = keeper.learn(engine)
+            total = world.sum(sums)
+            session.emit(
+                Metrics(
+                    step=2,
+                    update=update + 1,
+                    updates=updates,
+                    elapsed_s=training(),
+                    learning_rate=engine.current_learning_rate,
+                    tokens_per_s=real_tokens / update_clock(),
+                    real_token_share=real_tokens / total["computed"],
+                    gpu_peak_bytes=world.gpu_peak_bytes(),
+                    grad_norm=grad_norm,
+                    loss=total["loss"],
+                    lm_loss=total["lm_loss"] if spec.lm_coef else None,
+                    accuracy=total["correct"] / spec.global_batch,
+                    margin=total["margin"] / spec.global_batch,
+                )
             )
-        )
+        if keeper.wants_best(update + 1):
+            best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update + 1,
+                *best,
+                lower_is_better=False,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 2, update + 1, engine, tokenizer, folder, lora=None, scores={}, best=best
+                ),
+            )
+        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+    keeper.close()
 
     session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
-    after = accuracy(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
+    after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+    keeper.check({"accuracy": after})
     folder = session.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
     save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
@@ -134,10 +165,12 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 @torch.no_grad()
 def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int) -> float:
-    """Share of pairs whose chosen answer scores higher, at the last token of each."""
+    """Share of pairs whose chosen answer scores higher, at the last token of each; NaN if a score is not finite."""
     correct = 0.0
     for micro, real in evaluation_batches(pair_lengths(table)[rows], session.placement.micro_batches[1], session.world.size, session.world.rank):
+        session.pulse.beat()
         batch = pairs(table, rows[micro], pad_id, session.world.device)
-        chosen, rejected = last_scores(engine(batch)[0], batch).chunk(2)
-        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum())
+        scores = last_scores(engine(batch)[0], batch)
+        chosen, rejected = scores.chunk(2)
+        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if bool(torch.isfinite(scores).all()) else math.nan
     return session.world.sum({"correct": correct})["correct"] / len(rows)

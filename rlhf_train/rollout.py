@@ -7,7 +7,7 @@ sample the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,25 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 class Rollouts:
     """Generates with `model` as it stands at each call; eager, with a key-value cache, rows leaving as they end."""
 
-    def __init__(self, model: Any, *, eos_id: int, pad_id: int, max_tokens: int, temperature: float, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_tokens: int,
+        temperature: float,
+        batch: int,
+        device: torch.device,
+        beat: Callable[[], object] = lambda: None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """batch: prompts at once, at most; halved for good when the GPU has no memory for them. beat: called before each token.
+
+        is_asked_to_stop: once true, what is left is not generated: the answers have no meaning then.
+        """
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
+        self._beat, self._is_asked_to_stop = beat, is_asked_to_stop
         self.max_tokens, self.temperature, self.batch, self.device = max_tokens, temperature, batch, device
         self._wants_positions = compat.takes_position_ids(model.base_model)
 
@@ -66,8 +83,12 @@ class Rollouts:
         order = np.argsort([len(p) for p in prompts], kind="stable")
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing would drop the cache
-        for rows in (order[i : i + self.batch] for i in range(0, len(order), self.batch)):
-            made, scored = self._generate([prompts[i] for i in rows], numbers[rows])
+        done = 0
+        while done < len(order) and not self._is_asked_to_stop():
+            rows = order[done : done + self.batch]
+            made, scored = self._fitting([prompts[i] for i in rows], numbers[rows])
+            rows = rows[: len(made)]
+            done += len(rows)
             for place, row in enumerate(rows):
                 stop = np.flatnonzero(made[place] == self.eos_id)
                 ended[row] = len(stop) > 0
@@ -75,6 +96,18 @@ class Rollouts:
                 tokens[row], log_probs[row] = made[place, :length], scored[place, :length]
         self.model.train(was_training)
         return Responses(tokens, log_probs, ended)
+
+    def _fitting(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """`_generate` of as many as fit into memory."""
+        while True:
+            try:
+                return self._generate(prompts[: self.batch], numbers[: self.batch])
+            except Exception as error:
+                if not compat.is_out_of_memory(error) or self.batch == 1:
+                    raise
+            # Not in the handler, whose traceback holds on to the tensors.
+            self.batch = max(1, min(self.batch, len(prompts)) // 2)
+            compat.free_gpu_memory()
 
     def _generate(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """-> tokens and log-probs (n, <= max_tokens); what follows a row's EOS has no meaning."""
@@ -91,6 +124,9 @@ class Rollouts:
         live, cache = torch.arange(len(prompts), device=self.device), None
         unfinished = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         for t in range(self.max_tokens):
+            self._beat()
+            if self._is_asked_to_stop():
+                break
             extra = {"position_ids": positions} if self._wants_positions else {}
             out = self.model.base_model(input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values

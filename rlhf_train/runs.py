@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from jobs.events import End, EventWriter, effective, parse, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, difference
 from jobs.words import STEPS
+from rlhf_train.disk import read_json, write_json
 
 
 def needed_by(job: Job, step: int) -> list[int]:
@@ -23,19 +24,22 @@ def needed_by(job: Job, step: int) -> list[int]:
 
 
 def is_complete(run: RunDir, step: int) -> bool:
-    return _read_json(run.step(step).complete) is not None and run.step(step).model.is_dir()
+    return read_json(run.step(step).complete) is not None and run.step(step).model.is_dir()
 
 
 def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, taken: Sequence[int] = ()) -> list[int]:
-    """`wanted` without those that are complete (with `redo`: all of them). Raises ToolkitError on what stands in the way.
+    """`wanted` without those that are complete. Raises ToolkitError on what stands in the way.
 
-    `taken`: steps that will be taken over from another run first, and so be complete.
+    redo: all of them, or what an earlier call of the same had left when it was stopped.
+    taken: steps that will be taken over from another run first, and so be complete.
     """
 
     def complete(step: int) -> bool:
         return step in taken or is_complete(run, step)
 
-    todo = [step for step in wanted if redo or not complete(step)]
+    left = read_json(run.redo) if redo else None
+    again = left if left is not None and set(left) <= {*wanted} else list(wanted)
+    todo = [step for step in wanted if not complete(step) or (redo and step in again)]
     for step in todo:
         if not job.data.split[step - 1]:
             shares = ", ".join(f"{share:g}" for share in job.data.split)
@@ -71,39 +75,58 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
 
 def _changed(job: Job, run: RunDir, step: int) -> list[str]:
     """Fields that differ from those the step was started with."""
-    started_with = _read_json(run.step(step).fields)
+    started_with = read_json(run.step(step).fields)
     if started_with is None:
         return [f"{run.step(step).fields} cannot be read"] if is_complete(run, step) else []
     return difference(started_with, job.fields_of_step(step))
 
 
-def begin_step(job: Job, run: RunDir, step: int) -> None:
-    """Forget an earlier result of `step` and record the fields that it now depends on."""
+def begin_step(job: Job, run: RunDir, step: int) -> bool:
+    """Whether `step` was stopped and goes on. Else an earlier result of it is forgotten, and the fields are recorded that it now depends on."""
     folder = run.step(step)
+    if not is_complete(run, step) and read_json(folder.fields) is not None and not _changed(job, run, step):
+        return True
     shutil.rmtree(folder.path, ignore_errors=True)
     if step == 1:  # trained on the job's rows, which may be others now
         shutil.rmtree(run.tokenizer, ignore_errors=True)
     folder.path.mkdir(parents=True)
     write_json(folder.fields, job.fields_of_step(step))
+    return False
 
 
 def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
+    """Its model is whole; what it would have gone on from is no longer needed."""
     write_json(run.step(step).complete, end)
+    shutil.rmtree(run.step(step).checkpoints, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed: never torn, and a link shared with another run is left to that run."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+def inputs_of(job: Job, run: RunDir, step: int) -> dict[str, str]:
+    """By step, what tells the results apart that `step` starts from: a checkpoint made from others is not gone on with."""
+    return {str(n): hashlib.sha256(run.step(n).complete.read_bytes()).hexdigest() for n in needed_by(job, step)}
 
 
-def _read_json(path: Path) -> Any:
-    """None: it is not there, or torn (a machine that lost its power leaves an empty file)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+def goes_on_from(run: RunDir, step: int) -> int:
+    """The update of the step's newest checkpoint; 0: it starts anew. Nothing is verified."""
+    names = [folder.name.removeprefix("update-") for folder in run.step(step).checkpoints.glob("update-*") if (folder / "complete.json").exists()]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def begin_redo(run: RunDir, steps: Sequence[int]) -> None:
+    """What the same command has still to do when it is called again."""
+    run.redo.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.redo, list(steps))
+
+
+def left_to_redo(run: RunDir) -> list[int]:
+    return read_json(run.redo) or []
+
+
+def redone(run: RunDir, step: int) -> None:
+    left = [n for n in left_to_redo(run) if n != step]
+    if left:
+        write_json(run.redo, left)
+    else:
+        run.redo.unlink(missing_ok=True)
 
 
 def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
@@ -128,7 +151,7 @@ def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
         _take_folder(source.tokenizer, run.tokenizer)
     for step in steps:
         _take_folder(source.step(step).path, run.step(step).path)
-        ended = _read_json(run.step(step).complete)
+        ended = read_json(run.step(step).complete)
         complete_step(run, step, ended | {"model": str(run.step(step).model)})
     write = EventWriter(run.events)
     for line in effective(read_events(source.events)[0]):

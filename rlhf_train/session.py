@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Event, Plan, Progress
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
 from rlhf_train import data
 from rlhf_train.batch import BatchPlan
+from rlhf_train.checkpoint import Saved
 from rlhf_train.engine import DTYPES
 from rlhf_train.models import load_tokenizer, train_tokenizer
 from rlhf_train.plan import Placement
+from rlhf_train.pulse import Pulse
 from rlhf_train.world import World
+
+
+class Stopped(Exception):
+    """The run was asked to end (SIGTERM): all ranks leave together, their state saved if there was time."""
+
+
+class Stop:
+    """Whether this process was asked to end."""
+
+    def __init__(self) -> None:
+        self.asked_at: float | None = None  # time.monotonic()
+        self.before_leaving: Callable[[float | None], None] = lambda grace_s: None  # all ranks together; see Keeper
+
+    def ask(self, *_signal: object) -> None:
+        """Handles SIGTERM; a second one changes nothing."""
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -31,13 +48,25 @@ class Session:
     placement: Placement
     cache: Path
     emit: Callable[[Event], None]  # rank 0 writes; others are silent
+    pulse: Pulse = field(default_factory=Pulse.unseen)
+    stop: Stop = field(default_factory=Stop)
+    saved: Saved | None = None  # what the step goes on from
+    inputs: Mapping[str, str] = field(default_factory=dict)  # what the step starts from: hashes of the steps before it
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.placement.precision]
 
     def doing(self, step: int, what: str) -> None:
+        self.pulse.beat(what)
         self.emit(Progress(step=step, doing=what))
+
+    def stop_if_asked(self) -> None:
+        """All ranks ask each other. Raises Stopped on all if one was asked to end, after a checkpoint if there is time for it."""
+        if self.world.any(self.stop.asked_at is not None):
+            waited_s = 0.0 if self.stop.asked_at is None else time.monotonic() - self.stop.asked_at
+            self.stop.before_leaving(self.job.checkpoint.grace_s - waited_s)
+            raise Stopped
 
     def plan(self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, fates: dict[str, int]) -> None:
         where = self.placement
@@ -80,24 +109,11 @@ def corpus(session: Session, step: int, spec: Data, tokenizer: Any) -> data.Corp
     )
 
 
-def stop_if_not_finite(step: int, update: int, numbers: Mapping[str, float | None]) -> None:
-    """Raises ToolkitError when training has gone to NaN or infinity: no later number would mean anything."""
-    broken = [f"{name} is {value}" for name, value in numbers.items() if value is not None and not math.isfinite(value)]
-    if broken:
-        part = {1: "sft", 2: "reward", 3: "ppo"}[step]
-        raise ToolkitError(
-            f"step {step} diverged at update {update}",
-            why=", ".join(broken),
-            hint=f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates, or look for broken rows in the data",
-            code=ExitCode.TRAINING,
-        )
-
-
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since it was made, and `before`."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.perf_counter() - before
 
     def __call__(self) -> float:
         return time.perf_counter() - self._start

@@ -14,11 +14,12 @@ import torch
 from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.checkpoint import Keeper
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, checkpoint_activations, load_causal, load_tokenizer
-from rlhf_train.session import Clock, Session, actor_tokenizer, corpus, stop_if_not_finite
+from rlhf_train.session import Clock, Session, actor_tokenizer, corpus
 
 
 def run(session: Session) -> End:
@@ -52,45 +53,70 @@ def run(session: Session) -> End:
         world=world,
     )
 
-    held_out = tokens.held_out.step_rows[1]
-    session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
-    before = perplexity(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
-
+    held_out, pad_id = tokens.held_out.step_rows[1], tokenizer.pad_token_id
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
-    training = Clock()
-    for update in range(updates):
+    keeper = Keeper(session, 1, updates, {"actor": engine}, model_bytes=engine.model_bytes())
+    session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
+    longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
+    engine.rehearse(engine(longest, from_prompt=spec.loss_on_prompt)[0].sum())
+    saved = keeper.resume()
+    if saved is None:
+        session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
+        before = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+    else:
+        before, clock = saved["before"], Clock(saved["seconds"])
+
+    training = Clock(saved["elapsed_s"] if saved else 0.0)
+    for update in range(engine.update, updates):
         chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
-        update_clock, loss_sum, computed, grad_norm = Clock(), 0.0, 0, None
-        for micro in deal(lengths, plan, world.rank):
-            batch = sequences(tokens.train, chosen[micro], tokenizer.pad_token_id, world.device)
+        update_clock, loss_sum, computed = Clock(), 0.0, 0
+        for place, micro in enumerate(deal(lengths, plan, world.rank), start=1):
+            session.pulse.beat(f"update {update + 1}")
+            batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
             log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
             loss = -log_probs.sum() / counted
-            engine.backward(loss)
-            grad_norm = engine.step()
+            if not world.all_finite(loss):
+                keeper.skipped(update + 1, "its loss is not finite")
+                engine.skip()
+                break
+            engine.backward(loss, last=place == plan.gradient_accumulation)
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
-        total = world.sum({"loss": loss_sum, "computed": computed})
-        stop_if_not_finite(1, update + 1, {"loss": total["loss"]})
-        session.emit(
-            Metrics(
-                step=1,
-                update=update + 1,
-                updates=updates,
-                elapsed_s=training(),
-                learning_rate=engine.current_learning_rate,
-                tokens_per_s=int(lengths.sum()) / update_clock(),
-                real_token_share=int(lengths.sum()) / total["computed"],
-                gpu_peak_bytes=world.gpu_peak_bytes(),
-                grad_norm=grad_norm or 0.0,
-                loss=total["loss"],
+        else:
+            (grad_norm,) = keeper.learn(engine)
+            total = world.sum({"loss": loss_sum, "computed": computed})
+            session.emit(
+                Metrics(
+                    step=1,
+                    update=update + 1,
+                    updates=updates,
+                    elapsed_s=training(),
+                    learning_rate=engine.current_learning_rate,
+                    tokens_per_s=int(lengths.sum()) / update_clock(),
+                    real_token_share=int(lengths.sum()) / total["computed"],
+                    gpu_peak_bytes=world.gpu_peak_bytes(),
+                    grad_norm=grad_norm,
+                    loss=total["loss"],
+                )
             )
-        )
+        if keeper.wants_best(update + 1):
+            best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update + 1,
+                *best,
+                lower_is_better=True,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 1, update + 1, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                ),
+            )
+        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+    keeper.close()
 
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
-    after = perplexity(session, engine, tokens.held_out, held_out, tokenizer.pad_token_id)
-    stop_if_not_finite(1, updates, {"perplexity": after})
+    after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+    keeper.check({"perplexity": after})
     folder = session.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
     save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
@@ -113,6 +139,7 @@ def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray,
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
     nll = count = 0.0
     for micro, real in evaluation_batches(lengths, session.placement.micro_batches[0], session.world.size, session.world.rank):
+        session.pulse.beat()
         batch = sequences(table, rows[micro], pad_id, session.world.device)
         log_probs, _ = engine(batch, from_prompt=session.job.sft.loss_on_prompt)
         per_row = np.repeat(real, loss_tokens(session.job, table, rows[micro]))

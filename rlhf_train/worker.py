@@ -7,8 +7,10 @@ pipe to the launcher for one thing, why it ended: that is told even when the dis
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -40,6 +42,7 @@ class Order:
     placement: dict[str, Any]
     cache: str
     store_port: int  # of the launcher's rendezvous store; 0 for a single rank
+    pulse: int  # file descriptor of the ranks' signs of life
     rank: int = 0
 
     def for_rank(self, rank: int) -> str:
@@ -55,6 +58,7 @@ class LastWords:
     hint: str
     code: int
     at_s: float  # on the clock that all processes of a machine share: the first error is the cause of the others
+    out_of_memory: bool = False  # a smaller micro batch may help
 
 
 def main() -> int:
@@ -62,13 +66,14 @@ def main() -> int:
     os.dup2(2, 1)
     order = Order(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_leave_with_launcher, daemon=True).start()
+    faulthandler.register(signal.SIGUSR2)  # the launcher asks a rank that hangs for its stack
     run = RunDir(Path(order.run))
     try:
-        _train(order, run)
-        return ExitCode.OK
+        return _train(order, run)
     except Exception as error:  # the process ends here: say why, for the launcher to show
         report = explain(error)
-        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), time.monotonic())
+        at_s, no_memory = time.monotonic(), is_out_of_memory(error)
+        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), at_s, no_memory)
         os.write(pipe, json.dumps(asdict(words)).encode())
         with suppress(OSError):  # the log's disk may be full
             traceback.print_exc()
@@ -80,15 +85,19 @@ def _leave_with_launcher() -> None:
     os._exit(ExitCode.CANCELLED)
 
 
-def _train(order: Order, run: RunDir) -> None:
+def _train(order: Order, run: RunDir) -> ExitCode:
     import torch
     import torch.distributed as dist
 
-    from rlhf_train import compat, ppo, reward, runs, sft
+    from rlhf_train import checkpoint, compat, ppo, reward, runs, sft
     from rlhf_train.engine import connect
     from rlhf_train.plan import Placement
-    from rlhf_train.session import Session
+    from rlhf_train.pulse import Pulse
+    from rlhf_train.session import Session, Stop, Stopped
     from rlhf_train.world import World
+
+    stop = Stop()
+    signal.signal(signal.SIGTERM, stop.ask)
 
     job = Job.model_validate(order.job)
     placement = Placement(**order.placement)
@@ -105,19 +114,44 @@ def _train(order: Order, run: RunDir) -> None:
     )
     connect(world, order.rank)
 
-    session = Session(job, run, world, placement, Path(order.cache), _emitter(run, world.is_main))
+    pulse = Pulse.of_rank(order.pulse, world.rank, world.size)
+    emit = _emitter(run, world.is_main)
+    inputs = runs.inputs_of(job, run, order.step)
+    chosen = ""
     if world.is_main:
+        complaints: list[str] = []
+        goes_on = runs.begin_step(job, run, order.step)
+        saved = checkpoint.latest(run.step(order.step), complaints.append) if goes_on else None
+        if saved is not None and saved.state["inputs"] != inputs:
+            complaints.append(f"the checkpoint {saved.path} is not used: the steps before this one were done again since")
+            saved = None
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
-            session.emit(Resumed(step=order.step, from_update=0))
-        runs.begin_step(job, run, order.step)
-    for note in placement.notes:
-        session.emit(Warning(step=order.step, message=note))
-    world.barrier()
-    end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
+            emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
+        for message in (*complaints, *placement.notes):
+            emit(Warning(step=order.step, message=message))
+        chosen = str(saved.path) if saved else ""
+    chosen = world.gather(chosen)[0]
+    saved = checkpoint.Saved(Path(chosen)) if chosen else None
+    session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
+    failure: Exception | None = None
+    try:
+        end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
+    except Stopped:
+        return ExitCode.PREEMPTED
+    except Exception as error:
+        if world.size > 1 or not is_out_of_memory(error):
+            raise
+        failure = error.with_traceback(None)  # whose frames hold on to the tensors
+    if failure is not None:
+        # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
+        compat.free_gpu_memory()
+        session.stop.before_leaving(None)
+        raise failure
     session.emit(end)
     if world.is_main:
         runs.complete_step(run, order.step, asdict(end))
     dist.destroy_process_group()
+    return ExitCode.OK
 
 
 def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
@@ -127,21 +161,29 @@ def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
     write, plain = EventWriter(run.events), Plain(console_on(sys.stdout))
 
     def emit(event: Event) -> None:
-        plain.feed(write(event))
-        sys.stdout.flush()
+        line = write(event)
+        with suppress(OSError):  # the log alone is worth no run
+            plain.feed(line)
+            sys.stdout.flush()
 
     return emit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    from rlhf_train import compat
+
+    return compat.is_out_of_memory(error)
 
 
 def explain(error: Exception) -> ToolkitError:
     """Any exception as what happened, why, and what to do next."""
     if isinstance(error, ToolkitError):
         return error
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if is_out_of_memory(error) or isinstance(error, MemoryError):
         return ToolkitError(
             "out of memory",
             why=str(error).splitlines()[0] if str(error) else "an allocation failed",
-            hint="lower hardware.micro_batch; then hardware.gradient_checkpointing: true, actor.lora, a higher ZeRO stage (several GPUs)",
+            hint="lower hardware.micro_batch",
             code=ExitCode.TRAINING,
         )
     if f"os error {errno.ENOSPC}" in str(error):  # safetensors and tokenizers, in exceptions of their own

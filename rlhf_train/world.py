@@ -32,6 +32,14 @@ class World:
             dist.all_reduce(local)
         return dict(zip(numbers, local.tolist(), strict=True))
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank."""
+        return self.sum({"flag": flag})["flag"] > 0
+
+    def all_finite(self, *numbers: Tensor) -> bool:
+        """Whether they are finite on all ranks."""
+        return not self.any(not all(bool(torch.isfinite(number).all()) for number in numbers))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks."""
         if self.size == 1:

@@ -132,8 +132,8 @@ def test_a_folder_that_is_not_there_is_not_made_for_root(built: Box) -> None:
     assert not missing.exists()
 
 
-def test_a_second_is_told_and_docker_stop_ends_the_first_with_an_honest_code(built: Box, job: str) -> None:
-    """143: stopped. 75 will be right once a step can go on from its middle."""
+def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(built: Box, job: str) -> None:
+    """75: preempted, the same command goes on."""
     endless = ["--run", "stopped", "--job", job, "--set", "sft.epochs=999", "--set", "sft.max_updates=100000"]
     started = built.compose("run", "--detach", "--name", "rlhf-box-stopped", "train", *endless)
     assert started.returncode == 0
@@ -150,8 +150,10 @@ def test_a_second_is_told_and_docker_stop_ends_the_first_with_an_honest_code(bui
         built.docker("rm", "--force", "rlhf-box-stopped")
     assert busy.returncode == 5  # two containers in one run: a lock in the folder that both mount
     assert "is being trained by another process" in busy.stdout
-    assert code == "143"
-    assert "stopped: steps that are complete are kept in runs/stopped; the same command goes on" in said
+    assert code == "75"
+    (saved,) = [event for event in map(json.loads, events.read_text().splitlines()) if event["kind"] == "checkpoint"]
+    assert f"stopped: the same command goes on in runs/stopped, from update {saved['update']} of step 1" in said
+    assert (built.checkout / saved["path"] / "complete.json").exists()
 
 
 def wait_for(condition: Callable[[], bool], what: str, box: Box, timeout_s: float = 120) -> None:

@@ -20,6 +20,10 @@ def test_dockers_64_mb_are_too_little_for_two_ranks_and_its_advised_gigabyte_is_
     assert 64 * 2**20 < 2 * Limits.load().shared_memory.bytes_per_rank <= 2**30
 
 
+def test_a_card_with_a_desktop_counts_as_idle_and_one_that_holds_opt_1_3b_in_16_bit_does_not() -> None:
+    assert 600 * 2**20 < Limits.load().gpu_memory.used_max_bytes < 2_600_000_000
+
+
 @pytest.mark.parametrize(
     ("old", "new", "where"),
     [
@@ -28,6 +32,8 @@ def test_dockers_64_mb_are_too_little_for_two_ranks_and_its_advised_gigabyte_is_
         ("[peer_access]", "[peer_acces]", "peer_access\n  Field required"),
         ("inodes_min = 2_000", 'inodes_min = "2000"', "disk.inodes_min\n  Input should be a valid integer"),
         ("inodes_min = 2_000", "inodes_min = 0", "disk.inodes_min\n  Input should be greater than 0"),
+        ("[gpu_memory]", "[gpu]", "gpu_memory\n  Field required"),
+        ("used_max_bytes = 1_000_000_000", "used_max_bytes = 1e9", "gpu_memory.used_max_bytes\n  Input should be a valid integer"),
         ('driver_min = "450.80.02"', "driver_min = 450.80", "cuda.`11.8`.driver_min\n  Input should be a valid string"),
         ('driver_min = "450.80.02"', 'driver_min = "R450"', "cuda.`11.8`.driver_min\n  String should match pattern"),
         ('broken_cards = ["RTX 40"]', "broken_cards = []", "peer_access.broken_cards\n  Tuple should have at least 1 item"),

@@ -184,3 +184,14 @@ def test_what_was_undone_twice_is_undone() -> None:
     first, second = event("resumed", 1, from_update=1), event("resumed", 1, from_update=1)
     start = [event("metrics", 1, update=1)]
     assert effective([*start, event("metrics", 1, update=2), first, event("metrics", 1, update=2), second]) == [*start, first, second]
+
+
+def test_a_line_that_a_loss_of_power_has_damaged_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    write = EventWriter(path)
+    for step in (1, 2):
+        write(Progress(step=step, doing="x"))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\0" * 40 + b"\n" + b'{"schema": 1, "se\n' + b"17\n\n" + b"\xff\xfe\n" + second)
+    events, offset = read_events(path)
+    assert [event["step"] for event in events] == [1, 2] and offset == path.stat().st_size

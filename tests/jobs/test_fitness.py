@@ -7,7 +7,7 @@ import pytest
 
 from env.settings import Limits
 from jobs.errors import ExitCode
-from jobs.fitness import Card, Facts, Finding, Folder, error_of, judge, no_peer_access, version, wants_gpu
+from jobs.fitness import Card, Facts, Finding, Folder, Holder, error_of, judge, no_peer_access, version, wants_gpu
 
 MIB, GIB = 2**20, 2**30
 # Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a test to stand at the edge.
@@ -20,6 +20,7 @@ LIMITS = Limits.model_validate(
             "12.10": {"driver_min": "590.1", "driver_advised": "590.1"},
         },
         "shared_memory": {"bytes_per_rank": 256 * MIB},
+        "gpu_memory": {"used_max_bytes": 1_000_000},
         "disk": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000, "inodes_min": 100},
         "cpu_operators": {"names": ["cpu_adam", "cpu_lion"], "flags": ["avx2", "fma"]},
         "peer_access": {"broken_cards": ["RTX 40"], "mended_driver": "550.40.07"},
@@ -39,6 +40,7 @@ FIT = Facts(
     driver="450.80.02",
     cards=(RTX_4090, H100),
     peer_access=True,
+    gpu_used_bytes=(1_000_000, 0),
     shared_memory_bytes=512 * MIB,
     cpu_flags=("fpu", "avx2", "fma"),
     prebuilt_operators=("cpu_adam", "fused_adam"),
@@ -184,6 +186,67 @@ def test_cards(cuda: str, cards: tuple[Card, ...], lines: list[str]) -> None:
     assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards, gpus=None)) == lines  # as the doctor sees it
 
 
+# --- GPU memory -----------------------------------------------------------------------------------------------------
+
+RANK = "/opt/venv/bin/python -m rlhf_train.worker"
+NOTEBOOK = "/usr/bin/python3 -m ipykernel_launcher -f /home/lin/.local/share/jupyter/kernel-1.json"
+IN_USE = replace(FIT, gpu_used_bytes=(41_000_000, 0))
+OR_WAIT = "wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"
+HOST = f"look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop); {OR_WAIT}"
+LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if it stays); else {OR_WAIT}"
+
+
+@pytest.mark.parametrize(
+    ("holders", "line"),
+    [
+        ([Holder(0, 4321, 40_000_000, RANK)], f"by pid 4321 (python -m rlhf_train.worker, 40 MB): {LEFT_BEHIND}"),
+        ([Holder(0, 4321, None, RANK)], f"by pid 4321 (python -m rlhf_train.worker): {LEFT_BEHIND}"),
+        (
+            [Holder(0, 77, 40_000_000, NOTEBOOK)],
+            f"by pid 77 (python3 -m ipykernel_launcher -f /home/lin/.local/share/jupy..., 40 MB): {OR_WAIT}",
+        ),
+        (
+            [Holder(0, 7, 20_000_000, RANK), Holder(0, 8, 1_000_000, "python a.py"), Holder(0, 9, 20_000_000, "python -m rlhf_train --job demo")],
+            "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train --job demo, 20 MB): "
+            f"`kill 7 9` if an earlier run left it behind (`kill -9 7 9` if it stays); else {OR_WAIT}",
+        ),
+        ([Holder(0, 8, 2, "a\n\x1b[2J")], f"by pid 8 (a \\x1b[2J, 2 bytes): {OR_WAIT}"),
+        # Another card's is not named for this one.
+        ([Holder(1, 4321, 40_000_000, RANK)], f"by no process that is to be seen from here: {HOST}"),
+        ([], f"by no process that is to be seen from here: {HOST}"),
+        ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), not to be seen from here: {HOST}"),
+        ([Holder(0, 31337)], f"by pid 31337, not to be seen from here: {HOST}"),
+        # In a container: the host's pid, and a process of ours that has the GPUs open.
+        ([Holder(0, 31337, 40_000_000), Holder(None, 4321, None, RANK)], f"maybe by pid 4321 (python -m rlhf_train.worker): {LEFT_BEHIND}"),
+        # Where one is known to hold it, those that may are not named.
+        ([Holder(None, 9, None, "python a.py"), Holder(0, 4321, 1_000_000, RANK)], f"by pid 4321 (python -m rlhf_train.worker, 1 MB): {LEFT_BEHIND}"),
+    ],
+)
+def test_gpu_memory_that_somebody_holds(holders: list[Holder], line: str) -> None:
+    assert said(replace(IN_USE, gpu_holders=tuple(holders))) == [f"warning: GPU 0 has 41 MB in use before the job begins, {line}"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "named"),
+    [
+        (None, [0, 1, 3]),
+        ("0", [0]),
+        ("3, 1", [1, 3]),
+        ("2", []),  # its memory is not known
+        ("0,-1,1", [0]),  # CUDA reads no further
+        ("13", []),
+        ("GPU-1b2c3d4e", [0, 1, 3]),  # whose index is not known
+    ],
+)
+def test_gpu_memory_of_the_cards_that_the_job_may_use(visible: str | None, named: list[int]) -> None:
+    facts = replace(FIT, visible_devices=visible, gpu_used_bytes=(1_000_001, 2_000_000, None, 3_000_000, 1_000_000))
+    assert [line.split(" has ")[0] for line in said(facts)] == [f"warning: GPU {index}" for index in named]
+
+
+def test_gpu_memory_does_not_matter_to_a_job_on_the_cpu() -> None:
+    assert len(said(IN_USE)) == 1 and said(replace(IN_USE, device="cpu")) == [] and said(replace(IN_USE, visible_devices="")) == []
+
+
 # --- /dev/shm -------------------------------------------------------------------------------------------------------
 
 
@@ -317,8 +380,9 @@ def test_warnings_alone_are_no_error() -> None:
 
 
 def test_facts_travel_as_json() -> None:
-    again = json.loads(json.dumps(asdict(FIT)))
+    again = json.loads(json.dumps(asdict(replace(FIT, gpu_holders=(Holder(0, 7, 1_000_000, "python"),)))))
     again["cards"] = tuple(Card(**card) for card in again["cards"])
+    again["gpu_holders"] = tuple(Holder(**holder) for holder in again["gpu_holders"])
     again["folders"] = tuple(Folder(**folder) for folder in again["folders"])
     assert said(Facts(**again)) == [] and again["driver"] == "450.80.02"
 

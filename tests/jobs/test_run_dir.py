@@ -14,6 +14,9 @@ def test_every_path_of_a_run() -> None:
         "log": "runs/my run/train.log",
         "tokenizer": "runs/my run/tokenizer",
         "lock": "runs/my run/job/lock",
+        "cancelled": "runs/my run/job/cancelled",
+        "fitted": "runs/my run/job/fitted.json",
+        "redo": "runs/my run/job/redo.json",
     }
 
 
@@ -27,4 +30,6 @@ def test_every_path_of_a_step() -> None:
         "model_ema": "/r/step3/model_ema",
         "reward_scale": "/r/step3/model/reward_scale.json",
         "checkpoints": "/r/step3/checkpoints",
+        "best": "/r/step3/best",
     }
+    assert str(step.checkpoint(120)) == "/r/step3/checkpoints/update-120"

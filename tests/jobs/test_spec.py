@@ -155,7 +155,10 @@ def test_a_long_value_is_cut() -> None:
 @pytest.mark.parametrize(
     ("setting", "mistake"),
     [
-        ("sftt.epochs=1", "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, hardware"),
+        (
+            "sftt.epochs=1",
+            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, hardware, checkpoint",
+        ),
         ("actor.lora.alpah=1", "actor.lora.alpah: unknown field; did you mean alpha? valid here: rank, alpha, target_modules"),
         ("critic.name=x", "critic.name: unknown field; valid here: model"),
         ("critic.config=x", "critic.config: unknown field; valid here: model"),

@@ -86,7 +86,7 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
     averages = {key: value.double() for key, value in full_state(model, keep=True).items()}
     for update in range(UPDATES):
         out = engine(rows(10 * update + world.rank))[0]
-        engine.backward((last_scores(out, rows(10 * update + world.rank)) if kind.step == 2 else out).mean() / world.size)
+        engine.backward((last_scores(out, rows(10 * update + world.rank)) if kind.step == 2 else out).mean() / world.size, last=True)
         engine.step()
         if ema is not None:
             ema.update()

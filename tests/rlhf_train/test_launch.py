@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,10 +115,13 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
         launcher.kill()
         launcher.wait()
     try:
-        with monkeypatch.context() as patch, pytest.raises(ToolkitError, match=f"process {launcher.pid} holds"):
+        with monkeypatch.context() as patch, pytest.raises(ToolkitError, match="processes of an earlier call still hold run `tiny`") as raised:
             patch.setattr(launch, "GRACE_S", 0.2)
             with launch.locked(run):  # not while a rank is there, who may be writing
                 pass
+        assert raised.value.why.startswith(f"process {rank.pid} (") and "rlhf_train.worker" in raised.value.why
+        assert raised.value.why.endswith(f"were left by process {launcher.pid} on {socket.gethostname()}, which is gone")
+        assert (raised.value.hint, raised.value.code) == (f"kill -9 {rank.pid}", 5)
     finally:
         rank.resume()
     with launch.locked(run):
@@ -147,27 +151,96 @@ def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
         assert (code, err) == (
             5,
             "error: run `tiny` is being trained by another process\n"
-            f"  why: process {launcher.pid} holds out/tiny/job/lock\n\n"
+            f"  why: process {launcher.pid} on {socket.gethostname()} holds out/tiny/job/lock\n\n"
             "hint: wait for it, or use another --run\n",
         )
         launcher.send_signal(signal.SIGINT)
         code, out, err = finish(launcher)
     assert (code, out) == (130, "") and gone(rank)
-    assert err.splitlines()[-1] == (
-        "stopped: steps that are complete are kept in out/tiny; the same command goes on, from the start of the step that was stopped"
-    )
+    (saved,) = events(run, "checkpoint")
+    last = events(run, "metrics")[-1]["update"]
+    assert saved["update"] == last and Path(saved["path"], "complete.json").exists()
+    assert err.splitlines()[-1] == f"stopped: the same command goes on in out/tiny, from update {last} of step 1"
     assert events(run, "error") == [] and "Traceback" not in err
 
 
 def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
+    """There is nothing to keep yet, so nothing is waited for."""
     with start() as launcher:
         (rank,) = wait_for(lambda: ranks_of(launcher.pid), "a rank").values()
         launcher.terminate()
         code, _, err = finish(launcher)
-    assert code == 143 and gone(rank)
+    assert code == 75 and gone(rank)
     starting, stopped = err.splitlines()
     assert starting == "step 1  starting 1 rank"
-    assert stopped.startswith("stopped: ")
+    assert stopped == "stopped: the same command goes on in out/tiny, from the start of step 1"
+
+
+def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
+    """Preemption: the ranks agree on an update, save it, and end with 75; the second signal changes nothing. Then the run goes on."""
+    words = [*FOREVER, "--set", "hardware.ranks=2"]
+    with start(*words) as launcher:
+        wait_for_event(run, "metrics")
+        launcher.terminate()
+        time.sleep(0.05)
+        launcher.terminate()
+        code, _, _ = finish(launcher)
+    (saved,) = events(run, "checkpoint")
+    assert code == 75 and saved["update"] == events(run, "metrics")[-1]["update"]
+    with start(*words) as launcher:
+        wait_for(lambda: events(run, "metrics")[-1]["update"] > saved["update"] + 1, "an update after the checkpoint")
+        (resumed,) = events(run, "resumed")
+        assert resumed["from_update"] == saved["update"]
+        run.cancelled.touch()
+        launcher.terminate()
+        assert finish(launcher)[0] == 143  # it is not to go on
+
+
+def test_a_rank_that_is_told_to_end(run: RunDir, capsys: Said) -> None:
+    """By somebody who signals every process of a container: as if the launcher had been told."""
+
+    def terminate() -> None:
+        ranks_of(os.getpid())[0].terminate()
+
+    thread = when(lambda: events(run, "metrics"), terminate)
+    assert main([*WORDS, *FOREVER]) == 75
+    thread.join()
+    assert [event["update"] for event in events(run, "checkpoint")] == [events(run, "metrics")[-1]["update"]]
+
+
+def test_a_second_ctrl_c_waits_for_nothing(run: RunDir) -> None:
+    with start(*FOREVER) as launcher:
+        wait_for_event(run, "metrics")
+        (rank,) = ranks_of(launcher.pid).values()
+        rank.suspend()
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert launcher.poll() is None
+        launcher.send_signal(signal.SIGINT)
+        assert finish(launcher)[0] == 130
+    assert gone(rank) and events(run, "checkpoint") == []
+
+
+def test_ranks_that_do_not_end_in_time(run: RunDir) -> None:
+    """The grace of the job file, less the launcher's own end: then nothing is saved, and the code is right all the same."""
+    with start(*FOREVER, "--set", "checkpoint.grace_s=4.0") as launcher:
+        wait_for_event(run, "metrics")
+        (rank,) = ranks_of(launcher.pid).values()
+        rank.suspend()
+        before = time.monotonic()
+        launcher.terminate()
+        assert finish(launcher)[0] == 75
+    assert 1.9 < time.monotonic() - before < 30  # 4 - END_S
+    assert gone(rank) and events(run, "checkpoint") == []
+
+
+def test_sigterm_before_anything_runs(run: RunDir) -> None:
+    with start() as launcher:
+        time.sleep(0.3)
+        launcher.terminate()
+        code, _, err = finish(launcher)
+    assert code in (75, -signal.SIGTERM)  # the latter while Python itself starts
+    assert "Traceback" not in err
 
 
 # --- a launcher in this process, to spare its start -----------------------------------------------------------------
@@ -255,10 +328,12 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
     run.path.mkdir(parents=True)
     run.log.write_text("the last line\n", encoding="utf-8")
     ranks = [ended(words("connection closed by peer", 7.5)), ended(words("out of memory", 7.25)), ended(""), ended('{"what": "tor')]
-    assert launch._failure(run, 3, ranks[:2], [0]).what == "out of memory"  # also when rank 0's end was seen first
-    assert launch._failure(run, 3, ranks[:3], [2]).what == "rank 2 was ended by exit code 4"  # it had no time to say
-    assert launch._failure(run, 3, ranks[3:], [0]).what == "rank 0 was ended by exit code 4"
-    assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 0)]
+    said = launch._all_last_words(ranks)
+    assert sorted(said) == [0, 1]
+    assert launch._failure(run, 3, ranks, [0], said).what == "out of memory"  # also when rank 0's end was seen first
+    assert launch._failure(run, 3, ranks, [2], said).what == "rank 2 was ended by exit code 4"  # it had no time to say
+    assert launch._failure(run, 3, ranks, [3], said).what == "rank 3 was ended by exit code 4"
+    assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 3)]
 
 
 # --- NCCL -----------------------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from env.settings import Limits
-from jobs.fitness import Card, Facts, judge
+from jobs.fitness import Card, Facts, Holder, judge
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
 from rlhf_train import machine
@@ -65,6 +67,36 @@ def test_listed_cards(text: str, driver: str | None, cards: list[Card]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "indexes", "used"),
+    [
+        ("0, GPU-1b-2c, 4\n", {"GPU-1b-2c": 0}, (4_194_304,)),
+        ("1, GPU-b, 40960\r\n0, GPU-a, 0\r\n", {"GPU-a": 0, "GPU-b": 1}, (0, 42_949_672_960)),
+        ("0, GPU-a, [N/A]\n1, GPU-b, [Insufficient Permissions]\n2, GPU-c, 1\n", {"GPU-a": 0, "GPU-b": 1, "GPU-c": 2}, (None, None, 1_048_576)),
+        ("0, GPU-a, 1\n2, GPU-c, 2\n", {"GPU-a": 0, "GPU-c": 2}, (1_048_576, None, 2_097_152)),  # each at its index
+        ("No devices were found\n", {}, ()),
+        ("", {}, ()),
+    ],
+)
+def test_cards_in_use(text: str, indexes: dict[str, int], used: tuple[int | None, ...]) -> None:
+    assert machine.cards_in_use(text) == (indexes, used)
+
+
+@pytest.mark.parametrize(
+    ("text", "holders"),
+    [
+        ("GPU-b, 4321, 1024\nGPU-a, 77, 1\n", [Holder(1, 4321, 1_073_741_824), Holder(0, 77, 1_048_576)]),
+        ("GPU-a, 4321, [N/A]\r\nGPU-a, 77, [Not Found]\r\n", [Holder(0, 4321), Holder(0, 77)]),
+        ("GPU-else, 4321, 1024\n", [Holder(None, 4321, 1_073_741_824)]),
+        ("GPU-a, [N/A], 1024\n[N/A], 4321, 1\n", [Holder(None, 4321, 1_048_576)]),  # without a pid there is nobody to name
+        ("No running processes found\n", []),
+        ("", []),
+    ],
+)
+def test_listed_holders(text: str, holders: list[Holder]) -> None:
+    assert machine.listed_holders(text, {"GPU-a": 0, "GPU-b": 1}) == holders
+
+
+@pytest.mark.parametrize(
     ("text", "flags"),
     [
         ("processor\t: 0\nmodel name\t: A\nflags\t\t: fpu avx2 fma\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n", ("fpu", "avx2", "fma")),
@@ -115,6 +147,60 @@ def test_nvidia_smi_that_is_not_there_or_hangs(tmp_path: Path, monkeypatch: pyte
     assert machine.nvidia_smi() == (None, None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.nvidia_smi() == (None, None)
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """-> the pid of a process that has a card open (here a file in its place), as this one has, too."""
+    card = tmp_path / "nvidia0"
+    card.touch()
+    monkeypatch.setattr(machine, "GPU_FILE", re.compile(re.escape(str(card.resolve()))))
+    # The file is its stdin, so that it is open from the start.
+    with card.open() as file, subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "--left behind"], stdin=file) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+SLEEPS = f"{sys.executable} -c import time; time.sleep(600) --left behind"
+TWO_CARDS = """[ "$#" = 2 ] && [ "$2" = --format=csv,noheader,nounits ] || exit 1
+case "$1" in
+    --query-gpu=index,uuid,memory.used) echo '0, GPU-a, 1'; echo '1, GPU-b, 2' ;;
+    --query-compute-apps=gpu_uuid,pid,used_memory) {apps} ;;
+    *) exit 1 ;;
+esac"""
+NOBODY = 2**22 + 1  # above the highest pid that Linux gives
+
+
+@pytest.mark.parametrize(
+    ("apps", "holders"),
+    [
+        ("echo 'GPU-b, {pid}, 2'", [Holder(1, 1, 2 * 2**20, SLEEPS)]),
+        ("echo 'GPU-b, {pid}, 2'; echo 'GPU-a, {us}, 1'", [Holder(1, 1, 2 * 2**20, SLEEPS)]),
+        ("echo 'GPU-b, {nobody}, 2'", [Holder(1, NOBODY, 2 * 2**20), Holder(None, 1, None, SLEEPS)]),  # the host's pid
+        (":", [Holder(None, 1, None, SLEEPS)]),
+        ("echo 'GPU-b, {pid}, 2'; exit 6", [Holder(None, 1, None, SLEEPS)]),
+    ],
+)
+def test_who_holds_gpu_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: int, apps: str, holders: list[Holder]) -> None:
+    nvidia_smi(tmp_path, monkeypatch, TWO_CARDS.format(apps=apps.format(pid=left_behind, us=os.getpid(), nobody=NOBODY)))
+    wanted = tuple(replace(holder, pid=left_behind) if holder.pid == 1 else holder for holder in holders)
+    assert machine.gpu_memory() == ((2**20, 2 * 2**20), wanted)
+
+
+@pytest.mark.parametrize("script", ["echo '0, GPU-a, 1'; exit 9", "while :; do :; done"])
+def test_gpu_memory_of_which_nvidia_smi_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    nvidia_smi(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(machine, "NVIDIA_SMI_S", 0.2)
+    assert machine.gpu_memory() == (None, ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.gpu_memory() == (None, ())
+
+
+def test_the_files_of_cards() -> None:
+    names = ("/dev/nvidia0", "/dev/nvidia15", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/null", "/mnt/dev/nvidia0")
+    assert [name for name in names if machine.GPU_FILE.fullmatch(name)] == ["/dev/nvidia0", "/dev/nvidia15"]
 
 
 # --- DeepSpeed's operators ------------------------------------------------------------------------------------------
@@ -247,6 +333,7 @@ def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(machine, "nvidia_smi", lambda: (None, None))
+    monkeypatch.setattr(machine, "gpu_memory", lambda: (None, ()))
     return tmp_path / "version"
 
 
@@ -265,6 +352,16 @@ def test_gpus_that_pytorch_sees(no_driver: Path, monkeypatch: pytest.MonkeyPatch
     room = os.statvfs("/dev/shm")
     assert seen.shared_memory_bytes is not None and 0 <= seen.shared_memory_bytes <= room.f_blocks * room.f_frsize
     assert (seen.uid, seen.gid) == (os.geteuid(), os.getegid())
+    assert (seen.gpu_used_bytes, seen.gpu_holders) == (None, ())
+
+
+def test_memory_of_gpus_in_use(no_driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = ((7, None), (Holder(0, 4321, 7, "python"),))
+    monkeypatch.setattr(machine, "gpu_memory", lambda: held)
+    seen = facts(load_job("opt-1.3b"), TWO)
+    assert (seen.gpu_used_bytes, seen.gpu_holders) == held
+    monkeypatch.setattr(machine, "gpu_memory", lambda: pytest.fail("nvidia-smi is asked again, though it said nothing of the cards"))
+    assert facts(load_job("opt-1.3b"), Machine(cores=1, cuda="11.8")).gpu_used_bytes is None
 
 
 @pytest.mark.parametrize(("environ", "used"), [({}, True), ({"NCCL_SHM_DISABLE": "0"}, True), ({"NCCL_SHM_DISABLE": "1"}, False)])
@@ -300,6 +397,7 @@ def test_a_job_for_the_cpu_asks_nothing_of_gpus(
     no_driver: Path, monkeypatch: pytest.MonkeyPatch, settings: Sequence[str], cuda: str | None, environ: dict[str, str]
 ) -> None:
     monkeypatch.setattr(machine, "nvidia_smi", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(machine, "gpu_memory", lambda: pytest.fail("asked"))
     no_driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed\n", encoding="utf-8")
     seen = facts(load_job("opt-1.3b", settings), Machine(cores=1, cuda=cuda), environ)
     assert (seen.gpus, seen.driver, seen.cards, seen.shared_memory_bytes) == (None, None, None, None)

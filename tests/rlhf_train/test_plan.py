@@ -43,13 +43,13 @@ def test_a_card_of_24_gb() -> None:
     assert found == Placement(
         # 16 bit is never trained at ZeRO 0: plan.py says why
         device="cuda", device_reason="PyTorch sees 1 x NVIDIA GeForce RTX 4090", ranks=1, precision="bfloat16", actor_zero_stage=1,
-        critic_zero_stage=1, micro_batches=(4, 4, 4), rollout_micro_batch=64, cpu_threads=16, notes=(),
+        critic_zero_stage=1, micro_batches=(8, 8, 8), rollout_micro_batch=64, cpu_threads=16, notes=(),
     )  # fmt: skip
-    assert str(found.batch_plan(opt(), 1)).startswith("128 = 4 micro batch x 32 accumulation x 1 rank")
+    assert str(found.batch_plan(opt(), 1)).startswith("128 = 8 micro batch x 16 accumulation x 1 rank")
 
 
 def test_a_large_card_takes_larger_micro_batches() -> None:
-    assert place(opt(), H200).micro_batches == (8, 8, 8)
+    assert place(opt(), H200).micro_batches == (16, 16, 16)
 
 
 def test_two_cards_share_optimizer_and_gradients() -> None:
@@ -57,7 +57,7 @@ def test_two_cards_share_optimizer_and_gradients() -> None:
     assert (found.ranks, found.actor_zero_stage, found.critic_zero_stage, found.cpu_threads) == (2, 2, 2, 16)
     assert found.device_reason == "PyTorch sees 2 x NVIDIA GeForce RTX 4090"
     plans = [found.batch_plan(opt(), step) for step in (1, 2, 3)]
-    assert [(p.micro_batch, p.gradient_accumulation, p.world_size) for p in plans] == [(4, 16, 2), (4, 8, 2), (4, 8, 2)]
+    assert [(p.micro_batch, p.gradient_accumulation, p.world_size) for p in plans] == [(8, 8, 2), (8, 4, 2), (8, 4, 2)]
 
 
 def test_the_lora_job_on_two_cards() -> None:
@@ -68,7 +68,7 @@ def test_the_lora_job_on_two_cards() -> None:
 
 def test_a_card_without_bfloat16() -> None:
     found = place(opt(), V100)
-    assert (found.device, found.precision, found.micro_batches) == ("cuda", "float16", (4, 4, 4))
+    assert (found.device, found.precision, found.micro_batches) == ("cuda", "float16", (8, 8, 8))
 
 
 def test_the_jobs_word_wins() -> None:
@@ -102,7 +102,7 @@ def test_zero_0_in_16_bit_is_noted() -> None:
 def test_micro_batches_divide_the_batch() -> None:
     job = opt("sft.global_batch=90", "reward.global_batch=14", "ppo.global_batch=6", "ppo.rollout_batch=12")
     assert place(job, CPU).micro_batches == (15, 14, 6)  # at most 16
-    assert place(job, TWO_4090).micro_batches == (3, 1, 3)  # at most 4, of 45, 7 and 3 a rank
+    assert place(job, TWO_4090).micro_batches == (5, 7, 3)  # at most 8, of 45, 7 and 3 a rank
 
 
 def test_more_ranks_than_gpus() -> None:
@@ -139,7 +139,7 @@ def test_batches_that_do_not_divide(settings: list[str], what: str, hint: str) -
 def test_a_placement_travels_as_json() -> None:
     found = place(opt("hardware.actor_zero_stage=0"), TWO_4090)
     again = Placement(**json.loads(json.dumps(asdict(found))))
-    assert list(again.micro_batches) == [4, 4, 4] and list(again.notes) == list(found.notes)
+    assert list(again.micro_batches) == [8, 8, 8] and list(again.notes) == list(found.notes)
     assert again.batch_plan(opt(), 2) == found.batch_plan(opt(), 2)
 
 

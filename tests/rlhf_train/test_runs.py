@@ -12,7 +12,20 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter, Resumed, Sample, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
-from rlhf_train.runs import begin_step, complete_step, is_complete, needed_by, steps_to_do, steps_to_take_over, take_over, write_json
+from rlhf_train.disk import write_json
+from rlhf_train.runs import (
+    begin_redo,
+    begin_step,
+    complete_step,
+    goes_on_from,
+    inputs_of,
+    is_complete,
+    needed_by,
+    redone,
+    steps_to_do,
+    steps_to_take_over,
+    take_over,
+)
 
 ALL = [1, 2, 3]
 
@@ -109,6 +122,74 @@ def test_to_begin_forgets_the_result_and_the_tokenizer_of_the_old_rows(run: RunD
     begin_step(job(), run, 1)
     assert not run.tokenizer.exists() and not is_complete(run, 1)
     assert sorted(path.name for path in run.step(1).path.iterdir()) == ["fields.json"]
+
+
+def test_a_step_that_was_stopped_goes_on(run: RunDir) -> None:
+    assert not begin_step(job(), run, 1)
+    half = run.step(1).checkpoint(4)
+    half.mkdir(parents=True)
+    run.tokenizer.mkdir()
+    assert goes_on_from(run, 1) == 0
+    for update in (4, 12):
+        run.step(1).checkpoint(update).mkdir(parents=True, exist_ok=True)
+        (run.step(1).checkpoint(update) / "complete.json").touch()
+    assert goes_on_from(run, 1) == 12
+    assert begin_step(job(), run, 1)
+    assert half.exists() and run.tokenizer.exists()
+    run.step(1).model.mkdir()
+    complete_step(run, 1, {})
+    assert not run.step(1).checkpoints.exists()
+    assert not begin_step(job(), run, 1)  # a redo
+
+
+@pytest.mark.parametrize("settings", ["seed=7", "sft.epochs=2"])
+def test_a_step_that_was_stopped_does_not_go_on_with_other_settings(run: RunDir, settings: str) -> None:
+    begin_step(job(), run, 1)
+    run.step(1).checkpoint(4).mkdir(parents=True)
+    assert not begin_step(job(settings), run, 1)
+    assert not run.step(1).checkpoints.exists()
+
+
+def test_a_step_whose_settings_are_torn_starts_anew(run: RunDir) -> None:
+    begin_step(job(), run, 1)
+    run.step(1).fields.write_bytes(b"")
+    run.step(1).checkpoint(4).mkdir(parents=True)
+    assert not begin_step(job(), run, 1)
+    assert not run.step(1).checkpoints.exists()
+
+
+def test_how_and_when_it_is_saved_is_no_change(run: RunDir) -> None:
+    begin_step(job(), run, 1)
+    assert begin_step(job("checkpoint.every_minutes=5", "hardware.ranks=2", "hardware.micro_batch=1"), run, 1)
+
+
+def test_what_a_step_starts_from_is_told_apart(run: RunDir) -> None:
+    do(job(), run, 1)
+    do(job(), run, 2)
+    assert inputs_of(job(), run, 1) == inputs_of(job(), run, 2) == {}
+    before = inputs_of(job(), run, 3)
+    assert sorted(before) == ["1", "2"] and before["1"] != before["2"]
+    do(job(), run, 2)
+    assert inputs_of(job(), run, 3) == before
+    write_json(run.step(2).complete, {"seconds": 2.0})  # done again: it took another time
+    assert inputs_of(job(), run, 3) != before
+
+
+def test_a_redo_that_was_stopped_goes_on(run: RunDir) -> None:
+    for step in ALL:
+        do(job(), run, step)
+    begin_redo(run, [1, 2, 3])
+    assert steps_to_do(job(), run, ALL, redo=True) == ALL
+    do(job(), run, 1)
+    redone(run, 1)
+    assert steps_to_do(job(), run, ALL, redo=True) == [2, 3]
+    begin_step(job(), run, 2)
+    assert steps_to_do(job(), run, ALL, redo=True) == [2, 3]
+    for step in (2, 3):
+        do(job(), run, step)
+        redone(run, step)
+    assert not run.redo.exists()
+    assert steps_to_do(job(), run, ALL, redo=True) == ALL  # a new one
 
 
 # --- changed settings -----------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Signs of life: what each rank does now, in memory that the launcher shares with all ranks.
+
+A rank writes its phase and counts up, which costs no system call; the launcher reads. A rank that hangs in a collective,
+on a dead GPU or a dead disk, counts no further, and the one that the others wait for has counted least.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+_SLOT = struct.Struct("<Q?118s")
+SLOT_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank said last."""
+
+    count: int
+    has_trained: bool  # there is something that a checkpoint could keep
+    phase: str
+
+
+class Pulse:
+    """One rank's slot."""
+
+    def __init__(self, memory: Any, rank: int) -> None:
+        self._memory, self._offset = memory, rank * SLOT_BYTES
+        self._count, self._phase, self.has_trained = 0, "starting", False
+        self.beat()
+
+    @classmethod
+    def unseen(cls) -> Pulse:
+        """Of a process that nobody watches."""
+        return cls(bytearray(SLOT_BYTES), 0)
+
+    @classmethod
+    def of_rank(cls, file: int, rank: int, ranks: int) -> Pulse:
+        """file: the launcher's, inherited."""
+        return cls(mmap.mmap(file, ranks * SLOT_BYTES), rank)
+
+    def beat(self, phase: str | None = None) -> None:
+        """Still alive; doing `phase` from now on, if it is given."""
+        self._count += 1
+        self._phase = self._phase if phase is None else phase
+        words = self._phase.encode(errors="replace")[:118]
+        _SLOT.pack_into(self._memory, self._offset, self._count, self.has_trained, words)
+
+
+class Watch:
+    """The launcher's side."""
+
+    def __init__(self, ranks: int) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the ranks live)
+        os.truncate(self._file.fileno(), ranks * SLOT_BYTES)
+        self._memory, self._ranks = mmap.mmap(self._file.fileno(), ranks * SLOT_BYTES), ranks
+
+    @property
+    def file(self) -> int:
+        return self._file.fileno()
+
+    def signs(self) -> list[Sign]:
+        """In the order of ranks; count 0: it has not begun."""
+        found = []
+        for rank in range(self._ranks):
+            count, has_trained, words = _SLOT.unpack_from(self._memory, rank * SLOT_BYTES)
+            found.append(Sign(count, has_trained, words.rstrip(b"\0").decode(errors="replace")))
+        return found
+
+    def close(self) -> None:
+        self._memory.close()
+        self._file.close()

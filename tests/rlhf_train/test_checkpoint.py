@@ -1,0 +1,418 @@
+"""Checkpoints on disk, and the one who makes them; whole runs that are killed are in tests/faults."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.errors import ToolkitError
+from jobs.events import Checkpoint, Event, Progress, Warning
+from jobs.run_dir import RunDir
+from jobs.spec import Job
+from rlhf_train import checkpoint
+from rlhf_train.checkpoint import Keeper, Saved, latest, random_states, remove_others, set_random_states, write
+from rlhf_train.engine import Ema
+from rlhf_train.plan import Placement
+from rlhf_train.session import Session, Stopped
+from rlhf_train.world import World
+from tests import tiny
+
+pytestmark = pytest.mark.pinned
+
+CPU = torch.device("cpu")
+NUMBERS = {"third": 1 / 3, "tiny": 5e-324, "words": ["a", None, True], "update": 7}
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a/weight": torch.randn(5, 3, generator=generator),
+        "a/scalar": torch.tensor(-0.0),
+        "loop/mask": torch.tensor([[True, False], [False, True]]),
+        "loop/ids": torch.arange(7),
+        "half": torch.randn(4, generator=generator).bfloat16(),
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    folder = RunDir(tmp_path / "run")
+    folder.path.mkdir()
+    return folder
+
+
+def nobody(message: str) -> None:
+    raise AssertionError(message)
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 30, 2**29])
+def test_what_is_written_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch, shard_bytes: int) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    folder = run.step(1).checkpoint(7)
+    size = write(folder, tensors().items(), NUMBERS)
+    saved = latest(run.step(1), nobody)
+    assert saved == Saved(folder) and saved.update == 7 and saved.state == NUMBERS
+    for name, tensor in tensors().items():
+        found = saved.tensor(name)
+        assert found.dtype == tensor.dtype and found.equal(tensor) and found.signbit().equal(tensor.signbit())
+    assert set(saved.tensors("loop")) == {"mask", "ids"}
+    assert size == sum(file.stat().st_size for file in folder.iterdir() if file.name != "complete.json")
+    assert len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]  # of 60, 4, 4, 56 and 8 bytes
+
+
+def spoil_nothing(folder: Path) -> None:
+    pass
+
+
+def change_a_byte(folder: Path) -> None:
+    (file,) = folder.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def cut_the_state(folder: Path) -> None:
+    file = folder / "state.json"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+def lose_the_mark(folder: Path) -> None:
+    (folder / "complete.json").unlink()
+
+
+def empty_the_mark(folder: Path) -> None:
+    (folder / "complete.json").write_bytes(b"")
+
+
+def rename_as_before_the_end(folder: Path) -> None:
+    folder.rename(folder.with_name(folder.name + ".partial"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (change_a_byte, "tensors-000.safetensors"),
+        (cut_the_state, "state.json"),
+        (lose_a_file, "tensors-000.safetensors"),
+        (lose_the_mark, ""),  # it was being written: nothing to complain of
+        (empty_the_mark, ""),
+        (rename_as_before_the_end, ""),
+    ],
+)
+def test_one_that_is_torn_or_damaged_is_not_taken(run: RunDir, spoil: Callable[[Path], None], complaint: str) -> None:
+    step = run.step(1)
+    for update in (9, 10):  # 10 is newer, though "9" > "10"
+        write(step.checkpoint(update), tensors().items(), NUMBERS | {"update": update})
+    assert latest(step, nobody) == Saved(step.checkpoint(10))
+    spoil(step.checkpoint(10))
+    complaints: list[str] = []
+    assert latest(step, complaints.append) == Saved(step.checkpoint(9))
+    expected = f"the checkpoint {step.checkpoint(10)} is damaged ({complaint}) and not used"
+    assert complaints == ([expected] if complaint else [])
+    spoil(step.checkpoint(9))
+    assert latest(step, complaints.append) is None
+
+
+def test_there_is_none(run: RunDir) -> None:
+    assert latest(run.step(2), nobody) is None
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 60 kB: a write fails in its middle, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_one_that_cannot_be_written_leaves_nothing_and_spares_the_last(run: RunDir, small_files: None) -> None:
+    step = run.step(1)
+    write(step.checkpoint(1), tensors().items(), {"update": 1})
+    with pytest.raises(OSError, match="File too large"):
+        write(step.checkpoint(2), [("large", torch.zeros(50_000))], {"update": 2})
+    assert [folder.name for folder in step.checkpoints.iterdir()] == ["update-1"]
+    assert latest(step, nobody) == Saved(step.checkpoint(1))
+
+
+def test_the_others_are_removed(run: RunDir) -> None:
+    step = run.step(1)
+    for update in (1, 2, 3):
+        write(step.checkpoint(update), [], {"update": update})
+    (step.checkpoints / "update-4.partial").mkdir()
+    (step.checkpoints / "update-4.partial" / "half").write_bytes(b"x")
+    remove_others(step, step.checkpoint(2))
+    assert [folder.name for folder in step.checkpoints.iterdir()] == ["update-2"]
+
+
+# --- random states ---------------------------------------------------------------------------------------------------
+
+
+def draws() -> list[Any]:
+    return [random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()]
+
+
+def test_every_generator_goes_on_where_it_was() -> None:
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    random.gauss(0, 1)  # two are made at once, and one waits
+    np.random.standard_normal()
+    states = json.loads(json.dumps(random_states(CPU)))
+    expected = draws()
+    assert draws() != expected
+    set_random_states(states, CPU)
+    assert draws() == expected
+
+
+# --- the keeper ------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """A step that adds 1 to a weight and draws a number at each update."""
+
+    def __init__(self, run: RunDir, settings: dict[str, Any], updates: int = 6, saved: Saved | None = None) -> None:
+        job = Job.model_validate(tiny.job(run.path / "rows") | {"checkpoint": settings})
+        self.events: list[Event] = []
+        placement = Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 8, 1)
+        self.session = Session(job, run, World(0, 1, CPU), placement, run.path, self.events.append, saved=saved)
+        self.module = nn.Linear(2, 2)
+        nn.init.zeros_(self.module.weight)
+        nn.init.zeros_(self.module.bias)
+        self.ema = Ema(self.module, 0.5)
+        self.keeper = Keeper(self.session, 1, updates, {"ema": self.ema}, model_bytes=100)
+        self.seen: list[float] = []
+
+    def update(self, number: int) -> None:
+        with torch.no_grad():
+            self.module.weight += 1
+        self.ema.update()
+        self.seen.append(random.random())
+        self.keeper.after(number, {"seen": self.seen}, {"number": torch.tensor(number)})
+        self.keeper._wait()  # else the next save would wait for it, and tests would see either
+
+    def saved_updates(self) -> list[int]:
+        return [event.update for event in self.events if isinstance(event, Checkpoint)]
+
+
+def test_every_so_many_updates_and_after_the_last(run: RunDir) -> None:
+    step = Step(run, {"every_updates": 2, "every_minutes": None}, updates=5)
+    for number in range(1, 6):
+        step.update(number)
+    step.keeper.close()
+    assert step.saved_updates() == [2, 4, 5]
+    assert [folder.name for folder in run.step(1).checkpoints.iterdir()] == ["update-5"]  # one is kept
+    (first, *_) = [event for event in step.events if isinstance(event, Checkpoint)]
+    assert first.size_bytes > 4 * 6 and first.seconds >= first.held_up_s >= 0  # type: ignore[operator]
+    said = next(event.doing for event in step.events if isinstance(event, Progress))
+    assert said.startswith("a checkpoint has 24 bytes: 124 bytes are needed")
+
+
+def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    step = Step(run, {"every_minutes": 10.0}, updates=100)
+    for number, minutes in enumerate((9, 2, 9, 2), start=1):
+        now += 60 * minutes
+        step.update(number)
+    assert step.saved_updates() == [2, 4]
+    step.keeper._held_up_s = 9.0  # a hundred times as long: 15 minutes
+    for number, minutes in enumerate((14, 2), start=5):
+        now += 60 * minutes
+        step.update(number)
+    assert step.saved_updates() == [2, 4, 6]
+
+
+def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
+    random.seed(8)
+    whole = Step(run, {"every_updates": 100})
+    for number in range(1, 7):
+        whole.update(number)
+
+    random.seed(8)
+    killed = Step(run, {"every_updates": 2})
+    for number in (1, 2, 3):
+        killed.update(number)
+    random.seed(99)
+    saved = latest(run.step(1), nobody)
+    assert saved is not None and saved.update == 2
+    assert {name: int(tensor) for name, tensor in saved.tensors("loop").items()} == {"number": 2}
+    again = Step(run, {"every_updates": 2}, saved=saved)
+    state = again.keeper.resume()
+    assert state is not None
+    again.seen = state["seen"]
+    nn.init.constant_(again.module.weight, 2.0)
+    for number in range(3, 7):
+        again.update(number)
+    assert again.seen == whole.seen
+    assert all(one.equal(other) for (_, one), (_, other) in zip(again.ema.tensors(), whole.ema.tensors(), strict=True))
+
+
+def test_without_a_checkpoint_it_starts_anew(run: RunDir) -> None:
+    assert Step(run, {}).keeper.resume() is None
+
+
+def test_asked_to_stop_it_saves_the_last_whole_update(run: RunDir) -> None:
+    step = Step(run, {"every_minutes": None})
+    step.update(1)
+    step.session.stop.ask()
+    asked_at = step.session.stop.asked_at
+    step.session.stop.ask()  # a second time: nothing changes
+    assert step.session.stop.asked_at == asked_at
+    with pytest.raises(Stopped):
+        step.update(2)
+    assert step.saved_updates() == [2]
+    assert latest(run.step(1), nobody) == Saved(run.step(1).checkpoint(2))
+
+
+def test_what_is_saved_is_not_saved_again(run: RunDir) -> None:
+    step = Step(run, {"every_updates": 2})
+    for number in (1, 2):
+        step.update(number)
+    step.session.stop.ask()
+    with pytest.raises(Stopped):
+        step.session.stop_if_asked()
+    assert step.saved_updates() == [2]
+
+
+def test_it_is_not_saved_when_the_time_will_not_do(run: RunDir) -> None:
+    step = Step(run, {"every_updates": 2, "grace_s": 5.0})
+    for number in (1, 2, 3):
+        step.update(number)
+    step.keeper._seconds = 6.0
+    step.session.stop.ask()
+    with pytest.raises(Stopped):
+        step.session.stop_if_asked()
+    assert step.saved_updates() == [2]
+    (warning,) = [event for event in step.events if isinstance(event, Warning)]
+    assert warning.message == "no checkpoint of update 3: 5 s are left, and the last one took 6 s"
+    assert warning.hint is not None and warning.hint.startswith("the last good checkpoint is that of update 2;")
+
+
+def test_before_the_first_update_there_is_nothing_to_save(run: RunDir) -> None:
+    step = Step(run, {})
+    step.session.stop.ask()
+    with pytest.raises(Stopped):
+        step.session.stop_if_asked()
+    assert step.saved_updates() == [] and not run.step(1).checkpoints.exists()
+
+
+def test_updates_that_are_left_out(run: RunDir) -> None:
+    step = Step(run, {"every_updates": 1}, updates=100)
+    step.update(1)
+    for number in range(2, 6):
+        step.keeper.skipped(number, "its loss is not finite")
+        step.update(number)
+    assert step.saved_updates() == [1]  # what comes of it is not known to be good
+    warnings = [event.message for event in step.events if isinstance(event, Warning)]
+    assert warnings == [f"update {number} is left out: its loss is not finite ({number - 1} so far)" for number in range(2, 6)]
+    with pytest.raises(ToolkitError, match="step 1 diverged at update 6") as raised:
+        step.keeper.skipped(6, "its loss is not finite")
+    assert raised.value.why == "its loss is not finite; 5 updates in a row were left out" and raised.value.code == 4
+    assert raised.value.hint.endswith("the last good checkpoint is that of update 1")
+
+
+def test_too_many_are_left_out_in_all(run: RunDir) -> None:
+    step = Step(run, {}, updates=1000)
+    for number in range(1, checkpoint.MOST_SKIPPED):
+        step.keeper.skipped(number, "why")
+        step.keeper.skipped_in_a_row = 0  # as an update that went well does
+    with pytest.raises(ToolkitError) as raised:
+        step.keeper.skipped(99, "why")
+    assert raised.value.why == "why; 50 updates were left out"
+
+
+def test_the_best_is_kept(run: RunDir) -> None:
+    step = Step(run, {"best_every_updates": 2}, updates=6)
+    assert [number for number in range(1, 7) if step.keeper.wants_best(number)] == [2, 4]  # after the last, the model itself is saved
+    kept: list[tuple[Path, int]] = []
+    for number, value in ((2, 3.0), (4, 2.5), (6, 2.75)):
+        step.keeper.offer(number, "perplexity", value, lower_is_better=True, save=lambda folder, number=number: kept.append((folder, number)))  # type: ignore[misc]
+    assert kept == [(run.step(1).best, 2), (run.step(1).best, 4)]
+    assert step.events[-1] == Progress(step=1, doing="held-out perplexity at update 6: 2.75 (best: 2.5 at update 4)")
+    step.keeper.offer(8, "reward", 2.75, lower_is_better=False, save=lambda folder: kept.append((folder, 8)))
+    assert kept[-1] == (run.step(1).best, 8)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (40, 10_000))
+    with pytest.raises(ToolkitError, match="the disk is too small") as raised:
+        Step(run, {})
+    assert raised.value.code == 3
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (10**9, 10))
+    with pytest.raises(ToolkitError, match="the disk is too small"):
+        Step(run, {})
+
+
+def test_a_save_that_fails_keeps_the_last_and_says_so(run: RunDir, small_files: None) -> None:
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    large = {"large": torch.zeros(50_000)}
+    step.keeper.after(2, {}, large)
+    with pytest.raises(ToolkitError, match="the checkpoint of update 2 could not be written") as raised:
+        step.keeper.close()
+    assert "the last good checkpoint is that of update 1" in raised.value.hint and "are free at" in raised.value.why
+    assert latest(run.step(1), nobody) == Saved(run.step(1).checkpoint(1))
+
+
+@pytest.mark.parametrize("memory", [0, 2**40])
+def test_with_and_without_memory_for_a_copy(run: RunDir, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    monkeypatch.setattr(checkpoint, "free_memory_bytes", lambda: memory)
+    step = Step(run, {"every_updates": 1})
+    step.keeper.after(1, {"seen": []})
+    assert (step.keeper._writing is None) is (memory == 0)
+    with torch.no_grad():
+        step.ema._shadow[0].fill_(5.0)  # training goes on
+    step.keeper.close()
+    saved = latest(run.step(1), nobody)
+    assert saved is not None and saved.tensor("ema/0").max() < 5
+
+
+def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first try fails; a leftover of another step makes room for the second."""
+    left = run.step(2).checkpoint(3)
+    write(left, tensors().items(), {"update": 3})
+    run.step(2).complete.write_text("{}")
+    kept = run.step(3).checkpoint(1)  # of a step that is not complete
+    write(kept, [], {"update": 1})
+    tried: list[bool] = []
+    real = checkpoint.write
+
+    def full_at_first(*arguments: Any) -> int:
+        tried.append(left.exists())
+        if left.exists():
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", full_at_first)
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    assert tried == [True, False] and step.saved_updates() == [1] and kept.exists()
+
+
+def test_another_step_that_was_done_again(run: RunDir) -> None:
+    """What a checkpoint was made from is in it."""
+    step = Step(run, {"every_updates": 1})
+    step.session = replace(step.session, inputs={"1": "abc"})
+    step.keeper.session = step.session
+    step.update(1)
+    saved = latest(run.step(1), nobody)
+    assert saved is not None and saved.state["inputs"] == {"1": "abc"}

@@ -52,6 +52,12 @@ class Pulse:
         _SLOT.pack_into(self._memory, self._offset, self._count, self.has_trained, words)
 
 
+def sign_in(memory: Any, rank: int = 0) -> Sign:
+    """What a rank said last; count 0: it has not begun."""
+    count, has_trained, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
+    return Sign(count, has_trained, words.rstrip(b"\0").decode(errors="replace"))
+
+
 class Watch:
     """The launcher's side."""
 
@@ -65,12 +71,8 @@ class Watch:
         return self._file.fileno()
 
     def signs(self) -> list[Sign]:
-        """In the order of ranks; count 0: it has not begun."""
-        found = []
-        for rank in range(self._ranks):
-            count, has_trained, words = _SLOT.unpack_from(self._memory, rank * SLOT_BYTES)
-            found.append(Sign(count, has_trained, words.rstrip(b"\0").decode(errors="replace")))
-        return found
+        """In the order of ranks."""
+        return [sign_in(self._memory, rank) for rank in range(self._ranks)]
 
     def close(self) -> None:
         self._memory.close()

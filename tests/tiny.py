@@ -7,11 +7,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -90,13 +92,45 @@ def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence
     return run(folder, ["--job", str(file), "--run", name, "--step", *steps], settings)
 
 
+def train_killed(folder: Path, name: str, settings: Sequence[str], *, at: Sequence[tuple[int, int]], then: Sequence[str] = ()) -> Trained:
+    """As `train`, but killed (SIGKILL, all processes at once) each time that `at`'s next (step, update) is seen in the events; each time the
+    same command is given again, after the last kill with the settings `then` besides.
+    """
+    run_dir = RunDir(folder / "runs" / name)
+    for step, update in at:
+        launcher = subprocess.Popen(
+            command(folder, ["--job", str(folder / "job.yaml"), "--run", name], settings),
+            cwd=CHECKOUT,
+            env=environment(folder),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while not any(e["kind"] == "metrics" and (e["step"], e["update"]) >= (step, update) for e in read_events(run_dir.events)[0]):
+            assert launcher.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.002)
+        family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        launcher.wait()
+        psutil.wait_procs(family[1:], timeout=60)
+    return train(folder, name, [*settings, *then])
+
+
+def command(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
+    words = [sys.executable, "-m", "rlhf_train", "--output-dir", str(folder / "runs"), *arguments]
+    for setting in settings:
+        words += ["--set", setting]
+    return words
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"RLHF_CACHE": str(folder / "cache")}
+
+
 def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
     """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
-    command = [sys.executable, "-m", "rlhf_train", "--output-dir", str(folder / "runs"), *arguments]
-    for setting in settings:
-        command += ["--set", setting]
-    said = subprocess.run(
-        command, cwd=CHECKOUT, env=os.environ | {"RLHF_CACHE": str(folder / "cache")}, capture_output=True, text=True, check=False, timeout=600
-    )
+    words = command(folder, arguments, settings)
+    said = subprocess.run(words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600)
     assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

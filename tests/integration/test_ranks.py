@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import Trained, train
+from jobs.events import effective, read_events
+from tests.tiny import Trained, train, train_killed
 
 # What could go wrong with ranks and passes is switched on: token counts that differ a pass, several PPO epochs over two
 # rollouts, whitening, clipped gradients, an EMA, a language-model loss. 21 held-out rows do not divide by 2 or 4.
@@ -33,6 +34,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 ON_PINNED = {"two ranks": [pytest.mark.pinned], "zero 2": [pytest.mark.pinned_gloo], "zero 3": [pytest.mark.pinned_gloo]}
 OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
+SAVES = ["checkpoint.every_updates=3", "checkpoint.every_minutes=null"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}
 NOT_COMPARED = SECONDS | {"schema", "seq", "kind", "model", "real_token_share"}  # the last: rows are padded otherwise
 LEARNING_RATE = {1: 1e-2, 2: 1e-3, 3: 1e-3}
@@ -52,8 +54,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 
 def curve(run: Trained, step: int) -> list[dict[str, Any]]:
-    """All numbers that should agree."""
-    events = run.events("metrics", step) + run.events("end", step)
+    """All numbers that should agree; what was done again counts once."""
+    held = effective(read_events(run.dir.events)[0])
+    events = [event for kind in ("metrics", "end") for event in held if (event["kind"], event.get("step")) == (kind, step)]
     return [{key: value for key, value in event.items() if key not in NOT_COMPARED} for event in events]
 
 
@@ -110,6 +113,42 @@ def test_training_did_something(trained: Callable[[str], Trained]) -> None:
     assert run.end(3)["kl"] > 0.05
     assert all(event["grad_norm"] > 0 for step in (1, 2, 3) for event in run.events("metrics", step))
     assert max(event["grad_norm"] for event in run.events("metrics", 1)) > 1  # clipped, at least once
+
+
+def settings_of(name: str) -> list[str]:
+    return JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "micro 1"])
+def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], Trained], name: str) -> None:
+    """Twice: in step 1 between two checkpoints, in step 3 between two updates of a rollout; against the run that nobody touched."""
+    whole = trained(name)
+    killed = train_killed(whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 4), (3, 4)])
+    assert any(event["from_update"] > 0 for step in (1, 2, 3) for event in killed.events("resumed", step))
+    for step in (1, 2, 3):
+        assert curve(killed, step) == curve(whole, step)
+        for folder in ["model", "model_ema"] if step == 3 else ["model"]:
+            found, expected = killed.weights(step, folder), whole.weights(step, folder)
+            assert found.keys() == expected.keys() and all(found[key].equal(tensor) for key, tensor in expected.items())
+        assert not killed.dir.step(step).checkpoints.exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("one", "zero 2"), ("zero 3", "one")])
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(trained: Callable[[str], Trained], before: str, after: str) -> None:
+    whole = trained(before)
+    then = [setting for setting in settings_of(after) if setting not in JOB]
+    if "ranks" not in HOW[after]:
+        then += ["hardware.ranks=1", "hardware.actor_zero_stage=0", "hardware.critic_zero_stage=0"]
+    folder = whole.dir.path.parents[1]
+    killed = train_killed(folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 4), (3, 4)], then=then)
+    assert {event["ranks"] for event in killed.events("plan", 3)} == {1, 2}
+    for step in (1, 2, 3):
+        expected, found = curve(whole, step), curve(killed, step)
+        assert len(found) == len(expected)
+        for one, other in zip(expected, found, strict=True):
+            assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
+    samples = [[(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))] for run in (whole, killed)]
+    assert samples[0] == samples[1]
 
 
 def test_a_second_run_gives_the_same_bits(trained: Callable[[str], Trained], tmp_path: Path) -> None:

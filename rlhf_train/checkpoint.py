@@ -133,8 +133,8 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
         partial.mkdir(parents=True)
         files = {}
         for number, shard in enumerate(_shards(tensors)):
-            files[f"tensors-{number:03}.safetensors"] = _put(partial / f"tensors-{number:03}.safetensors", save(shard))
             beat()
+            files[f"tensors-{number:03}.safetensors"] = _put(partial / f"tensors-{number:03}.safetensors", save(shard))
         files["state.json"] = _put(partial / "state.json", json.dumps(state).encode())
         sync(partial)
         rename(partial, folder)
@@ -235,7 +235,7 @@ class _Now:
 
 
 class Keeper:
-    """Makes a step's checkpoints, and goes on from the last: `resume` once, `after` each update, `close` in the end. On all ranks."""
+    """Makes a step's checkpoints, and goes on from the last: `resume` once, `after` each update, `close` when the model is saved. On all ranks."""
 
     def __init__(self, session: Session, step: int, updates: int, parts: Mapping[str, Part], *, model_bytes: int) -> None:
         """parts: by name, what has state; model_bytes: of the model that the step will write. Raises ToolkitError if the disk is too small."""
@@ -252,7 +252,9 @@ class Keeper:
         self._held_up_s = 0.0  # that training waited for it
         self._writing: threading.Thread | None = None
         self._writing_update: int | None = None
+        self._tried: int = 0  # the update whose checkpoint was written, or not, last
         self._written: Checkpoint | Exception | None = None
+        self._is_abandoned = False
         session.stop.before_leaving = self._leave
         if session.world.is_main:
             self._check_room(model_bytes)
@@ -309,8 +311,16 @@ class Keeper:
         return self.session.world.any(is_time)
 
     def close(self) -> None:
-        """The last checkpoint is on disk."""
-        self._wait()
+        """The step's model is saved: a checkpoint that is still being written is worth nothing any more."""
+        self._is_abandoned = True
+        if self._writing is not None:
+            self._writing.join()
+
+    def _beat(self) -> None:
+        """While a checkpoint is being written, before each file."""
+        self.session.pulse.beat()
+        if self._is_abandoned:
+            raise InterruptedError
 
     # --- saving ---
 
@@ -361,16 +371,19 @@ class Keeper:
     def _write(self, update: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any], start: float) -> None:
         """Beside the training or not; the result waits in `_written`."""
         folder = self.folder.checkpoint(update)
+        self._tried = update
         try:
+            self.session.run.path.stat()  # a disk that went away must not be made anew in the folder that it was mounted on
             with suppress(FileNotFoundError):
                 sync(self.session.run.events)  # the curve up to here is on disk before the state that goes on from here
             try:
-                written = write(folder, tensors, state, self.session.pulse.beat)
+                written = write(folder, tensors, state, self._beat)
             except OSError:
-                if not isinstance(tensors, list):  # they are used up
+                self.session.run.path.stat()
+                if not isinstance(tensors, list) or self._is_abandoned:  # they are used up
                     raise
                 self._free_what_may_go()
-                written = write(folder, tensors, state, self.session.pulse.beat)
+                written = write(folder, tensors, state, self._beat)
             remove_others(self.folder, folder)
             self._written = Checkpoint(step=self.step, update=update, path=str(folder), size_bytes=written, seconds=time.perf_counter() - start)
         except Exception as error:  # for the training thread to raise
@@ -399,14 +412,14 @@ class Keeper:
             return
         written, self._writing, self._writing_update, self._written = self._written, None, None, None
         if isinstance(written, OSError):
-            raise self._failure(written)
+            raise self._failure(written, self._tried)
         if isinstance(written, Exception):
             raise written
         if written is not None:
             self._saved_update, self._seconds, self._saved_at = written.update, written.seconds, time.monotonic()
             self.session.emit(replace(written, held_up_s=self._held_up_s))
 
-    def _failure(self, error: OSError) -> ToolkitError:
+    def _failure(self, error: OSError, update: int) -> ToolkitError:
         run = self.session.run.path
         plain = system_error(error, ExitCode.TRAINING)
         if not run.is_dir():
@@ -415,7 +428,7 @@ class Keeper:
             return plain
         with suppress(OSError):
             plain.why += f"; {size(room(run)[0])} are free at {run}, and a checkpoint has {size(self.size_bytes)}"
-        plain.what = f"the checkpoint of update {self._now.update if self._now else 0} could not be written: {plain.what}"
+        plain.what = f"the checkpoint of update {update} could not be written: {plain.what}"
         plain.hint = f"{self.last_good()}; {plain.hint}"
         return plain
 

@@ -134,22 +134,24 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     except (OSError, ValueError, ToolkitError):  # the hub is away: no numbers then
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
 
-    def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> str:
+    def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> int:
         total = sum(training_bytes(sizes[part], where.precision, 3 if zero_3 else stages[part], ranks) for part in parts)
         frozen = sum(sizes[part].all for part in parts) * WEIGHT_BYTES[where.precision] if step == 3 else 0
-        return _amount(total + frozen)
+        return total + frozen
 
     sizes = plain if job.actor.lora is None else adapted
     now = needed(sizes)
-    lines = [f"weights, gradients and optimizer take {now} a rank, activations of one sequence the rest; in order of cost:"]
+    lines = [f"weights, gradients and optimizer take {_amount(now)} a rank, activations of one sequence the rest; in order of cost:"]
     if not hardware.gradient_checkpointing:
         lines.append("hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing")
-    if job.actor.lora is None and "actor" in parts:
-        lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {now} -> {needed(adapted)}")
+    if job.actor.lora is None and needed(adapted) < now:  # adapters of a tiny model are larger than itself
+        then = _amount(needed(adapted))
+        lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}")
     if any(stages[part] < 3 for part in parts):
         ranks = max(2, where.ranks)
         which = ", ".join(f"hardware.{part}_zero_stage: 3" for part in parts)
-        lines.append(f"{which} on {plural(ranks, 'GPUs')}: {now} -> {needed(sizes, zero_3=True, ranks=ranks)}, for more traffic between them")
+        then = _amount(needed(sizes, zero_3=True, ranks=ranks))
+        lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {then}, for more traffic between them")
     longest = job.data.max_prompt_tokens + job.data.max_response_tokens
     lines.append(f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model")
     return "\n".join(lines)

@@ -49,6 +49,7 @@ def save_model(
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir()  # not its parents: a disk that went away must not be made anew in the folder that it was mounted on
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
         generation_config(session.job, tokenizer).save_pretrained(str(partial))

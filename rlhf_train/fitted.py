@@ -42,18 +42,9 @@ def smaller(job: Job, step: int, placement: Placement) -> Placement | None:
 
 
 def _circumstances(job: Job, placement: Placement) -> list[Any]:
-    """On other devices, or with other wishes, other sizes fit."""
-    wish = job.hardware
-    return [
-        placement.device_reason,
-        placement.ranks,
-        placement.precision,
-        placement.actor_zero_stage,
-        placement.critic_zero_stage,
-        wish.gradient_checkpointing,
-        wish.micro_batch,
-        wish.rollout_micro_batch,
-        job.actor.lora is not None,
-        job.data.max_prompt_tokens,
-        job.data.max_response_tokens,
-    ]
+    """On other devices, with other models, wishes or lengths, other sizes fit."""
+    wish = job.hardware.model_dump(mode="json", exclude={"cpu_threads"})
+    batches = [part.global_batch for part in (job.sft, job.reward, job.ppo)]  # which the sizes must divide
+    models = [job.actor.model_dump(mode="json"), job.critic.model_dump(mode="json")]
+    lengths = [job.data.max_prompt_tokens, job.data.max_response_tokens]
+    return [placement.device_reason, placement.ranks, placement.precision, wish, batches, models, lengths]

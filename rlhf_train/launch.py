@@ -171,10 +171,9 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> Tool
             rank.send_signal(signal.SIGUSR2)
     time.sleep(STACKS_S)
     states = [process_state(rank.pid) for rank in ranks]
-    least = min(sign.count for sign in signs)
-    # Alike far, as in the midst of a collective: one that does not run at all is to blame.
-    behind = [n for n, sign in enumerate(signs) if sign.count == least]
-    away = [n for n in behind if states[n] in "TtDZX"] or behind
+    fewest = min(sign.meetings for sign in signs)
+    behind = [n for n, sign in enumerate(signs) if sign.meetings == fewest]
+    away = [n for n in behind if states[n] in "TtDZX"] or behind  # alike far, as in the midst of a pass: one that does not run at all
     host = socket.gethostname()
     names = " and ".join(f"rank {n}" for n in away)
     lines = [f"rank {n} on {host} (process {rank.pid}, {STATES.get(states[n], states[n])}): {signs[n].phase}" for n, rank in enumerate(ranks)]
@@ -296,6 +295,7 @@ def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int
 
 def _written(run: RunDir, step: int, rank: int, error: ToolkitError) -> ToolkitError:
     with suppress(OSError):  # the disk may be full, which then is the error
+        run.path.stat()  # or gone: it is not made anew
         EventWriter(run.events)(
             Error(step=step, rank=rank, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code))
         )

@@ -273,7 +273,6 @@ def run(session: Session) -> End:
         loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
         loop |= {"elapsed_s": training(), "seconds": clock()}
         keeper.after(update + 1, loop, experience.tensors() if experience is not None else {})
-    keeper.close()
 
     session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, after")
     refresh()
@@ -303,6 +302,7 @@ def run(session: Session) -> End:
     if ema is not None:
         with ema.applied():
             save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
+    keeper.close()
     return end
 
 

@@ -1,7 +1,8 @@
 """Signs of life: what each rank does now, in memory that the launcher shares with all ranks.
 
 A rank writes its phase and counts up, which costs no system call; the launcher reads. A rank that hangs in a collective,
-on a dead GPU or a dead disk, counts no further, and the one that the others wait for has counted least.
+on a dead GPU or a dead disk, counts no further. Meetings, the collectives that all ranks come to in the same order, are
+counted apart: the rank that the others wait for has come to fewest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-_SLOT = struct.Struct("<Q?118s")
+_SLOT = struct.Struct("<QQ?110s")
 SLOT_BYTES = 128
 
 
@@ -22,6 +23,7 @@ class Sign:
     """What a rank said last."""
 
     count: int
+    meetings: int
     has_trained: bool  # there is something that a checkpoint could keep
     phase: str
 
@@ -31,7 +33,7 @@ class Pulse:
 
     def __init__(self, memory: Any, rank: int) -> None:
         self._memory, self._offset = memory, rank * SLOT_BYTES
-        self._count, self._phase, self.has_trained = 0, "starting", False
+        self._count, self._meetings, self._phase, self.has_trained = 0, 0, "starting", False
         self.beat()
 
     @classmethod
@@ -48,14 +50,19 @@ class Pulse:
         """Still alive; doing `phase` from now on, if it is given."""
         self._count += 1
         self._phase = self._phase if phase is None else phase
-        words = self._phase.encode(errors="replace")[:118]
-        _SLOT.pack_into(self._memory, self._offset, self._count, self.has_trained, words)
+        words = self._phase.encode(errors="replace")[:110]
+        _SLOT.pack_into(self._memory, self._offset, self._count, self._meetings, self.has_trained, words)
+
+    def meet(self) -> None:
+        """About to wait for the other ranks."""
+        self._meetings += 1
+        self.beat()
 
 
 def sign_in(memory: Any, rank: int = 0) -> Sign:
     """What a rank said last; count 0: it has not begun."""
-    count, has_trained, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
-    return Sign(count, has_trained, words.rstrip(b"\0").decode(errors="replace"))
+    count, meetings, has_trained, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
+    return Sign(count, meetings, has_trained, words.rstrip(b"\0").decode(errors="replace"))
 
 
 class Watch:

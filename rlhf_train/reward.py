@@ -125,7 +125,6 @@ def run(session: Session) -> End:
                 ),
             )
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
-    keeper.close()
 
     session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
     after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
@@ -133,6 +132,7 @@ def run(session: Session) -> End:
     folder = session.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
     save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
+    keeper.close()
     return end
 
 

@@ -112,7 +112,6 @@ def run(session: Session) -> End:
                 ),
             )
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
-    keeper.close()
 
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
@@ -120,6 +119,7 @@ def run(session: Session) -> End:
     folder = session.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
     save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
+    keeper.close()
     return end
 
 

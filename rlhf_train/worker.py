@@ -107,14 +107,14 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     else:
         torch.set_num_threads(placement.cpu_threads)
     device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
-    world = World(order.rank, placement.ranks, device)
+    pulse = Pulse.of_rank(order.pulse, order.rank, placement.ranks)
+    world = World(order.rank, placement.ranks, device, pulse.meet)
     store = dist.TCPStore("127.0.0.1", order.store_port, world.size, is_master=False) if world.size > 1 else dist.HashStore()
     dist.init_process_group(
         "nccl" if placement.device == "cuda" else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
     )
     connect(world, order.rank)
 
-    pulse = Pulse.of_rank(order.pulse, world.rank, world.size)
     emit = _emitter(run, world.is_main)
     inputs = runs.inputs_of(job, run, order.step)
     chosen = ""

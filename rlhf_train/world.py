@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    meet: Callable[[], object] = lambda: None  # called before each collective
 
     @property
     def is_main(self) -> bool:
@@ -29,6 +30,7 @@ class World:
         """Each number added up over all ranks."""
         local = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in numbers.values()])
         if self.size > 1:
+            self.meet()
             dist.all_reduce(local)
         return dict(zip(numbers, local.tolist(), strict=True))
 
@@ -45,9 +47,11 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
+        self.meet()
         dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
+            self.meet()
             dist.barrier()

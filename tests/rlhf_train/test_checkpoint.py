@@ -6,6 +6,7 @@ import json
 import random
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_every_so_many_updates_and_after_the_last(run: RunDir) -> None:
     step = Step(run, {"every_updates": 2, "every_minutes": None}, updates=5)
     for number in range(1, 6):
         step.update(number)
-    step.keeper.close()
+    step.keeper._wait()
     assert step.saved_updates() == [2, 4, 5]
     assert [folder.name for folder in run.step(1).checkpoints.iterdir()] == ["update-5"]  # one is kept
     (first, *_) = [event for event in step.events if isinstance(event, Checkpoint)]
@@ -368,7 +369,7 @@ def test_a_save_that_fails_keeps_the_last_and_says_so(run: RunDir, small_files: 
     large = {"large": torch.zeros(50_000)}
     step.keeper.after(2, {}, large)
     with pytest.raises(ToolkitError, match="the checkpoint of update 2 could not be written") as raised:
-        step.keeper.close()
+        step.keeper._wait()
     assert "the last good checkpoint is that of update 1" in raised.value.hint and "are free at" in raised.value.why
     assert latest(run.step(1), nobody) == Saved(run.step(1).checkpoint(1))
 
@@ -381,7 +382,7 @@ def test_with_and_without_memory_for_a_copy(run: RunDir, monkeypatch: pytest.Mon
     assert (step.keeper._writing is None) is (memory == 0)
     with torch.no_grad():
         step.ema._shadow[0].fill_(5.0)  # training goes on
-    step.keeper.close()
+    step.keeper._wait()
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.tensor("ema/0").max() < 5
 
@@ -416,3 +417,22 @@ def test_another_step_that_was_done_again(run: RunDir) -> None:
     step.update(1)
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.state["inputs"] == {"1": "abc"}
+
+
+def test_what_is_still_being_written_when_the_model_is_saved_is_given_up(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
+    step = Step(run, {"every_updates": 1})
+    at_a_file = threading.Event()
+    go_on = threading.Event()
+
+    def slow() -> None:
+        at_a_file.set()
+        go_on.wait(60)
+        Keeper._beat(step.keeper)
+
+    monkeypatch.setattr(step.keeper, "_beat", slow)
+    step.keeper.after(1, {})
+    assert at_a_file.wait(60)
+    threading.Timer(0.1, go_on.set).start()
+    step.keeper.close()
+    assert list(run.step(1).checkpoints.iterdir()) == [] and step.saved_updates() == []

@@ -1,0 +1,114 @@
+"""Where the faults happen: a tiny job, trained by a launcher in this process, which spares its start; its ranks are real ones."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from jobs.events import effective, read_events
+from jobs.run_dir import RunDir
+from rlhf_train.__main__ import main
+from tests import tiny
+
+PATIENCE_S = 90.0  # for what takes seconds; other work may share the machine
+SHIM = Path(__file__).parent / "shim"
+
+Fault = dict[str, Any]
+
+
+def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, last: int = 10**9, **more: Any) -> Fault:
+    """For shim/sitecustomize.py: from pass `first` to `last` of the rank's passes of this `kind`.
+
+    what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until `file` is there.
+    kind: "training" (pass 1 is the rehearsal), "generating" (the tokens after the first), "judging" (whole sequences, not to
+    train on them), or "start" (to wait, before anything).
+    """
+    return {"what": what, "kind": kind, "rank": rank, "first": first, "last": last, **more}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A folder with the tiny job."""
+
+    folder: Path
+
+    @classmethod
+    def made_in(cls, folder: Path) -> Scene:
+        (folder / "job.yaml").write_text(yaml.safe_dump(tiny.job(tiny.write_rows(folder / "rows"))), encoding="utf-8")
+        return cls(folder)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.runs / name)
+
+    def train(self, name: str, *settings: str, step: str = "1", met: Fault | None = None, more: tuple[str, ...] = ()) -> int:
+        """`rlhf-train` on the job -> exit code. met: the fault that its ranks meet."""
+        words = ["--job", str(self.folder / "job.yaml"), "--output-dir", str(self.runs), "--run", name, "--step", *step.split(), *more]
+        for setting in settings:
+            words += ["--set", setting]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RLHF_CACHE", str(self.folder / "cache"))
+            if met is not None:
+                patch.setenv("PYTHONPATH", str(SHIM))
+                patch.setenv("FAULT", json.dumps(met))
+            return main(words)
+
+
+def events(run: RunDir, kind: str, step: int = 1) -> list[dict[str, Any]]:
+    """All of a kind, also those that do not hold any more."""
+    return [event for event in read_events(run.events)[0] if event["kind"] == kind and event.get("step") == step]
+
+
+def warnings(run: RunDir, step: int = 1) -> list[str]:
+    return [event["message"] for event in events(run, "warning", step)]
+
+
+def curve(run: RunDir) -> dict[int, float]:
+    """Step 1's losses by update, each once: what a resume has undone is left out."""
+    found = [event for event in effective(read_events(run.events)[0]) if event["kind"] == "metrics" and event["step"] == 1]
+    losses = {event["update"]: event["loss"] for event in found}
+    assert len(losses) == len(found)
+    return losses
+
+
+def ranks_here() -> list[psutil.Process]:
+    """The ranks that a launcher in this process has started."""
+    return [child for child in psutil.Process().children() if is_rank(child)]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "rlhf_train.worker" in process.cmdline() and "RANK" in process.environ()
+    except psutil.Error:  # it has just ended
+        return False
+
+
+def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
+    """Do `act` beside the test as soon as `condition` holds; after PATIENCE_S in any case, or the test would last forever."""
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait_and_act, daemon=True)
+    thread.start()
+    return thread
+
+
+def error_of(said: str) -> str:
+    """What the launcher told in the end."""
+    return said[said.index("error: ") :]

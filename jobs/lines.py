@@ -57,7 +57,17 @@ def error_text(event: RawEvent) -> str:
 
 
 def checkpoint_text(event: RawEvent) -> str:
-    return f"checkpoint at update {event.get('update')}: {size(event.get('size_bytes'))} in {duration(event.get('seconds'))}"
+    seconds, waited, metric = event.get("seconds"), event.get("held_up_s"), event.get("metric")
+    parts = [f"checkpoint at update {event.get('update')}: {size(event.get('size_bytes'))} in {_brief(seconds)}"]
+    if metric is not None:
+        parts.append(f"the best {metric} so far, {number(event.get('value'), '.4g')}")
+    if waited is not None:
+        parts.append(f"training waited {_brief(waited)}")
+    return ", ".join(parts)
+
+
+def _brief(seconds: object) -> str:
+    return f"{seconds:.1f}s" if isinstance(seconds, int | float) and 0 <= seconds < 9.95 else duration(seconds)
 
 
 def resumed_text(event: RawEvent) -> str:

@@ -372,4 +372,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def save_job(job: Job, path: Path) -> None:
     """The resolved job, as a job file that reads back to the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_yaml(job.dump()), encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(dump_yaml(job.dump()), encoding="utf-8")
+    partial.replace(path)

@@ -6,10 +6,13 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from env.settings import Limits, Settings
@@ -111,6 +114,13 @@ def train(args: argparse.Namespace) -> ExitCode:
     run = run_named(job.name if args.run is None else args.run, folder)
     source = None if args.source is None else run_named(args.source, folder)
     load_rule(job.ppo.rule)
+    begun = time.time()
+
+    def leave(_number: int, _frame: object) -> None:
+        sys.exit(ExitCode.CANCELLED if run.cancelled.exists() else ExitCode.PREEMPTED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)  # until launch.py has something to stop
 
     def look() -> tuple[list[int], list[int]]:
         """-> (steps to take over, steps to do)"""
@@ -135,10 +145,15 @@ def train(args: argparse.Namespace) -> ExitCode:
         return ExitCode.OK
     for step in sorted({*wanted} - {*todo, *taken}):
         say(f"step {step} ({STEPS[step]}) is complete: {run.step(step).model}")
-    if todo or taken:
+    if todo or taken or runs.leftovers(run):
         from rlhf_train.launch import launch, locked
 
         with locked(run) as lock:
+            with suppress(FileNotFoundError):
+                if run.cancelled.stat().st_mtime < begun:  # an earlier call was; this one is to go on
+                    run.cancelled.unlink()
+            for folder in runs.leftovers(run):
+                shutil.rmtree(folder, ignore_errors=True)
             taken, todo = look()  # again: another process may have ended here while torch was imported
             if source:
                 runs.take_over(source, run, taken)
@@ -155,13 +170,7 @@ def train(args: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
-def _leave(_number: int, _frame: object) -> None:
-    sys.exit(ExitCode.PREEMPTED)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)  # until launch.py has something to stop
     try:
         return train(parser().parse_args(argv))
     except ToolkitError as error:

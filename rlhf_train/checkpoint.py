@@ -19,7 +19,9 @@ import random
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from rlhf_train.session import Session
 
 SCHEMA = 1
-SHARD_BYTES = 2**29  # tensors are put into files of about this size
+SHARD_BYTES = 2**28  # tensors are put into files of about this size,
+WRITERS = 3  # so many at a time
 MOST_COST = 0.01  # of the training time that saving by the clock may take
 FILES = 64  # inodes that a checkpoint may need
 # Updates left out because of numbers that are not finite: so many in a row, or in a step, are no accident any more.
@@ -90,20 +93,31 @@ class Saved:
         return self._files[name].get_tensor(name)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Those named `prefix/...`, by the rest of their names."""
-        return {name.removeprefix(f"{prefix}/"): self.tensor(name) for name in self._files if name.startswith(f"{prefix}/")}
+        """Copies of those named `prefix/...`, by the rest of their names."""
+        return {name.removeprefix(f"{prefix}/"): self.tensor(name).clone() for name in self._files if name.startswith(f"{prefix}/")}
+
+    def close(self) -> None:
+        """Let go of the files: as long as they are mapped, their room is not free when they are removed."""
+        self.__dict__.pop("_files", None)
 
 
-def latest(step: StepDir, complain: Callable[[str], None]) -> Saved | None:
-    """The newest checkpoint whose every file is as it was written; others are passed over, and complained of if they had been complete."""
+def latest(
+    step: StepDir, complain: Callable[[str], None], inputs: Mapping[str, str] | None = None, beat: Callable[[], None] = lambda: None
+) -> Saved | None:
+    """The newest checkpoint that was made from `inputs` (None: any) and whose every file is as it was written. Others are passed over, and
+    complained of if they had been complete.
+    """
     for folder in sorted(step.checkpoints.glob("update-*"), key=_update_of, reverse=True):
         marked = read_json(folder / "complete.json") if _update_of(folder) >= 0 else None
         if marked is None:
             continue
-        damaged = [name for name, file in marked["files"].items() if _hash(folder / name) != file["sha256"]]
-        if not damaged:
+        damaged = [name for name, file in marked["files"].items() if _hash(folder / name, beat) != file["sha256"]]
+        if damaged:
+            complain(f"the checkpoint {folder} is damaged ({', '.join(damaged)}) and not used")
+        elif inputs is not None and Saved(folder).state["inputs"] != inputs:
+            complain(f"the checkpoint {folder} is not used: the steps before this one were done again since")
+        else:
             return Saved(folder)
-        complain(f"the checkpoint {folder} is damaged ({', '.join(damaged)}) and not used")
     return None
 
 
@@ -112,13 +126,14 @@ def _update_of(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, beat: Callable[[], None]) -> str:
     """sha256; "" if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while block := file.read(2**22):
                 digest.update(block)
+                beat()
     except OSError:
         return ""
     return digest.hexdigest()
@@ -131,10 +146,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = {}
-        for number, shard in enumerate(_shards(tensors)):
-            beat()
-            files[f"tensors-{number:03}.safetensors"] = _put(partial / f"tensors-{number:03}.safetensors", save(shard))
+        files = _put_shards(partial, _shards(tensors), beat)
         files["state.json"] = _put(partial / "state.json", json.dumps(state).encode())
         sync(partial)
         rename(partial, folder)
@@ -156,6 +168,22 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             shard, held = {}, 0
     if shard:
         yield shard
+
+
+def _put_shards(folder: Path, shards: Iterable[dict[str, Tensor]], beat: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    """A file each. Copying, hashing and syncing take turns in several threads, since each alone leaves the disk idle."""
+    files: dict[str, dict[str, Any]] = {}
+    written: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for number, shard in enumerate(shards):
+            beat()
+            name = f"tensors-{number:03}.safetensors"
+            written.append((name, pool.submit(lambda path, shard: _put(path, save(shard)), folder / name, shard)))
+            if len(written) == WRITERS:  # no more in memory at once
+                name, done = written.popleft()
+                files[name] = done.result()
+        files |= {name: done.result() for name, done in written}
+    return files
 
 
 def _put(path: Path, data: bytes) -> dict[str, Any]:
@@ -254,14 +282,18 @@ class Keeper:
         self._writing_update: int | None = None
         self._tried: int = 0  # the update whose checkpoint was written, or not, last
         self._written: Checkpoint | Exception | None = None
-        self._is_abandoned = False
+        self._is_abandoned = self._has_warned = False
+        self.loop_tensors: dict[str, Tensor] = {}  # of the step's loop, from the checkpoint
         session.stop.before_leaving = self._leave
+        session.pulse.is_patient = False  # all that may take long without a sign is over
         if session.world.is_main:
+            remove_others(self.folder, session.saved.path if session.saved is not None else None)
             self._check_room(model_bytes)
 
     def _check_room(self, model_bytes: int) -> None:
         there = size_of(self.folder.checkpoints)
-        needed = max(2 * self.size_bytes, self.size_bytes + model_bytes) - there
+        best = 0 if self.spec.best_every_updates is None or self.folder.best.exists() else model_bytes
+        needed = max(0, max(2 * self.size_bytes, self.size_bytes + model_bytes) + best - there)
         run = self.session.run.path
         free, inodes = room(run)
         self.session.doing(self.step, f"a checkpoint has {size(self.size_bytes)}: {size(needed)} are needed with the next one, {size(free)} free")
@@ -281,6 +313,12 @@ class Keeper:
         if saved is None:
             return None
         self.session.doing(self.step, f"reading the checkpoint of update {saved.update}")
+        if saved.state["updates"] != self.updates:
+            raise ToolkitError(
+                f"the data of step {self.step} has changed since it was stopped",
+                why=f"it has {plural(self.updates, 'updates')} now, and had {saved.state['updates']}",
+                hint=f"put the old rows back, or start the step anew: remove {self.folder.path}",
+            )
         for name, part in self.parts.items():
             part.restore(lambda key, name=name: saved.tensor(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
         # With more ranks than before, the new ones take the others' states: no draw of ours depends on them (see rollout.py).
@@ -289,6 +327,8 @@ class Keeper:
         self.skipped_in_a_row, self.skipped_in_all = saved.state["skipped"]
         self.best_value, self._best_update = saved.state["best"]
         self._saved_update, self._seconds = saved.update, saved.state["seconds"]
+        self.loop_tensors = saved.tensors("loop")
+        saved.close()
         self.session.pulse.has_trained = True
         return saved.state["loop"]
 
@@ -327,8 +367,8 @@ class Keeper:
     def _save(self, *, at_once: bool = False) -> None:
         """All ranks take part; rank 0 writes, beside the training if there is memory for a copy. Raises ToolkitError on rank 0."""
         assert self._now is not None
-        self._wait()
         now, start = self._now, time.perf_counter()
+        self._wait()
         world = self.session.world
         self.session.pulse.beat(f"update {now.update}, checkpoint")
         randoms = world.gather(now.random)
@@ -339,6 +379,7 @@ class Keeper:
             return
         state = {
             "update": now.update,
+            "updates": self.updates,
             "loop": now.state,
             "parts": {name: part.numbers() for name, part in self.parts.items()},
             "random": randoms,
@@ -373,6 +414,7 @@ class Keeper:
         folder = self.folder.checkpoint(update)
         self._tried = update
         try:
+            self._make_room()
             self.session.run.path.stat()  # a disk that went away must not be made anew in the folder that it was mounted on
             with suppress(FileNotFoundError):
                 sync(self.session.run.events)  # the curve up to here is on disk before the state that goes on from here
@@ -384,10 +426,16 @@ class Keeper:
                     raise
                 self._free_what_may_go()
                 written = write(folder, tensors, state, self._beat)
-            remove_others(self.folder, folder)
+            if state["skipped"][0] == 0:  # else what comes of it is not known to be good
+                remove_others(self.folder, folder)
             self._written = Checkpoint(step=self.step, update=update, path=str(folder), size_bytes=written, seconds=time.perf_counter() - start)
         except Exception as error:  # for the training thread to raise
             self._written = error
+
+    def _make_room(self) -> None:
+        free, inodes = room(self.session.run.path)
+        if free < self.size_bytes or (inodes is not None and inodes < FILES):
+            self._free_what_may_go()
 
     def _free_what_may_go(self) -> None:
         """All that is neither the last good checkpoint nor a result."""
@@ -418,6 +466,15 @@ class Keeper:
         if written is not None:
             self._saved_update, self._seconds, self._saved_at = written.update, written.seconds, time.monotonic()
             self.session.emit(replace(written, held_up_s=self._held_up_s))
+            self._warn_of_little_room()
+
+    def _warn_of_little_room(self) -> None:
+        with suppress(OSError):
+            free, _ = room(self.session.run.path)
+            if free < self.size_bytes and not self._has_warned:
+                self._has_warned = True
+                message = f"the next checkpoint will not fit: {size(free)} are free at {self.session.run.path}, and it has {size(self.size_bytes)}"
+                self.session.emit(Warning(step=self.step, message=message, hint="make room while it trains"))
 
     def _failure(self, error: OSError, update: int) -> ToolkitError:
         run = self.session.run.path
@@ -433,29 +490,34 @@ class Keeper:
         return plain
 
     def last_good(self) -> str:
+        with suppress(ToolkitError):  # of another failure: that is told
+            self._wait()
         return "there is no checkpoint yet" if self._saved_update is None else f"the last good checkpoint is that of update {self._saved_update}"
 
     # --- leaving ---
 
     def _leave(self, grace_s: float | None) -> None:
         """The run is to end: save the last whole update if that fits into `grace_s` (None: it is not limited)."""
-        if self._now is None or self.skipped_in_a_row or not self._is_whole(self._now.update):
+        if self._now is None:
+            return
+        if not self._is_whole(self._now.update):
+            self._say_nothing_is_saved("the update after it was half made")
             return
         if self.session.world.any(self._now.update in (self._saved_update, self._writing_update)):
             self._wait()
             return
-        fits = grace_s is None or self._seconds is None or self._seconds <= grace_s
+        fits = grace_s is None or self._seconds is None or self._seconds * (2 if self._writing else 1) <= grace_s
         if self.session.world.any(self.session.world.is_main and fits):
             self._save(at_once=True)
         elif self.session.world.is_main:
-            self.session.emit(
-                Warning(
-                    step=self.step,
-                    message=f"no checkpoint of update {self._now.update}: {grace_s:.0f} s are left, and the last one took {self._seconds:.0f} s",
-                    hint=f"{self.last_good()}; checkpoint.grace_s says how long this machine waits after SIGTERM",
-                )
-            )
+            self._say_nothing_is_saved(f"{grace_s:.0f} s are left, and the last one took {self._seconds:.0f} s")
             self._wait()
+
+    def _say_nothing_is_saved(self, why: str) -> None:
+        assert self._now is not None
+        message = f"no checkpoint of update {self._now.update}: {why}"
+        hint = f"{self.last_good()}; checkpoint.grace_s says how long this machine waits after SIGTERM"
+        self.session.emit(Warning(step=self.step, message=message, hint=hint))
 
     def _is_whole(self, update: int) -> bool:
         """No part is in the midst of an update, or ahead of the others."""
@@ -489,6 +551,8 @@ class Keeper:
         """
         norms = [engine.step() for engine in engines]
         broken = [norm for norm, engine in zip(norms, engines, strict=True) if not math.isfinite(norm) and not engine.scale_can_fall]
+        if any(engine.is_spoiled for engine in engines):
+            raise diverged(self.step, engines[0].update, f"its gradient norm is {broken[0]}, and the weights have taken it", self.last_good())
         if broken:
             self.skipped(engines[0].update, f"its gradient norm is {broken[0]}")
         else:
@@ -498,7 +562,8 @@ class Keeper:
     # --- the best weights ---
 
     def wants_best(self, update: int) -> bool:
-        return self.spec.best_every_updates is not None and update % self.spec.best_every_updates == 0 and update < self.updates
+        """Before the update after `update`, also where a run goes on from there: measured there again, with the same result."""
+        return self.spec.best_every_updates is not None and update > 0 and update % self.spec.best_every_updates == 0
 
     def offer(self, update: int, metric: str, value: float, *, lower_is_better: bool, save: Callable[[Path], None]) -> None:
         """Keep the weights of `update` if `value`, measured on held-out data, is the best so far; save(folder), by all ranks."""

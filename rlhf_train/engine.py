@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Optimization
 from rlhf_train import compat
 from rlhf_train.batch import BatchPlan
@@ -91,6 +92,7 @@ class Engine:
         self.learning_rate = learning_rate
         self.update = 0  # optimizer updates done
         self.intact = True  # not in the midst of an update of the weights
+        self.is_spoiled = False  # gradients that were not finite are in the weights: DeepSpeed 0.15 looks for them in float16 only
         module.train()
         # DeepSpeed clips fp32 gradients at ZeRO 0 without telling their norm, so there we do it.
         self._clips = precision == "float32" and zero_stage == 0
@@ -137,9 +139,13 @@ class Engine:
         self.intact = False
         self._engine.step()
         self.intact = True
-        if norm is None and getattr(self.optimizer, "overflow", False):
-            return math.inf
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+            overflowed = getattr(self.optimizer, "overflow", False)
+            if overflowed or not math.isfinite(norm) or norm < 0:  # -1 is how DeepSpeed 0.15 says it
+                self.is_spoiled = not overflowed
+                return math.inf
+        return float(norm)
 
     @property
     def scale_can_fall(self) -> bool:
@@ -161,14 +167,16 @@ class Engine:
                 for group in kept:
                     kept[group] = None
 
-    def rehearse(self, loss: Tensor) -> None:
-        """One update that changes nothing: backward and step of a forward pass's `loss` (any scalar), at learning rate 0 and with gradients of 0.
-
-        What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored.
-        """
-        scaler = self._scaler_state()
-        self.backward(loss * 0.0, last=True)
-        self._step(0.0)
+    def _rehearse_step(self, scaler: Mapping[str, Any]) -> None:
+        """Learning rate 0 and gradients of 0: nothing moves. Raises ToolkitError if the loss was not finite."""
+        norm = self._step(0.0)
+        if not math.isfinite(norm):
+            raise ToolkitError(
+                "the longest rows give numbers that are not finite, before anything was learned",
+                why=f"the gradient norm of 0 times their loss is {norm}",
+                hint="look at the model that training starts from; in float16, try hardware.precision: bfloat16 or float32",
+                code=ExitCode.TRAINING,
+            )
         if self.zero_stage in (1, 2):
             # DeepSpeed links parameters with their moments after the step of the first group of parameters, when the second has none yet.
             self.optimizer._hp_optimizer_states_linked = False
@@ -279,6 +287,18 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[floa
     if device.type == "cuda" and installed_ops.get("fused_adam"):
         return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda")
+
+
+def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
+    """One update that changes nothing, of engines that learn together: each one's forward pass (any scalar) and backward, then their steps.
+
+    What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored.
+    """
+    scalers = [engine._scaler_state() for engine, _ in updates]
+    for engine, forward in updates:
+        engine.backward(forward() * 0.0, last=True)
+    for (engine, _), scaler in zip(updates, scalers, strict=True):
+        engine._rehearse_step(scaler)
 
 
 def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from jobs.errors import ToolkitError
+from jobs.errors import ExitCode, ToolkitError
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
 from jobs.words import STEPS, plural
 from jobs.yaml12 import dump_yaml
+from rlhf_train.disk import size_of
 from rlhf_train.plan import GIB, Placement
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -108,13 +109,49 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     frozen = (actor.all + critic.all) * weight
     copies = actor.all * weight if placement.actor_zero_stage == 3 else 0
     memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen + copies}
-    disk = {1: actor.all * weight, 2: critic.all * weight, 3: actor.all * weight * (2 if job.ppo.ema_decay else 1)}
     lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
     lines += [f"memory, step {step}: {_amount(memory[step])} a rank, and activations" for step in todo]
-    here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
-    need, free = sum(disk[step] for step in todo), shutil.disk_usage(here).free
-    lines.append(f"disk: {_amount(need)} for models, of {_amount(free)} free at {here}" + ("; too little" if need > free else ""))
+    need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
+    lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them" + ("; too little" if need > free else ""))
     return lines
+
+
+def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight_bytes: int) -> int:
+    """The most that the steps need at once: the models of those before, a checkpoint, and the next one beside it or the model."""
+    kept = most = 0
+    for step in steps:
+        model = (critic if step == 2 else actor).all * weight_bytes
+        models = model * (2 if step == 3 and job.ppo.ema_decay else 1)
+        best = model if job.checkpoint.best_every_updates else 0
+        trained = {1: actor.trained, 2: critic.trained, 3: actor.trained + critic.trained}[step]
+        checkpoint = 12 * trained + (4 * actor.trained if step == 3 and job.ppo.ema_decay else 0)
+        most = max(most, kept + best + checkpoint + max(checkpoint, models))
+        kept += best + models
+    return most
+
+
+def free_bytes(run: RunDir) -> int:
+    """Free where the run lies, or will; what it holds already counts, since these steps will use or replace it."""
+    here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
+    return shutil.disk_usage(here).free + size_of(run.path)
+
+
+def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement) -> None:
+    """Before anything is fetched or trained, for all steps to come. Raises ToolkitError when the disk is too small for them."""
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    try:
+        actor, critic = model_size(job, job.actor.model, lora=True), model_size(job, critic_source, lora=False)
+    except (OSError, ValueError, ToolkitError):  # the step itself will say what is wrong with a model
+        return
+    need, free = disk_bytes(job, steps, actor, critic, WEIGHT_BYTES[placement.precision]), free_bytes(run)
+    if need > free:
+        numbers = ", ".join(map(str, steps))
+        raise ToolkitError(
+            f"the disk is too small for the models and checkpoints of {'step' if len(steps) == 1 else 'steps'} {numbers}",
+            why=f"they need {_amount(need)} at once, and {_amount(free)} are free for them at {run.path}",
+            hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
+            code=ExitCode.UNFIT,
+        )
 
 
 def _amount(size_bytes: int) -> str:

@@ -39,6 +39,7 @@ def save_model(
     scores: for the model card; best: the metric and its value for which these weights are kept.
     """
     start = time.perf_counter()
+    session.pulse.is_patient = True  # transformers writes it in one go
     session.doing(step, f"saving {folder}")
     engine.settle()
     model: Any = engine.module.model
@@ -60,6 +61,7 @@ def save_model(
         written, seconds = size_of(folder), time.perf_counter() - start
         session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
     session.world.barrier()
+    session.pulse.is_patient = False
 
 
 def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:

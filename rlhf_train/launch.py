@@ -36,8 +36,8 @@ POLL_S = 0.1
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
 GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
 END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
-HANG_S = 300.0  # without a sign of life of any rank, once there was an update; a pass or a token takes seconds
-SETUP_HANG_S = 1500.0  # before that: models are fetched and rows tokenised. PyTorch's collectives give up after 1800 s
+HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
+PATIENT_HANG_S = 1500.0  # while models are fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
 STACKS_S = 1.0  # for the ranks to write down their stacks
 CHECKOUT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
             ended = _Ended(is_done=False)
             while not ended.is_done:
                 view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
-                ended = _train_step(job, run, step, placement, cache, lock, log, caught, view)
+                ended = _train_step(job, run, step, [n for n in steps if n >= step], placement, cache, lock, log, caught, view)
                 if ended.no_memory is not None:
                     placement = _with_less_memory(job, run, step, placement, ended.no_memory)
                 elif not ended.is_done:
@@ -86,10 +86,12 @@ class _Ended:
     no_memory: LastWords | None = None
 
 
-def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any) -> _Ended:
+def _train_step(
+    job: Job, run: RunDir, step: int, left: Sequence[int], placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any
+) -> _Ended:
     port, _store = _rendezvous(placement.ranks)
     watch = Watch(placement.ranks)
-    order = Order(job.dump(), str(run.path), step, asdict(placement), str(cache), port, watch.file)
+    order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(cache), port, watch.file)
     offset = run.events.stat().st_size if run.events.exists() else 0
     ranks: list[Rank] = []
     hang: ToolkitError | None = None
@@ -107,7 +109,7 @@ def _train_step(job: Job, run: RunDir, step: int, placement: Placement, cache: P
             is_late = time.monotonic() - asked_at > job.checkpoint.grace_s - END_S
             if caught and (is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1):
                 break
-            if (silent_s := life.silent_s()) > (HANG_S if any(sign.has_trained for sign in watch.signs()) else SETUP_HANG_S):
+            if (silent_s := life.silent_s()) > (PATIENT_HANG_S if any(sign.is_patient for sign in watch.signs()) else HANG_S):
                 hang = _hang(ranks, watch.signs(), silent_s)
                 break
     finally:
@@ -145,9 +147,11 @@ def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, wo
 
         what = f"out of memory in step {step} with a micro batch of 1"
         raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), code=ExitCode.TRAINING))
-    fitted.remember(job, run, less)
+    with suppress(OSError):  # a full disk is told by the next start
+        fitted.remember(job, run, less)
     message = f"out of memory with a micro batch of {now}: goes on with {less.micro_batches[step - 1]}, from update {runs.goes_on_from(run, step)}"
-    EventWriter(run.events)(Warning(step=step, message=message, hint="the global batch stays; set hardware.micro_batch to spare the try"))
+    with suppress(OSError):
+        EventWriter(run.events)(Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it"))
     return less
 
 
@@ -155,13 +159,15 @@ class _Life:
     """How long the ranks have given no sign of life."""
 
     def __init__(self, watch: Watch) -> None:
-        self._watch, self._counts, self._since = watch, [0], time.monotonic()
+        self._watch, self._counts, self._silent_s, self._seen_at = watch, [0], 0.0, time.monotonic()
 
     def silent_s(self) -> float:
-        counts = [sign.count for sign in self._watch.signs()]
+        counts, now = [sign.count for sign in self._watch.signs()], time.monotonic()
+        self._silent_s += min(now - self._seen_at, 1.0)  # a machine that was frozen, and we with it, has not hung
+        self._seen_at = now
         if counts != self._counts:
-            self._counts, self._since = counts, time.monotonic()
-        return time.monotonic() - self._since
+            self._counts, self._silent_s = counts, 0.0
+        return self._silent_s
 
 
 def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> ToolkitError:

@@ -246,7 +246,9 @@ def free_memory_bytes() -> int:
     for limit, used in MEMORY_LIMITS:
         most, now = _read(limit).strip(), _read(used).strip()
         if most.isdecimal() and now.isdecimal():
-            free = min(free, max(0, int(most) - int(now)))
+            # Pages of files that nobody uses are counted as used, and given back at need.
+            cached = re.search(r"^(?:total_)?inactive_file ([0-9]+)", _read(limit.with_name("memory.stat")), flags=re.MULTILINE)
+            free = min(free, max(0, int(most) - int(now) + (int(cached[1]) if cached else 0)))
     return free
 
 

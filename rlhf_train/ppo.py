@@ -23,7 +23,7 @@ from rlhf_train import fitted, losses
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
 from rlhf_train.checkpoint import Keeper
 from rlhf_train.disk import write_json
-from rlhf_train.engine import Ema, Engine, copy_weights
+from rlhf_train.engine import Ema, Engine, copy_weights, rehearse
 from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
 from rlhf_train.export import eval_model, save_model, scores_of
 from rlhf_train.held_out import HeldOut, Summary
@@ -144,8 +144,10 @@ def run(session: Session) -> End:
     prompt = max((tokens.train.prompt[i] for i in rows), key=len)
     answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
     longest = Sequences.of([prompt] * micro_batch, [answer] * micro_batch, pad_id, world.device)
-    actor.rehearse(actor(longest, temperature=spec.temperature)[0].sum())
-    critic.rehearse(critic(longest)[0].sum())
+    rehearse(
+        (actor, lambda: actor(longest, temperature=spec.temperature)[0].sum()),
+        (critic, lambda: critic(longest)[0].sum()),
+    )
     keeper.resume()
     if saved is None:
         session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
@@ -159,9 +161,20 @@ def run(session: Session) -> End:
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     tally = Tally(**saved["tally"]) if saved else Tally()
     experience, rollout_micro_batch = None, where.rollout_micro_batch
-    if tally.updates and session.saved is not None:  # stopped between two updates of one rollout
-        experience = Experience.from_tensors(session.saved.tensors("loop"))
+    if tally.updates:  # stopped between two updates of one rollout
+        experience = Experience.from_tensors(keeper.loop_tensors)
     for update in range(actor.update, updates):
+        if keeper.wants_best(update):
+            refresh()
+            best = ("mean_reward", held_out.summary(held_out.answers(sampling, reference, reward_model)).reward)
+            keeper.offer(
+                update,
+                *best,
+                lower_is_better=False,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 3, update, actor, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                ),
+            )
         rollout, place = divmod(update, updates_per_rollout)
         if experience is None:
             tally = Tally()
@@ -241,7 +254,9 @@ def run(session: Session) -> End:
             norms = keeper.learn(actor, critic)
             if ema is not None:
                 ema.update()
-            tally.add(world.sum(sums), norms)
+            total = world.sum(sums)
+            if keeper.skipped_in_a_row == 0:
+                tally.add(total, norms)
         tally.updates += 1
         tally.train_s += train_clock()
 
@@ -259,17 +274,6 @@ def run(session: Session) -> End:
                 )
             kl_coef = next_kl_coef(spec, kl_coef, kl)
             experience, tally = None, Tally()
-        if keeper.wants_best(update + 1):
-            refresh()
-            best = ("mean_reward", held_out.summary(held_out.answers(sampling, reference, reward_model)).reward)
-            keeper.offer(
-                update + 1,
-                *best,
-                lower_is_better=False,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 3, update + 1, actor, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
-                ),
-            )
         loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
         loop |= {"elapsed_s": training(), "seconds": clock()}
         keeper.after(update + 1, loop, experience.tensors() if experience is not None else {})

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-_SLOT = struct.Struct("<QQ?110s")
+_SLOT = struct.Struct("<QQ??109s")
 SLOT_BYTES = 128
 
 
@@ -25,6 +25,7 @@ class Sign:
     count: int
     meetings: int
     has_trained: bool  # there is something that a checkpoint could keep
+    is_patient: bool  # something goes on that may take long without a sign: fetching a model, tokenising, writing one
     phase: str
 
 
@@ -33,7 +34,8 @@ class Pulse:
 
     def __init__(self, memory: Any, rank: int) -> None:
         self._memory, self._offset = memory, rank * SLOT_BYTES
-        self._count, self._meetings, self._phase, self.has_trained = 0, 0, "starting", False
+        self._count, self._meetings, self._phase = 0, 0, "starting"
+        self.has_trained = self.is_patient = False
         self.beat()
 
     @classmethod
@@ -50,8 +52,8 @@ class Pulse:
         """Still alive; doing `phase` from now on, if it is given."""
         self._count += 1
         self._phase = self._phase if phase is None else phase
-        words = self._phase.encode(errors="replace")[:110]
-        _SLOT.pack_into(self._memory, self._offset, self._count, self._meetings, self.has_trained, words)
+        words = self._phase.encode(errors="replace")[:109]
+        _SLOT.pack_into(self._memory, self._offset, self._count, self._meetings, self.has_trained, self.is_patient, words)
 
     def meet(self) -> None:
         """About to wait for the other ranks."""
@@ -61,8 +63,8 @@ class Pulse:
 
 def sign_in(memory: Any, rank: int = 0) -> Sign:
     """What a rank said last; count 0: it has not begun."""
-    count, meetings, has_trained, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
-    return Sign(count, meetings, has_trained, words.rstrip(b"\0").decode(errors="replace"))
+    count, meetings, has_trained, is_patient, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
+    return Sign(count, meetings, has_trained, is_patient, words.rstrip(b"\0").decode(errors="replace"))
 
 
 class Watch:

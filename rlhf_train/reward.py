@@ -17,7 +17,7 @@ from jobs.spec import Reward
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
 from rlhf_train.checkpoint import Keeper
 from rlhf_train.data import Table
-from rlhf_train.engine import Engine
+from rlhf_train.engine import Engine, rehearse
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.losses import preference_loss, preference_loss_per_token
 from rlhf_train.models import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer
@@ -56,8 +56,12 @@ def run(session: Session) -> End:
     keeper = Keeper(session, 2, updates, {"reward_model": engine}, model_bytes=engine.model_bytes())
     session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    scores, lm_log_probs = engine(longest, lm_rows=plan.micro_batch if spec.lm_coef else 0)
-    engine.rehearse(scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum())
+
+    def longest_pass() -> Tensor:
+        scores, lm_log_probs = engine(longest, lm_rows=plan.micro_batch if spec.lm_coef else 0)
+        return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
+
+    rehearse((engine, longest_pass))
     saved = keeper.resume()
     if saved is None:
         session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
@@ -67,6 +71,16 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
+        if keeper.wants_best(update):
+            best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update,
+                *best,
+                lower_is_better=False,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
+                ),
+            )
         picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
@@ -113,16 +127,6 @@ def run(session: Session) -> End:
                     accuracy=total["correct"] / spec.global_batch,
                     margin=total["margin"] / spec.global_batch,
                 )
-            )
-        if keeper.wants_best(update + 1):
-            best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
-                update + 1,
-                *best,
-                lower_is_better=False,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 2, update + 1, engine, tokenizer, folder, lora=None, scores={}, best=best
-                ),
             )
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 

@@ -100,6 +100,12 @@ def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
     shutil.rmtree(run.step(step).checkpoints, ignore_errors=True)
 
 
+def leftovers(run: RunDir) -> list[Path]:
+    """What a process that was killed at the wrong moment has left in steps that are complete."""
+    steps = [run.step(step) for step in (1, 2, 3) if is_complete(run, step)]
+    return [folder for step in steps for folder in (step.checkpoints, *step.path.glob("*.partial")) if folder.exists()]
+
+
 def inputs_of(job: Job, run: RunDir, step: int) -> dict[str, str]:
     """By step, what tells the results apart that `step` starts from: a checkpoint made from others is not gone on with."""
     return {str(n): hashlib.sha256(run.step(n).complete.read_bytes()).hexdigest() for n in needed_by(job, step)}

@@ -16,6 +16,7 @@ from jobs.spec import Data, Job, Scratch
 from rlhf_train import data
 from rlhf_train.batch import BatchPlan
 from rlhf_train.checkpoint import Saved
+from rlhf_train.disk import rename, sync_files
 from rlhf_train.engine import DTYPES
 from rlhf_train.models import load_tokenizer, train_tokenizer
 from rlhf_train.plan import Placement
@@ -98,7 +99,8 @@ def actor_tokenizer(session: Session) -> Any:
         session.doing(1, "training a tokenizer on the job's rows")
         partial = folder.with_name("tokenizer.partial")
         train_tokenizer(data.texts(session.job.data), session.job.actor.tokenizer_vocabulary).save_pretrained(str(partial))
-        partial.replace(folder)
+        sync_files(partial)
+        rename(partial, folder)
     session.world.barrier()
     return load_tokenizer(str(folder))
 

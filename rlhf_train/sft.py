@@ -16,7 +16,7 @@ from jobs.spec import Job
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
 from rlhf_train.checkpoint import Keeper
 from rlhf_train.data import Table
-from rlhf_train.engine import Engine
+from rlhf_train.engine import Engine, rehearse
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, checkpoint_activations, load_causal, load_tokenizer
 from rlhf_train.session import Clock, Session, actor_tokenizer, corpus
@@ -58,7 +58,7 @@ def run(session: Session) -> End:
     keeper = Keeper(session, 1, updates, {"actor": engine}, model_bytes=engine.model_bytes())
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    engine.rehearse(engine(longest, from_prompt=spec.loss_on_prompt)[0].sum())
+    rehearse((engine, lambda: engine(longest, from_prompt=spec.loss_on_prompt)[0].sum()))
     saved = keeper.resume()
     if saved is None:
         session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
@@ -68,6 +68,16 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
+        if keeper.wants_best(update):
+            best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update,
+                *best,
+                lower_is_better=True,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                ),
+            )
         chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
@@ -100,16 +110,6 @@ def run(session: Session) -> End:
                     grad_norm=grad_norm,
                     loss=total["loss"],
                 )
-            )
-        if keeper.wants_best(update + 1):
-            best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
-                update + 1,
-                *best,
-                lower_is_better=True,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 1, update + 1, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
-                ),
             )
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 

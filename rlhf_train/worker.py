@@ -39,6 +39,7 @@ class Order:
     job: dict[str, Any]
     run: str
     step: int
+    left: list[int]  # this step and those to be done after it
     placement: dict[str, Any]
     cache: str
     store_port: int  # of the launcher's rendezvous store; 0 for a single rank
@@ -72,7 +73,8 @@ def main() -> int:
         return _train(order, run)
     except Exception as error:  # the process ends here: say why, for the launcher to show
         report = explain(error)
-        at_s, no_memory = time.monotonic(), is_out_of_memory(error)
+        # While models are loaded, a smaller micro batch would not help.
+        at_s, no_memory = time.monotonic(), is_out_of_memory(error) and getattr(error, "while_training", False)
         words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), at_s, no_memory)
         os.write(pipe, json.dumps(asdict(words)).encode())
         with suppress(OSError):  # the log's disk may be full
@@ -91,6 +93,7 @@ def _train(order: Order, run: RunDir) -> ExitCode:
 
     from rlhf_train import checkpoint, compat, ppo, reward, runs, sft
     from rlhf_train.engine import connect
+    from rlhf_train.estimate import check_room
     from rlhf_train.plan import Placement
     from rlhf_train.pulse import Pulse
     from rlhf_train.session import Session, Stop, Stopped
@@ -121,10 +124,7 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     if world.is_main:
         complaints: list[str] = []
         goes_on = runs.begin_step(job, run, order.step)
-        saved = checkpoint.latest(run.step(order.step), complaints.append) if goes_on else None
-        if saved is not None and saved.state["inputs"] != inputs:
-            complaints.append(f"the checkpoint {saved.path} is not used: the steps before this one were done again since")
-            saved = None
+        saved = checkpoint.latest(run.step(order.step), complaints.append, inputs, pulse.beat) if goes_on else None
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
             emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
         for message in (*complaints, *placement.notes):
@@ -134,14 +134,20 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     saved = checkpoint.Saved(Path(chosen)) if chosen else None
     session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
     failure: Exception | None = None
+    pulse.is_patient = True  # until all is loaded: see Keeper
     try:
+        if world.is_main:
+            check_room(job, run, order.left, placement)
         end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
     except Stopped:
         return ExitCode.PREEMPTED
     except Exception as error:
+        if is_out_of_memory(error):
+            error.while_training = not pulse.is_patient  # type: ignore[attr-defined]
         if world.size > 1 or not is_out_of_memory(error):
             raise
         failure = error.with_traceback(None)  # whose frames hold on to the tensors
+        failure.__context__ = failure.__cause__ = None
     if failure is not None:
         # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
         compat.free_gpu_memory()

@@ -74,7 +74,7 @@ def test_what_is_being_done_with_its_time() -> None:
 
 def test_the_last_checkpoint_stays_in_sight() -> None:
     saved = event("checkpoint", 3, update=100, path="x", size_bytes=1500, seconds=1)
-    assert squeezed(shown([saved, PPO], 79))[-1] == "checkpoint at update 100: 1.5 kB in 1s"
+    assert squeezed(shown([saved, PPO], 79))[-1] == "checkpoint at update 100: 1.5 kB in 1.0s"
 
 
 def test_a_failed_step_says_so() -> None:

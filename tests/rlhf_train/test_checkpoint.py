@@ -343,7 +343,7 @@ def test_too_many_are_left_out_in_all(run: RunDir) -> None:
 
 def test_the_best_is_kept(run: RunDir) -> None:
     step = Step(run, {"best_every_updates": 2}, updates=6)
-    assert [number for number in range(1, 7) if step.keeper.wants_best(number)] == [2, 4]  # after the last, the model itself is saved
+    assert [number for number in range(1, 7) if step.keeper.wants_best(number)] == [2, 4, 6]
     kept: list[tuple[Path, int]] = []
     for number, value in ((2, 3.0), (4, 2.5), (6, 2.75)):
         step.keeper.offer(number, "perplexity", value, lower_is_better=True, save=lambda folder, number=number: kept.append((folder, number)))  # type: ignore[misc]
@@ -436,3 +436,50 @@ def test_what_is_still_being_written_when_the_model_is_saved_is_given_up(run: Ru
     threading.Timer(0.1, go_on.set).start()
     step.keeper.close()
     assert list(run.step(1).checkpoints.iterdir()) == [] and step.saved_updates() == []
+
+
+def test_what_was_read_lets_go_of_its_files(run: RunDir) -> None:
+    """As long as they are mapped, a removed checkpoint keeps its room on the disk."""
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    saved = latest(run.step(1), nobody)
+    again = Step(run, {"every_updates": 1}, saved=saved)
+    again.keeper.resume()
+    assert int(again.keeper.loop_tensors["number"]) == 1
+    again.update(2)
+    assert [line for line in Path("/proc/self/maps").read_text().splitlines() if str(run.path) in line] == []
+
+
+def test_what_a_killed_save_has_left_goes_at_the_start(run: RunDir) -> None:
+    half = run.step(1).checkpoints / "update-3.partial"
+    half.mkdir(parents=True)
+    write(run.step(1).checkpoint(2), [], {"update": 2})
+    Step(run, {}, saved=Saved(run.step(1).checkpoint(2)))
+    assert [folder.name for folder in run.step(1).checkpoints.iterdir()] == ["update-2"]
+
+
+def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
+    """The weights are those of the update before: they are saved, and the older checkpoint is not removed for them."""
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    step.keeper.skipped(2, "its loss is not finite")
+    step.session.stop.ask()
+    with pytest.raises(Stopped):
+        step.update(2)
+    assert step.saved_updates() == [1, 2]
+    assert sorted(folder.name for folder in run.step(1).checkpoints.iterdir()) == ["update-1", "update-2"]
+
+
+def test_other_data_is_refused(run: RunDir) -> None:
+    step = Step(run, {"every_updates": 1}, updates=5)
+    step.update(1)
+    with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped"):
+        Step(run, {}, updates=6, saved=latest(run.step(1), nobody)).keeper.resume()
+
+
+def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
+    complaints: list[str] = []
+    for update, inputs in ((8, {"1": "old"}), (2, {"1": "new"})):
+        write(run.step(3).checkpoint(update), [], {"update": update, "inputs": inputs})
+    assert latest(run.step(3), complaints.append, {"1": "new"}) == Saved(run.step(3).checkpoint(2))
+    assert complaints == [f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"]

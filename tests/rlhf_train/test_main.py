@@ -298,7 +298,9 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
     mib = f"{count * (4 + 4 + 8) / 2**20:.1f} MiB"  # weights, gradients and two moments
     assert f"parameters: actor {amount} ({amount} trained), critic {amount}" in lines
     assert f"memory, step 1: {mib} a rank, and activations" in lines
-    assert lines[-1].startswith(f"disk: {3 * count * 4 / 2**20:.1f} MiB for models, of ") and lines[-1].endswith(f" free at {tmp_path}")
+    # In step 3: two models, and two checkpoints of actor and critic with two moments each.
+    needed = f"{(2 * 4 + 2 * 2 * 12) * count / 2**20:.1f} MiB"
+    assert lines[-1].startswith(f"disk: {needed} for models and checkpoints, of ") and lines[-1].endswith(" free for them")
     assert printed.err == "" and list(tmp_path.iterdir()) == []
 
 

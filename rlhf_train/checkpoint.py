@@ -49,6 +49,7 @@ SCHEMA = 1
 SHARD_BYTES = 2**28  # tensors are put into files of about this size,
 WRITERS = 3  # so many at a time
 MOST_COST = 0.01  # of the training time that saving by the clock may take
+COPIED_A_SECOND = 1.2e9  # bytes from the GPU into new memory; seen: 1.3e9 to 3e9 (one H200, OPT-1.3b's shape)
 FILES = 64  # inodes that a checkpoint may need
 # Updates left out because of numbers that are not finite: so many in a row, or in a step, are no accident any more.
 MOST_SKIPPED_IN_A_ROW, MOST_SKIPPED = 5, 50
@@ -277,7 +278,7 @@ class Keeper:
         self._saved_update: int | None = None  # of the last one that is complete
         self._saved_at = time.monotonic()
         self._seconds: float | None = None  # that the last one took until it was on disk
-        self._held_up_s = 0.0  # that training waited for it
+        self._held_up_s = self.size_bytes / COPIED_A_SECOND  # that training waited for it; before there is one, a guess
         self._writing: threading.Thread | None = None
         self._writing_update: int | None = None
         self._tried: int = 0  # the update whose checkpoint was written, or not, last

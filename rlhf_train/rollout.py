@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.errors import ExitCode, ToolkitError
 from rlhf_train import compat
 
 
@@ -98,13 +99,20 @@ class Rollouts:
         return Responses(tokens, log_probs, ended)
 
     def _fitting(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """`_generate` of as many as fit into memory."""
+        """`_generate` of as many as fit into memory. Raises ToolkitError if not one does."""
         while True:
             try:
                 return self._generate(prompts[: self.batch], numbers[: self.batch])
             except Exception as error:
-                if not compat.is_out_of_memory(error) or self.batch == 1:
+                if not compat.is_out_of_memory(error):
                     raise
+                if min(self.batch, len(prompts)) == 1:
+                    raise ToolkitError(
+                        "out of memory in a rollout with one prompt at once",
+                        why=str(error).splitlines()[0],
+                        hint="actor.lora, a smaller critic.model, or ZeRO 3 on more GPUs leave more room; shorter data.max_response_tokens need less",
+                        code=ExitCode.TRAINING,
+                    ) from None
             # Not in the handler, whose traceback holds on to the tensors.
             self.batch = max(1, min(self.batch, len(prompts)) // 2)
             compat.free_gpu_memory()

@@ -483,3 +483,16 @@ def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
         write(run.step(3).checkpoint(update), [], {"update": update, "inputs": inputs})
     assert latest(run.step(3), complaints.append, {"1": "new"}) == Saved(run.step(3).checkpoint(2))
     assert complaints == [f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"]
+
+
+def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run.step(2).checkpoint(3)
+    write(left, [], {"update": 3})
+    run.step(2).complete.write_text("{}")
+    step = Step(run, {"every_updates": 1})
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (10, 10_000))  # of the 24 bytes that a checkpoint is thought to have
+    for number in (1, 2):
+        step.update(number)
+    assert step.saved_updates() == [1, 2] and not left.exists()
+    (warning,) = [event for event in step.events if isinstance(event, Warning)]
+    assert warning.message == f"the next checkpoint will not fit: 10 bytes are free at {run.path}, and it has 24 bytes"

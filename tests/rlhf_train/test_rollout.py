@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from jobs.errors import ToolkitError
 from rlhf_train.rollout import Rollouts, sample, uniforms
 
 pytestmark = pytest.mark.pinned
@@ -116,3 +117,53 @@ def test_numbers_belong_to_seed_row_and_position():
     assert ours.min() >= 0
     assert ours.max() < 1
     assert uniforms(7, [], 5).shape == (0, 5)  # a rank without a prompt
+
+
+class SmallGpu:
+    """The model on a GPU that has memory for so many rows at once."""
+
+    def __init__(self, model, rows):
+        self.model, self.rows = model, rows
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def base_model(self, input_ids, **others):
+        if len(input_ids) > self.rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.model.base_model(input_ids=input_ids, **others)
+
+
+def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers(model):
+    prompts, ids = some_prompts(), list(range(7))
+    expected = rollouts(model, batch=8).generate(prompts, seed=7, row_ids=ids)
+    small = rollouts(model, batch=8)
+    small.model = SmallGpu(model, 2)
+    found = small.generate(prompts, seed=7, row_ids=ids)
+    assert small.batch == 1  # of 8, for 7 prompts: 3, then 1
+    assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, found.tokens, strict=True))
+    assert expected.ended.tolist() == found.ended.tolist()
+
+
+def test_where_not_even_one_fits(model):
+    small = rollouts(model, batch=4)
+    small.model = SmallGpu(model, 0)
+    with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at once"):
+        small.generate(some_prompts(), seed=7, row_ids=list(range(7)))
+
+
+def test_asked_to_stop_it_stops_within_a_token(model):
+    tokens = []
+    asked = Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=12,
+        temperature=1.0,
+        batch=1,
+        device=torch.device("cpu"),
+        beat=lambda: tokens.append(1),
+        is_asked_to_stop=lambda: len(tokens) >= 3,
+    )
+    asked.generate(some_prompts(), seed=7, row_ids=list(range(7)))
+    assert len(tokens) == 3

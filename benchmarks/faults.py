@@ -301,13 +301,12 @@ def wishes_of(dice: random.Random, kills: int, terms: int) -> list[Wish]:
     for number in range(kills + terms):
         is_kill = number < kills
         step = 1 + number * 3 // kills if is_kill else dice.choice([1, 2, 3])
-        doing = dice.choice([STARTING, UPDATE, SAVE, ENDING, *([BETWEEN] if step > 1 else []), *([ROLLOUT, ROLLOUT] if step == 3 else [])])
+        doing = dice.choice([STARTING, UPDATE, SAVE, *([BETWEEN] if step > 1 else []), *([ROLLOUT, ROLLOUT] if step == 3 else [ENDING])])
         doing = doing if is_kill else UPDATE
-        update = dice.randrange(UPDATES[step] - 1)
+        update = dice.randrange(UPDATES[step] * 3 // 4)  # of the last step, too: the run must not end before it is hit
         place = {BETWEEN: -1.0, ENDING: UPDATES[step] + 1.0}.get(doing, float(update))
         at = update if ORDER[doing] == ORDER[UPDATE] else 0
-        late_s = LATER_S[doing] if (step, doing) != (3, ENDING) else 0.0  # the run's own end is near
-        wishes.append((step, place, Wish(step, doing, at, dice.uniform(0, late_s), KILLED if is_kill else ASKED)))
+        wishes.append((step, place, Wish(step, doing, at, dice.uniform(0, LATER_S[doing]), KILLED if is_kill else ASKED)))
     return [wish for _, _, wish in sorted(wishes, key=lambda placed: placed[:2])]
 
 

@@ -37,7 +37,7 @@ OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
 GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
 END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
 HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
-PATIENT_HANG_S = 1500.0  # while models are fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
+PATIENT_HANG_S = 1500.0  # while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
 STACKS_S = 1.0  # for the ranks to write down their stacks
 CHECKOUT = Path(__file__).parents[1]
 
@@ -109,7 +109,7 @@ def _train_step(
             is_late = time.monotonic() - asked_at > job.checkpoint.grace_s - END_S
             if caught and (is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1):
                 break
-            if (silent_s := life.silent_s()) > (PATIENT_HANG_S if any(sign.is_patient for sign in watch.signs()) else HANG_S):
+            if (silent_s := life.silent_s()) > (PATIENT_HANG_S if any(sign.is_patient or not sign.count for sign in watch.signs()) else HANG_S):
                 hang = _hang(ranks, watch.signs(), silent_s)
                 break
     finally:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import resource
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from rlhf_train.plan import Placement
 from rlhf_train.session import Session, Stopped
 from rlhf_train.world import World
 from tests import tiny
+from tests.limits import small_files
 
 pytestmark = pytest.mark.pinned
 
@@ -136,20 +135,10 @@ def test_there_is_none(run: RunDir) -> None:
     assert latest(run.step(2), nobody) is None
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 60 kB: a write fails in its middle, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_one_that_cannot_be_written_leaves_nothing_and_spares_the_last(run: RunDir, small_files: None) -> None:
+def test_one_that_cannot_be_written_leaves_nothing_and_spares_the_last(run: RunDir) -> None:
     step = run.step(1)
     write(step.checkpoint(1), tensors().items(), {"update": 1})
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(60_000), pytest.raises(OSError, match="File too large"):
         write(step.checkpoint(2), [("large", torch.zeros(50_000))], {"update": 2})
     assert [folder.name for folder in step.checkpoints.iterdir()] == ["update-1"]
     assert latest(step, nobody) == Saved(step.checkpoint(1))
@@ -363,13 +352,14 @@ def test_a_disk_that_is_too_small_is_refused_before_the_start(run: RunDir, monke
         Step(run, {})
 
 
-def test_a_save_that_fails_keeps_the_last_and_says_so(run: RunDir, small_files: None) -> None:
+def test_a_save_that_fails_keeps_the_last_and_says_so(run: RunDir) -> None:
     step = Step(run, {"every_updates": 1})
     step.update(1)
     large = {"large": torch.zeros(50_000)}
-    step.keeper.after(2, {}, large)
-    with pytest.raises(ToolkitError, match="the checkpoint of update 2 could not be written") as raised:
-        step.keeper._wait()
+    with small_files(60_000):
+        step.keeper.after(2, {}, large)
+        with pytest.raises(ToolkitError, match="the checkpoint of update 2 could not be written") as raised:
+            step.keeper._wait()
     assert "the last good checkpoint is that of update 1" in raised.value.hint and "are free at" in raised.value.why
     assert latest(run.step(1), nobody) == Saved(run.step(1).checkpoint(1))
 

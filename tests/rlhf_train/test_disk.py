@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_train.disk import read_json, rename, room, size_of, sync, sync_files, write_json
+from tests.limits import small_files
 
 VALUES: list[Any] = [{"a": 1 / 3, "b": [None, True]}, [], None, "Größe 雪"]
 
@@ -42,19 +40,9 @@ def test_a_link_that_another_run_shares_is_left_to_it(tmp_path: Path) -> None:
     assert (read_json(tmp_path / "theirs.json"), read_json(tmp_path / "ours.json")) == (1, 2)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 1 kB: a write fails in its middle, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, small_files: None) -> None:
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     write_json(tmp_path / "file.json", "before")
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(1000), pytest.raises(OSError, match="File too large"):
         write_json(tmp_path / "file.json", "after" * 1000)
     assert read_json(tmp_path / "file.json") == "before"
 

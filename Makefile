@@ -31,7 +31,7 @@ venv: ## .venv with everything, made once (some minutes) and kept up to date
 compile := $(UV) pip compile --quiet --no-python-downloads --generate-hashes --custom-compile-command "make lock" $(LOCK_ARGS)
 pinned := --python-version 3.10 --python-platform x86_64-manylinux_2_28
 lock: ## write the locks of env/pins anew from their .in files and pyproject.toml (needs uv: pip install uv)
-	$(compile) --universal --python-version 3.10 --no-emit-package torch --excludes env/pins/cpu.excludes --extra train \
+	$(compile) --universal --python-version 3.10 --no-emit-package torch --excludes env/pins/cpu.excludes --extra train --extra laptop \
 		--output-file env/pins/cpu.txt pyproject.toml env/pins/cpu.in
 	$(compile) $(pinned) --no-emit-package torch --excludes env/pins/image.excludes --extra train \
 		--output-file env/pins/image.txt pyproject.toml env/pins/image.in

@@ -223,10 +223,11 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
         file.seek(offset)
         data = file.read()
     whole = data.rfind(b"\n") + 1
-    return [event for line in data[:whole].splitlines() if (event := _parsed(line)) is not None], offset + whole
+    return [event for line in data[:whole].splitlines() if (event := parsed(line)) is not None], offset + whole
 
 
-def _parsed(line: bytes) -> RawEvent | None:
+def parsed(line: bytes) -> RawEvent | None:
+    """One line; None for what is no event."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -65,6 +65,7 @@ class Facts:
     driver: str | None = None  # NVIDIA's, that the kernel has loaded
     cards: tuple[Card, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
     peer_access: bool | None = None  # some GPU reaches another's memory
+    peer_copies_wrong: bool = False  # a copy from one GPU to another was compared, and differed
     gpu_used_bytes: tuple[int | None, ...] | None = None  # before the job begins; by nvidia-smi's index, hidden cards too
     gpu_holders: tuple[Holder, ...] = ()
     shared_memory_bytes: int | None = None  # free in /dev/shm
@@ -109,6 +110,8 @@ def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
 
 def no_peer_access(facts: Facts, limits: Limits) -> str:
     """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as it does on other cards."""
+    if facts.peer_copies_wrong:
+        return "what one GPU writes into another's memory arrives changed"
     name = next((card.name for card in facts.cards or () if "GeForce" in card.name), "")
     broken = next((card.name for card in facts.cards or () if any(part in card.name for part in limits.peer_access.broken_cards)), "")
     if name and facts.peer_access is False:

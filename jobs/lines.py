@@ -148,10 +148,13 @@ class Plain:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
 
-    def feed(self, event: RawEvent) -> None:
+    def feed(self, event: RawEvent, *, quiet: bool = False) -> None:
+        """Quiet: nobody asked for it, but what follows needs it."""
         kind = event["kind"]
         if kind in ("metrics", "resumed"):
             self._pace.feed(event)
+        if quiet:
+            return
         if kind == "metrics":
             self._held = event
             if self._is_due(event):

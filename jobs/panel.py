@@ -21,12 +21,13 @@ from rich.text import Text
 
 from jobs.events import RawEvent
 from jobs.lines import LINES, checkpoint_text, error_text, marked, plan_lines, warning_line
-from jobs.words import FORMATS, LABELS, STEPS, Pace, duration, facts, number, one_line, visible
+from jobs.words import FORMATS, LABELS, STEPS, Pace, duration, facts, money, number, one_line, tail, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CURVES = {1: ("loss",), 2: ("loss", "accuracy"), 3: ("mean_reward", "kl")}
+FAR_CURVES = CURVES | {3: ("mean_reward", "kl", "policy_loss")}  # of a run that is watched from another machine
 GRID = {
     1: ("learning_rate", "grad_norm", "tokens_per_s"),
     2: ("margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
@@ -35,7 +36,7 @@ GRID = {
         "grad_norm", "learning_rate", "tokens_per_s",
     ),
 }  # fmt: skip
-GOOD_CURVE = {"mean_reward": "green", "accuracy": "green", "loss": "cyan", "kl": "yellow"}
+GOOD_CURVE = {"mean_reward": "green", "accuracy": "green", "loss": "cyan", "policy_loss": "cyan", "kl": "yellow"}
 
 
 def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
@@ -48,6 +49,31 @@ def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
     low, high = (min(finite), max(finite)) if finite else (math.nan, math.nan)
     scale = 7.999 / (high - low) if high > low else 0.0
     return "".join("▁▂▃▄▅▆▇█"[int((value - low) * scale)] if math.isfinite(value) else "?" for value in values), low, high
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU, as nvidia-smi sees it; NaN for what it does not say."""
+
+    index: int
+    used_mib: float
+    total_mib: float
+    use: float  # percent
+
+
+@dataclass(frozen=True)
+class BoxView:
+    """What the panel knows of the box that a run is on, from who watches it over a line. Times by the viewer's clock, in seconds."""
+
+    name: str
+    line: str = "connecting"
+    is_good: bool = True  # nothing that a person has to look after
+    away_at: float | None = None  # nothing has come since
+    cards: tuple[Card, ...] = ()
+    price_per_hour: float | None = None
+    currency: str = ""
+    started_at: float | None = None  # the job
+    ended_at: float | None = None
 
 
 @dataclass
@@ -63,6 +89,7 @@ class StepView:
     doing_at: float = 0.0
     saved: str = ""
     failed: str = ""
+    sample: RawEvent | None = None
     end: RawEvent | None = None
 
     def feed(self, event: RawEvent, now: float) -> None:
@@ -70,13 +97,15 @@ class StepView:
         self.updates = event.get("updates", self.updates)
         if kind == "metrics":
             self.update, self.metrics, self.metrics_at, self.doing = event.get("update", 0), event, now, ""
-            for name in CURVES.get(event.get("step", 0), ()):
+            for name in FAR_CURVES.get(event.get("step", 0), ()):
                 if name in event:
                     self.curves.setdefault(name, []).append((self.update, float(event[name])))
         elif kind == "progress":
             self.doing, self.doing_at = one_line(event.get("doing")), now
         elif kind == "checkpoint":
             self.saved, self.doing = checkpoint_text(event), ""
+        elif kind == "sample":
+            self.sample = event
         elif kind == "error":
             self.failed = one_line(event.get("message"))
         elif kind == "end":
@@ -87,6 +116,8 @@ class StepView:
     def _drop_after(self, update: int) -> None:
         self.update, self.metrics, self.metrics_at, self.end, self.failed, self.doing = update, {}, None, None, "", ""
         self.curves = {name: [point for point in points if point[0] <= update] for name, points in self.curves.items()}
+        if not update or (self.sample or {}).get("when") == "after":
+            self.sample = None
 
 
 class Board:
@@ -96,6 +127,11 @@ class Board:
         self._steps: dict[int, StepView] = {}
         self._current = 0
         self._pace = Pace()
+        self._box: BoxView | None = None
+
+    def feed_box(self, box: BoxView) -> None:
+        """For a run on another machine: its state now, in place of what was fed before."""
+        self._box = box
 
     def feed(self, event: RawEvent, now: float) -> None:
         step = event.get("step", self._current)  # an error may be nobody's: it is the current step's
@@ -106,11 +142,19 @@ class Board:
         self._current = step
         self._steps.setdefault(step, StepView()).feed(event, now)
 
-    def lines(self, width: int, now: float) -> list[Text]:
+    def lines(self, width: int, now: float, height: int | None = None) -> list[Text]:
+        box = self._box
+        running_at = now if box is None or box.ended_at is None else box.ended_at  # a run that is over grows no older
         lines = [self._finished(step, view.end, width) for step, view in sorted(self._steps.items()) if view.end]
         view = self._steps.get(self._current)
         if view and not view.end:
-            lines += self._running(self._current, view, width, now)
+            lines += self._running(self._current, view, width, running_at)
+        if box:
+            lines += [Text(""), *self._far(box, view, width, now)]
+            if height and len(lines) > height:
+                lines = [line for line in lines if line.plain.strip()]
+            if height and len(lines) > height:
+                lines = [*lines[: height - 1], lines[-1]]  # the last line says whether any of it is still true
         for line in lines:
             line.no_wrap = True
             line.truncate(width, overflow="ellipsis")
@@ -136,10 +180,35 @@ class Board:
             title.append(f"  eta {duration(self._pace.eta_s - since)}")
         lines = [title, _bar(share, width - 2)]
         if view.metrics:
-            names = [name for name in CURVES[step] if view.curves.get(name)]
+            names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
             lines += [Text(""), *(self._curve(name, view, width) for name in names)]
-            lines += [Text(""), *_grid([name for name in GRID[step] if name in view.metrics], view.metrics, width)]
-        return [*lines, Text(""), _status(view, now)]
+            lines += [Text(""), *_grid([name for name in GRID[step] if name in view.metrics and name not in names], view.metrics, width)]
+        status = _status(view, now)
+        return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
+
+    def _far(self, box: BoxView, view: StepView | None, width: int, now: float) -> list[Text]:
+        lines = []
+        if box.cards:
+            lines.append(_labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, width - 18)))
+        if cost := self._cost(box, view, now):
+            lines.append(_labelled("cost", cost))
+        if view and view.sample:
+            prompt, response = (one_line(view.sample.get(name)) for name in ("prompt", "response"))
+            lines += [_labelled("prompt", tail(prompt, width - 18)), _labelled("response", response)]
+        mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
+        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}"
+        return [*lines, Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style))]
+
+    def _cost(self, box: BoxView, view: StepView | None, now: float) -> str:
+        if box.price_per_hour is None or box.started_at is None:
+            return ""
+        seconds = max((now if box.ended_at is None else box.ended_at) - box.started_at, 0.0)
+        spent = box.price_per_hour * seconds / 3600
+        text = f"{money(spent, box.currency)} since the job began"
+        if box.ended_at is None and view and not view.end and not view.failed and view.metrics_at is not None and self._pace.eta_s is not None:
+            left = max(self._pace.eta_s - (now - view.metrics_at), 0.0)
+            text += f", about {money(spent + box.price_per_hour * left / 3600, box.currency)} when this step ends"
+        return f"{text}  ({money(box.price_per_hour, box.currency)}/h)"
 
     def _curve(self, name: str, view: StepView, width: int) -> Text:
         spec = FORMATS[name]
@@ -148,6 +217,28 @@ class Board:
         line.append(spark, style=GOOD_CURVE[name])
         line.append(f"  {number(low, spec)} to {number(high, spec)}", style="dim")
         return line
+
+
+def cards_text(cards: Sequence[Card], width: int) -> str:
+    """Use and memory of all cards on one line: each by itself as long as there is room, then a block each and the range."""
+    each = "   ".join(
+        f"{_range([card.use], '.0f')}%  {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards
+    )
+    if len(each) <= width:
+        return each
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards)
+    used, total = (_range([getattr(card, name) for card in cards], ".0f", 1024) for name in ("used_mib", "total_mib"))
+    return f"{blocks}  {_range([card.use for card in cards], '.0f')}%  {used} of {total} GiB each"
+
+
+def _range(values: Sequence[float], spec: str, unit: float = 1.0) -> str:
+    """`3`, or `1 to 4`."""
+    texts = [format(value / unit, spec) for value in (min(values), max(values))] if all(map(math.isfinite, values)) else ["?"]
+    return texts[0] if texts[0] == texts[-1] else " to ".join(texts)
+
+
+def _labelled(label: str, text: str) -> Text:
+    return Text.assemble((f"  {label:<14}  ", "dim"), text)
 
 
 def _title(mark: str, style: str, step: int) -> Text:
@@ -196,15 +287,25 @@ class Live:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._live.stop()
 
-    def feed(self, event: RawEvent) -> None:
+    def feed(self, event: RawEvent, *, age_s: float = 0.0, quiet: bool = False) -> None:
+        """`age_s`: how long ago it was written. Quiet: only the panel takes it in."""
         with self._lock:
-            self._board.feed(event, self._clock())
+            self._board.feed(event, self._clock() - age_s)
+        if quiet:
+            return
         if event["kind"] == "plan":
             self._print_above(Text("\n".join(plan_lines(event)), style="dim"))
         elif event["kind"] == "warning":
             self._print_above(marked(warning_line(event)))
         elif event["kind"] == "error":
             self._print_above(marked(visible(error_text(event))))
+
+    def feed_box(self, box: BoxView) -> None:
+        with self._lock:
+            self._board.feed_box(box)
+
+    def note(self, text: str) -> None:
+        self._print_above(Text(visible(text), style="dim"))
 
     def _print_above(self, text: Text) -> None:
         self._live.refresh()  # makes good a resize, which print does not
@@ -213,7 +314,7 @@ class Live:
     def _frame(self) -> RenderableType:
         width = self._console.width - 1  # the last column may wrap
         with self._lock:
-            lines = [Text(""), *self._board.lines(width, self._clock())]
+            lines = [Text(""), *self._board.lines(width, self._clock(), self._console.height - 2)]  # an empty line above, the cursor below
         # A terminal made narrower has folded the lines that we drew, and rich goes up by lines, not by folds.
         folds = sum(max(cells - 1, 0) // self._console.width for cells in self._drawn)
         if folds and self._live.is_started:

@@ -8,6 +8,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from rich.cells import cell_len
+
 from jobs.events import RawEvent
 
 STEPS = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
@@ -111,6 +113,22 @@ def size(size_bytes: object) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def money(amount: float, currency: str = "") -> str:
+    """`¥6.31`, `6.31 EUR`; small amounts keep two digits that say something."""
+    text = f"{amount:.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"
+    return f"{text} {currency}" if currency.isalpha() else f"{currency}{text}"
+
+
+def tail(text: str, cells: int) -> str:
+    """The end of a text that is too long for its place; a wide character takes two cells."""
+    if cell_len(text) <= cells:
+        return text
+    start = max(len(text) - cells, 0)
+    while start < len(text) and cell_len(text[start:]) > cells - 1:
+        start += 1
+    return f"…{text[start:]}"
 
 
 def plural(count: object, noun: str) -> str:

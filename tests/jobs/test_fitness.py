@@ -13,6 +13,12 @@ MIB, GIB = 2**20, 2**30
 # Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a test to stand at the edge.
 LIMITS = Limits.model_validate(
     {
+        "image": {"cuda": "11.8", "python": "3.10", "machine": "x86_64"},
+        "gpu_health": {"ecc_uncorrected_max": 0, "xid_unfit": [79], "xid_warning": [48]},
+        "cpu": {"cores_min": 1.0, "cores_advised_per_rank": 1.0},
+        "memory": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000},
+        "hub": {"small_file_max_s": 3.0},
+        "clock": {"offset_max_s": 5.0},
         "cuda": {
             "11.8": {"driver_min": "450.80.02", "driver_advised": "520.61.05", "capability_min": "7.0", "capability_max": "9.0"},
             "12.0": {"driver_min": "525.60.13", "driver_advised": "525.60.13"},
@@ -414,6 +420,11 @@ RTX_3090 = Card("NVIDIA GeForce RTX 3090", "8.6")
 )
 def test_geforce_cards_without_peer_access(cards: tuple[Card, ...] | None, peer_access: bool | None, driver: str | None, why: str) -> None:
     assert no_peer_access(replace(FIT, cards=cards, peer_access=peer_access, driver=driver), LIMITS) == why
+
+
+def test_a_copy_that_arrived_changed_is_reason_enough() -> None:
+    facts = replace(FIT, cards=(H100, H100), peer_copies_wrong=True)
+    assert no_peer_access(facts, LIMITS) == "what one GPU writes into another's memory arrives changed"
 
 
 def test_versions_compare_by_number() -> None:

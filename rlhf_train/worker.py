@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs.console import console_on
 from jobs.errors import ExitCode, ToolkitError, system_error
@@ -205,5 +205,15 @@ def explain(error: Exception) -> ToolkitError:
     )
 
 
+def leave(code: int) -> NoReturn:
+    """End this process without taking Python down. Threads of PyTorch's collectives may still live, and one that asks for the interpreter
+    while that is being taken down ends in C++'s terminate(): seen once, under load, as SIGABRT of ranks that had done all their work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the log's disk may be full
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf_train.worker import leave
 from rlhf_train.world import World
 
 
@@ -38,3 +39,4 @@ def _rank(rank: int, count: int, port: int, work: Callable[..., None], arguments
     torch.set_num_threads(1)
     work(join(rank, count, dist.TCPStore("127.0.0.1", port, count, is_master=False)), *arguments)
     dist.destroy_process_group()
+    leave(0)

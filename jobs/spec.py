@@ -369,6 +369,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
+def steps_of(words: Sequence[str]) -> list[int]:
+    """`--step 1 3`, `--step 1,3` or `--step all` -> [1, 3], in order."""
+    parts = [part for word in words for part in word.split(",") if part]
+    unknown = [part for part in parts if part not in ("1", "2", "3", "all")]
+    if unknown or not parts:
+        raise ToolkitError(f"--step {' '.join(words)} is not a step", hint="use 1, 2, 3 (several allowed) or all")
+    return [1, 2, 3] if "all" in parts else sorted({int(part) for part in parts})
+
+
 def save_job(job: Job, path: Path) -> None:
     """The resolved job, as a job file that reads back to the same."""
     path.parent.mkdir(parents=True, exist_ok=True)

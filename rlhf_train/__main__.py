@@ -20,7 +20,7 @@ from jobs import console, fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.run_dir import RunDir
-from jobs.spec import NAME, load_job
+from jobs.spec import NAME, load_job, steps_of
 from jobs.words import STEPS, encodable, visible
 from rlhf_train import runs
 from rlhf_train.rule import load_rule
@@ -54,15 +54,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     return p
-
-
-def steps_of(words: Sequence[str]) -> list[int]:
-    """`--step 1 3`, `--step 1,3` or `--step all` -> [1, 3], in order."""
-    parts = [part for word in words for part in word.split(",") if part]
-    unknown = [part for part in parts if part not in ("1", "2", "3", "all")]
-    if unknown or not parts:
-        raise ToolkitError(f"--step {' '.join(words)} is not a step", hint="use 1, 2, 3 (several allowed) or all")
-    return [1, 2, 3] if "all" in parts else sorted({int(part) for part in parts})
 
 
 def settings_of(args: argparse.Namespace) -> list[str]:

@@ -12,9 +12,9 @@ import yaml
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter
 from jobs.run_dir import RunDir
-from jobs.spec import Job, load_job
+from jobs.spec import Job, load_job, steps_of
 from rlhf_train import launch, machine, runs
-from rlhf_train.__main__ import main, parser, settings_of, steps_of
+from rlhf_train.__main__ import main, parser, settings_of
 from rlhf_train.plan import Machine, Placement
 
 CHECKOUT = Path(__file__).parents[2]

@@ -244,10 +244,14 @@ def _bytes(text: str) -> Tensor:
 # --- numbers going wrong ---------------------------------------------------------------------------------------------
 
 
-def diverged(step: int, update: int, why: str, last_good: str = "") -> ToolkitError:
+def diverged(step: int, update: int, why: str, last_good: str) -> ToolkitError:
     part = PARTS[step]
     hint = f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates, or look for broken rows in the data"
-    return ToolkitError(f"step {step} diverged at update {update}", why=why, hint="\n".join(filter(None, [hint, last_good])), code=ExitCode.TRAINING)
+    return ToolkitError(f"step {step} diverged at update {update}", why=why, hint=f"{hint}\n{last_good}", code=ExitCode.TRAINING)
+
+
+def _named(saved_update: int | None) -> str:
+    return "there is no checkpoint yet" if saved_update is None else f"the last good checkpoint is that of update {saved_update}"
 
 
 # --- while a step trains ---------------------------------------------------------------------------------------------
@@ -487,13 +491,20 @@ class Keeper:
         with suppress(OSError):
             plain.why += f"; {size(room(run)[0])} are free at {run}, and a checkpoint has {size(self.size_bytes)}"
         plain.what = f"the checkpoint of update {update} could not be written: {plain.what}"
-        plain.hint = f"{self.last_good()}; {plain.hint}"
+        plain.hint = f"{self._last_good_here()}; {plain.hint}"
         return plain
 
     def last_good(self) -> str:
+        """For an error that all ranks raise, by all of them: whichever ends first has its words heard, and takes rank 0 along, which writes."""
         with suppress(ToolkitError):  # of another failure: that is told
             self._wait()
-        return "there is no checkpoint yet" if self._saved_update is None else f"the last good checkpoint is that of update {self._saved_update}"
+        return _named(self.session.world.gather(self._saved_update)[0])
+
+    def _last_good_here(self) -> str:
+        """The same on rank 0 alone."""
+        with suppress(ToolkitError):
+            self._wait()
+        return _named(self._saved_update)
 
     # --- leaving ---
 
@@ -517,7 +528,7 @@ class Keeper:
     def _say_nothing_is_saved(self, why: str) -> None:
         assert self._now is not None
         message = f"no checkpoint of update {self._now.update}: {why}"
-        hint = f"{self.last_good()}; checkpoint.grace_s says how long this machine waits after SIGTERM"
+        hint = f"{self._last_good_here()}; checkpoint.grace_s says how long this machine waits after SIGTERM"
         self.session.emit(Warning(step=self.step, message=message, hint=hint))
 
     def _is_whole(self, update: int) -> bool:
@@ -535,7 +546,6 @@ class Keeper:
             return
         in_a_row = self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW
         left_out = f"{self.skipped_in_a_row} updates in a row" if in_a_row else plural(self.skipped_in_all, "updates")
-        self._wait()
         raise diverged(self.step, update, f"{why}; {left_out} were left out", self.last_good())
 
     def check(self, numbers: Mapping[str, float]) -> None:

@@ -46,9 +46,11 @@ def test_one_update_is_left_out(base: Scene, untroubled: Trained) -> None:
     assert after["rank-1"] == pytest.approx(after["first-pass"], rel=1e-4)
 
 
-def test_five_in_a_row_end_the_run(base: Scene, capsys: Said) -> None:
-    run, settings = base.run("diverged"), ["sft.max_updates=10", "checkpoint.every_updates=2"]
-    assert base.train("diverged", *settings, met=fault("nan", first=6)) == 4  # from update 3 on
+@pytest.mark.parametrize(("ranks", "first"), [(1, 6), (2, 4)])  # two passes an update, or one: from update 3 on
+def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first: int) -> None:
+    """Whichever rank is the first to say so: only one of them knows what is on disk."""
+    run, settings = base.run(f"diverged-{ranks}"), ["sft.max_updates=10", "checkpoint.every_updates=2", f"hardware.ranks={ranks}"]
+    assert base.train(run.name, *settings, met=fault("nan", first=first)) == 4
     said = capsys.readouterr().err
     assert error_of(said) == (
         "error: step 1 diverged at update 7\n"

@@ -33,7 +33,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryN
 
 from jobs.errors import ExitCode, ToolkitError
 
-WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try
+WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again when more has come than ever before
 DOWNLOADS = 8  # at once, as snapshot_download
 READABLE = re.compile(r".*\.(parquet|arrow|csv|tsv|json|jsonl|ndjson|txt|zip)(\.(gz|zst|bz2|xz|lz4))?")
 
@@ -183,7 +183,7 @@ def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:
     _ask(name, kind, store, memory)
     files = wanted(memory.files)
     try:
-        _tried(name, partial(_download, name, kind, store, memory, files))
+        _tried(name, partial(_download, name, kind, store, memory, files), come=partial(_bytes_here, store))
     finally:
         _keep(store, memory)
     return store / "snapshots" / memory.commit
@@ -273,16 +273,26 @@ def _replace(path: Path, text: str) -> None:
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
-def _tried(name: str, call: Callable[[], T]) -> T:
-    for wait_s in WAITS_S:
+def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda: 0) -> T:
+    """A line that breaks again and again, each time further on, is not given up: a chunk (10 MB) more of what has `come` is progress."""
+    most, waits = come(), iter(WAITS_S)
+    while True:
         try:
             return call()
         except TROUBLES as error:
             if not _may_pass(error):
                 raise
+            if (here := come()) >= most + constants.DOWNLOAD_CHUNK_SIZE:
+                most, waits = here, iter(WAITS_S)
+            if (wait_s := next(waits, None)) is None:
+                raise
             _say(f"{name}: {_line(_cause(error))}; trying again in {wait_s:g} s")
-            time.sleep(wait_s)
-    return call()
+        time.sleep(wait_s)
+
+
+def _bytes_here(store: Path) -> int:
+    """Of whole files and partial ones."""
+    return sum(blob.stat().st_size for blob in (store / "blobs").glob("*"))
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ SHARD_BYTES = 2**28  # tensors are put into files of about this size,
 WRITERS = 3  # so many at a time
 MOST_COST = 0.01  # of the training time that saving by the clock may take
 COPIED_A_SECOND = 1.2e9  # bytes from the GPU into new memory; seen: 1.3e9 to 3e9 (one H200, OPT-1.3b's shape)
-FILES = 64  # inodes that a checkpoint may need
+FILES = 64  # inodes that a checkpoint may need besides those of its shards, and a model in all
 # Updates left out because of numbers that are not finite: so many in a row, or in a step, are no accident any more.
 MOST_SKIPPED_IN_A_ROW, MOST_SKIPPED = 5, 50
 PARTS = {1: "sft", 2: "reward", 3: "ppo"}
@@ -254,6 +254,11 @@ def _named(saved_update: int | None) -> str:
     return "there is no checkpoint yet" if saved_update is None else f"the last good checkpoint is that of update {saved_update}"
 
 
+def _free(free_bytes: int, inodes: int | None) -> str:
+    counted = "" if inodes is None else f" and {plural(inodes, 'inodes')}"
+    return f"{size(free_bytes)}{counted} are free"
+
+
 # --- while a step trains ---------------------------------------------------------------------------------------------
 
 
@@ -275,6 +280,7 @@ class Keeper:
         self.session, self.step, self.updates, self.parts = session, step, updates, parts
         self.spec, self.folder = session.job.checkpoint, session.run.step(step)
         self.size_bytes = sum(part.size_bytes() for part in parts.values())
+        self.inodes = FILES + self.size_bytes // SHARD_BYTES
         self.skipped_in_a_row = self.skipped_in_all = 0
         self.best_value: float | None = None
         self._best_update = 0
@@ -302,11 +308,10 @@ class Keeper:
         run = self.session.run.path
         free, inodes = room(run)
         self.session.doing(self.step, f"a checkpoint has {size(self.size_bytes)}: {size(needed)} are needed with the next one, {size(free)} free")
-        if free < needed or (inodes is not None and inodes < 3 * FILES):
-            counted = "" if inodes is None else f" and {plural(inodes, 'inodes')}"
+        if free < needed or (inodes is not None and inodes < 2 * self.inodes + FILES):
             raise ToolkitError(
                 "the disk is too small for this step's checkpoints",
-                why=f"{size(free)}{counted} are free at {run}; a checkpoint has {size(self.size_bytes)},\n"
+                why=f"{_free(free, inodes)} at {run}; a checkpoint has {size(self.size_bytes)},\n"
                 f"a new one is written before the old one goes, and the model has {size(model_bytes)}",
                 hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
                 code=ExitCode.UNFIT,
@@ -438,9 +443,12 @@ class Keeper:
             self._written = error
 
     def _make_room(self) -> None:
-        free, inodes = room(self.session.run.path)
-        if free < self.size_bytes or (inodes is not None and inodes < FILES):
+        if not self._fits(*room(self.session.run.path)):
             self._free_what_may_go()
+
+    def _fits(self, free_bytes: int, inodes: int | None) -> bool:
+        """One more checkpoint."""
+        return free_bytes >= self.size_bytes and (inodes is None or inodes >= self.inodes)
 
     def _free_what_may_go(self) -> None:
         """All that is neither the last good checkpoint nor a result."""
@@ -475,10 +483,11 @@ class Keeper:
 
     def _warn_of_little_room(self) -> None:
         with suppress(OSError):
-            free, _ = room(self.session.run.path)
-            if free < self.size_bytes and not self._has_warned:
+            free, inodes = room(self.session.run.path)
+            if not self._fits(free, inodes) and not self._has_warned:
                 self._has_warned = True
-                message = f"the next checkpoint will not fit: {size(free)} are free at {self.session.run.path}, and it has {size(self.size_bytes)}"
+                where = f"{_free(free, inodes)} at {self.session.run.path}"
+                message = f"the next checkpoint will not fit: {where}, and it has {size(self.size_bytes)} in up to {self.inodes} files"
                 self.session.emit(Warning(step=self.step, message=message, hint="make room while it trains"))
 
     def _failure(self, error: OSError, update: int) -> ToolkitError:

@@ -485,4 +485,20 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
         step.update(number)
     assert step.saved_updates() == [1, 2] and not left.exists()
     (warning,) = [event for event in step.events if isinstance(event, Warning)]
-    assert warning.message == f"the next checkpoint will not fit: 10 bytes are free at {run.path}, and it has 24 bytes"
+    assert warning.message == (
+        f"the next checkpoint will not fit: 10 bytes and 10000 inodes are free at {run.path}, and it has 24 bytes in up to 64 files"
+    )
+
+
+def test_inodes_for_every_shard(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of some size there are more shards than all else has files."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1))  # two checkpoints of 24 bytes, and a model
+    with pytest.raises(ToolkitError, match="the disk is too small"):
+        Step(run, {})
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (10**9, 2 * (64 + 24) + 64))
+    step = Step(run, {"every_updates": 1})
+    monkeypatch.setattr(checkpoint, "room", lambda folder: (10**9, 64 + 23))
+    step.update(1)
+    (warning,) = [event for event in step.events if isinstance(event, Warning)]
+    assert warning.message.startswith("the next checkpoint will not fit: 1 GB and 87 inodes are free at ")

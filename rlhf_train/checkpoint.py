@@ -153,7 +153,8 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], state: Mapping[st
         rename(partial, folder)
         write_json(folder / "complete.json", {"schema": SCHEMA, "files": files})
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+        for half in (partial, folder):
+            shutil.rmtree(half, ignore_errors=True)
         raise
     return sum(file["size"] for file in files.values())
 

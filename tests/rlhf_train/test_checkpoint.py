@@ -144,6 +144,16 @@ def test_one_that_cannot_be_written_leaves_nothing_and_spares_the_last(run: RunD
     assert latest(step, nobody) == Saved(step.checkpoint(1))
 
 
+def test_one_that_cannot_be_marked_leaves_nothing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(run.step(1).checkpoint(2), tensors().items(), {"update": 2})
+    assert list(run.step(1).checkpoints.iterdir()) == []
+
+
 def test_the_others_are_removed(run: RunDir) -> None:
     step = run.step(1)
     for update in (1, 2, 3):

@@ -378,6 +378,22 @@ def steps_of(words: Sequence[str]) -> list[int]:
     return [1, 2, 3] if "all" in parts else sorted({int(part) for part in parts})
 
 
+DEPLOYMENT_TYPES = ("single_gpu", "single_node", "multi_node")  # DeepSpeed-Chat's words
+
+
+def settings_of_deployment(kind: str) -> list[str]:
+    """`--deployment-type single_gpu` as `--set` has it."""
+    if kind == "multi_node":
+        raise ToolkitError(
+            "--deployment-type multi_node is not supported yet",
+            why="rented containers open no ports to each other",
+            hint="use single_node: all GPUs of one machine",
+        )
+    if kind not in DEPLOYMENT_TYPES:
+        raise ToolkitError(f"--deployment-type {kind} is not known", hint=f"one of {', '.join(DEPLOYMENT_TYPES)}")
+    return ["hardware.ranks=" + {"single_gpu": "1", "single_node": "auto"}[kind]]
+
+
 def save_job(job: Job, path: Path) -> None:
     """The resolved job, as a job file that reads back to the same."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from jobs import console, fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.run_dir import RunDir
-from jobs.spec import NAME, load_job, steps_of
+from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
 from jobs.words import STEPS, encodable, visible
 from rlhf_train import runs
 from rlhf_train.rule import load_rule
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same")
     p.add_argument("--redo", action="store_true", help="do the steps again that are complete (one that was stopped goes on)")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
-    p.add_argument("--deployment-type", choices=["single_gpu", "single_node", "multi_node"], help="one GPU, or all of this machine")
+    p.add_argument("--deployment-type", choices=DEPLOYMENT_TYPES, help="one GPU, or all of this machine")
     p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
     p.add_argument("--reward-model", metavar="MODEL", help="critic.model; also 350m for facebook/opt-350m")
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
@@ -58,15 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> list[str]:
     """DeepSpeed-Chat's flags as settings of job fields, before those of --set, which win."""
-    if args.deployment_type == "multi_node":
-        raise ToolkitError(
-            "--deployment-type multi_node is not supported yet",
-            why="rented containers open no ports to each other",
-            hint="use single_node: all GPUs of one machine",
-        )
-    settings = []
-    if args.deployment_type:
-        settings.append("hardware.ranks=" + {"single_gpu": "1", "single_node": "auto"}[args.deployment_type])
+    settings = settings_of_deployment(args.deployment_type) if args.deployment_type else []
     for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
         if value:
             name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value

@@ -330,8 +330,13 @@ class Keeper:
                 why=f"it has {plural(self.updates, 'updates')} now, and had {saved.state['updates']}",
                 hint=f"put the old rows back, or start the step anew: remove {self.folder.path}",
             )
+
+        def read(name: str) -> Tensor:
+            self.session.pulse.beat()  # a slow disk takes minutes for all of them
+            return saved.tensor(name)
+
         for name, part in self.parts.items():
-            part.restore(lambda key, name=name: saved.tensor(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
+            part.restore(lambda key, name=name: read(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
         # With more ranks than before, the new ones take the others' states: no draw of ours depends on them (see rollout.py).
         states = saved.state["random"]
         set_random_states(states[self.session.world.rank % len(states)], self.session.world.device)
@@ -404,10 +409,12 @@ class Keeper:
         if aside:
             copies = [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
             self._held_up_s = time.perf_counter() - start
-            self._writing, self._writing_update = threading.Thread(target=self._write, args=(now.update, copies, state, start)), now.update
+            self._writing = threading.Thread(target=self._write, args=(now.update, copies, lambda: copies, state, start))
+            self._writing_update = now.update
             self._writing.start()
         else:
-            self._write(now.update, tensors, state, start)
+            again = (lambda: self._tensors(now)) if world.size == 1 else None  # other ranks have given theirs
+            self._write(now.update, tensors, again, state, start)
             for _ in tensors:  # after a failure: the other ranks go through all of them
                 pass
             self._held_up_s = time.perf_counter() - start
@@ -420,8 +427,15 @@ class Keeper:
         for name, tensor in now.tensors.items():
             yield f"loop/{name}", tensor
 
-    def _write(self, update: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any], start: float) -> None:
-        """Beside the training or not; the result waits in `_written`."""
+    def _write(
+        self,
+        update: int,
+        tensors: Iterable[tuple[str, Tensor]],
+        again: Callable[[], Iterable[tuple[str, Tensor]]] | None,
+        state: dict[str, Any],
+        start: float,
+    ) -> None:
+        """Beside the training or not; the result waits in `_written`. again: the tensors for a second try, if they can be had."""
         folder = self.folder.checkpoint(update)
         self._tried = update
         try:
@@ -433,10 +447,10 @@ class Keeper:
                 written = write(folder, tensors, state, self._beat)
             except OSError:
                 self.session.run.path.stat()
-                if not isinstance(tensors, list) or self._is_abandoned:  # they are used up
+                if again is None or self._is_abandoned:
                     raise
                 self._free_what_may_go()
-                written = write(folder, tensors, state, self._beat)
+                written = write(folder, again(), state, self._beat)
             if state["skipped"][0] == 0:  # else what comes of it is not known to be good
                 remove_others(self.folder, folder)
             self._written = Checkpoint(step=self.step, update=update, path=str(folder), size_bytes=written, seconds=time.perf_counter() - start)
@@ -571,9 +585,10 @@ class Keeper:
         scale, which may be the reason, can still go lower.
         """
         norms = [engine.step() for engine in engines]
+        spoiled = [norm for norm, engine in zip(norms, engines, strict=True) if engine.is_spoiled]
+        if spoiled:
+            raise diverged(self.step, engines[0].update, f"its gradient norm is {spoiled[0]}, and the weights have taken it", self.last_good())
         broken = [norm for norm, engine in zip(norms, engines, strict=True) if not math.isfinite(norm) and not engine.scale_can_fall]
-        if any(engine.is_spoiled for engine in engines):
-            raise diverged(self.step, engines[0].update, f"its gradient norm is {broken[0]}, and the weights have taken it", self.last_good())
         if broken:
             self.skipped(engines[0].update, f"its gradient norm is {broken[0]}")
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,8 +259,10 @@ def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
     assert saved is not None and saved.update == 2
     assert {name: int(tensor) for name, tensor in saved.tensors("loop").items()} == {"number": 2}
     again = Step(run, {"every_updates": 2}, saved=saved)
+    beats = again.session.pulse._count
     state = again.keeper.resume()
     assert state is not None
+    assert again.session.pulse._count == beats + 3  # what it does, and each tensor: a slow disk is not taken for a hang
     again.seen = state["seen"]
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
@@ -330,6 +335,27 @@ def test_updates_that_are_left_out(run: RunDir) -> None:
     assert raised.value.hint.endswith("the last good checkpoint is that of update 1")
 
 
+@pytest.mark.parametrize("scale_can_fall", [False, True])
+def test_weights_that_are_spoiled_end_the_run(run: RunDir, scale_can_fall: bool) -> None:
+    """Also beside another engine whose loss scale is the reason of its own norm."""
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    well, spoiled = (SimpleNamespace(step=lambda: math.inf, scale_can_fall=scale_can_fall, is_spoiled=bad, update=2) for bad in (False, True))
+    with pytest.raises(ToolkitError, match="step 1 diverged at update 2") as raised:
+        step.keeper.learn(well, spoiled)  # type: ignore[arg-type]
+    assert raised.value.why == "its gradient norm is inf, and the weights have taken it"
+
+
+@pytest.mark.parametrize(("scale_can_fall", "in_a_row"), [(True, 0), (False, 1)])
+def test_a_norm_that_is_not_finite_counts_when_the_loss_scale_is_at_its_floor(run: RunDir, scale_can_fall: bool, in_a_row: int) -> None:
+    step = Step(run, {})
+    engine = SimpleNamespace(step=lambda: math.inf, scale_can_fall=scale_can_fall, is_spoiled=False, update=1)
+    assert step.keeper.learn(engine) == [math.inf]  # type: ignore[arg-type]
+    assert step.keeper.skipped_in_a_row == step.keeper.skipped_in_all == in_a_row
+    warnings = [event.message for event in step.events if isinstance(event, Warning)]
+    assert warnings == ["update 1 is left out: its gradient norm is inf (1 so far)"] * in_a_row
+
+
 def test_too_many_are_left_out_in_all(run: RunDir) -> None:
     step = Step(run, {}, updates=1000)
     for number in range(1, checkpoint.MOST_SKIPPED):
@@ -387,7 +413,8 @@ def test_with_and_without_memory_for_a_copy(run: RunDir, monkeypatch: pytest.Mon
     assert saved is not None and saved.tensor("ema/0").max() < 5
 
 
-def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", [0, 2**40])
+def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """The first try fails; a leftover of another step makes room for the second."""
     left = run.step(2).checkpoint(3)
     write(left, tensors().items(), {"update": 3})
@@ -397,16 +424,20 @@ def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pyte
     tried: list[bool] = []
     real = checkpoint.write
 
-    def full_at_first(*arguments: Any) -> int:
+    def full_at_first(folder: Path, found: Any, *arguments: Any) -> int:
         tried.append(left.exists())
         if left.exists():
+            next(iter(found))
             raise OSError(28, "No space left on device")
-        return real(*arguments)
+        return real(folder, found, *arguments)
 
     monkeypatch.setattr(checkpoint, "write", full_at_first)
+    monkeypatch.setattr(checkpoint, "free_memory_bytes", lambda: memory)  # for a copy of the tensors, or not
     step = Step(run, {"every_updates": 1})
     step.update(1)
     assert tried == [True, False] and step.saved_updates() == [1] and kept.exists()
+    saved = latest(run.step(1), nobody)
+    assert saved is not None and saved.tensor("ema/0").shape == (2, 2) and saved.tensor("loop/number") == 1
 
 
 def test_another_step_that_was_done_again(run: RunDir) -> None:
@@ -423,17 +454,17 @@ def test_what_is_still_being_written_when_the_model_is_saved_is_given_up(run: Ru
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
     step = Step(run, {"every_updates": 1})
     at_a_file = threading.Event()
-    go_on = threading.Event()
 
     def slow() -> None:
         at_a_file.set()
-        go_on.wait(60)
+        deadline = time.monotonic() + 60
+        while not step.keeper._is_abandoned and time.monotonic() < deadline:
+            time.sleep(0.01)
         Keeper._beat(step.keeper)
 
     monkeypatch.setattr(step.keeper, "_beat", slow)
     step.keeper.after(1, {})
     assert at_a_file.wait(60)
-    threading.Timer(0.1, go_on.set).start()
     step.keeper.close()
     assert list(run.step(1).checkpoints.iterdir()) == [] and step.saved_updates() == []
 

@@ -53,7 +53,8 @@ class Pulse:
         self._count += 1
         self._phase = self._phase if phase is None else phase
         words = self._phase.encode(errors="replace")[:109]
-        _SLOT.pack_into(self._memory, self._offset, self._count, self._meetings, self.has_trained, self.is_patient, words)
+        # Not pack_into: it writes zeros first, and who reads then sees a rank that has not begun.
+        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(self._count, self._meetings, self.has_trained, self.is_patient, words)
 
     def meet(self) -> None:
         """About to wait for the other ranks."""

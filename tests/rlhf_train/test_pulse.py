@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from rlhf_train.pulse import SLOT_BYTES, Pulse, Sign, Watch
+from rlhf_train.pulse import SLOT_BYTES, Pulse, Sign, Watch, sign_in
 from tests.tiny import CHECKOUT
 
 
@@ -38,6 +39,22 @@ def test_meetings_are_counted_apart(watch: Watch) -> None:
         pulse.meet()
     pulse.beat("update 1")
     assert watch.signs()[1] == Sign(4, 2, False, False, "update 1")
+
+
+def test_a_sign_is_written_at_once() -> None:
+    """Who reads in between must not see zeros: a rank without anything to save is not waited for when the run is to stop."""
+
+    class Memory(bytearray):
+        writes = 0
+
+        def __setitem__(self, *written: Any) -> None:
+            self.writes += 1
+            super().__setitem__(*written)
+
+    memory = Memory(3 * SLOT_BYTES)
+    pulse = Pulse(memory, 2)
+    pulse.beat("update 7")
+    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == Sign(2, 0, False, False, "update 7")
 
 
 def test_ranks_do_not_write_over_each_other(watch: Watch) -> None:

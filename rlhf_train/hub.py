@@ -32,6 +32,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, WeakFileLock
 
 from jobs.errors import ExitCode, ToolkitError
+from jobs.words import plural
 
 WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again when more has come than ever before
 DOWNLOADS = 8  # at once, as snapshot_download
@@ -56,6 +57,7 @@ class Memory:
 
     commit: str = ""
     files: list[str] = field(default_factory=list)  # all that the commit has, here or not
+    adopted: bool = False  # `files` are only those that another program put into the cache: no hub was there to name all
     verified: dict[str, list[int]] = field(default_factory=dict)  # blob -> its size and mtime_ns when its hash was right
 
 
@@ -193,25 +195,27 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
     """Commit and files of the repository as they are now; as they were, if the hub cannot say."""
     try:
         info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
-        memory.commit, memory.files = str(info.sha), [file.rfilename for file in info.siblings or []]
+        memory.commit, memory.files, memory.adopted = str(info.sha), [file.rfilename for file in info.siblings or []], False
     except TROUBLES as error:
+        if memory.adopted or not memory.commit:
+            _adopt(store, memory)
         status = _status(error)
-        if (status is not None and not _may_pass(error)) or not (memory.commit or _adopt(store, memory)):
+        if (status is not None and not _may_pass(error)) or not memory.commit:
             raise
         if not isinstance(error, OfflineModeIsEnabled):
             _say(f"{constants.ENDPOINT} does not answer ({_line(error)}); {name} is taken from the cache, commit {memory.commit[:12]}")
+        if memory.adopted:
+            _say(f"{name} was put into the cache by another program: what is there, {plural(len(memory.files), 'files')}, is taken for all of it")
     _keep(store, memory)
 
 
-def _adopt(store: Path, memory: Memory) -> bool:
+def _adopt(store: Path, memory: Memory) -> None:
     """A snapshot that others put into the cache. Its list of files is what is there: huggingface_hub keeps none."""
-    reference = store / "refs/main"
-    if not reference.is_file():
-        return False
-    memory.commit = reference.read_text().strip()
-    snapshot = store / "snapshots" / memory.commit
-    memory.files = sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file())
-    return bool(memory.files)
+    with suppress(FileNotFoundError):
+        commit = (store / "refs/main").read_text().strip()
+        snapshot = store / "snapshots" / commit
+        if files := sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()):
+            memory.commit, memory.files, memory.adopted = commit, files, True
 
 
 def _download(name: str, kind: Kind, store: Path, memory: Memory, files: Sequence[str]) -> None:
@@ -292,7 +296,7 @@ def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda
 
 def _bytes_here(store: Path) -> int:
     """Of whole files and partial ones."""
-    return sum(blob.stat().st_size for blob in (store / "blobs").glob("*"))
+    return sum(blob.stat().st_size for blob in (store / "blobs").glob("*") if blob.is_file())
 
 
 def _may_pass(error: BaseException) -> bool:

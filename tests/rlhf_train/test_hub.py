@@ -238,6 +238,25 @@ def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub
     assert not [line for line in said if "again" in line]
 
 
+def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(server: Hub, clients: Any, tmp_path: Path) -> None:
+    script = "import sys, huggingface_hub; [huggingface_hub.hf_hub_download('some/model', file) for file in sys.argv[1:]]"
+
+    def other(*files: str) -> None:
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home/.cache"), "HF_TOKEN": ""}
+        subprocess.run([sys.executable, "-c", script, *files], env=environment, check=True, capture_output=True)
+
+    offline = clients("home", HF_HUB_OFFLINE="1")
+    words = "warning: some/model was put into the cache by another program: what is there, {}, is taken for all of it"
+    for files, named in ((["config.json"], "1 file"), (["config.json", "tokenizer.json"], "2 files")):
+        other(*files)
+        answer, said = offline.ask("fetched('some/model')")
+        assert answer == sums(server, *files)
+        assert list(filter(None, said)) == [words.format(named)]
+    for client in (clients("home"), offline):  # the hub has the list, and then it is kept
+        answer, said = client.ask("fetched('some/model')")
+        assert (answer, list(filter(None, said))) == (whole(server), [])
+
+
 def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any) -> None:
     client = clients()
     server.fail("GET /datasets/some/set/resolve/.*/train-0.jsonl", "flip", 1)

@@ -17,7 +17,7 @@ from tests.tiny import Trained
 
 Said = pytest.CaptureFixture[str]
 
-PLENTY_S = 4.0  # for an update of the tiny job, which takes a tenth of a second
+PLENTY_S = 10.0  # for an update of the tiny job, which takes a tenth of a second, and for its first, on a busy machine
 
 
 def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) -> None:

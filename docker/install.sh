@@ -32,6 +32,13 @@ check_nvcc() { # CUDA_ARCHS
         "use nvidia/cuda:11.8.0-devel-ubuntu22.04, or CUDA_ARCHS= (empty) for no operators"
 }
 
+check_cudart() { # TORCH CUDA_ARCHS: what DeepSpeed's operators are linked to, and PyTorch's own wheel carries under another name
+    case $1 in torch-cu*) [ -n "$2" ] || return 0 ;; *) return 0 ;; esac
+    [ -n "$(find / -xdev -name libcudart.so.11.0 -print -quit 2>/dev/null)" ] ||
+        refuse "BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need" \
+            "use nvidia/cuda:11.8.0-base-ubuntu22.04, or CUDA_ARCHS= (empty) for no operators"
+}
+
 apt_install() { # PACKAGE...; from the distribution's own list alone: NVIDIA's is slow to reach from some places, and not needed
     # As root: apt's own user may not read the build's secret.
     cat >/tmp/apt.conf <<EOF

@@ -109,6 +109,27 @@ def test_pytorch_comes_from_its_own_files(build: Build, mirror: str, lock: str, 
 
 
 @pytest.mark.parametrize(
+    ("torch", "archs", "found", "refused"),
+    [
+        ("torch-cu118", "8.6", "", True),
+        ("torch-cu118", "8.6", "/usr/local/cuda-11.8/targets/x86_64-linux/lib/libcudart.so.11.0", False),
+        ("torch-cu118", "", "", False),  # nothing is compiled
+        ("torch-ci", "8.6", "", False),  # brings it as a package
+        ("torch-cpu", "", "", False),
+    ],
+)
+def test_a_base_without_cudas_runtime_is_refused_before_operators_are_compiled_for_it(
+    build: Build, torch: str, archs: str, found: str, refused: bool
+) -> None:
+    build.stand_in("find", f"#!/bin/sh\necho '{found}'\n")
+    done = build.run(f'check_cudart {torch} "{archs}"; echo went on')
+    assert (done.returncode, done.stdout) == ((3, "") if refused else (0, "went on\n"))
+    assert (
+        done.stderr.startswith("error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base") == refused
+    )
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         ('check_nvcc "8.6"', "error: BUILD_IMAGE has nvcc not at all, and 11.8 compiles DeepSpeed's operators"),

@@ -6,7 +6,7 @@ from deepspeed.ops.adam import cpu_adam_op
 
 assert installed_ops["cpu_adam"] and installed_ops["fused_adam"]
 torch.manual_seed(0)
-weights, expected = torch.randn(1000), None
+weights = torch.randn(1000)
 expected = torch.nn.Parameter(weights.clone())
 reference = torch.optim.AdamW([expected], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 mean, square = torch.zeros(1000), torch.zeros(1000)

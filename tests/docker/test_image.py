@@ -226,6 +226,8 @@ def test_the_token_and_the_mirror_reach_every_rank(with_secret: CompletedProcess
     assert (built.checkout / "runs/from-hub/step1/model/model.safetensors").exists()
     assert any(line.startswith("GET /some/gated/resolve/") and line.endswith(" 200") for line in hub.requests)
     assert any("/datasets/some/rows/" in line for line in hub.requests)
+    # A rank that asked elsewhere would have gone on with what the other one had put into the cache.
+    assert "is taken from the cache" not in with_secret.stdout + (built.checkout / "runs/from-hub/train.log").read_text()
 
 
 def test_the_token_is_nowhere_to_be_seen(with_secret: CompletedProcess[str], built: Box) -> None:

@@ -46,6 +46,13 @@ def test_a_lock_has_what_was_written(written: str, lock: str) -> None:
     assert {package: locked.get(package) for package in pinned} == pinned
 
 
+@pytest.mark.parametrize("written", sorted(path.name for path in PINS.glob("*.in")))
+def test_a_pin_has_its_reason_and_its_end_on_its_line(written: str) -> None:
+    lines = [line for line in (PINS / written).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines
+    assert [line for line in lines if not re.search(r" # .+\b(Raise|Goes|goes|Stays)\b", line)] == []
+
+
 def test_the_stack_is_the_one_promised() -> None:
     pinned = requirements("image.in")
     assert pinned["torch"] == "2.0.1" and pinned["fsspec"] == "2023.9.2"

@@ -189,7 +189,8 @@ def explain(error: Exception) -> ToolkitError:
         return ToolkitError(
             "out of memory",
             why=str(error).splitlines()[0] if str(error) else "an allocation failed",
-            hint="lower hardware.micro_batch",
+            # The launcher lowers hardware.micro_batch by itself: what comes here needs too much before that matters.
+            hint="`--dry-run` tells what the models need; actor.lora, ZeRO 3 on more GPUs or a smaller model need less",
             code=ExitCode.TRAINING,
         )
     if f"os error {errno.ENOSPC}" in str(error):  # safetensors and tokenizers, in exceptions of their own

@@ -135,6 +135,7 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
     failure: Exception | None = None
     pulse.is_patient = True  # until all is loaded: see Keeper
+    pulse.beat()  # which tells it: the hub, asked next, may be slow
     try:
         if world.is_main:
             check_room(job, run, order.left, placement)

@@ -4,19 +4,15 @@ hash, so that the same content travels once, and a run that goes on finds the sa
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from jobs.errors import ToolkitError
 from jobs.spec import Job
 from jobs.yaml12 import dump_yaml
-
-SENT_WITH_THE_CODE = ("env", "jobs", "remote", "rlhf_train")  # folders of the checkout
-HASH_DIGITS = 16
+from remote.sync import ALWAYS, Tree, tree_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +21,10 @@ class Luggage:
 
     name: str  # as the job says it
     path: Path  # where it is here
-    hash: str
-    files: tuple[PurePosixPath, ...]  # below `path`; of a file, its own name alone
-    size_bytes: int
+    tree: Tree  # its files, under its own name
 
     def folder(self, root: str) -> str:
-        return f"{root}/inputs/{self.hash}"
+        return f"{root}/inputs/{self.tree.key}"
 
     def on_box(self, root: str) -> str:
         """The path that the job says there."""
@@ -53,43 +47,27 @@ def _luggage(name: str, here: Path, checkout: Path) -> Luggage | None:
         if name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json")):
             raise ToolkitError(f"there is no `{name}` here", why=f"neither in {here} nor in {checkout}", hint="mend the path in the job file")
         return None  # a name of the hub
-    goes_with_the_code = Path(name).parts[:1] in {(part,) for part in SENT_WITH_THE_CODE} and found.resolve() == (checkout / name).resolve()
-    return None if goes_with_the_code else _packed(name, found.resolve())
+    path = found.resolve()
+    goes_with_the_code = Path(name).parts[:1] in {(part,) for part in ALWAYS} and path == (checkout / name).resolve()
+    return None if goes_with_the_code else Luggage(name, path, _tree(name, path))
 
 
-def _packed(name: str, path: Path) -> Luggage:
-    digest, files, size_bytes = hashlib.sha256(), [], 0
-    try:
-        for relative in _files(path):
-            file = path / relative if path.is_dir() else path
-            content = hashlib.sha256()
-            with file.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    content.update(block)
-                    size_bytes += len(block)
-            digest.update(os.fsencode(str(relative)) + b"\0" + content.digest())
-            files.append(relative)
-    except OSError as error:
-        raise ToolkitError(
-            f"cannot read `{name}`", why=f"{error.filename}: {error.strerror}", hint="mend it, or name another in the job file"
-        ) from None
+def _tree(name: str, path: Path) -> Tree:
+    files = list(_files(path)) if path.is_dir() else [path]
     if not files:
         raise ToolkitError(f"there is nothing in `{name}`", why=f"{path} is an empty folder", hint="name another in the job file")
-    return Luggage(name, path, digest.hexdigest()[:HASH_DIGITS], tuple(files), size_bytes)
+    return tree_of(path.parent, [str(file.relative_to(path.parent)) for file in files])
 
 
-def _files(path: Path) -> Iterator[PurePosixPath]:
-    """In an order of their own; hidden ones (.git, .cache, .DS_Store) stay at home."""
-    if not path.is_dir():
-        yield PurePosixPath(path.name)
-        return
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        for each in folders:
-            if (link := Path(folder, each)).is_symlink():  # could lead round in a circle
-                raise OSError(errno.ELOOP, "a link to a folder does not travel", str(link))
-        below = Path(folder).relative_to(path)
-        yield from (PurePosixPath(below / name) for name in sorted(names) if not name.startswith("."))
+def _files(folder: Path) -> Iterator[Path]:
+    """Hidden ones (.git, .cache, .DS_Store) stay at home. Raises ToolkitError for a link, whose target stays there, too."""
+    for above, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for path in (Path(above, each) for each in (*folders, *names) if not each.startswith(".")):
+            if path.is_symlink():
+                raise ToolkitError(f"{path} is a link, and what it leads to does not travel", hint="copy the folder with `cp -rL`, and name the copy")
+            if path.is_file():
+                yield path
 
 
 def job_on_box(job: Job, luggage: Sequence[Luggage], root: str) -> bytes:

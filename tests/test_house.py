@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
 MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine.py": {"deepspeed"}}
-READS_ENVIRON = {"env/settings.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
 REGISTRIES = re.compile(

@@ -33,15 +33,15 @@ def test_what_goes_with_the_code_or_comes_from_the_hub_does_not_travel(here: Pat
 @pytest.mark.parametrize("name", ["my data", "./my data"])
 def test_a_folder_travels_by_its_content(here: Path, name: str) -> None:
     (luggage,) = pack(job(f"data.datasets=['{name}']"), here, CHECKOUT)
-    assert (luggage.path, luggage.size_bytes) == (here / "my data", 32)
-    assert sorted(map(str, luggage.files)) == ["test.jsonl", "train.jsonl"]
+    assert (luggage.path, luggage.tree.size_bytes) == (here / "my data", 32)
+    assert [file.name for file in luggage.tree.files] == ["my data/test.jsonl", "my data/train.jsonl"]
     elsewhere = here / "other" / "my data"
     elsewhere.mkdir(parents=True)
-    for file in luggage.files:
-        (elsewhere / file).write_bytes((here / "my data" / file).read_bytes())
-    assert pack(job(f"data.datasets=['{elsewhere}']"), here, CHECKOUT)[0].hash == luggage.hash
+    for name in ("train.jsonl", "test.jsonl"):
+        (elsewhere / name).write_bytes((here / "my data" / name).read_bytes())
+    assert pack(job(f"data.datasets=['{elsewhere}']"), here, CHECKOUT)[0].tree.key == luggage.tree.key
     (elsewhere / "test.jsonl").write_text('{"prompt": "c"}\n')
-    assert pack(job(f"data.datasets=['{elsewhere}']"), here, CHECKOUT)[0].hash != luggage.hash
+    assert pack(job(f"data.datasets=['{elsewhere}']"), here, CHECKOUT)[0].tree.key != luggage.tree.key
 
 
 def test_a_file_and_a_local_model_travel(here: Path) -> None:
@@ -53,8 +53,8 @@ def test_a_file_and_a_local_model_travel(here: Path) -> None:
     text = job_on_box(job("data.datasets=['my data/train.jsonl', Dahoas/rm-static]", "critic.model=./model"), packed, "/data/a b/rlhf-box").decode()
     there = parse_job(text, "job.yaml")
     inputs = "/data/a b/rlhf-box/inputs"
-    assert there.data.datasets == (f"{inputs}/{packed[0].hash}/train.jsonl", "Dahoas/rm-static")
-    assert there.critic.model == f"{inputs}/{packed[1].hash}/model"
+    assert there.data.datasets == (f"{inputs}/{packed[0].tree.key}/train.jsonl", "Dahoas/rm-static")
+    assert there.critic.model == f"{inputs}/{packed[1].tree.key}/model"
 
 
 def test_settings_are_in_the_job_that_travels() -> None:
@@ -73,9 +73,9 @@ def test_what_cannot_be_read(here: Path) -> None:
     with pytest.raises(ToolkitError, match="there is nothing in `empty`"):
         pack(job("data.datasets=[empty]"), here, CHECKOUT)
     (here / "my data" / "round").symlink_to(here / "my data")
-    with pytest.raises(ToolkitError, match="cannot read `my data`"):
+    with pytest.raises(ToolkitError, match="round is a link"):
         pack(job("data.datasets=['my data']"), here, CHECKOUT)
     (here / "my data" / "round").unlink()
-    (here / "my data" / "gone.jsonl").symlink_to(here / "nowhere")
-    with pytest.raises(ToolkitError, match="cannot read `my data`"):
+    (here / "my data" / "away.jsonl").symlink_to(here / "my data" / "train.jsonl")
+    with pytest.raises(ToolkitError, match=r"away\.jsonl is a link"):
         pack(job("data.datasets=['my data']"), here, CHECKOUT)

@@ -1,0 +1,43 @@
+# shellcheck shell=sh
+# Finds our folder on a box and goes on with what was asked for: sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that
+# one round trip is enough and nothing has to be remembered on the laptop. A ROOT may begin with `$HOME`.
+#
+# Answered here: `root`, which says `root ROOT` if one has our marker, else `would ROOT`; `shell`, one in our folder; `where`, which says
+# `root ROOT`, the lines of ROOT/deployed, `input HASH` for each that is whole, `slot RUN` if one runs. Any other VERB is supervisor.sh's,
+# of the code that was deployed last. Nothing deployed: `not_deployed`, exit code 3.
+found='' marked='' first=''
+while [ $# -gt 0 ]; do
+    root=$1
+    shift
+    [ "$root" != -- ] || break
+    # shellcheck disable=SC2016 # the word itself is meant
+    case $root in '$HOME'*) root=$HOME${root#'$HOME'} ;; esac
+    first=${first:-$root}
+    [ -f "$root/.rlhf-box" ] || continue
+    marked=${marked:-$root}
+    [ -n "$found" ] || [ ! -f "$root/deployed" ] || found=$root
+done
+verb=$1
+shift
+if [ "$verb" = root ]; then
+    [ -z "${found:-$marked}" ] || exec echo root "${found:-$marked}"
+    exec echo would "$first"
+fi
+code=''
+[ -z "$found" ] || code=$(sed -n 's/^code //p' "$found/deployed")
+if [ -z "$code" ] || [ ! -f "$found/code/$code/remote/supervisor.sh" ]; then
+    echo not_deployed
+    exit 3
+fi
+case $verb in
+    shell) cd "$found" && exec "${SHELL:-sh}" -i ;;
+    where) ;;
+    *) exec sh "$found/code/$code/remote/supervisor.sh" "$verb" "$found" "$@" ;;
+esac
+printf 'root %s\n' "$found"
+cat "$found/deployed"
+for input in "$found"/inputs/*; do
+    case $input in *'*' | *.partial | *.temp) ;; *) echo "input ${input##*/}" ;; esac
+done
+{ read -r run <"$found/slot/run"; } 2>/dev/null && echo "slot $run"
+exit 0

@@ -29,7 +29,7 @@ from paramiko.ssh_exception import AuthenticationException, BadHostKeyException,
 from jobs.errors import ExitCode, ToolkitError
 from remote.here import LAST_LINES, TAKES, Answer, Proxy, run_here, short
 from remote.inventory import Box
-from remote.openssh import OpenSSH, Resolved, Target
+from remote.openssh import CONNECT_S, OpenSSH, Resolved, Target
 from remote.say import Sayer
 from remote.trust import HostKey, HostKeyChanged, KeyRefused, KnownHosts, changed, unreachable
 
@@ -55,10 +55,19 @@ class CommandFailed(ToolkitError):
 class Line:
     """The line to one box. Opened when first needed, opened again if it broke, closed at the end of a `with`. For one thread."""
 
-    def __init__(self, box: Box, state: Path, *, say: Sayer | None = None, dry_run: bool = False, ssh_config: Path | None = None) -> None:
-        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own."""
+    def __init__(
+        self,
+        box: Box,
+        state: Path,
+        *,
+        say: Sayer | None = None,
+        dry_run: bool = False,
+        ssh_config: Path | None = None,
+        connect_s: int = CONNECT_S,
+    ) -> None:
+        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own. connect_s: for each stage of connecting."""
         self.box, self.dry_run, self.say = box, dry_run, say or Sayer()
-        self.openssh = OpenSSH(state, ssh_config)
+        self.openssh = OpenSSH(state, ssh_config, connect_s)
         self._address = Target(box.name, box.address, box.user, box.port, box.key)
         self._connection: Connection | None = None
         self._proxy: Proxy | None = None
@@ -117,7 +126,7 @@ class Line:
         deadline.start()
         try:
             with transport.open_session(timeout=timeout_s) as channel:
-                channel.exec_command(shlex.join(argv))
+                channel.exec_command(shlex.join(argv).encode("utf-8", "surrogateescape"))
                 code, out, err = _converse(channel, stdin)
         except (SSHException, OSError, EOFError) as error:
             self.close()
@@ -251,19 +260,21 @@ class Line:
             return
         self.close()
         started = time.monotonic()
-        hops = {jump: self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)}
-        self._open()
+        jumps = {jump: self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)}
+        try:
+            self._open()
+        finally:
+            for jump, before in jumps.items():
+                for key in self.openssh.known_hosts(jump.name).keys:
+                    if key not in before:
+                        self.say(f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
         self._seconds = time.monotonic() - started
-        for jump, before in hops.items():
-            for key in self.openssh.known_hosts(jump.name).keys:
-                if key not in before:
-                    self.say(f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
 
     def _open(self) -> None:
         _quiet()
         sock = self._dial()
         wait_s = self.openssh.connect_s
-        keys = _Keys(self.resolved, named=self.box.key is not None, wait_s=wait_s)
+        keys = _Keys(self.resolved, wait_s)
         connection = Connection(
             self.known_hosts.alias,
             user=self.resolved.user,
@@ -279,6 +290,7 @@ class Line:
         connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
         self._key_was = "known" if known else "new"
         self._connection = connection
+        started = time.monotonic()
         try:
             connection.open()
         except BadHostKeyException as error:
@@ -292,9 +304,7 @@ class Line:
             self.close()
             raise self._silent() from None
         except (SSHException, OSError, EOFError) as error:
-            said = self._proxy.last_words() if self._proxy else ""
-            self.close()
-            raise self._failed(error, said) from None
+            raise self._failed(error, time.monotonic() - started) from None
         except BaseException:
             self.close()
             raise
@@ -315,6 +325,7 @@ class Line:
         """The host key that the box shows now, trusted or not. Does not log in."""
         _quiet()
         transport = paramiko.Transport(self._dial())
+        started = time.monotonic()
         try:
             transport.banner_timeout = self.openssh.connect_s
             sorts = [key.sort for key in self.known_hosts.keys]
@@ -323,7 +334,7 @@ class Line:
             transport.start_client(timeout=self.openssh.connect_s)
             return _host_key(transport.get_remote_server_key())
         except (SSHException, OSError, EOFError) as error:
-            raise self._failed(error, self._proxy.last_words() if self._proxy else "") from None
+            raise self._failed(error, time.monotonic() - started) from None
         finally:
             transport.close()
             self.close()
@@ -358,12 +369,11 @@ class Line:
             except OSError as refused:
                 error = refused
             sock.close()
-            said = self._proxy.last_words() if self._proxy else ""
-            self.close()
+            said = self._last_words()
             if last:
                 raise self._dropped(error, said)
             time.sleep(RETRY_PAUSE_S)
-        raise AssertionError("unreachable")
+        raise AssertionError("the loop has returned or raised")
 
     def _socket(self) -> socket.socket:
         wait_s = self.openssh.connect_s
@@ -375,7 +385,10 @@ class Line:
             return self._proxy.socket
         host, port = self.resolved.host, self.resolved.port
         try:
-            return socket.create_connection((host, port), timeout=wait_s)
+            sock = socket.create_connection((host, port), timeout=wait_s)
+            # paramiko leaves it off: each small message then waits for the other side's word on the one before, a round trip of its own.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
         except socket.gaierror as error:
             hint = "look at the name: `fab add` takes what the rental page shows; or the network here is down"
             raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
@@ -403,16 +416,41 @@ class Line:
         )
 
     def _dropped(self, error: OSError | None, said: str) -> ToolkitError:
-        why = said or (f"{self._where()}: {error.strerror}" if error else f"{self._where()} closed the connection before it began, twice")
-        hint = "try again in a minute: a box under load drops connections; is this its SSH port?"
+        self._look_at_jumps()
         if said:
-            hint = "what stands above is from a host on the way: look at it by itself, with `ssh` or fab trust --host ITS-NAME"
-        return unreachable(f"cannot reach `{self.box.name}`", why=why, hint=hint)
+            hint = "what stands above was said on the way: try it by itself, with `ssh`"
+            return unreachable(f"cannot reach `{self.box.name}`", why=f"{self._where()}: {said}", hint=hint)
+        why = f"{self._where()}: {error.strerror}" if error else f"{self._where()} closed the connection before it began, twice"
+        return unreachable(
+            f"cannot reach `{self.box.name}`", why=why, hint="try again in a minute, as a box under load drops some; is this its SSH port?"
+        )
 
-    def _failed(self, error: BaseException, said: str) -> ToolkitError:
+    def _failed(self, error: BaseException, seconds: float) -> ToolkitError:
+        said = self._last_words()
+        if seconds >= self.openssh.connect_s * 0.9:
+            return self._silent()
         why = said or str(error) or type(error).__name__
         hint = "try again; if it stays so: is this an SSH port, and is the box's SSH server newer than 2015?"
         return unreachable(f"cannot speak SSH with `{self.box.name}`", why=f"{self._where()}: {why}", hint=hint)
+
+    def _last_words(self) -> str:
+        """Of the ProxyCommand, if there is one; closes all."""
+        said = self._proxy.last_words() if self._proxy else ""
+        self.close()
+        return said
+
+    def _look_at_jumps(self) -> None:
+        """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand is for people, not for us."""
+        for jump in self.openssh.chain(self._address):
+            with Line(
+                Box(name=jump.name, address=jump.address),
+                self.openssh.state,
+                say=self.say,
+                ssh_config=self.openssh.config,
+                connect_s=self.openssh.connect_s,
+            ) as line:
+                line._address = jump
+                line.connect()
 
 
 class _Broke(ToolkitError):
@@ -497,21 +535,30 @@ class _Agent(AgentSSH):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(10)
-        self._socket.connect(path)
-        self._connect(self._socket)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(path)
+        self._connect(sock)
 
 
 class _Keys:
     """Logs in as OpenSSH does: with the agent's keys that the configuration names, its others, then the files. Never with a password."""
 
-    def __init__(self, resolved: Resolved, *, named: bool, wait_s: float) -> None:
-        self._resolved, self._named, self._wait_s = resolved, named, wait_s
+    def __init__(self, resolved: Resolved, wait_s: float) -> None:
+        self._resolved, self._wait_s = resolved, wait_s
         self._locked: list[Path] = []
+        self._unusable: list[Path] = []
         self._tried: list[str] = []
+        self._agent: AgentSSH | None = None
 
     def authenticate(self, transport: paramiko.Transport) -> list[str]:
+        try:
+            return self._authenticate(transport)
+        finally:
+            if self._agent is not None:
+                self._agent._close()
+
+    def _authenticate(self, transport: paramiko.Transport) -> list[str]:
         for name, key in self._candidates():
             started = time.monotonic()
             self._tried.append(name)
@@ -544,8 +591,8 @@ class _Keys:
         if self._resolved.agent == "none":
             return []
         with contextlib.suppress(SSHException, OSError):
-            agent = _Agent(self._resolved.agent) if self._resolved.agent else paramiko.Agent()
-            return list(agent.get_keys())
+            self._agent = _Agent(self._resolved.agent) if self._resolved.agent else paramiko.Agent()
+            return list(self._agent.get_keys())
         return []
 
     def _loaded(self, file: Path) -> paramiko.PKey | None:
@@ -554,7 +601,7 @@ class _Keys:
         except (TypeError, paramiko.PasswordRequiredException):
             self._locked.append(file)
         except (OSError, ValueError, SSHException, paramiko.pkey.UnknownKeyType):
-            pass
+            self._unusable.append(file)
         return None
 
     def _refused(self, why: str = "") -> KeyRefused:
@@ -564,15 +611,16 @@ class _Keys:
         if self._locked:
             lines.append(f"locked by a passphrase, and no agent holds it: {', '.join(map(str, self._locked))}")
             hint = f"ssh-add {shlex.quote(str(self._locked[0]))}, then the same command; else {hint}"
-        elif self._named and not self._tried:
-            lines.append(f"{', '.join(map(str, self._resolved.keys))} is not there or no key")
+        elif self._unusable:
+            lines.append(f"cannot be read as a private key: {', '.join(map(str, self._unusable))}")
         return KeyRefused(
             f"{self._resolved.user}@{self._resolved.host} takes none of your keys", why="\n".join(lines), hint=hint, code=ExitCode.UNREACHABLE
         )
 
 
 def _public_blob(file: Path) -> bytes:
-    """Of FILE.pub, which stands beside a key as a rule; of what is locked nothing else is known."""
+    """Of FILE.pub, which stands beside a key as a rule, or of FILE if it is one; of what is locked nothing else is known."""
+    public = file if file.suffix == ".pub" else file.with_name(f"{file.name}.pub")
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return base64.b64decode(file.with_name(f"{file.name}.pub").read_text(encoding="utf-8").split()[1], validate=True)
+        return base64.b64decode(public.read_text(encoding="utf-8").split()[1], validate=True)
     return b""

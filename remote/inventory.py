@@ -34,7 +34,7 @@ HEAD = "# The boxes that `fab` knows. Every field stands with its meaning in rem
 
 def _word(value: str) -> str:
     """What is given to ssh as one word, and must not look like an option of it."""
-    if not value or value.startswith("-") or re.search(r"[\s\x00-\x1f\x7f]", value):
+    if not value.strip(".") or value.startswith("-") or re.search(r"[\s\x00-\x1f\x7f]", value):
         raise ValueError("a word without spaces that does not begin with a dash")
     return value
 

@@ -30,14 +30,15 @@ class Target:
     user: str | None = None
     port: int | None = None
     key: str | None = None
+    via: tuple[Target, ...] | None = None  # the jump hosts to it, the first to be reached first; None: as its configuration has it
 
     @classmethod
-    def of_jump(cls, text: str) -> Target:
+    def of_jump(cls, text: str, via: tuple[Target, ...] | None = None) -> Target:
         """One of ProxyJump's: [user@]host[:port], or ssh://. Named so that `fab trust --host NAME` means the same file."""
         match = re.fullmatch(r"(?:ssh://)?(?:(.+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?/?", text.strip())
         user, host, port = match.groups() if match else (None, text.strip(), None)
         name = f"ssh://{f'{user}@' if user else ''}{host}{f':{port}' if port else ''}" if user or port else host
-        return cls(name, host.strip("[]"), user, int(port) if port else None)
+        return cls(name, host.strip("[]"), user, int(port) if port else None, via=via)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class OpenSSH:
         return KnownHosts(self.state / "known_hosts" / quote(name, safe="@"), alias(name))
 
     def resolve(self, target: Target) -> Resolved:
-        """Raises ToolkitError: ssh is not there, or refuses the name or its own configuration."""
+        """Raises ToolkitError: ssh is not there, or refuses the name or its own configuration; the key is not there."""
+        if target.key and not Path(target.key).is_file():  # ssh would warn, and go on with others
+            raise ToolkitError(f"the key of `{target.name}` is not there", why=target.key, hint="mend `key` in boxes.yaml")
         if target not in self._seen:
             self._seen[target] = self._ask(target)
         return self._seen[target]
@@ -95,27 +98,26 @@ class OpenSSH:
         return self._chain(target, ())
 
     def _chain(self, target: Target, behind: tuple[Target, ...]) -> tuple[Target, ...]:
-        jumps = self.resolve(target).jumps
+        jumps = self.resolve(target).jumps if target.via is None else target.via
         if not jumps:
             return ()
         if len(behind) + len(jumps) > LONGEST_CHAIN:
             names = " -> ".join(jump.name for jump in (*jumps, *behind))
-            raise ToolkitError(f"the jump hosts of `{target.name}` go in a circle", why=names, hint="look at ProxyJump in ~/.ssh/config")
+            raise ToolkitError(f"the way to `{(*behind, target)[-1].name}` goes in a circle", why=names, hint="look at ProxyJump in ~/.ssh/config")
         return (*self._chain(jumps[0], (*jumps, *behind)), *jumps)
 
     def proxy(self, target: Target) -> str:
-        """How the target is reached if not directly: a ProxyCommand for a shell, with tokens. Each jump host is checked as strictly."""
-        return self._through(self.chain(target)) or self.resolve(target).proxy
+        """How the target is reached if not directly: a ProxyCommand for a shell, with tokens.
 
-    def _through(self, jumps: Sequence[Target]) -> str:
-        """OpenSSH's own ProxyJump would check them against the user's known_hosts."""
-        if not jumps:
-            return ""
-        *before, last = jumps
-        proxy = self._through(before) or self.resolve(last).proxy
-        first = not self.known_hosts(last.name).keys
-        argv = ["ssh", *self._own_config(), *self.strict(last.name, first_contact=first), *_proxied(proxy), *_named(last)]
-        return f"{shlex.join(argv).replace('%', '%%')} -W '[%h]:%p' -- {shlex.quote(last.address).replace('%', '%%')}"
+        OpenSSH's own ProxyJump would check a jump host against the user's known_hosts; here it is checked as the box is.
+        """
+        if chain := self.chain(target):
+            last = chain[-1]
+            first = not self.known_hosts(last.name).keys
+            self.known_hosts(last.name).file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # ssh makes none, and would not keep the key
+            argv = ["ssh", *self._own_config(), *self.strict(last.name, first_contact=first), *_proxied(self.proxy(last)), *_named(last)]
+            return f"{shlex.join(argv).replace('%', '%%')} -W '[%h]:%p' -- {shlex.quote(last.address).replace('%', '%%')}"
+        return self.resolve(target).proxy if target.via is None else ""
 
     def command(self, target: Target, *options: str, batch: bool = True) -> list[str]:
         """Up to the address, which the caller adds. batch: nothing is asked on the terminal."""
@@ -198,8 +200,16 @@ def _resolved(text: str) -> Resolved:
         if agent
         else "",
         proxy="" if proxy == "none" else proxy,
-        jumps=() if jumps == "none" else tuple(Target.of_jump(jump) for jump in jumps.split(",")),
+        jumps=() if jumps == "none" else _jumps(jumps.split(",")),
     )
+
+
+def _jumps(texts: Sequence[str]) -> tuple[Target, ...]:
+    """The first is reached as its own configuration says, each other one through those before it."""
+    jumps: tuple[Target, ...] = ()
+    for text in texts:
+        jumps = (*jumps, Target.of_jump(text, via=jumps or None))
+    return jumps
 
 
 def _expanded(text: str, host: str, user: str) -> Path:

@@ -27,13 +27,13 @@ class Sshd:
 
     def __init__(self, program: str, folder: Path, *settings: str) -> None:
         """settings: lines for sshd_config."""
-        self.folder, self._program, self._settings = folder, program, settings
+        self.folder, self.home, self._program, self._settings = folder, folder / "home", program, settings
         self.port, self.user, self.key = free_port(), getpass.getuser(), folder / "key"
         self._process: subprocess.Popen[bytes] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
         make_key(self.key)
         shutil.copy(f"{self.key}.pub", folder / "authorized_keys")
-        (folder / "config").write_text("")  # the laptop's ssh_config: nothing of this machine's
+        (folder / "config").write_text("Host *\n  IdentityAgent none\n")  # the laptop's ssh_config: nothing of this machine's
 
     @property
     def log(self) -> str:
@@ -53,10 +53,12 @@ class Sshd:
     def start(self, host_key: str = "one") -> None:
         self.stop()
         lines = [
+            *self._settings,  # the first word for a setting is the one that holds
+            f'SetEnv "HOME={self.home}"',  # not the user's own, whose shell may also take its time to start
             *(f"Port {self.port}", "ListenAddress 127.0.0.1", *(["ListenAddress ::1"] if has_ipv6() else [])),
             *(f'HostKey "{self._host_key(host_key)}"', f'AuthorizedKeysFile "{self.folder}/authorized_keys"', "StrictModes no", "UsePAM no"),
             *("PasswordAuthentication no", "KbdInteractiveAuthentication no", "PidFile none", "LogLevel VERBOSE", "MaxStartups 100"),
-            *("AllowAgentForwarding yes", "AllowTcpForwarding yes", "PrintMotd no", "Subsystem sftp internal-sftp", *self._settings),
+            *("AllowAgentForwarding yes", "AllowTcpForwarding yes", "PrintMotd no", "Subsystem sftp internal-sftp"),
         ]
         (self.folder / "sshd_config").write_text("\n".join(lines) + "\n")
         argv = [self._program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "log")]

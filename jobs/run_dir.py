@@ -90,6 +90,52 @@ class RunDir:
         """Written before SIGTERM by who cancels the run: it is not to go on."""
         return self.path / "job" / "cancelled"
 
+    # The rest of job/ is written by remote/supervisor.sh, each file one line. Absent: not known, or the run was started by hand.
+
+    @property
+    def request(self) -> Path:
+        """Of the start that made this job."""
+        return self.path / "job" / "request"
+
+    @property
+    def supervisor(self) -> Path:
+        """Its process; `start` (in ticks since the boot) and `boot` beside it tell it from a later one with the same number."""
+        return self.path / "job" / "pid"
+
+    @property
+    def process(self) -> Path:
+        """Of the job itself, on a box without Docker: number and start time."""
+        return self.path / "job" / "process"
+
+    @property
+    def container(self) -> Path:
+        """Of the job itself, by name, on a box with Docker."""
+        return self.path / "job" / "container"
+
+    @property
+    def started(self) -> Path:
+        """Seconds since 1970, by the box's clock; so are `heartbeat` and `ended`."""
+        return self.path / "job" / "started"
+
+    @property
+    def heartbeat(self) -> Path:
+        """When the supervisor was last alive."""
+        return self.path / "job" / "heartbeat"
+
+    @property
+    def ended(self) -> Path:
+        return self.path / "job" / "ended"
+
+    @property
+    def exit(self) -> Path:
+        """The job's exit code; written last, when nothing of it runs any more."""
+        return self.path / "job" / "exit"
+
+    @property
+    def output(self) -> Path:
+        """What the job has printed: why it failed before there was a log."""
+        return self.path / "job" / "output"
+
     @property
     def fitted(self) -> Path:
         """The micro batches that fit into memory here, after larger ones did not (JSON)."""

@@ -15,13 +15,15 @@ NOBODY = 65534
 
 @pytest.fixture
 def entrypoint(tmp_path: Path) -> Path:
-    """The script, with the secrets in `tmp_path`/secrets and the CUDA environment of this checkout."""
+    """The script, with the secrets in `tmp_path`/secrets and without the CUDA environment."""
     script = tmp_path / "entrypoint"
     text = (DOCKER / "entrypoint").read_text(encoding="utf-8")
     assert "secrets=/run/secrets\n" in text and ". /app/env/cuda.sh\n" in text
     for here, there in {"/run/secrets": "secrets", "/app/runs": "app-runs", "/cache": "app-cache"}.items():
         text = text.replace(here, str(tmp_path / there))
-    script.write_text(text.replace(". /app/env/cuda.sh", "true"), encoding="utf-8")
+    shutil.copy(DOCKER.parent / "env/secrets.sh", tmp_path / "secrets.sh")
+    text = text.replace(". /app/env/cuda.sh", "true").replace("/app/env/secrets.sh", str(tmp_path / "secrets.sh"))
+    script.write_text(text, encoding="utf-8")
     script.chmod(0o755)
     for folder in [tmp_path, *list(tmp_path.parents)[:3]]:
         if folder != Path("/tmp") and os.getuid() == 0:

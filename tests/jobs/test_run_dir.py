@@ -17,6 +17,15 @@ def test_every_path_of_a_run() -> None:
         "cancelled": "runs/my run/job/cancelled",
         "fitted": "runs/my run/job/fitted.json",
         "redo": "runs/my run/job/redo.json",
+        "request": "runs/my run/job/request",
+        "supervisor": "runs/my run/job/pid",
+        "process": "runs/my run/job/process",
+        "container": "runs/my run/job/container",
+        "started": "runs/my run/job/started",
+        "heartbeat": "runs/my run/job/heartbeat",
+        "ended": "runs/my run/job/ended",
+        "exit": "runs/my run/job/exit",
+        "output": "runs/my run/job/output",
     }
 
 

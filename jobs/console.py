@@ -5,7 +5,8 @@ or lines while it goes on (panel.py, lines.py), a table at the end (report.py), 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from rich.console import Console
@@ -22,11 +23,11 @@ def console_on(stream: TextIO) -> Console:
     return Console(file=stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def view(stream: TextIO | None = None) -> Plain | Live:
-    """`Live` on a terminal that can draw it, else `Plain`; on standard error if no stream is given."""
+def view(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Plain | Live:
+    """`Live` on a terminal that can draw it, else `Plain`; on standard error if no stream is given. `clock`: of the panel, in seconds."""
     console = console_on(stream or sys.stderr)
     can_draw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-    return Live(console) if can_draw else Plain(console)
+    return Live(console, clock) if can_draw else Plain(console)
 
 
 def print_report(events: Iterable[RawEvent], console: Console | None = None) -> None:

@@ -230,7 +230,7 @@ def parsed(line: bytes) -> RawEvent | None:
     """One line; None for what is no event."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and "kind" in event else None
 

@@ -14,14 +14,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import live
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
 from jobs.events import RawEvent
-from jobs.lines import LINES, checkpoint_text, error_text, marked, plan_lines, warning_line
-from jobs.words import FORMATS, LABELS, STEPS, Pace, duration, facts, money, number, one_line, tail, visible
+from jobs.lines import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
+from jobs.words import FORMATS, LABELS, STEPS, Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,11 +70,13 @@ class BoxView:
     line: str = "connecting"
     is_good: bool = True  # nothing that a person has to look after
     away_at: float | None = None  # nothing has come since
+    away_why: str = ""
     cards: tuple[Card, ...] = ()
     price_per_hour: float | None = None
     currency: str = ""
     started_at: float | None = None  # the job
     ended_at: float | None = None
+    steps: tuple[int, ...] = ()  # what the job is to do; (): not known
 
 
 @dataclass
@@ -94,9 +97,9 @@ class StepView:
 
     def feed(self, event: RawEvent, now: float) -> None:
         kind = event["kind"]
-        self.updates = event.get("updates", self.updates)
+        self.updates = int(event.get("updates", self.updates))
         if kind == "metrics":
-            self.update, self.metrics, self.metrics_at, self.doing = event.get("update", 0), event, now, ""
+            self.update, self.metrics, self.metrics_at, self.doing = int(event.get("update", 0)), event, now, ""
             for name in FAR_CURVES.get(event.get("step", 0), ()):
                 if name in event:
                     self.curves.setdefault(name, []).append((self.update, float(event[name])))
@@ -150,7 +153,8 @@ class Board:
         if view and not view.end:
             lines += self._running(self._current, view, width, running_at)
         if box:
-            lines += [Text(""), *self._far(box, view, width, now)]
+            spare = height - len(lines) - 6 if height else 0  # what the box takes: an empty line, cards, cost, prompt, answer, state
+            lines += [Text(""), *self._far(box, view, width, now, spare)]
             if height and len(lines) > height:
                 lines = [line for line in lines if line.plain.strip()]
             if height and len(lines) > height:
@@ -176,8 +180,8 @@ class Board:
         title.append(f"{view.update:>{len(str(view.updates))}} of {view.updates}  {share:4.0%}")
         if view.metrics_at is not None:
             title.append(f"  {duration(float(view.metrics.get('elapsed_s', 0)) + since)}")
-        if self._pace.eta_s is not None and view.metrics_at is not None and not view.failed:
-            title.append(f"  eta {duration(self._pace.eta_s - since)}")
+        if (left_s := self._left_s(view, now)) is not None:
+            title.append(f"  eta {duration(left_s)}")
         lines = [title, _bar(share, width - 2)]
         if view.metrics:
             names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
@@ -186,55 +190,79 @@ class Board:
         status = _status(view, now)
         return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
 
-    def _far(self, box: BoxView, view: StepView | None, width: int, now: float) -> list[Text]:
-        lines = []
+    def _left_s(self, view: StepView | None, now: float) -> float | None:
+        """Until the step that runs has made its updates."""
+        is_over = self._box is not None and self._box.ended_at is not None
+        if view is None or view.end or view.failed or view.metrics_at is None or self._pace.eta_s is None or is_over:
+            return None
+        return max(self._pace.eta_s - (now - view.metrics_at), 0.0)
+
+    def _far(self, box: BoxView, view: StepView | None, width: int, now: float, spare: int) -> list[Text]:
+        lines, cells = [], max(width - 18, 8)
         if box.cards:
-            lines.append(_labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, width - 18)))
+            lines.append(_labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, cells)))
         if cost := self._cost(box, view, now):
-            lines.append(_labelled("cost", cost))
+            lines.append(_labelled("cost", _fitting(cost, cells)))
         if view and view.sample:
             prompt, response = (one_line(view.sample.get(name)) for name in ("prompt", "response"))
-            lines += [_labelled("prompt", tail(prompt, width - 18)), _labelled("response", response)]
+            answer = fold(f"{verdict_of(view.sample)}{response}", cells, 1 + min(max(spare, 0), 3))
+            label = f"answer {one_line(view.sample.get('when', ''))}"  # before, or after training
+            lines += [_labelled("prompt", tail(prompt, cells)), *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer))]
         mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
-        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}"
+        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}, trying again: {box.away_why}"
         return [*lines, Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style))]
 
-    def _cost(self, box: BoxView, view: StepView | None, now: float) -> str:
+    def _cost(self, box: BoxView, view: StepView | None, now: float) -> list[str]:
+        """What is spent, what is to come, and the price, most important first. The time of a step that has not begun is not known."""
         if box.price_per_hour is None or box.started_at is None:
-            return ""
+            return []
+        price = f"{money(box.price_per_hour, box.currency)}/h"
         seconds = max((now if box.ended_at is None else box.ended_at) - box.started_at, 0.0)
         spent = box.price_per_hour * seconds / 3600
-        text = f"{money(spent, box.currency)} since the job began"
-        if box.ended_at is None and view and not view.end and not view.failed and view.metrics_at is not None and self._pace.eta_s is not None:
-            left = max(self._pace.eta_s - (now - view.metrics_at), 0.0)
-            text += f", about {money(spent + box.price_per_hour * left / 3600, box.currency)} when this step ends"
-        return f"{text}  ({money(box.price_per_hour, box.currency)}/h)"
+        said = [f"{money(spent, box.currency)} so far"]
+        if box.ended_at is not None:
+            return [f"{money(spent, box.currency)} for this job", f"{price} until the box is stopped"]
+        if (left_s := self._left_s(view, now)) is not None:
+            later = [step for step in box.steps or STEPS if step > self._current]
+            until = f"after step {self._current}" if later else "when the job ends"
+            said.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} {until}")
+            if later and box.steps:
+                said.append(f"then {plural(len(later), 'steps').split()[1]} {' and '.join(map(str, later))}")
+        return [*said, f"at {price}"]
 
     def _curve(self, name: str, view: StepView, width: int) -> Text:
-        spec = FORMATS[name]
-        spark, low, high = sparkline([value for _, value in view.curves[name]], min(max(width - 45, 8), 60))
+        values = [value for _, value in view.curves[name]]
+        _, low, high = sparkline(values, len(values))  # a long curve is drawn by means, which the newest value may lie beyond
+        between = f"  {number(low, FORMATS[name])} to {number(high, FORMATS[name])}"
         line = _cell(name, view.metrics.get(name))
+        spark, _, _ = sparkline(values, min(max(width - line.cell_len - len(between), 8), 60))
         line.append(spark, style=GOOD_CURVE[name])
-        line.append(f"  {number(low, spec)} to {number(high, spec)}", style="dim")
+        line.append(between, style="dim")
         return line
 
 
 def cards_text(cards: Sequence[Card], width: int) -> str:
     """Use and memory of all cards on one line: each by itself as long as there is room, then a block each and the range."""
     each = "   ".join(
-        f"{_range([card.use], '.0f')}%  {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards
+        f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards
     )
     if len(each) <= width:
         return each
     blocks = "".join("▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards)
     used, total = (_range([getattr(card, name) for card in cards], ".0f", 1024) for name in ("used_mib", "total_mib"))
-    return f"{blocks}  {_range([card.use for card in cards], '.0f')}%  {used} of {total} GiB each"
+    return f"{blocks}  {_range([card.use for card in cards], '.0f')}% busy, {used} of {total} GiB each"
 
 
 def _range(values: Sequence[float], spec: str, unit: float = 1.0) -> str:
     """`3`, or `1 to 4`."""
     texts = [format(value / unit, spec) for value in (min(values), max(values))] if all(map(math.isfinite, values)) else ["?"]
     return texts[0] if texts[0] == texts[-1] else " to ".join(texts)
+
+
+def _fitting(parts: Sequence[str], cells: int) -> str:
+    """The first ones, as many as there is room for; one at least."""
+    count = next((count for count in range(len(parts), 1, -1) if cell_len(", ".join(parts[:count])) <= cells), 1)
+    return ", ".join(parts[:count])
 
 
 def _labelled(label: str, text: str) -> Text:
@@ -287,10 +315,10 @@ class Live:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._live.stop()
 
-    def feed(self, event: RawEvent, *, age_s: float = 0.0, quiet: bool = False) -> None:
-        """`age_s`: how long ago it was written. Quiet: only the panel takes it in."""
+    def feed(self, event: RawEvent, *, at: float | None = None, quiet: bool = False) -> None:
+        """`at`: when it was written, by the clock of this panel; None: now. Quiet: only the panel takes it in."""
         with self._lock:
-            self._board.feed(event, self._clock() - age_s)
+            self._board.feed(event, self._clock() if at is None else at)
         if quiet:
             return
         if event["kind"] == "plan":
@@ -299,6 +327,8 @@ class Live:
             self._print_above(marked(warning_line(event)))
         elif event["kind"] == "error":
             self._print_above(marked(visible(error_text(event))))
+        elif event["kind"] == "resumed":  # an error above it is an old one then
+            self._print_above(Text(head(event) + resumed_text(event), style="dim"))
 
     def feed_box(self, box: BoxView) -> None:
         with self._lock:

@@ -8,7 +8,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
+from rich.text import Text
 
 from jobs.events import RawEvent
 
@@ -131,6 +132,23 @@ def tail(text: str, cells: int) -> str:
     return f"…{text[start:]}"
 
 
+def fold(text: str, cells: int, most: int) -> list[str]:
+    """One to `most` lines, none wider than its place; what is left out shows as `…`. `text`: one line."""
+    lines = [""]
+    for word in text.split(" "):
+        if not lines[-1]:
+            lines[-1:] = chop_cells(word, cells) or [""]
+        elif cell_len(lines[-1]) + 1 + cell_len(word) <= cells:
+            lines[-1] += f" {word}"
+        else:
+            lines += chop_cells(word, cells) or [""]
+    if len(lines) > most:
+        last = Text(f"{lines[most - 1]} …")
+        last.truncate(cells, overflow="ellipsis")
+        lines[most - 1] = last.plain
+    return lines[:most]
+
+
 def plural(count: object, noun: str) -> str:
     return f"{count} {noun}" if count != 1 else f"{count} {noun.removesuffix('s')}"
 
@@ -177,10 +195,10 @@ class Pace:
             self._step, self._latest = step, (event.get("from_update", 0), 0.0)
             self._start = None if self._latest[0] else (0, 0.0)
         elif event["kind"] == "metrics":
-            now = (event.get("update", 0), float(event.get("elapsed_s", math.nan)))
+            now, updates = (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan))), int(event.get("updates", 0))
             if step != self._step or now[0] < self._latest[0]:
                 self._step, self._start = step, (0, 0.0)
-            self._start, self._latest, self._updates = self._start or now, now, event.get("updates", 0)
+            self._start, self._latest, self._updates = self._start or now, now, updates
 
     @property
     def eta_s(self) -> float | None:

@@ -1,7 +1,8 @@
 """Watching a run over a line that breaks: `follow` reads the framed stream of `supervisor.sh follow`, feeds a view, and goes on
 at the exact byte by itself. What is watched goes on in any case: the job is nobody's child.
 
-A frame is a line of words; `bytes OFFSET LENGTH` is followed by that many raw bytes of the file.
+A frame is a line of words; `bytes OFFSET LENGTH` is followed by that many raw bytes of the file. A `beat` says that all that the
+file held by then was sent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import math
 import os
 import re
+import select
 import selectors
 import shlex
 import signal
@@ -36,11 +38,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LONGEST_FRAME_LINE = 64 * 1024
-WORDS = {"bytes", "shrunk", "job", "gpu", "beat", "done"}  # others: of a newer supervisor, or what a login says
+PROGRESS = {"bytes", "beat", "done"}  # `job` is said before anything is read
 EXITS = {int(ExitCode.OK): "done", int(ExitCode.PREEMPTED): "preempted, the same command goes on", int(ExitCode.CANCELLED): "cancelled"}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OpenStream = Callable[[str, int], "subprocess.Popen[bytes]"]  # file ("events" or "log"), byte offset
+OpenStream = Callable[[str, int], "subprocess.Popen[bytes]"]  # file ("events", "log" or "output"), byte offset
 Refused = Callable[[int, str], "ToolkitError | None"]  # exit code and last words of the ssh process: is there no use in trying again?
 T = TypeVar("T")
 
@@ -51,7 +53,7 @@ class Limits:
     connect_s: float = 30.0  # until the first byte of a connection: jump hosts and far lines take their time
     first_pause_s: float = 0.5
     longest_pause_s: float = 15.0
-    tries: int | None = None  # connections in a row without a frame; None: for ever
+    tries: int | None = None  # connections in a row that brought nothing; None: for ever
 
 
 LIMITS = Limits()
@@ -65,6 +67,7 @@ class Where:
     run: str
     price_per_hour: float | None = None
     currency: str = ""
+    steps: tuple[int, ...] = ()  # what the job is to do; (): not known
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class BrokenLine(Exception):
 
 
 class Reread(Exception):
-    """A line of the file must be read again."""
+    """A line of the file must be asked for again."""
 
 
 @dataclass
@@ -192,40 +195,39 @@ class Tail:
     by_lines: bool  # only whole ones are handed on
     offset: int = 0
     _begun: bytearray = field(default_factory=bytearray)  # of a line without its end
-    _reread: int = -1
+    _is_torn: bool = False  # and that was all of the file
+    _reread: int = -1  # the last offset that was asked for again
 
     @property
     def next(self) -> int:
         return self.offset + len(self._begun)
 
     def take(self, data: bytes) -> bytes:
-        """What can be handed on now; `passed` says that it was."""
-        if not self.by_lines:
-            return data
-        if b"\n" not in data:
-            self._begun += data
-            return b""
-        whole, newline, rest = data.rpartition(b"\n")
-        lines = bytes(self._begun) + whole + newline
-        self._begun = bytearray(rest)
-        return lines
-
-    def passed(self, data: bytes) -> None:
+        """What can be handed on now. Raises Reread: whoever wrote the line that has begun may be dead, cut off, and the rest a successor's."""
+        if self._is_torn and self._reread != self.offset:
+            self._reread = self.offset
+            raise Reread
+        if self.by_lines:
+            whole, newline, rest = data.rpartition(b"\n")
+            data = bytes(self._begun) + whole + newline if newline else b""
+            self._begun = bytearray(rest) if newline else self._begun + rest
         self.offset += len(data)
+        return data
+
+    def beat(self) -> None:
+        """All of the file was sent. Lines are written whole, so what has no end now was torn off."""
+        self._is_torn = bool(self._begun)
 
     def drop_begun(self) -> None:
-        """A new line asks for it again: it may have been cut off there and another one written in its place meanwhile."""
+        """A new connection asks for it again."""
         self._begun.clear()
+        self._is_torn = False
 
     def cut(self, size_bytes: int) -> None:
         """The file was made shorter."""
         del self._begun[max(size_bytes - self.offset, 0) :]
+        self._is_torn = self._is_torn and bool(self._begun)
         self.offset = min(size_bytes, self.offset)
-
-    def once_more(self) -> bool:
-        """Whether the line at `offset` has not been read twice yet."""
-        first, self._reread = self._reread != self.offset, self.offset
-        return first
 
 
 def lines_of(data: bytes) -> list[bytes]:
@@ -242,7 +244,7 @@ class Connection:
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         self._process, self._limits = process, limits
         self.code: int | None = None
-        self.has_spoken = False
+        self.has_progress = False
         self._said = b""
 
     @property
@@ -267,11 +269,10 @@ class Connection:
                     if not data:
                         selector.unregister(stdout)
                         self._reap(selector)
-                        raise BrokenLine(one_line(self.said)[-200:] or f"ssh has ended with {self.code}")
+                        raise BrokenLine(one_line(self.said)[-200:] or ("the stream ended" if self.code is None else f"ssh ended with {self.code}"))
                     for frame in framing.feed(data):
-                        if frame.word in WORDS:
-                            self.has_spoken = True
-                            yield frame
+                        self.has_progress |= frame.word in PROGRESS
+                        yield frame
                     # From here on: who reads us may have held us up for long.
                     limit_s = self._limits.silence_s
                     deadline = time.monotonic() + limit_s
@@ -328,7 +329,7 @@ class View(Protocol):
     def card(self, card: Card) -> None: ...
 
     def away(self, why: str, since: float) -> None:
-        """Nothing comes from the box, since a time of our clock."""
+        """Nothing comes from the box, since a time of our clock. Again, if there is another reason."""
 
     def back(self) -> None: ...
 
@@ -375,10 +376,8 @@ class _Quiet:
 class RawLog(_Quiet):
     """`--raw`: the bytes of train.log as they are; on a terminal, what it would obey is spelt out."""
 
-    file = "log"
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+    def __init__(self, out: TextIO, file: str = "log") -> None:
+        self._out, self.file = out, file
         self._decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8")("backslashreplace"), translate=True)  # bare \r: progress bars
 
     def data(self, data: bytes) -> None:
@@ -434,9 +433,9 @@ class Gate:
         self._held: bytearray | None = bytearray() if holds else None
         self._first = -math.inf if since is None else since.first(wall())
 
-    def now(self) -> float:
-        """By the box's clock."""
-        return self._wall() + self._ahead_s
+    def ours(self, epoch: float | None) -> float | None:
+        """From the box's clock to ours. What has been is never in the future."""
+        return None if epoch is None or not math.isfinite(epoch) else min(epoch - self._ahead_s, self._wall())
 
     def take(self, data: bytes) -> bytes:
         if self._held is None:
@@ -463,10 +462,10 @@ class Drawn:
 
     file = "events"
 
-    def __init__(self, view: Plain | Live, where: Where, since: Since | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._view, self._where, self._clock = view, where, clock
+    def __init__(self, view: Plain | Live, where: Where, since: Since | None = None) -> None:
+        self._view, self._where = view, where
         self._gate = Gate(since, holds=isinstance(view, Live) or (since is not None and since.is_relative))
-        self._box = BoxView(name=where.host, price_per_hour=where.price_per_hour, currency=where.currency)
+        self._box = BoxView(name=where.host, price_per_hour=where.price_per_hour, currency=where.currency, steps=where.steps)
         self._cards: dict[int, Card] = {}
         self._job: Job | None = None
         self._first_event: float | None = None  # for the box that does not say when the job has begun
@@ -494,8 +493,7 @@ class Drawn:
             # What a view cannot take (text for a number) says less than the next event: watching goes on.
             with contextlib.suppress(TypeError, ValueError, AttributeError):
                 if isinstance(self._view, Live):
-                    age_s = self._gate.now() - time_of(event)
-                    self._view.feed(event, age_s=max(age_s, 0.0) if math.isfinite(age_s) else 0.0, quiet=self._gate.is_early(event))
+                    self._view.feed(event, at=self._gate.ours(time_of(event)), quiet=self._gate.is_early(event))
                 else:
                     self._view.feed(event, quiet=self._gate.is_early(event))
 
@@ -515,14 +513,11 @@ class Drawn:
         self._is_worried = not is_good
 
     def _set_times(self) -> None:
-        """When the job began and ended, from the box's clock to the panel's."""
+        """When the job began and ended, by our clock."""
         job = self._job or Job({"alive": "1"})
         started = job.started or self._first_event
         ended = None if job.alive or job.training else job.ended
-        self._box = replace(self._box, started_at=self._ours(started), ended_at=self._ours(ended))
-
-    def _ours(self, epoch: float | None) -> float | None:
-        return None if epoch is None else self._clock() - max(self._gate.now() - epoch, 0.0)
+        self._box = replace(self._box, started_at=self._gate.ours(started), ended_at=self._gate.ours(ended))
 
     def card(self, card: Card) -> None:
         self._cards[card.index] = card
@@ -531,16 +526,14 @@ class Drawn:
 
     def away(self, why: str, since: float) -> None:
         if isinstance(self._view, Live):
-            at = time.strftime("%H:%M:%S", time.localtime(since))
-            said = f"run {self._where.run}, line away since {at}, trying again"
-            self._box = replace(self._box, line=said, away_at=self._clock() - max(time.time() - since, 0.0))
+            self._box = replace(self._box, line=f"run {self._where.run}, line away", away_at=since, away_why=one_line(why))
             self._show_box()
         else:
             self.note(_away_text(why))
 
     def back(self) -> None:
         said = state_text(self._job)[0] if self._job else "connected"
-        self._box = replace(self._box, line=f"run {self._where.run}, {said}", away_at=None)
+        self._box = replace(self._box, line=f"run {self._where.run}, {said}", away_at=None, away_why="")
         self._show_box()
 
     def note(self, text: str) -> None:
@@ -606,7 +599,8 @@ def view_of(
         return RawLog(out)
     if as_json:
         return JsonLines(out.buffer, since)
-    return Drawn(console.view(out) if live else Plain(console.console_on(out)), where, since)
+    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job goes on.
+    return Drawn(console.view(out, time.time) if live else Plain(console.console_on(out)), where, since)
 
 
 # --- watching
@@ -629,16 +623,23 @@ def follow(
     """
     watch = _Watch(view, once, refused, limits, offset, where)
     stopped = False
-    with _one_interrupt():
+    with _one_interrupt() as interrupts:
         try:
             with view:
-                watch.through(open_stream)
+                try:
+                    watch.through(open_stream)
+                finally:
+                    if interrupts and not _polled(sys.stdout, select.POLLOUT):
+                        _hush(sys.stdout)  # nobody takes what is left to say: `fab logs | less`
         except KeyboardInterrupt:
             stopped = True
-            _note(_stopped_text(where, watch.job))
-        except BrokenPipeError:  # `fab logs | head`
+        except (BrokenPipeError, SystemExit) as closed:  # `fab logs | head`; rich makes a SystemExit of it
+            if isinstance(closed, SystemExit) and not isinstance(closed.__context__, BrokenPipeError):
+                raise
             stopped = True
             _hush(sys.stdout)
+        if interrupts:
+            _note(_stopped_text(where, watch.job))
     return Watched(watch.is_done, stopped, watch.job, watch.last, watch.tail.offset)
 
 
@@ -646,34 +647,45 @@ def _stopped_text(where: Where, job: Job | None) -> str:
     host, run = shlex.quote(where.host), shlex.quote(where.run)
     if job is not None and not job.alive and not job.training:
         return "stopped watching; the job is not running"
-    return f"stopped watching; the job goes on: fab logs --host {host} --run {run}\nto cancel it: fab cancel --host {host} --run {run}"
+    said = "stopped watching; the job goes on" if job else "stopped watching; a job would not notice"
+    return f"{said}: fab logs --host {host} --run {run}\nto cancel it: fab cancel --host {host} --run {run}"
 
 
 @contextlib.contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """One Ctrl-C is enough: those that follow would break what it has begun."""
-    before = signal.getsignal(signal.SIGINT)
+def _one_interrupt() -> Iterator[list[int]]:
+    """One Ctrl-C is enough: those that follow would break what it has begun. Gives a list that is not empty once it has come."""
+    before, interrupts = signal.getsignal(signal.SIGINT), list[int]()
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN or before is None:
-        yield
+        yield interrupts
         return
 
     def interrupt(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupts.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _hush(stream: TextIO) -> None:
-    """Else Python complains about the closed pipe once more when it ends."""
+    """Else Python complains about the closed pipe once more when it ends, or waits for it."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def _polled(stream: TextIO, events: int) -> int:
+    """What `poll` says of it at once: 0 for nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(stream.fileno(), events)
+        return sum(mask for _, mask in poll.poll(0))
+    return 0
 
 
 class _Watch:
@@ -685,8 +697,10 @@ class _Watch:
         self.job: Job | None = None
         self.last: RawEvent | None = None
         self.is_done = False
-        self._heard_at: float | None = None  # wall clock: the monotonic one stands still while a laptop sleeps
+        self._heard_at = time.time()  # the monotonic clock stands still while a laptop sleeps
+        self._has_heard = False
         self._away_since: float | None = None
+        self._away_why = ""
         self._back_at = 0.0
         self._missed = 0  # events, or bytes of the log
 
@@ -704,13 +718,10 @@ class _Watch:
             finally:
                 connection.close()
                 self.tail.drop_begun()
-            if connection.has_spoken:
+            if connection.has_progress:
                 failures, pause_s = 0, self._limits.first_pause_s
             self._judge(connection, why, failures := failures + 1)
-            if self._heard_at is not None and self._away_since is None:
-                self._away_since, self._missed = self._heard_at, 0
-            if self._away_since is not None:
-                self._view.away(why, self._away_since)
+            self._away(why)
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, self._limits.longest_pause_s)
 
@@ -720,12 +731,19 @@ class _Watch:
         if code is not None and (error := self._refused(code, connection.said)):
             raise error
         # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose, instead of a stream.
-        if code is not None and 0 < code < 128 and not connection.has_spoken:
+        if code is not None and 0 < code < 128 and not connection.has_progress:
             raise ToolkitError(f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.said))
         tries = self._limits.tries
         if tries is not None and failures >= tries:
             what = f"the line to `{self._where.host}` broke {plural(failures, 'times')} in a row"
             raise ToolkitError(what, why=visible(why), hint="the job is not touched by it; try again", code=ExitCode.UNREACHABLE)
+
+    def _away(self, why: str) -> None:
+        if self._away_since is None:
+            self._away_since, self._missed = self._heard_at, 0
+        if why != self._away_why:
+            self._away_why = why
+            self._view.away(why, self._away_since)
 
     def _read(self, connection: Connection) -> None:
         """Until the job has ended and all is shown; `once`: until what is there now is shown."""
@@ -733,7 +751,7 @@ class _Watch:
         for frame in connection.frames():
             self._heard_at = time.time()
             if is_new:
-                is_new, self._back_at = False, self._heard_at
+                is_new, self._back_at, self._away_why = False, self._heard_at, ""
                 self._view.back()
             if frame.word == "bytes":
                 has_data = True
@@ -747,12 +765,15 @@ class _Watch:
                 self._view.card(Card(int(frame.args[0]), *(_number(arg, math.nan) for arg in frame.args[1:4])))
             elif frame.word == "beat" and frame.args and (epoch := _number(frame.args[0], None)) is not None:
                 self._view.beat(epoch)
+                self.tail.beat()
                 beats += 1
-                # All that the file held is sent before the beat that follows; a file without a byte for us shows by a second one.
+                # The first beat may come before the file was looked at: without a byte for us, the second one tells.
                 if has_data or beats > 1:
                     self._caught_up()
                     if self._once:
                         return
+                if _polled(sys.stdout, 0) & (select.POLLERR | select.POLLHUP):
+                    raise BrokenPipeError  # a write would tell, but the next one may be an hour away
             elif frame.word == "done":
                 self._caught_up()
                 self.is_done = True
@@ -761,31 +782,21 @@ class _Watch:
     def _bytes(self, offset: int, data: bytes) -> None:
         if offset != self.tail.next:
             raise BrokenLine(f"byte {offset} came, byte {self.tail.next} was due")
-        whole = self.tail.take(data)
-        if not self.tail.by_lines:
-            self._pass(whole, len(whole))
+        data = self.tail.take(data)
+        if not data:
             return
-        good = bytearray()  # up to a line that is no event
-        for line in lines_of(whole):
-            event = parsed(line)
-            if event is None and line.strip():
-                self._pass(bytes(good), good.count(b"\n"))
-                good.clear()
-                # Either it is damaged for good, or it is the start of a line that was cut off and the end of its successor.
-                if self.tail.once_more():
-                    raise Reread
-            good += line
-            self.last = event or self.last
-        self._pass(bytes(good), good.count(b"\n"))
-
-    def _pass(self, data: bytes, count: int) -> None:
-        if data:
-            self.tail.passed(data)
-            self._missed += count
-            self._view.data(data)
+        if self.tail.by_lines:
+            lines = lines_of(data)
+            self._missed += len(lines)
+            self.last = next((event for line in reversed(lines) if (event := parsed(line))), self.last)
+        else:
+            self._missed += len(data)
+        self._view.data(data)
 
     def _caught_up(self) -> None:
         if self._away_since is not None:
             away_s, self._away_since = max(self._back_at - self._away_since, 0.0), None
             missed = plural(self._missed, "events") if self.tail.by_lines else size(self._missed)
-            self._view.note(f"the line was away for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile")
+            if self._has_heard:
+                self._view.note(f"the line was away for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile")
+        self._has_heard = True

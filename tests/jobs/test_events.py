@@ -20,6 +20,7 @@ from jobs.events import (
     Warning,
     effective,
     parse,
+    parsed,
     read_events,
 )
 
@@ -195,3 +196,15 @@ def test_a_line_that_a_loss_of_power_has_damaged_is_left_out(tmp_path: Path) -> 
     path.write_bytes(first + b"\0" * 40 + b"\n" + b'{"schema": 1, "se\n' + b"17\n\n" + b"\xff\xfe\n" + second)
     events, offset = read_events(path)
     assert [event["step"] for event in events] == [1, 2] and offset == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"\n", b"17\n", b"[]\n", b'"kind"\n', b'{"step": 1}\n', b'{"kind": "pl', b"\xff{}", b"\0" * 9, b"[" * 100_000, b"9" * 5000]
+)
+def test_what_is_no_event(line: bytes) -> None:
+    assert parsed(line) is None
+
+
+def test_a_line_is_an_event_with_or_without_its_end() -> None:
+    assert parsed(b'{"kind": "x", "n": NaN}\r\n') is not None
+    assert parsed(b'{"kind": "plan", "step": 1}') == {"kind": "plan", "step": 1}

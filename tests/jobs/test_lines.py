@@ -130,6 +130,15 @@ def test_the_last_update_of_a_stream_that_stops_is_shown() -> None:
     assert updates_shown(plain(curve(9)[:5])) == ["1/9", "5/9"]
 
 
+def test_quiet_events_are_not_shown_but_count_for_the_pace() -> None:
+    stream, made = io.StringIO(), curve(20, seconds=2.0)
+    with Plain(console_on(stream)) as lines:
+        for each in [event("warning", 1, message="of old"), *made[:10]]:
+            lines.feed(each, quiet=True)
+        lines.feed(made[10] | {"elapsed_s": 33.0})
+    assert stream.getvalue() == "step 1  update 11/20  loss 1.0000  1 tok/s  eta 27s\n"  # 3 s an update, 9 to go
+
+
 def test_a_line_is_never_wrapped() -> None:
     (line,) = plain([event("warning", 1, message="word " * 100 + "/a/path" * 50)])
     assert len(line) > 800

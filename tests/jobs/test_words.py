@@ -4,7 +4,7 @@ from collections.abc import Iterable
 import pytest
 
 from jobs.events import RawEvent
-from jobs.words import Pace, duration, number, size, visible
+from jobs.words import Pace, duration, fold, money, number, size, tail, visible
 from tests.raw_events import event
 
 
@@ -55,6 +55,47 @@ def test_duration(seconds: object, text: str) -> None:
 )
 def test_size(size_bytes: object, text: str) -> None:
     assert size(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "text"),
+    [
+        (6.314, "¥", "¥6.31"),
+        (6.314, "EUR", "6.31 EUR"),
+        (6.314, "", "6.31"),
+        (0.0, "$", "$0.00"),
+        (0.00674, "$", "$0.0067"),
+        (0.1, "$", "$0.10"),
+        (1234.5, "元", "1234.50 元"),
+    ],
+)
+def test_money(amount: float, currency: str, text: str) -> None:
+    assert money(amount, currency) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "cells", "end"),
+    [("short", 5, "short"), ("too long", 5, "…long"), ("调调调", 6, "调调调"), ("调调调调", 6, "…调调"), ("ab调", 3, "…调"), ("x", 0, "…")],
+)
+def test_tail(text: str, cells: int, end: str) -> None:
+    assert tail(text, cells) == end
+
+
+@pytest.mark.parametrize(
+    ("text", "cells", "most", "lines"),
+    [
+        ("", 9, 3, [""]),
+        ("one two three", 7, 3, ["one two", "three"]),
+        ("one two three", 7, 1, ["one tw…"]),
+        ("one  two", 3, 3, ["one", "two"]),
+        ("a " + "x" * 9, 4, 9, ["a", "xxxx", "xxxx", "x"]),
+        ("调调调调", 5, 9, ["调调", "调调"]),
+        ("调调调调", 5, 1, ["调调…"]),
+        ("one two", 9, 1, ["one two"]),
+    ],
+)
+def test_fold(text: str, cells: int, most: int, lines: list[str]) -> None:
+    assert fold(text, cells, most) == lines
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from paramiko.agent import AgentSSH
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, SSHException
 
 from jobs.errors import ExitCode, ToolkitError
-from remote.here import LAST_LINES, TAKES, Answer, Proxy, run_here, short
+from remote.here import LAST_LINES, LINGER_S, TAKES, Answer, Proxy, run_here, short
 from remote.inventory import Box
 from remote.openssh import CONNECT_S, OpenSSH, Resolved, Target
 from remote.say import Sayer
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 RETRY_PAUSE_S = 0.5  # after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
 KEEPALIVE_S = 15
-LINGER_S = 2.0  # for what a command left behind, which may hold its output open
 
 
 class CommandFailed(ToolkitError):

@@ -18,7 +18,7 @@ from typing import IO
 from jobs.errors import ToolkitError
 from remote.trust import unreachable
 
-LINGER_S = 2.0  # for what a command left behind, which may hold its output open
+LINGER_S = 1.0  # for what a command left behind, which may hold its output open
 LAST_LINES = 10
 TAKES = 32 * 1024
 

@@ -138,6 +138,7 @@ WANTED = {
     "finite_number": "a finite number",
     "string_type": "text",
     "string_too_short": "text that is not empty",
+    "dict_type": "fields",
     "mapping_type": "fields",
     "tuple_type": "a list",
     "literal_error": "{expected}",
@@ -161,7 +162,8 @@ def _explain(mistake: ErrorDetails) -> str:
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg']}"
-    return f"{path}: {WANTED[kind].format(**mistake.get('ctx', {}))}, not {_shown(mistake['input'])}"
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()}
+    return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
 
 
 def _shown(value: Any) -> str:

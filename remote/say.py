@@ -17,8 +17,10 @@ from jobs.words import encodable, visible
 
 HIDDEN = "[hidden]"
 SHORT = 6  # characters; a shorter value is hidden only where it stands as a word: `1` is in everything
-_QUOTES = r"""['"\\]*"""  # what shlex, repr, JSON and YAML put between two characters of a quoted value
-_GAP = r"""(?:\s|\\+[nrt]|['"\\,+]|%20|%0A)*"""  # what may stand for white space: also `', '`, where the value was split into words
+# What shlex, repr, JSON, YAML and URLs put between two characters of a quoted value; and what may stand for its white space,
+# also `', '`, where the value was split into words.
+_QUOTES = r"""(?:['"\\]|%(?i:22|27|5c))*"""
+_GAP = r"""(?:[\s'"\\,+]|(?<=\\)[nrt]|%(?i:22|27|5c|20|09|0a|0d))*"""
 _SAFE = re.compile(r"[A-Za-z0-9_.-]")
 
 
@@ -48,23 +50,22 @@ def _forms(value: str) -> Iterator[str]:
 
 def _loose(value: str) -> str:
     """A pattern for the value as it stands, as shlex, repr, JSON and URLs write it, however often, and split at its white space."""
-    parts = [_GAP if part.isspace() else _QUOTES.join(map(_character, part)) for part in re.findall(r"\s+|[^\s'\"\\]+", value)]
-    if not parts or not any(part != _GAP for part in parts):
+    words = [_QUOTES.join(map(_character, re.sub(r"""['"\\]""", "", word))) for word in value.split()]
+    pattern = _GAP.join(word for word in words if word)
+    if not pattern:
         return re.escape(value)
-    if len(value) < SHORT:
-        return rf"(?<!\w){_QUOTES.join(parts)}(?!\w)"
-    return _QUOTES.join(parts)
+    return rf"(?<!\w){pattern}(?!\w)" if len(value) < SHORT else pattern
 
 
 def _character(char: str) -> str:
     if _SAFE.fullmatch(char):
         return char if char.isalnum() else re.escape(char)
-    code = f"{ord(char):04x}"
+    units = re.findall("....", char.encode("utf-16-be", "surrogatepass").hex())  # JSON writes two for what is rare
     written = {
         re.escape(char),
         re.escape(char.encode("unicode_escape", "backslashreplace").decode()),
         "".join(f"%(?i:{byte:02x})" for byte in char.encode("utf-8", "surrogateescape")),
-        rf"\\+u(?i:{code})",
+        "".join(rf"\\+u(?i:{unit})" for unit in units),
     }
     return f"(?:{'|'.join(sorted(written))})"
 

@@ -76,11 +76,12 @@ class Sshd:
 
     def processes(self) -> list[int]:
         """The server and all that it started."""
-        if self._process is None or self._process.poll() is not None:
+        process = self._process
+        if process is None or process.poll() is not None:
             return []
         table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         parents = [tuple(map(int, line.split())) for line in table.splitlines()]
-        found = [self._process.pid]
+        found = [process.pid]
         for parent in found:
             found += [pid for pid, its_parent in parents if its_parent == parent and pid not in found]
         return found
@@ -105,10 +106,10 @@ class Sshd:
 
     def stop(self) -> None:
         """At once, with all connections."""
-        if self._process is not None:
-            self._signal(signal.SIGKILL)
-            self._process.wait(10)
-            self._process = None
+        self._signal(signal.SIGKILL)
+        process, self._process = self._process, None
+        if process is not None:
+            process.wait(10)
 
     # --- the laptop's side
 

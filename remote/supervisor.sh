@@ -295,6 +295,7 @@ claim() { # the slot; or say who has it
             fi
         fi
         waits=$((waits - 1))
+        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not come to an end"
         pause 1
     done
     claimed=1

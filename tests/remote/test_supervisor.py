@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -587,6 +588,19 @@ def test_every_byte_comes_once_and_in_order(made: Callable[[str], Box], shell: s
     assert bytes(rest.bytes) == b""
 
 
+def test_standard_output_may_be_a_socket(box: Box) -> None:
+    """As sshd gives it, where it has no pipes."""
+    box.run().path.mkdir(parents=True)
+    box.run().log.write_bytes(b"one\ntwo")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        argv = [str(box.bin / "sh"), *box.argv("follow", "run-1", "log", "0")[1:]]
+        subprocess.run(argv, env=box.environ, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, check=True, timeout=20)
+        theirs.shutdown(socket.SHUT_WR)
+        with ours.makefile("rb") as file:
+            assert b"\nbytes 0 7\none\ntwobeat " in file.read()
+
+
 def test_following_begins_at_once_and_new_bytes_come_soon(box: Box) -> None:
     box.scenario(
         'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two >>"$run/train.log"; ' + TRAINS
@@ -835,6 +849,16 @@ def test_a_slot_of_a_start_that_died_is_taken_over(box: Box) -> None:
     (slot / "taken").mkdir()
     (slot / "taken/by").write_text("999999999 1\n")  # who wanted to take it over died, too
     assert box.start("run-1", "req-2").startswith("started req-2")
+
+
+def test_a_slot_that_another_takes_over_is_left_to_it(box: Box) -> None:
+    slot = box.root / "slot"
+    (slot / "taken").mkdir(parents=True)
+    own_start = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19]
+    for name, text in {"run": "run-9", "request": "req-9", "pid": "1", "start": "1", "taken/by": f"{os.getpid()} {own_start}"}.items():
+        (slot / name).write_text(f"{text}\n")
+    assert box.start() == "refused another start is taking over the slot of run run-9, and does not come to an end"
+    assert (slot / "taken/by").exists() and not (box.root / "requests").exists()
 
 
 def test_many_take_over_one_slot_at_once(box: Box) -> None:

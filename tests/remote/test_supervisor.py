@@ -595,7 +595,7 @@ def test_standard_output_may_be_a_socket(box: Box) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         argv = [str(box.bin / "sh"), *box.argv("follow", "run-1", "log", "0")[1:]]
-        subprocess.run(argv, env=box.environ, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, check=True, timeout=20)
+        subprocess.run(argv, env=box.environ, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL, check=True, timeout=20)
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
             assert b"\nbytes 0 7\none\ntwobeat " in file.read()

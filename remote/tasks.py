@@ -109,7 +109,8 @@ def one_host(c: Context, host: str) -> str:
 
 
 def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..., ExitCode | int | None]], Any]:
-    """A task whose errors are shown as they are, and whose exit code is one of ours. With `-H a,b` Fabric calls it once for each host:
+    """A task whose errors are shown as they are, and whose exit code is one of ours. The default of an iterable flag is None: any other
+    takes the place of its kind. With `-H a,b` Fabric calls it once for each host:
     the first call takes all of them, as with `--host a,b`.
     """
 
@@ -247,13 +248,13 @@ def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "",
     dry_run=DRY_RUN,
     iterable=["set_"],
 )
-def doctor(c: Context, host: str = "", job: str = "", set_: Sequence[str] = (), json_: bool = False, dry_run: bool = False) -> int:
+def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = None, json_: bool = False, dry_run: bool = False) -> int:
     """Is this box fit for this job? A line a check, one round trip, and nothing is changed. Before money is spent.
 
     fab doctor --host gpu-box --job opt-1.3b
     """
     desk, names = Desk.open(dry_run=dry_run), hosts_of(c, host)
-    wanted = load_job(job, list(set_)) if job or set_ else None
+    wanted = load_job(job, set_ or []) if job or set_ else None
     limits = Limits.load()
 
     def examine(box: Box, say: Sayer) -> int:
@@ -339,7 +340,7 @@ def unlock(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
     iterable=["set_"],
 )
 def train(
-    c: Context, host: str = "", job: str = DEFAULT_JOB, step: str = "all", set_: Sequence[str] = (), run: str = "", from_: str = "",
+    c: Context, host: str = "", job: str = DEFAULT_JOB, step: str = "all", set_: list[str] | None = None, run: str = "", from_: str = "",
     redo: bool = False, deployment_type: str = "", detach: bool = False, wait: bool = False, json_: bool = False, dry_run: bool = False,
 ) -> int:  # fmt: skip
     """Start a job on the box, where it goes on without you, and follow it. Ctrl-C stops the watching, not the job.
@@ -349,7 +350,7 @@ def train(
     if detach and wait:
         raise ToolkitError("--detach and --wait are opposites", hint="leave out one of them")
     steps = steps_of([step])
-    wanted = load_job(job, [*(settings_of_deployment(deployment_type) if deployment_type else []), *set_])
+    wanted = load_job(job, [*(settings_of_deployment(deployment_type) if deployment_type else []), *(set_ or [])])
     name = run or wanted.name
     for named in filter(None, (name, from_)):
         if not NAME.fullmatch(named):
@@ -381,7 +382,7 @@ def train(
             return ExitCode.OK
         at = watch.Where(box.name, name, box.price_per_hour, box.currency, tuple(steps))
         watched = _follow(desk, line, at, watch.view_of(at, as_json=json_, live=not wait))
-    return _code_of(watched, line, name, say)
+    return _code_of(watched, desk, line, name, say)
 
 
 def _warn_of_other_code(deployed: Deployed, say: Sayer) -> None:
@@ -411,7 +412,7 @@ def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
     return judge
 
 
-def _code_of(watched: watch.Watched, line: Line, run: str, say: Sayer) -> int:
+def _code_of(watched: watch.Watched, desk: Desk, line: Line, run: str, say: Sayer) -> int:
     """The job's own code if its end was seen, and where its results are."""
     if not watched.done:
         return ExitCode.INTERRUPTED if watched.stopped and not watched.job else ExitCode.OK
@@ -420,7 +421,8 @@ def _code_of(watched: watch.Watched, line: Line, run: str, say: Sayer) -> int:
     if code == ExitCode.OK:
         say(f"take it home: fab fetch --host {host} --run {shlex.quote(run)}")
     elif watched.last is None:
-        say(f"it said nothing but its output: fab logs --raw --host {host} --run {shlex.quote(run)}")
+        say("it ended before it could train; what it said:")
+        _follow(desk, line, watch.Where(line.box.name, run), watch.RawLog(sys.stderr, "output"), once=True)
     elif code in (ExitCode.PREEMPTED, ExitCode.LOST):
         say("the same command goes on with it")
     return code
@@ -453,7 +455,10 @@ def logs(
             say.command("here", line.stream(there(box, desk.providers, "follow", run or "-", view.file, "0")))
             return ExitCode.OK
         watched = _follow(desk, line, at, view, once=not follow)
-    return _code_of(watched, line, run, say) if follow else ExitCode.OK
+        if raw and not watched.offset and not watched.stopped:  # it ended before there was a log
+            _follow(desk, line, at, watch.RawLog(sys.stdout, "output"), once=True)
+        run = run or (watched.job.words.get("run", "") if watched.job else "")
+    return _code_of(watched, desk, line, run, say) if follow else ExitCode.OK
 
 
 def _listed(desk: Desk, line: Line) -> listing.Listing:

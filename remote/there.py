@@ -70,6 +70,8 @@ def check(box: Box, answer: Answer) -> None:
     """Raises ToolkitError if nothing is deployed, or the command failed."""
     if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
         raise not_deployed(box)
+    if answer.code == ExitCode.USAGE:  # said there, on purpose
+        raise ToolkitError(f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
     if answer.code:
         said = "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-10:])
         raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, code=ExitCode.INTERNAL)

@@ -4,7 +4,7 @@
 #
 # Answered here: `root`, which says `root ROOT` if one has our marker, else `would ROOT`; `shell`, one in our folder; `where`, which says
 # `root ROOT`, the lines of ROOT/deployed, `input HASH` for each that is whole, `slot RUN` if one runs. Any other VERB is supervisor.sh's,
-# of the code that was deployed last. Nothing deployed: `not_deployed`, exit code 3.
+# of the code that was deployed last; a RUN and a GRACE may be `-` there. Nothing deployed: `not_deployed`, exit code 3.
 found='' marked='' first=''
 while [ $# -gt 0 ]; do
     root=$1
@@ -28,6 +28,20 @@ code=''
 if [ -z "$code" ] || [ ! -f "$found/code/$code/remote/supervisor.sh" ]; then
     echo not_deployed
     exit 3
+fi
+if [ "${1-}" = - ]; then # of follow and cancel: the run in the slot, else the one that was started last
+    shift
+    # shellcheck disable=SC2012 # names of runs are plain, and only `ls` sorts by time everywhere
+    { read -r run <"$found/slot/run"; } 2>/dev/null || run=$(cd "$found/runs" && ls -t -- */job/started 2>/dev/null | sed -n '1s|/.*||p')
+    set -- "$run" "$@"
+    [ -n "$run" ] || {
+        echo 'error: there is no run' >&2
+        exit 2
+    }
+fi
+if [ "$verb" = cancel ] && [ "${2-}" = - ]; then # the grace that the job was started with
+    { read -r grace <"$found/runs/$1/job/grace"; } 2>/dev/null || grace=60
+    set -- "$1" "$grace"
 fi
 case $verb in
     shell) cd "$found" && exec "${SHELL:-sh}" -i ;;

@@ -284,7 +284,7 @@ class Line:
         )
         known = self.known_hosts.keys
         for key in known:
-            with contextlib.suppress(SSHException, ValueError):
+            with contextlib.suppress(SSHException, ValueError, paramiko.pkey.UnknownKeyType):  # a sort that paramiko lacks: see _accept
                 connection.client.get_host_keys().add(self.known_hosts.alias, key.sort, paramiko.PKey.from_type_string(key.sort, key.blob))
         connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
         self._key_was = "known" if known else "new"

@@ -179,6 +179,21 @@ def test_a_changed_host_key_stops_all(own_sshd: Sshd, tmp_path: Path, other: str
     assert not (tmp_path / "was there").exists()
 
 
+def test_a_known_key_that_fabric_cannot_read_is_no_new_box(sshd: Sshd, tmp_path: Path) -> None:
+    (tmp_path / "known_hosts").mkdir()
+    (tmp_path / "known_hosts/gpu-box").write_text("gpu-box sk-ssh-ed25519@openssh.com AAAAGnNr\n")
+    with sshd.line(tmp_path) as line, pytest.raises(HostKeyChanged):
+        line.ask(["true"])
+
+
+def test_openssh_keeps_no_key_by_itself(sshd: Sshd, tmp_path: Path) -> None:
+    with sshd.line(tmp_path) as line:
+        argv = line.stream(["true"])
+        line.known_hosts.file.unlink()
+        assert subprocess.run(argv, capture_output=True, check=False).returncode == 255
+        assert not line.known_hosts.keys
+
+
 def test_a_host_key_belongs_to_a_name_not_to_an_address(sshd: Sshd, hop: Sshd, tmp_path: Path) -> None:
     for name, server in (("one", sshd), ("two", hop)):
         with server.line(tmp_path, box=server.box(name)) as line:
@@ -277,6 +292,14 @@ def test_through_two_jump_hosts(sshd: Sshd, hop: Sshd, own_sshd: Sshd, tmp_path:
     assert f"ssh://{own_sshd.user}@middle:{own_sshd.port}, on the way" in spoken.getvalue()
     with sshd.line(tmp_path, box=find(f"ssh://{own_sshd.user}@middle:{own_sshd.port}", {}), ssh_config=file) as line:
         assert len(line.known_hosts.keys) == 1  # `fab trust --host` of that name means the same file
+
+
+def test_forwards_of_the_configuration_stay_away(sshd: Sshd, tmp_path: Path) -> None:
+    """A second stream would fail for the port that the first one holds."""
+    file = config(tmp_path, f"Host 127.0.0.1\n  LocalForward {sshd.port} localhost:1\n  ExitOnForwardFailure yes\n  RemoteCommand false\n")
+    with sshd.line(tmp_path, ssh_config=file) as line:
+        assert both_ways(line) == ["$HOME a\n"] * 2
+        assert subprocess.run([*line.rsync_shell(), line.target, "true"], capture_output=True, check=False).returncode == 0
 
 
 def test_jump_hosts_in_a_circle(sshd: Sshd, tmp_path: Path) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.run_dir import RunDir
+from remote import fetch as fetching
 from remote.fetch import Fetched, What, fetch
 from remote.manifest import silent
 from remote.results import recall
@@ -150,8 +152,34 @@ def test_checkpoints_that_are_replaced_faster_than_they_come(laptop: Laptop, box
 
     error = laptop.refused(progress=replace)
     assert error.code == ExitCode.BUSY and "faster than" in error.what and "checkpoint.every_minutes" in error.hint
-    assert "step2/complete.json" not in laptop.here or "step2/model/config.json" in laptop.here
-    assert not any("checkpoints" in name for name in laptop.here)
+    assert "step2/complete.json" in laptop.here and not any("checkpoints" in name for name in laptop.here)
+
+
+def test_a_step_that_goes_away_while_it_comes(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    """Half of its models are here by then, and its mark is the last to go there: nothing says here that it is complete."""
+    box.step(run, 3, models=("best", "model", "model_ema"), size=3_000_000)
+
+    def remove(done: int, total: int, what: str) -> None:
+        if done and "best/model" in what:
+            shutil.rmtree(run.step(3).model, ignore_errors=True)
+
+    fetched = laptop.fetch(progress=remove)
+    assert fetched.steps == () and "step3/complete.json" not in laptop.here and "step3/best/config.json" in laptop.here
+    assert recall(laptop.state, "gpu-box")["tiny"].steps == {}
+
+
+def test_the_mark_of_an_earlier_training_goes_first(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    box.step(run, 1, models=("best", "model"))
+    laptop.fetch()
+    box.step(run, 1, models=("best", "model"), seed="again", size=3_000_000)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done and "/model/model" in what:
+            raise InterruptedError("stopped")
+
+    laptop.refused(progress=stop)
+    assert laptop.here["step1/best/model.safetensors"] == content((1, "best", "again"), 3_000_000)
+    assert laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 300_000) and "step1/complete.json" not in laptop.here
 
 
 def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: RunDir) -> None:
@@ -372,12 +400,19 @@ def test_progress_ends_with_all_of_it(laptop: Laptop, box: BoxFolder, run: RunDi
     assert said == []  # the box remembers its hashes
 
 
-def test_many_files_take_several_commands(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+def test_many_files_take_several_commands(laptop: Laptop, box: BoxFolder, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     box.step(run, 1, size=10)
-    for number in range(300):
-        (run.step(1).model / f"{number:03}{'x' * 240}").write_bytes(b"%d" % number)
+    lengths: list[int] = []
+    said = fetching._said
+
+    def measured(line: Any, argv: Sequence[str]) -> Any:
+        lengths.append(len(shlex.join(argv[6:])))
+        return said(line, argv)
+
+    monkeypatch.setattr(fetching, "MOST_ARGUMENTS", 150)
+    monkeypatch.setattr(fetching, "_said", measured)
     laptop.fetch()
-    assert len([name for name in laptop.here if "xxx" in name]) == 300
+    assert "step1/complete.json" in laptop.here and len(lengths) > 2 and max(lengths) <= 150
 
 
 def test_the_notes_of_fetch_are_lost(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:

@@ -70,11 +70,12 @@ pip() { /opt/venv/bin/python -m pip "$@"; }
 
 locked() { sed -n "/^$1==/,/# via/p" /build/image.txt; } # NAME: its lines of the lock
 
-install_torch() { # LOCK; a version such as 2.0.1+cu118 is a file of PyTorch's own index, or of a mirror of its files
+install_torch() { # LOCK
     python3.10 -m venv /opt/venv
     pip install --no-deps --require-hashes --requirement /build/pip.txt
-    sed -n 's#^torch==\([0-9.]*\)+\([a-z0-9]*\) \(.*\)#torch @ '"$PYTORCH_WHEELS"'/\2/torch-\1%2B\2-cp310-cp310-linux_x86_64.whl \3#p' "$1" >/tmp/torch.txt
-    [ -s /tmp/torch.txt ] || cp "$1" /tmp/torch.txt
+    # shellcheck source=env/torch_wheel.sh
+    . /build/torch_wheel.sh
+    torch_requirement "$1" >/tmp/torch.txt
     pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement /tmp/torch.txt
 }
 

@@ -78,6 +78,11 @@ class DiskLimits(_Table):
     inodes_min: Count
 
 
+class EnvironmentLimits(_Table):
+    bytes_cuda: Count
+    bytes_cpu: Count
+
+
 class CpuOperatorLimits(_Table):
     names: Names
     flags: Names
@@ -131,6 +136,7 @@ class Limits(_Table):
     shared_memory: SharedMemoryLimits
     gpu_memory: GpuMemoryLimits
     disk: DiskLimits
+    environment: EnvironmentLimits
     cpu_operators: CpuOperatorLimits
     peer_access: PeerAccessLimits
 

@@ -33,6 +33,7 @@ class Build:
         text = (ROOT / "docker/install.sh").read_text(encoding="utf-8")
         text = re.sub(r"/(build|tmp|etc|opt|run|var)/(?:apt/|venv/|secrets/)?", rf"{folder}/\1/", text)
         (folder / "build/install.sh").write_text(text)
+        (folder / "build/torch_wheel.sh").write_text((ROOT / "env/torch_wheel.sh").read_text(encoding="utf-8"))
         for mirror in ("default", "cn"):
             (folder / f"build/{mirror}.env").write_text((ROOT / f"env/mirrors/{mirror}.env").read_text())
         self.stand_in("apt-get", APT.format(folder=folder, code=0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ENV = Path(__file__).parents[2] / "env"
-NAMES = ["APT_MIRROR", "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "PIP_INDEX_URL", "PYTORCH_WHEELS"]
+NAMES = ["APT_MIRROR", "CONDA_CHANNEL", "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "PIP_INDEX_URL", "PYTORCH_WHEELS"]
 
 
 def source(file: Path, **environment: str) -> dict[str, str]:

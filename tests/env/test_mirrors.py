@@ -37,11 +37,14 @@ def test_a_mirror_says_only_what_is_known_and_yields_to_the_environment(mirror: 
     assert source(ENV / "mirrors" / mirror, HF_ENDPOINT="http://mine")["HF_ENDPOINT"] == "http://mine"
 
 
-def toolkit(folder: Path) -> str:
+def toolkit(folder: Path, *libraries: str) -> str:
     """A folder as CUDA's, as far as a shell looks."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin/nvcc").write_text("")
     (folder / "bin/nvcc").chmod(0o755)
+    for name in libraries:
+        (folder / name).mkdir()
+        (folder / name / "libcudart.so.11.0").write_text("")
     return str(folder)
 
 
@@ -51,10 +54,14 @@ def test_the_cuda_environment_is_that_of_the_folder_given(tmp_path: Path) -> Non
     assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (cuda, f"{cuda}/bin:/usr/bin:/bin", f"{cuda}/lib64:/mine")
 
 
-def test_conda_has_its_own(tmp_path: Path) -> None:
-    conda = toolkit(tmp_path / "conda")
+@pytest.mark.parametrize(
+    ("libraries", "found_in"),
+    [((), "lib64"), (("lib",), "lib"), (("lib", "lib64"), "lib64")],  # conda's packages put them into lib
+)
+def test_conda_has_its_own(tmp_path: Path, libraries: tuple[str, ...], found_in: str) -> None:
+    conda = toolkit(tmp_path / "conda", *libraries)
     found = source(ENV / "cuda.sh", CONDA_PREFIX=conda)
-    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (conda, f"{conda}/bin:/usr/bin:/bin", f"{conda}/lib64")
+    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (conda, f"{conda}/bin:/usr/bin:/bin", f"{conda}/{found_in}")
 
 
 def test_a_folder_without_cuda_is_passed_over(tmp_path: Path) -> None:

@@ -66,7 +66,6 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
                     placement = _with_less_memory(job, run, step, placement, ended.no_memory)
                 elif not ended.is_done:
                     return _code_of_stop(caught, run)
-            runs.redone(run, step)
             if caught and step != steps[-1]:
                 return _code_of_stop(caught, run)
     return ExitCode.OK

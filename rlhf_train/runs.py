@@ -96,7 +96,12 @@ def begin_step(job: Job, run: RunDir, step: int) -> bool:
 
 def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
     """Its model is whole; what it would have gone on from is no longer needed."""
+    left = [n for n in left_to_redo(run) if n != step]
+    if left:  # first: killed between the two, a redo finds the step not complete, and ends it
+        write_json(run.redo, left)
     write_json(run.step(step).complete, end)
+    if not left:
+        run.redo.unlink(missing_ok=True)
     shutil.rmtree(run.step(step).checkpoints, ignore_errors=True)
 
 
@@ -125,14 +130,6 @@ def begin_redo(run: RunDir, steps: Sequence[int]) -> None:
 
 def left_to_redo(run: RunDir) -> list[int]:
     return read_json(run.redo) or []
-
-
-def redone(run: RunDir, step: int) -> None:
-    left = [n for n in left_to_redo(run) if n != step]
-    if left:
-        write_json(run.redo, left)
-    else:
-        run.redo.unlink(missing_ok=True)
 
 
 def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter, Resumed, Sample, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
+from rlhf_train import runs
 from rlhf_train.disk import write_json
 from rlhf_train.runs import (
     begin_redo,
@@ -21,7 +23,6 @@ from rlhf_train.runs import (
     inputs_of,
     is_complete,
     needed_by,
-    redone,
     steps_to_do,
     steps_to_take_over,
     take_over,
@@ -181,15 +182,32 @@ def test_a_redo_that_was_stopped_goes_on(run: RunDir) -> None:
     begin_redo(run, [1, 2, 3])
     assert steps_to_do(job(), run, ALL, redo=True) == ALL
     do(job(), run, 1)
-    redone(run, 1)
-    assert steps_to_do(job(), run, ALL, redo=True) == [2, 3]
+    assert steps_to_do(job(), run, ALL, redo=True) == [2, 3]  # also if the launcher is killed now
     begin_step(job(), run, 2)
     assert steps_to_do(job(), run, ALL, redo=True) == [2, 3]
     for step in (2, 3):
         do(job(), run, step)
-        redone(run, step)
     assert not run.redo.exists()
     assert steps_to_do(job(), run, ALL, redo=True) == ALL  # a new one
+
+
+def test_a_redo_that_is_killed_while_a_step_is_marked_has_that_step_to_end(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint, of the last update, is still there."""
+    for step in ALL:
+        do(job(), run, step)
+    begin_redo(run, [1, 2])
+
+    def killed(path: Path, value: Any) -> None:
+        if path.name == run.step(1).complete.name:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "write_json", killed)
+        do(job(), run, 1)
+    assert steps_to_do(job(), run, [1, 2], redo=True) == [1, 2] and begin_step(job(), run, 1)
+    complete_step(run, 1, {})
+    assert steps_to_do(job(), run, [1, 2], redo=True) == [2]
 
 
 # --- changed settings -----------------------------------------------------------------------------------------------

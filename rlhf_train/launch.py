@@ -38,6 +38,7 @@ GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
 END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
 HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
 PATIENT_HANG_S = 1500.0  # while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
+TAIL_BYTES = 2**16  # of the log, which may be long
 STACKS_S = 1.0  # for the ranks to write down their stacks
 CHECKOUT = Path(__file__).parents[1]
 
@@ -324,13 +325,21 @@ def _last_words(rank: Rank) -> LastWords | None:
 def _sudden_end(run: RunDir, number: int, code: int) -> ToolkitError:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     likely = "the kernel ends the largest process when memory runs out (dmesg tells)\n" if code == -signal.SIGKILL else ""
-    last = "\n".join(run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
     return ToolkitError(
         f"rank {number} was ended by {name}",
-        why=f"{likely}the last lines of {run.log}:\n{last}",
+        why=f"{likely}the last lines of {run.log}:\n{_last_lines(run.log)}",
         hint="the same command goes on with the run",
         code=ExitCode.TRAINING,
     )
+
+
+def _last_lines(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-10:])
+    except OSError as error:  # its disk may be gone
+        return f"({error.strerror})"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -334,6 +335,25 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
     assert launch._failure(run, 3, ranks, [2], said).what == "rank 2 was ended by exit code 4"  # it had no time to say
     assert launch._failure(run, 3, ranks, [3], said).what == "rank 3 was ended by exit code 4"
     assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 3)]
+
+
+def test_the_end_of_a_long_log_is_read_and_no_more(run: RunDir) -> None:
+    run.path.mkdir(parents=True)
+    with run.log.open("wb") as log:
+        log.truncate(2**26)
+        log.seek(2**26)
+        log.write(b"\n" + b"".join(b"line %d \xff\n" % number for number in range(20)))
+    tracemalloc.start()
+    error = launch._sudden_end(run, 0, 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.why == f"the last lines of {run.log}:\n" + "\n".join(f"line {number} \ufffd" for number in range(10, 20))
+    assert most < 2**22
+
+
+def test_a_log_that_is_gone(run: RunDir) -> None:
+    error = launch._sudden_end(run, 1, -signal.SIGTERM)
+    assert (error.what, error.why) == ("rank 1 was ended by SIGTERM", f"the last lines of {run.log}:\n(No such file or directory)")
 
 
 # --- NCCL -----------------------------------------------------------------------------------------------------------

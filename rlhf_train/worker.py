@@ -152,7 +152,11 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     if failure is not None:
         # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
         compat.free_gpu_memory()
-        session.stop.before_leaving(None)
+        try:
+            session.stop.before_leaving(None)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
         raise failure
     session.emit(end)
     if world.is_main:

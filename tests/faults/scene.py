@@ -30,7 +30,8 @@ def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, l
 
     what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until `file` is there.
     kind: "training" (pass 1 is the rehearsal), "generating" (the tokens after the first), "judging" (whole sequences, not to
-    train on them), or "start" (to wait, before anything).
+    train on them), "saving" (each file of a checkpoint), or "start" (to wait, before anything).
+    saving_too=True: once it has been met, also at each file of a checkpoint.
     """
     return {"what": what, "kind": kind, "rank": rank, "first": first, "last": last, **more}
 

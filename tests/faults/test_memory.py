@@ -51,6 +51,15 @@ def test_in_the_midst_of_an_update_no_update_is_lost(base: Scene, untroubled: Tr
     assert not run.step(1).checkpoints.exists()
 
 
+def test_once_more_while_it_saves(base: Scene, untroubled: Trained) -> None:
+    """What was not saved is done again; the run does not end for it."""
+    run = base.run("amid-and-saving")
+    assert base.train(run.name, met=fault("no memory", rows=2, first=7, saving_too=True)) == 0
+    assert warnings(run) == ["out of memory with a micro batch of 4: goes on with 2, from update 0"]
+    assert events(run, "error") == []
+    assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
+
+
 def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
     """The other waits for it in a collective, and cannot save: all go on from the last checkpoint."""
     run, settings = base.run("one-of-two"), ["hardware.ranks=2", "checkpoint.every_updates=1"]

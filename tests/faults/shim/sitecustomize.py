@@ -1,7 +1,8 @@
 """Faults for real ranks: with this folder on PYTHONPATH and a fault in FAULT (see tests/faults/scene.py), a rank meets it by itself.
 
 They come where ids are looked up in the embedding of tokens, which every forward pass does once: memory that ends there, a
-number that is none, a process that stops. What the ranks and their launcher then do is all their own.
+number that is none, a process that stops; or where a file of a checkpoint is put together. What the ranks and their launcher
+then do is all their own.
 """
 
 from __future__ import annotations
@@ -45,11 +46,19 @@ def meet(out: Any, rows: int) -> Any:
 
 
 def install() -> None:
+    import safetensors.torch
     import torch
     from torch import Tensor
 
-    plain = torch.nn.functional.embedding
+    plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     passes = 0  # of the kind that the fault comes in
+
+    def save(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+        if fault["kind"] == "saving" or (fault.get("saving_too") and passes >= fault["first"]):
+            meet(None, len(tensors) + fault.get("rows", 0))
+        return plain_save(tensors, metadata)
+
+    safetensors.torch.save = save
 
     def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal passes

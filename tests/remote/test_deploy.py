@@ -384,6 +384,7 @@ def test_one_who_lost_the_lock_changes_nothing(scene: Scene, monkeypatch: pytest
         scene.deploy()
     assert lost.value.code == ExitCode.BUSY and "lin@desk" in lost.value.why
     assert not (scene.root / "deployed").exists()
+    assert [name for name in scene.whole_code() if "." not in name] == []
     with scene.sshd.line(scene.state) as line:
         owner = holder(line, str(scene.root))
     assert owner is not None and owner.token == "another"

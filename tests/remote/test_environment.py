@@ -27,12 +27,14 @@ class OnBox:
         self.environment, self.log = self.root / "env" / KEY, self.root / f"env/{KEY}.log"
         write(self.root / "lock/owner", "who me\ntoken t\n")
 
-    def start(self, *more: str, **settings: str) -> subprocess.Popen[str]:
+    def start(self, *more: str, pipe_ignored: bool = False, **settings: str) -> subprocess.Popen[str]:
+        """pipe_ignored: SIGPIPE is, as under many a daemon; then a shell cannot trap it."""
         words = {"root": str(self.root), "token": "t", "key": KEY, "runtime": "bare", "torch": "torch-cpu", "mirror": "here", "device": "cpu"}
         words |= {"python": sys.executable, **settings}
         argv = ["sh", str(self.code / "remote/environment.sh"), *(f"{key}={value}" for key, value in words.items() if value), *more]
         clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(self.root)}
-        return subprocess.Popen(argv, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(argv, env=clean, stdout=pipe, stderr=pipe, text=True, start_new_session=True, restore_signals=not pipe_ignored)
 
     def run(self, *more: str, **settings: str) -> tuple[int, list[str]]:
         process = self.start(*more, **settings)
@@ -156,17 +158,17 @@ def test_it_keeps_the_lock_alive_and_says_so(on_box: OnBox) -> None:
         process.communicate(timeout=10)
 
 
-@pytest.mark.parametrize("end", ["terminated", "nobody listens", "killed"])
+@pytest.mark.parametrize("end", ["terminated", "nobody listens", "nobody listens, PIPE ignored", "killed"])
 def test_nothing_of_it_lives_on(on_box: OnBox, end: str) -> None:
     """By TERM, which a takeover sends; by the end of the line; and by KILL, after which the next call ends what was left."""
-    process = on_box.start(python=slow_python(on_box))
+    process = on_box.start(python=slow_python(on_box), pipe_ignored="ignored" in end)
     wait_for(lambda: (on_box.root / "started").exists() and (on_box.root / "started").read_text())
     child = int((on_box.root / "started").read_text())
     wait_for(lambda: len(group_of(child)) == 3)
     assert process.stdout is not None and process.stderr is not None
     if end == "terminated":
         process.terminate()
-    elif end == "nobody listens":
+    elif end.startswith("nobody listens"):
         process.stdout.close()
         process.stderr.close()
     else:

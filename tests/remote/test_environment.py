@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ class OnBox:
         self.environment, self.log = self.root / "env" / KEY, self.root / f"env/{KEY}.log"
         write(self.root / "lock/owner", "who me\ntoken t\n")
 
-    def start(self, *more: str, pipe_ignored: bool = False, **settings: str) -> subprocess.Popen[str]:
+    def start(self, *more: str, pipe_ignored: bool = False, **settings: Any) -> subprocess.Popen[str]:
         """pipe_ignored: SIGPIPE is, as under many a daemon; then a shell cannot trap it."""
         words = {"root": str(self.root), "token": "t", "key": KEY, "runtime": "bare", "torch": "torch-cpu", "mirror": "here", "device": "cpu"}
         words |= {"python": sys.executable, **settings}
@@ -36,7 +37,7 @@ class OnBox:
         pipe = subprocess.PIPE
         return subprocess.Popen(argv, env=clean, stdout=pipe, stderr=pipe, text=True, start_new_session=True, restore_signals=not pipe_ignored)
 
-    def run(self, *more: str, **settings: str) -> tuple[int, list[str]]:
+    def run(self, *more: str, **settings: Any) -> tuple[int, list[str]]:
         process = self.start(*more, **settings)
         out, err = process.communicate(timeout=120)
         assert err == ""

@@ -693,6 +693,7 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
         purged = purging.purge(line, root, results.recall(desk.settings.state, line.box.name), yes=yes)
     if dry_run:
         return
+    known.file_of(desk.settings.state, line.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
     if json_:
         say.data(to_json({"host": line.box.name, "root": root, **asdict(purged)}))
     else:

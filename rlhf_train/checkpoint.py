@@ -296,7 +296,7 @@ class Keeper:
         self._written: Checkpoint | Exception | None = None
         self._is_abandoned = self._has_warned = False
         self.loop_tensors: dict[str, Tensor] = {}  # of the step's loop, from the checkpoint
-        session.stop.before_leaving = self._leave
+        session.stop.before_leaving, session.stop.finish_writing = self._leave, self._finish_writing
         session.pulse.is_patient = False  # all that may take long without a sign is over
         if session.world.is_main:
             remove_others(self.folder, session.saved.path if session.saved is not None else None)
@@ -438,6 +438,7 @@ class Keeper:
         """Beside the training or not; the result waits in `_written`. again: the tensors for a second try, if they can be had."""
         folder = self.folder.checkpoint(update)
         self._tried = update
+        self._tell_of_saving(True)
         try:
             self._make_room()
             self.session.run.path.stat()  # a disk that went away must not be made anew in the folder that it was mounted on
@@ -456,6 +457,12 @@ class Keeper:
             self._written = Checkpoint(step=self.step, update=update, path=str(folder), size_bytes=written, seconds=time.perf_counter() - start)
         except Exception as error:  # for the training thread to raise
             self._written = error
+        finally:
+            self._tell_of_saving(False)
+
+    def _tell_of_saving(self, is_saving: bool) -> None:
+        self.session.pulse.is_saving = is_saving
+        self.session.pulse.beat()
 
     def _make_room(self) -> None:
         if not self._fits(*room(self.session.run.path)):
@@ -531,6 +538,10 @@ class Keeper:
         return _named(self._saved_update)
 
     # --- leaving ---
+
+    def _finish_writing(self) -> None:
+        with suppress(Exception):  # of the disk: what the run ends for is told
+            self._wait()
 
     def _leave(self, grace_s: float | None) -> None:
         """The run is to end: save the last whole update if that fits into `grace_s` (None: it is not limited)."""

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,7 +114,9 @@ def _train_step(
                 break
     finally:
         failed = _failed(ranks)
-        _end(ranks, wait_s=0.0 if caught or hang else OTHERS_S)
+        wait_s = 0.0 if caught or hang else OTHERS_S
+        saving_s = 0.0 if caught or hang else max(OTHERS_S, job.checkpoint.grace_s - END_S)
+        _end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
         watch.close()
     offset = _show(run, view, offset)
     if hang is not None:
@@ -276,10 +278,13 @@ def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -
     return process
 
 
-def _end(ranks: Sequence[Rank], wait_s: float) -> None:
-    """All ranks are gone when this returns. SIGKILL: to SIGTERM they answer with a checkpoint, and those that wait for each other not at all."""
-    deadline = time.monotonic() + wait_s
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+def _end(ranks: Sequence[Rank], wait_s: float, saving_s: float, is_saving: Callable[[], bool]) -> None:
+    """All ranks are gone when this returns. SIGKILL: to SIGTERM they answer with a checkpoint, and those that wait for each other not at all.
+
+    They have `wait_s` to end by themselves, and `saving_s` as long as rank 0 writes a checkpoint.
+    """
+    start = time.monotonic()
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (saving_s if is_saving() else wait_s):
         time.sleep(POLL_S)
     for rank in ranks:
         if rank.poll() is None:

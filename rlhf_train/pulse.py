@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-_SLOT = struct.Struct("<QQ??109s")
+_SLOT = struct.Struct("<QQ???108s")
 SLOT_BYTES = 128
 
 
@@ -26,6 +26,7 @@ class Sign:
     meetings: int
     has_trained: bool  # there is something that a checkpoint could keep
     is_patient: bool  # something goes on that may take long without a sign: fetching a model, tokenising, writing one
+    is_saving: bool  # a checkpoint is being written, maybe beside the phase
     phase: str
 
 
@@ -35,7 +36,7 @@ class Pulse:
     def __init__(self, memory: Any, rank: int) -> None:
         self._memory, self._offset = memory, rank * SLOT_BYTES
         self._count, self._meetings, self._phase = 0, 0, "starting"
-        self.has_trained = self.is_patient = False
+        self.has_trained = self.is_patient = self.is_saving = False
         self.beat()
 
     @classmethod
@@ -52,9 +53,10 @@ class Pulse:
         """Still alive; doing `phase` from now on, if it is given."""
         self._count += 1
         self._phase = self._phase if phase is None else phase
-        words = self._phase.encode(errors="replace")[:109]
+        words = self._phase.encode(errors="replace")[:108]
         # Not pack_into: it writes zeros first, and who reads then sees a rank that has not begun.
-        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(self._count, self._meetings, self.has_trained, self.is_patient, words)
+        flags = self.has_trained, self.is_patient, self.is_saving
+        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(self._count, self._meetings, *flags, words)
 
     def meet(self) -> None:
         """About to wait for the other ranks."""
@@ -64,8 +66,8 @@ class Pulse:
 
 def sign_in(memory: Any, rank: int = 0) -> Sign:
     """What a rank said last; count 0: it has not begun."""
-    count, meetings, has_trained, is_patient, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
-    return Sign(count, meetings, has_trained, is_patient, words.rstrip(b"\0").decode(errors="replace"))
+    count, meetings, has_trained, is_patient, is_saving, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
+    return Sign(count, meetings, has_trained, is_patient, is_saving, words.rstrip(b"\0").decode(errors="replace"))
 
 
 class Watch:

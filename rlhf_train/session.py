@@ -34,6 +34,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked_at: float | None = None  # time.monotonic()
         self.before_leaving: Callable[[float | None], None] = lambda grace_s: None  # all ranks together; see Keeper
+        self.finish_writing: Callable[[], None] = lambda: None  # a checkpoint that this rank has begun; see Keeper
 
     def ask(self, *_signal: object) -> None:
         """Handles SIGTERM; a second one changes nothing."""

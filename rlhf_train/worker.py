@@ -74,7 +74,8 @@ def main() -> int:
     except Exception as error:  # the process ends here: say why, for the launcher to show
         report = explain(error)
         # While models are loaded, a smaller micro batch would not help.
-        at_s, no_memory = time.monotonic(), is_out_of_memory(error) and getattr(error, "while_training", False)
+        no_memory = is_out_of_memory(error) and getattr(error, "while_training", False)
+        at_s = getattr(error, "at_s", time.monotonic())
         words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), at_s, no_memory)
         os.write(pipe, json.dumps(asdict(words)).encode())
         with suppress(OSError):  # the log's disk may be full
@@ -143,9 +144,11 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     except Stopped:
         return ExitCode.PREEMPTED
     except Exception as error:
+        error.at_s = time.monotonic()  # type: ignore[attr-defined]
         if is_out_of_memory(error):
             error.while_training = not pulse.is_patient  # type: ignore[attr-defined]
         if world.size > 1 or not is_out_of_memory(error):
+            session.stop.finish_writing()
             raise
         failure = error.with_traceback(None)  # whose frames hold on to the tensors
         failure.__context__ = failure.__cause__ = None

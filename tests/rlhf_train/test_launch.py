@@ -30,6 +30,7 @@ from rlhf_train import launch
 from rlhf_train.__main__ import main
 from rlhf_train.plan import Machine, Placement, place
 from rlhf_train.worker import LastWords
+from tests.faults.scene import fault
 from tests.tiny import CHECKOUT, job, write_rows
 
 PATIENCE_S = 90.0  # for what takes seconds; other work may share the machine
@@ -295,6 +296,30 @@ def test_of_two_ranks_one_is_killed_and_the_other_is_ended(run: RunDir, capsys: 
     assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
     assert [event["rank"] for event in events(run, "error")] == [1]
     assert sorted(ranks) == [0, 1] and all(gone(rank) for rank in ranks.values())
+
+
+@pytest.mark.parametrize(("grace_s", "is_saved"), [(60.0, True), (5.0, False)])
+def test_of_two_ranks_one_is_killed_while_the_other_saves(
+    run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, grace_s: float, is_saved: bool
+) -> None:
+    """What rank 0 writes beside the training is waited for, if that takes no longer than the machine's grace."""
+    go_on, partial = tmp_path / "go on", run.step(1).checkpoints / "update-2.partial"
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests/faults/shim"))
+    monkeypatch.setenv("FAULT", json.dumps(fault("wait", "saving", file=str(go_on))))
+    monkeypatch.setattr(launch, "OTHERS_S", 0.5)
+
+    def kill_rank_1() -> None:
+        ranks_of(os.getpid())[1].kill()
+        time.sleep(4.0)  # as a slow disk
+        if is_saved:
+            go_on.touch()
+
+    thread = when(partial.exists, kill_rank_1)
+    assert main([*WORDS, *FOREVER, "--set", "hardware.ranks=2", "--set", "checkpoint.every_updates=2", "--set", f"checkpoint.grace_s={grace_s}"]) == 4
+    thread.join()
+    assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
+    assert ranks_of(os.getpid()) == {}
+    assert (run.step(1).checkpoints / "update-2" / "complete.json").exists() == is_saved
 
 
 def test_a_bad_row(run: RunDir, tmp_path: Path, capsys: Said) -> None:

@@ -22,15 +22,15 @@ def watch() -> Iterator[Watch]:
 
 
 def test_a_rank_counts_up_and_says_what_it_does(watch: Watch) -> None:
-    assert watch.signs() == [Sign(0, 0, False, False, "")] * 3  # none has begun
+    assert watch.signs() == [Sign(0, 0, False, False, False, "")] * 3  # none has begun
     pulse = Pulse.of_rank(watch.file, 1, 3)
-    assert watch.signs() == [Sign(0, 0, False, False, ""), Sign(1, 0, False, False, "starting"), Sign(0, 0, False, False, "")]
+    assert watch.signs() == [Sign(0, 0, False, False, False, ""), Sign(1, 0, False, False, False, "starting"), Sign(0, 0, False, False, False, "")]
     pulse.beat("update 7")
     pulse.beat()
-    assert watch.signs()[1] == Sign(3, 0, False, False, "update 7")  # no phase: the same goes on
+    assert watch.signs()[1] == Sign(3, 0, False, False, False, "update 7")  # no phase: the same goes on
     pulse.has_trained = True
     pulse.beat("a")
-    assert watch.signs()[1] == Sign(4, 0, True, False, "a")  # nothing is left of the longer phase
+    assert watch.signs()[1] == Sign(4, 0, True, False, False, "a")  # nothing is left of the longer phase
 
 
 def test_meetings_are_counted_apart(watch: Watch) -> None:
@@ -38,7 +38,7 @@ def test_meetings_are_counted_apart(watch: Watch) -> None:
     for _ in range(2):
         pulse.meet()
     pulse.beat("update 1")
-    assert watch.signs()[1] == Sign(4, 2, False, False, "update 1")
+    assert watch.signs()[1] == Sign(4, 2, False, False, False, "update 1")
 
 
 def test_a_sign_is_written_at_once() -> None:
@@ -54,7 +54,7 @@ def test_a_sign_is_written_at_once() -> None:
     memory = Memory(3 * SLOT_BYTES)
     pulse = Pulse(memory, 2)
     pulse.beat("update 7")
-    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == Sign(2, 0, False, False, "update 7")
+    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == Sign(2, 0, False, False, False, "update 7")
 
 
 def test_ranks_do_not_write_over_each_other(watch: Watch) -> None:
@@ -73,7 +73,7 @@ def test_a_long_phase_is_cut(watch: Watch, phase: str) -> None:
     (said, *others) = watch.signs()
     kept = said.phase.rstrip("\N{REPLACEMENT CHARACTER}")
     assert phase.startswith(kept) and SLOT_BYTES - 24 < len(kept.encode()) <= SLOT_BYTES
-    assert others == [Sign(0, 0, False, False, "")] * 2
+    assert others == [Sign(0, 0, False, False, False, "")] * 2
 
 
 @pytest.mark.parametrize(("phase", "read"), [("Schritt für 雪", "Schritt für 雪"), ("", ""), ("a \udcff b", "a ? b")])
@@ -87,7 +87,7 @@ def test_another_process_is_seen(watch: Watch) -> None:
     code = "import sys; from rlhf_train.pulse import Pulse; Pulse.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
     command = [sys.executable, "-c", code, str(watch.file)]
     subprocess.run(command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
-    assert watch.signs()[2] == Sign(2, 0, False, False, "update 1")  # also after it is gone
+    assert watch.signs()[2] == Sign(2, 0, False, False, False, "update 1")  # also after it is gone
 
 
 def test_nobody_needs_to_watch() -> None:

@@ -173,6 +173,7 @@ def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, p
     correct = 0.0
     for micro, real in evaluation_batches(pair_lengths(table)[rows], session.placement.micro_batches[1], session.world.size, session.world.rank):
         session.pulse.beat()
+        session.stop_if_asked()
         batch = pairs(table, rows[micro], pad_id, session.world.device)
         scores = last_scores(engine(batch)[0], batch)
         chosen, rejected = scores.chunk(2)

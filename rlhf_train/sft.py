@@ -140,6 +140,7 @@ def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray,
     nll = count = 0.0
     for micro, real in evaluation_batches(lengths, session.placement.micro_batches[0], session.world.size, session.world.rank):
         session.pulse.beat()
+        session.stop_if_asked()
         batch = sequences(table, rows[micro], pad_id, session.world.device)
         log_probs, _ = engine(batch, from_prompt=session.job.sft.loss_on_prompt)
         per_row = np.repeat(real, loss_tokens(session.job, table, rows[micro]))

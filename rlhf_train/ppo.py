@@ -207,6 +207,16 @@ def run(session: Session) -> End:
             if update == 0:
                 self_test(session, everyone, actor, pad_id)
             warn_of_odd_answers(session, experience, job.data.max_response_tokens)
+            kl = float(experience.kl.mean())
+            if kl > spec.max_kl:  # nothing is learned of it, which a checkpoint would then hold
+                session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
+                raise ToolkitError(
+                    f"step 3's KL to the reference exploded: {kl:.4g} nats a response before update {update + 1}",
+                    why=f"ppo.max_kl is {spec.max_kl:g}: the actor no longer writes what the reference could have written",
+                    hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
+                    f"`--run NEW --from {session.run.name}`; {keeper.last_good()}",
+                    code=ExitCode.TRAINING,
+                )
 
         train_clock = Clock()
         epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
@@ -261,18 +271,9 @@ def run(session: Session) -> End:
         tally.train_s += train_clock()
 
         if place == updates_per_rollout - 1 or update == updates - 1:
-            kl = float(experience.kl.mean())
             if tally.trained_updates:
                 session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
-            if kl > spec.max_kl:
-                raise ToolkitError(
-                    f"step 3's KL to the reference exploded: {kl:.4g} nats a response at update {update + 1}",
-                    why=f"ppo.max_kl is {spec.max_kl:g}: the actor no longer writes what the reference could have written",
-                    hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
-                    f"`--run NEW --from {session.run.name}`; {keeper.last_good()}",
-                    code=ExitCode.TRAINING,
-                )
-            kl_coef = next_kl_coef(spec, kl_coef, kl)
+            kl_coef = next_kl_coef(spec, kl_coef, float(experience.kl.mean()))
             experience, tally = None, Tally()
         loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
         loop |= {"elapsed_s": training(), "seconds": clock()}
@@ -330,31 +331,40 @@ class Tally:
         self.norms.append(list(norms))
 
     def metrics(self, experience: Experience, *, update: int, updates: int, elapsed_s: float, kl_coef: float, engine: Engine) -> Metrics:
-        count, sums = self.trained_updates, self.sums
-        return Metrics(
+        """The rollout's numbers; those of training too, if there was any."""
+        rollout = Metrics(
             step=3,
             update=update,
             updates=updates,
             elapsed_s=elapsed_s,
             learning_rate=engine.current_learning_rate,
-            tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
-            real_token_share=sums["trained"] / sums["computed"],
+            tokens_per_s=0.0,
+            real_token_share=0.0,
             gpu_peak_bytes=engine.world.gpu_peak_bytes(),
-            grad_norm=float(np.mean([actor for actor, _ in self.norms])),
-            critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
-            policy_loss=sums["policy_loss"] / count,
-            value_loss=sums["value_loss"] / count,
+            grad_norm=0.0,
             mean_reward=float(experience.scores.mean()),
             kl=float(experience.kl.mean()),
             kl_coef=kl_coef,
             entropy=float(experience.entropy.mean()),
-            ratio=sums["ratio"] / sums["tokens"],
-            clip_fraction=sums["clipped"] / sums["tokens"],
-            value_clip_fraction=sums["value_clipped"] / sums["tokens"],
             response_length=float(experience.mask.sum(1).float().mean()),
             eos_share=float(experience.ended.float().mean()),
             rollout_s=self.rollout_s,
             score_s=self.score_s,
+        )
+        count, sums = self.trained_updates, self.sums
+        if not count:
+            return rollout
+        return replace(
+            rollout,
+            tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
+            real_token_share=sums["trained"] / sums["computed"],
+            grad_norm=float(np.mean([actor for actor, _ in self.norms])),
+            critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
+            policy_loss=sums["policy_loss"] / count,
+            value_loss=sums["value_loss"] / count,
+            ratio=sums["ratio"] / sums["tokens"],
+            clip_fraction=sums["clipped"] / sums["tokens"],
+            value_clip_fraction=sums["value_clipped"] / sums["tokens"],
             train_s=self.train_s,
         )
 

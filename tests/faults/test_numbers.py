@@ -67,12 +67,15 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
 
 
 def test_a_kl_that_explodes_ends_the_run(base: Scene, untroubled: Trained, capsys: Said) -> None:
-    run, settings = base.run("far"), ["ppo.max_kl=1e-9", "ppo.actor_learning_rate=0.03", "checkpoint.every_updates=2"]
+    run, settings = base.run("far"), ["ppo.max_kl=1e-9", "ppo.actor_learning_rate=0.03", "checkpoint.every_updates=1"]
     assert base.train("far", *settings, step="3", more=("--from", "untroubled")) == 4
     first, second = events(run, "metrics", 3)  # one a rollout of two updates; the first is the reference's own
     assert first["kl"] == 0.0 and second["kl"] > 1e-9
+    # Of the second nothing is learned, and so nothing saved.
+    assert (second["update"], second["grad_norm"], "policy_loss" in second, second["mean_reward"] is not None) == (3, 0.0, False, True)
+    assert [path.name for path in run.step(3).checkpoints.iterdir()] == ["update-2"]
     assert error_of(capsys.readouterr().err) == (
-        f"error: step 3's KL to the reference exploded: {second['kl']:.4g} nats a response at update 4\n"
+        f"error: step 3's KL to the reference exploded: {second['kl']:.4g} nats a response before update 3\n"
         "  why: ppo.max_kl is 1e-09: the actor no longer writes what the reference could have written\n\n"
         "hint: lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
         "      `--run NEW --from far`; the last good checkpoint is that of update 2\n"

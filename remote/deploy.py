@@ -451,7 +451,7 @@ class _Deploy:
     def _locked(self, tree: Tree, known: Known, plan: Plan, there: There, held: lock.Lock) -> tuple[bool, Plan]:
         whole = there.environment if plan.runtime == "bare" else there.image
         settled = False
-        if (bundle := self._bundle()) and plan.ca_bundle:
+        if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in there.deployed:
             sync.send_whole(self.line, bundle, str(PurePosixPath(plan.ca_bundle).parent), rsync_there="rsync" in there.tools, rsync=self.rsync)
         if not there.code:
             plan = self._send(tree, known, plan, there, held, plan.lines() if whole else [])

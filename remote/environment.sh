@@ -177,6 +177,7 @@ docker_image() {
 $build_arguments
 END
     export RLHF_TAG="$key" MIRROR="$mirror" TORCH="$torch" ${ca_bundle:+CA_BUNDLE="$ca_bundle"}
+    export BUILDX_CONFIG="$root/cache/buildx" # else it keeps its notes in the user's home, where a purge would leave them
     unset COMPOSE_FILE COMPOSE_PROFILES
     stage "the image rlhf-box:$key" "$network; BASE_IMAGE and BUILD_IMAGE (build: in boxes.yaml) name other images to start from" "$@" --progress plain build train
     docker image inspect "rlhf-box:$key" >/dev/null 2>>"$log" || refuse "Docker built no image rlhf-box:$key" "see $log" "$(tail -n 5 "$log")"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.docker.conftest import Box
+from tests.docker.images import Box
 
 pytestmark = pytest.mark.docker
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.docker.conftest import MARKER, Box
+from tests.docker.images import MARKER, Box
 from tests.hub import TOKEN, Hub
 
 pytestmark = pytest.mark.docker

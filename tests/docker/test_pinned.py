@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.docker.conftest import Box
+from tests.docker.images import Box
 
 pytestmark = pytest.mark.docker
 

@@ -276,9 +276,11 @@ class _Now:
 class Keeper:
     """Makes a step's checkpoints, and goes on from the last: `resume` once, `after` each update, `close` when the model is saved. On all ranks."""
 
-    def __init__(self, session: Session, step: int, updates: int, parts: Mapping[str, Part], *, model_bytes: int) -> None:
-        """parts: by name, what has state; model_bytes: of the model that the step will write. Raises ToolkitError if the disk is too small."""
-        self.session, self.step, self.updates, self.parts = session, step, updates, parts
+    def __init__(self, session: Session, step: int, updates: int, parts: Mapping[str, Part], *, rows: str, model_bytes: int) -> None:
+        """parts: by name, what has state; rows: digest of those that the step learns from; model_bytes: of the model that it will write.
+        Raises ToolkitError if the disk is too small.
+        """
+        self.session, self.step, self.updates, self.parts, self.rows = session, step, updates, parts, rows
         self.spec, self.folder = session.job.checkpoint, session.run.step(step)
         self.size_bytes = sum(part.size_bytes() for part in parts.values())
         self.inodes = FILES + self.size_bytes // SHARD_BYTES
@@ -324,10 +326,12 @@ class Keeper:
         if saved is None:
             return None
         self.session.doing(self.step, f"reading the checkpoint of update {saved.update}")
-        if saved.state["updates"] != self.updates:
+        rows = saved.state.get("rows", self.rows)  # older ones do not say
+        if (saved.state["updates"], rows) != (self.updates, self.rows):
+            counted = f"it has {plural(self.updates, 'updates')} now, and had {saved.state['updates']}"
             raise ToolkitError(
                 f"the data of step {self.step} has changed since it was stopped",
-                why=f"it has {plural(self.updates, 'updates')} now, and had {saved.state['updates']}",
+                why="its rows, or the tokens that they become, are others" if saved.state["updates"] == self.updates else counted,
                 hint=f"put the old rows back, or start the step anew: remove {self.folder.path}",
             )
 
@@ -396,6 +400,7 @@ class Keeper:
         state = {
             "update": now.update,
             "updates": self.updates,
+            "rows": self.rows,
             "loop": now.state,
             "parts": {name: part.numbers() for name, part in self.parts.items()},
             "random": randoms,

@@ -35,6 +35,7 @@ from jobs.spec import Data
 
 REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
+LEARNED = {1: ("prompt", "response"), 2: ("prompt", "chosen", "rejected"), 3: ("prompt",)}  # columns, by step
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
 MISTAKES_SHOWN = 10  # of a file
@@ -103,6 +104,16 @@ class Table:
     # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that holds); of the rest,
     # `identical_answers` (not in step 2) and `answer_cut`.
     fates: dict[str, int]
+
+    def digest(self, step: int) -> str:
+        """sha256 of the tokens that the step learns from, in its order."""
+        digest = hashlib.sha256()
+        for column in LEARNED[step]:
+            tokens: Ragged = getattr(self, column)
+            picked = tokens.pick(self.step_rows[step], np.iinfo(np.int64).max)
+            digest.update(picked.offsets.tobytes())
+            digest.update(picked.values.tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

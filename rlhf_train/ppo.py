@@ -139,7 +139,7 @@ def run(session: Session) -> End:
     )
     parts = {"actor": actor, "critic": critic} | ({"ema": ema} if ema is not None else {})
     pad_id, micro_batch = tokenizer.pad_token_id, plan.micro_batch
-    keeper = Keeper(session, 3, updates, parts, model_bytes=actor.model_bytes() * (2 if ema else 1))
+    keeper = Keeper(session, 3, updates, parts, rows=tokens.train.digest(3), model_bytes=actor.model_bytes() * (2 if ema else 1))
     session.doing(3, f"trying the longest sequences, {micro_batch} at once")
     prompt = max((tokens.train.prompt[i] for i in rows), key=len)
     answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)

@@ -53,7 +53,7 @@ def run(session: Session) -> End:
 
     held_out, pad_id = tokens.held_out.step_rows[2], tokenizer.pad_token_id
     row_lengths = pair_lengths(tokens.train)
-    keeper = Keeper(session, 2, updates, {"reward_model": engine}, model_bytes=engine.model_bytes())
+    keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
     session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 

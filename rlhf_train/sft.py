@@ -55,7 +55,7 @@ def run(session: Session) -> End:
 
     held_out, pad_id = tokens.held_out.step_rows[1], tokenizer.pad_token_id
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
-    keeper = Keeper(session, 1, updates, {"actor": engine}, model_bytes=engine.model_bytes())
+    keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
     rehearse((engine, lambda: engine(longest, from_prompt=spec.loss_on_prompt)[0].sum()))

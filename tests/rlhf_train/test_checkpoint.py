@@ -192,7 +192,7 @@ def test_every_generator_goes_on_where_it_was() -> None:
 class Step:
     """A step that adds 1 to a weight and draws a number at each update."""
 
-    def __init__(self, run: RunDir, settings: dict[str, Any], updates: int = 6, saved: Saved | None = None) -> None:
+    def __init__(self, run: RunDir, settings: dict[str, Any], updates: int = 6, saved: Saved | None = None, rows: str = "abc") -> None:
         job = Job.model_validate(tiny.job(run.path / "rows") | {"checkpoint": settings})
         self.events: list[Event] = []
         placement = Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 8, 1)
@@ -201,7 +201,7 @@ class Step:
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
         self.ema = Ema(self.module, 0.5)
-        self.keeper = Keeper(self.session, 1, updates, {"ema": self.ema}, model_bytes=100)
+        self.keeper = Keeper(self.session, 1, updates, {"ema": self.ema}, rows=rows, model_bytes=100)
         self.seen: list[float] = []
 
     def update(self, number: int) -> None:
@@ -504,8 +504,12 @@ def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
 def test_other_data_is_refused(run: RunDir) -> None:
     step = Step(run, {"every_updates": 1}, updates=5)
     step.update(1)
-    with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped"):
+    with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped") as raised:
         Step(run, {}, updates=6, saved=latest(run.step(1), nobody)).keeper.resume()
+    assert raised.value.why == "it has 6 updates now, and had 5"
+    with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped") as raised:
+        Step(run, {}, updates=5, rows="def", saved=latest(run.step(1), nobody)).keeper.resume()
+    assert raised.value.why == "its rows, or the tokens that they become, are others"
 
 
 def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:

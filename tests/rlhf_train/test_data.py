@@ -327,6 +327,28 @@ def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, 
         prepared(spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])), tokenizer, tmp_path)
 
 
+def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: Any) -> None:
+    """Each step's own rows and columns, in its order."""
+    plain = numbered(12)
+    table = prepared(spec_for(write(tmp_path / "plain.jsonl", plain)), tokenizer, tmp_path).train
+    # By prompt: the rows that are held out may come before.
+    first, second, third = (tokenizer.decode(table.prompt[int(table.step_rows[step][0])][1:]) for step in (1, 2, 3))
+
+    def digests(changed: str = "", column: str = "", **fields: Any) -> list[str]:
+        rows = [{**row, column: "other"} if row["prompt"] == changed else row for row in plain]
+        table = prepared(spec_for(write(tmp_path / "rows.jsonl", rows), **fields), tokenizer, tmp_path).train
+        return [table.digest(step) for step in (1, 2, 3)]
+
+    def differ(*arguments: str, **fields: Any) -> list[int]:
+        return [step for step, (old, new) in enumerate(zip(digests(), digests(*arguments, **fields), strict=True), 1) if old != new]
+
+    assert differ() == []
+    assert (differ(first, "chosen"), differ(first, "rejected")) == ([1], [])
+    assert (differ(second, "chosen"), differ(second, "rejected")) == ([2], [2])
+    assert (differ(third, "chosen"), differ(third, "prompt")) == ([], [3])
+    assert differ(seed=99) == [1, 2, 3]
+
+
 # --- fates ------------------------------------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9

@@ -3,7 +3,7 @@
 huggingface_hub writes a file aside and renames it, so a torn one is never taken for whole; a body that stalls for
 HF_HUB_DOWNLOAD_TIMEOUT seconds it resumes by itself, five times without a new byte. Added here, since it does not:
 
-- 5xx and 429 answers, broken connections and short bodies are tried again;
+- 5xx and 429 answers, broken connections and short bodies are tried again, when the hub says or a little later each time;
 - every file is hashed before it is used; a wrong one is removed and fetched again;
 - the list of files is kept before the first is fetched, so a start without the hub does not take some for all.
 """
@@ -35,6 +35,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.words import plural
 
 WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again when more has come than ever before
+MOST_ASKED_S = 60.0  # that a hub may have us wait
 DOWNLOADS = 8  # at once, as snapshot_download
 READABLE = re.compile(r".*\.(parquet|arrow|csv|tsv|json|jsonl|ndjson|txt|zip)(\.(gz|zst|bz2|xz|lz4))?")
 
@@ -290,6 +291,7 @@ def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda
                 most, waits = here, iter(WAITS_S)
             if (wait_s := next(waits, None)) is None:
                 raise
+            wait_s = max(wait_s, _asked_to_wait_s(_cause(error)))
             _say(f"{name}: {_line(_cause(error))}; trying again in {wait_s:g} s")
         time.sleep(wait_s)
 
@@ -326,6 +328,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
+
+
+def _asked_to_wait_s(error: BaseException) -> float:
+    """Retry-After of an answer, in seconds; 0.0 where it does not say, or says a date."""
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(asked), MOST_ASKED_S) if re.fullmatch("[0-9]+", asked) else 0.0
 
 
 def _line(error: BaseException) -> str:

@@ -54,6 +54,7 @@ class Hub:
     def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
         self.root, self.gated = root, frozenset(gated)
         self.requests: list[str] = []
+        self.retry_after = ""  # what a 429 says in its header of this name
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         self._server = _Server(self)
@@ -130,7 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json([{"id": _commit(self._repository(match)), "title": "", "message": "", "authors": [], "date": DATE}])
             self._file(self._match(RESOLVE, path))
         except _Refusal as refusal:
-            self._json({"error": refusal.code}, refusal.status, {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
+            if refusal.status == 429 and self.server.hub.retry_after:
+                headers["Retry-After"] = self.server.hub.retry_after
+            self._json({"error": refusal.code}, refusal.status, headers)
 
     def _match(self, pattern: re.Pattern[str], path: str) -> re.Match[str]:
         match = pattern.fullmatch(path)

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs.errors import ExitCode
+from rlhf_train import hub
 from tests.hub import PIECE_S, PIECES, TOKEN, Hub
 
 pytestmark = pytest.mark.pinned
@@ -202,6 +204,23 @@ def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(s
         server.heal()
         assert client.ask("fetched('some/model')")[0] == whole(server)  # the same command, later
         forget(client)
+
+
+@pytest.mark.parametrize(("said_by_hub", "wait"), [("2", "2"), ("0", "0.01"), ("Wed, 21 Oct 2015 07:28:00 GMT", "0.01"), ("", "0.01")])
+def test_a_hub_that_is_asked_too_often_says_when_to_come_again(server: Hub, clients: Any, said_by_hub: str, wait: str) -> None:
+    server.retry_after = said_by_hub
+    server.fail("GET /api/models/some/model.*", 429, 1)
+    start = time.monotonic()
+    answer, said = clients().ask("fetched('some/model', wanted=hub.config_files)")
+    assert answer == sums(server, "config.json")
+    (line,) = [line for line in said if "trying again" in line]
+    assert line.endswith(f"; trying again in {wait} s") and time.monotonic() - start >= float(wait)
+
+
+def test_it_is_not_waited_for_longer_than_a_minute() -> None:
+    error = OSError()
+    error.response = SimpleNamespace(status_code=429, headers={"Retry-After": "3600"})  # type: ignore[attr-defined]
+    assert hub._asked_to_wait_s(error) == 60.0
 
 
 def test_names_and_tokens(server: Hub, clients: Any) -> None:

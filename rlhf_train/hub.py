@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import sys
@@ -150,14 +151,26 @@ def data_set(name: str) -> Path:
 
 
 def _link(snapshot: Path, plain: Path, files: Sequence[str]) -> None:
-    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones."""
+    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones. Copies, where the file system has no links."""
     for file in files:
         place, blob = plain / file, (snapshot / file).resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not place.samefile(blob):
+        if place.exists() and not place.samefile(blob) and not _is_copy(place, blob):
             place.unlink(missing_ok=True)  # of a blob that was damaged
-        with suppress(FileExistsError):  # other ranks do the same
+        try:
             os.link(blob, place)
+        except FileExistsError:  # other ranks do the same
+            pass
+        except OSError:
+            if not place.exists():
+                beside = plain.with_name(f"{os.getpid()}.tmp")  # not in `plain`, where it would be read as data
+                shutil.copy2(blob, beside)
+                os.replace(beside, place)
+
+
+def _is_copy(place: Path, blob: Path) -> bool:
+    mine, theirs = place.stat(), blob.stat()
+    return (mine.st_size, mine.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
 
 
 def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:

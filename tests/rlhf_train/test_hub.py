@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -298,6 +299,25 @@ def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any
     blob = next(path for path in client.home.rglob("snapshots/*/train-1.jsonl") if path.read_bytes() == jsonl(ROWS[:1])).resolve()
     blob.write_bytes(blob.read_bytes().replace(b"q0", b"q7"))
     assert client.ask("rows('some/set')")[0] == [as_rows([*ROWS[:20], ROWS[0]]), as_rows(ROWS[30:])]
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    snapshot, plain = tmp_path / "snapshots/c0ffee", tmp_path / "rlhf-box/c0ffee"
+    (snapshot / "data").mkdir(parents=True)
+    file, place = snapshot / "data/train.jsonl", plain / "data/train.jsonl"
+    file.write_bytes(jsonl(ROWS))
+    monkeypatch.setattr(os, "link", no_links)
+    hub._link(snapshot, plain, ["data/train.jsonl"])
+    copied = place.stat()
+    hub._link(snapshot, plain, ["data/train.jsonl"])
+    assert place.read_bytes() == jsonl(ROWS) and place.stat().st_ino == copied.st_ino  # once
+    file.write_bytes(jsonl(ROWS[:1]))  # a blob that was damaged, and fetched again
+    hub._link(snapshot, plain, ["data/train.jsonl"])
+    assert place.read_bytes() == jsonl(ROWS[:1])
+    assert [path for path in (tmp_path / "rlhf-box").rglob("*") if path.is_file()] == [place]  # nothing else that could be taken for data
 
 
 def test_the_libraries_own_calls_go_to_the_mirror(server: Hub, tmp_path: Path) -> None:

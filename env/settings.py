@@ -117,6 +117,7 @@ class MemoryLimits(_Table):
 
 class HubLimits(_Table):
     small_file_max_s: Amount
+    bytes_advised: Count
 
 
 class ClockLimits(_Table):

@@ -75,6 +75,7 @@ class Facts:
     uid: int | None = None  # ours
     gid: int | None = None
     folders: tuple[Folder, ...] = ()
+    hub_cache: Folder | None = None  # where models will be fetched to; None too if there are none to fetch, or it is on the run's disk
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def judge(facts: Facts, limits: Limits) -> list[Finding]:
     found += _cpu_operators(facts, limits)
     for folder in facts.folders:
         found += _access(folder, facts) or _room(folder, facts, limits)
+    found += _hub_room(facts.hub_cache, limits)
     return found
 
 
@@ -285,6 +287,13 @@ def _room(folder: Folder, facts: Facts, limits: Limits) -> Iterator[Finding]:
     if folder.free_inodes is not None and folder.free_inodes < limits.disk.inodes_min:
         what = f"{plural(folder.free_inodes, 'inodes')} are free at {found}, and a run needs {limits.disk.inodes_min} at least"
         yield Finding("unfit", what, "remove many small files (`df -i` and `du --inodes` show where), or choose an --output-dir on another disk")
+
+
+def _hub_room(folder: Folder | None, limits: Limits) -> Iterator[Finding]:
+    if folder is not None and folder.free_bytes is not None and folder.free_bytes < limits.hub.bytes_advised:
+        what = f"only {size(folder.free_bytes)} are free at {shlex.quote(folder.found)}, where models of the hub are kept,"
+        what += f" and those of OPT-1.3b have about {size(limits.hub.bytes_advised)}"
+        yield Finding("warning", what, "make room, or choose another HF_HOME")
 
 
 def _mib(size_bytes: int) -> str:

@@ -129,6 +129,19 @@ def model(source: str, wanted: Wanted) -> str:
     return source if local(source) else str(fetch(source, wanted, kind="model"))
 
 
+def is_here(source: str) -> bool:
+    """Whether a start has a model's files, and fetches no more than what has changed since."""
+    if local(source):
+        return True
+    store = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+    memory = _recall(store)
+    if not memory.commit:
+        _adopt(store, memory)
+    files = model_files(memory.files)
+    has_weights = len(files) > len(tokenizer_files(files))
+    return has_weights and all((store / "snapshots" / memory.commit / file).exists() for file in files)
+
+
 def data_set(name: str) -> Path:
     """A folder that `datasets.load_dataset` reads as it reads the hub name. Raises ToolkitError.
 

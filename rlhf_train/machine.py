@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +32,12 @@ NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without 
 
 
 def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> Facts:
-    wish = job.hardware
+    wish, runs = job.hardware, run_folder(run.path)
+    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"]
     facts = Facts(
         device=wish.device,
         ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,
-        pretrained=not all(isinstance(model, Scratch) or model == "actor" for model in (job.actor.model, job.critic.model)),
+        pretrained=bool(models),
         cuda=machine.cuda,
         visible_devices=environ.get("CUDA_VISIBLE_DEVICES"),
         cpu_flags=cpu_flags(_read(CPU)),
@@ -44,7 +45,8 @@ def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapp
         uid=os.geteuid(),
         gid=os.getegid(),
         # Of the cache's disk nothing is asked: tokenised rows are small.
-        folders=(run_folder(run.path), replace(folder(cache), free_bytes=None, free_inodes=None)),
+        folders=(runs, replace(folder(cache), free_bytes=None, free_inodes=None)),
+        hub_cache=hub_cache(models, runs) if models else None,
     )
     return _with_gpus(facts, machine, environ) if wants_gpu(facts) else facts
 
@@ -232,6 +234,17 @@ def run_folder(path: Path) -> Folder:
                 if inside.lstat().st_uid != os.geteuid() and not _may_write(inside):
                     return replace(seen, found=str(inside), writable=False, uid=inside.lstat().st_uid)
     return seen
+
+
+def hub_cache(models: Sequence[str], runs: Folder) -> Folder | None:
+    """Where these models will be fetched to; None if they are here, or will come to the disk of the runs, which is judged for both."""
+    from rlhf_train import hub  # which jobs without such models do without
+
+    with suppress(OSError):  # a cache that may not be looked into is told when it is used
+        cache = folder(Path(hub.constants.HF_HUB_CACHE))
+        if not all(map(hub.is_here, models)) and Path(cache.found).stat().st_dev != Path(runs.found).stat().st_dev:
+            return cache
+    return None
 
 
 def _may_write(path: Path) -> bool:

@@ -17,7 +17,7 @@ LIMITS = Limits.model_validate(
         "gpu_health": {"ecc_uncorrected_max": 0, "xid_unfit": [79], "xid_warning": [48]},
         "cpu": {"cores_min": 1.0, "cores_advised_per_rank": 1.0},
         "memory": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000},
-        "hub": {"small_file_max_s": 3.0},
+        "hub": {"small_file_max_s": 3.0, "bytes_advised": 3_000_000},
         "clock": {"offset_max_s": 5.0},
         "cuda": {
             "11.8": {"driver_min": "450.80.02", "driver_advised": "520.61.05", "capability_min": "7.0", "capability_max": "9.0"},
@@ -28,6 +28,7 @@ LIMITS = Limits.model_validate(
         "shared_memory": {"bytes_per_rank": 256 * MIB},
         "gpu_memory": {"used_max_bytes": 1_000_000},
         "disk": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000, "inodes_min": 100},
+        "environment": {"bytes_cuda": 3_000_000, "bytes_cpu": 1_000_000},
         "cpu_operators": {"names": ["cpu_adam", "cpu_lion"], "flags": ["avx2", "fma"]},
         "peer_access": {"broken_cards": ["RTX 40"], "mended_driver": "550.40.07"},
     }
@@ -364,6 +365,24 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
 )
 def test_a_disk_that_is_nearly_full(folder: dict[str, object], pretrained: bool, lines: list[str]) -> None:
     assert said(replace(FIT, pretrained=pretrained, folders=(replace(OURS, **folder),))) == lines  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("free", "lines"),
+    [
+        (None, []),
+        (3_000_000, []),
+        (
+            2_999_999,
+            [
+                "warning: only 3 MB are free at '/a b', where models of the hub are kept, and those of OPT-1.3b have about 3 MB: "
+                "make room, or choose another HF_HOME"
+            ],
+        ),
+    ],
+)
+def test_a_disk_of_the_hubs_files_that_is_nearly_full(free: int | None, lines: list[str]) -> None:
+    assert said(replace(FIT, hub_cache=Folder("/a b/hub", "/a b", free_bytes=free))) == lines
 
 
 # --- all together ---------------------------------------------------------------------------------------------------

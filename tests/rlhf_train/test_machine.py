@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any
 import pytest
 
 from env.settings import Limits
-from jobs.fitness import Card, Facts, Holder, judge
+from jobs.fitness import Card, Facts, Folder, Holder, judge
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
-from rlhf_train import machine
+from rlhf_train import hub, machine
 from rlhf_train.plan import Machine
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, which needs root")
@@ -420,6 +422,35 @@ SCRATCH = "{config: {model_type: opt}}"
 def test_a_job_that_names_a_model(no_driver: Path, actor: str, critic: str, pretrained: bool) -> None:
     job = load_job("demo", [f"actor.model={actor}", f"critic.model={critic}"])
     assert facts(job, Machine(cores=1)).pretrained is pretrained
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=machine.SHARED_MEMORY))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_disk_of_the_hubs_files(no_driver: Path, tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(model: str, critic: str = "actor") -> Folder | None:
+        return facts(load_job("demo", [f"actor.model={model}", f"critic.model={critic}"]), Machine(cores=1)).hub_cache
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert seen("a/b") is None  # the run's own disk
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(other_disk / "hub"))
+    assert seen(SCRATCH) is None and seen("./here") is None  # nothing to fetch
+    found = seen("a/b")
+    assert found is not None and (found.path, found.found) == (str(other_disk / "hub"), str(other_disk)) and found.free_bytes
+
+    store = other_disk / "hub/models--a--b"
+    for file in ("refs/main", "snapshots/c0ffee/config.json", "snapshots/c0ffee/model.safetensors"):
+        assert seen("a/b") is not None
+        (store / file).parent.mkdir(parents=True, exist_ok=True)
+        (store / file).write_text("c0ffee", encoding="utf-8")
+    assert seen("a/b") is None and seen("a/b", "a/c") is not None and seen(SCRATCH, "a/b") is None
+    hub._keep(store, hub.Memory(commit="c0ffee", files=["config.json", "model-1.safetensors", "model-2.safetensors"]))
+    assert seen("a/b") is not None  # the download had not ended
 
 
 def test_this_machine_is_fit_for_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

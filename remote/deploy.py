@@ -286,6 +286,11 @@ def check_fit(known: Known, plan: Plan, there: There, box: Box, limits: Limits, 
                 f"no Python {wanted} with venv, and no conda or uv to make it with (Pythons there: {seen})",
                 f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, or take the provider's image that has it",
             )
+    if place.free_inodes is not None and place.free_inodes < limits.disk.inodes_min and not (whole and there.code):
+        raise unfit(
+            f"{place.free_inodes} inodes are free at {plan.root}, and {limits.disk.inodes_min} are needed",
+            "remove many small files there, or name another data_folder in boxes.yaml",
+        )
     if free is not None and free < needed and not (whole and there.code):
         raise unfit(
             f"{size(free)} are free at {plan.root}, and {size(needed)} are needed", "make room there, or name another data_folder in boxes.yaml"

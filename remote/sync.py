@@ -260,22 +260,24 @@ def send(line: Line, tree: Tree, folder: str, *, like: str = "", rsync_there: bo
 
 def _rsync_failed(line: Line, folder: str, answer: Answer) -> str:
     """Why tar is to be tried, or raises what cannot be mended by it."""
-    if answer.code in RSYNC_CHANGED and _free_kb(line, folder) > 1024:
+    if answer.code in RSYNC_CHANGED and not _is_full(line, folder):
         raise Differs(
             "files of the checkout could not be read, or went while they were sent",
             why=_last(answer),
             hint="the same command sends what is there now",
         )
     # 12 is also what a broken line looks like: then tar fails, too, and says so.
-    if answer.code in RSYNC_NOT_THERE and _free_kb(line, folder) > 1024:
+    if answer.code in RSYNC_NOT_THERE and not _is_full(line, folder):
         return f"rsync ended with {answer.code}: {_last(answer, 1)}"
     raise _not_sent(line, folder, answer, "rsync", answer.code in RSYNC_LINE)
 
 
 def _not_sent(line: Line, folder: str, answer: Answer, program: str, broken: bool) -> ToolkitError:
     again = "the same command goes on; what was there before is as it was"
-    if not broken and _free_kb(line, folder) <= 1024:
-        return ToolkitError(f"the disk of `{line.box.name}` is full", why=f"at {folder}", hint=f"make room there; {again}", code=ExitCode.UNFIT)
+    if not broken and _is_full(line, folder):
+        return ToolkitError(
+            f"the disk of `{line.box.name}` is full", why=f"at {folder}: {_last(answer, 1)}", hint=f"make room there; {again}", code=ExitCode.UNFIT
+        )
     if broken:
         return ToolkitError(f"the line to `{line.box.name}` broke while code was sent", why=_last(answer), hint=again, code=ExitCode.UNREACHABLE)
     return ToolkitError(f"{program} ended with {answer.code} on the way to `{line.box.name}`", why=_last(answer), hint=again, code=ExitCode.INTERNAL)
@@ -285,11 +287,11 @@ def _last(answer: Answer, count: int = 10) -> str:
     return "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-count:])
 
 
-def _free_kb(line: Line, folder: str) -> int:
-    """Free on the disk of a folder on the box; much, if it cannot be said."""
+def _is_full(line: Line, folder: str) -> bool:
+    """The disk of a folder on the box, of bytes or of inodes; no, if it cannot be said."""
     said = line.ask(commands.df(str(PurePosixPath(folder).parent)), check=False)
-    found = re.search(r"\s[0-9]+\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", said.out) if not said.code else None
-    return int(found[1]) if found else 2**40
+    rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", said.out) if not said.code else []
+    return any(int(total) and int(free) <= least for (total, free), least in zip(rows, (1024, 0), strict=False))
 
 
 def rsync_version(program: str) -> tuple[int, int]:

@@ -81,14 +81,13 @@ def job(laptop: Laptop) -> Path:
 
 @pytest.fixture(scope="session")
 def long_job(laptop: Laptop, job: Path) -> Path:
-    """Steps that would take hours; the first one's checkpoints are of some megabytes, so that they take a moment on the line."""
+    """Step 1 is quick, with a model of some megabytes, so that it takes a moment on the line; step 2 would take hours."""
     fields = yaml.safe_load(job.read_text())
     fields["name"] = "long"
-    fields["actor"]["model"]["config"] |= {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512}
+    fields["actor"]["model"]["config"] |= {"hidden_size": 384, "word_embed_proj_dim": 384, "ffn_dim": 1024}
     fields["critic"] = {"model": {"config": tiny.OPT}}
-    for step in ("sft", "reward"):
-        fields[step] |= {"max_updates": 100_000, "epochs": 10_000}
-    fields["checkpoint"] = {"every_updates": 50}
+    fields["reward"] |= {"max_updates": 1_000_000, "epochs": 100_000}
+    fields["checkpoint"] = {"every_updates": 100}
     file = laptop.folder / "long.yaml"
     file.write_text(yaml.safe_dump(fields), encoding="utf-8")
     return file

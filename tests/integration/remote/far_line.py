@@ -3,7 +3,8 @@
 `tc netem` would do the same, but not every kernel has it. So a program of its own stands between two taps, one in the namespace and one
 in the bridge, and passes Ethernet frames on after a while:
 
-    python far_line.py TAP TAP   on standard input: `delay SECONDS` (each way), `cut`, `mend`; each is answered by `ok`
+    python far_line.py TAP TAP   on standard input: `delay SECONDS`, `rate BYTES_PER_SECOND` (each way; 0: as it comes), `cut`, `mend`;
+                                 each is answered by `ok`
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
@@ -38,6 +39,10 @@ class FarLine:
 
     def delay(self, each_way_s: float) -> None:
         self._say(f"delay {each_way_s}")
+
+    def rate(self, bytes_per_s: int) -> None:
+        """0: as fast as it goes."""
+        self._say(f"rate {bytes_per_s}")
 
     def cut(self) -> None:
         """Nothing comes through any more, and nobody is told: no FIN, no RST, no ICMP."""
@@ -85,18 +90,35 @@ def tap(name: str) -> int:
     return fd
 
 
+@dataclass
+class Way:
+    target: int
+    queue: deque[tuple[float, bytes]] = field(default_factory=deque)  # when it is due, the frame
+    free_at: float = 0.0  # the last frame is on the line until then
+
+    def take(self, frame: bytes, delay_s: float, rate: float) -> None:
+        now = time.monotonic()
+        self.free_at = max(self.free_at, now) + (len(frame) / rate if rate else 0.0)
+        if len(self.queue) < QUEUE_FRAMES:
+            self.queue.append((self.free_at + delay_s, frame))
+
+    def pass_on(self) -> None:
+        while self.queue and self.queue[0][0] <= time.monotonic():
+            with suppress(OSError):  # a line that is full loses frames
+                os.write(self.target, self.queue.popleft()[1])
+
+
 def main(names: list[str]) -> None:
     one, other = (tap(name) for name in names)
     print("ok", flush=True)
-    ways: dict[int, tuple[int, deque[tuple[float, bytes]]]] = {one: (other, deque()), other: (one, deque())}
-    delay_s, is_cut, commands = 0.0, False, b""
+    ways = {one: Way(other), other: Way(one)}
+    delay_s, rate, is_cut, commands = 0.0, 0.0, False, b""
     with selectors.DefaultSelector() as selector:
         for fd in (0, one, other):
             selector.register(fd, selectors.EVENT_READ)
         while True:
-            first = min((queue[0][0] for _, queue in ways.values() if queue), default=None)
+            first = min((way.queue[0][0] for way in ways.values() if way.queue), default=None)
             ready = {key.fd for key, _ in selector.select(None if first is None else max(0.0, first - time.monotonic()))}
-            now = time.monotonic()
             if 0 in ready:
                 read = os.read(0, 4096)
                 if not read:
@@ -105,20 +127,17 @@ def main(names: list[str]) -> None:
                 for line in lines:
                     word, _, value = line.decode().partition(" ")
                     delay_s = float(value) if word == "delay" else delay_s
+                    rate = float(value) if word == "rate" else rate
                     is_cut = word == "cut" or (is_cut and word != "mend")
                     print("ok", flush=True)
             for fd in ready & ways.keys():
                 with suppress(OSError):  # nothing more for now; or the interface is not up yet
                     while True:
-                        frame = os.read(fd, LONGEST_FRAME)
-                        if not is_cut and len(ways[fd][1]) < QUEUE_FRAMES:
-                            ways[fd][1].append((now + delay_s, frame))
-            for target, queue in ways.values():
-                while queue and (is_cut or queue[0][0] <= now):
-                    frame = queue.popleft()[1]
-                    if not is_cut:
-                        with suppress(OSError):  # a line that is full loses frames
-                            os.write(target, frame)
+                        ways[fd].take(os.read(fd, LONGEST_FRAME), delay_s, rate)
+            for way in ways.values():
+                if is_cut:
+                    way.queue.clear()
+                way.pass_on()
 
 
 if __name__ == "__main__":

@@ -312,12 +312,32 @@ class BareBox(Box):
         self.docker("restart", "--time", "0", self.container)
         wait_for_ssh(self.address, self.port)
 
-    def serve(self, port: int, *, host_key: str = "host_key", **variables: str) -> Mapping[str, Any]:
-        """Another sshd on it, with these variables in each session. -> what of the box's entry is another for it"""
-        config = sshd_config(port, "/rig", host_key, variables)
-        self.sh('printf %s "$1" >"$2"; exec /usr/sbin/sshd -f "$2"', config, f"/rig/sshd_config.{port}")
+    @contextlib.contextmanager
+    def another_sshd(self, *, host_key: str = "host_key", force: str = "") -> Iterator[dict[str, Any]]:
+        """At another port. force: a shell script that gets each session's command as SSH_ORIGINAL_COMMAND. -> its entry in boxes.yaml"""
+        port = 2222
+        config = sshd_config(port, "/rig", host_key, {}) + ("ForceCommand exec sh /rig/force\n" if force else "")
+        self.sh('printf %s "$1" >/rig/force; printf %s "$2" >/rig/another; exec /usr/sbin/sshd -f /rig/another', force, config)
         wait_for_ssh(self.address, port)
-        return {"port": port}
+        try:
+            yield {**self.entry, "port": port}
+        finally:
+            for process in self.processes("/rig/another"):
+                process.kill()
+            until(lambda: not self.processes("/rig/another"), 10)
+
+    @contextlib.contextmanager
+    def clock_off(self, offset: str) -> Iterator[dict[str, Any]]:
+        """offset: as libfaketime has it, e.g. `-3h`. For all that a session starts, and for a job, which gets a provider's variables
+        alone. Not for sshd itself, whose sandbox libfaketime does not survive. -> its entry in boxes.yaml
+        """
+        variables = f"export LD_PRELOAD={FAKETIME} FAKETIME={offset}"
+        self.sh('echo "$1" >/etc/rp_environment', variables)
+        try:
+            with self.another_sshd(force=f'{variables}; exec sh -c "$SSH_ORIGINAL_COMMAND"') as entry:
+                yield {**entry, "provider": "runpod"}
+        finally:
+            self.sh("rm /etc/rp_environment")
 
 
 def sshd_config(port: int, folder: str, host_key: str, variables: Mapping[str, str], addresses: Sequence[str] = ()) -> str:
@@ -382,8 +402,10 @@ def _remove_containers(docker: Docker, data_folder: str) -> None:
 
 
 @contextlib.contextmanager
-def bare_box(docker: Docker, folder: Path, laptop: Laptop, base: str, network: Network, ca_bundle: Path, *, small: str = "64m") -> Iterator[BareBox]:
-    """small: the size of a disk of its own at /small."""
+def bare_box(
+    docker: Docker, folder: Path, laptop: Laptop, base: str, network: Network, ca_bundle: Path, *, small: str = "size=8g,nr_inodes=2300"
+) -> Iterator[BareBox]:
+    """small: of a disk of its own at /small, with room for few files."""
     docker("build", "--tag", BARE_IMAGE, "-", stdin=BARE.format(base=base))
     folder.mkdir(parents=True)
     for each in ("host_key", "other_host_key"):
@@ -391,7 +413,7 @@ def bare_box(docker: Docker, folder: Path, laptop: Laptop, base: str, network: N
     shutil.copy(f"{laptop.key}.pub", folder / "authorized_keys")
     (folder / "sshd_config").write_text(sshd_config(22, "/rig", "host_key", {}))
     name = f"rlhf-tests-bare-{os.getpid()}"
-    where = ["--network", network.name, "--ip", str(network.address(2)), "--hostname", "bare-box", "--shm-size=1g", f"--tmpfs=/small:size={small}"]
+    where = ["--network", network.name, "--ip", str(network.address(2)), "--hostname", "bare-box", "--shm-size=1g", f"--tmpfs=/small:{small}"]
     files = [f"--volume={folder / each}:/rig/{each}:ro" for each in ("host_key", "other_host_key", "authorized_keys", "sshd_config")]
     docker("run", "--detach", "--name", name, *where, *files, BARE_IMAGE, "/usr/sbin/sshd", "-D", "-e", "-f", "/rig/sshd_config")
     build = {"TORCH": "torch-ci", "CA_BUNDLE": str(ca_bundle)}

@@ -62,7 +62,7 @@ def test_a_changed_file_builds_nothing(deployed: DockerBox, laptop: Laptop) -> N
 
 def test_cancel_ends_the_container_and_says_how(deployed: DockerBox, laptop: Laptop, long_job: Path) -> None:
     host = ("--host", deployed.name)
-    laptop.fab("train", *host, "--job", str(long_job), "--step", "1", "--run", "cut-short", "--detach")
+    laptop.fab("train", *host, "--job", str(long_job), "--step", "2", "--run", "cut-short", "--detach")
     following = laptop.start("logs", *host, "--run", "cut-short", "--follow")
     following.says("update 1/")
     (container,) = deployed.docker("ps", "--quiet", "--filter", "name=^rlhf-box-").stdout.split()

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -391,9 +391,9 @@ def _warn_of_other_code(deployed: Deployed, say: Sayer) -> None:
         say.warning(f"the box has the code of its last deploy ({deployed.code}), which is not this checkout's ({here}): `fab deploy` brings it")
 
 
-def _follow(desk: Desk, line: Line, at: watch.Where, view: watch.View, *, once: bool = False) -> watch.Watched:
+def _follow(desk: Desk, line: Line, at: watch.Where, view: watch.View, *, once: bool = False, limits: watch.Limits = watch.LIMITS) -> watch.Watched:
     line.close()  # watching has a connection of its own
-    return watch.follow(training.open_stream(line, desk.providers, at.run or "-"), view, at, once=once, refused=_refused(line.box))
+    return watch.follow(training.open_stream(line, desk.providers), view, at, once=once, refused=_refused(line.box), limits=limits)
 
 
 def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
@@ -454,7 +454,8 @@ def logs(
         if dry_run:
             say.command("here", line.stream(there(box, desk.providers, "follow", run or "-", view.file, "0")))
             return ExitCode.OK
-        watched = _follow(desk, line, at, view, once=not follow)
+        # A box that never answered is no line that broke: its address may be a wrong one.
+        watched = _follow(desk, line, at, view, once=not follow, limits=replace(watch.LIMITS, first_tries=2))
         if raw and not watched.offset and not watched.stopped:  # it ended before there was a log
             _follow(desk, line, at, watch.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")

@@ -128,11 +128,11 @@ def _last_lines(text: str) -> str:
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
-def open_stream(line: Line, providers: Mapping[str, Provider], run: str) -> Callable[[str, int], subprocess.Popen[bytes]]:
-    """For remote.watch.follow. run: `-` for the one that runs. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
+def open_stream(line: Line, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
+    """For remote.watch.follow. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
 
-    def opened(file: str, offset: int) -> subprocess.Popen[bytes]:
-        argv = line.stream(there(line.box, providers, "follow", run, file, str(offset)))
+    def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
+        argv = line.stream(there(line.box, providers, "follow", run or "-", file, str(offset)))
         return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     return opened

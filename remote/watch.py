@@ -42,7 +42,8 @@ PROGRESS = {"bytes", "beat", "done"}  # `job` is said before anything is read
 EXITS = {int(ExitCode.OK): "done", int(ExitCode.PREEMPTED): "preempted, the same command goes on", int(ExitCode.CANCELLED): "cancelled"}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OpenStream = Callable[[str, int], "subprocess.Popen[bytes]"]  # file ("events", "log" or "output"), byte offset
+# Run ("": the one that runs, else the last), file ("events", "log" or "output"), byte offset.
+OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
 Refused = Callable[[int, str], "ToolkitError | None"]  # exit code and last words of the ssh process: is there no use in trying again?
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Limits:
     first_pause_s: float = 0.5
     longest_pause_s: float = 15.0
     tries: int | None = None  # connections in a row that brought nothing; None: for ever
+    first_tries: int | None = None  # the same until the box has once spoken
 
 
 LIMITS = Limits()
@@ -505,6 +507,7 @@ class Drawn:
     def job(self, job: Job) -> None:
         self._job = job
         said, is_good = state_text(job)
+        self._where = _named(self._where, job)
         self._box = replace(self._box, line=f"run {self._where.run}, {said}", is_good=is_good)
         self._set_times()
         self._show_box()
@@ -639,16 +642,21 @@ def follow(
             stopped = True
             _hush(sys.stdout)
         if interrupts:
-            _note(_stopped_text(where, watch.job))
+            _note(_stopped_text(_named(where, watch.job), watch.job))
     return Watched(watch.is_done, stopped, watch.job, watch.last, watch.tail.offset)
 
 
+def _named(where: Where, job: Job | None) -> Where:
+    """With the run's name as the box has it, where none was asked for."""
+    return replace(where, run=where.run or (job.words.get("run", "") if job else ""))
+
+
 def _stopped_text(where: Where, job: Job | None) -> str:
-    host, run = shlex.quote(where.host), shlex.quote(where.run)
     if job is not None and not job.alive and not job.training:
         return "stopped watching; the job is not running"
     said = "stopped watching; the job goes on" if job else "stopped watching; a job would not notice"
-    return f"{said}: fab logs --host {host} --run {run}\nto cancel it: fab cancel --host {host} --run {run}"
+    target = f"--host {shlex.quote(where.host)}" + (f" --run {shlex.quote(where.run)}" if where.run else "")
+    return f"{said}: fab logs --follow {target}\nto cancel it: fab cancel {target}"
 
 
 @contextlib.contextmanager
@@ -707,7 +715,9 @@ class _Watch:
     def through(self, open_stream: OpenStream) -> None:
         failures, pause_s = 0, self._limits.first_pause_s
         while True:
-            connection = Connection(open_stream(self._view.file, self.tail.offset), self._limits)
+            # By the name that was heard: another run may be the newest by now, and the offset is this one's.
+            run = _named(self._where, self.job).run
+            connection = Connection(open_stream(run, self._view.file, self.tail.offset), self._limits)
             try:
                 self._read(connection)
                 return
@@ -733,6 +743,9 @@ class _Watch:
         # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose, instead of a stream.
         if code is not None and 0 < code < 128 and not connection.has_progress:
             raise ToolkitError(f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.said))
+        if self.job is None and self._limits.first_tries is not None and failures >= self._limits.first_tries:
+            hint = f"fab doctor --host {shlex.quote(self._where.host)} looks at the line by itself"
+            raise ToolkitError(f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, code=ExitCode.UNREACHABLE)
         tries = self._limits.tries
         if tries is not None and failures >= tries:
             what = f"the line to `{self._where.host}` broke {plural(failures, 'times')} in a row"

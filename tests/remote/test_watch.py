@@ -65,6 +65,7 @@ class Far:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.runs: list[str] = []  # asked for, by each connection
         self.say("job", RUNNING)
 
     def say(self, name: str, text: str) -> None:
@@ -79,7 +80,8 @@ class Far:
     def data(self, name: str = "events") -> bytes:
         return (self.folder / name).read_bytes()
 
-    def open(self, file: str, offset: int) -> "subprocess.Popen[bytes]":
+    def open(self, run: str, file: str, offset: int) -> "subprocess.Popen[bytes]":
+        self.runs.append(run)
         argv = [sys.executable, "-S", "-E", str(FAR_END), str(self.folder), file, str(offset)]
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.processes.append(process)
@@ -325,7 +327,7 @@ def test_a_gap_in_the_stream_is_not_shown() -> None:
     streams = [b"bytes 0 4\none\nbytes 9 5\nlate\n", b"bytes 4 5\ntwo..bytes 9 5\n\nend\njob exit=0\ndone\n"]
     asked, out = [], io.BytesIO()
 
-    def open_stream(file: str, offset: int) -> "subprocess.Popen[bytes]":
+    def open_stream(run: str, file: str, offset: int) -> "subprocess.Popen[bytes]":
         asked.append(offset)
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
@@ -376,7 +378,7 @@ def test_a_box_that_refuses_is_not_asked_again(far: Far) -> None:
 def test_what_was_said_there_instead_of_a_stream_is_an_error(first: str) -> None:
     opened = []
 
-    def open_stream(file: str, offset: int) -> "subprocess.Popen[bytes]":
+    def open_stream(run: str, file: str, offset: int) -> "subprocess.Popen[bytes]":
         opened.append(offset)
         script = f"{first} printf 'no run\\n\\033[2Jdemo' >&2; exit 2"
         return subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -394,6 +396,45 @@ def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(fa
     assert caught.value.code == ExitCode.UNREACHABLE and "broke 4 times in a row" in str(caught.value)
     assert len(far.processes) == 4
     assert capsys.readouterr().err == "the line is away: ssh: connect to host gpu-box: \\x1b[2JNo route; trying again\n"
+
+
+def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
+    far.say("refuse", "255 ssh: connect to host gpu-box: No route")
+    limits = Limits(silence_s=5, connect_s=10, first_pause_s=0.01, longest_pause_s=0.02, first_tries=2)
+    with pytest.raises(ToolkitError, match="cannot reach `gpu-box`") as caught:
+        watched(far, JsonLines(io.BytesIO()), limits)
+    assert caught.value.code == ExitCode.UNREACHABLE and len(far.processes) == 2
+    (far.folder / "refuse").unlink()
+    out = io.BytesIO()
+
+    def work() -> None:
+        far.write(line(0))
+        until(partial(has_come, out, line(0)))
+        far.say("refuse", "255 ssh: connect to host gpu-box: No route")
+        far.processes[-1].kill()
+        until(lambda: len(far.processes) > 8)
+        (far.folder / "refuse").unlink()
+        far.say("job", ENDED)
+
+    with meanwhile(work):
+        assert watched(far, JsonLines(out), limits).done
+
+
+def test_a_run_without_a_name_stays_the_same_one_over_a_break(far: Far) -> None:
+    """By then another may be the newest."""
+    out = io.BytesIO()
+    where = Where("gpu-box", "")
+
+    def work() -> None:
+        far.write(line(0))
+        until(partial(has_come, out, line(0)))
+        far.processes[-1].kill()
+        until(lambda: len(far.processes) > 1)
+        far.say("job", ENDED)
+
+    with meanwhile(work):
+        assert follow(far.open, JsonLines(out), where, limits=PATIENT).done
+    assert far.runs == ["", "demo"]
 
 
 def test_one_tick_of_life_starts_the_count_of_tries_anew(far: Far) -> None:
@@ -556,6 +597,14 @@ def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
     assert has(screen, "¥100.00 for this job, ¥3600.00/h until the box is stopped")
 
 
+def test_last_words_name_the_run_that_the_box_chose() -> None:
+    from remote.watch import _named, _stopped_text
+
+    running, unnamed = Job.of(RUNNING.split()), Where("gpu-box", "")
+    assert "--run demo\n" in _stopped_text(_named(unnamed, running), running)
+    assert "--run" not in _stopped_text(unnamed, None)
+
+
 def test_plain_lines_tell_of_a_job_that_needs_somebody(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         until(lambda: bool(far.processes))
@@ -577,14 +626,14 @@ import fcntl, subprocess, sys, termios
 from remote.watch import *
 if sys.argv[3] == "tty":
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-def opened(file, offset):
+def opened(run, file, offset):
     return subprocess.Popen([sys.executable, "-S", "-E", sys.argv[1], sys.argv[2], file, str(offset)],
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 where = Where("gpu box", "demo")
 end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=Limits(silence_s=60, connect_s=60, first_pause_s=60))
 print("watched", end.done, end.stopped, file=sys.stderr)
 """
-STOPPED = "stopped watching; the job goes on: fab logs --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
+STOPPED = "stopped watching; the job goes on: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
 
 
 def watcher(far: Far, form: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":

@@ -123,7 +123,7 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
                 code = body(c, *arguments, **flags)
             except ToolkitError as error:
                 if flags.get("json_"):
-                    Sayer().data(to_json({"error": error.what, "why": error.why, "hint": error.hint, "exit": int(error.code)}))
+                    Sayer().data(to_json(error_as_json(error)))
                 Sayer()(error)
                 code = error.code
             except BrokenPipeError:
@@ -145,8 +145,11 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
 # --- one box or several -----------------------------------------------------------------------------------------------
 
 
-def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer) -> int:
-    """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names."""
+def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
+    """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names.
+
+    as_json: a box that fails has its line of JSON, too.
+    """
     if len(names) == 1:
         return work(desk.box(names[0]), say)
 
@@ -155,15 +158,21 @@ def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int],
         try:
             return work(desk.box(name), mine)
         except ToolkitError as error:
-            mine(error)
-            return error.code
+            failed = error
         except OSError as error:
-            mine(system_error(error, ExitCode.INTERNAL))
-            return ExitCode.INTERNAL
+            failed = system_error(error, ExitCode.INTERNAL)
+        if as_json:
+            say.data(to_json({"host": name, **error_as_json(failed)}))
+        mine(failed)
+        return failed.code
 
     with ThreadPoolExecutor(len(names)) as pool:
         codes = list(pool.map(guarded, names))
     return next((code for code in codes if code), 0)
+
+
+def error_as_json(error: ToolkitError) -> dict[str, Any]:
+    return {"error": error.what, "why": error.why, "hint": error.hint, "exit": int(error.code)}
 
 
 def to_json(value: Any) -> str:
@@ -267,7 +276,7 @@ def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = N
             say.data("\n".join([*([f"== {box.name}"] if len(names) > 1 else []), *diagnosis.lines()]))
         return ExitCode.OK if diagnosis.fit else ExitCode.UNFIT if link.reached else ExitCode.UNREACHABLE
 
-    return on_each(desk, names, examine, Sayer())
+    return on_each(desk, names, examine, Sayer(), as_json=json_)
 
 
 def _examined(desk: Desk, line: Line, link: Link, job: Job | None, limits: Limits) -> Diagnosis:
@@ -303,7 +312,7 @@ def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
             say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({done.plan.runtime}, code {done.plan.code}, {done.plan.root})")
         return ExitCode.OK
 
-    return on_each(desk, hosts_of(c, host), one, Sayer())
+    return on_each(desk, hosts_of(c, host), one, Sayer(), as_json=json_)
 
 
 @verb(host=HOST, json_=JSON, dry_run=DRY_RUN)
@@ -487,7 +496,7 @@ def ps(c: Context, host: str = "", json_: bool = False, dry_run: bool = False) -
         return ExitCode.OK
 
     names = hosts_of(c, host)
-    code = on_each(desk, names, one, say)
+    code = on_each(desk, names, one, say, as_json=json_)
     table = [row for name in names for row in rows.get(name, [])]
     if not json_ and rows:
         say.data("\n".join(listing.columns([listing.HEAD, *table])) if table else f"no run on {', '.join(rows)}")
@@ -518,7 +527,7 @@ def status(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
             say.data("\n".join(listing.columns([("", ""), *facts])).strip("\n"))
         return ExitCode.OK
 
-    return on_each(desk, names, one, Sayer())
+    return on_each(desk, names, one, Sayer(), as_json=json_)
 
 
 @verb(
@@ -676,7 +685,7 @@ def exec(c: Context, host: str = "", command: str = "", json_: bool = False, dry
             say(answer.err.rstrip("\n"))
         return answer.code
 
-    return on_each(desk, names, one, Sayer())
+    return on_each(desk, names, one, Sayer(), as_json=json_)
 
 
 # --- leaving it -------------------------------------------------------------------------------------------------------

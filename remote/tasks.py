@@ -10,6 +10,7 @@ import json
 import os
 import secrets as tokens
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -308,7 +309,7 @@ def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
         if json_:
             say.data(to_json({"host": box.name, **done.as_json()}))
         else:
-            what = "deployed" if done.changed else "nothing to do: all is there"
+            what = ("would be deployed" if dry_run else "deployed") if done.changed else "nothing to do: all is there"
             say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({done.plan.runtime}, code {done.plan.code}, {done.plan.root})")
         return ExitCode.OK
 
@@ -323,11 +324,13 @@ def unlock(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
     """
     desk, say = Desk.open(dry_run=dry_run), Sayer()
     with desk.line(desk.box(one_host(c, host)), say) as line:
-        owner = lock.unlock(line, our_root(line, desk.providers)[0])
+        root = our_root(line, desk.providers)[0]
+        owner = lock.holder(line, root) if dry_run else None
+        owner = lock.unlock(line, root) or owner
     if json_:
         say.data(to_json({"host": line.box.name, "lock": str(owner) if owner else None}))
     else:
-        say.data(f"taken from {owner}" if owner else "nobody has it: nothing to do")
+        say.data(f"{'would be' if dry_run else ''} taken from {owner}".lstrip() if owner else "nobody has it: nothing to do")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -641,8 +644,17 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     if dry_run:
         say.command("here", argv)
         return ExitCode.OK
+    try:
+        socket.create_server(("127.0.0.1", here)).close()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ToolkitError(f"cannot listen at 127.0.0.1:{here}", why=why, hint="--local-port takes another port here") from None
     say(f"127.0.0.1:{here} is port {port} of {line.box.name} until Ctrl-C")
-    return subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
+    code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        hint = "the same command opens it again"
+        raise ToolkitError(f"the tunnel to `{line.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, code=ExitCode.UNREACHABLE)
+    return ExitCode.OK
 
 
 @verb(host=HOST, dry_run=DRY_RUN)

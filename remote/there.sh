@@ -2,7 +2,7 @@
 # Finds our folder on a box and goes on with what was asked for: sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that
 # one round trip is enough and nothing has to be remembered on the laptop. A ROOT may begin with `$HOME`.
 #
-# Answered here: `root`, which says `root ROOT` if one has our marker, else `would ROOT`; `shell`, one in our folder; `where`, which says
+# Answered here: `root`, which says `root ROOT` if one has our marker, else `would ROOT`; `shell`, one in our folder, else at home; `where`, which says
 # `root ROOT`, the lines of ROOT/deployed, `input HASH` for each that is whole, `slot RUN` if one runs. Any other VERB is supervisor.sh's,
 # of the code that was deployed last; a RUN and a GRACE may be `-` there. Nothing deployed: `not_deployed`, exit code 3.
 found='' marked='' first=''
@@ -26,6 +26,10 @@ fi
 code=''
 [ -z "$found" ] || code=$(sed -n 's/^code //p' "$found/deployed")
 if [ -z "$code" ] || [ ! -f "$found/code/$code/remote/supervisor.sh" ]; then
+    if [ "$verb" = shell ]; then
+        echo 'nothing is deployed here: this is the home folder' >&2
+        cd && exec "${SHELL:-sh}" -i
+    fi
     echo not_deployed
     exit 3
 fi

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,6 +214,30 @@ def test_doctor_by_json(place: Place) -> None:
     assert (said["host"], said["job"], ended.returncode) == ("gpu-box", "demo", 0 if said["fit"] else 3)
     assert [check["name"] for check in said["checks"]][:3] == ["reachable", "host key", "provider"]
     assert json.loads(place.laptop.fab("doctor", "--host", "gone", "--json", code=8).stdout)["checks"][0]["status"] == "unfit"
+
+
+def test_a_tunnel_needs_a_free_port_here(place: Place) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = place.fab("tunnel", "--port", "80", "--local-port", str(taken.getsockname()[1]), code=2)
+    assert "cannot listen at 127.0.0.1" in ended.stderr and "--local-port" in ended.stderr and "until Ctrl-C" not in ended.stderr
+
+
+def test_a_shell_is_had_before_the_first_deploy(place: Place) -> None:
+    argv = place.laptop.command("shell", "--host", "second")
+    said: dict[str, Any] = {"input": "exit 9\n", "capture_output": True, "text": True}
+    ended = subprocess.run(argv, cwd=place.laptop.folder, env=place.laptop.environment, check=False, timeout=60, **said)
+    assert ended.returncode == 9 and "nothing is deployed here" in ended.stdout + ended.stderr
+
+
+def test_a_dry_unlock_says_whose_lock_it_is(place: Place) -> None:
+    held = place.root / "lock"
+    held.mkdir()
+    (held / "owner").write_text("token 0123456789abcdef\nwho lin@laptop\nwhy fab deploy\n")
+    try:
+        assert place.fab("unlock", "--dry-run").stdout.startswith("would be taken from lin@laptop")
+        assert held.is_dir()
+    finally:
+        shutil.rmtree(held, ignore_errors=True)
 
 
 DRY = [

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 from jobs.words import encodable, visible
+from remote.commands import there_script
 
 HIDDEN = "[hidden]"
 SHORT = 6  # characters; a shorter value is hidden only where it stands as a word: `1` is in everything
@@ -105,8 +106,11 @@ class Sayer:
         self(f"warning: {text}")
 
     def command(self, where: str, argv: Sequence[str], stdin: bytes = b"") -> None:
-        """A command as it could be typed; of its input the size alone."""
-        self(f"{where}$ {shlex.join(argv)}" + (f"  < {len(stdin)} bytes" if stdin else ""))
+        """A command as it could be typed; of its input the size alone, and there.sh by its name: fifty lines would hide the rest."""
+        shown, script = shlex.join(argv), shlex.quote(there_script())
+        for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and inside of what an ssh here is given
+            shown = shown.replace(quoted, '"$(cat remote/there.sh)"')
+        self(f"{where}$ {shown}" + (f"  < {len(stdin)} bytes" if stdin else ""))
 
     def data(self, text: object) -> None:
         """To standard output: what a program may read."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
 from remote.box import Answer, Line
+from remote.commands import there_script
 from remote.facts import OUR_FOLDER
 from remote.inventory import Box
 
-SCRIPT = Path(__file__).with_name("there.sh")
 NOT_DEPLOYED = 3
 
 
@@ -28,8 +27,7 @@ def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
 
 def there(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
     """`supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
-    script = "\n".join(text for text in SCRIPT.read_text(encoding="utf-8").splitlines() if not text.lstrip().startswith("#"))
-    return ["sh", "-c", script, "rlhf-box", *roots(box, providers), "--", verb, *arguments]
+    return ["sh", "-c", there_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs.errors import ToolkitError
+from remote.commands import there_script
 from remote.say import HIDDEN, Sayer
 
 TOKEN = "hf_AbCdEf0123456789"
@@ -24,6 +25,17 @@ def printed(value: str, text: str) -> str:
     err = io.StringIO()
     Sayer([value], err=err)(text)
     return err.getvalue()
+
+
+def test_a_command_shows_our_long_script_by_its_name() -> None:
+    err = io.StringIO()
+    there = ["sh", "-c", there_script(), "rlhf-box", "/a b", "--", "list"]
+    Sayer(err=err).command("gpu-box", there)
+    Sayer(err=err).command("here", ["ssh", "--", "h", shlex.join(there)])
+    assert err.getvalue().splitlines() == [
+        """gpu-box$ sh -c "$(cat remote/there.sh)" rlhf-box '/a b' -- list""",
+        """here$ ssh -- h 'sh -c "$(cat remote/there.sh)" rlhf-box '"'"'/a b'"'"' -- list'""",
+    ]
 
 
 def test_streams_and_hosts() -> None:

@@ -47,6 +47,8 @@ class Owner:
         return max(0, self.now - self.when) if self.when else 0
 
     def __str__(self) -> str:
+        if not self.now:  # of a lock that was just taken away: nobody asks any more how long it would have held
+            return f"{self.who} ({self.why})"
         since = f", {duration(self.age_s)} ago" if self.when else ""
         left = self.expires - self.now
         until = f"; it expires in {duration(left)}" if left > 0 else "; it has expired"

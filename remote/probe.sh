@@ -324,7 +324,9 @@ docker_daemon() {
     if [ $code -eq 0 ] && [ -n "$info" ]; then
         printf 'docker_daemon\t%s\n' "$info"
     else
-        say docker_error "$(first_line "$(printf '%s\n' "$text" | grep -v '^|' | grep -v '^$')")"
+        said=$(printf '%s\n' "$text" | grep -v '^|' | grep -v '^$')
+        plain=$(printf '%s\n' "$said" | grep -v '^template:') # the format's own trouble with an answer that is not there
+        say docker_error "$(first_line "${plain:-$said}")"
     fi
 }
 

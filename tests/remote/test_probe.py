@@ -428,6 +428,13 @@ def test_dockers_gpu_runtime_is_tried(fakes: Fakes, code: int, said: str, runtim
     )
 
 
+def test_what_docker_says_of_its_daemon_comes_before_what_it_says_of_the_format(fakes: Fakes) -> None:
+    said = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
+    template = 'template: :1:2: executing "" at <.ServerVersion>: reflect: indirection through nil pointer'
+    fakes.command("docker", f"#!/bin/sh\n[ \"$1\" = info ] || exit 1\necho '{template}'\necho '{said}'\nexit 1\n")
+    assert ask(fakes).docker.error == said
+
+
 def test_docker_without_its_daemon(fakes: Fakes) -> None:
     refusal = "permission denied while trying to connect to the Docker daemon socket"
     fakes.command("docker", f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 ;; esac\n")

@@ -567,7 +567,9 @@ class _Keys:
                 if time.monotonic() - started >= self._wait_s * 0.9:
                     raise _Silent from None
                 if not transport.is_active():
-                    break
+                    raise self._refused(
+                        f"tried: {', '.join(self._tried)}; then the box ended the connection", "the same command again; then: "
+                    ) from None
                 continue
             if more:
                 raise self._refused(f"beyond the key it wants: {', '.join(more)}")
@@ -603,7 +605,8 @@ class _Keys:
             self._unusable.append(file)
         return None
 
-    def _refused(self, why: str = "") -> KeyRefused:
+    def _refused(self, why: str = "", first: str = "") -> KeyRefused:
+        """first: what to do before all else."""
         tried = ", ".join(dict.fromkeys(self._tried)) or "none was there to be tried"
         lines = [why or f"tried: {tried}"]
         hint = "fab trust puts your key there after one password; or paste your public key on the provider's page; or name the key in boxes.yaml"
@@ -613,7 +616,7 @@ class _Keys:
         elif self._unusable:
             lines.append(f"cannot be read as a private key: {', '.join(map(str, self._unusable))}")
         return KeyRefused(
-            f"{self._resolved.user}@{self._resolved.host} takes none of your keys", why="\n".join(lines), hint=hint, code=ExitCode.UNREACHABLE
+            f"{self._resolved.user}@{self._resolved.host} takes none of your keys", why="\n".join(lines), hint=first + hint, code=ExitCode.UNREACHABLE
         )
 
 

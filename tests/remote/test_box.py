@@ -404,6 +404,14 @@ def test_a_refused_key(sshd: Sshd, tmp_path: Path) -> None:
         assert (line.link.reached, line.link.host_key) == (False, "known")
 
 
+def test_a_box_that_ends_the_connection_at_a_key(make_sshd: MakeSshd, tmp_path: Path) -> None:
+    server = make_sshd("MaxAuthTries 1")
+    make_key(tmp_path / "mine")
+    with server.line(tmp_path / "state", box=server.box(key=str(tmp_path / "mine"))) as line, pytest.raises(ToolkitError) as caught:
+        line.connect()
+    assert "then the box ended the connection" in caught.value.why and caught.value.hint.startswith("the same command again")
+
+
 def test_a_key_that_is_not_there(sshd: Sshd, tmp_path: Path) -> None:
     """ssh itself would try others."""
     with sshd.line(tmp_path, box=sshd.box(key=str(tmp_path / "nothing"))) as line, pytest.raises(ToolkitError, match="is not there") as raised:

@@ -133,6 +133,7 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
                 Sayer()(system_error(error, ExitCode.INTERNAL))
                 code = ExitCode.INTERNAL
             except KeyboardInterrupt:
+                Sayer()("\nstopped by Ctrl-C" if sys.stderr.isatty() else "stopped by Ctrl-C")  # the terminal has shown a ^C
                 code = ExitCode.INTERRUPTED
             if code:
                 raise Exit(code=int(code))
@@ -215,7 +216,7 @@ def add(
         say.data(to_json(added.box.model_dump(mode="json", exclude_defaults=True)))
     else:
         say.data(added.text.rstrip())
-        say(f"{'would be added to' if dry_run else 'added to'} {settings.boxes}" + ("" if dry_run else f"; next: fab doctor --host {name}"))
+        say(f"{'would be added to' if dry_run else 'added to'} {settings.boxes}" + ("" if dry_run else f"; next: fab trust --host {name}"))
 
 
 def _is_number(text: str) -> bool:

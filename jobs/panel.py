@@ -177,12 +177,13 @@ class Board:
         share = view.update / view.updates if view.updates else 0.0
         since = now - view.metrics_at if view.metrics_at is not None else 0.0
         title = _title("✗", "red", step) if view.failed else _title("▸", "cyan", step)
-        title.append(f"{view.update:>{len(str(view.updates))}} of {view.updates}  {share:4.0%}")
+        if view.updates:  # else it is being made ready, and nobody knows yet how many there will be
+            title.append(f"{view.update:>{len(str(view.updates))}} of {view.updates}  {share:4.0%}")
         if view.metrics_at is not None:
             title.append(f"  {duration(float(view.metrics.get('elapsed_s', 0)) + since)}")
         if (left_s := self._left_s(view, now)) is not None:
             title.append(f"  eta {duration(left_s)}")
-        lines = [title, _bar(share, width - 2)]
+        lines = [title, *([_bar(share, width - 2)] if view.updates else [])]
         if view.metrics:
             names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
             lines += [Text(""), *(self._curve(name, view, width) for name in names)]

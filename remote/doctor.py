@@ -17,6 +17,8 @@ from jobs.spec import Job, Scratch
 from jobs.words import one_line, plural, size
 from remote.facts import BoxFacts, ClockOffset, GpuCard, HubRoute, Place, Runtime, place_of, reaches_gpus, route_of, runtime_of
 
+NOT_ASKED = "not asked"
+
 Status = Literal["ok", "warning", "unfit", "unknown"]
 
 
@@ -47,6 +49,7 @@ class Link:
 class Diagnosis:
     checks: tuple[Check, ...]
     job: str  # its name; "" without one
+    reached: bool = True
 
     @property
     def fit(self) -> bool:
@@ -56,6 +59,8 @@ class Diagnosis:
     def verdict(self) -> str:
         """`fit for opt-1.3b`, or `not fit for opt-1.3b: what, and what to do; ...`."""
         target = f" for {self.job}" if self.job else ""
+        if not self.reached:
+            return f"not fit{target}: it was not reached"
         if not self.fit:
             return f"not fit{target}: " + "; ".join(str(check) for check in self.checks if check.status == "unfit")
         warnings = sum(check.status == "warning" for check in self.checks)
@@ -63,8 +68,9 @@ class Diagnosis:
 
     def lines(self) -> list[str]:
         """A line for each check, the words in columns, and the verdict."""
-        width = max((len(check.name) for check in self.checks), default=0)
-        return [*(f"{check.status:<7}  {check.name:<{width}}  {check}" for check in self.checks), self.verdict]
+        shown = [check for check in self.checks if self.reached or check.value != NOT_ASKED]
+        width = max((len(check.name) for check in shown), default=0)
+        return [*(f"{check.status:<7}  {check.name:<{width}}  {check}" for check in shown), self.verdict]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -104,7 +110,7 @@ def diagnose(
             "hub",
             "clock",
         )
-        checks += [Check(name, "unknown", "not asked") for name in names]
+        checks += [Check(name, "unknown", NOT_ASKED) for name in names]
     else:
         seen = Box(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
         checks += [
@@ -122,7 +128,7 @@ def diagnose(
             _hub(seen, prefer_route),
             _clock(offset, limits),
         ]
-    return Diagnosis(tuple(checks), job.name if job else "")
+    return Diagnosis(tuple(checks), job.name if job else "", facts is not None)
 
 
 # --- what is asked of the box ---------------------------------------------------------------------------------------
@@ -183,6 +189,8 @@ def _of(name: str, value: str, findings: Iterable[Finding], todo: str = "") -> C
 
 
 def _reachable(link: Link, facts: BoxFacts | None) -> Check:
+    if not link.reached and link.host_key == "changed":
+        return Check("reachable", "unfit", "it answers, with another host key")
     if not link.reached:
         return Check("reachable", "unfit", link.error or "no answer", link.todo or "see that it runs, and its address and port in boxes.yaml")
     took = f"in {link.seconds * 1000:.0f} ms" if link.seconds is not None else "yes"

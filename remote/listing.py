@@ -32,6 +32,11 @@ class RunThere:
     def state(self) -> State:
         return state_of(self.last, self.job)
 
+    @property
+    def is_orphan(self) -> bool:
+        """It goes on, though its supervisor is gone: nobody will write down how it ends."""
+        return self.job.training and not self.job.alive and self.job.exit is None
+
     def seconds(self, now: float) -> float | None:
         """That the job has run, or ran; both times by the box's clock."""
         started = self.job.started
@@ -102,14 +107,15 @@ def parse(text: str) -> Listing:
 
 
 def _run(name: str, facts: dict[str, str], last: RawEvent | None) -> RunThere:
-    step, _, update = facts.get("checkpoint", "").partition(":")
+    saved = [each.partition(":") for each in facts.get("checkpoint", "").split(",")]  # STEP:UPDATE[,STEP:UPDATE...]
+    checkpoints = [(int(step), int(update)) for step, _, update in saved if step.isdigit() and update.isdigit()]
     return RunThere(
         name,
         Job(facts),
         last,
         int(facts["size_kb"]) * 1024 if facts.get("size_kb", "").isdigit() else None,
         tuple(int(each) for each in facts.get("complete", "").split(",") if each.isdigit()),
-        (int(step), int(update)) if step.isdigit() and update.isdigit() else None,
+        max(checkpoints, default=None),
     )
 
 
@@ -139,6 +145,7 @@ def as_json(host: str, listing: Listing, now: float, price_per_hour: float | Non
                 "name": run.name,
                 "state": run.state,
                 "exit": run.job.exit,
+                "supervised": not run.is_orphan,
                 "seconds": run.seconds(now),
                 "spent": spent(run, now, price_per_hour),
                 "currency": currency or None,
@@ -164,7 +171,7 @@ def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, 
         (
             host,
             run.name,
-            run.state + (f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""),
+            run.state + _remark(run),
             run.progress(),
             ",".join(map(str, run.complete)),
             duration(seconds) if (seconds := run.seconds(now)) is not None else "",
@@ -173,6 +180,12 @@ def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, 
         )
         for run in listing.runs
     ]
+
+
+def _remark(run: RunThere) -> str:
+    if run.is_orphan:
+        return ", nobody looks after it"
+    return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
 
 
 def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -193,6 +206,8 @@ def box_facts(listing: Listing) -> list[tuple[str, str]]:
 def card(run: RunThere, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
     """All of one run, a label and a text a line."""
     facts = [("run", run.name), ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else ""))]
+    if run.is_orphan:
+        facts.append(("", "nobody looks after it: its supervisor is gone. It goes on; its end shows in its events, and `fab cancel` ends it"))
     if run.progress():
         facts.append(("now at", run.progress()))
     if run.last is not None and math.isfinite(at := time_of(run.last)):

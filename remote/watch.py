@@ -556,7 +556,7 @@ def state_text(job: Job) -> tuple[str, bool]:
         said = "cancelled" if job.cancelled else EXITS.get(job.exit, "failed")
         return f"ended with exit code {job.exit} ({said})", job.exit == 0 or job.cancelled
     if job.alive:
-        return ("being cancelled" if job.cancelled else "connected"), True
+        return ("being cancelled" if job.cancelled else "running" if job.training else "starting"), True
     if job.training:
         return "nobody looks after this job: its supervisor is gone", False
     return "lost: it stopped without a word, and the same command goes on", False

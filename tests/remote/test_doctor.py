@@ -107,8 +107,15 @@ def test_of_a_box_of_which_nothing_is_known_nothing_bad_is_said_but_of_its_answe
 def test_a_box_that_is_not_reached() -> None:
     link = Link(reached=False, error="connection refused", todo="start the box")
     diagnosis = examine(None, link=link)
-    assert not diagnosis.fit and diagnosis.verdict == "not fit for opt-1.3b: connection refused: start the box"
+    assert not diagnosis.fit and diagnosis.verdict == "not fit for opt-1.3b: it was not reached"
     assert {each.status for each in diagnosis.checks[1:]} == {"unknown"}
+    assert [line.split()[:2] for line in diagnosis.lines()] == [["unfit", "reachable"], ["unknown", "host"], ["not", "fit"]]
+
+
+def test_a_changed_host_key_is_said_once() -> None:
+    link = Link(reached=False, error="the host key changed", host_key="changed", fingerprint="SHA256:new")
+    lines = examine(None, link=link).lines()
+    assert [line.split()[0] for line in lines] == ["unfit", "unfit", "not"] and sum("fab trust" in line for line in lines) == 1
 
 
 def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:

@@ -528,7 +528,7 @@ def test_forms_that_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("words", "said", "is_good"),
     [
-        ("alive=1 training=1", "connected", True),
+        ("alive=1 training=1", "running", True),
         ("alive=1 cancelled=1", "being cancelled", True),
         ("alive=0 training=1", "nobody looks after this job: its supervisor is gone", False),
         ("alive=0 training=0", "lost: it stopped without a word, and the same command goes on", False),
@@ -538,7 +538,7 @@ def test_forms_that_exclude_each_other() -> None:
         ("exit=143 cancelled=1", "ended with exit code 143 (cancelled)", True),
         ("exit=137 cancelled=1 mood=odd", "ended with exit code 137 (cancelled)", True),
         ("exit=-9", "ended with exit code -9 (failed)", False),
-        ("exit=much alive=1", "connected", True),
+        ("exit=much alive=1", "starting", True),
     ],
 )
 def test_state_in_words(words: str, said: str, is_good: bool) -> None:
@@ -691,7 +691,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_whole_panel_and_the_cursor(far: Far) -> N
     process = watcher(far, "tty", slave)
     os.close(slave)
     text = b""
-    while b"run demo, connected" not in text:
+    while b"run demo, running" not in text:
         text += os.read(master, 65536)
     began = time.monotonic()
     os.write(master, b"\x03")  # to the whole group: the far end, too

@@ -110,13 +110,28 @@ set -a
 # shellcheck disable=SC1090
 if [ -z "${PIP_INDEX_URL:-}" ] && [ -r "$proxy" ]; then . "$proxy" >/dev/null 2>&1 || true; fi
 set +a
-export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CACHE_DIR="$root/cache/pip" TMPDIR="$root/cache/tmp"
+export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# The self-check imports what makes folders in a home as soon as it is imported.
+cache=$root/cache
+# shellcheck source=env/caches.sh
+. "$code/env/caches.sh"
 if [ -n "$ca_bundle" ]; then
     export PIP_CERT="$ca_bundle" SSL_CERT_FILE="$ca_bundle" REQUESTS_CA_BUNDLE="$ca_bundle" CURL_CA_BUNDLE="$ca_bundle"
 fi
 network="see that the box reaches its package index; a \`mirror\` in boxes.yaml names another, build.CA_BUNDLE the certificates of a proxy"
 
 # --- the two runtimes ------------------------------------------------------------------------------------------------
+
+# What makes a Python: with a home of its own, since conda writes down there where it makes environments and uv puts programs there, and
+# with the user's own settings nevertheless, which name a provider's mirror.
+make_python() { # ARG...
+    config=${XDG_CONFIG_HOME:-${HOME:-/}/.config} own=$cache/home
+    [ -n "${CONDARC:-}" ] || [ ! -r "${HOME:-}/.condarc" ] || export CONDARC="$HOME/.condarc"
+    [ -n "${MAMBARC:-}" ] || [ ! -r "${HOME:-}/.mambarc" ] || export MAMBARC="$HOME/.mambarc"
+    export CONDA_PKGS_DIRS="$cache/conda" MAMBA_ROOT_PREFIX="$cache/mamba" UV_CACHE_DIR="$cache/uv" UV_PYTHON_INSTALL_DIR="$environment/base"
+    mkdir -p "$own"
+    stage "Python 3.10, by ${maker##*/}" "$network" env HOME="$own" XDG_CONFIG_HOME="$config" XDG_DATA_HOME="$own/data" UV_PYTHON_BIN_DIR="$own/bin" "$maker" "$@"
+}
 
 bare() {
     # shellcheck source=env/torch_wheel.sh
@@ -125,18 +140,17 @@ bare() {
     if [ -n "$maker" ]; then
         case ${maker##*/} in
             uv)
-                export UV_PYTHON_INSTALL_DIR="$environment/base"
-                stage "Python 3.10, by uv" "$network" "$maker" python install 3.10
+                make_python python install 3.10
                 for python in "$environment"/base/*/bin/python3.10; do break; done
                 ;;
             micromamba)
-                stage "Python 3.10, by micromamba" "$network" "$maker" create --yes --prefix "$environment/base" --channel "${CONDA_CHANNEL:-conda-forge}" python=3.10
+                make_python create --yes --prefix "$environment/base" --channel "${CONDA_CHANNEL:-conda-forge}" python=3.10
                 python=$environment/base/bin/python3.10
                 ;;
             *)
                 # Without a channel of the mirror: as the box's own configuration has it, which providers point at a mirror of theirs.
                 if [ -n "${CONDA_CHANNEL:-}" ]; then set -- --override-channels --channel "$CONDA_CHANNEL"; else set --; fi
-                stage "Python 3.10, by ${maker##*/}" "$network" "$maker" create --yes --quiet --prefix "$environment/base" "$@" python=3.10
+                make_python create --yes --quiet --prefix "$environment/base" "$@" python=3.10
                 python=$environment/base/bin/python3.10
                 ;;
         esac
@@ -167,6 +181,14 @@ bare() {
     mv "$environment/complete.new" "$environment/complete"
 }
 
+own_docker_config() { # what the user's own holds, and beside it what a build writes (.token_seed), which would stay in the home
+    theirs=${DOCKER_CONFIG:-${HOME:-}/.docker}
+    rm -rf "$cache/docker"
+    mkdir -p "$cache/docker"
+    for each in "$theirs"/*; do [ ! -e "$each" ] || ln -s "$each" "$cache/docker/"; done
+    export DOCKER_CONFIG="$cache/docker"
+}
+
 docker_image() {
     set -- docker compose --project-directory "$code" --env-file /dev/null --file "$code/docker-compose.yml"
     [ "$device" = cuda ] || set -- "$@" --file "$code/docker/compose.cpu.yml"
@@ -177,7 +199,8 @@ docker_image() {
 $build_arguments
 END
     export RLHF_TAG="$key" MIRROR="$mirror" TORCH="$torch" ${ca_bundle:+CA_BUNDLE="$ca_bundle"}
-    export BUILDX_CONFIG="$root/cache/buildx" # else it keeps its notes in the user's home, where a purge would leave them
+    own_docker_config
+    export BUILDX_CONFIG="$cache/buildx"
     unset COMPOSE_FILE COMPOSE_PROFILES
     stage "the image rlhf-box:$key" "$network; BASE_IMAGE and BUILD_IMAGE (build: in boxes.yaml) name other images to start from" "$@" --progress plain build train
     docker image inspect "rlhf-box:$key" >/dev/null 2>>"$log" || refuse "Docker built no image rlhf-box:$key" "see $log" "$(tail -n 5 "$log")"

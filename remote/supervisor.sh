@@ -532,11 +532,11 @@ END
     # shellcheck disable=SC1090
     . "$code/env/mirrors/$d_mirror.env"
     set +a
-    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1
-    HF_HOME=$cache/huggingface RLHF_CACHE=$cache/rlhf-box RLHF_RUNS=$root/runs XDG_CACHE_HOME=$cache PIP_CACHE_DIR=$cache/pip TMPDIR=$cache/tmp
-    # The folder of the code stays as it was sent, and the home as it was.
-    PYTHONPYCACHEPREFIX=$cache/pycache TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions CUDA_CACHE_PATH=$cache/cuda
-    export PATH PYTHONPATH PYTHONUNBUFFERED HF_HOME RLHF_CACHE RLHF_RUNS XDG_CACHE_HOME PIP_CACHE_DIR TMPDIR PYTHONPYCACHEPREFIX TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR CUDA_CACHE_PATH
+    # PYTHONPYCACHEPREFIX: the folder of the code stays as it was sent.
+    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONPYCACHEPREFIX=$cache/pycache
+    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONPYCACHEPREFIX
+    # shellcheck source=env/caches.sh
+    . "$code/env/caches.sh"
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
     unset LC_ALL
     secrets=$root/secrets/$request

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (
     *("remote/land.sh", "remote/environment.sh", "env/torch_wheel.sh", "env/cuda.sh", "docker/check_image.py", "docker/Dockerfile"),
-    *("docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml", "env/mirrors/default.env", ".gitignore"),
+    *("docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml", "env/mirrors/default.env", "env/caches.sh", ".gitignore"),
 )
 # What makes a name hard: a blank, quotes, what a shell would run, a newline, a dash or what rsync takes for a comment in front, and bytes.
 HOSTILE = (
@@ -34,6 +34,12 @@ HOSTILE = (
     "~",
     "c:d",
 )
+# As the real one, and what it imports, when it is imported.
+MAKES_FOLDERS = """
+import os
+for folder in ("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/autotune"), ("XDG_CACHE_HOME", "~/.cache/x"):
+    os.makedirs(os.environ.get(folder[0]) or os.path.expanduser(folder[1]), exist_ok=True)
+"""
 # {name: (version, files)}
 WHEELS = {
     "torch": (
@@ -44,7 +50,7 @@ WHEELS = {
             "torch/version.py": "cuda = None\n",
         },
     ),
-    "deepspeed": ("0.15.4", {"deepspeed/__init__.py": "", "deepspeed/git_version_info.py": "installed_ops = {}\n"}),
+    "deepspeed": ("0.15.4", {"deepspeed/__init__.py": MAKES_FOLDERS, "deepspeed/git_version_info.py": "installed_ops = {}\n"}),
     "alpha": ("1.0", {"alpha.py": "VALUE = 1\n"}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from remote.purge import parse
 from tests.remote.small_checkout import make_checkout, make_index, wheel_of, write
+from tests.remote.test_results import ask
 
 KEY = "0123456789abcdef"
 
@@ -23,7 +26,8 @@ class OnBox:
     """ROOT with a deployed checkout, in which the script is called."""
 
     def __init__(self, folder: Path, index: Path) -> None:
-        self.root, self.index = folder / "the root", index
+        self.root, self.index, self.home = folder / "the root", index, folder / "home"
+        self.home.mkdir()
         self.code = make_checkout(self.root / "code/abc", index, with_git=False)
         self.environment, self.log = self.root / "env" / KEY, self.root / f"env/{KEY}.log"
         write(self.root / "lock/owner", "who me\ntoken t\n")
@@ -33,7 +37,7 @@ class OnBox:
         words = {"root": str(self.root), "token": "t", "key": KEY, "runtime": "bare", "torch": "torch-cpu", "mirror": "here", "device": "cpu"}
         words |= {"python": sys.executable, **settings}
         argv = ["sh", str(self.code / "remote/environment.sh"), *(f"{key}={value}" for key, value in words.items() if value), *more]
-        clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(self.root)}
+        clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(self.home)}
         pipe = subprocess.PIPE
         return subprocess.Popen(argv, env=clean, stdout=pipe, stderr=pipe, text=True, start_new_session=True, restore_signals=not pipe_ignored)
 
@@ -93,6 +97,12 @@ def test_the_locks_become_an_environment_that_checked_itself(on_box: OnBox) -> N
     )
     assert imports.stdout == b"1\n"
     assert list((on_box.root / "cache/tmp").iterdir()) == []
+    assert (on_box.root / "cache/triton").exists() and list(on_box.home.iterdir()) == []
+    write(on_box.root / ".rlhf-box", "")
+    shutil.rmtree(on_box.root / "lock")
+    no_docker = on_box.stand_in("bin/docker", "exit 1")
+    said = ask("purge", str(on_box.root), env={"HOME": str(on_box.home), "PATH": f"{Path(no_docker).parent}:/usr/bin:/bin"}).decode()
+    assert parse(said, "box", "").is_clean and [path.name for path in on_box.home.parent.iterdir()] == ["home"]
 
 
 def test_another_wheel_than_the_locked_is_refused(on_box: OnBox, template: Path) -> None:
@@ -197,16 +207,26 @@ def test_python_is_made_where_there_is_none(on_box: OnBox, tool: str, asked: str
     mirror.write_text(mirror.read_text() + "CONDA_CHANNEL=https://channel\n")
     base = on_box.environment / "base"
     place = base / ("cpython-3.10/bin" if tool == "uv" else "bin")
-    maker = on_box.stand_in(tool, f"echo \"$*\" >'{on_box.root}/asked'\nmkdir -p '{place}'\nln -s '{on_box.root}/tools/python' '{place}/python3.10'")
+    write(on_box.home / ".condarc", "channels: [a mirror]\n")
+    writes = 'mkdir -p "$HOME/.conda" "${CONDA_PKGS_DIRS:-$HOME/pkgs}" "${UV_PYTHON_BIN_DIR:-$HOME/bin}"; cp "$CONDARC" "$HOME/.conda/seen"'
+    makes = f"mkdir -p '{place}'\nln -s '{on_box.root}/tools/python' '{place}/python3.10'"
+    maker = on_box.stand_in(tool, f"echo \"$*\" >'{on_box.root}/asked'\n{writes}\n{makes}")
     on_box.stand_in("python", f"echo \"$0 $*\" >>'{on_box.root}/asked'\nexit 7")
     code, said = on_box.run(python="", maker=maker)
     assert (code, said[0]) == (3, f"begin Python 3.10, by {tool}")
     assert (on_box.root / "asked").read_text().splitlines() == [asked.format(base=base), f"{place}/python3.10 -m venv {on_box.environment}"]
+    assert [path.name for path in on_box.home.rglob("*")] == [".condarc"]
+    assert (on_box.root / "cache/home/.conda/seen").read_text() == "channels: [a mirror]\n"
 
 
 def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
+    write(on_box.home / ".docker/config.json", "a login")
+    writes = (
+        'mkdir -p "${BUILDX_CONFIG:-$HOME/.docker/buildx}"; config=${DOCKER_CONFIG:-$HOME/.docker}; cp "$config/config.json" "$config/.token_seed"'
+    )
     docker = on_box.stand_in(
-        "docker", f"echo \"$*\" >>'{on_box.root}/asked'; [ \"$2\" = inspect ] || env >'{on_box.root}/environment'; echo '#7 [build 3/9] RUN'"
+        "docker",
+        f"echo \"$*\" >>'{on_box.root}/asked'; [ \"$2\" = inspect ] || env >'{on_box.root}/environment'; echo '#7 [build 3/9] RUN'; {writes}",
     )
     process = on_box.start("arg=CUDA_ARCHS=", "arg=BASE_IMAGE=a b", runtime="docker", python="")
     process.communicate(timeout=30)
@@ -226,6 +246,8 @@ def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
     found = dict(line.split("=", 1) for line in (on_box.root / "environment").read_text().splitlines() if "=" in line)
     wanted = {"RLHF_TAG": KEY, "MIRROR": "here", "TORCH": "torch-cpu", "CUDA_ARCHS": "", "BASE_IMAGE": "a b", "CA_BUNDLE": "/a/ca.pem"}
     assert {key: found.get(key) for key in wanted} == wanted
+    assert [path.name for path in on_box.home.rglob("*")] == [".docker", "config.json"]
+    assert (on_box.root / "cache/docker/.token_seed").read_text() == "a login"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a disk of its own")

@@ -64,9 +64,9 @@ def docker(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def far(make_sshd: Callable[..., Sshd], docker: Path) -> Sshd:
-    """A box with that Docker."""
-    return make_sshd(f'SetEnv "PATH={docker}/bin:/usr/bin:/bin"')
+def far(make_sshd: Callable[..., Sshd], docker: Path, tmp_path: Path) -> Sshd:
+    """A box with that Docker, and a home of its own."""
+    return make_sshd(f'SetEnv "PATH={docker}/bin:/usr/bin:/bin" "HOME={tmp_path}/home"')
 
 
 def refused(far: Sshd, folder: Path, root: object, **options: bool) -> ToolkitError:
@@ -100,7 +100,10 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     assert found.removed == ("container odd", "container rlhf-box-1", str(box.root), "image rlhf-box:x", "volume v", "network n")
     assert not box.root.exists() and (tmp_path / "box" / "mine").read_text() == "mine"
     assert [path.name for path in docker.rglob("*") if path.parent.name in ("containers", "images", "volumes", "networks")] == ["mine"]
-    assert "docker builder prune" in "".join(found.notes)
+    assert [note for note in found.notes if "authorized_keys" in note] == [] and "docker builder prune" in "".join(found.notes)
+    (tmp_path / "home" / ".ssh").mkdir(parents=True)
+    (tmp_path / "home" / ".ssh" / "authorized_keys").write_text("ssh-ed25519 AAAA me\n")
+    assert "authorized_keys stays" in "".join(purged(far, tmp_path, box.root).notes)
     assert purged(far, tmp_path, box.root).is_clean  # once more does no harm
 
 

@@ -8,6 +8,7 @@
 #                                                   | text BYTES FILE, and the bytes | step N HASH | checkpoint N UPDATE HASH BYTES | changed N | odd COUNT | end
 #     sh -s -- send ROOT RUN [OFFSET SIZE FILE]...   -> bytes INDEX LENGTH, and the bytes | gone INDEX | end
 #     sh -s -- stop ENVIRON VARIABLE... -- COMMAND...   with these variables of the file ENVIRON, which are in no argument
+#     sh -s -- would_purge ROOT                  -> refused WHY TEXT | would TEXT | note TEXT | end      (nothing is changed)
 #     sh -s -- purge ROOT                        -> refused WHY TEXT | removed TEXT | note TEXT | proof NAME ok|left TEXT | end
 #
 # HASH: the sha256 of a complete.json. What is complete is decided here, while it may change: a step by its complete.json and model/, a
@@ -419,6 +420,33 @@ purge() {
     prove
 }
 
+would_purge() { # in the order of purge
+    real=$(cd "$root" 2>/dev/null && pwd -P)
+    real=${real:-$root}
+    may_purge
+    ours=$newline$(requests)$newline
+    ! has docker || containers | would container
+    if [ -d "$root" ]; then
+        say would "$root, $(du -sxk "$real" 2>/dev/null | sed -n '$s/[^0-9].*//p') kB"
+    fi
+    if has docker; then
+        images | would image
+        volumes | would volume
+        networks | would network
+    fi
+    what_stays
+}
+
+would() { # SORT   for each line of standard input
+    while IFS= read -r word; do say would "$1 $word"; done
+}
+
+what_stays() {
+    ! has docker || ! docker version </dev/null >/dev/null 2>&1 ||
+        say note 'the cache of image builds is shared with others and stays; docker builder prune empties it'
+    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'the line of your key in ~/.ssh/authorized_keys stays, since it lets you in'
+}
+
 prove() {
     if [ -e "$root" ] || [ -L "$root" ]; then
         left=$(find "$real" -xdev 2>/dev/null | sed -n '2p')
@@ -447,9 +475,8 @@ prove() {
         else
             say proof docker left "$(printf %s "$left" | tr '\n' ' ')"
         fi
-        say note 'the cache of image builds is shared with others and stays; docker builder prune empties it'
     fi
-    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'the line of your key in ~/.ssh/authorized_keys stays, since it lets you in'
+    what_stays
 }
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -459,7 +486,7 @@ verb=$1
 shift
 case $verb in
     stop) stop "$@" ;;
-    look | manifest | send | purge)
+    look | manifest | send | purge | would_purge)
         root=$1
         shift
         case $root in ?*/) root=${root%/} ;; esac

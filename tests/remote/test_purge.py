@@ -246,6 +246,19 @@ def test_an_answer_that_is_cut_short_proves_nothing() -> None:
         assert caught.value.code == ExitCode.UNCERTAIN
 
 
-def test_a_dry_run_removes_nothing(far: Sshd, box: BoxFolder, tmp_path: Path) -> None:
+def test_a_dry_run_lists_what_would_go_and_removes_nothing(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:
+    box.step(box.run(), 1, size=3_000_000)
+    for folder, name, text in (("containers", "rlhf-box-1", "rlhf-box:x|Exited (0) 3 hours ago"), ("images", "x", ""), ("volumes", "v", "")):
+        (docker / folder / name).write_text(text)
     with far.line(tmp_path / "state", dry_run=True) as line:
-        assert purge(line, str(box.root), {}, yes=True) == Purged() and look(line, str(box.root)).marked
+        found = purge(line, str(box.root), {}, yes=True)
+        assert found == Purged(notes=found.notes, would=found.would) and look(line, str(box.root)).marked
+        assert found.would[0] == "container rlhf-box-1" and found.would[2:] == ("image rlhf-box:x", "volume v")
+        assert found.would[1].startswith(f"{box.root}, 3.") and found.would[1].endswith(" MB") and "builder prune" in found.notes[-1]
+        assert "only --yes removes it: run `tiny`: the models of step 1" in purge(line, str(box.root), {}).notes[0]
+        assert (docker / "images" / "x").exists() and box.root.exists()
+        shutil.rmtree(box.root)
+        assert str(box.root) not in "".join(purge(line, str(box.root), {}).would)
+        box.root.mkdir()
+        with pytest.raises(ToolkitError, match="not a folder of ours"):
+            purge(line, str(box.root), {})

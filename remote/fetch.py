@@ -232,6 +232,8 @@ def _wanted(manifest: Manifest, what: What) -> list[Unit]:
 
 
 def _left(manifest: Manifest, what: What) -> Iterator[str]:
+    if what.checkpoints and not manifest.checkpoints and not manifest.changed:
+        yield "there is no checkpoint now: a step that is complete keeps none" if manifest.steps else "there is no checkpoint yet"
     for step, saved in sorted(manifest.checkpoints.items()):
         if not what.checkpoints:
             yield f"the checkpoint of step {step}, update {saved.update}, {size(saved.size_bytes)}: --checkpoints takes it along"

@@ -105,6 +105,16 @@ def test_what_was_not_asked_for_is_named(laptop: Laptop, box: BoxFolder, run: Ru
     assert events.left[-1] == "the models of step 1: they were not asked for" and events.steps == ()
 
 
+def test_that_there_is_no_checkpoint_yet_is_said(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    box.checkpoint(run, 1, 10, complete=False)
+    assert laptop.fetch().left == laptop.fetch(dry_run=True).left == ("there is no checkpoint yet",)
+    assert laptop.fetch(what=What()).left == ()
+    box.step(run, 1)
+    assert laptop.fetch().left == ("there is no checkpoint now: a step that is complete keeps none",)
+    box.checkpoint(run, 2, 10)
+    assert laptop.fetch().left == ()
+
+
 def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     run.log.write_bytes(content("log", 400_000))
     box.event(run, "progress", end="")
@@ -371,7 +381,7 @@ def test_hostile_names_go_through(sshd: Sshd, tmp_path: Path) -> None:
             (run.step(1).model / each).write_text(each)
         fetched = laptop.fetch(name)
         assert {each: (laptop.runs / name / "step1" / "model" / each).read_text() for each in HOSTILE} == {each: each for each in HOSTILE}
-        assert fetched.left == ("1 file whose names or marks are not those of a run",) and not list(tmp_path.rglob("pwned"))
+        assert fetched.left[1:] == ("1 file whose names or marks are not those of a run",) and not list(tmp_path.rglob("pwned"))
         assert recall(laptop.state, "gpu-box")[name].steps.keys() == {1}
 
 

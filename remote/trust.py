@@ -171,6 +171,16 @@ exit 0
 """
 
 
+# Where ssh asks for a password: on the terminal, else by a program (SSH_ASKPASS) where one may be shown. As ssh itself decides it.
+CAN_BE_ASKED = """
+(: </dev/tty) 2>/dev/null || case ${SSH_ASKPASS_REQUIRE:-} in
+    force) ;;
+    never) exit 1 ;;
+    *) [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] ;;
+esac
+"""
+
+
 @dataclass(frozen=True)
 class Installed:
     status: Literal["there", "installed", "shown"]  # shown: --dry-run
@@ -188,7 +198,7 @@ def install_key(line: Line, public_key: Path | None = None) -> Installed:
     """Put the user's public key on the box, which asks for the password once; nothing to do where the box takes a key already.
 
     public_key: None for the first of those that ssh would use. The only place where a password is asked for, by ssh itself: we never
-    see it. Raises ToolkitError: there is no key, or the password was wrong.
+    see it. Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
     """
     try:
         line.connect()
@@ -197,6 +207,14 @@ def install_key(line: Line, public_key: Path | None = None) -> Installed:
         pass
     file = public_key or _first_public(line)
     words = _public_line(file)
+    by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
+    if not line.dry_run and line.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code:
+        raise ToolkitError(
+            f"cannot put your key on `{line.box.name}`: there is no terminal to ask for its password on",
+            why="it takes no key of yours yet, and ssh asks on a terminal",
+            hint=f"the same command in a terminal, once; or {by_hand}",
+            code=ExitCode.UNREACHABLE,
+        )
     argv = line.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
     answer = line.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
     if line.dry_run:
@@ -205,7 +223,7 @@ def install_key(line: Line, public_key: Path | None = None) -> Installed:
         raise ToolkitError(
             f"cannot put your key on `{line.box.name}`",
             why=answer.err or f"ssh ended with exit code {answer.code}",
-            hint=f"the password stands on the rental page; or paste this line there as an SSH key:\n{' '.join(words)}",
+            hint=f"the password stands on the rental page; or {by_hand}",
             code=ExitCode.UNREACHABLE,
         )
     line.connect()  # a box that does not read that file says so here

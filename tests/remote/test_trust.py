@@ -7,6 +7,7 @@ import io
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -265,6 +266,33 @@ def test_a_wrong_password_is_asked_for_once(sshd: Sshd, tmp_path: Path, person: 
     assert Path(f"{mine}.pub").read_text().strip() in raised.value.hint
     assert (home / "asked").read_text() == "wrong\n"
     assert not (home / ".ssh").exists()
+
+
+WITHOUT_A_TERMINAL = """
+import sys
+from pathlib import Path
+from remote.box import Line
+from remote.inventory import Box
+from remote.trust import install_key
+with Line(Box.model_validate_json(sys.argv[2]), Path(sys.argv[1]), ssh_config=Path(sys.argv[3])) as line:
+    install_key(line)
+"""
+
+
+def test_without_a_terminal_nobody_is_asked_and_that_is_said(sshd: Sshd, tmp_path: Path) -> None:
+    home, mine = tmp_path / "home", tmp_path / "mine"
+    home.mkdir()
+    make_key(mine)
+    clean = {name: value for name, value in os.environ.items() if "ASKPASS" not in name and "DISPLAY" not in name}
+    with password_server(home) as port:
+        box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
+        argv = [sys.executable, "-c", WITHOUT_A_TERMINAL, str(tmp_path), box.model_dump_json(), str(sshd.folder / "config")]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            argv, cwd=root, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, check=False
+        )
+    assert "there is no terminal to ask for its password on" in done.stderr and Path(f"{mine}.pub").read_text().strip() in done.stderr
+    assert not (home / "asked").exists()  # not even an empty password, which would count as a wrong one
 
 
 def test_only_trust_asks_for_a_password(sshd: Sshd, tmp_path: Path, person: Path) -> None:

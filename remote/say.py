@@ -13,9 +13,11 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-from jobs.words import encodable, visible
+from jobs.console import console_on
+from jobs.words import encodable, fold, one_line, visible
 from remote.commands import there_script
 
+ERASE = "\r\x1b[2K"  # the line of a terminal
 HIDDEN = "[hidden]"
 SHORT = 6  # characters; a shorter value is hidden only where it stands as a word: `1` is in everything
 # What shlex, repr, JSON, YAML and URLs put between two characters of a quoted value; and what may stand for its white space,
@@ -87,6 +89,7 @@ class Sayer:
         """err, out: None for those of sys at the time of speaking. host: stands before each line on standard error."""
         self.redacted = redacted or Redaction()
         self._err, self._out, self._host, self._lock = err, out, host, lock or threading.RLock()
+        self._is_drawn = False
         self.hide(*secrets)
 
     def of(self, host: str) -> Sayer:
@@ -101,6 +104,19 @@ class Sayer:
     def __call__(self, text: object) -> None:
         """To standard error: a line, or several, such as a ToolkitError."""
         self._print(text, self._err or sys.stderr, f"{self._host}: " if self._host else "")
+
+    def now(self, text: object) -> None:
+        """What is only of the moment: on a terminal a line that the next one takes the place of, elsewhere nothing. "": it is over."""
+        stream = self._err or sys.stderr
+        console = console_on(stream)
+        if self._host or not console.is_terminal or console.is_dumb_terminal:
+            return
+        line = fold(one_line(self.redacted(text)), console.width - 1, 1)[0]
+        with self._lock:
+            if line or self._is_drawn:
+                stream.write(f"{ERASE}{encodable(line, console.encoding)}")
+                stream.flush()
+            self._is_drawn = bool(line)
 
     def warning(self, text: object) -> None:
         self(f"warning: {text}")
@@ -120,5 +136,7 @@ class Sayer:
         shown = encodable(visible(self.redacted(text)), getattr(stream, "encoding", None) or "utf-8")
         whole = "".join(f"{prefix}{line}\n" for line in shown.split("\n"))
         with self._lock:
+            if self._is_drawn:
+                self.now("")
             stream.write(whole)
             stream.flush()

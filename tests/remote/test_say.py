@@ -50,6 +50,32 @@ def test_streams_and_hosts() -> None:
     assert out.getvalue() == f'{{"token": "{HIDDEN}"}}\n'
 
 
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_of_the_moment_is_drawn_over_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "30")
+    pipe, terminal = io.StringIO(), Terminal()
+    for err in (pipe, terminal):
+        say = Sayer([TOKEN], err=err, out=io.StringIO())
+        say.now("")
+        say.now(f"pip: {TOKEN}\x1b[2J")
+        say.now("pip: a line that is longer than the terminal is wide")
+        say("a line that stays")
+        say.of("gpu-box").now("one of several")
+    assert pipe.getvalue() == "a line that stays\n"
+    drawn = terminal.getvalue().split("\r\x1b[2K")
+    assert drawn == ["", f"pip: {HIDDEN}\\x1b[2J", "pip: a line that is longer …", "a line that stays\n"]
+    monkeypatch.setenv("TERM", "dumb")
+    Sayer(err=terminal).now("pip")
+    assert terminal.getvalue().endswith("stays\n")
+
+
 def test_a_command_is_shown_without_its_input() -> None:
     err = io.StringIO()
     Sayer(err=err).command("gpu-box", ["touch", "a b"], b"secret input")

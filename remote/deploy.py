@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from remote.inventory import Box
 
 Say = Callable[[str], None]
+Name = Literal["probe", "look", "lock", "sync", "environment", "settle"]
 
 # What an environment is made of; a change of any of it is another environment.
 BARE_FILES = ("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "remote/environment.sh")
@@ -41,9 +42,9 @@ SENDINGS = 3  # of a checkout that changes while it is sent
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that was done."""
+    """One thing that was done, or with --dry-run would be."""
 
-    name: Literal["probe", "look", "lock", "sync", "environment", "settle"]
+    name: Name
     said: str
     seconds: float
 
@@ -158,16 +159,18 @@ def deploy(
     providers: Mapping[str, Provider],
     state: Path,
     say: Say = lambda text: None,
+    now: Say = lambda text: None,
     why: str = "fab deploy",
     fresh: bool = False,
     rsync: str = "rsync",
 ) -> Deployed:
     """The checkout on the box, and an environment for it. Nothing is done if it is there.
 
-    fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
+    say: gets each line that stays, a stage's begin and end, and notes. now: gets what is only of the moment, such as pip's last line, each in
+    place of the one before, and "" when it is over. fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
     Raises ToolkitError: UNFIT, if deploy itself cannot work there; BUSY; UNREACHABLE; what git or the disk here says.
     """
-    return _Deploy(line, checkout, box, limits, providers, state, say, why, rsync).run(fresh)
+    return _Deploy(line, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
 
 
 # --- plan: pure -----------------------------------------------------------------------------------------------------
@@ -350,10 +353,12 @@ class _Deploy:
     providers: Mapping[str, Provider]
     state: Path
     say: Say
+    now: Say
     why: str
     rsync: str
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    are_told: bool = False  # notes: not before it is sure that there is no error instead, such as a deploy of somebody else's
 
     def run(self, fresh: bool) -> Deployed:
         started = time.monotonic()
@@ -362,11 +367,12 @@ class _Deploy:
             self._note(note)
         known, plan, there = self._look(tree, fresh)
         changed = not is_whole(plan, there)
+        for note in plan.notes:
+            self._note(note)
         if changed:
             check_fit(known, plan, there, self.box, self.limits, self._provider(known))
             plan = self._change(tree, known, plan, there)
-        for note in plan.notes:
-            self._note(note)
+        self._tell()
         if not self.line.dry_run:
             remember(self.state, self.box.name, replace(known, identity=there.identity, root=plan.root))
         when = 0 if changed else there.time
@@ -375,11 +381,26 @@ class _Deploy:
     def _note(self, note: str) -> None:
         if note and note not in self.notes:
             self.notes.append(note)
-            self.say(f"note: {note}")
+            if self.are_told:
+                self.say(f"note: {note}")
 
-    def _done(self, name: Literal["probe", "look", "lock", "sync", "environment", "settle"], said: str, seconds: float) -> None:
+    def _tell(self) -> None:
+        """The notes that are there, and from now on each at once."""
+        for note in [] if self.are_told else self.notes:
+            self.say(f"note: {note}")
+        self.are_told = True
+
+    def _done(self, name: Name, said: str, seconds: float) -> None:
         self.parts.append(Part(name, said, seconds))
         self.say(f"{name}: {said} ({_seconds(seconds)})")
+
+    def _changed(self, name: Name, said: str, would: str, seconds: float) -> None:
+        """What was done, or with --dry-run what would be."""
+        if not self.line.dry_run:
+            self._done(name, said, seconds)
+            return
+        self.parts.append(Part(name, would, seconds))
+        self.say(f"{name}: {would}")
 
     def _provider(self, known: Known) -> Provider:
         return provider_of(known.facts, self.providers, self.box.provider)
@@ -442,7 +463,9 @@ class _Deploy:
         )
         if held.took_over:
             self._note(f"the lock was taken over from {held.took_over}")
-        self._done("lock", "taken" + (f" over from {held.took_over}" if held.took_over else ""), time.monotonic() - began)
+        said = "taken" + (f" over from {held.took_over}" if held.took_over else "")
+        self._changed("lock", said, "would be taken" + (f"; now it is held by {there.owner}" if there.owner else ""), time.monotonic() - began)
+        self._tell()
         settled = False
         try:
             settled, plan = self._locked(tree, known, plan, there, held)
@@ -470,7 +493,7 @@ class _Deploy:
             self._settled(answer.out, answer.code)
             if answer.code:
                 raise lock.refused(self.box.name, "write what is deployed", answer)
-            self._done("settle", _settled_words(answer.out), time.monotonic() - began)
+            self._changed("settle", _settled_words(answer.out), "would write down what is deployed", time.monotonic() - began)
         return True, plan
 
     def _send(self, tree: Tree, known: Known, plan: Plan, there: There, held: lock.Lock, lines: Sequence[str]) -> Plan:
@@ -478,6 +501,7 @@ class _Deploy:
         began, compare = time.monotonic(), False
         like = f"{plan.root}/code/{there.like}" if there.like else ""
         for attempt in range(1, SENDINGS + 1):
+            self.now("" if self.line.dry_run else f"sync: {tree} ...")
             try:
                 sent = sync.send(
                     self.line, tree, plan.code_folder, like=like, rsync_there="rsync" in there.tools, rsync=self.rsync, compare=compare
@@ -499,9 +523,12 @@ class _Deploy:
                     self.line.do(commands.mkdir(f"{plan.code_folder}.partial", f"{plan.code_folder}.temp"))
                 else:
                     self._note(f"{differs.what}: sent again, compared by content")
+            finally:
+                self.now("")
         self._settled(answer.out, answer.code)
-        words = f"{tree} by {sent.how}" + (f" ({sent.why})" if sent.why else "") + ", verified there"
-        self._done("sync", words + (f"; {pruned}" if (pruned := _pruned(answer.out)) else ""), time.monotonic() - began)
+        how = f" by tar ({sent.why})" if sent.why else "" if self.line.dry_run else f" by {sent.how}"
+        words = f"{tree}{how}, verified there" + (f"; {pruned}" if (pruned := _pruned(answer.out)) else "")
+        self._changed("sync", words, f"would send {tree}{how}", time.monotonic() - began)
         return plan
 
     def _settled(self, said: str, code: int) -> None:
@@ -509,10 +536,13 @@ class _Deploy:
             raise lock.lost(self.box.name, lock.owner_of(said.splitlines()))
 
     def _make_environment(self, plan: Plan, held: lock.Lock) -> None:
-        began, said = time.monotonic(), _EnvironmentSaid(self.say)
+        began, said = time.monotonic(), _EnvironmentSaid(self.say, self.now)
         words = [f"arg={name}={value}" for name, value in plan.build]
         argv = [*commands.environment(plan.code_folder, plan.settings(held.token)), *words]
-        answer = self.line.local(self.line.stream(argv), changes=True, timeout_s=None, check=False, heard=said)
+        try:
+            answer = self.line.local(self.line.stream(argv), changes=True, timeout_s=None, check=False, heard=said)
+        finally:
+            self.now("")
         if not self.line.dry_run:
             if answer.code == 255:
                 raise ToolkitError(
@@ -531,28 +561,30 @@ class _Deploy:
         for note in said.notes:
             self._note(note)
         what = plan.image or f"a virtual environment, {plan.environment}"
-        self._done("environment", f"{what}: {', '.join(said.stages) or 'made'}", time.monotonic() - began)
+        self._changed("environment", f"{what}: made", f"would make {what}", time.monotonic() - began)
 
 
 class _EnvironmentSaid:
     """environment.sh's lines, as they come."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, say: Say, now: Say) -> None:
+        self._say, self._now = say, now
         self.made, self.refused, self.hint = False, "", ""
         self.why: list[str] = []
         self.notes: list[str] = []
-        self.stages: list[str] = []
+        self.stage = ""
 
     def __call__(self, text: str) -> None:
         word, _, rest = text.partition(" ")
         if word == "begin":
-            self._say(f"environment: {one_line(rest)} ...")
+            self.stage = one_line(rest)
+            self._say(f"environment: {self.stage} ...")
         elif word == "now" and rest.strip():
-            self._say(f"environment:   {one_line(rest)}")
+            self._now(f"{self.stage}: {one_line(rest)}")
         elif word == "done":
             seconds, _, what = rest.partition(" ")
-            self.stages.append(f"{one_line(what)} {duration(seconds)}")
+            self._now("")
+            self._say(f"environment: {one_line(what)}: done ({duration(seconds)})")
         elif word == "note":
             self.notes.append(one_line(rest))
         elif word == "made":

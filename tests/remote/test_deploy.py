@@ -54,6 +54,7 @@ class Scene:
         self.root = self.disk / "rlhf-box"
         self.box = sshd.box(data_folder=str(self.disk), mirror="")
         self.said: list[str] = []
+        self.moments: list[str] = []
         self.knows(probed(self.disk, python=sys.executable))
 
     def knows(self, probe: str, identity: str = "") -> None:
@@ -68,7 +69,7 @@ class Scene:
         with line:
             return deploy(
                 line, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY), providers=PROVIDERS, state=self.state,
-                say=self.said.append, **more,
+                say=self.said.append, now=self.moments.append, **more,
             )  # fmt: skip
 
     def environment_is_there(self) -> str:
@@ -144,7 +145,9 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
     providers = {**PROVIDERS, "generic": known["python3.10"]}
     line = Counting(scene.sshd.line(scene.state, box=scene.box))
     with line:
-        first = deploy(line, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state, say=scene.said.append)  # type: ignore[arg-type]
+        first = deploy(
+            line, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state, say=scene.said.append, now=scene.moments.append
+        )  # type: ignore[arg-type]
     assert [part.name for part in first.parts] == ["probe", "look", "lock", "sync", "environment", "settle"]
     assert first.changed and "3 packages as locked" in " ".join(first.notes)
     written = scene.deployed()
@@ -154,7 +157,12 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
     assert scene.whole_code() == [tree.key]
     assert (scene.root / f"code/{tree.key}/rlhf_train/main.py").read_text() == "print('hello')\n"
     assert not (scene.root / "lock").exists()
-    assert any(text.startswith("environment: PyTorch") for text in scene.said)
+    stages = [text for text in scene.said if text.startswith("environment: ")]
+    assert (
+        stages[0] == "environment: a virtual environment ..." and len(stages) == 13 and stages[-1].startswith("environment: a virtual environment, ")
+    )
+    assert all(text.endswith(" ...") for text in stages[:-1:2]) and all(": done (" in text for text in stages[1:-1:2])
+    assert scene.moments[0].startswith("sync: ") and scene.moments[-1] == ""
     assert json.loads(json.dumps(first.as_json()))["environment"] == first.plan.environment
 
     def again() -> tuple[Deployed, list[str]]:
@@ -259,6 +267,12 @@ def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(scene: Scene, cap
     done = scene.deploy(line=scene.sshd.line(scene.state, box=scene.box, dry_run=True))
     assert done.changed and not scene.root.exists()
     shown = capsys.readouterr().err
+    tree = checkout_tree(scene.checkout)
+    said = ["lock: would be taken", f"sync: would send {tree}", f"environment: would make a virtual environment, {done.plan.environment}"]
+    assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [*said, "settle: would write down what is deployed"]
+    assert scene.deploy(line=scene.sshd.line(scene.state, box=scene.box, dry_run=True), rsync="").parts[2].said == (
+        f"would send {tree} by tar (no rsync here, or an old one)"
+    )
     for command in ("sh -s -- look", "sh -s -- lock", "rsync --recursive", "environment.sh", "sh -s -- settle"):
         assert command in shown, command
 
@@ -331,16 +345,20 @@ def test_killed_while_the_environment_is_made_and_called_again(scene: Scene) -> 
     assert subprocess.run(["pgrep", "-f", "sleep 63"], capture_output=True, check=False).stdout == b""
 
 
-def test_two_deployers_at_once(scene: Scene) -> None:
+def test_two_deployers_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is refused and says by whom; what is deployed is whole."""
     scene.environment_is_there()
     for number in range(20):
         (scene.checkout / f"large{number}").write_bytes(os.urandom(1_000_000))
     process = deployer(scene)
     wait_for((scene.root / "lock/owner").exists)
+    old_driver = probed(scene.disk, GPU.replace("535", "400"), python=sys.executable)  # to be noted, if there were no error instead
+    answer = Known(arguments(scene.box, PROVIDERS), old_driver, 0.0, 0.0)
+    monkeypatch.setattr(deploying, "probe", lambda *words: answer)
     with pytest.raises(ToolkitError) as busy:
-        scene.deploy()
+        scene.deploy(fresh=True)
     assert busy.value.code == ExitCode.BUSY and "(fab deploy)" in busy.value.why
+    assert [text for text in scene.said if text.startswith("note: ")] == []
     assert process.wait(60) == 0
     process.communicate()
     assert scene.deploy().changed is False

@@ -128,14 +128,11 @@ class Box:
 
     def watch(self, file: str, offset: int = 0, **more: Any) -> tuple[Watched, Seen]:
         view = Seen(file)
-        return follow(self.stream("run-1"), view, Where("box", "run-1"), limits=Limits(silence_s=5, first_pause_s=0.05), offset=offset, **more), view
+        return follow(self.stream, view, Where("box", "run-1"), limits=Limits(silence_s=5, first_pause_s=0.05), offset=offset, **more), view
 
-    def stream(self, run: str) -> Callable[[str, int], subprocess.Popen[bytes]]:
-        def opened(file: str, offset: int) -> subprocess.Popen[bytes]:
-            argv = self.argv("follow", run, file, str(offset))
-            return subprocess.Popen([str(self.bin / "sh"), *argv[1:]], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-        return opened
+    def stream(self, run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
+        argv = self.argv("follow", run, file, str(offset))
+        return subprocess.Popen([str(self.bin / "sh"), *argv[1:]], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def everything(self) -> list[psutil.Process]:
         """What was started here: our folder of commands is in its PATH."""
@@ -271,7 +268,7 @@ def test_the_heartbeat_beats_and_the_cards_are_asked(box: Box) -> None:
     first = box.job().words["heartbeat"]
     until(lambda: int(box.job().words["heartbeat"]) >= int(first) + 2)
     view = Seen("output")
-    follow(box.stream("run-1"), view, Where("box", "run-1"), once=True)
+    follow(box.stream, view, Where("box", "run-1"), once=True)
     assert [(card.index, card.used_mib, card.total_mib) for card in view.cards] == [(0, 1024, 24564), (1, 0, 24564)]
     assert "gpu 0 1024 24564 98" in box.ask("list")
 
@@ -606,7 +603,7 @@ def test_following_begins_at_once_and_new_bytes_come_soon(box: Box) -> None:
         'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two >>"$run/train.log"; ' + TRAINS
     )
     box.started()
-    process = box.stream("run-1")("log", 0)
+    process = box.stream("run-1", "log", 0)
     began = time.monotonic()
     frames = _frames(process)
     words = [next(frames) for _ in range(3)]
@@ -634,12 +631,12 @@ def test_a_file_that_was_cut_is_told(box: Box) -> None:
         'echo 0123456789 >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; printf new >"$run/train.log"; sleep 0.5'
     )
     box.started()
-    frames = _frames(box.stream("run-1")("log", 0))
+    frames = _frames(box.stream("run-1", "log", 0))
     until(lambda: next(frames).word == "beat")
     (box.run().path / "go").touch()
     rest = [(frame.word, *frame.args) for frame in frames if frame.word in ("shrunk", "bytes", "done")]
     assert rest in ([("shrunk", "3"), ("done",)], [("shrunk", "0"), ("bytes", "0"), ("done",)])
-    frames = _frames(box.stream("run-1")("log", 50))
+    frames = _frames(box.stream("run-1", "log", 50))
     assert [(frame.word, *frame.args) for frame in frames if frame.word == "shrunk"] == [("shrunk", "3")]
 
 
@@ -652,10 +649,10 @@ def test_a_torn_event_is_read_whole_over_a_line_that_breaks(box: Box) -> None:
     box.started()
     count = 0
 
-    def opened(file: str, offset: int) -> subprocess.Popen[bytes]:
+    def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
         nonlocal count
         count += 1
-        process = box.stream("run-1")(file, offset)
+        process = box.stream(run, file, offset)
         if count == 2:
             box.run().events.write_bytes(b"".join(lines))
         if count > 4:
@@ -776,7 +773,7 @@ def test_the_job_goes_on_without_its_supervisor(made: Callable[[str], Box], shel
     job = box.job()
     assert (job.alive, job.training, job.exit, state_of(None, job)) == (False, True, None, "running")
     assert box.start("run-2", "req-2") == "busy run-1 req-1"
-    stream = box.stream("run-1")("events", 0)
+    stream = box.stream("run-1", "events", 0)
     (box.run().path / "go").touch()
     frames = list(_frames(stream))
     assert b"".join(frame.data for frame in frames) == b'{"kind": "end", "step": 1}\n' and frames[-1].word == "done"
@@ -1108,7 +1105,7 @@ def test_a_real_job_trains_and_goes_on_after_a_cancel(box: Box, tmp_path: Path) 
     assert state_of(None, box.job("tiny")) == "cancelled"
     assert box.start("tiny", "req-2", "--step", "1", stdin=sent(job=job)).startswith("started")
     seen = Seen("events")
-    watched = follow(box.stream("tiny"), seen, Where("box", "tiny"), limits=Limits(silence_s=10))
+    watched = follow(box.stream, seen, Where("box", "tiny"), limits=Limits(silence_s=10))
     assert watched.done and watched.exit == 0 and bytes(seen.bytes) == run.events.read_bytes(), box.output("tiny")
     assert watched.last is not None and watched.last["kind"] == "end" and run.step(1).complete.exists()
     job_now = box.job("tiny")

@@ -147,6 +147,10 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
 # --- one box or several -----------------------------------------------------------------------------------------------
 
 
+def _drop(text: object) -> None:
+    """Says nothing."""
+
+
 def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
     """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names.
 
@@ -304,9 +308,8 @@ def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
 
     def one(box: Box, say: Sayer) -> int:
         with desk.line(box, say) as line:
-            done = deploying.deploy(
-                line, CHECKOUT, box, limits=limits, providers=desk.providers, state=desk.settings.state, say=(lambda text: None) if json_ else say
-            )
+            hear, now = (_drop, _drop) if json_ else (say, say.now)
+            done = deploying.deploy(line, CHECKOUT, box, limits=limits, providers=desk.providers, state=desk.settings.state, say=hear, now=now)
         if json_:
             say.data(to_json({"host": box.name, **done.as_json()}))
         else:
@@ -714,13 +717,13 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
     with desk.line(desk.box(one_host(c, host)), say) as line:
         root, _ = our_root(line, desk.providers)
         purged = purging.purge(line, root, results.recall(desk.settings.state, line.box.name), yes=yes)
-    if dry_run:
-        return
-    known.file_of(desk.settings.state, line.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
+    if not dry_run:
+        known.file_of(desk.settings.state, line.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
     if json_:
         say.data(to_json({"host": line.box.name, "root": root, **asdict(purged)}))
     else:
-        say.data("\n".join([*(f"removed {each}" for each in purged.removed), *map(str, purged.proofs)]))
+        for each in (*(f"would remove {each}" for each in purged.would), *(f"removed {each}" for each in purged.removed), *purged.proofs):
+            say.data(str(each))
         for note in purged.notes:
             say(note)
 

@@ -75,25 +75,32 @@ is_alive() { # PID   of a child that may just wait to be reaped
 }
 
 end_tree() { # PID...   these and all that they have started; of these only our own children, whatever the list says
-    doomed=' ' pairs='' more=1
-    for file in /proc/[0-9]*/stat; do
-        { IFS= read -r stat <"$file"; } 2>/dev/null || continue
-        after=${stat##*) }
-        after=${after#* }
-        pairs="$pairs ${stat%% *}:${after%% *}"
-    done
-    for wanted; do case "$pairs " in *" $wanted:$$ "*) doomed="$doomed$wanted " ;; esac done
-    [ "$doomed" != ' ' ] || return 0
-    while [ -n "$more" ]; do
-        more=''
-        for pair in $pairs; do
-            case $doomed in
-                *" ${pair%%:*} "*) ;;
-                *" ${pair##*:} "*) doomed="$doomed${pair%%:*} " more=1 ;;
-            esac
+    before=''
+    while :; do # until nothing new is found: what is stopped starts nothing any more
+        doomed=' ' pairs='' more=1
+        for file in /proc/[0-9]*/stat; do
+            { IFS= read -r stat <"$file"; } 2>/dev/null || continue
+            after=${stat##*) }
+            after=${after#* }
+            pairs="$pairs ${stat%% *}:${after%% *}"
         done
+        for wanted; do case "$pairs " in *" $wanted:$$ "*) doomed="$doomed$wanted " ;; esac done
+        [ "$doomed" != ' ' ] || return 0
+        while [ -n "$more" ]; do
+            more=''
+            for pair in $pairs; do
+                case $doomed in
+                    *" ${pair%%:*} "*) ;;
+                    *" ${pair##*:} "*) doomed="$doomed${pair%%:*} " more=1 ;;
+                esac
+            done
+        done
+        [ "$doomed" != "$before" ] || break
+        # shellcheck disable=SC2086 # a list of numbers
+        kill -STOP $doomed 2>/dev/null
+        before=$doomed
     done
-    # shellcheck disable=SC2086 # a list of numbers
+    # shellcheck disable=SC2086
     kill -KILL $doomed 2>/dev/null
 }
 

@@ -304,7 +304,7 @@ def test_only_its_own_children_are_ever_ended(fakes: Fakes) -> None:
     """A wrong number in its list must not reach a stranger: process 1 of a container is everybody's parent."""
     text = PROBE.read_text(encoding="utf-8")
     function = text[text.index("end_tree() {") : text.index("end_all() {")].replace("kill -KILL", "echo would end")
-    script = function.replace("2>/dev/null\n}", "\n}") + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill $!"
+    script = function.replace("2>/dev/null\n}", "\n}") + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill -KILL $!"
     done = subprocess.run([*SHELLS[0], "-c", script], capture_output=True, text=True, check=True, timeout=10)
     (line,) = done.stdout.splitlines()
     assert len(line.removeprefix("would end").split()) == 1

@@ -104,10 +104,15 @@ end_tree() { # PID...   these and all that they have started; of these only our 
     kill -KILL $doomed 2>/dev/null
 }
 
-end_all() {
+end_all() { # by /proc, not by our list: a signal may come before what was just started stands in it
     trap - EXIT
     pids=''
-    for entry in $running; do ! is_alive "${entry%%:*}" || pids="$pids ${entry%%:*}"; done
+    for file in /proc/[0-9]*/stat; do
+        { IFS= read -r stat <"$file"; } 2>/dev/null || continue
+        after=${stat##*) }
+        after=${after#* }
+        [ "${after%% *}" != $$ ] || pids="$pids ${stat%% *}"
+    done
     # shellcheck disable=SC2086
     [ -z "$pids" ] || end_tree $pids
 }

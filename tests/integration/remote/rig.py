@@ -35,10 +35,11 @@ BARE_IMAGE = "rlhf-box-tests/bare"
 BARE = """
 FROM {base}
 RUN apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends openssh-server libfaketime >/dev/null
-RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig
+RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig && python3.10 -m compileall -q -x lib2to3/tests /usr/local/lib/python3.10
 """
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 FAB_S = 300.0
+HEARS_CTRL_C = ("env", "--default-signal=INT")  # what a script has started in the background ignores it, and hands that on
 T = TypeVar("T")
 
 
@@ -170,7 +171,7 @@ class Laptop:
         fab = Path(sys.executable).with_name("fab")
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             process = subprocess.Popen(
-                [*self.through, str(fab), *words],
+                [*HEARS_CTRL_C, *self.through, str(fab), *words],
                 cwd=self.checkout, env={**self._environment(), **variables}, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
         return Fab(words, process, folder)

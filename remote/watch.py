@@ -52,7 +52,7 @@ T = TypeVar("T")
 class Limits:
     silence_s: float = 10.0  # `beat` comes each second
     connect_s: float = 30.0  # until the first byte of a connection: jump hosts and far lines take their time
-    first_pause_s: float = 0.5
+    first_pause_s: float = 0.1  # a line that broke most often comes back at once
     longest_pause_s: float = 15.0
     tries: int | None = None  # connections in a row that brought nothing; None: for ever
     first_tries: int | None = None  # the same until the box has once spoken

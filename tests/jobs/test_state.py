@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from jobs.state import State, state_of
-from remote.watch import Job
 
 # 2025-01-05T12:00:00Z
 NOON = "started=1736078400"
 
 
-def facts(words: str) -> Job:
-    return Job.of(words.split())
+@dataclass(frozen=True)
+class Known:
+    """What a supervisor knows; remote.watch.Job reads the same words, and is not in the image, where this is tested, too."""
+
+    words: Mapping[str, str]
+
+    @property
+    def alive(self) -> bool:
+        return self.words.get("alive") == "1"
+
+    @property
+    def training(self) -> bool:
+        return self.words.get("training") == "1"
+
+    @property
+    def exit(self) -> int | None:
+        return int(self.words["exit"]) if "exit" in self.words else None
+
+    @property
+    def cancelled(self) -> bool:
+        return self.words.get("cancelled") == "1"
+
+    @property
+    def started(self) -> float | None:
+        return float(self.words["started"]) if "started" in self.words else None
+
+
+def facts(words: str) -> Known:
+    return Known(dict(word.split("=", 1) for word in words.split()))
 
 
 def event(kind: str, time: str = "2025-01-05T12:00:03.250Z", **more: Any) -> dict[str, Any]:

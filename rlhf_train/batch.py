@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -116,13 +116,14 @@ def evaluation_batches(lengths: np.ndarray, micro_batch: int, world_size: int, r
 class Sequences:
     """Prompts with responses, padded on the right.
 
-    input_ids, attention_mask: (B, T); prompt_lengths, response_lengths: (B,), in tokens.
+    input_ids: (B, T). What a model says of its tokens, hidden states and scores, is addressed flat: (S,), S = B T, row after row.
+    host_prompt_lengths, host_response_lengths: (B,), in tokens, in the host's memory: places are worked out there, so that nothing
+    waits for a GPU. The same on the device: prompt_lengths, response_lengths.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    prompt_lengths: Tensor
-    response_lengths: Tensor
+    host_prompt_lengths: np.ndarray
+    host_response_lengths: np.ndarray
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, device: torch.device) -> Sequences:
@@ -132,32 +133,67 @@ class Sequences:
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             ids[row, : len(prompt)] = prompt
             ids[row, len(prompt) : len(prompt) + len(response)] = response
-        mask = np.arange(ids.shape[1]) < (prompt_lengths + response_lengths)[:, None]
-        tensors = (torch.from_numpy(array).to(device) for array in (ids, mask.astype(np.int64), prompt_lengths, response_lengths))
-        return cls(*tensors)
+        return cls(torch.from_numpy(ids).to(device), prompt_lengths, response_lengths)
+
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        return self._on_device(self.host_prompt_lengths)
+
+    @cached_property
+    def response_lengths(self) -> Tensor:
+        return self._on_device(self.host_response_lengths)
 
     @property
     def lengths(self) -> Tensor:
         return self.prompt_lengths + self.response_lengths
 
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T): 1 on real tokens, for a model that is called by itself."""
+        return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]).long()
+
     def response_mask(self) -> Tensor:
         """(B, R), R the longest response here: true on real response tokens, the EOS included."""
-        width = int(self.response_lengths.max())
+        width = int(self.host_response_lengths.max())
         return torch.arange(width, device=self.input_ids.device) < self.response_lengths[:, None]
 
     def predicted(self, *, from_prompt: bool = False) -> tuple[Tensor, Tensor]:
-        """Which hidden states predict which tokens: (index into B*T, label), both (N,), row by row.
+        """Which hidden states predict which tokens: (index into S, label), both (N,), row by row.
 
         A response token is predicted by the state before it; `from_prompt` adds the prompt's tokens after its first.
         """
-        batch, width = self.input_ids.shape
-        position = torch.arange(width - 1, device=self.input_ids.device)
-        first = torch.zeros_like(self.prompt_lengths) if from_prompt else self.prompt_lengths - 1
-        wanted = (position >= first[:, None]) & (position < self.lengths[:, None] - 1)
-        index = (torch.arange(batch, device=wanted.device)[:, None] * width + position)[wanted]
-        return index, self.input_ids[:, 1:][wanted]
+        first = self._starts if from_prompt else self._starts + self.host_prompt_lengths - 1
+        index = self._on_device(_ranges(first, self._ends - 1))
+        return index, self.input_ids.flatten()[index + 1]
+
+    def last(self) -> Tensor:
+        """Index into S of each row's last token, (B,)."""
+        return self._on_device(self._ends - 1)
 
     def spread(self, flat: Tensor) -> Tensor:
         """Numbers of the response tokens, (N,) in the order of `predicted()` -> (B, R), zero elsewhere."""
-        mask = self.response_mask()
-        return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+        rows, width = len(self.host_response_lengths), int(self.host_response_lengths.max())
+        starts = np.arange(rows) * width
+        place = self._on_device(_ranges(starts, starts + self.host_response_lengths))
+        return flat.new_zeros(rows * width).index_copy(0, place, flat).view(rows, width)
+
+    def by_row(self, flat: Tensor) -> Tensor:
+        """Numbers of all tokens, (S,) -> (B, T): arbitrary behind a row's last token."""
+        return flat.view(self.input_ids.shape)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        """Index into S of each row's first token, (B,)."""
+        return np.arange(len(self.host_prompt_lengths)) * self.input_ids.shape[1]
+
+    @property
+    def _ends(self) -> np.ndarray:
+        return self._starts + self.host_prompt_lengths + self.host_response_lengths
+
+    def _on_device(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self.input_ids.device)
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., end - 1 of each, one after the other."""
+    return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])

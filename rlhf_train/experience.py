@@ -118,9 +118,9 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
 
 
 def response_values(token_values: Tensor, batch: Sequences) -> Tensor:
-    """The value before each response token, (B, T) -> (B, R), zero elsewhere: what the log-probs are read from too."""
+    """The value before each response token, (S,) -> (B, R), zero elsewhere: what the log-probs are read from too."""
     index, _ = batch.predicted()
-    return batch.spread(token_values.flatten()[index])
+    return batch.spread(token_values[index])
 
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]

@@ -216,24 +216,24 @@ class ScoreForward(nn.Module):
             self.lm_head.weight = embedding
 
     def forward(self, batch: Sequences, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
-        """-> scores (B, T), and the log-probs of the response tokens of the first `lm_rows` rows, (N,)."""
+        """-> scores (S,), flat as `Sequences` says, and the log-probs of the response tokens of the first `lm_rows` rows, (N,)."""
         hidden = _hidden_states(self.model, batch)
         scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
         if not lm_rows or self.lm_head is None:
             return scores, None
         index, labels = batch.predicted()
-        first = index < lm_rows * batch.input_ids.shape[1]
-        return scores, label_log_probs(hidden, index[first], labels[first], self.lm_head, self.model.config.vocab_size)[0]
+        count = int(batch.host_response_lengths[:lm_rows].sum())
+        return scores, label_log_probs(hidden, index[:count], labels[:count], self.lm_head, self.model.config.vocab_size)[0]
 
 
 def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
-    """The score after the last real token. (B, T) -> (B,)."""
-    return scores.gather(1, (batch.lengths - 1).unsqueeze(1)).squeeze(1)
+    """The score after the last real token. (S,) -> (B,)."""
+    return scores[batch.last()]
 
 
 def _hidden_states(model: Any, batch: Sequences) -> Tensor:
-    """(B, T, d). Rows are padded on the right, so every family's default positions are right."""
-    return model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    """(S, d). Rows are padded on the right, so every family's default positions are right."""
+    return model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def label_log_probs(
@@ -241,7 +241,7 @@ def label_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(hidden) / temperature)[labels] at chosen places, in chunks of bounded memory.
 
-    hidden: (B, T, d); index: (N,) into B*T; labels: (N,). Returns (N,), and the entropies (N,) if asked for.
+    hidden: (S, d); index: (N,) into S; labels: (N,). Returns (N,), and the entropies (N,) if asked for.
     """
 
     def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ def label_log_probs(
             spread = entropy(logits) if with_entropy else wanted.new_empty(0, dtype=torch.float32)
         return token_log_probs(logits, wanted), spread
 
-    states = hidden.flatten(0, 1).index_select(0, index)
+    states = hidden.index_select(0, index)
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(labels) <= rows:
         log_probs, entropies = chunk(states, labels)

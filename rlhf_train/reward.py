@@ -155,13 +155,13 @@ def preference(spec: Reward, scores: Tensor, batch: Sequences) -> Tensor:
     """The pair loss as the job chooses it, mean over the pairs of this batch."""
     if spec.loss == "last_token":
         return preference_loss(*last_scores(scores, batch).chunk(2))
-    chosen, rejected = scores.chunk(2)
+    chosen, rejected = batch.by_row(scores).chunk(2)
     return preference_loss_per_token(chosen, rejected, divergence_mask(batch))
 
 
 def divergence_mask(batch: Sequences) -> Tensor:
     """(n, T): true from the first token that differs to the end of the shorter sequence of the pair."""
-    chosen, rejected = batch.input_ids.chunk(2)
+    chosen, rejected = batch.by_row(batch.input_ids.flatten()).chunk(2)
     position = torch.arange(chosen.shape[1], device=chosen.device)
     first = (chosen != rejected).int().argmax(1, keepdim=True)
     return (position >= first) & (position < torch.minimum(*batch.lengths.chunk(2)).unsqueeze(1))

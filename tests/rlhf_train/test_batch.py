@@ -122,6 +122,12 @@ def test_spread_puts_flat_numbers_back_and_keeps_their_gradient():
     assert flat.grad.tolist() == [1, 10, 2, 3, 4, 5]
 
 
+def test_rows_and_their_last_tokens_are_found_in_flat_numbers():
+    batch = Sequences.of([np.array([2]), np.array([2])], [np.array([3]), np.array([7, 7, 3])], 1, CPU)
+    assert batch.last().tolist() == [1, 7]
+    assert batch.by_row(torch.arange(8)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 @pytest.mark.parametrize(("rows", "global_batch", "updates"), [(64, 4, 16), (100, 32, 4), (40, 8, 5), (100, 10, 25), (30, 4, 3), (5, 8, 2)])
 def test_grouping_by_length_trains_on_the_same_rows(rows: int, global_batch: int, updates: int) -> None:
     lengths = np.random.RandomState(0).randint(1, 100, rows)

@@ -73,14 +73,14 @@ def test_cut_takes_rows_and_trims_to_their_longest_response():
 
 def test_values_are_read_before_each_response_token():
     batch = Sequences.of([np.array([2, 5, 6]), np.array([2])], [np.array([7, 3]), np.array([8, 9, 3])], 1, CPU)
-    per_token = torch.arange(10.0).reshape(2, 5)
+    per_token = torch.arange(10.0)  # two rows of 5
     assert response_values(per_token, batch).tolist() == [[2, 3, 0], [5, 6, 7]]
 
 
 def test_views_collect_what_the_networks_say():
     batch = Sequences.of([np.array([2, 5]), np.array([2])], [np.array([7, 3]), np.array([8])], 1, CPU)
     actor = lambda batch, temperature, with_entropy=False: (torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.2, 0.4, 0.9]))  # noqa: E731
-    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
+    scores = torch.arange(8.0)  # two rows of 4
     said = judge(batch, reference=actor, reward_model=lambda batch: (scores, None), temperature=1.0)
     assert said["score"].tolist() == [3.0, 5.0]  # after the last real token
     assert said["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]

@@ -129,9 +129,7 @@ def test_lm_head_of_the_reward_model_is_the_tied_embedding(tokenizer, batch):
     scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=4).eval()
     scorer.model.load_state_dict(causal.model.state_dict())
     _, log_probs = ScoreForward(scorer, with_lm=True)(batch, lm_rows=2)
-    expected = ActorForward(causal)(
-        Sequences(*(t[:2] for t in (batch.input_ids, batch.attention_mask, batch.prompt_lengths, batch.response_lengths)))
-    )[0]
+    expected = ActorForward(causal)(Sequences(batch.input_ids[:2], batch.host_prompt_lengths[:2], batch.host_response_lengths[:2]))[0]
     torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -149,7 +149,7 @@ class Sequences:
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, T): 1 on real tokens, for a model that is called by itself."""
+        """(B, T): 1 on real tokens. Training needs none: see models.py."""
         return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]).long()
 
     def response_mask(self) -> Tensor:

@@ -232,8 +232,11 @@ def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
 
 
 def _hidden_states(model: Any, batch: Sequences) -> Tensor:
-    """(S, d). Rows are padded on the right, so every family's default positions are right."""
-    return model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state.flatten(0, 1)
+    """(S, d). Rows are padded on the right, where causal attention never looks: no mask is needed, and default positions are right.
+
+    Without a mask, attention takes kernels that know of causality alone.
+    """
+    return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def label_log_probs(

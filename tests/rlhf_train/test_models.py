@@ -227,15 +227,44 @@ def test_other_tokenizers_are_refused(tokenizer):
         check_same_tokenizer(tokenizer, train_tokenizer(["quite another text"] * 20, 300))
 
 
-def test_other_families_need_no_positions_of_ours():
-    """Rows padded on the right: a LLaMA's default positions give the unpadded row's log-probs."""
+WIDE_OPT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "dropout": 0.0, "init_std": 0.2}
+FAMILIES = {
+    "opt": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=32)),
+    "opt-350m": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            initializer_range=0.2,
+        )
+    ),
+}
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_learns_from_padded_rows_what_it_learns_from_rows_alone(family, batch):
+    """Values and gradients; no mask hides the padding, and no positions are ours."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2)
-    llama = LlamaForCausalLM(config).eval()
-    batch = Sequences.of([np.array([2, 5, 6]), np.array([2])], [np.array([7, 3]), np.array([8, 9, 4, 9, 3])], 1, CPU)
-    ours, _ = ActorForward(llama)(batch)
-    expected = [llama(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
-    torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    ours = FAMILIES[family]()
+    theirs = copy.deepcopy(ours)
+    log_probs, _ = ActorForward(ours)(batch)
+    rows = [theirs(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
+    expected = torch.cat(rows)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.arange(1.0, len(expected) + 1)
+    for found in (log_probs, expected):
+        (weights * found).sum().backward()
+    found, wanted = gradients(ours), gradients(theirs)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("load", [load_causal, load_scorer])

@@ -164,6 +164,9 @@ class Ppo(Optimization):
     gamma: Share = 1.0
     lam: Share = 0.95
     temperature: Rate = 1.0
+    # Tokens that a rollout may not draw keep their probability in log-probs and KL, whose estimates are then biased. top_k 1: greedy.
+    top_k: Positive | None = None  # only so many of the likeliest
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # only the fewest that have this share of the probability
     normalize_rewards: bool = True  # mean 0, std 1 on the reference's answers
     reward_clip: Rate = 5.0
     max_kl: Rate = 200.0  # nats a response, mean over a rollout; beyond it the actor is lost, and the run stops

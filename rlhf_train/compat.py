@@ -66,6 +66,11 @@ def without_cudnn_attention() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def capture_arguments() -> dict[str, Any]:
+    """For torch.cuda.graph: another thread, such as a checkpoint's, may call CUDA meanwhile. PyTorch 2.0 knows no such argument."""
+    return {"capture_error_mode": "thread_local"} if "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters else {}
+
+
 def keep_rows(cache: Any, rows: Tensor) -> Any:
     """The key-value cache with only these rows: tuples of tensors (transformers 4), or a Cache object."""
     if hasattr(cache, "batch_select_indices"):

@@ -78,9 +78,13 @@ def run(session: Session) -> End:
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             max_tokens=job.data.max_response_tokens,
+            max_prompt_tokens=job.data.max_prompt_tokens,
             temperature=spec.temperature,
+            top_k=spec.top_k,
+            top_p=spec.top_p,
             batch=where.rollout_micro_batch,
             device=world.device,
+            warn=lambda message: session.emit(Warning(step=3, message=message)),
             beat=session.pulse.beat,
             is_asked_to_stop=lambda: session.stop.asked_at is not None,
         )

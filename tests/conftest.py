@@ -10,7 +10,8 @@ import pytest
 
 from tests.docker.images import box, built, docker  # noqa: F401 (fixtures: one engine and one image for tests/docker and tests/integration)
 
-# Both are read when torch and DeepSpeed are imported.
+# Read when torch, Triton and DeepSpeed are imported.
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are tested on the CPU
 os.environ["DS_ACCELERATOR"] = "cpu"  # on a machine with a GPU it would take that
 # Threads that wait for each other on busy cores: 64 tokens for 64 prompts took 13 s with two, 0.7 s with one.
 os.environ["OMP_NUM_THREADS"] = "1"

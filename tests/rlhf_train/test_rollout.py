@@ -6,7 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from jobs.errors import ToolkitError
-from rlhf_train.rollout import Rollouts, sample, uniforms
+from rlhf_train.decoder import Sampling, draw
+from rlhf_train.rollout import Rollouts, uniforms
 
 pytestmark = pytest.mark.pinned
 
@@ -30,8 +31,12 @@ def model(request):
     return OPTForCausalLM(config).eval()
 
 
-def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0):
-    return Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=max_tokens, temperature=temperature, batch=batch, device=torch.device("cpu"))
+def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0, **others):
+    return Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=max_tokens, temperature=temperature, batch=batch, device=torch.device("cpu"), **others)
+
+
+def sample(logits, uniform, **limits):
+    return draw(logits, uniform, Sampling(**limits))[0]
 
 
 def some_prompts(count=7):
@@ -137,7 +142,7 @@ class SmallGpu:
 def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers(model):
     prompts, ids = some_prompts(), list(range(7))
     expected = rollouts(model, batch=8).generate(prompts, seed=7, row_ids=ids)
-    small = rollouts(model, batch=8)
+    small = rollouts(model, batch=8, is_static=False)
     small.model = SmallGpu(model, 2)
     found = small.generate(prompts, seed=7, row_ids=ids)
     assert small.batch == 1  # of 8, for 7 prompts: 3, then 1
@@ -146,7 +151,7 @@ def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers
 
 
 def test_where_not_even_one_fits(model):
-    small = rollouts(model, batch=4)
+    small = rollouts(model, batch=4, is_static=False)
     small.model = SmallGpu(model, 0)
     with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at once"):
         small.generate(some_prompts(), seed=7, row_ids=list(range(7)))

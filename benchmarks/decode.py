@@ -1,0 +1,87 @@
+"""Rollouts of the product: seconds a decode step against the floor that the measured bandwidth (and, on a CPU, arithmetic) sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.ceilings import Ceilings, now
+from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
+from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts_of, weight_bytes_of_decoding
+from rlhf_train.rollout import Rollouts
+
+TARGETS = {16: 1.6, 64: 1.3, 256: 1.15}  # of the floor, on a GPU
+COLUMNS = ["batch", "floor ms/step", "measured ms/step", "of the floor", "target", "decode tokens/s", "prefill ms", "whole s", "tokens/s"]
+
+
+def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
+    """Of whole calls with answers of so many tokens; the first, which may capture or compile, does not count."""
+    rollouts = Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=tokens, temperature=1.0, batch=len(prompts), device=torch.device(device))
+    taken = []
+    for number in range(repeats + 1):
+        began = now(device)
+        made = rollouts.generate(prompts, seed=number, row_ids=range(len(prompts)))
+        taken.append(now(device) - began)
+        assert made.lengths.tolist() == [tokens] * len(prompts), "an answer has ended before its time"
+    return taken[1:]
+
+
+def measure(model: Any, size: Size, batch: int, device: str, repeats: int, seed: int, ceiling: Ceilings) -> dict[str, Any]:
+    """A step from the difference of two lengths; what is left of the shorter one, prefill and all that is done once."""
+    prompts = [np.array(ids) for ids in prompts_of(size, seed, real_lengths=False, count=batch).ids]
+    long, short = size.response_tokens, max(2, size.response_tokens // 8)
+    longer, shorter = (Spread.of(generation_s(model, prompts, tokens, device, repeats)) for tokens in (long, short))
+    step_s = (longer.median - shorter.median) / (long - short)
+    each = model.dtype.itemsize
+    fields = size.actor
+    # The middle of the steps that the difference is of.
+    positions = size.prompt_tokens + (long + short) / 2
+    cache = kv_bytes(fields["num_hidden_layers"], fields["hidden_size"], batch, positions, each)
+    floor_s = decode_floor_s(
+        weight_bytes_of_decoding(fields, each),
+        cache,
+        ceiling.copy.median,
+        # A GPU computes while it reads; a CPU of one core does one or the other.
+        0.0 if device == "cuda" else 2 * batch * matmul_parameters(fields, with_head=True),
+        ceiling.flops.median,
+    )
+    prefill_s = shorter.median - (short - 1) * step_s
+    return {"batch": batch, "floor_s": floor_s, "step_s": step_s, "prefill_s": prefill_s, "whole_s": longer.median, "longer": longer, "tokens": long}
+
+
+def table(size: Size, device: str, repeats: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
+    dtype = torch.bfloat16 if size.precision == "bfloat16" else torch.float32
+    model = actor_of(size.actor, seed).to(device=device, dtype=dtype)
+    rows, numbers = [], []
+    for batch in size.decode_batches:
+        say(f"  batch {batch}")
+        found = measure(model, size, batch, device, repeats, seed, ceiling)
+        numbers.append(found)
+        rows.append(row_of(found, TARGETS.get(batch) if device == "cuda" else None, size.prompt_tokens))
+    long, short = size.response_tokens, max(2, size.response_tokens // 8)
+    notes = [
+        f"prompts of {size.prompt_tokens} tokens; a step is the difference of answers of {long} and {short} tokens, {repeats} repeats each",
+        "floor: weights and live keys and values, read once at the measured copy bandwidth"
+        + ("" if device == "cuda" else ", or the products at the measured matmul rate, if that takes longer"),
+        "whole: prefill and all steps; tokens/s counts prompts and answers",
+    ]
+    return Table("decode", COLUMNS, rows, notes, numbers)
+
+
+def row_of(found: dict[str, Any], target: float | None, prompt_tokens: int) -> list[str]:
+    batch, ratio = found["batch"], found["step_s"] / found["floor_s"]
+    verdict = f"{target:g}x: {'met' if ratio <= target else 'MISSED'}" if target else "-"
+    return [
+        str(batch),
+        f"{1000 * found['floor_s']:.2f}",
+        f"{1000 * found['step_s']:.2f}",
+        f"{ratio:.2f}x",
+        verdict,
+        f"{batch / found['step_s']:,.0f}",
+        f"{1000 * found['prefill_s']:.0f}",
+        f"{found['longer']:.3f}",
+        f"{batch * (prompt_tokens + found['tokens']) / found['whole_s']:,.0f}",
+    ]

@@ -1,0 +1,59 @@
+"""The tables' arithmetic: medians with their spread, floors and shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several repeats."""
+
+    median: float
+    least: float
+    most: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values), len(values))
+
+    def __format__(self, spec: str) -> str:
+        """`1.65 (1.42-2.25)`, each number by `spec`."""
+        whole = format(self.median, spec)
+        return f"{whole} ({format(self.least, spec)}-{format(self.most, spec)})" if self.count > 1 else whole
+
+
+def decode_floor_s(weight_bytes: float, kv_bytes: float, copy_bytes_s: float, flops: float = 0.0, matmul_flops_s: float = float("inf")) -> float:
+    """Seconds that a decode step cannot do without: all weights and live keys and values are read once, or (on a CPU) computed with."""
+    return max((weight_bytes + kv_bytes) / copy_bytes_s, flops / matmul_flops_s)
+
+
+def kv_bytes(layers: int, width: int, rows: int, positions: float, bytes_each: int) -> float:
+    """Keys and values of `rows` sequences that hold `positions` tokens each."""
+    return 2 * layers * width * rows * positions * bytes_each
+
+
+def matmul_share(parameters: int, tokens_s: float, matmul_flops_s: float) -> float:
+    """Of the measured matmul rate: 2 flops a weight and token forward, 4 backward."""
+    return 6 * parameters * tokens_s / matmul_flops_s
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one NAME prints: rows of cells, and what stands below."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    numbers: Any = None  # for the JSON file
+
+    def __str__(self) -> str:
+        lines = [list(self.columns), *(list(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        head, *rows = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+        return "\n".join([self.title, "", head, "-" * len(head), *rows, "", *self.notes])

@@ -1,0 +1,212 @@
+"""Step 3 beside its peers, in one run and in turn: ours, TRL's PPO, DeepSpeed-Chat's classes, Hugging Face's generate.
+
+Each peer has an environment of its own, made once from a list of pinned packages beside its script; the torch build is ours. All load the
+same model folders, are given the same prompts, and must have generated the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ppo
+from benchmarks.figures import Spread, Table
+from benchmarks.product import Where
+from benchmarks.work import EOS, PAD, Prompts, Size
+
+HERE = Path(__file__).parent / "peers"
+ENVIRONMENTS = Path(__file__).parents[1] / "cache" / "benchmarks"
+TARGETS = {False: 1.5, True: 3.0}  # ours against the faster peer, samples a second
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    script: str  # of benchmarks/peers/, and the list of its packages
+    needs: tuple[str, ...]  # what it imports: where it must be importable
+    extra: tuple[tuple[str, str], ...] = ()
+    is_whole: bool = True  # all of step 3, not generation alone
+
+
+PEERS = (
+    Peer("TRL 1.12.0", "trl_ppo", ("trl", "datasets")),
+    Peer("DeepSpeed-Chat", "deepspeed_chat", ("deepspeed",)),
+    Peer("HF generate, dynamic cache", "hf_generate", ("transformers",), (("cache", "dynamic"),), is_whole=False),
+    Peer("HF generate, static cache", "hf_generate", ("transformers",), (("cache", "static"),), is_whole=False),
+)
+DIFFERENCES = (
+    "The work is not quite equal: TRL scores by 3 forwards (its old log-probs are the sampler's), does not clip gradients and computes entropies;",
+    "DeepSpeed-Chat scores by 4, clips, and loops over rows in Python; both compute logits of the prompts, and pad every row to the longest",
+    "prompt (DeepSpeed-Chat: to the limit) plus the longest answer. Both are without dropout, checkpointing, LoRA and EMA; sampled, not greedy.",
+    "whole update: all that lies between two updates. Peers train on the whole batch at once on a CPU; ours chooses its micro batch.",
+)
+
+
+def python_of(peer: Peer, here: str | None, say: Callable[[str], None]) -> str:
+    """The interpreter that has the peer's packages: `here` if given, else an environment's that is made at the first call."""
+    if here:
+        return here
+    wanted = (HERE / f"{peer.script}.txt").read_text(encoding="utf-8")
+    torch_version = torch.__version__.split("+")[0]
+    key = hashlib.sha256(f"{wanted}{torch.__version__}{sys.version}".encode()).hexdigest()[:12]
+    folder = ENVIRONMENTS / f"{peer.script}-{key}"
+    python = folder / "bin" / "python"
+    if not (folder / "whole").exists():
+        say(f"  making an environment for {peer.name}: some minutes, once")
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [*pip, f"torch=={torch_version}"],
+            [*pip, "setuptools", "wheel"],
+            [*pip, "--no-build-isolation", "-r", str(HERE / f"{peer.script}.txt")],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=None)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        (folder / "whole").touch()
+    return str(python)
+
+
+def prepare(options: Any, say: Callable[[str], None]) -> dict[str, str]:
+    """The interpreter of each peer that can run."""
+    here = interpreter(options)
+    return {peer.name: python_of(peer, here, say) for peer in PEERS if not missing(peer, options.deepspeed_chat, here)}
+
+
+def interpreter(options: Any) -> str | None:
+    return sys.executable if options.peers_here else options.python_of_peers
+
+
+def missing(peer: Peer, checkout: Path | None, here: str | None) -> str:
+    """Why the peer cannot run; "" if it can."""
+    if peer.script == "deepspeed_chat" and checkout is None:
+        return "name a checkout of DeepSpeedExamples by --deepspeed-chat PATH"
+    if here == sys.executable:
+        absent = [name for name in peer.needs if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} cannot be imported here" if absent else ""
+    return ""
+
+
+def work_of(size: Size, folder: Path, prompts: Prompts, where: Where, updates: int, seed: int, checkout: Path | None) -> dict[str, Any]:
+    """What a peer's script is given, as JSON. Its first update does not count."""
+    micro_batch = size.micro_batch or size.batch
+    return {
+        "actor": str(folder / "actor"),
+        "critic": str(folder / "critic"),
+        "prompts": prompts.ids,
+        "max_prompt_tokens": size.prompt_tokens,
+        "max_response_tokens": size.response_tokens,
+        "batch": size.batch,
+        "micro_batch": micro_batch,
+        "rollout_batch": size.batch,
+        "updates": updates + ppo.WARM_UP,
+        "dtype": size.precision,
+        "device": where.device,
+        "threads": where.threads,
+        "learning_rate": 1e-6,
+        "seed": seed,
+        "pad_id": PAD,
+        "eos_id": EOS,
+        "checkout": str(checkout) if checkout else None,
+    }
+
+
+def run(peer: Peer, python: str, work: dict[str, Any], folder: Path, where: Where) -> list[dict[str, Any]]:
+    """The repeats of one process that count."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        work = {**work, **dict(peer.extra), "port": free.getsockname()[1]}
+    file = folder / f"{peer.script}.json"
+    file.write_text(json.dumps(work), encoding="utf-8")
+    done = subprocess.run([python, str(HERE / f"{peer.script}.py"), str(file)], capture_output=True, text=True, check=False, env=where.environment)
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or len(lines) != work["updates"]:
+        raise RuntimeError(f"{peer.name} ended with {done.returncode} after {len(lines)} repeats:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    return lines[ppo.WARM_UP :]
+
+
+def check(name: str, repeats: Sequence[dict[str, Any]], prompts: Prompts) -> None:
+    for repeat in repeats:
+        counted, wanted = (repeat["prompt_tokens"], repeat["answer_tokens"]), (prompts.prompt_tokens, prompts.answer_tokens)
+        assert counted == wanted, f"{name} counted {counted} tokens of prompts and answers, not {wanted}"
+
+
+def measure(
+    size: Size, folder: Path, where: Where, rounds: int, updates: int, seed: int, *, real_lengths: bool, options: Any, say: Callable[[str], None]
+) -> tuple[Prompts, dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """-> the prompts, every side's repeats in the order of the rounds, and why a peer is not among them."""
+    prompts = ppo.write_work(size, folder, seed, real_lengths=real_lengths)
+    shaped = ppo.lengths_of(size, real_lengths)
+    pythons = prepare(options, say)
+    absent = {peer.name: missing(peer, options.deepspeed_chat, interpreter(options)) for peer in PEERS if peer.name not in pythons}
+    checkout = chat_folder(options.deepspeed_chat)
+    work = work_of(shaped, folder, prompts, where, updates, seed, checkout)
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for number in range(1, rounds + 1):
+        for name in ("ours", *pythons):
+            if name == "ours":
+                repeats = ppo.repeats_of(ppo.run(shaped, folder, where, updates), prompts)
+            else:
+                peer = next(peer for peer in PEERS if peer.name == name)
+                try:
+                    repeats = run(peer, pythons[name], work, folder, where)
+                except RuntimeError as error:
+                    if not options.go_on:
+                        raise
+                    absent[name] = str(error).strip().splitlines()[-1]
+                    continue
+            check(name, repeats, prompts)
+            sides.setdefault(name, []).extend(repeats)
+            key = "total_s" if "total_s" in repeats[0] else "generation_s"
+            say(f"  round {number} of {rounds}, {name}: {Spread.of([repeat[key] for repeat in repeats]):.2f} s")
+    return prompts, sides, absent
+
+
+def chat_folder(checkout: Path | None) -> Path | None:
+    """Where the package `dschat` lies in a checkout of DeepSpeedExamples, or of that folder alone."""
+    if checkout is None:
+        return None
+    for folder in (checkout / "applications" / "DeepSpeed-Chat", checkout):
+        if (folder / "dschat").is_dir():
+            return folder
+    raise FileNotFoundError(f"there is no dschat/ in {checkout}")
+
+
+def verdict(sides: dict[str, list[dict[str, Any]]], samples: int, target: float) -> str:
+    """Ours against the faster peer, by medians."""
+    rates = {name: samples / Spread.of([r["total_s"] for r in repeats]).median for name, repeats in sides.items() if "total_s" in repeats[0]}
+    ours = rates.pop("ours")
+    if not rates:
+        return "no peer ran the whole of step 3"
+    fastest = max(rates, key=lambda name: rates[name])
+    ratio = ours / rates[fastest]
+    return f"ours against the faster peer, {fastest}: {ratio:.2f}x samples/s (target {target:g}x: {'met' if ratio >= target else 'MISSED'})"
+
+
+def table(size: Size, folder: Path, where: Where, options: Any, seed: int, say: Callable[[str], None]) -> Table:
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    numbers: dict[str, Any] = {}
+    for real_lengths, name in ppo.LENGTHS.items():
+        if options.lengths not in ("both", name.split()[0]):
+            continue
+        rounds, updates = (options.rounds, options.repeats) if not real_lengths else (max(1, options.rounds - 1), max(1, options.repeats - 2))
+        say(f"  {name}: {rounds} rounds of {updates} updates")
+        place = folder / name.split()[0]
+        prompts, sides, absent = measure(size, place, where, rounds, updates, seed, real_lengths=real_lengths, options=options, say=say)
+        rows += [ppo.row(f"{name}, {side}", repeats, size.batch) for side, repeats in sides.items()]
+        notes.append(f"{name}: {ppo.described(prompts)}, counted and the same for all; {rounds} rounds in turn, {updates} updates each after one")
+        notes.append(f"  {verdict(sides, size.batch, TARGETS[real_lengths])}")
+        notes += [f"  {peer} did not run: {why}" for peer, why in absent.items()]
+        numbers[name] = sides
+    return Table("peers", ppo.COLUMNS, rows, [*notes, *DIFFERENCES], numbers)

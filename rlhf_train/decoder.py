@@ -132,7 +132,7 @@ class Decoder:
     ) -> None:
         """width: tokens of prompt and answer, at most; limit: of the answer. use_kernels: Triton's; default: where they are at hand."""
         weights = network.token_embedding
-        self.network, self.slots, self.width, self.sampling, self.eos_id = network, slots, width, sampling, eos_id
+        self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = network, slots, width, rows, sampling, eos_id
         self.device = weights.device
         on_gpu = self.device.type == "cuda"
         self.use_kernels = (on_gpu and kernels.IS_THERE) if use_kernels is None else use_kernels

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.spec import Optimization
+from jobs.spec import Lora, Optimization
 from rlhf_train import compat
 from rlhf_train.batch import BatchPlan
 from rlhf_train.world import World
@@ -318,12 +318,27 @@ def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def copy_weights(source: Engine, target: nn.Module) -> None:
-    """Whole weights of the engine's module (partitioned under ZeRO-3) into `target`, a plain module of the same shape."""
+@torch.no_grad()
+def copy_weights(source: Engine, target: nn.Module, lora: Lora | None = None) -> None:
+    """Whole weights of the engine's module (partitioned under ZeRO-3, with `lora`'s adapters) into `target`, a plain module of the same model.
+
+    An adapted weight is W + alpha / rank B A in float32, rounded once.
+    """
     source.settle()
-    for parameter, own in zip(source.module.parameters(), target.parameters(), strict=True):
+    own = dict(target.named_parameters())
+    parameters = dict(source.module.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        weight = own[name.replace(".base_layer.", ".")]
         with _gathered(parameter):
-            own.data.copy_(parameter.data)
+            if name.endswith(".base_layer.weight") and lora is not None:
+                pair = [parameters[name.replace(".base_layer.weight", f".lora_{side}.default.weight")] for side in "AB"]
+                with _gathered(pair[0]), _gathered(pair[1]):
+                    a, b = (half.data.float() for half in pair)
+                    weight.data.copy_(torch.addmm(parameter.data.float(), b, a, alpha=lora.alpha / lora.rank))
+            else:
+                weight.data.copy_(parameter.data)
 
 
 @contextmanager

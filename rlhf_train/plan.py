@@ -117,6 +117,9 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         # (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no more memory.
         notes = tuple(f"{who}: ZeRO 0 is run as ZeRO 1 in {precision}" for who, stage in wishes.items() if stage == 0)
         stages = {who: max(stage, 1) for who, stage in stages.items()}
+    rollout_micro_batch = wish.rollout_micro_batch
+    if rollout_micro_batch == "auto":  # a GPU takes fewer where its free memory holds no more answers: see Rollouts
+        rollout_micro_batch = max(64, job.ppo.rollout_batch // ranks) if device == "cuda" else 64
     placement = Placement(
         device=device,
         device_reason=reason,
@@ -125,7 +128,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         actor_zero_stage=stages["actor"],
         critic_zero_stage=stages["critic"],
         micro_batches=micro_batches,  # type: ignore[arg-type]
-        rollout_micro_batch=wish.rollout_micro_batch if wish.rollout_micro_batch != "auto" else 64,
+        rollout_micro_batch=rollout_micro_batch,
         cpu_threads=wish.cpu_threads if wish.cpu_threads != "auto" else max(1, machine.cores // ranks),
         notes=notes,
         no_peer_access=no_peer_access if device == "cuda" and ranks > 1 else "",

@@ -70,15 +70,17 @@ class Rollouts:
         is_asked_to_stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str], object] = lambda message: None,
     ) -> None:
-        """batch: prompts at once, at most; halved for good when the GPU has no memory for them. beat: called before each token.
+        """batch: prompts at once, at most; fewer where the GPU has no memory free for more, halved for good when it runs out.
 
         max_prompt_tokens: a cache for prompts up to it is made at once, not for those of the first call. is_static: false: by the
-        model's own forward. is_asked_to_stop: once true, what is left is not generated: the answers have no meaning then.
+        model's own forward. beat: called before each token. is_asked_to_stop: once true, what is left is not generated: the answers
+        have no meaning then.
         """
         self.model, self.eos_id, self.pad_id, self.sampling = model, eos_id, pad_id, Sampling(temperature, top_k, top_p)
         self._beat, self._is_asked_to_stop, self._warn = beat, is_asked_to_stop, warn
         self.max_tokens, self.batch, self.device, self._longest = max_tokens, batch, device, max_prompt_tokens
         self._decoder: Decoder | None = None
+        self._room = batch  # prompts whose cache fits into what is free on the GPU
         self._wants_positions = compat.takes_position_ids(model.base_model)
         self.is_static = is_static and network_of(model) is not None
         if is_static and not self.is_static:
@@ -155,28 +157,21 @@ class Rollouts:
         network = network_of(self.model)
         assert network is not None
         width = -(-(max(self._longest, *map(len, prompts)) + self.max_tokens) // WIDTHS) * WIDTHS
-        slots = min(self.batch, len(prompts))
-        last = self._decoder
-        if last is not None and last.reads(network) and last.width >= width and len(last.state.numbers) >= len(prompts) and last.slots >= slots:
-            return last
+        slots, rows = min(self.batch, self._room, len(prompts)), len(prompts)
+        last, self._decoder = self._decoder, None
         if last is not None:
-            width, slots = max(width, last.width), max(slots, last.slots)
-            self._decoder = last = None
+            if last.reads(network) and last.width >= width and last.slots >= slots and last.rows >= rows:
+                self._decoder = last
+                return last
+            width, slots, rows = max(width, last.width), max(slots, last.slots), max(rows, last.rows)
+            del last
             compat.free_gpu_memory()
-        slot_bytes = 2 * len(network.layers) * network.width * width * network.token_embedding.element_size()
         if self.device.type == "cuda":
-            slots = self.batch = (
-                max(1, min(slots, _free_bytes(self.device) // slot_bytes)) if _free_bytes(self.device) < slots * slot_bytes else slots
-            )
+            slot_bytes = 2 * len(network.layers) * network.width * width * network.token_embedding.element_size()
+            self._room = max(1, _free_bytes(self.device) // slot_bytes)
+            slots = min(slots, self._room)
         self._decoder = Decoder(
-            network,
-            slots=slots,
-            width=width,
-            rows=len(prompts),
-            limit=self.max_tokens,
-            sampling=self.sampling,
-            eos_id=self.eos_id,
-            warn=self._warn,
+            network, slots=slots, width=width, rows=rows, limit=self.max_tokens, sampling=self.sampling, eos_id=self.eos_id, warn=self._warn
         )
         return self._decoder
 

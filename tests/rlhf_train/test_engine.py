@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from jobs.errors import ToolkitError
-from jobs.spec import Optimization, Scratch
+from jobs.spec import Lora, Optimization, Scratch
 from rlhf_train.batch import BatchPlan, Sequences
 from rlhf_train.engine import DTYPES, Ema, Engine, copy_weights, full_state, learning_rate_factor, rehearse
-from rlhf_train.models import ActorForward, load_causal, train_tokenizer
+from rlhf_train.models import ActorForward, add_lora, load_causal, train_tokenizer
 from rlhf_train.world import World
 from tests import ranks, tiny
 
@@ -187,11 +187,26 @@ def test_whole_weights(world: World, make_model: Callable[..., Any], stage: int)
     assert list(state) == list(expected)
     assert all(state[name].equal(value) for name, value in expected.items())
     assert full_state(model, keep=False) == {}
-    copy_weights(trained, copied)
+    copy_weights(trained, ActorForward(copied))
     assert all(copied.state_dict()[name].equal(value) for name, value in expected.items())
     update(trained, 4)
     assert all(state[name].equal(value) for name, value in expected.items())  # a copy, not a view
     assert not full_state(model, keep=True)["model.decoder.final_layer_norm.weight"].equal(state["model.decoder.final_layer_norm.weight"])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_adapters_are_merged_into_a_copy(world: World, make_model: Callable[..., Any], stage: int) -> None:
+    """Held to the outputs of the model with its adapters."""
+    lora = Lora(rank=2, alpha=6.0)
+    copied, model = make_model(), add_lora(make_model(), lora, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # adapters start at zero
+    trained = engine(model, world, spec(), stage=stage)
+    copy_weights(trained, ActorForward(copied), lora)
+    plain = ActorForward(copied)(rows())[0]
+    torch.testing.assert_close(plain, trained(rows())[0])
+    assert not torch.allclose(plain, ActorForward(make_model())(rows())[0], atol=1e-3)
 
 
 def test_ema_by_hand() -> None:

@@ -17,14 +17,15 @@ from jobs.errors import ToolkitError
 from jobs.words import plural
 
 WINDOW = 8  # updates whose rows are grouped by length
+PASS_TOKENS = 256  # what a pass costs beside its tokens, in tokens: Python, kernel starts, reading and adding to all gradients
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """How one optimizer update is cut into passes. Units: sequences (pairs in step 2)."""
 
-    micro_batch: int  # per forward and backward, one rank
-    gradient_accumulation: int  # passes an update, one rank
+    micro_batch: int  # of the longest rows, per forward and backward, one rank
+    gradient_accumulation: int  # passes an update of such rows, one rank
     world_size: int  # ranks
 
     @classmethod
@@ -93,23 +94,47 @@ def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, globa
     return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
-def deal(lengths: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:
-    """The rank's micro batches, as indexes into `lengths` (an update's rows): alike in length, longest first.
+def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None) -> list[np.ndarray]:
+    """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest first.
 
-    All ranks get the same number of rows, and rows of the same lengths at the same time.
+    A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each takes `plan.micro_batch` rows.
+    All ranks get the same number of rows and of passes, and rows of the same lengths at the same time.
     """
-    order = np.argsort(-lengths, kind="stable").reshape(plan.gradient_accumulation, plan.micro_batch, plan.world_size)
-    return [group[:, rank] for group in order]
+    order = np.argsort(-lengths, kind="stable").reshape(-1, plan.world_size)
+    if tokens is None:
+        return np.split(order[:, rank], plan.gradient_accumulation)
+    return [order[part, rank] for part in cut(lengths[order[:, 0]], tokens)]
 
 
 def evaluation_batches(lengths: np.ndarray, micro_batch: int, world_size: int, rank: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep ranks in step (one rank: none)."""
+    """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep ranks in step (one rank: none).
+
+    A pass computes no more than `micro_batch` of the longest rows would.
+    """
     order = np.argsort(-lengths, kind="stable")
-    padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % world_size)])
-    real = np.arange(len(padded)) < len(order)
-    for start in range(0, len(padded), micro_batch * world_size):
-        chosen = slice(start + rank, start + micro_batch * world_size, world_size)
-        yield padded[chosen], real[chosen]
+    padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % world_size)]).reshape(-1, world_size)
+    real = (np.arange(padded.size) < len(order)).reshape(padded.shape)
+    for part in cut(lengths[padded[:, 0]], micro_batch * int(lengths.max(initial=1))):
+        yield padded[part, rank], real[part, rank]
+
+
+def cut(lengths: np.ndarray, tokens: int) -> list[slice]:
+    """Passes over rows, longest first, that pad each row to its pass's longest: the cut with the fewest tokens computed.
+
+    A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without that, each row would get its own.
+    """
+    least, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
+    for end in range(1, len(lengths) + 1):  # least[end]: what the first `end` rows cost, cut at best; starts[end]: of their last pass
+        most = max(1, tokens // int(lengths[end - 1]))
+        first = np.arange(max(0, end - most), end)
+        computed = lengths[first] * (end - first)
+        cost = np.where((computed <= tokens) | (first == end - 1), least[first] + computed + PASS_TOKENS, np.inf)
+        starts[end], least[end] = first[cost.argmin()], cost.min()
+    parts, end = list[slice](), len(lengths)
+    while end:
+        parts.append(slice(starts[end], end))
+        end = starts[end]
+    return parts[::-1]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def run(session: Session) -> End:
 
     held_out, pad_id = tokens.held_out.step_rows[2], tokenizer.pad_token_id
     row_lengths = pair_lengths(tokens.train)
+    pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
     keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
     session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
@@ -87,7 +88,8 @@ def run(session: Session) -> End:
         real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
-        for place, micro in enumerate(deal(lengths, plan, world.rank), start=1):
+        passes = deal(lengths, plan, world.rank, pass_tokens)
+        for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
             scores, lm_log_probs = engine(batch, lm_rows=len(micro) if spec.lm_coef else 0)
@@ -97,7 +99,7 @@ def run(session: Session) -> End:
                 keeper.skipped(update + 1, "its loss is not finite")
                 engine.skip()
                 break
-            last = place == plan.gradient_accumulation
+            last = place == len(passes)
             engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
             chosen, rejected = last_scores(scores.detach(), batch).chunk(2)
             for name, value in (

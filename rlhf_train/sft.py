@@ -55,6 +55,7 @@ def run(session: Session) -> End:
 
     held_out, pad_id = tokens.held_out.step_rows[1], tokenizer.pad_token_id
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
+    pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
@@ -82,7 +83,8 @@ def run(session: Session) -> End:
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
-        for place, micro in enumerate(deal(lengths, plan, world.rank), start=1):
+        passes = deal(lengths, plan, world.rank, pass_tokens)
+        for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
             log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
@@ -91,7 +93,7 @@ def run(session: Session) -> End:
                 keeper.skipped(update + 1, "its loss is not finite")
                 engine.skip()
                 break
-            engine.backward(loss, last=place == plan.gradient_accumulation)
+            engine.backward(loss, last=place == len(passes))
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
         else:

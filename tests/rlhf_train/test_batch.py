@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from jobs.errors import ToolkitError
-from rlhf_train.batch import BatchPlan, Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update, largest_divisor, rows_of_update
+from rlhf_train import batch as batch_module
+from rlhf_train.batch import (
+    BatchPlan,
+    Sequences,
+    count_updates,
+    cut,
+    deal,
+    evaluation_batches,
+    grouped_rows_of_update,
+    largest_divisor,
+    rows_of_update,
+)
 
 pytestmark = pytest.mark.pinned
 
@@ -79,12 +90,47 @@ def test_deal_gives_every_row_to_one_rank_once(micro_batch, ranks):
 
 @pytest.mark.parametrize(("rows", "micro_batch", "ranks"), [(10, 3, 1), (10, 3, 2), (1, 4, 2), (8, 4, 2), (7, 2, 3)])
 def test_evaluation_sees_each_row_once_and_ranks_stay_in_step(rows, micro_batch, ranks):
-    lengths = np.arange(rows) % 5
+    lengths = np.arange(rows) % 5 + 1
     parts = [list(evaluation_batches(lengths, micro_batch, ranks, rank)) for rank in range(ranks)]
     real = [int(i) for part in parts for indexes, keep in part for i in indexes[keep]]
     assert sorted(real) == list(range(rows))
     assert len({tuple(len(indexes) for indexes, _ in part) for part in parts}) == 1
-    assert all(len(indexes) <= micro_batch for part in parts for indexes, _ in part)
+    tokens = [len(indexes) * lengths[indexes].max() for part in parts for indexes, _ in part]
+    assert max(tokens) <= micro_batch * lengths.max()
+
+
+def cost(lengths, parts, pass_tokens):
+    return sum(max(lengths[part]) * len(lengths[part]) + pass_tokens for part in parts)
+
+
+@pytest.mark.parametrize(("tokens", "pass_tokens"), [(20, 3), (20, 0), (9, 3), (5, 1), (1000, 4), (1000, 100)])
+def test_the_cut_computes_the_fewest_tokens_of_all_cuts(monkeypatch, tokens, pass_tokens):
+    """Against all 512 cuts of ten rows."""
+    monkeypatch.setattr(batch_module, "PASS_TOKENS", pass_tokens)
+    lengths = np.array([9, 9, 8, 7, 4, 4, 3, 2, 2, 1])
+    every = []
+    for bits in range(2**9):
+        edges = [0, *(i + 1 for i in range(9) if bits >> i & 1), 10]
+        parts = [slice(*pair) for pair in pairwise(edges)]
+        if all(len(lengths[p]) == 1 or len(lengths[p]) * lengths[p][0] <= tokens for p in parts):
+            every.append(parts)
+    found = cut(lengths, tokens)
+    assert found in every
+    assert cost(lengths, found, pass_tokens) == min(cost(lengths, parts, pass_tokens) for parts in every)
+
+
+def test_nothing_is_cut_into_no_passes():
+    assert cut(np.array([], dtype=int), 10) == []
+    assert list(evaluation_batches(np.array([], dtype=int), 4, 2, 1)) == []
+
+
+def test_short_rows_go_many_at_a_time_and_ranks_stay_in_step():
+    """Two rows of 60 fill a pass, or many of 5 that share its cost."""
+    lengths = np.array([60, 5, 60, 5, 60, 5, 60, 5, 5, 5, 5, 5])
+    plan = BatchPlan.of(12, 1, 2, "sft")
+    dealt = [deal(lengths, plan, rank, tokens=120) for rank in range(2)]
+    assert [[lengths[rows].tolist() for rows in part] for part in dealt] == [[[60, 60], [5, 5, 5, 5]]] * 2
+    assert sorted(int(i) for part in dealt for rows in part for i in rows) == list(range(12))
 
 
 def sequences():

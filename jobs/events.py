@@ -81,7 +81,7 @@ class Metrics(Event):
     kl: float | None = None  # to the reference: sum over a response's tokens, mean over responses (k1)
     kl_coef: float | None = None
     entropy: float | None = None  # per token, of the policy that sampled
-    ratio: float | None = None  # mean importance ratio
+    ratio: float | None = None  # mean importance ratio, to the policy that sampled
     clip_fraction: float | None = None  # tokens whose ratio left the clip range
     value_clip_fraction: float | None = None
     response_length: float | None = None  # tokens, EOS included

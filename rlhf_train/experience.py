@@ -1,4 +1,11 @@
-"""One rollout as PPO sees it: the sampled sequences, what the four networks say of them, and what to learn from it."""
+"""One rollout as PPO sees it: the sampled sequences, what the networks say of them, and what to learn from it.
+
+On-policy (one update a rollout) the actor and the critic are not asked before they learn: at their one
+update the old policy is the policy itself and the old values are the values, so both come out of the forward pass that
+is trained on, and the ratio is 1. Only the rewards' KL must be known before: it is taken from the log-probs of the rollout,
+which the same weights gave. They differ from the trainer's by rounding, as the self-test before the first update makes
+sure; they are those of the policy that sampled; and a bound on KL can hold before anything is learned.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +19,13 @@ from torch import Tensor
 
 from jobs.spec import Ppo
 from rlhf_train.batch import Sequences
-from rlhf_train.losses import gae, kl_penalised_rewards, whiten
+from rlhf_train.losses import gae, kl_penalised_rewards, moments, whiten
 from rlhf_train.models import last_scores
+from rlhf_train.world import World
 
 RAGGED = ("prompts", "responses")
-PLAIN = ("mask", "old_log_probs", "ref_log_probs", "values", "advantages", "returns", "scores", "ended", "entropy")
+PLAIN = ("mask", "old_log_probs", "ref_log_probs", "scores", "ended")
+TARGETS = ("values", "advantages", "returns")  # what the losses measure against, besides the old log-probs
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,18 @@ class Scored:
     response: np.ndarray
     ended: bool
     rollout_log_probs: np.ndarray  # as the rollout saw them
-    log_probs: np.ndarray  # as the trainer's forward sees them: PPO's old log-probs
     ref_log_probs: np.ndarray
+    score: float  # the reward model's, normalised
+    trainer: TrainerView | None = None  # None where the networks in training were not asked
+
+
+@dataclass(frozen=True)
+class TrainerView:
+    """What actor and critic say of one response. Arrays: (tokens,)."""
+
+    log_probs: np.ndarray  # as the trainer's forward sees them
     values: np.ndarray
     entropy: float  # mean over tokens
-    score: float  # the reward model's, normalised
 
 
 @dataclass(frozen=True)
@@ -41,55 +57,44 @@ class Experience:
     prompts: list[np.ndarray]
     responses: list[np.ndarray]
     mask: Tensor
-    old_log_probs: Tensor
+    old_log_probs: Tensor  # of the policy that sampled: as the trainer's forward sees them; on-policy as the rollout did
     ref_log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
     scores: Tensor  # (B,)
     ended: Tensor  # (B,)
-    entropy: Tensor  # (B,)
+    targets: dict[str, Tensor]  # TARGETS; on-policy: `rewards`, from which each pass makes them of its values
 
     @classmethod
-    def of(cls, rows: Sequence[Scored], spec: Ppo, kl_coef: float) -> Experience:
-        """Rewards, advantages and returns from the networks' numbers. Whitening sees the rows of all ranks."""
-        width = max(len(row.response) for row in rows)
-        mask = torch.tensor([[t < len(row.response) for t in range(width)] for row in rows])
-        old, ref, values = (_padded([getattr(row, name) for row in rows], width) for name in ("log_probs", "ref_log_probs", "values"))
+    def of(cls, rows: Sequence[Scored], spec: Ppo, kl_coef: float, *, on_policy: bool) -> Experience:
+        """Rewards, and unless on-policy the targets, from the networks' numbers. Whitening sees the rows of all ranks."""
+        lengths = np.array([len(row.response) for row in rows])
+        mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
+        old = _padded([row.rollout_log_probs if on_policy else _trainer(row).log_probs for row in rows])
+        ref = _padded([row.ref_log_probs for row in rows])
         scores = torch.tensor([row.score for row in rows])
         ended = torch.tensor([row.ended for row in rows])
         judged = scores - spec.missing_eos_penalty * ~ended
         rewards = kl_penalised_rewards(old, ref, judged, mask, kl_coef=kl_coef, reward_clip=spec.reward_clip)
         if spec.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True)
-        advantages, returns = gae(rewards, values, mask, gamma=spec.gamma, lam=spec.lam)
-        if spec.whiten_advantages:
-            advantages = whiten(advantages, mask, keep_mean=False)
-        return cls(
-            [row.prompt for row in rows],
-            [row.response for row in rows],
-            mask,
-            old,
-            ref,
-            values,
-            advantages,
-            returns,
-            scores,
-            ended,
-            torch.tensor([row.entropy for row in rows]),
-        )
+        if on_policy:
+            targets = {"rewards": rewards}
+        else:
+            targets = targets_of(rewards, _padded([_trainer(row).values for row in rows]), mask, spec)
+            if spec.whiten_advantages:
+                targets["advantages"] = whiten(targets["advantages"], mask, keep_mean=False)
+        return cls([row.prompt for row in rows], [row.response for row in rows], mask, old, ref, scores, ended, targets)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a checkpoint: prompts and responses one after the other, with their lengths."""
         plain = {name: getattr(self, name) for name in PLAIN}
         ragged = {name: torch.from_numpy(np.concatenate(getattr(self, name)).astype(np.int64)) for name in RAGGED}
         lengths = {f"{name}_lengths": torch.tensor([len(row) for row in getattr(self, name)]) for name in RAGGED}
-        return plain | ragged | lengths
+        return plain | self.targets | ragged | lengths
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Experience:
         rows: dict[str, Any] = {name: np.split(tensors[name].numpy(), np.cumsum(tensors[f"{name}_lengths"].numpy())[:-1]) for name in RAGGED}
-        return cls(**rows | {name: tensors[name] for name in PLAIN})
+        return cls(**rows | {name: tensors[name] for name in PLAIN}, targets={name: tensors[name] for name in TARGETS})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -101,17 +106,54 @@ class Experience:
         """To the reference, (B,): sum of log pi - log pi_ref over each response (the k1 estimate), in nats."""
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
-    def cut(self, rows: np.ndarray, pad_id: int, device: torch.device) -> tuple[Sequences, Tensor, dict[str, Tensor]]:
-        """One micro batch: the sequences, their mask (B, R), and what the losses need of them."""
+    def cut(self, rows: np.ndarray, pad_id: int, device: torch.device) -> Pass:
+        """One micro batch."""
         batch = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
         mask = batch.response_mask()
         chosen = torch.from_numpy(rows)
-        names = ("old_log_probs", "values", "advantages", "returns")
-        return batch, mask, {name: getattr(self, name)[chosen, : mask.shape[1]].to(device) for name in names}
+
+        def trimmed(numbers: Tensor) -> Tensor:
+            return numbers[chosen, : mask.shape[1]].to(device)
+
+        return Pass(batch, mask, trimmed(self.old_log_probs), {name: trimmed(numbers) for name, numbers in self.targets.items()})
 
 
-def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
-    out = np.zeros((len(rows), width), dtype=np.float32)
+@dataclass
+class Pass:
+    """One micro batch of an update, and what its losses need. All (B, R)."""
+
+    batch: Sequences
+    mask: Tensor
+    old_log_probs: Tensor
+    targets: dict[str, Tensor]  # as Experience has them
+
+
+def targets_of(rewards: Tensor, values: Tensor, mask: Tensor, spec: Ppo) -> dict[str, Tensor]:
+    """TARGETS, (B, R), from rewards and values of the same shape; the advantages are not whitened yet.
+
+    On the CPU, wherever the numbers are: time is a loop, and a GPU would be given hundreds of tiny kernels.
+    """
+    advantages, returns = gae(rewards.cpu(), values.cpu(), mask.cpu(), gamma=spec.gamma, lam=spec.lam)
+    return {"values": values, "advantages": advantages.to(values.device), "returns": returns.to(values.device)}
+
+
+def whiten_update(passes: Sequence[Pass], world: World) -> None:
+    """The advantages of an update's passes, over all of them and all ranks."""
+    names = ("count", "sum", "squares")
+    local = torch.stack([moments(one.targets["advantages"], one.mask) for one in passes]).sum(0)
+    everywhere = torch.tensor(list(world.sum(dict(zip(names, local, strict=True))).values()), dtype=torch.float64)
+    for one in passes:
+        one.targets["advantages"] = whiten(one.targets["advantages"], one.mask, keep_mean=False, moments=everywhere.to(one.mask.device))
+
+
+def _trainer(row: Scored) -> TrainerView:
+    assert row.trainer is not None, "with several updates a rollout, actor and critic are asked before the first"
+    return row.trainer
+
+
+def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+    """(B, R), R the longest row; zero behind a row's end."""
+    out = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.float32)
     for row, values in enumerate(rows):
         out[row, : len(values)] = values
     return torch.from_numpy(out)
@@ -133,6 +175,19 @@ def judge(batch: Sequences, *, reference: Forward, reward_model: Forward, temper
     return {"ref_log_probs": batch.spread(ref_log_probs), "score": last_scores(reward_model(batch)[0], batch)}
 
 
+def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
+    """Of response tokens, (N,) in the order of `predicted()` -> means over each response, (B,)."""
+    return batch.spread(entropies).sum(1) / batch.response_lengths
+
+
+def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """(B,) and (B, R) tensors in float32, all in one copy from the device."""
+    columns = [tensor.float().unsqueeze(1) if tensor.ndim == 1 else tensor.float() for tensor in numbers.values()]
+    whole = torch.cat(columns, dim=1).cpu().numpy()
+    parts = np.split(whole, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+    return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(numbers.items(), parts, strict=True)}
+
+
 @torch.no_grad()
 def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
     """What the two networks in training say of it: (B, R) log-probs and values, (B,) mean entropy per token."""
@@ -140,6 +195,6 @@ def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperatu
     assert entropies is not None
     return {
         "log_probs": batch.spread(log_probs),
-        "entropy": batch.spread(entropies).sum(1) / batch.response_lengths,
+        "entropy": mean_entropies(entropies, batch),
         "values": response_values(critic(batch)[0], batch),
     }

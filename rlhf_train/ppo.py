@@ -8,6 +8,7 @@ tokens of the whole update; before the first update the trainer, the rollout and
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,7 +25,19 @@ from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches,
 from rlhf_train.checkpoint import Keeper
 from rlhf_train.disk import write_json
 from rlhf_train.engine import Ema, Engine, copy_weights, rehearse
-from rlhf_train.experience import Experience, Scored, judge, response_values, trainer_view
+from rlhf_train.experience import (
+    Experience,
+    Pass,
+    Scored,
+    TrainerView,
+    judge,
+    mean_entropies,
+    response_values,
+    targets_of,
+    to_host,
+    trainer_view,
+    whiten_update,
+)
 from rlhf_train.export import eval_model, save_model, scores_of
 from rlhf_train.held_out import HeldOut, Summary
 from rlhf_train.models import (
@@ -42,7 +55,7 @@ from rlhf_train.rollout import Responses, Rollouts
 from rlhf_train.rule import load_rule
 from rlhf_train.session import Clock, Session, corpus
 
-SUMS = ("policy_loss", "value_loss", "ratio", "clipped", "value_clipped", "tokens", "trained", "computed")  # over a rollout's updates
+SUMS = ("policy_loss", "value_loss", "ratio", "clipped", "value_clipped", "entropy", "tokens", "trained", "computed")  # over a rollout's updates
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
 # Seeds of the rollouts that are not training, apart from the job's own (below 2^32).
@@ -62,6 +75,7 @@ def run(session: Session) -> End:
     tokens = corpus(session, 3, job.data, tokenizer)
     rows = tokens.train.step_rows[3]
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
+    on_policy = updates_per_rollout == 1  # what is trained is what has sampled: see experience.py
     rollouts = count_updates(len(rows), spec.rollout_batch, spec.epochs, None)
     updates = min(rollouts * updates_per_rollout, spec.max_updates or rollouts * updates_per_rollout)
     session.plan(3, plan, updates=updates, rows=len(rows), zero_stage=where.actor_zero_stage, fates=tokens.train.fates)
@@ -194,19 +208,22 @@ def run(session: Session) -> End:
             tally.rollout_s, score_clock = rollout_clock(), Clock()
 
             session.pulse.beat(f"update {update + 1}, scoring")
-            scored = score_rollout(
+            ask_trainer = not on_policy or update == 0  # on-policy for the self-test alone
+            scored, computed = score_rollout(
                 session,
                 [prompts[i] for i in mine],
                 responses,
                 pad_id,
-                actor=actor,
-                critic=critic,
                 reference=reference,
                 reward_model=reward_model,
+                trainer=(actor, critic) if ask_trainer else None,
             )
-            by_place = {int(row): one for part in world.gather(list(zip(mine, scored, strict=True))) for row, one in part}
+            parts_of_ranks = world.gather((list(zip(mine, scored, strict=True)), computed))
+            by_place = {int(row): one for part, _ in parts_of_ranks for row, one in part}
             everyone = [by_place[row] for row in range(spec.rollout_batch)]
-            experience = Experience.of(everyone, spec, kl_coef)
+            experience = Experience.of(everyone, spec, kl_coef, on_policy=on_policy)
+            tally.scored, tally.scored_computed = int(experience.lengths.sum()), sum(count for _, count in parts_of_ranks)
+            tally.entropy = None if on_policy else float(np.mean([row.trainer.entropy for row in everyone if row.trainer is not None]))
             tally.score_s = score_clock()
             if update == 0:
                 self_test(session, everyone, actor, pad_id)
@@ -226,51 +243,20 @@ def run(session: Session) -> End:
         epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
         shuffled = np.random.RandomState([job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
         minibatch = shuffled.reshape(-1, spec.global_batch)[number]
+        session.pulse.beat(f"update {update + 1}")
+        passes = [experience.cut(minibatch[micro], pad_id, world.device) for micro in deal(experience.lengths[minibatch], plan, world.rank)]
         response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
-        sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
-        for passed, micro in enumerate(deal(experience.lengths[minibatch], plan, world.rank), start=1):
-            session.pulse.beat(f"update {update + 1}")
-            last = passed == plan.gradient_accumulation
-            batch, mask, old = experience.cut(minibatch[micro], pad_id, world.device)
-            log_probs = batch.spread(actor(batch, temperature=spec.temperature)[0])
-            policy_loss = losses.policy_loss(
-                log_probs, old["old_log_probs"], old["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens
-            )
-            is_finite = world.all_finite(policy_loss)
-            if is_finite:
-                actor.backward(policy_loss, last=last)
-                values = response_values(critic(batch)[0], batch)
-                value_loss = losses.value_loss(
-                    values, old["values"], old["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens
-                )
-                is_finite = world.all_finite(value_loss)
-            if not is_finite:
-                keeper.skipped(update + 1, "its loss is not finite")
-                actor.skip()
-                critic.skip()
-                break
-            critic.backward(value_loss, last=last)
-
-            with torch.no_grad():
-                ratio = ((log_probs - old["old_log_probs"]) * mask).exp()
-                for name, value in (
-                    ("policy_loss", policy_loss),
-                    ("value_loss", value_loss),
-                    ("ratio", (ratio * mask).sum()),
-                    ("clipped", (((ratio - 1).abs() > spec.clip_range) & mask).sum()),
-                    ("value_clipped", (((values - old["values"]).abs() > spec.value_clip_range) & mask).sum()),
-                    ("tokens", mask.sum()),
-                    ("trained", batch.lengths.sum()),
-                    ("computed", batch.input_ids.numel()),
-                ):
-                    sums[name] = sums[name] + value
-        else:
+        total = accumulate_gradients(session, passes, response_tokens, on_policy=on_policy, actor=actor, critic=critic)
+        if math.isfinite(total["policy_loss"] + total["value_loss"]):
             norms = keeper.learn(actor, critic)
             if ema is not None:
                 ema.update()
-            total = world.sum(sums)
             if keeper.skipped_in_a_row == 0:
                 tally.add(total, norms)
+        else:
+            keeper.skipped(update + 1, "its loss is not finite")
+            actor.skip()
+            critic.skip()
         tally.updates += 1
         tally.train_s += train_clock()
 
@@ -322,6 +308,9 @@ class Tally:
     updates: int = 0  # also those left out
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
     norms: list[list[float]] = field(default_factory=list)  # of actor and critic, an update each
+    entropy: float | None = None  # mean over responses; on-policy known once it is trained on
+    scored: int = 0  # tokens that went through scoring passes, and all that these computed
+    scored_computed: int = 0
     rollout_s: float = 0.0
     score_s: float = 0.0
     train_s: float = 0.0
@@ -349,7 +338,7 @@ class Tally:
             mean_reward=float(experience.scores.mean()),
             kl=float(experience.kl.mean()),
             kl_coef=kl_coef,
-            entropy=float(experience.entropy.mean()),
+            entropy=self.entropy,
             response_length=float(experience.mask.sum(1).float().mean()),
             eos_share=float(experience.ended.float().mean()),
             rollout_s=self.rollout_s,
@@ -361,7 +350,7 @@ class Tally:
         return replace(
             rollout,
             tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
-            real_token_share=sums["trained"] / sums["computed"],
+            real_token_share=(sums["trained"] + self.scored) / (sums["computed"] + self.scored_computed),
             grad_norm=float(np.mean([actor for actor, _ in self.norms])),
             critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
             policy_loss=sums["policy_loss"] / count,
@@ -369,6 +358,7 @@ class Tally:
             ratio=sums["ratio"] / sums["tokens"],
             clip_fraction=sums["clipped"] / sums["tokens"],
             value_clip_fraction=sums["value_clipped"] / sums["tokens"],
+            entropy=self.entropy if self.entropy is not None else sums["entropy"] / len(experience.prompts),
             train_s=self.train_s,
         )
 
@@ -412,27 +402,78 @@ def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
     return kl_coef * (1 + error * spec.rollout_batch / spec.kl_horizon)
 
 
+def accumulate_gradients(
+    session: Session, passes: Sequence[Pass], response_tokens: int, *, on_policy: bool, actor: Engine, critic: Engine
+) -> dict[str, float]:
+    """Forward and backward of one update's passes, in both engines -> SUMS over passes and ranks.
+
+    The critic goes first: on-policy the advantages are made of its values, and whitened over all passes before the actor sees one.
+    """
+    spec = session.job.ppo
+    sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
+
+    def add(**numbers: torch.Tensor | float) -> None:
+        for name, value in numbers.items():
+            sums[name] = sums[name] + value
+
+    for one in passes:
+        session.pulse.beat()
+        batch, mask = one.batch, one.mask
+        values = response_values(critic(batch)[0], batch)
+        if on_policy:
+            one.targets = targets_of(one.targets["rewards"], values.detach(), mask, spec)
+        old_values = one.targets["values"]
+        loss = losses.value_loss(values, old_values, one.targets["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens)
+        critic.backward(loss, last=one is passes[-1])
+        value_clipped = (((values.detach() - old_values).abs() > spec.value_clip_range) & mask).sum()
+        add(value_loss=loss.detach(), value_clipped=value_clipped)
+
+    if on_policy and spec.whiten_advantages:
+        whiten_update(passes, session.world)
+
+    for one in passes:
+        session.pulse.beat()
+        batch, mask = one.batch, one.mask
+        flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
+        log_probs = batch.spread(flat)
+        old_log_probs = log_probs.detach() if on_policy else one.old_log_probs
+        loss = losses.policy_loss(log_probs, old_log_probs, one.targets["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens)
+        actor.backward(loss, last=one is passes[-1])
+        # Against the policy that sampled; on-policy as the rollout saw it, so that a rollout gone astray shows.
+        ratio = ((log_probs.detach() - one.old_log_probs) * mask).exp()
+        add(policy_loss=loss.detach(), ratio=(ratio * mask).sum(), clipped=(((ratio - 1).abs() > spec.clip_range) & mask).sum())
+        if entropies is not None:
+            add(entropy=mean_entropies(entropies, batch).sum())
+        add(tokens=mask.sum(), trained=batch.lengths.sum(), computed=batch.input_ids.numel())
+    return session.world.sum(sums)
+
+
 def score_rollout(
     session: Session,
     prompts: Sequence[np.ndarray],
     responses: Responses,
     pad_id: int,
     *,
-    actor: Engine,
-    critic: Engine,
     reference: nn.Module,
     reward_model: nn.Module,
-) -> list[Scored]:
-    """This rank's responses with all four networks' numbers, in their order."""
+    trainer: tuple[Engine, Engine] | None,
+) -> tuple[list[Scored], int]:
+    """This rank's responses with the networks' numbers, in their order; and the tokens that were computed for them, padding too.
+
+    trainer: actor and critic, if they are asked.
+    """
     lengths = np.array([len(p) for p in prompts]) + responses.lengths
     temperature = session.job.ppo.temperature
     scored: dict[int, Scored] = {}
+    computed = 0
     for rows, _ in evaluation_batches(lengths, session.placement.micro_batches[2], 1, 0):
         session.pulse.beat()
         batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], pad_id, session.world.device)
+        computed += batch.input_ids.numel()
         numbers = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
-        numbers |= trainer_view(batch, actor=actor, critic=critic, temperature=temperature)
-        arrays = {name: tensor.float().cpu().numpy() for name, tensor in numbers.items()}
+        if trainer is not None:
+            numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
+        arrays = to_host(numbers)
         for place, row in enumerate(rows):
             count = len(responses.tokens[row])
             scored[int(row)] = Scored(
@@ -440,13 +481,13 @@ def score_rollout(
                 response=responses.tokens[row],
                 ended=bool(responses.ended[row]),
                 rollout_log_probs=responses.log_probs[row],
-                log_probs=arrays["log_probs"][place, :count],
                 ref_log_probs=arrays["ref_log_probs"][place, :count],
-                values=arrays["values"][place, :count],
-                entropy=float(arrays["entropy"][place]),
                 score=float(arrays["score"][place]),
+                trainer=None
+                if trainer is None
+                else TrainerView(arrays["log_probs"][place, :count], arrays["values"][place, :count], float(arrays["entropy"][place])),
             )
-    return [scored[row] for row in range(len(prompts))]
+    return [scored[row] for row in range(len(prompts))], computed
 
 
 def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: int) -> None:
@@ -456,7 +497,7 @@ def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: i
     log_probs = batch.spread(actor(batch, temperature=session.job.ppo.temperature)[0]).detach().float().cpu().numpy()
     again = [log_probs[place, : len(row.response)] for place, row in enumerate(batch_rows)]
     limit = SELF_TEST_TOLERANCE[session.placement.precision]
-    old = [row.log_probs for row in rows]
+    old = [row.trainer.log_probs for row in rows if row.trainer is not None]
     checks = {
         "the ratio of new to old log-probs is not 1": (old[: len(again)], again),
         "the actor is not the reference": (old, [row.ref_log_probs for row in rows]),

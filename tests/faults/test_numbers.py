@@ -13,7 +13,7 @@ from jobs.events import Event, Warning
 from jobs.run_dir import RunDir
 from jobs.spec import Job
 from rlhf_train import checkpoint
-from rlhf_train.experience import Experience, Scored
+from rlhf_train.experience import Experience, Scored, TrainerView
 from rlhf_train.plan import Placement
 from rlhf_train.ppo import warn_of_odd_answers
 from rlhf_train.session import Session
@@ -94,8 +94,8 @@ def answers(*kinds: tuple[list[int], bool]) -> Experience:
     rows = []
     for tokens, ended in kinds:
         numbers: Any = np.zeros(len(tokens), np.float32)
-        rows.append(Scored(np.array([EOS, 5]), np.array(tokens), ended, numbers, numbers, numbers, numbers, entropy=1.0, score=0.0))
-    return Experience.of(rows, Job.model_validate(tiny.job(Path("rows"))).ppo, kl_coef=0.1)
+        rows.append(Scored(np.array([EOS, 5]), np.array(tokens), ended, numbers, numbers, 0.0, TrainerView(numbers, numbers, 1.0)))
+    return Experience.of(rows, Job.model_validate(tiny.job(Path("rows"))).ppo, kl_coef=0.1, on_policy=False)
 
 
 @pytest.mark.parametrize(

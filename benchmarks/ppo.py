@@ -13,7 +13,13 @@ from benchmarks.work import Prompts, Size, prompt_rows, prompts_of, write_models
 
 WARM_UP = 1  # updates of a process that do not count
 LENGTHS = {False: "full length", True: "real lengths"}
-PHASES = {"generation_s": "rollout_s", "scoring_s": "score_s", "training_s": "train_s", "total_s": "wall_s"}  # ours by the product's names
+PHASES = {
+    "generation_s": "rollout_s",
+    "scoring_s": "score_s",
+    "training_s": "train_s",
+    "total_s": "wall_s",
+    "cpu_s": "cpu_s",
+}  # ours by the product's names
 
 
 def write_work(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> Prompts:
@@ -60,12 +66,15 @@ def row(name: str, repeats: Sequence[Mapping[str, Any]], samples: int) -> list[s
     return cells
 
 
-COLUMNS = ["seconds, median (least-most)", "generation", "scoring", "training", "whole update", "samples/s", "answer tokens/s"]
+COLUMNS = ["seconds, median (least-most)", "generation", "scoring", "training", "whole update", "CPU", "samples/s", "answer tokens/s"]
 
 
-def table(size: Size, folder: Path, where: Where, updates: int, seed: int, say: Callable[[str], None]) -> Table:
+def table(size: Size, folder: Path, where: Where, updates: int, seed: int, lengths: str, say: Callable[[str], None]) -> Table:
+    """lengths: full, real or both."""
     rows, notes, numbers = [], [], {}
     for real_lengths, name in LENGTHS.items():
+        if lengths not in ("both", name.split()[0]):
+            continue
         say(f"  {name}")
         prompts = write_work(size, folder / name.split()[0], seed, real_lengths=real_lengths)
         repeats = repeats_of(run(lengths_of(size, real_lengths), folder / name.split()[0], where, updates), prompts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +25,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # glibc gives large blocks back to the kernel and faults them in anew: 9 to 17 % of an update. The same for every side.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
+POLL_S = 0.01  # of a run's events, while it runs
+
 
 @dataclass(frozen=True)
 class Where:
@@ -40,13 +42,13 @@ class Where:
         return {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def job_of(size: Size, actor: Any, critic: Any, data: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:
+def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:
     """A job for these models, by folder or by config. parts: fields of sft, reward, ppo, data and hardware that differ."""
     job: dict[str, dict[str, Any]] = {
         "actor": {"model": actor},
         "critic": {"model": critic},
         "data": {
-            "datasets": [str(data)],
+            "datasets": [str(rows)],
             "split": [0, 0, 1],
             "max_prompt_tokens": size.prompt_tokens,
             "max_response_tokens": size.response_tokens,
@@ -73,15 +75,21 @@ class Ran:
     """A run that ended with exit code 0."""
 
     run: RunDir
-    rank_peak_bytes: int  # the largest resident set of all processes that this benchmark has started so far
+    cpu_s: Mapping[int, float]  # by an event's `seq`: what its processes had taken when it was written, to about 0.02 s
+    process_peak_bytes: int  # the resident set of its largest process: of a rank
 
     def events(self, kind: str, step: int) -> list[RawEvent]:
         return [event for event in read_events(self.run.events)[0] if event["kind"] == kind and event.get("step") == step]
 
     def updates(self, step: int, leave_out: int = 1) -> list[RawEvent]:
-        """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before it, all that comes between them included."""
-        lines = self.events("metrics", step)
-        timed = [{**event, "wall_s": event["elapsed_s"] - before["elapsed_s"]} for before, event in pairwise(lines)]
+        """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before it, all that comes between them included;
+        and `cpu_s`, those of the processors in that time.
+        """
+        lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in self.events("metrics", step)]
+        timed = [
+            {**event, "wall_s": event["elapsed_s"] - before["elapsed_s"], "cpu_s": event["cpu_s"] - before["cpu_s"]}
+            for before, event in pairwise(lines)
+        ]
         return timed[leave_out - 1 :]
 
 
@@ -100,7 +108,26 @@ def run_product(job: Mapping[str, Any], steps: Sequence[int], folder: Path, wher
         place.complete.write_text(json.dumps({"step": step}), encoding="utf-8")
     words = ["--job", str(file), "--step", *map(str, steps), "--output-dir", str(folder / "runs")]
     environment = where.environment | {"RLHF_CACHE": str(folder / "cache")}
-    done = subprocess.run([sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"python -m rlhf_train {' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return Ran(run, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen([sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, stdout=output, stderr=output)
+        ended, cpu, offset = 0, dict[int, float](), 0
+        while not ended:
+            time.sleep(POLL_S)
+            events, offset = read_events(run.events, offset)
+            cpu |= dict.fromkeys([event["seq"] for event in events], cpu_seconds(process.pid))
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of the launcher and of all that it has waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"python -m rlhf_train {' '.join(words)} ended with {process.returncode}:\n{output.read()}")
+    return Ran(run, cpu, used.ru_maxrss * 1024)
+
+
+def cpu_seconds(process: int) -> float:
+    """That a process and its children have taken so far, those that have ended included; 0 where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)

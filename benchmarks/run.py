@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ sys.path[0] = str(CHECKOUT)  # not this folder, whose `remote` is another
 
 import torch  # noqa: E402
 
-from benchmarks import ceilings, decode, ppo, side_by_side, steps  # noqa: E402
+from benchmarks import ceilings, decode, growth, memory, padding, ppo, side_by_side, steps  # noqa: E402
 from benchmarks.figures import Table  # noqa: E402
 from benchmarks.product import MALLOC, Where  # noqa: E402
 from benchmarks.work import SIZES, Size  # noqa: E402
@@ -67,11 +68,32 @@ def do_step(name: str) -> Callable[[Bench], Table]:
 
 
 def do_ppo(bench: Bench) -> Table:
-    return ppo.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, bench.say)
+    return ppo.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, bench.options.lengths, bench.say)
 
 
 def do_peers(bench: Bench) -> Table:
     return side_by_side.table(bench.size, bench.folder, bench.where, bench.options, bench.options.seed, bench.say)
+
+
+def do_padding(bench: Bench) -> Table:
+    return padding.table(bench.options.data, bench.folder, bench.where, 2 * bench.options.repeats, bench.say)
+
+
+def do_memory(bench: Bench) -> Table:
+    return memory.table(bench.size, bench.folder, bench.where, bench.options.seed, bench.say)
+
+
+def do_growth(bench: Bench) -> Table:
+    ranks = most_ranks("growth", bench.where.device)
+    return growth.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say)
+
+
+def do_start_up(bench: Bench) -> Table:
+    """What benchmarks/start_up.py prints and writes."""
+    file = bench.folder / "start_up.json"
+    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file)]
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return Table("start-up", [""], [], done.stdout.splitlines(), json.loads(file.read_text(encoding="utf-8")))
 
 
 NAMES: dict[str, tuple[Callable[[Bench], Table], str]] = {
@@ -80,8 +102,18 @@ NAMES: dict[str, tuple[Callable[[Bench], Table], str]] = {
     "sft": (do_step("sft"), "step 1's samples/s and tokens/s, and the share of the matmul rate"),
     "reward": (do_step("reward"), "the same of step 2"),
     "ppo": (do_ppo, "step 3's phases and samples/s, at full and at real lengths"),
+    "padding": (do_padding, "the share of real tokens in the three steps at default settings, on the rows of --data"),
+    "memory": (do_memory, "the most memory that each step takes"),
+    "start-up": (do_start_up, "from a command to its first update, by benchmarks/start_up.py"),
+    "growth": (do_growth, "how step 3's cost grows: length of answers, batch, model, ranks"),
     "peers": (do_peers, "step 3 beside TRL, DeepSpeed-Chat and Hugging Face's generate, in turn"),
 }
+
+
+def most_ranks(name: str, device: str) -> int:
+    if name != "growth":
+        return 1
+    return min(2, torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1)
 
 
 def machine(where: Where) -> str:
@@ -115,17 +147,17 @@ def foot(bench: Bench, seconds: float) -> list[str]:
     return [*lines, f"size {bench.options.size}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s"]
 
 
-def quietest_cores(count: int) -> set[int]:
-    """Those of this process's cores that have idled most in the last half second."""
+def quietest_cores(cores: set[int], count: int) -> set[int]:
+    """Those of `cores` that idle most during half a second."""
 
     def idle() -> dict[int, int]:
         rows = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines() if line.startswith("cpu")]
         return {int(row[0][3:]): int(row[4]) for row in rows if row[0] != "cpu"}
 
-    before, mine = idle(), os.sched_getaffinity(0)
+    before = idle()
     time.sleep(0.5)
     after = idle()
-    return set(sorted(mine, key=lambda core: before[core] - after[core])[:count])
+    return set(sorted(cores, key=lambda core: before[core] - after[core])[:count])
 
 
 def arguments() -> argparse.Namespace:
@@ -137,7 +169,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of a rank, and of a peer, on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="that count, of each measurement (updates of a process in ppo and peers)")
     parser.add_argument("--rounds", type=int, default=3, help="of peers: processes of each side, in turn")
-    parser.add_argument("--lengths", choices=["both", "full", "real"], default="both", help="of peers")
+    parser.add_argument("--lengths", choices=["both", "full", "real"], default="both", help="of ppo and peers")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows for padding, in the columns of Dahoas/rm-static")
     parser.add_argument("--deepspeed-chat", type=Path, metavar="PATH", help="a checkout of DeepSpeedExamples, for peers")
     parser.add_argument("--python-of-peers", metavar="PATH", help="an interpreter that has their packages (default: environments made for them)")
     parser.add_argument("--peers-here", action="store_true", help="their packages can be imported by this interpreter")
@@ -149,6 +182,8 @@ def arguments() -> argparse.Namespace:
     unknown = [name for name in options.names if name not in NAMES]
     if unknown or not (options.names or options.list):
         parser.error(f"{f'`{unknown[0]}` is no NAME' if unknown else 'name what to measure'}: {', '.join(NAMES)}")
+    if "padding" in options.names and options.data is None:
+        parser.error("padding needs --data FOLDER")
     return options
 
 
@@ -157,21 +192,23 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{name:<10} {what}" for name, (_, what) in NAMES.items()))
         return 0
+    if options.device == "cpu" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})  # decode is measured in this process
     options.size = options.size or ("opt-1.3b" if options.device == "cuda" else "small")
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
         if "peers" in options.names:  # before this process is bound to a core
             side_by_side.prepare(options, lambda text: print(text, file=sys.stderr, flush=True))
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, quietest_cores(options.threads))
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="benchmarks-"))).resolve()
-    written = {}
+    written, cores = {}, os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     try:
         for name in options.names:
             bench = Bench(options, SIZES[options.size], Where(options.device, options.threads), folder / name)
             shutil.rmtree(bench.folder, ignore_errors=True)
             bench.folder.mkdir(parents=True)
             bench.say(f"{name}:")
+            if options.device == "cpu" and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, quietest_cores(cores, options.threads * most_ranks(name, "cpu")))
             began = time.monotonic()
             table = NAMES[name][0](bench)
             lines = foot(bench, time.monotonic() - began)

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.ceilings import Ceilings, scaled
 from benchmarks.figures import Spread, Table, matmul_share
-from benchmarks.product import Where, job_of, run_product
+from benchmarks.product import Ran, Where, job_of, run_product
 from benchmarks.work import SPECIAL, Size, actor_of, critic_of, matmul_parameters, text, write_model, write_rows
 
 WARM_UP = 2  # updates that do not count
@@ -50,8 +50,8 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
     return [{"prompt": words(size.prompt_tokens), "chosen": words(answer), "rejected": words(answer)} for _ in range(count)]
 
 
-def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> list[dict[str, Any]]:
-    """Metrics of the updates that count."""
+def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> Ran:
+    """`updates` besides those that do not count."""
     model = actor_of(size.actor, seed) if step.number == 1 else critic_of(size.critic, seed)
     write_model(model, size.vocabulary, folder / "model")
     write_rows(full_rows(step, size, 8 * step.batch, seed), folder / "rows")
@@ -60,13 +60,13 @@ def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: 
     part = {"global_batch": step.batch, "max_updates": total, "epochs": float(total)}
     sized = replace(size, batch=step.batch)
     job = job_of(sized, str(folder / "model"), str(folder / "model"), folder / "rows", where, data=data, **{step.part: part}, **parts)
-    return run_product(job, [step.number], folder, where).updates(step.number, WARM_UP)
+    return run_product(job, [step.number], folder, where)
 
 
 def table(name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
     step = steps_of(size, name)
     say(f"  {step.sequences} sequences of {step.tokens} tokens")
-    lines = run(step, size, folder, where, updates, seed)
+    lines = run(step, size, folder, where, updates, seed).updates(step.number, WARM_UP)
     fields, with_head = (size.actor, True) if step.number == 1 else (size.critic, False)
     row, numbers = row_of(step, [line["wall_s"] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median)
     row.append(f"{Spread.of([line['real_token_share'] for line in lines]).median:.1%}")

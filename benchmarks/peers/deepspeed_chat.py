@@ -123,7 +123,8 @@ ids = ids.to(device)
 mask = (ids != work["pad_id"]).long()
 passes = len(ids) // work["rollout_batch"]
 for update in range(work["updates"]):
-    began, generation_s, answer_tokens, experiences = now(), 0.0, 0, MiniDataset(passes, work["micro_batch"])
+    began, cpu_began, generation_s, answer_tokens = now(), time.process_time(), 0.0, 0
+    experiences = MiniDataset(passes, work["micro_batch"])
     for number in range(passes):
         part = slice(number * work["rollout_batch"], (number + 1) * work["rollout_batch"])
         experience = trainer.generate_experience(ids[part], mask[part], update)
@@ -142,6 +143,7 @@ for update in range(work["updates"]):
         "scoring_s": scored - began - generation_s,
         "training_s": end - scored,
         "total_s": end - began,
+        "cpu_s": time.process_time() - cpu_began,
         "prompt_tokens": int(mask.sum()),
         "answer_tokens": answer_tokens,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,

@@ -34,7 +34,7 @@ for row, prompt in enumerate(work["prompts"]):
 ids = ids.to(device)
 mask = (ids != work["pad_id"]).long()
 for _ in range(work["updates"]):
-    began, answer_tokens = now(), 0
+    began, cpu_began, answer_tokens = now(), time.process_time(), 0
     for start in range(0, len(ids), work["rollout_batch"]):
         part = slice(start, start + work["rollout_batch"])
         with torch.no_grad():
@@ -52,5 +52,6 @@ for _ in range(work["updates"]):
             )[:, width:]
         is_eos = (made == work["eos_id"]).int()
         answer_tokens += int((is_eos.cumsum(1) - is_eos == 0).sum())
-    line = {"generation_s": now() - began, "prompt_tokens": int(mask.sum()), "answer_tokens": answer_tokens}
+    times = {"generation_s": now() - began, "cpu_s": time.process_time() - cpu_began}
+    line = {**times, "prompt_tokens": int(mask.sum()), "answer_tokens": answer_tokens}
     print("RESULT " + json.dumps(line), flush=True)

@@ -43,7 +43,7 @@ def timed_forward(model, *args, **kwargs):
 
 class Report(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
-        marks["began"] = now()
+        marks.update(began=now(), cpu=time.process_time())
 
     def on_step_end(self, args, state, control, **kwargs):
         end = now()
@@ -52,13 +52,14 @@ class Report(TrainerCallback):
             "scoring_s": marks["scored"] - marks["generated"],
             "training_s": end - marks["scored"],
             "total_s": end - marks["began"],
+            "cpu_s": time.process_time() - marks["cpu"],
             "prompt_tokens": marks["prompt_tokens"],
             "answer_tokens": marks["answer_tokens"],
             "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
         }
         print("RESULT " + json.dumps(line), flush=True)
         marks.clear()
-        marks["began"] = now()
+        marks.update(began=now(), cpu=time.process_time())
 
 
 batch_generation, forward = ppo_trainer.batch_generation, ppo_trainer.forward

@@ -1,0 +1,52 @@
+"""How step 3's cost grows: with the length of answers, the batch, the size of the models, and over 1 and 2 ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import ppo
+from benchmarks.figures import Spread, Table
+from benchmarks.product import Where
+from benchmarks.work import Size, opt
+
+COLUMNS = ["", *ppo.COLUMNS[1:], "against the first"]
+
+
+def variants(size: Size, ranks: int) -> Iterator[tuple[str, Size, int]]:
+    """(what grows, the work, ranks): each line of a group doubles the one before it."""
+    for times in (1, 2, 4):
+        tokens = size.response_tokens * times // 4
+        yield f"answers of {tokens} tokens", replace(size, response_tokens=tokens), 1
+    for times in (1, 2, 4):
+        batch = size.batch * times // 4
+        yield f"batch {batch}", replace(size, batch=batch), 1
+    for times in (1, 2):
+        width = size.actor["hidden_size"] * times // 2
+        layers, heads = size.actor["num_hidden_layers"], size.actor["num_attention_heads"] * times // 2
+        wide = opt(width, layers, heads, size.vocabulary, size.actor["max_position_embeddings"])
+        yield f"actor of width {width}", replace(size, actor=wide), 1
+    for count in range(1, ranks + 1):
+        yield f"ranks {count}", size, count
+
+
+def table(size: Size, folder: Path, where: Where, updates: int, seed: int, ranks: int, say: Callable[[str], None]) -> Table:
+    rows: list[list[str]] = []
+    numbers = {}
+    first = {}  # seconds of the first line of each group
+    for number, (name, work, count) in enumerate(variants(size, ranks)):
+        place = folder / str(number)
+        prompts = ppo.write_work(work, place, seed, real_lengths=False)
+        repeats = ppo.repeats_of(ppo.run(work, place, replace(where, ranks=count), updates), prompts)
+        seconds = Spread.of([repeat["total_s"] for repeat in repeats])
+        say(f"  {name}: {seconds:.2f} s")
+        group = name.rstrip("0123456789").split(" of ")[0]
+        ratio = seconds.median / first.setdefault(group, seconds.median)
+        rows.append([*ppo.row(name, repeats, work.batch), f"{ratio:.2f}x"])
+        numbers[name] = repeats
+    notes = [
+        f"otherwise {size.batch} prompts of {size.prompt_tokens} tokens with answers of {size.response_tokens}, one update a batch, 1 rank",
+        f"{updates} updates after {ppo.WARM_UP} that does not count; the last column: seconds of the whole update",
+    ]
+    return Table("growth", COLUMNS, rows, notes, numbers)

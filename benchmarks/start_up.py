@@ -35,9 +35,8 @@ from jobs.console import console_on  # noqa: E402
 from jobs.events import RawEvent, read_events  # noqa: E402
 from jobs.run_dir import RunDir  # noqa: E402
 
-# So few updates that what comes before them is most of a step. Four are what step 3 does with one rollout.
-FEW = ["sft.max_updates=3", "sft.warmup_updates=1", "reward.max_updates=3", "reward.warmup_updates=1", "ppo.max_updates=4"]
-FEW += ["ppo.warmup_updates=1", "data.eval_rows=64"]
+# Some seconds of training a step, since what a step does for the next one takes time as well. Four are what step 3 does with one rollout.
+FEW = ["sft.max_updates=120", "reward.max_updates=80", "ppo.max_updates=4", "ppo.warmup_updates=1", "data.eval_rows=64"]
 # Rows of real chats are longer than the demo's.
 LONGER = ["data.max_prompt_tokens=256", "data.max_response_tokens=64", "actor.model.config.max_position_embeddings=512"]
 

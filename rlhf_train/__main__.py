@@ -23,6 +23,7 @@ from jobs.run_dir import RunDir
 from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
 from jobs.words import STEPS, encodable, visible
 from rlhf_train import runs
+from rlhf_train.ranks import Spares, likely_crew
 from rlhf_train.rule import load_rule
 
 EXAMPLES = """examples:
@@ -89,7 +90,7 @@ def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> N
         raise error
 
 
-def train(args: argparse.Namespace) -> ExitCode:
+def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
     settings = Settings.from_environ(os.environ)
     wanted = steps_of(args.step)
     job = load_job(args.job, settings_of(args))
@@ -111,6 +112,8 @@ def train(args: argparse.Namespace) -> ExitCode:
         return taken, runs.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
 
     taken, todo = look()
+    if todo and not args.dry_run:
+        spares.start(likely_crew(job, os.environ))  # they import while we do, and look at the machine
     if todo or taken or args.dry_run:
         from rlhf_train.machine import facts_of
         from rlhf_train.plan import Machine, place  # torch is imported from here on
@@ -143,7 +146,7 @@ def train(args: argparse.Namespace) -> ExitCode:
                 say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
             if args.redo:
                 runs.begin_redo(run, todo)
-            code = launch(job, run, todo, placement, settings.cache, lock) if todo else ExitCode.OK
+            code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
         if code != ExitCode.OK:
             step = next(step for step in todo if not runs.is_complete(run, step) or step in runs.left_to_redo(run))
             update = runs.goes_on_from(run, step)
@@ -155,7 +158,9 @@ def train(args: argparse.Namespace) -> ExitCode:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return train(parser().parse_args(argv))
+        args = parser().parse_args(argv)
+        with Spares(os.environ) as spares:
+            return train(args, spares)
     except ToolkitError as error:
         console.print_error(error)
         return error.code

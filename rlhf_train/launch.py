@@ -11,10 +11,8 @@ import math
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,33 +21,45 @@ from typing import IO, Any
 
 from jobs import console
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import Error, EventWriter, Warning, read_events
+from jobs.events import Error, EventWriter, RawEvent, Warning, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job, save_job
 from jobs.words import plural
 from rlhf_train import fitted, runs
 from rlhf_train.plan import Placement
 from rlhf_train.pulse import Sign, Watch
+from rlhf_train.ranks import GRACE_S, POLL_S, Crew, Rank, Spares, end
 from rlhf_train.worker import LastWords, Order
 
-POLL_S = 0.1
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
-GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
 END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
 HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
 PATIENT_HANG_S = 1500.0  # while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
 TAIL_BYTES = 2**16  # of the log, which may be long
 STACKS_S = 1.0  # for the ranks to write down their stacks
-CHECKOUT = Path(__file__).parents[1]
-
-Rank = subprocess.Popen[bytes]
+SPARES_S = 10.0  # before a step's last update the next step's ranks are started: their imports take half of it, its end some seconds more
 
 
-def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int) -> ExitCode:
+@dataclass(frozen=True)
+class _Call:
+    """What the steps of one call share."""
+
+    job: Job
+    run: RunDir
+    cache: Path
+    lock: int
+    log: IO[bytes]
+    view: Any
+    caught: list[int]  # signals that ask to stop
+    spares: Spares
+
+
+def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: Spares) -> ExitCode:
     """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come. Raises ToolkitError with the first rank's error.
 
     Each step has processes of its own: DeepSpeed's engines do not give back all memory within one (seen on a GPU:
-    16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after `engine.destroy()`).
+    16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after `engine.destroy()`). Those of the next
+    step are started while this one ends, so that it need not wait for their imports.
     """
     nccl = nccl_settings(placement, os.environ)
     if nccl:
@@ -57,12 +67,13 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
         placement = replace(placement, notes=(*placement.notes, f"{said} for the ranks: {placement.no_peer_access}"))
     save_job(job, run.job_file)
     placement = fitted.fit(job, run, placement)
-    with run.log.open("ab") as log, _stop_signals() as caught, console.view() as view:
+    with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
+        call = _Call(job, run, cache, lock, log, view, caught, spares)
         for step in steps:
             ended = _Ended(is_done=False)
             while not ended.is_done:
                 view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
-                ended = _train_step(job, run, step, [n for n in steps if n >= step], placement, cache, lock, log, caught, view)
+                ended = _train_step(call, step, [n for n in steps if n >= step], placement)
                 if ended.no_memory is not None:
                     placement = _with_less_memory(job, run, step, placement, ended.no_memory)
                 elif not ended.is_done:
@@ -86,22 +97,31 @@ class _Ended:
     no_memory: LastWords | None = None
 
 
-def _train_step(
-    job: Job, run: RunDir, step: int, left: Sequence[int], placement: Placement, cache: Path, lock: int, log: Any, caught: list[int], view: Any
-) -> _Ended:
+def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placement) -> _Ended:
+    """left: this step and those to be done after it."""
+    job, run, caught = call.job, call.run, call.caught
     port, _store = _rendezvous(placement.ranks)
-    watch = Watch(placement.ranks)
-    order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(cache), port, watch.file)
+    order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(call.cache), port)
+    crew, watch = crew_of(placement, os.environ), Watch(placement.ranks)
     offset = run.events.stat().st_size if run.events.exists() else 0
-    ranks: list[Rank] = []
+
+    def show() -> None:
+        nonlocal offset
+        events, offset = read_events(run.events, offset)
+        for event in events:
+            call.view.feed(event)
+        if len(left) > 1 and not caught and any(map(_ends_soon, events)):
+            call.spares.start(crew)
+
     hang: ToolkitError | None = None
+    ranks = call.spares.take(crew)
     try:
-        for number in range(placement.ranks):
-            ranks.append(_start(order, number, placement, lock, log))
+        for number, rank in enumerate(ranks):
+            rank.tell(order.for_rank(number), call.log.fileno(), watch.file, call.lock)
         life, asked_at = _Life(watch), math.inf
         while any(rank.poll() is None for rank in ranks) and not _failed(ranks):
             time.sleep(POLL_S)
-            offset = _show(run, view, offset)
+            show()
             if caught and asked_at == math.inf:
                 asked_at = time.monotonic()
                 for rank in ranks:
@@ -116,15 +136,18 @@ def _train_step(
         failed = _failed(ranks)
         wait_s = 0.0 if caught or hang else OTHERS_S
         saving_s = 0.0 if caught or hang else max(OTHERS_S, job.checkpoint.grace_s - END_S)
-        _end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
+        end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
         watch.close()
-    offset = _show(run, view, offset)
+        for rank in ranks:
+            with suppress(OSError):  # the log's disk may be full
+                call.log.write(rank.early_words())
+    show()
     if hang is not None:
         raise _written(run, step, 0, hang)
     if caught:
         if failed and (words := _all_last_words(ranks)):  # while it saved: said, but the run was stopped and not broken
             _failure(run, step, ranks, list(words), words)
-            _show(run, view, offset)
+            show()
         return _Ended(is_done=all(rank.returncode == 0 for rank in ranks))
     if failed:
         words = _all_last_words(ranks)
@@ -205,11 +228,9 @@ def process_state(process: int) -> str:
         return "?"
 
 
-def _show(run: RunDir, view: Any, offset: int) -> int:
-    events, offset = read_events(run.events, offset)
-    for event in events:
-        view.feed(event)
-    return offset
+def _ends_soon(event: RawEvent) -> bool:
+    """Whether the step that says this has its last update behind it, or SPARES_S before it as far as can be told."""
+    return event["kind"] == "metrics" and (event["updates"] - event["update"]) * event["elapsed_s"] / event["update"] <= SPARES_S
 
 
 def _rendezvous(ranks: int) -> tuple[int, Any]:
@@ -222,6 +243,10 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
+def crew_of(placement: Placement, environ: Mapping[str, str]) -> Crew:
+    return Crew(placement.device, placement.ranks, placement.cpu_threads, tuple(nccl_settings(placement, environ).items()))
+
+
 def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     """NCCL's variables for the ranks: without peer access it would hang, or fail, on the way that it tries first. What the user
     has set stays as it is.
@@ -231,67 +256,6 @@ def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str,
     # The level decides on peer access too: who set it has thought of it.
     owners = {"NCCL_P2P_DISABLE": {"NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"}, "NCCL_IB_DISABLE": {"NCCL_IB_DISABLE"}}
     return {name: "1" for name, taken in owners.items() if not any(environ.get(other) for other in taken)}
-
-
-def environment_of(rank: int, placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
-    environment = {
-        **environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(placement.ranks),
-        "LOCAL_SIZE": str(placement.ranks),  # DeepSpeed on CPU asks numactl without it
-        "DS_ACCELERATOR": placement.device,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
-        "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
-        "PYTHONUNBUFFERED": "1",
-        **nccl_settings(placement, environ),
-    }
-    if placement.device == "cpu":
-        environment |= {
-            "OMP_NUM_THREADS": str(placement.cpu_threads),
-            # How long a waiting thread spins (libgomp). With its own 300,000, a busy neighbour made updates of the demo ten
-            # times slower and more; not spinning at all cost a third of the speed on a quiet machine.
-            "GOMP_SPINCOUNT": "3000",
-            # glibc hands large blocks back to the kernel after each use; keeping them made updates 10 % faster.
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-            "MALLOC_TOP_PAD_": str(256 * 2**20),
-        }
-    return environment
-
-
-def _start(order: Order, rank: int, placement: Placement, lock: int, log: Any) -> Rank:
-    # A session of its own: Ctrl-C reaches the launcher alone, which then ends the ranks in order.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_train.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment_of(rank, placement, os.environ),
-        pass_fds=[lock, order.pulse],
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already, and will be found so
-        process.stdin.write(order.for_rank(rank).encode() + b"\n")
-        process.stdin.flush()
-    return process
-
-
-def _end(ranks: Sequence[Rank], wait_s: float, saving_s: float, is_saving: Callable[[], bool]) -> None:
-    """All ranks are gone when this returns. SIGKILL: to SIGTERM they answer with a checkpoint, and those that wait for each other not at all.
-
-    They have `wait_s` to end by themselves, and `saving_s` as long as rank 0 writes a checkpoint.
-    """
-    start = time.monotonic()
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (saving_s if is_saving() else wait_s):
-        time.sleep(POLL_S)
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
-    deadline = time.monotonic() + GRACE_S
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
 
 
 def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int], words: Mapping[int, LastWords]) -> ToolkitError:

@@ -1,7 +1,8 @@
-"""One rank of one step: `python -m rlhf_train.worker`, started by launch.py and by nobody else.
+"""One rank of one step: `python -m rlhf_train.worker`, started by ranks.py and by nobody else.
 
-Its order comes as one JSON line on stdin, which then stays open: its end means that the launcher is gone. Its stdout is a
-pipe to the launcher for one thing, why it ended: that is told even when the disk is full. All else goes to the log.
+Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's: maybe at once, maybe only
+when the step before has ended. The socket stays open then: its end means that the launcher is gone. Its stdout is a pipe to
+the launcher for one thing, why it ended: that is told even when the disk is full. All else goes to the log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from jobs.console import console_on
@@ -43,7 +46,6 @@ class Order:
     placement: dict[str, Any]
     cache: str
     store_port: int  # of the launcher's rendezvous store; 0 for a single rank
-    pulse: int  # file descriptor of the ranks' signs of life
     rank: int = 0
 
     def for_rank(self, rank: int) -> str:
@@ -62,15 +64,24 @@ class LastWords:
     out_of_memory: bool = False  # a smaller micro batch may help
 
 
+Told = tuple[str, int, int]  # the order's line, and the log and the ranks' signs of life as open files
+
+
 def main() -> int:
     pipe = os.dup(1)
     os.dup2(2, 1)
-    order = Order(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_leave_with_launcher, daemon=True).start()
     faulthandler.register(signal.SIGUSR2)  # the launcher asks a rank that hangs for its stack
+    told: SimpleQueue[Told] = SimpleQueue()
+    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    failure = _import_all()
+    line, log, pulse = told.get()
+    _write_to(log)
+    order = Order(**json.loads(line))
     run = RunDir(Path(order.run))
     try:
-        return _train(order, run)
+        if failure is not None:
+            raise failure
+        return _train(order, run, pulse)
     except Exception as error:  # the process ends here: say why, for the launcher to show
         report = explain(error)
         # While models are loaded, a smaller micro batch would not help.
@@ -83,12 +94,42 @@ def main() -> int:
         return report.code
 
 
-def _leave_with_launcher() -> None:
-    os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read(): it would hold a lock that Python wants when it ends
+def _listen(told: SimpleQueue[Told]) -> None:
+    """Hand on what the launcher tells, and leave with it: also before it has told anything, in the midst of an import."""
+    launcher = socket.socket(fileno=0)
+    _, files, _, _ = socket.recv_fds(launcher, 1, 3)
+    line = launcher.makefile("r", encoding="utf-8").readline()
+    if line.endswith("\n"):
+        log, pulse, _ = files  # the third is the run's lock: to have it open is to hold it
+        told.put((line, log, pulse))
+        launcher.recv(1)
     os._exit(ExitCode.CANCELLED)
 
 
-def _train(order: Order, run: RunDir) -> ExitCode:
+def _import_all() -> Exception | None:
+    """What every step needs: seconds, and none of them once the order is there. No GPU is touched: the card is another step's.
+    What goes wrong is to be told later, since only then there is a log.
+    """
+    try:
+        import transformers.models.opt.modeling_opt  # noqa: F401 (any family's would do: what they share takes two of the seconds)
+
+        from rlhf_train import checkpoint, ppo, reward, sft  # noqa: F401
+    except Exception as error:
+        return error
+    return None
+
+
+def _write_to(log: int) -> None:
+    """From now on; with what was said before."""
+    sys.stderr.flush()
+    with suppress(OSError):  # its disk may be full
+        os.write(log, os.pread(2, 2**20, 0))
+    os.truncate(2, 0)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+
+
+def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     import torch
     import torch.distributed as dist
 
@@ -111,7 +152,7 @@ def _train(order: Order, run: RunDir) -> ExitCode:
     else:
         torch.set_num_threads(placement.cpu_threads)
     device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
-    pulse = Pulse.of_rank(order.pulse, order.rank, placement.ranks)
+    pulse = Pulse.of_rank(pulse_file, order.rank, placement.ranks)
     world = World(order.rank, placement.ranks, device, pulse.meet)
     store = dist.TCPStore("127.0.0.1", order.store_port, world.size, is_master=False) if world.size > 1 else dist.HashStore()
     dist.init_process_group(
@@ -184,6 +225,8 @@ def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, ImportError):  # of what we would ask, maybe
+        return False
     from rlhf_train import compat
 
     return compat.is_out_of_memory(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -86,7 +87,12 @@ def curve(run: RunDir) -> dict[int, float]:
 
 def ranks_here() -> list[psutil.Process]:
     """The ranks that a launcher in this process has started."""
-    return [child for child in psutil.Process().children() if is_rank(child)]
+    return ranks_of(os.getpid())
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """Those at work, and those that wait for the next step."""
+    return [child for child in psutil.Process(launcher).children() if is_rank(child)]
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -108,6 +114,15 @@ def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thre
     thread = threading.Thread(target=wait_and_act, daemon=True)
     thread.start()
     return thread
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for it -> what it returns then."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
 
 
 def error_of(said: str) -> str:

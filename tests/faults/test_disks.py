@@ -13,7 +13,7 @@ import pytest
 from jobs.run_dir import RunDir
 from jobs.words import size
 from rlhf_train import checkpoint
-from tests.faults.scene import Scene, curve, error_of, events, fault, ranks_here, when
+from tests.faults.scene import Scene, curve, error_of, events, fault, when
 from tests.tiny import Trained
 
 Said = pytest.CaptureFixture[str]
@@ -55,7 +55,7 @@ def while_it_waits(scene: Scene, run: RunDir, act: Callable[[], None], *, kind: 
 
     def is_there() -> bool:
         folders = [path.name for path in run.step(1).checkpoints.glob("*")]
-        return bool(ranks_here()) if kind == "start" else folders == [f"update-{kept}"] and (run.step(1).checkpoint(kept) / "complete.json").exists()
+        return run.log.exists() if kind == "start" else folders == [f"update-{kept}"] and (run.step(1).checkpoint(kept) / "complete.json").exists()
 
     def act_and_go() -> None:
         try:

@@ -29,6 +29,7 @@ from jobs.spec import load_job
 from rlhf_train import launch
 from rlhf_train.__main__ import main
 from rlhf_train.plan import Machine, Placement, place
+from rlhf_train.ranks import Spares
 from rlhf_train.worker import LastWords
 from tests.faults.scene import fault
 from tests.tiny import CHECKOUT, job, write_rows
@@ -169,13 +170,22 @@ def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
 def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
     """There is nothing to keep yet, so nothing is waited for."""
     with start() as launcher:
-        (rank,) = wait_for(lambda: ranks_of(launcher.pid), "a rank").values()
+        wait_for(run.log.exists, "the log")  # the rank has been there for longer
+        (rank,) = ranks_of(launcher.pid).values()
         launcher.terminate()
         code, _, err = finish(launcher)
     assert code == 75 and gone(rank)
     starting, stopped = err.splitlines()
     assert starting == "step 1  starting 1 rank"
     assert stopped == "stopped: the same command goes on in out/tiny, from the start of step 1"
+
+
+def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
+    with start() as launcher:
+        (rank,) = wait_for(lambda: ranks_of(launcher.pid), "a rank").values()
+        launcher.terminate()
+        code, _, err = finish(launcher)
+    assert (code, err) == (75, "") and gone(rank) and not run.path.exists()
 
 
 def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
@@ -401,7 +411,7 @@ BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
     """What the user has set stays."""
     assert launch.nccl_settings(TWO_GPUS, environ) == settings
-    environment = launch.environment_of(1, TWO_GPUS, environ)
+    environment = launch.crew_of(TWO_GPUS, environ).environment_of(1, environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
 
@@ -419,8 +429,8 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
     for name in BOTH:
         monkeypatch.delenv(name, raising=False)
     placement = replace(place(load_job("own.yaml"), Machine(cores=1)), notes=("a note",), no_peer_access=why)
-    with launch.locked(run) as lock:
-        assert launch.launch(load_job("own.yaml"), run, [1], placement, Path("cache"), lock) == 0
+    with launch.locked(run) as lock, Spares(os.environ) as spares:
+        assert launch.launch(load_job("own.yaml"), run, [1], placement, Path("cache"), lock, spares) == 0
     assert [event["message"] for event in events(run, "warning")] == notes
 
 

@@ -532,9 +532,10 @@ END
     # shellcheck disable=SC1090
     . "$code/env/mirrors/$d_mirror.env"
     set +a
-    # PYTHONPYCACHEPREFIX: the folder of the code stays as it was sent.
-    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONPYCACHEPREFIX=$cache/pycache
-    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONPYCACHEPREFIX
+    # PYTHONDONTWRITEBYTECODE: the folder of the code stays as it was sent. To compile it anew takes 0.1 s. PYTHONPYCACHEPREFIX would hide
+    # what pip has compiled, too: PyTorch and transformers then take 8 s more of each process at a box's first start.
+    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONDONTWRITEBYTECODE=1
+    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONDONTWRITEBYTECODE
     # shellcheck source=env/caches.sh
     . "$code/env/caches.sh"
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1

@@ -29,6 +29,7 @@ class Size:
 
     all: int
     trained: int
+    adapted: int = 0  # those of the matrices that adapters change
 
 
 def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
@@ -41,7 +42,8 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
             add_lora(network, job.actor.lora, seed=0)
     adapters = sum(p.numel() for name, p in network.named_parameters() if "lora_" in name)
     everything = sum(p.numel() for p in network.parameters())
-    return Size(everything - adapters, adapters or everything)
+    adapted = sum(p.numel() for name, p in network.named_parameters() if name.endswith(".base_layer.weight"))
+    return Size(everything - adapters, adapters or everything, adapted)
 
 
 def _network(job: Job, model: str | Scratch) -> Any:
@@ -78,6 +80,15 @@ def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> i
     )
 
 
+def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> int:
+    """A rank's weights in step 3 that do not learn: the reward model, the reference, and what rollouts read. See ppo.frozen_copies."""
+    if zero_stage == 3:
+        copies = 2 * actor.all
+    else:
+        copies = actor.adapted or actor.all  # LoRA: the reference is the actor with its adapters off
+    return (critic.all + copies) * WEIGHT_BYTES[precision]
+
+
 def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement) -> str:
     lines = [dump_yaml(job.dump()).rstrip(), ""]
     lines.append(f"run: {run.path}")
@@ -106,9 +117,8 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
     actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
     critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
-    frozen = (actor.all + critic.all) * weight
-    copies = actor.all * weight if placement.actor_zero_stage == 3 else 0
-    memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen + copies}
+    frozen = frozen_bytes(actor, critic, placement.precision, placement.actor_zero_stage)
+    memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen}
     lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
     lines += [f"memory, step {step}: {_amount(memory[step])} a rank, and activations" for step in todo]
     need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
@@ -172,9 +182,9 @@ def relief(job: Job, step: int, placement: Placement) -> str:
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
 
     def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> int:
-        total = sum(training_bytes(sizes[part], where.precision, 3 if zero_3 else stages[part], ranks) for part in parts)
-        frozen = sum(sizes[part].all for part in parts) * WEIGHT_BYTES[where.precision] if step == 3 else 0
-        return total + frozen
+        stage = {part: 3 if zero_3 else stages[part] for part in parts}
+        total = sum(training_bytes(sizes[part], where.precision, stage[part], ranks) for part in parts)
+        return total + (frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0)
 
     sizes = plain if job.actor.lora is None else adapted
     now = needed(sizes)

@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs.spec import Ppo
 from rlhf_train.batch import Sequences
 from rlhf_train.losses import gae, kl_penalised_rewards, moments, whiten
-from rlhf_train.models import last_scores
+from rlhf_train.models import ActorForward, last_scores
 from rlhf_train.world import World
 
 RAGGED = ("prompts", "responses")
@@ -166,6 +166,26 @@ def response_values(token_values: Tensor, batch: Sequences) -> Tensor:
 
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class WithoutAdapters:
+    """The actor as it was before LoRA taught it anything: the reference, without weights of its own. Called as an ActorForward is."""
+
+    def __init__(self, actor: ActorForward) -> None:
+        self._actor = actor
+
+    @torch.no_grad()
+    def __call__(self, batch: Sequences, **how: Any) -> tuple[Tensor, Tensor | None]:
+        from peft.tuners.tuners_utils import BaseTunerLayer  # not for those who train all weights: it takes a second
+
+        adapted: list[Any] = [module for module in self._actor.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in adapted:
+            layer.enable_adapters(False)
+        try:
+            return self._actor(batch, **how)
+        finally:
+            for layer in adapted:
+                layer.enable_adapters(True)  # which also makes them learn again
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from jobs.events import Sample
 from rlhf_train.batch import Sequences, evaluation_batches
-from rlhf_train.experience import judge
+from rlhf_train.experience import Forward, judge
 from rlhf_train.rollout import Rollouts
 from rlhf_train.rule import Rule
 from rlhf_train.session import Session
@@ -47,7 +46,7 @@ class HeldOut:
     def __init__(self, session: Session, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
         self.session, self.prompts, self.tokenizer, self.rule, self.seed = session, prompts, tokenizer, rule, seed
 
-    def answers(self, sampling: Rollouts, reference: nn.Module, reward_model: nn.Module) -> list[Answer]:
+    def answers(self, sampling: Rollouts, reference: Forward, reward_model: Forward) -> list[Answer]:
         """One answer a prompt, in order; ranks share the work."""
         world, temperature = self.session.world, self.session.job.ppo.temperature
         mine = np.arange(len(self.prompts))[world.rank :: world.size]

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Metrics, Progress, Warning
-from jobs.spec import Ppo
+from jobs.spec import Lora, Ppo
 from rlhf_train import fitted, losses
 from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
 from rlhf_train.checkpoint import Keeper
@@ -27,9 +26,11 @@ from rlhf_train.disk import write_json
 from rlhf_train.engine import Ema, Engine, copy_weights, rehearse
 from rlhf_train.experience import (
     Experience,
+    Forward,
     Pass,
     Scored,
     TrainerView,
+    WithoutAdapters,
     judge,
     mean_entropies,
     response_values,
@@ -81,50 +82,17 @@ def run(session: Session) -> End:
     session.plan(3, plan, updates=updates, rows=len(rows), zero_stage=where.actor_zero_stage, fates=tokens.train.fates)
 
     session.doing(3, "loading actor, reference, critic and reward model")
-    reference = ActorForward(eval_model(load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)))
     reward_model = ScoreForward(eval_model(load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)))
-    for frozen in (reference, reward_model):
-        check_lengths(frozen.model, job.data.max_prompt_tokens, job.data.max_response_tokens)
-
-    def sampler(model: Any) -> Rollouts:
-        return Rollouts(
-            model,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            max_tokens=job.data.max_response_tokens,
-            max_prompt_tokens=job.data.max_prompt_tokens,
-            temperature=spec.temperature,
-            top_k=spec.top_k,
-            top_p=spec.top_p,
-            batch=where.rollout_micro_batch,
-            device=world.device,
-            warn=lambda message: session.emit(Warning(step=3, message=message)),
-            beat=session.pulse.beat,
-            is_asked_to_stop=lambda: session.stop.asked_at is not None,
-        )
-
-    saved = session.saved.state["loop"] if session.saved is not None else None
-    if saved is not None:
-        reward_model.shift, reward_model.scale = saved["shift"], saved["scale"]
-    elif spec.normalize_rewards:
-        session.doing(3, f"scale of the rewards on {min(NORMALIZATION_PROMPTS, len(rows))} answers of the reference")
-        prompts = [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]]
-        view = HeldOut(session, prompts, tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
-        scores = np.array([answer.score for answer in view.answers(sampler(reference.model), reference, reward_model)])
-        reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
-    if spec.normalize_rewards and world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
-        numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
-        write_json(session.run.step(2).reward_scale, numbers)
-
     actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
-    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    for model in (actor_model, reward_model.model):
+        check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    reference, twin = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
+    if job.actor.lora is not None and isinstance(reference, ActorForward):
+        session.doing(3, "the reference is a copy of the actor, not the actor with its adapters off: ZeRO 3 has no whole weights")
     if job.hardware.gradient_checkpointing:
-        for model in (actor_model, critic_model):
-            checkpoint_activations(model)
+        checkpoint_activations(actor_model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
-    # ZeRO-3 holds no whole weights: rollouts get a copy, filled once a rollout.
-    twin = eval_model(ActorForward(copy.deepcopy(actor_model))) if where.actor_zero_stage == 3 else None
     actor = Engine(
         ActorForward(actor_model),
         spec,
@@ -135,8 +103,12 @@ def run(session: Session) -> End:
         zero_stage=where.actor_zero_stage,
         world=world,
     )
+
+    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(critic_model)
     critic = Engine(
-        ScoreForward(critic_model, shift=reward_model.shift, scale=reward_model.scale),
+        ScoreForward(critic_model),
         spec,
         spec.critic_learning_rate,
         updates,
@@ -146,12 +118,26 @@ def run(session: Session) -> End:
         world=world,
     )
     ema = Ema(actor.module, spec.ema_decay) if spec.ema_decay else None
-    sampling = sampler(twin.model if twin is not None else actor_model)
 
     def refresh() -> None:
         if twin is not None:
-            copy_weights(actor, twin)
+            copy_weights(actor, twin, job.actor.lora)
 
+    sampling = Rollouts(
+        twin.model if twin is not None else actor_model,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_tokens=job.data.max_response_tokens,
+        max_prompt_tokens=job.data.max_prompt_tokens,
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        batch=where.rollout_micro_batch,
+        device=world.device,
+        warn=lambda message: session.emit(Warning(step=3, message=message)),
+        beat=session.pulse.beat,
+        is_asked_to_stop=lambda: session.stop.asked_at is not None,
+    )
     held_out = HeldOut(
         session, [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]], tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED
     )
@@ -166,7 +152,19 @@ def run(session: Session) -> End:
         (actor, lambda: actor(longest, temperature=spec.temperature)[0].sum()),
         (critic, lambda: critic(longest)[0].sum()),
     )
-    keeper.resume()
+    saved = keeper.resume()
+    if saved is not None:
+        reward_model.shift, reward_model.scale = saved["shift"], saved["scale"]
+    elif spec.normalize_rewards:
+        session.doing(3, f"scale of the rewards on {min(NORMALIZATION_PROMPTS, len(rows))} answers of the reference")
+        view = HeldOut(session, [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]], tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
+        refresh()  # the actor has learned nothing yet: its answers are the reference's
+        scores = np.array([answer.score for answer in view.answers(sampling, reference, reward_model)])
+        reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
+    critic.module.shift, critic.module.scale = reward_model.shift, reward_model.scale  # type: ignore[assignment]
+    if spec.normalize_rewards and world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
+        numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
+        write_json(session.run.step(2).reward_scale, numbers)
     if saved is None:
         session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
         refresh()
@@ -231,13 +229,7 @@ def run(session: Session) -> End:
             kl = float(experience.kl.mean())
             if kl > spec.max_kl:  # nothing is learned of it, which a checkpoint would then hold
                 session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
-                raise ToolkitError(
-                    f"step 3's KL to the reference exploded: {kl:.4g} nats a response before update {update + 1}",
-                    why=f"ppo.max_kl is {spec.max_kl:g}: the actor no longer writes what the reference could have written",
-                    hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
-                    f"`--run NEW --from {session.run.name}`; {keeper.last_good()}",
-                    code=ExitCode.TRAINING,
-                )
+                raise exploded(session, kl, update + 1, keeper.last_good())
 
         train_clock = Clock()
         epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
@@ -363,6 +355,21 @@ class Tally:
         )
 
 
+def frozen_copies(actor_model: Any, lora: Lora | None, zero_stage: int) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
+    """Of the actor as it was loaded, before adapters: the reference, and what rollouts read where the engine will not hold plain, whole
+    weights (ZeRO-3 has parts, LoRA has adapters beside them): filled by `copy_weights` once a rollout.
+
+    LoRA learns beside weights that stay: the reference is the actor with its adapters off, and the copy has memory of its own only for
+    what adapters change. ZeRO-3 would have to gather them all, layer by layer, for each batch; there both are whole copies.
+    """
+    if lora is None or zero_stage == 3:
+        reference, *rollouts = (ActorForward(eval_model(copy.deepcopy(actor_model))) for _ in range(2 if zero_stage == 3 else 1))
+        return reference, rollouts[0] if rollouts else None
+    adapted = tuple(f".{target}.weight" for target in lora.target_modules)
+    kept = {id(parameter): parameter for name, parameter in actor_model.named_parameters() if not f".{name}".endswith(adapted)}
+    return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
+
+
 def use_the_smallest_batch(session: Session, sampling: Rollouts, known: int) -> int:
     """Where a rank had no memory for `known` prompts at once, all ranks generate fewer from now on, and the run remembers it."""
     sampling.batch = min(session.world.gather(sampling.batch))
@@ -392,6 +399,16 @@ def warn_of_odd_answers(session: Session, experience: Experience, limit: int) ->
                 hint="raise data.max_response_tokens if step 1's responses are longer; train step 1 longer; raise ppo.missing_eos_penalty",
             )
         )
+
+
+def exploded(session: Session, kl: float, update: int, last_good: str) -> ToolkitError:
+    return ToolkitError(
+        f"step 3's KL to the reference exploded: {kl:.4g} nats a response before update {update}",
+        why=f"ppo.max_kl is {session.job.ppo.max_kl:g}: the actor no longer writes what the reference could have written",
+        hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
+        f"`--run NEW --from {session.run.name}`; {last_good}",
+        code=ExitCode.TRAINING,
+    )
 
 
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
@@ -454,8 +471,8 @@ def score_rollout(
     responses: Responses,
     pad_id: int,
     *,
-    reference: nn.Module,
-    reward_model: nn.Module,
+    reference: Forward,
+    reward_model: Forward,
     trainer: tuple[Engine, Engine] | None,
 ) -> tuple[list[Scored], int]:
     """This rank's responses with the networks' numbers, in their order; and the tokens that were computed for them, padding too.

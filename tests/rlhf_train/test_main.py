@@ -304,6 +304,22 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
     assert printed.err == "" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
+    """The actor is its own reference, and rollouts have the adapted matrices of their own; at ZeRO 3 both are whole copies."""
+    complete("one", 1, 2)
+    hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"
+    settings = [f"actor.model.config={OPT}", "actor.tokenizer_vocabulary=768", "actor.lora={rank: 4, target_modules: [q_proj, v_proj]}", hardware]
+    words = ["--job", "demo", "--dry-run", "--run", "one", "--redo", *(word for setting in settings for word in ("--set", setting))]
+    assert main(words) == 0
+    layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
+    count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
+    adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
+    copies = adapted if stage == 0 else 2 * count
+    needed = (count + 3 * adapters) + 4 * count + (count + copies)  # in float32 numbers: actor, critic, and what is frozen
+    assert f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations" in capsys.readouterr().out.splitlines()
+
+
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
     complete("one", 1, 2)
     assert main(["--job", "demo", "--run", "one", "--dry-run"]) == 0

@@ -20,19 +20,20 @@ from jobs.events import Event, Progress
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Ppo, Scratch
 from rlhf_train import compat
-from rlhf_train.batch import BatchPlan, deal
-from rlhf_train.engine import DTYPES, Engine
+from rlhf_train.batch import BatchPlan, Sequences, deal
+from rlhf_train.engine import DTYPES, Engine, copy_weights
 from rlhf_train.experience import Experience, Scored
 from rlhf_train.export import eval_model
 from rlhf_train.models import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, train_tokenizer
 from rlhf_train.plan import Placement
-from rlhf_train.ppo import accumulate_gradients, next_kl_coef, score_rollout, self_test
+from rlhf_train.ppo import accumulate_gradients, frozen_copies, next_kl_coef, score_rollout, self_test
 from rlhf_train.rollout import Rollouts
 from rlhf_train.session import Session
 from rlhf_train.world import World
 from tests import ranks, tiny
 
 EOS, PAD = 2, 1
+LEAST: dict[str, Any] = {"rollout_batch": 64, "global_batch": 32, "actor_learning_rate": 1.0, "critic_learning_rate": 1.0}
 FOUR_PASSES = BatchPlan(2, 4, 1)
 # Left padding of 0 to 8 tokens in the rollout.
 PROMPTS = [np.array([2, 70, 80, 90]), np.array([2, 71]), np.array([2, 72, 73, 74, 75, 76, 77, 78, 79, 80]), np.array([2, 81, 82])]
@@ -195,6 +196,37 @@ def test_a_number_that_is_none_is_seen_in_any_row(start: Callable[..., Start], p
         self_test(healthy.session, rows, healthy.actor, PAD)
 
 
+# --- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_path: Path, stage: int) -> None:
+    def load() -> Any:
+        return load_causal(Scratch(config=tiny.OPT), train_tokenizer(tiny.WORDS, 320), torch.float32, 1)
+
+    batch = Sequences.of(PROMPTS, [np.array([70, 71, EOS])] * 4, PAD, world.device)
+    with torch.no_grad():
+        untouched = ActorForward(load())(batch)[0]
+    model, lora = load(), Lora(rank=4)
+    reference, twin = frozen_copies(model, lora, stage)
+    add_lora(model, lora, 1)
+    actor = Engine(ActorForward(model), Ppo(**LEAST), 1e-2, 4, BatchPlan(4, 1, 1), precision="float32", zero_stage=stage, world=world)
+    seen = [untouched]
+    for _ in range(2):
+        actor.backward(actor(batch)[0].sum(), last=True)
+        actor.step()
+        assert reference(batch)[0].equal(untouched)
+        seen.append(actor(batch)[0].detach())
+        assert (seen[-1] - seen[-2]).abs().max() > 0.1  # it learns, also after its adapters were off
+        assert twin is not None
+        copy_weights(actor, twin, lora)
+        torch.testing.assert_close(twin(batch)[0], seen[-1], rtol=0, atol=1e-5)
+    # What adapters do not change is there once; the matrices of two layers are not.
+    own = {p.data_ptr(): p.numel() for p in twin.parameters()}
+    shared = {p.data_ptr() for p in model.parameters()}
+    assert sum(count for place, count in own.items() if place not in shared) == (2 * (4 * 32 * 32 + 2 * 32 * 64) if stage < 3 else sum(own.values()))
+
+
 # --- on-policy -----------------------------------------------------------------------------------------------------------
 
 
@@ -262,5 +294,5 @@ def test_on_policy_updates_learn_the_same_on_two_ranks(tmp_path: Path) -> None:
     ],
 )
 def test_kl_coefficient_by_hand(target: float | None, kl: float, expected: float) -> None:
-    spec = Ppo(rollout_batch=64, global_batch=32, actor_learning_rate=1.0, critic_learning_rate=1.0, kl_target=target)
+    spec = Ppo(**LEAST, kl_target=target)
     assert next_kl_coef(spec, 0.15, kl) == pytest.approx(expected, rel=1e-12)

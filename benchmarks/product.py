@@ -39,7 +39,8 @@ class Where:
     @property
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-        return {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        malloc = MALLOC if self.device == "cpu" else {}
+        return {**os.environ, **malloc, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say the names")
     parser.add_argument("--size", choices=list(SIZES), help="of the models (default: small on a CPU, opt-1.3b on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of a rank, and of a peer, on a CPU")
+    parser.add_argument("--threads", type=int, help="of a rank, and of a peer (default: 1, on a GPU 8)")
     parser.add_argument("--repeats", type=int, default=5, help="that count, of each measurement (updates of a process in ppo and peers)")
     parser.add_argument("--rounds", type=int, default=3, help="of peers: processes of each side, in turn")
     parser.add_argument("--lengths", choices=["both", "full", "real"], default="both", help="of ppo and peers")
@@ -194,6 +194,7 @@ def main() -> int:
         return 0
     if options.device == "cpu" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})  # decode is measured in this process
+    options.threads = options.threads or (1 if options.device == "cpu" else 8)
     options.size = options.size or ("opt-1.3b" if options.device == "cuda" else "small")
     if options.device == "cpu":
         torch.set_num_threads(options.threads)

@@ -45,13 +45,14 @@ def test_a_row_of_decode() -> None:
 
 
 def test_ours_is_held_against_the_faster_peer() -> None:
-    def side(*seconds: float):
-        return [{"total_s": s, "cpu_s": s / 2, "generation_s": s / 2, "answer_tokens": 640} for s in seconds]
+    def side(cpu_s: float, *seconds: float):
+        return [{"total_s": s, "cpu_s": cpu_s, "generation_s": s / 2, "answer_tokens": 640} for s in seconds]
 
-    sides = {"ours": side(4, 4, 90), "slow": side(9), "fast": side(6, 5, 7), "generate": [{"generation_s": 1.0, "answer_tokens": 640}]}
-    said = side_by_side.verdict(sides, 64, 1.5)
-    assert said.startswith("ours against the faster peer, fast: 16.00 to 10.67 samples/s, 1.50x (target 1.5x: met); 1.50x")
-    assert "1.50x (target 1.6x: MISSED)" in side_by_side.verdict(sides, 64, 1.6)
+    sides = {"ours": side(3, 4, 4, 90), "slow": side(8, 9), "fast": side(3, 6, 5, 7), "generate": [{"generation_s": 1.0, "answer_tokens": 640}]}
+    said = side_by_side.verdict(sides, 1.5, by_cpu=False)
+    assert said == "ours against the faster peer, fast: 1.50x by the clock (target 1.5x: met), 1.00x by seconds of the CPU"
+    said = side_by_side.verdict(sides, 1.5, by_cpu=True)  # 3 and 3 seconds of the CPU
+    assert said.startswith("ours against the faster peer, fast: 1.00x by seconds of the CPU (target 1.5x: MISSED), 1.50x by the clock")
     assert ppo.row("generate", sides["generate"], 64) == ["generate", "1.00", "-", "-", "-", "-", "-", "640"]
 
 

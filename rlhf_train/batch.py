@@ -94,7 +94,7 @@ def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, globa
     return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
-def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None) -> list[np.ndarray]:
+def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False) -> list[np.ndarray]:
     """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest first.
 
     A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each takes `plan.micro_batch` rows.
@@ -103,10 +103,12 @@ def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = N
     order = np.argsort(-lengths, kind="stable").reshape(-1, plan.world_size)
     if tokens is None:
         return np.split(order[:, rank], plan.gradient_accumulation)
-    return [order[part, rank] for part in cut(lengths[order[:, 0]], tokens)]
+    return [order[part, rank] for part in cut(lengths[order[:, 0]], tokens, packed=packed)]
 
 
-def evaluation_batches(lengths: np.ndarray, micro_batch: int, world_size: int, rank: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def evaluation_batches(
+    lengths: np.ndarray, micro_batch: int, world_size: int, rank: int, *, packed: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep ranks in step (one rank: none).
 
     A pass computes no more than `micro_batch` of the longest rows would.
@@ -114,20 +116,21 @@ def evaluation_batches(lengths: np.ndarray, micro_batch: int, world_size: int, r
     order = np.argsort(-lengths, kind="stable")
     padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % world_size)]).reshape(-1, world_size)
     real = (np.arange(padded.size) < len(order)).reshape(padded.shape)
-    for part in cut(lengths[padded[:, 0]], micro_batch * int(lengths.max(initial=1))):
+    for part in cut(lengths[padded[:, 0]], micro_batch * int(lengths.max(initial=1)), packed=packed):
         yield padded[part, rank], real[part, rank]
 
 
-def cut(lengths: np.ndarray, tokens: int) -> list[slice]:
-    """Passes over rows, longest first, that pad each row to its pass's longest: the cut with the fewest tokens computed.
+def cut(lengths: np.ndarray, tokens: int, *, packed: bool = False) -> list[slice]:
+    """Passes over rows, longest first: the cut with the fewest tokens computed, where each row is padded to its pass's longest or packed.
 
     A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without that, each row would get its own.
     """
+    total = np.cumsum([0, *lengths])
     least, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
     for end in range(1, len(lengths) + 1):  # least[end]: what the first `end` rows cost, cut at best; starts[end]: of their last pass
         most = max(1, tokens // int(lengths[end - 1]))
         first = np.arange(max(0, end - most), end)
-        computed = lengths[first] * (end - first)
+        computed = total[end] - total[first] if packed else lengths[first] * (end - first)
         cost = np.where((computed <= tokens) | (first == end - 1), least[first] + computed + PASS_TOKENS, np.inf)
         starts[end], least[end] = first[cost.argmin()], cost.min()
     parts, end = list[slice](), len(lengths)
@@ -139,9 +142,9 @@ def cut(lengths: np.ndarray, tokens: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with responses, padded on the right.
+    """Prompts with responses, a row each: padded on the right to the longest, or packed one behind the other.
 
-    input_ids: (B, T). What a model says of its tokens, hidden states and scores, is addressed flat: (S,), S = B T, row after row.
+    input_ids: (B, T), or packed (1, N). What a model says of its tokens, hidden states and scores, is addressed flat: (S,), S = B T or N.
     host_prompt_lengths, host_response_lengths: (B,), in tokens, in the host's memory: places are worked out there, so that nothing
     waits for a GPU. The same on the device: prompt_lengths, response_lengths.
     """
@@ -149,16 +152,25 @@ class Sequences:
     input_ids: Tensor
     host_prompt_lengths: np.ndarray
     host_response_lengths: np.ndarray
+    is_packed: bool = False
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int, device: torch.device) -> Sequences:
+    def of(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int | None, device: torch.device) -> Sequences:
+        """pad_id: what fills rows up to the longest; None: rows are packed."""
         prompt_lengths = np.array([len(p) for p in prompts])
         response_lengths = np.array([len(r) for r in responses])
-        ids = np.full((len(prompts), int((prompt_lengths + response_lengths).max())), pad_id, dtype=np.int64)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            ids[row, : len(prompt)] = prompt
-            ids[row, len(prompt) : len(prompt) + len(response)] = response
-        return cls(torch.from_numpy(ids).to(device), prompt_lengths, response_lengths)
+        if pad_id is None:
+            ids = np.concatenate([part for row in zip(prompts, responses, strict=True) for part in row]).astype(np.int64)[None]
+        else:
+            ids = np.full((len(prompts), int((prompt_lengths + response_lengths).max())), pad_id, dtype=np.int64)
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                ids[row, : len(prompt)] = prompt
+                ids[row, len(prompt) : len(prompt) + len(response)] = response
+        return cls(torch.from_numpy(ids).to(device), prompt_lengths, response_lengths, pad_id is None)
+
+    @property
+    def host_lengths(self) -> np.ndarray:
+        return self.host_prompt_lengths + self.host_response_lengths
 
     @cached_property
     def prompt_lengths(self) -> Tensor:
@@ -174,7 +186,7 @@ class Sequences:
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, T): 1 on real tokens. Training needs none: see models.py."""
+        """(B, T): 1 on real tokens of padded rows. Training needs none: see models.py."""
         return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]).long()
 
     def response_mask(self) -> Tensor:
@@ -204,16 +216,20 @@ class Sequences:
 
     def by_row(self, flat: Tensor) -> Tensor:
         """Numbers of all tokens, (S,) -> (B, T): arbitrary behind a row's last token."""
-        return flat.view(self.input_ids.shape)
+        if not self.is_packed:
+            return flat.view(self.input_ids.shape)
+        column = np.arange(self.host_lengths.max())
+        return flat[self._on_device(np.minimum(self._starts[:, None] + column, self._ends[:, None] - 1))]
 
     @property
     def _starts(self) -> np.ndarray:
         """Index into S of each row's first token, (B,)."""
-        return np.arange(len(self.host_prompt_lengths)) * self.input_ids.shape[1]
+        lengths = self.host_lengths
+        return np.cumsum(lengths) - lengths if self.is_packed else np.arange(len(lengths)) * self.input_ids.shape[1]
 
     @property
     def _ends(self) -> np.ndarray:
-        return self._starts + self.host_prompt_lengths + self.host_response_lengths
+        return self._starts + self.host_lengths
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.input_ids.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+KNOWS_DTYPE_OF_NORMS = _TORCH >= (2, 4)  # torch._foreach_norm(..., dtype=)
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
@@ -77,3 +78,41 @@ def keep_rows(cache: Any, rows: Tensor) -> Any:
         cache.batch_select_indices(rows)
         return cache
     return tuple(tuple(tensor.index_select(0, rows) for tensor in layer) for layer in cache)
+
+
+def takes_own_attention() -> bool:
+    """Whether transformers lets us register an attention function that its decoders hand keywords to."""
+    return _MAJOR >= 5
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Masks are made for it as for SDPA."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    transformers.AttentionInterface.register(name, function)
+    transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def has_varlen_attention() -> bool:
+    """Flash attention over rows of any lengths, which needs Ampere; with `scale` and `window_size` from PyTorch 2.11 on."""
+    if _TORCH < (2, 11) or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, rows: Any, scale: float) -> Tensor:
+    """As `attention.row_by_row`, of 16-bit numbers on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    longest = max(rows.lengths)
+    found: Any = varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, scale=scale, window_size=(-1, 0))
+    return found[None]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import compat, hub
+from rlhf_train import attention, compat, hub
 from rlhf_train.batch import Sequences
 from rlhf_train.losses import entropy, token_log_probs
 
@@ -232,11 +232,21 @@ def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
 
 
 def _hidden_states(model: Any, batch: Sequences) -> Tensor:
-    """(S, d). Rows are padded on the right, where causal attention never looks: no mask is needed, and default positions are right.
+    """(S, d). Padding is on the right, where causal attention never looks: no mask is needed, and default positions are right.
 
     Without a mask, attention takes kernels that know of causality alone.
     """
-    return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    more = attention.arguments(batch) if batch.is_packed else {}
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+
+
+def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
+    """What `Sequences.of` fills rows up with for these models; None: they are made to take packed rows, since all can."""
+    if not all(attention.can_pack(model) for model in models):
+        return tokenizer.pad_token_id
+    for model in models:
+        attention.keep_rows_apart(model)
+    return None
 
 
 def label_log_probs(

@@ -20,7 +20,7 @@ from rlhf_train.data import Table
 from rlhf_train.engine import Engine, rehearse
 from rlhf_train.export import save_model, scores_of
 from rlhf_train.losses import preference_loss, preference_loss_per_token
-from rlhf_train.models import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer
+from rlhf_train.models import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
 from rlhf_train.session import Clock, Session, actor_tokenizer, corpus
 
 
@@ -40,6 +40,7 @@ def run(session: Session) -> End:
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
+    pad_id = padding(tokenizer, model)
     engine = Engine(
         ScoreForward(model, with_lm=spec.lm_coef > 0),
         spec,
@@ -51,7 +52,7 @@ def run(session: Session) -> End:
         world=world,
     )
 
-    held_out, pad_id = tokens.held_out.step_rows[2], tokenizer.pad_token_id
+    held_out = tokens.held_out.step_rows[2]
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
     keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
@@ -88,7 +89,7 @@ def run(session: Session) -> End:
         real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
-        passes = deal(lengths, plan, world.rank, pass_tokens)
+        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
@@ -147,7 +148,7 @@ def pair_lengths(table: Table) -> np.ndarray:
     return table.prompt.lengths + np.maximum(table.chosen.lengths, table.rejected.lengths)
 
 
-def pairs(table: Table, rows: np.ndarray, pad_id: int, device: torch.device) -> Sequences:
+def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
     """2n sequences: the n chosen, then the n rejected."""
     answers = [table.chosen[i] for i in rows] + [table.rejected[i] for i in rows]
     return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
@@ -170,10 +171,11 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int) -> float:
+def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
     """Share of pairs whose chosen answer scores higher, at the last token of each; NaN if a score is not finite."""
     correct = 0.0
-    for micro, real in evaluation_batches(pair_lengths(table)[rows], session.placement.micro_batches[1], session.world.size, session.world.rank):
+    share = (session.placement.micro_batches[1], session.world.size, session.world.rank)
+    for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
         session.pulse.beat()
         session.stop_if_asked()
         batch = pairs(table, rows[micro], pad_id, session.world.device)

@@ -18,7 +18,16 @@ from rlhf_train.checkpoint import Keeper
 from rlhf_train.data import Table
 from rlhf_train.engine import Engine, rehearse
 from rlhf_train.export import save_model, scores_of
-from rlhf_train.models import ActorForward, add_lora, check_lengths, check_same_tokenizer, checkpoint_activations, load_causal, load_tokenizer
+from rlhf_train.models import (
+    ActorForward,
+    add_lora,
+    check_lengths,
+    check_same_tokenizer,
+    checkpoint_activations,
+    load_causal,
+    load_tokenizer,
+    padding,
+)
 from rlhf_train.session import Clock, Session, actor_tokenizer, corpus
 
 
@@ -42,6 +51,7 @@ def run(session: Session) -> End:
         checkpoint_activations(model)
     if job.actor.lora is not None:
         add_lora(model, job.actor.lora, job.seed)
+    pad_id = padding(tokenizer, model)
     engine = Engine(
         ActorForward(model),
         spec,
@@ -53,7 +63,7 @@ def run(session: Session) -> End:
         world=world,
     )
 
-    held_out, pad_id = tokens.held_out.step_rows[1], tokenizer.pad_token_id
+    held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
@@ -83,7 +93,7 @@ def run(session: Session) -> End:
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
-        passes = deal(lengths, plan, world.rank, pass_tokens)
+        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
@@ -125,7 +135,7 @@ def run(session: Session) -> End:
     return end
 
 
-def sequences(table: Table, rows: np.ndarray, pad_id: int, device: torch.device) -> Sequences:
+def sequences(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
     return Sequences.of([table.prompt[i] for i in rows], [table.response[i] for i in rows], pad_id, device)
 
 
@@ -136,11 +146,12 @@ def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int) -> float:
+def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
     """exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
     nll = count = 0.0
-    for micro, real in evaluation_batches(lengths, session.placement.micro_batches[0], session.world.size, session.world.rank):
+    share = (session.placement.micro_batches[0], session.world.size, session.world.rank)
+    for micro, real in evaluation_batches(lengths, *share, packed=pad_id is None):
         session.pulse.beat()
         session.stop_if_asked()
         batch = sequences(table, rows[micro], pad_id, session.world.device)

@@ -168,6 +168,28 @@ def test_spread_puts_flat_numbers_back_and_keeps_their_gradient():
     assert flat.grad.tolist() == [1, 10, 2, 3, 4, 5]
 
 
+def test_packed_rows_are_found_in_flat_numbers():
+    batch = Sequences.of([np.array([2, 5]), np.array([2])], [np.array([3]), np.array([7, 8, 3])], None, CPU)
+    assert batch.input_ids.tolist() == [[2, 5, 3, 2, 7, 8, 3]]
+    index, labels = batch.predicted()
+    assert index.tolist() == [1, 3, 4, 5]
+    assert labels.tolist() == [3, 7, 8, 3]
+    assert batch.predicted(from_prompt=True)[0].tolist() == [0, 1, 3, 4, 5]
+    assert batch.last().tolist() == [2, 6]
+    assert batch.response_mask().tolist() == [[True, False, False], [True, True, True]]
+    assert batch.spread(torch.tensor([1.0, 2, 3, 4])).tolist() == [[1, 0, 0], [2, 3, 4]]
+    rows = batch.by_row(torch.arange(7))
+    assert rows.shape == (2, 4)
+    assert (rows[0, :3].tolist(), rows[1].tolist()) == ([0, 1, 2], [3, 4, 5, 6])
+
+
+def test_packed_rows_fill_passes():
+    """9, 6 and 5 tokens are 20; padded to the longest they would be 27."""
+    lengths = np.array([9, 6, 5])
+    assert [lengths[part].tolist() for part in cut(lengths, 20, packed=True)] == [[9, 6, 5]]
+    assert [lengths[part].tolist() for part in cut(lengths, 20)] == [[9], [6, 5]]
+
+
 def test_rows_and_their_last_tokens_are_found_in_flat_numbers():
     batch = Sequences.of([np.array([2]), np.array([2])], [np.array([3]), np.array([7, 7, 3])], 1, CPU)
     assert batch.last().tolist() == [1, 7]

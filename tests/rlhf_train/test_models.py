@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import models
+from rlhf_train import attention, compat, models
 from rlhf_train.batch import Sequences
 from rlhf_train.models import (
     ActorForward,
@@ -22,11 +22,13 @@ from rlhf_train.models import (
     add_lora,
     check_lengths,
     check_same_tokenizer,
+    checkpoint_activations,
     last_scores,
     load_causal,
     load_scorer,
     load_tokenizer,
     merge_lora,
+    padding,
     train_tokenizer,
 )
 from tests.hub import Hub
@@ -58,10 +60,16 @@ def actor(tokenizer):
 
 
 @pytest.fixture
-def batch():
+def texts():
+    """Prompts and responses."""
     rng = np.random.RandomState(0)
     draw = lambda low, high: [rng.randint(5, 300, rng.randint(low, high)) for _ in range(4)]  # noqa: E731
-    return Sequences.of(draw(2, 9), draw(1, 7), 1, CPU)
+    return draw(2, 9), draw(1, 7)
+
+
+@pytest.fixture
+def batch(texts):
+    return Sequences.of(*texts, 1, CPU)
 
 
 def rows_of(batch):
@@ -249,13 +257,24 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+PADDED, PACKED = "padded", "packed"
+
+
+def laid_out(layout, texts, tokenizer, *models):
+    """Packed where these libraries can."""
+    pad_id = padding(tokenizer, *models) if layout == PACKED else tokenizer.pad_token_id
+    assert (pad_id is None) == (layout == PACKED and compat.takes_own_attention())
+    return Sequences.of(*texts, pad_id, CPU)
+
+
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_learns_from_padded_rows_what_it_learns_from_rows_alone(family, batch):
-    """Values and gradients; no mask hides the padding, and no positions are ours."""
+def test_each_family_learns_from_a_batch_what_it_learns_from_rows_alone(family, layout, texts, batch, tokenizer):
+    """Values and gradients; no mask hides the padding, and no row sees another."""
     torch.manual_seed(0)
     ours = FAMILIES[family]()
     theirs = copy.deepcopy(ours)
-    log_probs, _ = ActorForward(ours)(batch)
+    log_probs, _ = ActorForward(ours)(laid_out(layout, texts, tokenizer, ours))
     rows = [theirs(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
     expected = torch.cat(rows)
     torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
@@ -265,6 +284,52 @@ def test_each_family_learns_from_padded_rows_what_it_learns_from_rows_alone(fami
     found, wanted = gradients(ours), gradients(theirs)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, texts, tokenizer, actor):
+    adapted = add_lora(copy.deepcopy(actor), Lora(rank=4), seed=0).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    again = copy.deepcopy(adapted)
+    checkpoint_activations(again)
+    for model, how in ((adapted, PADDED), (again, layout)):
+        ActorForward(model)(laid_out(how, texts, tokenizer, model))[0].sum().backward()
+    wanted = {name: gradient for name, gradient in gradients(adapted).items() if gradient is not None}
+    assert wanted
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
+    scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=0).eval()
+    forward = ScoreForward(scorer, with_lm=True)
+    padded, packed = (laid_out(layout, texts, tokenizer, scorer) for layout in (PADDED, PACKED))
+    found, found_lm = forward(packed, lm_rows=2)
+    expected, expected_lm = forward(padded, lm_rows=2)
+    torch.testing.assert_close(last_scores(found, packed), last_scores(expected, padded), rtol=1e-5, atol=1e-5)
+    real = padded.attention_mask.bool()
+    torch.testing.assert_close(packed.by_row(found)[real], padded.by_row(expected)[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_lm, expected_lm, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_takes_packed_rows_is_called_as_before_otherwise(batch, tokenizer, actor, tmp_path):
+    """Rollouts call it with a mask; what is saved says nothing of it."""
+    packing = copy.deepcopy(actor)
+    padding(tokenizer, packing)
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    assert torch.equal(packing(**given).logits, actor(**given).logits)
+    packing.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_rows_are_padded_where_one_of_the_models_cannot_have_them_packed(tokenizer, actor):
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2))
+    exact = copy.deepcopy(actor).double()
+    for models_ in ([gpt], [copy.deepcopy(actor), gpt], [exact]):
+        assert padding(tokenizer, *models_) == tokenizer.pad_token_id
+        assert all(model.config._attn_implementation != attention.NAME for model in models_)
 
 
 @pytest.mark.parametrize("load", [load_causal, load_scorer])

@@ -14,6 +14,8 @@ from jobs.words import plural
 from rlhf_train.batch import BatchPlan, largest_divisor
 
 GIB = 2**30
+# A GPU with more memory than that tries so many sequences at once before the first update, and comes down from there.
+MICRO_BATCHES = ((120 * GIB, 64), (70 * GIB, 32), (40 * GIB, 16), (0, 8))
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
-        limit = 16 if device == "cpu" or machine.gpu_bytes > 40 * GIB else 8  # what the try before the first update comes down from
+        limit = 16 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
         micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
     else:
         micro_batches = (wish.micro_batch,) * 3
@@ -117,8 +119,9 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         # (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no more memory.
         notes = tuple(f"{who}: ZeRO 0 is run as ZeRO 1 in {precision}" for who, stage in wishes.items() if stage == 0)
         stages = {who: max(stage, 1) for who, stage in stages.items()}
-    rollout_micro_batch = wish.rollout_micro_batch
-    if rollout_micro_batch == "auto":  # a GPU takes fewer where its free memory holds no more answers: see Rollouts
+    if wish.rollout_micro_batch != "auto":
+        rollout_micro_batch = wish.rollout_micro_batch
+    else:  # a GPU takes fewer where its free memory holds no more answers: see Rollouts
         rollout_micro_batch = max(64, job.ppo.rollout_batch // ranks) if device == "cuda" else 64
     placement = Placement(
         device=device,

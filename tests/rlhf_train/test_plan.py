@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,8 +48,14 @@ def test_a_card_of_24_gb() -> None:
     assert str(found.batch_plan(opt(), 1)).startswith("128 = 8 micro batch x 16 accumulation x 1 rank")
 
 
-def test_a_large_card_takes_larger_micro_batches() -> None:
-    assert place(opt(), H200).micro_batches == (16, 16, 16)
+@pytest.mark.parametrize(("gpu_gib", "micro_batch"), [(140, 64), (79, 32), (47, 16), (24, 8)])
+def test_a_large_card_takes_larger_micro_batches(gpu_gib: int, micro_batch: int) -> None:
+    assert place(opt(), replace(H200, gpu_bytes=gpu_gib * 2**30)).micro_batches == (micro_batch,) * 3
+
+
+def test_a_gpu_generates_a_whole_rollout_at_once() -> None:
+    more = ("ppo.rollout_batch=256", "ppo.global_batch=256")
+    assert [place(opt(*more), machine).rollout_micro_batch for machine in (H200, TWO_4090, CPU)] == [256, 128, 64]
 
 
 def test_two_cards_share_optimizer_and_gradients() -> None:

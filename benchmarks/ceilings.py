@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.figures import Spread, Table
+from benchmarks.product import Where
 
 REPEATS = 7
 TRAINING_SHAPES = ((16384, 6144, 2048), (16384, 8192, 2048), (16384, 2048, 8192), (16384, 50272, 2048))  # rows, out, in: OPT-1.3b, 32 x 512 tokens
@@ -36,9 +37,16 @@ def seconds(work: Callable[[], object], device: str, repeats: int = REPEATS, pau
 
 
 def now(device: str) -> float:
+    """On a CPU with one thread, seconds of the processor: others who share it cost us little then."""
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def clock_of(where: Where) -> str:
+    """What `now`, and an update's seconds in a table, are of."""
+    is_alone = where.device == "cuda" or where.threads * where.ranks > 1
+    return "seconds of the clock" if is_alone else "seconds of the CPU: one thread, on processors that others may share"
 
 
 def measure(device: str, repeats: int = REPEATS) -> Ceilings:
@@ -74,7 +82,8 @@ def measure(device: str, repeats: int = REPEATS) -> Ceilings:
     return Ceilings(Spread.of(sustained), Spread.of(burst), Spread.of(copy), shapes)
 
 
-def table(found: Ceilings, device: str) -> Table:
+def table(found: Ceilings, where: Where) -> Table:
+    device = where.device
     kind = "bfloat16 8192^3" if device == "cuda" else f"float32 1024^3, {torch.get_num_threads()} threads"
     rows = [
         [f"matmul, {kind}, back to back", f"{scaled(found.flops, 1e9):.0f} GFLOP/s"],
@@ -82,7 +91,7 @@ def table(found: Ceilings, device: str) -> Table:
         *([f"matmul, bfloat16 {shape}, back to back", f"{rate / 1e9:.0f} GFLOP/s"] for shape, rate in found.shapes.items()),
         ["copy, read + write" if device == "cuda" else "copy into kept memory, bytes copied", f"{scaled(found.copy, 1e9):.1f} GB/s"],
     ]
-    return Table("ceilings", ["", "median (least-most)"], rows)
+    return Table("ceilings", ["", "median (least-most)"], rows, [f"by {clock_of(where)}"], found)
 
 
 def scaled(spread: Spread, unit: float) -> Spread:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.ceilings import Ceilings, now
+from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
+from benchmarks.product import Where
 from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts_of, weight_bytes_of_decoding
 from rlhf_train.rollout import Rollouts
 
@@ -52,7 +53,8 @@ def measure(model: Any, size: Size, batch: int, device: str, repeats: int, seed:
     return {"batch": batch, "floor_s": floor_s, "step_s": step_s, "prefill_s": prefill_s, "whole_s": longer.median, "longer": longer, "tokens": long}
 
 
-def table(size: Size, device: str, repeats: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
+def table(size: Size, where: Where, repeats: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
+    device = where.device
     dtype = torch.bfloat16 if size.precision == "bfloat16" else torch.float32
     model = actor_of(size.actor, seed).to(device=device, dtype=dtype)
     rows, numbers = [], []
@@ -66,7 +68,7 @@ def table(size: Size, device: str, repeats: int, seed: int, ceiling: Ceilings, s
         f"prompts of {size.prompt_tokens} tokens; a step is the difference of answers of {long} and {short} tokens, {repeats} repeats each",
         "floor: weights and live keys and values, read once at the measured copy bandwidth"
         + ("" if device == "cuda" else ", or the products at the measured matmul rate, if that takes longer"),
-        "whole: prefill and all steps; tokens/s counts prompts and answers",
+        f"whole: prefill and all steps; tokens/s counts prompts and answers; {clock_of(where)}",
     ]
     return Table("decode", COLUMNS, rows, notes, numbers)
 

@@ -34,7 +34,7 @@ def variants(size: Size, ranks: int) -> Iterator[tuple[str, Size, int]]:
 def table(size: Size, folder: Path, where: Where, updates: int, seed: int, ranks: int, say: Callable[[str], None]) -> Table:
     rows: list[list[str]] = []
     numbers = {}
-    first = {}  # seconds of the first line of each group
+    first: dict[str, float] = {}  # of each group: what its first line took
     for number, (name, work, count) in enumerate(variants(size, ranks)):
         place = folder / str(number)
         prompts = ppo.write_work(work, place, seed, real_lengths=False)
@@ -42,11 +42,13 @@ def table(size: Size, folder: Path, where: Where, updates: int, seed: int, ranks
         seconds = Spread.of([repeat["total_s"] for repeat in repeats])
         say(f"  {name}: {seconds:.2f} s")
         group = name.rstrip("0123456789").split(" of ")[0]
-        ratio = seconds.median / first.setdefault(group, seconds.median)
+        spent = Spread.of([repeat["cpu_s" if where.device == "cpu" else "total_s"] for repeat in repeats]).median
+        ratio = spent / first.setdefault(group, spent)
         rows.append([*ppo.row(name, repeats, work.batch), f"{ratio:.2f}x"])
         numbers[name] = repeats
+    spent_of = "CPU seconds, of all ranks together" if where.device == "cpu" else "whole update"
     notes = [
         f"otherwise {size.batch} prompts of {size.prompt_tokens} tokens with answers of {size.response_tokens}, one update a batch, 1 rank",
-        f"{updates} updates after {ppo.WARM_UP} that does not count; the last column: seconds of the whole update",
+        f"{updates} updates after {ppo.WARM_UP} that does not count; the last column: {spent_of}",
     ]
     return Table("growth", COLUMNS, rows, notes, numbers)

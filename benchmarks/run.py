@@ -50,12 +50,12 @@ class Bench:
 
 
 def do_ceilings(bench: Bench) -> Table:
-    return ceilings.table(ceilings.measure(bench.where.device, bench.options.repeats), bench.where.device)
+    return ceilings.table(ceilings.measure(bench.where.device, bench.options.repeats), bench.where)
 
 
 def do_decode(bench: Bench) -> Table:
     device, repeats = bench.where.device, bench.options.repeats
-    return decode.table(bench.size, device, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say)
+    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say)
 
 
 def do_step(name: str) -> Callable[[Bench], Table]:

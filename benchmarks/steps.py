@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ceilings import Ceilings, scaled
+from benchmarks.ceilings import Ceilings, clock_of, scaled
 from benchmarks.figures import Spread, Table, matmul_share
 from benchmarks.product import Ran, Where, job_of, run_product
 from benchmarks.work import SPECIAL, Size, actor_of, critic_of, matmul_parameters, text, write_model, write_rows
@@ -67,14 +67,15 @@ def table(name: str, size: Size, folder: Path, where: Where, updates: int, seed:
     step = steps_of(size, name)
     say(f"  {step.sequences} sequences of {step.tokens} tokens")
     lines = run(step, size, folder, where, updates, seed).updates(step.number, WARM_UP)
+    key = "cpu_s" if clock_of(where).startswith("seconds of the CPU") else "wall_s"
     fields, with_head = (size.actor, True) if step.number == 1 else (size.critic, False)
-    row, numbers = row_of(step, [line["wall_s"] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median)
+    row, numbers = row_of(step, [line[key] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median)
     row.append(f"{Spread.of([line['real_token_share'] for line in lines]).median:.1%}")
     notes = [
         f"{step.sequences} sequences of {step.tokens} tokens an update, none padded; {updates} updates after {WARM_UP} that do not count",
         f"share: 6 flops a weight and token ({numbers['parameters'] / 1e6:.1f}M without embeddings{', with the tied head' if with_head else ''}) "
         f"of {scaled(ceiling.flops, 1e9).median:,.0f} GFLOP/s, measured just before",
-        "an update: all that lies between two updates of a real run",
+        f"an update: all that lies between two updates of a real run; {clock_of(where)}",
     ]
     return Table(name, COLUMNS, [row], notes, {**numbers, "updates": lines})
 

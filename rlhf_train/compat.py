@@ -36,6 +36,17 @@ def no_gpu_in_sight() -> Iterator[None]:
         torch.cuda.is_available = is_available
 
 
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """For imports of what says `@torch.compile` and is not used here: the functions stay as they are written."""
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def checkpointing_arguments() -> dict[str, bool]:
     """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
     return {"use_reentrant": _TORCH < (2, 1)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ with compat.no_gpu_in_sight():
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
+
+    # Newer ones' ZeRO asks for it before the first update, and would bring in all of TorchInductor to compile it: 2 s.
+    with compat.nothing_compiled(), suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states of a parameter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
 from rlhf_train import attention, compat, hub
 from rlhf_train.batch import Sequences
-from rlhf_train.losses import entropy, token_log_probs
-
-LOGITS_BYTES = 256 * 2**20  # float32 logits held at once; more rows are done in chunks, and made again in the backward pass
-
+from rlhf_train.log_probs import label_log_probs
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------
 
@@ -247,36 +243,6 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
     for model in models:
         attention.keep_rows_apart(model)
     return None
-
-
-def label_log_probs(
-    hidden: Tensor, index: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float = 1.0, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(head(hidden) / temperature)[labels] at chosen places, in chunks of bounded memory.
-
-    hidden: (S, d); index: (N,) into S; labels: (N,). Returns (N,), and the entropies (N,) if asked for.
-    """
-
-    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        with torch.no_grad():
-            spread = entropy(logits) if with_entropy else wanted.new_empty(0, dtype=torch.float32)
-        return token_log_probs(logits, wanted), spread
-
-    states = hidden.index_select(0, index)
-    rows = max(1, LOGITS_BYTES // (4 * vocabulary))
-    if len(labels) <= rows:
-        log_probs, entropies = chunk(states, labels)
-        return log_probs, entropies if with_entropy else None
-    keep_logits = not torch.is_grad_enabled()
-    parts = [
-        chunk(*pair) if keep_logits else checkpoint(chunk, *pair, use_reentrant=False, preserve_rng_state=False)
-        for pair in zip(states.split(rows), labels.split(rows), strict=True)
-    ]
-    log_probs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_probs, entropies if with_entropy else None
 
 
 # --- LoRA ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import attention, compat, models
+from rlhf_train import attention, compat
 from rlhf_train.batch import Sequences
 from rlhf_train.models import (
     ActorForward,
@@ -78,9 +78,7 @@ def rows_of(batch):
 
 
 @pytest.mark.parametrize("from_prompt", [False, True])
-@pytest.mark.parametrize("chunk_rows", [1, 3, 10_000])
-def test_actor_log_probs_are_those_of_unpadded_rows(actor, batch, monkeypatch, from_prompt, chunk_rows):
-    monkeypatch.setattr(models, "LOGITS_BYTES", chunk_rows * 4 * actor.config.vocab_size)
+def test_actor_log_probs_are_those_of_unpadded_rows(actor, batch, from_prompt):
     log_probs, entropies = ActorForward(actor)(batch, from_prompt=from_prompt, temperature=0.7, with_entropy=True)
     expected, spread = [], []
     for ids, prompt in rows_of(batch):
@@ -91,17 +89,6 @@ def test_actor_log_probs_are_those_of_unpadded_rows(actor, batch, monkeypatch, f
         spread.append(-(p * p.log()).sum(-1))
     torch.testing.assert_close(log_probs, torch.cat(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropies, torch.cat(spread), rtol=1e-4, atol=1e-4)
-
-
-def test_chunks_do_not_change_the_gradient(actor, batch, monkeypatch):
-    gradients = []
-    for chunk_rows in (10_000, 2):
-        monkeypatch.setattr(models, "LOGITS_BYTES", chunk_rows * 4 * actor.config.vocab_size)
-        model = copy.deepcopy(actor)
-        ActorForward(model)(batch)[0].sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_off_so_that_training_mode_changes_nothing(actor, batch):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
-from benchmarks.product import Where
+from benchmarks.machine import Where
 from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts_of, weight_bytes_of_decoding
 from rlhf_train.rollout import Rollouts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import ppo
 from benchmarks.figures import Spread, Table
-from benchmarks.product import Where
+from benchmarks.machine import Where
 from benchmarks.work import Size, opt
 
 COLUMNS = ["", *ppo.COLUMNS[1:], "against the first"]

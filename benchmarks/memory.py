@@ -7,7 +7,8 @@ from pathlib import Path
 
 from benchmarks import ppo, steps
 from benchmarks.figures import Table
-from benchmarks.product import Ran, Where
+from benchmarks.machine import Where
+from benchmarks.product import Ran
 from benchmarks.work import Size
 
 
@@ -30,5 +31,5 @@ def table(size: Size, folder: Path, where: Where, seed: int, say: Callable[[str]
     runs[name] = (3, ppo.run(size, folder / "ppo", where, 1))
     rows = [[name, f"{peak_bytes(ran, step) / 2**30:.2f} GiB"] for name, (step, ran) in runs.items()]
     kind = "the tensors of rank 0 on its GPU" if where.device == "cuda" else "the resident set of the largest process, libraries included"
-    note = f"most of {kind}; all weights in training, {size.precision}, micro batch as the product chooses it"
+    note = f"at the peak, {kind}; all weights in training, {size.precision}, micro batch as the product chooses it"
     return Table("memory", ["", "peak"], rows, [note], {name: peak_bytes(ran, step) for name, (step, ran) in runs.items()})

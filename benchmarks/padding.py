@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Table
-from benchmarks.product import Where, run_product
+from benchmarks.machine import Where
+from benchmarks.product import run_product
 from benchmarks.work import actor_of, opt
 from jobs.events import RawEvent
 from jobs.spec import load_job

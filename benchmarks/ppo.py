@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Spread, Table
-from benchmarks.product import Ran, Where, job_of, run_product
+from benchmarks.machine import Where
+from benchmarks.product import Ran, job_of, run_product
 from benchmarks.work import Prompts, Size, prompt_rows, prompts_of, write_models, write_rows
 
 WARM_UP = 1  # updates of a process that do not count

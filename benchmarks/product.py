@@ -16,31 +16,13 @@ from typing import Any
 
 import yaml
 
+from benchmarks.machine import CHECKOUT, Where
 from benchmarks.work import Size
 from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import load_job
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-# glibc gives large blocks back to the kernel and faults them in anew: 9 to 17 % of an update. The same for every side.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
-
 POLL_S = 0.01  # of a run's events, while it runs
-
-
-@dataclass(frozen=True)
-class Where:
-    """What measured processes run on; the same for ours and for the peers."""
-
-    device: str  # cpu or cuda
-    threads: int  # of a rank, on a CPU
-    ranks: int = 1
-
-    @property
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join([str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-        malloc = MALLOC if self.device == "cpu" else {}
-        return {**os.environ, **malloc, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import ppo
 from benchmarks.figures import Spread, Table
-from benchmarks.product import Where
+from benchmarks.machine import Where
 from benchmarks.work import EOS, PAD, Prompts, Size
 
 HERE = Path(__file__).parent / "peers"

@@ -11,7 +11,8 @@ import numpy as np
 
 from benchmarks.ceilings import Ceilings, clock_of, scaled
 from benchmarks.figures import Spread, Table, matmul_share
-from benchmarks.product import Ran, Where, job_of, run_product
+from benchmarks.machine import Where
+from benchmarks.product import Ran, job_of, run_product
 from benchmarks.work import SPECIAL, Size, actor_of, critic_of, matmul_parameters, text, write_model, write_rows
 
 WARM_UP = 2  # updates that do not count

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import run as command_line
+from benchmarks.tables import TABLES
+from benchmarks.work import SIZES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,10 +25,14 @@ def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
     assert done.returncode == 2 and "`pppo` is no NAME: ceilings, decode" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_list_says_every_name_and_step_3_runs_for_real(tmp_path: Path) -> None:
-    """One process for both, since torch takes seconds to import. The EOS ends answers: their number of tokens is asserted inside."""
+def test_list_says_every_name() -> None:
     done = run("--list")
-    assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["ceilings", "decode"], done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(TABLES), done.stderr
+    assert tuple(SIZES) == command_line.SIZES
+
+
+def test_step_3_runs_for_real(tmp_path: Path) -> None:
+    """The EOS ends its answers: how many tokens they have is asserted inside."""
     done = run("ppo", "--size", "tiny", "--repeats", "1", "--lengths", "real", "--device", "cpu", "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     (update,) = json.loads((tmp_path / "out.json").read_text())["ppo"]["numbers"]["real lengths"]

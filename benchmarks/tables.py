@@ -1,0 +1,115 @@
+"""Each NAME of benchmarks/run.py with the measurement that makes its table, and what stands at the foot of all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks import ceilings, decode, growth, memory, padding, ppo, side_by_side, steps
+from benchmarks.figures import Table
+from benchmarks.machine import MALLOC, Where, machine, versions
+from benchmarks.work import Size
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement is given."""
+
+    options: argparse.Namespace
+    size: Size
+    where: Where
+    folder: Path  # for runs and models; each NAME has one of its own
+    cores: set[int]  # that this process had at first
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def do_ceilings(bench: Bench) -> Table:
+    return ceilings.table(ceilings.measure(bench.where.device, bench.options.repeats), bench.where)
+
+
+def do_decode(bench: Bench) -> Table:
+    device, repeats = bench.where.device, bench.options.repeats
+    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say)
+
+
+def do_step(name: str) -> Callable[[Bench], Table]:
+    def do(bench: Bench) -> Table:
+        device, repeats = bench.where.device, bench.options.repeats
+        ceiling = ceilings.measure(device, repeats)
+        return steps.table(name, bench.size, bench.folder, bench.where, 2 * repeats, bench.options.seed, ceiling, bench.say)
+
+    return do
+
+
+def do_ppo(bench: Bench) -> Table:
+    return ppo.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, bench.options.lengths, bench.say)
+
+
+def do_peers(bench: Bench) -> Table:
+    """Environments are made and compiled with all cores, measured with one."""
+    mine = os.sched_getaffinity(0) if bench.cores else set()
+    if mine:
+        os.sched_setaffinity(0, bench.cores)
+    side_by_side.prepare(bench.options, bench.say)
+    if mine:
+        os.sched_setaffinity(0, mine)
+    return side_by_side.table(bench.size, bench.folder, bench.where, bench.options, bench.options.seed, bench.say)
+
+
+def do_padding(bench: Bench) -> Table:
+    return padding.table(bench.options.data, bench.folder, bench.where, 2 * bench.options.repeats, bench.say)
+
+
+def do_memory(bench: Bench) -> Table:
+    return memory.table(bench.size, bench.folder, bench.where, bench.options.seed, bench.say)
+
+
+def do_growth(bench: Bench) -> Table:
+    ranks = most_ranks("growth", bench.where.device)
+    return growth.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say)
+
+
+def do_start_up(bench: Bench) -> Table:
+    """What benchmarks/start_up.py prints and writes."""
+    file = bench.folder / "start_up.json"
+    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file)]
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return Table("start-up", [""], [], done.stdout.splitlines(), json.loads(file.read_text(encoding="utf-8")))
+
+
+TABLES: dict[str, Callable[[Bench], Table]] = {
+    "ceilings": do_ceilings,
+    "decode": do_decode,
+    "sft": do_step("sft"),
+    "reward": do_step("reward"),
+    "ppo": do_ppo,
+    "padding": do_padding,
+    "memory": do_memory,
+    "start-up": do_start_up,
+    "growth": do_growth,
+    "peers": do_peers,
+}
+
+
+def most_ranks(name: str, device: str) -> int:
+    if name != "growth":
+        return 1
+    return min(2, torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1)
+
+
+def foot(bench: Bench, seconds: float) -> list[str]:
+    malloc = " ".join(f"{name}={value}" for name, value in MALLOC.items())
+    lines = [f"$ python {shlex.join(sys.argv)}", machine(bench.where), versions(), f"{malloc} for every measured process"]
+    return [*lines, f"size {bench.options.size}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s"]

@@ -37,7 +37,7 @@ HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes se
 PATIENT_HANG_S = 1500.0  # while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
 TAIL_BYTES = 2**16  # of the log, which may be long
 STACKS_S = 1.0  # for the ranks to write down their stacks
-SPARES_S = 20.0  # before a step's last update the next step's ranks are started: their imports take 5 s on a quiet core, and 11 s were seen on a rented one
+SPARES_S = 20.0  # before a step's last update the next step's ranks are started: imports take 5 s on a quiet core, 11 s on one machine with a GPU
 
 
 @dataclass(frozen=True)

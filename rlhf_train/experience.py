@@ -9,7 +9,7 @@ sure; they are those of the policy that sampled; and a bound on KL can hold befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from jobs.spec import Ppo
 from rlhf_train.batch import Sequences
 from rlhf_train.losses import gae, kl_penalised_rewards, moments, whiten
-from rlhf_train.models import ActorForward, last_scores
 from rlhf_train.world import World
 
 RAGGED = ("prompts", "responses")
@@ -106,7 +105,7 @@ class Experience:
         """To the reference, (B,): sum of log pi - log pi_ref over each response (the k1 estimate), in nats."""
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
-    def cut(self, rows: np.ndarray, pad_id: int, device: torch.device) -> Pass:
+    def cut(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
         """One micro batch."""
         batch = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
         mask = batch.response_mask()
@@ -163,58 +162,3 @@ def response_values(token_values: Tensor, batch: Sequences) -> Tensor:
     """The value before each response token, (S,) -> (B, R), zero elsewhere: what the log-probs are read from too."""
     index, _ = batch.predicted()
     return batch.spread(token_values[index])
-
-
-Forward = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class WithoutAdapters:
-    """The actor as it was before LoRA taught it anything: the reference, without weights of its own. Called as an ActorForward is."""
-
-    def __init__(self, actor: ActorForward) -> None:
-        self._actor = actor
-
-    @torch.no_grad()
-    def __call__(self, batch: Sequences, **how: Any) -> tuple[Tensor, Tensor | None]:
-        from peft.tuners.tuners_utils import BaseTunerLayer  # not for those who train all weights: it takes a second
-
-        adapted: list[Any] = [module for module in self._actor.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in adapted:
-            layer.enable_adapters(False)
-        try:
-            return self._actor(batch, **how)
-        finally:
-            for layer in adapted:
-                layer.enable_adapters(True)  # which also makes them learn again
-
-
-@torch.no_grad()
-def judge(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
-    """What the two frozen networks say of one micro batch: (B, R) log-probs of the reference, (B,) scores."""
-    ref_log_probs, _ = reference(batch, temperature=temperature)
-    return {"ref_log_probs": batch.spread(ref_log_probs), "score": last_scores(reward_model(batch)[0], batch)}
-
-
-def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
-    """Of response tokens, (N,) in the order of `predicted()` -> means over each response, (B,)."""
-    return batch.spread(entropies).sum(1) / batch.response_lengths
-
-
-def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """(B,) and (B, R) tensors in float32, all in one copy from the device."""
-    columns = [tensor.float().unsqueeze(1) if tensor.ndim == 1 else tensor.float() for tensor in numbers.values()]
-    whole = torch.cat(columns, dim=1).cpu().numpy()
-    parts = np.split(whole, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
-    return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(numbers.items(), parts, strict=True)}
-
-
-@torch.no_grad()
-def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
-    """What the two networks in training say of it: (B, R) log-probs and values, (B,) mean entropy per token."""
-    log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
-    assert entropies is not None
-    return {
-        "log_probs": batch.spread(log_probs),
-        "entropy": mean_entropies(entropies, batch),
-        "values": response_values(critic(batch)[0], batch),
-    }

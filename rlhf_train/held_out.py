@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.events import Sample
-from rlhf_train.batch import Sequences, evaluation_batches
-from rlhf_train.experience import Forward, judge
+from rlhf_train.judges import Judges
 from rlhf_train.rollout import Rollouts
 from rlhf_train.rule import Rule
 from rlhf_train.session import Session
@@ -46,31 +45,22 @@ class HeldOut:
     def __init__(self, session: Session, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
         self.session, self.prompts, self.tokenizer, self.rule, self.seed = session, prompts, tokenizer, rule, seed
 
-    def answers(self, sampling: Rollouts, reference: Forward, reward_model: Forward) -> list[Answer]:
+    def answers(self, sampling: Rollouts, judges: Judges) -> list[Answer]:
         """One answer a prompt, in order; ranks share the work."""
-        world, temperature = self.session.world, self.session.job.ppo.temperature
+        world = self.session.world
         mine = np.arange(len(self.prompts))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in mine]
         made = sampling.generate(prompts, seed=self.seed, row_ids=mine.tolist())
         self.session.stop_if_asked()
+        told, _ = judges.ask(prompts, made)
         answers: list[tuple[int, Answer]] = []
-        lengths = np.array([len(p) for p in prompts], dtype=np.int64) + made.lengths
-        for rows, _ in evaluation_batches(lengths, self.session.placement.micro_batches[2], 1, 0):
-            batch = Sequences.of([prompts[i] for i in rows], [made.tokens[i] for i in rows], self.tokenizer.pad_token_id, world.device)
-            self.session.pulse.beat()
-            said = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
-            for place, row in enumerate(rows):
-                ref = said["ref_log_probs"][place, : len(made.tokens[row])].float().cpu().numpy()
-                ended = bool(made.ended[row])
-                prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
-                response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
-                good = self.rule(prompt, response, ended) if self.rule is not None else None
-                answers.append(
-                    (
-                        int(mine[row]),
-                        Answer(prompt, response, ended, len(ref), float(said["score"][place]), float((made.log_probs[row] - ref).sum()), good),
-                    )
-                )
+        for row, said in enumerate(told):
+            ended = bool(made.ended[row])
+            prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
+            response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
+            good = self.rule(prompt, response, ended) if self.rule is not None else None
+            kl = float((made.log_probs[row] - said["ref_log_probs"]).sum())
+            answers.append((int(mine[row]), Answer(prompt, response, ended, len(made.tokens[row]), said["score"], kl, good)))
         everyone = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
         return [answer for _, answer in everyone]
 

@@ -20,27 +20,14 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Metrics, Progress, Warning
 from jobs.spec import Lora, Ppo
 from rlhf_train import fitted, losses
-from rlhf_train.batch import Sequences, count_updates, deal, evaluation_batches, rows_of_update
+from rlhf_train.batch import Sequences, count_updates, deal, rows_of_update
 from rlhf_train.checkpoint import Keeper
 from rlhf_train.disk import write_json
 from rlhf_train.engine import Ema, Engine, copy_weights, rehearse
-from rlhf_train.experience import (
-    Experience,
-    Forward,
-    Pass,
-    Scored,
-    TrainerView,
-    WithoutAdapters,
-    judge,
-    mean_entropies,
-    response_values,
-    targets_of,
-    to_host,
-    trainer_view,
-    whiten_update,
-)
+from rlhf_train.experience import Experience, Pass, Scored, response_values, targets_of, whiten_update
 from rlhf_train.export import eval_model, save_model, scores_of
 from rlhf_train.held_out import HeldOut, Summary
+from rlhf_train.judges import Judges, WithoutAdapters, mean_entropies
 from rlhf_train.models import (
     ActorForward,
     ScoreForward,
@@ -51,8 +38,9 @@ from rlhf_train.models import (
     load_causal,
     load_scorer,
     load_tokenizer,
+    padding,
 )
-from rlhf_train.rollout import Responses, Rollouts
+from rlhf_train.rollout import Rollouts
 from rlhf_train.rule import load_rule
 from rlhf_train.session import Clock, Session, corpus
 
@@ -93,6 +81,10 @@ def run(session: Session) -> End:
         checkpoint_activations(actor_model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
+    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(critic_model)
+    pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
     actor = Engine(
         ActorForward(actor_model),
         spec,
@@ -103,10 +95,6 @@ def run(session: Session) -> End:
         zero_stage=where.actor_zero_stage,
         world=world,
     )
-
-    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
-    if job.hardware.gradient_checkpointing:
-        checkpoint_activations(critic_model)
     critic = Engine(
         ScoreForward(critic_model),
         spec,
@@ -142,12 +130,13 @@ def run(session: Session) -> End:
         session, [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]], tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED
     )
     parts = {"actor": actor, "critic": critic} | ({"ema": ema} if ema is not None else {})
-    pad_id, micro_batch = tokenizer.pad_token_id, plan.micro_batch
     keeper = Keeper(session, 3, updates, parts, rows=tokens.train.digest(3), model_bytes=actor.model_bytes() * (2 if ema else 1))
-    session.doing(3, f"trying the longest sequences, {micro_batch} at once")
+    session.doing(3, f"trying the longest sequences, {plan.micro_batch} at once")
     prompt = max((tokens.train.prompt[i] for i in rows), key=len)
     answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
-    longest = Sequences.of([prompt] * micro_batch, [answer] * micro_batch, pad_id, world.device)
+    longest = Sequences.of([prompt] * plan.micro_batch, [answer] * plan.micro_batch, pad_id, world.device)
+    pass_tokens = plan.micro_batch * (len(prompt) + len(answer))
+    judges = Judges(session, reference, reward_model, pad_id, pass_tokens)
     rehearse(
         (actor, lambda: actor(longest, temperature=spec.temperature)[0].sum()),
         (critic, lambda: critic(longest)[0].sum()),
@@ -159,7 +148,7 @@ def run(session: Session) -> End:
         session.doing(3, f"scale of the rewards on {min(NORMALIZATION_PROMPTS, len(rows))} answers of the reference")
         view = HeldOut(session, [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]], tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
         refresh()  # the actor has learned nothing yet: its answers are the reference's
-        scores = np.array([answer.score for answer in view.answers(sampling, reference, reward_model)])
+        scores = np.array([answer.score for answer in view.answers(sampling, judges)])
         reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
     critic.module.shift, critic.module.scale = reward_model.shift, reward_model.scale  # type: ignore[assignment]
     if spec.normalize_rewards and world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
@@ -168,7 +157,7 @@ def run(session: Session) -> End:
     if saved is None:
         session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
         refresh()
-        answers = held_out.answers(sampling, reference, reward_model)
+        answers = held_out.answers(sampling, judges)
         held_out.show(answers, "before")
         before, kl_coef = held_out.summary(answers), spec.kl_coef
     else:
@@ -182,7 +171,7 @@ def run(session: Session) -> End:
     for update in range(actor.update, updates):
         if keeper.wants_best(update):
             refresh()
-            best = ("mean_reward", held_out.summary(held_out.answers(sampling, reference, reward_model)).reward)
+            best = ("mean_reward", held_out.summary(held_out.answers(sampling, judges)).reward)
             keeper.offer(
                 update,
                 *best,
@@ -207,15 +196,7 @@ def run(session: Session) -> End:
 
             session.pulse.beat(f"update {update + 1}, scoring")
             ask_trainer = not on_policy or update == 0  # on-policy for the self-test alone
-            scored, computed = score_rollout(
-                session,
-                [prompts[i] for i in mine],
-                responses,
-                pad_id,
-                reference=reference,
-                reward_model=reward_model,
-                trainer=(actor, critic) if ask_trainer else None,
-            )
+            scored, computed = judges.score([prompts[i] for i in mine], responses, (actor, critic) if ask_trainer else None)
             parts_of_ranks = world.gather((list(zip(mine, scored, strict=True)), computed))
             by_place = {int(row): one for part, _ in parts_of_ranks for row, one in part}
             everyone = [by_place[row] for row in range(spec.rollout_batch)]
@@ -236,7 +217,8 @@ def run(session: Session) -> End:
         shuffled = np.random.RandomState([job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
         minibatch = shuffled.reshape(-1, spec.global_batch)[number]
         session.pulse.beat(f"update {update + 1}")
-        passes = [experience.cut(minibatch[micro], pad_id, world.device) for micro in deal(experience.lengths[minibatch], plan, world.rank)]
+        dealt = deal(experience.lengths[minibatch], plan, world.rank, pass_tokens, packed=pad_id is None)
+        passes = [experience.cut(minibatch[micro], pad_id, world.device) for micro in dealt]
         response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
         total = accumulate_gradients(session, passes, response_tokens, on_policy=on_policy, actor=actor, critic=critic)
         if math.isfinite(total["policy_loss"] + total["value_loss"]):
@@ -263,7 +245,7 @@ def run(session: Session) -> End:
 
     session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, after")
     refresh()
-    answers = held_out.answers(sampling, reference, reward_model)
+    answers = held_out.answers(sampling, judges)
     held_out.show(answers, "after")
     folder, after = session.run.step(3).model, held_out.summary(answers)
     keeper.check({"mean reward": after.reward, "KL": after.kl})
@@ -465,49 +447,7 @@ def accumulate_gradients(
     return session.world.sum(sums)
 
 
-def score_rollout(
-    session: Session,
-    prompts: Sequence[np.ndarray],
-    responses: Responses,
-    pad_id: int,
-    *,
-    reference: Forward,
-    reward_model: Forward,
-    trainer: tuple[Engine, Engine] | None,
-) -> tuple[list[Scored], int]:
-    """This rank's responses with the networks' numbers, in their order; and the tokens that were computed for them, padding too.
-
-    trainer: actor and critic, if they are asked.
-    """
-    lengths = np.array([len(p) for p in prompts]) + responses.lengths
-    temperature = session.job.ppo.temperature
-    scored: dict[int, Scored] = {}
-    computed = 0
-    for rows, _ in evaluation_batches(lengths, session.placement.micro_batches[2], 1, 0):
-        session.pulse.beat()
-        batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], pad_id, session.world.device)
-        computed += batch.input_ids.numel()
-        numbers = judge(batch, reference=reference, reward_model=reward_model, temperature=temperature)
-        if trainer is not None:
-            numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
-        arrays = to_host(numbers)
-        for place, row in enumerate(rows):
-            count = len(responses.tokens[row])
-            scored[int(row)] = Scored(
-                prompt=prompts[row],
-                response=responses.tokens[row],
-                ended=bool(responses.ended[row]),
-                rollout_log_probs=responses.log_probs[row],
-                ref_log_probs=arrays["ref_log_probs"][place, :count],
-                score=float(arrays["score"][place]),
-                trainer=None
-                if trainer is None
-                else TrainerView(arrays["log_probs"][place, :count], arrays["values"][place, :count], float(arrays["entropy"][place])),
-            )
-    return [scored[row] for row in range(len(prompts))], computed
-
-
-def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: int) -> None:
+def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
     """Before the first update: ratio 1, KL 0, and the rollout's log-probs are the trainer's. Raises ToolkitError."""
     batch_rows = rows[: session.placement.micro_batches[2]]
     batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, session.world.device)

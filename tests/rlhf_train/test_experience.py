@@ -10,11 +10,8 @@ from rlhf_train.experience import (
     Experience,
     Scored,
     TrainerView,
-    judge,
     response_values,
     targets_of,
-    to_host,
-    trainer_view,
     whiten_update,
 )
 from rlhf_train.world import World
@@ -106,25 +103,7 @@ def test_the_advantages_of_an_update_are_whitened_over_its_passes():
     assert found.tolist() == pytest.approx([(a - mean) / std for a in raw], abs=1e-4)
 
 
-def test_numbers_reach_the_host_as_they_were():
-    numbers = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0, 6.0]), "c": torch.tensor([[7.0], [8.0]], dtype=torch.bfloat16)}
-    found = to_host(numbers)
-    assert {name: array.tolist() for name, array in found.items()} == {"a": [[1, 2], [3, 4]], "b": [5, 6], "c": [[7], [8]]}
-
-
 def test_values_are_read_before_each_response_token():
     batch = Sequences.of([np.array([2, 5, 6]), np.array([2])], [np.array([7, 3]), np.array([8, 9, 3])], 1, CPU)
     per_token = torch.arange(10.0)  # two rows of 5
     assert response_values(per_token, batch).tolist() == [[2, 3, 0], [5, 6, 7]]
-
-
-def test_views_collect_what_the_networks_say():
-    batch = Sequences.of([np.array([2, 5]), np.array([2])], [np.array([7, 3]), np.array([8])], 1, CPU)
-    actor = lambda batch, temperature, with_entropy=False: (torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.2, 0.4, 0.9]))  # noqa: E731
-    scores = torch.arange(8.0)  # two rows of 4
-    said = judge(batch, reference=actor, reward_model=lambda batch: (scores, None), temperature=1.0)
-    assert said["score"].tolist() == [3.0, 5.0]  # after the last real token
-    assert said["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
-    mine = trainer_view(batch, actor=actor, critic=lambda batch: (scores, None), temperature=1.0)
-    assert mine["values"].tolist() == [[1.0, 2.0], [4.0, 0.0]]
-    assert mine["entropy"].tolist() == pytest.approx([0.3, 0.9])

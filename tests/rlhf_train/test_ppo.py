@@ -24,9 +24,10 @@ from rlhf_train.batch import BatchPlan, Sequences, deal
 from rlhf_train.engine import DTYPES, Engine, copy_weights
 from rlhf_train.experience import Experience, Scored
 from rlhf_train.export import eval_model
-from rlhf_train.models import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, train_tokenizer
+from rlhf_train.judges import Judges
+from rlhf_train.models import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, padding, train_tokenizer
 from rlhf_train.plan import Placement
-from rlhf_train.ppo import accumulate_gradients, frozen_copies, next_kl_coef, score_rollout, self_test
+from rlhf_train.ppo import accumulate_gradients, frozen_copies, next_kl_coef, self_test
 from rlhf_train.rollout import Rollouts
 from rlhf_train.session import Session
 from rlhf_train.world import World
@@ -48,21 +49,21 @@ class Start:
     actor_model: Any
     actor: Engine
     critic: Engine
-    reference: ActorForward
-    reward_model: ScoreForward
+    judges: Judges
     sampling: Rollouts
 
     def rollout(self) -> list[Scored]:
         responses = self.sampling.generate(PROMPTS, seed=0, row_ids=range(len(PROMPTS)))
-        frozen = {"reference": self.reference, "reward_model": self.reward_model}
-        return score_rollout(self.session, PROMPTS, responses, PAD, trainer=(self.actor, self.critic), **frozen)[0]  # type: ignore[arg-type]
+        return self.judges.score(PROMPTS, responses, (self.actor, self.critic))[0]
 
     def self_test(self) -> None:
         self_test(self.session, self.rollout(), self.actor, PAD)
 
 
-def make_start(world: World, folder: Path, precision: str = "float32", lora: Lora | None = None, plan: BatchPlan = FOUR_PASSES, **ppo: Any) -> Start:
-    """ppo: fields that differ from the tiny job's."""
+def make_start(
+    world: World, folder: Path, precision: str = "float32", lora: Lora | None = None, plan: BatchPlan = FOUR_PASSES, packed: bool = False, **ppo: Any
+) -> Start:
+    """packed: if these versions can; ppo: fields that differ from the tiny job's."""
     tree, tokenizer = tiny.job(folder), train_tokenizer(tiny.WORDS, 320)
     tree["ppo"] |= ppo
     job = Job.model_validate(tree)
@@ -74,6 +75,9 @@ def make_start(world: World, folder: Path, precision: str = "float32", lora: Lor
     actor_model, critic_model = load_causal(model, tokenizer, dtype, 1), load_scorer(model, tokenizer, dtype, 2)
     if lora is not None:
         add_lora(actor_model, lora, 1)
+    reference = ActorForward(eval_model(load_causal(model, tokenizer, dtype, 1)))
+    reward_model = ScoreForward(eval_model(load_scorer(model, tokenizer, dtype, 2)))
+    pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model) if packed else PAD
     how: dict[str, Any] = {"precision": precision, "zero_stage": stage, "world": world}
     return Start(
         session,
@@ -81,8 +85,7 @@ def make_start(world: World, folder: Path, precision: str = "float32", lora: Lor
         actor_model,
         Engine(ActorForward(actor_model), job.ppo, 1e-3, 4, plan, **how),
         Engine(ScoreForward(critic_model), job.ppo, 1e-3, 4, plan, **how),
-        ActorForward(eval_model(load_causal(model, tokenizer, dtype, 1))),
-        ScoreForward(eval_model(load_scorer(model, tokenizer, dtype, 2))),
+        Judges(session, reference, reward_model, pad_id, pass_tokens=plan.micro_batch * 22),
         Rollouts(actor_model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=job.ppo.temperature, batch=8, device=world.device),
     )
 
@@ -144,7 +147,7 @@ def another_temperature(ill: Start) -> None:
 
 def another_reference(ill: Start) -> None:
     with torch.no_grad():
-        ill.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
+        ill.judges.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
 
 
 def an_adapter_that_is_not_zero(ill: Start) -> None:
@@ -231,25 +234,19 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
 
 
 def three_updates(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any], *, on_policy: bool) -> dict[str, Tensor]:
-    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic. Not on-policy: both are asked before each."""
-    begun = make_start(world, folder, plan=plan, temperature=0.8, missing_eos_penalty=1.0, **ppo)
-    prompts, spec = [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)], begun.session.job.ppo
+    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic. Not on-policy: both are asked before each,
+    and rows are padded.
+    """
+    begun = make_start(world, folder, plan=plan, packed=on_policy, temperature=0.8, missing_eos_penalty=1.0, **ppo)
+    pad_id, prompts, spec = begun.judges.pad_id, [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)], begun.session.job.ppo
     trained = (begun.actor, begun.critic)
     for update in range(3):
         mine = list(range(8))[world.rank :: world.size]
         responses = begun.sampling.generate([prompts[i] for i in mine], seed=update, row_ids=mine)
-        scored, _ = score_rollout(
-            begun.session,
-            [prompts[i] for i in mine],
-            responses,
-            PAD,
-            reference=begun.reference,
-            reward_model=begun.reward_model,
-            trainer=None if on_policy else trained,
-        )
+        scored, _ = begun.judges.score([prompts[i] for i in mine], responses, None if on_policy else trained)
         rows = dict(pair for part in world.gather(list(zip(mine, scored, strict=True))) for pair in part)
         experience = Experience.of([rows[i] for i in range(8)], spec, kl_coef=0.5, on_policy=on_policy)
-        passes = [experience.cut(micro, PAD, world.device) for micro in deal(experience.lengths, plan, world.rank)]
+        passes = [experience.cut(micro, pad_id, world.device) for micro in deal(experience.lengths, plan, world.rank)]
         accumulate_gradients(begun.session, passes, int(experience.mask.sum()), on_policy=on_policy, actor=begun.actor, critic=begun.critic)
         for engine in trained:
             engine.step()

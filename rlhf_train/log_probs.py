@@ -18,7 +18,7 @@ from rlhf_train.losses import entropy, token_log_probs
 
 FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
 MODULE_BYTES = 256 * 2**20  # float32 logits held at once where the head is called as a module
-KEPT_BYTES = 2**30  # logits held at once in the model's dtype, and kept for the backward pass; those of more rows are made again there
+KEPT_BYTES = 2**31  # logits held at once in the model's dtype, and kept for the backward pass; those of more rows are made again there
 
 
 def label_log_probs(

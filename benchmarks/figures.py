@@ -53,6 +53,8 @@ class Table:
     numbers: Any = None  # for the JSON file
 
     def __str__(self) -> str:
+        if not self.rows:  # what another program has printed
+            return "\n".join([self.title, "", *self.notes])
         lines = [list(self.columns), *(list(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         head, *rows = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

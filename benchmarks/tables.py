@@ -84,9 +84,10 @@ def do_growth(bench: Bench) -> Table:
 def do_start_up(bench: Bench) -> Table:
     """What benchmarks/start_up.py prints and writes."""
     file = bench.folder / "start_up.json"
-    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file)]
+    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file), "--repeats", str(min(3, bench.options.repeats))]
+    words += ["--set", f"hardware.device={bench.where.device}"]
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
-    return Table("start-up", [""], [], done.stdout.splitlines(), json.loads(file.read_text(encoding="utf-8")))
+    return Table("start-up", [], [], done.stdout.strip().splitlines(), json.loads(file.read_text(encoding="utf-8")))
 
 
 TABLES: dict[str, Callable[[Bench], Table]] = {

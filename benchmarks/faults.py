@@ -255,7 +255,11 @@ class Trainer:
 
 
 def _is_same(descriptor: int, path: str) -> bool:
-    return os.fstat(descriptor).st_ino == Path(path).stat().st_ino
+    """Whether they are one file; not when there is none at `path` any more."""
+    try:
+        return os.fstat(descriptor).st_ino == Path(path).stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 # --- the faults ----------------------------------------------------------------------------------------------------

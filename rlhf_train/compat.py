@@ -120,7 +120,7 @@ def has_varlen_attention() -> bool:
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, rows: Any, scale: float) -> Tensor:
-    """As `attention.row_by_row`, of 16-bit numbers on a GPU."""
+    """As `attention.run_by_run`, of 16-bit numbers on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))

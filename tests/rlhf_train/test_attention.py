@@ -1,0 +1,23 @@
+"""Attention that keeps packed rows apart; whole models with it are in test_models.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_train.attention import Rows, run_by_run
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 5, 1, 1, 1), (4, 4), (6,), (2, 5, 2)])
+def test_each_row_looks_at_itself_and_back(lengths):
+    """Held to softmax(scale q k) v, row by row and token by token."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 4).unbind(0)
+    found = run_by_run(query, key, value, Rows.of(np.array(lengths), torch.device("cpu")), 0.7)
+    first = 0
+    for length in lengths:
+        for token in range(first, first + length):
+            seen = slice(first, token + 1)
+            weights = (0.7 * key[0, :, seen] @ query[0, :, token].unsqueeze(-1)).softmax(1)
+            torch.testing.assert_close(found[0, token], (weights * value[0, :, seen]).sum(1))
+        first += length
+    assert found.shape == (1, sum(lengths), 2, 4)

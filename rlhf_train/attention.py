@@ -78,10 +78,11 @@ def attend(
 
 def run_by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
     """As many rows of one length at once as follow each other. All (1, H, N, D). Returns (1, N, H, D)."""
-    done, start = [], 0
-    for length, run in groupby(rows.lengths):
-        count = len(list(run))
-        q, k, v = (tensor[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value))
+    runs = [(len(list(run)), length) for length, run in groupby(rows.lengths)]
+    # Split, not sliced run by run: the gradient of each slice would be as large as all rows together.
+    parts = zip(*(tensor[0].split([count * length for count, length in runs], dim=1) for tensor in (query, key, value)), strict=True)
+    done = []
+    for run, part in zip(runs, parts, strict=True):
+        q, k, v = (tensor.unflatten(1, run).transpose(0, 1) for tensor in part)
         done.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1))
-        start += count * length
     return torch.cat(done)[None]

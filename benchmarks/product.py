@@ -35,7 +35,7 @@ def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **part
             "split": [0, 0, 1],
             "max_prompt_tokens": size.prompt_tokens,
             "max_response_tokens": size.response_tokens,
-            "eval_rows": 1,
+            "eval_rows": where.ranks,  # one each
         },
         "sft": {"global_batch": size.batch, "learning_rate": 1e-6, "schedule": "constant"},
         "reward": {"global_batch": size.batch, "learning_rate": 1e-6, "schedule": "constant"},

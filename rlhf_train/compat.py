@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+FUSES_ADAMW_ON_CPU = _TORCH >= (2, 4)
 KNOWS_DTYPE_OF_NORMS = _TORCH >= (2, 4)  # torch._foreach_norm(..., dtype=)
 
 

@@ -105,6 +105,8 @@ class Engine:
         optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec.betas, world.device)
         config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if world.size == 1 and zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients together and back, for no other rank
         self._adamw = optimizer
         self._scaler = getattr(self.optimizer, "loss_scaler", None)
         if self._scaler is not None:
@@ -307,7 +309,7 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[floa
     """
     if device.type == "cuda" and installed_ops.get("fused_adam"):
         return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU)
 
 
 def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:

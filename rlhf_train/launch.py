@@ -28,7 +28,7 @@ from jobs.words import plural
 from rlhf_train import fitted, runs
 from rlhf_train.plan import Placement
 from rlhf_train.pulse import Sign, Watch
-from rlhf_train.ranks import GRACE_S, POLL_S, Crew, Rank, Spares, end
+from rlhf_train.ranks import GRACE_S, POLL_S, Crew, Rank, Spares, end, libraries_of
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
@@ -102,7 +102,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
     job, run, caught = call.job, call.run, call.caught
     port, _store = _rendezvous(placement.ranks)
     order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(call.cache), port)
-    crew, watch = crew_of(placement, os.environ), Watch(placement.ranks)
+    crew, watch = crew_of(job, placement, os.environ), Watch(placement.ranks)
     offset = run.events.stat().st_size if run.events.exists() else 0
 
     def show() -> None:
@@ -243,8 +243,9 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
-def crew_of(placement: Placement, environ: Mapping[str, str]) -> Crew:
-    return Crew(placement.device, placement.ranks, placement.cpu_threads, tuple(nccl_settings(placement, environ).items()))
+def crew_of(job: Job, placement: Placement, environ: Mapping[str, str]) -> Crew:
+    nccl = tuple(nccl_settings(placement, environ).items())
+    return Crew(placement.device, placement.ranks, placement.cpu_threads, nccl, libraries_of(job))
 
 
 def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Crew:
     ranks: int
     cpu_threads: int
     nccl: tuple[tuple[str, str], ...] = ()  # its variables
+    libraries: tuple[str, ...] = ()  # to be imported besides what every job needs
 
     def environment_of(self, rank: int, environ: Mapping[str, str]) -> dict[str, str]:
         environment = {
@@ -71,18 +72,28 @@ def likely_crew(job: Job, environ: Mapping[str, str]) -> Crew:
     device = wish.device if wish.device != "auto" else "cuda" if cards else "cpu"
     ranks = wish.ranks if wish.ranks != "auto" else max(1, cards) if device == "cuda" else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Crew(device, ranks, wish.cpu_threads if wish.cpu_threads != "auto" else max(1, cores // ranks))
+    threads = wish.cpu_threads if wish.cpu_threads != "auto" else max(1, cores // ranks)
+    return Crew(device, ranks, threads, libraries=libraries_of(job))
+
+
+def libraries_of(job: Job) -> tuple[str, ...]:
+    """`datasets` takes a second and more, and reads all rows but those of .jsonl files: see data.py."""
+    for name in job.data.datasets:
+        found = next((place for place in (Path.cwd() / name, CHECKOUT / name) if place.exists()), None)
+        if not name.endswith(".jsonl") and (found is None or not any(found.glob("*.jsonl"))):
+            return ("datasets",)
+    return ()
 
 
 class Rank(subprocess.Popen[bytes]):
-    """One process, `python -m rlhf_train.worker`. It imports what every step needs, and waits to be told."""
+    """One process, `python -m rlhf_train.worker LIBRARY...`. It imports what every step needs, and waits to be told."""
 
     def __init__(self, number: int, crew: Crew, environ: Mapping[str, str]) -> None:
         self._link, theirs = socket.socketpair()
         self._early = tempfile.TemporaryFile()  # noqa: SIM115 (what it says before it knows the log; open as long as it lives)
         with theirs:
             super().__init__(
-                [sys.executable, "-m", "rlhf_train.worker"],
+                [sys.executable, "-m", "rlhf_train.worker", *crew.libraries],
                 stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=self._early.fileno(),

@@ -1,4 +1,4 @@
-"""One rank of one step: `python -m rlhf_train.worker`, started by ranks.py and by nobody else.
+"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by ranks.py and by nobody else.
 
 Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's: maybe at once, maybe only
 when the step before has ended. The socket stays open then: its end means that the launcher is gone. Its stdout is a pipe to
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -73,7 +74,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR2)  # the launcher asks a rank that hangs for its stack
     told: SimpleQueue[Told] = SimpleQueue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
-    failure = _import_all()
+    failure = _import_all(sys.argv[1:])
     line, log, pulse = told.get()
     _write_to(log)
     order = Order(**json.loads(line))
@@ -106,14 +107,17 @@ def _listen(told: SimpleQueue[Told]) -> None:
     os._exit(ExitCode.CANCELLED)
 
 
-def _import_all() -> Exception | None:
-    """What every step needs: seconds, and none of them once the order is there. No GPU is touched: the card is another step's.
+def _import_all(libraries: Sequence[str]) -> Exception | None:
+    """What every step needs, and these: seconds, and none of them once the order is there. No GPU is touched: the card is another step's.
     What goes wrong is to be told later, since only then there is a log.
     """
     try:
         import transformers.models.opt.modeling_opt  # noqa: F401 (any family's would do: what they share takes two of the seconds)
 
         from rlhf_train import checkpoint, ppo, reward, sft  # noqa: F401
+
+        for library in libraries:
+            importlib.import_module(library)
     except Exception as error:
         return error
     return None

@@ -411,7 +411,7 @@ BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
     """What the user has set stays."""
     assert launch.nccl_settings(TWO_GPUS, environ) == settings
-    environment = launch.crew_of(TWO_GPUS, environ).environment_of(1, environ)
+    environment = launch.crew_of(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def test_others_are_ended_and_made_anew(spares: Spares) -> None:
 def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GPU_FILES", (Path("/nowhere"), "*"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert likely_crew(job, os.environ) == launch.crew_of(place(job, Machine.look(gpus=False)), os.environ)
+    assert likely_crew(job, os.environ) == launch.crew_of(job, place(job, Machine.look(gpus=False)), os.environ)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,28 @@ def test_a_guess_where_there_are_gpus(
     monkeypatch.setattr(ranks, "GPU_FILES", (tmp_path, "nvidia[0-9]*"))
     job = load_job("demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"])
     assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == Crew(device, count, 4)
+
+
+@pytest.mark.parametrize(
+    ("names", "libraries"),
+    [
+        (["Dahoas/rm-static"], ("datasets",)),
+        (["rows"], ()),
+        (["rows/train.jsonl"], ()),
+        (["rows", "parquet"], ("datasets",)),
+        (["rlhf_train/demo/data"], ()),  # in the checkout
+    ],
+)
+def test_what_reads_the_rows_is_imported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], libraries: tuple[str, ...]) -> None:
+    tiny.write_rows(tmp_path / "rows")
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "train.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    job = load_job("demo", [f"data.datasets={json.dumps(names)}"])
+    assert ranks.libraries_of(job) == libraries
+    (rank,) = Spares(os.environ).take(Crew("cpu", 1, 1, libraries=libraries))
+    assert psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries]
+    ranks.end([rank])
 
 
 # --- what is told, and what is said -----------------------------------------------------------------------------------

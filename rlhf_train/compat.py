@@ -48,7 +48,7 @@ def nothing_compiled() -> Iterator[None]:
         torch.compile = compiler
 
 
-def checkpointing_arguments() -> dict[str, bool]:
+def checkpointing_arguments() -> dict[str, Any]:
     """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
     return {"use_reentrant": _TORCH < (2, 1)}
 

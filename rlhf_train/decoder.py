@@ -135,7 +135,7 @@ class Decoder:
         self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = network, slots, width, rows, sampling, eos_id
         self.device = weights.device
         on_gpu = self.device.type == "cuda"
-        self.use_kernels = (on_gpu and kernels.IS_THERE) if use_kernels is None else use_kernels
+        self.use_kernels = (on_gpu and kernels.take(network) and kernels.work(warn)) if use_kernels is None else use_kernels
         self.state = State.of(slots, rows, limit, self.device)
         shape = (len(network.layers), slots, network.heads, width, network.head_size)
         self.keys = torch.zeros(shape, dtype=weights.dtype, device=self.device)
@@ -169,7 +169,7 @@ class Decoder:
         ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
         for place, prompt in enumerate(prompts):
             ids[place, : len(prompt)] = prompt
-        slot, row, length, inputs = (torch.from_numpy(np.asarray(a, dtype=np.int64)).to(self.device) for a in (slots, rows, lengths, ids))
+        slot, row, length, inputs = (self._sent(array) for array in (slots, rows, lengths, ids))
         state = self.state
         state.row[slot], state.step[slot], state.done[slot] = row, 0, 0
         state.length[slot] = length - 1  # `record` counts the token that was fed last
@@ -190,6 +190,11 @@ class Decoder:
         hidden = _through(network, embed(network, ids.flatten(), positions), attend, _add_norm)
         last = torch.arange(count, device=ids.device) * width + lengths - 1
         return _logits(network, hidden[last])
+
+    def _sent(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        """On the device, without waiting for what the GPU still has to do."""
+        tensor = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     # --- steps ---
 
@@ -218,16 +223,18 @@ class Decoder:
         """With all slots done, a step changes nothing that is read later: so may a warm-up."""
         kept = self.state.done.clone()
         self.state.done.fill_(1)
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UPS):
+        try:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, **compat.capture_arguments()):
                 step()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, **compat.capture_arguments()):
-            step()
-        self.state.done.copy_(kept)
+        finally:  # a step that cannot be captured goes on as it is
+            self.state.done.copy_(kept)
         return graph
 
     def _step(self, count: int, width: int) -> None:
@@ -263,7 +270,7 @@ class Decoder:
 
     def compact(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
         """Move the answers in the slots `source` to the free slots `target`; none holds more than `width` tokens."""
-        old, new = (torch.tensor(places, device=self.device) for places in (source, target))
+        old, new = (self._sent(places) for places in (source, target))
         for cache in (self.keys, self.values):
             for layer in cache:
                 layer[new, :, :width] = layer[old, :, :width]

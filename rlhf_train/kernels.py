@@ -5,10 +5,13 @@ Each has its slow twin in decoder.py, and tests compare the two in Triton's inte
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rlhf_train.families import Norm
+from rlhf_train.families import Network, Norm
 
 try:
     import triton
@@ -107,9 +110,12 @@ if IS_THERE:
             if GREEDY:
                 chosen = chosen_block * BLOCK + tl.argmax(z, 0)
             else:
-                inner = tl.cumsum(tl.exp(z - most).to(tl.float64), 0)
+                each = tl.exp(z - most).to(tl.float64)
+                inner = tl.cumsum(each, 0)
+                # The block's mass was added up in another order: of the same share, or rounding could take its last token.
+                inside_block = (wanted - before) * tl.sum(each, 0) / tl.sum(tl.where(part == chosen_block, mass, 0.0), 0)
                 last = tl.minimum(BLOCK, VOCABULARY - chosen_block * BLOCK) - 1
-                chosen = chosen_block * BLOCK + tl.minimum(tl.sum((inner <= wanted - before).to(tl.int32), 0), last)
+                chosen = chosen_block * BLOCK + tl.minimum(tl.sum((inner <= inside_block).to(tl.int32), 0), last)
             log_prob = tl.load(logits + slot * VOCABULARY + chosen).to(tl.float32) * per_temperature - most - tl.log(total.to(tl.float32))
             tl.store(tokens + row * (limit + 1) + at, chosen.to(tl.int64))
             tl.store(log_probs + row * (limit + 1) + at, log_prob)
@@ -117,6 +123,36 @@ if IS_THERE:
             tl.store(length + slot, tl.load(length + slot) + 1)
             tl.store(step + slot, at + 1)
             tl.store(done + slot, ((chosen == eos) | (at + 1 >= limit)).to(tl.int32))
+
+
+def take(network: Network) -> bool:
+    """Whether the attention kernel can: its tiles are powers of two, and OPT-2.7b's heads have 80 numbers."""
+    return network.head_size >= 16 and network.head_size & (network.head_size - 1) == 0
+
+
+def work(warn: Callable[[str], object]) -> bool:
+    """Whether Triton can run a kernel on this GPU: it needs a C compiler at the first one. If not, says so once."""
+    reason = _failure() if IS_THERE else "it is not installed, or older than Triton 3"
+    if reason:
+        warn(f"rollouts run without Triton's kernels, which is slower: {reason}")
+    return not reason
+
+
+@functools.lru_cache(maxsize=1)
+def _failure() -> str:
+    """Why a kernel does not run here; "" if it does."""
+    try:
+        ones = torch.ones(1, 16, device="cuda")
+        _add_norm[(1,)](ones, ones, ones[0], ones[0], torch.empty_like(ones), torch.empty_like(ones), 1e-5, SIZE=16, BLOCK=16, num_warps=1)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return ""
+
+
+def run_here() -> bool:
+    """As `work`, for those who have another way and need not say so."""
+    return IS_THERE and not _failure()
 
 
 def add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

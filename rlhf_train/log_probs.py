@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_train import loss_kernels
+from rlhf_train import compat, kernels, loss_kernels
 from rlhf_train.losses import entropy, token_log_probs
 
 FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
@@ -60,6 +61,7 @@ class _LabelLogProbs(torch.autograd.Function):
         return log_probs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Writes over the logits that were kept; a second pass makes them again."""
         states, weight, labels, normalizers = ctx.saved_tensors
@@ -83,7 +85,7 @@ def pieces(rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
 
 
 def _softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
-    if logits.is_cuda and loss_kernels.IS_THERE:
+    if logits.is_cuda and loss_kernels.IS_THERE and kernels.run_here():
         return loss_kernels.softmax_numbers(logits, labels, temperature, with_entropy)
     parts = pieces(len(labels), 4 * logits.shape[1], FLOAT32_BYTES)
     numbers = [softmax_numbers(logits[part], labels[part], temperature, with_entropy) for part in parts]
@@ -91,7 +93,7 @@ def _softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_en
 
 
 def _to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:
-    if logits.is_cuda and loss_kernels.IS_THERE:
+    if logits.is_cuda and loss_kernels.IS_THERE and kernels.run_here():
         return loss_kernels.to_gradient_(logits, labels, normalizers, gradient, temperature)
     for part in pieces(len(labels), 4 * logits.shape[1], FLOAT32_BYTES):
         to_gradient_(logits[part], labels[part], normalizers[part], gradient[part], temperature)
@@ -130,7 +132,7 @@ def _by_module(states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int,
 
     parts = pieces(len(labels), 4 * vocabulary, MODULE_BYTES)
     if torch.is_grad_enabled() and len(parts) > 1:
-        done = [checkpoint(chunk, states[part], labels[part], use_reentrant=False, preserve_rng_state=False) for part in parts]
+        done = [checkpoint(chunk, states[part], labels[part], preserve_rng_state=False, **compat.checkpointing_arguments()) for part in parts]
     else:
         done = [chunk(states[part], labels[part]) for part in parts]
     log_probs, entropies = (torch.cat(column) for column in zip(*done, strict=True))

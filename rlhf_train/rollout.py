@@ -23,7 +23,7 @@ from rlhf_train import compat
 from rlhf_train.decoder import Decoder, Sampling, draw
 from rlhf_train.families import network_of
 
-GPU_STEPS = 8  # tokens between two looks at which answers have ended: the GPU always has as many to do as the host is behind
+STEPS = {"cuda": 8, "cpu": 1}  # tokens between two looks at which answers have ended: so many does a GPU have to do while the host is behind
 SPARE_BYTES = 2**30  # of GPU memory, for what a rollout needs besides its cache
 WIDTHS = 64  # the cache's width is a multiple: another longest prompt seldom makes it anew
 
@@ -89,6 +89,8 @@ class Rollouts:
     @torch.no_grad()
     def generate(self, prompts: Sequence[np.ndarray], *, seed: int, row_ids: Sequence[int]) -> Responses:
         """One response a prompt, in their order. Prompts of like length are generated together."""
+        if not prompts:  # a rank without one
+            return Responses([], [], np.zeros(0, bool))
         numbers = uniforms(seed, row_ids, self.max_tokens)
         order = np.argsort([len(p) for p in prompts], kind="stable")
         generate = self._generate_static if self.is_static else self._generate_eagerly
@@ -110,7 +112,7 @@ class Rollouts:
             except Exception as error:
                 if not compat.is_out_of_memory(error):
                     raise
-                if min(self.batch, prompts) == 1:
+                if min(self.batch, self._room, prompts) == 1:
                     raise ToolkitError(
                         "out of memory in a rollout with one prompt at once",
                         why=str(error).splitlines()[0],
@@ -119,7 +121,7 @@ class Rollouts:
                     ) from None
             # Not in the handler, whose traceback holds on to the tensors.
             self._decoder = None
-            self.batch = max(1, min(self.batch, prompts) // 2)
+            self.batch = max(1, min(self.batch, self._room, prompts) // 2)
             compat.free_gpu_memory()
 
     # --- the static decoder ---
@@ -129,10 +131,9 @@ class Rollouts:
         decoder = self._decoder_for(prompts)
         decoder.begin(numbers)
         decoder.state.tokens.fill_(self.eos_id)
-        on_gpu = self.device.type == "cuda"
-        steps = GPU_STEPS if on_gpu else 1
+        on_gpu, most_steps = self.device.type == "cuda", STEPS[self.device.type]
         waiting = list(range(len(prompts)))
-        slots = Slots(min(decoder.slots, len(prompts)))
+        slots = Slots(min(decoder.slots, len(prompts)), self.max_tokens)
         looks = Looks(decoder.state.done)
         while (waiting or slots.live) and not self._is_asked_to_stop():
             self._beat()
@@ -145,8 +146,9 @@ class Rollouts:
                 source, target = slots.shrink(fewer, looks.made)
                 if source:
                     decoder.compact(source, target, slots.width)
-            slots.grow(steps, decoder.width)
-            decoder.advance(slots.count, slots.width, steps)
+            steps = min(most_steps, slots.longest_left)
+            if steps:
+                decoder.advance(slots.count, slots.grow(steps), steps)
             slots.release(*looks.look(slots.count))
         state = decoder.state
         tokens, log_probs = (tensor[: len(prompts), : self.max_tokens].cpu().numpy().copy() for tensor in (state.tokens, state.log_probs))
@@ -169,7 +171,11 @@ class Rollouts:
         if self.device.type == "cuda":
             slot_bytes = 2 * len(network.layers) * network.width * width * network.token_embedding.element_size()
             self._room = max(1, _free_bytes(self.device) // slot_bytes)
-            slots = min(slots, self._room)
+            if self._room < slots:
+                self._warn(
+                    f"what is free on the GPU holds the cache of {self._room} answers, not of {slots}: so many are generated at once, which is slower"
+                )
+                slots = self._room
         self._decoder = Decoder(
             network, slots=slots, width=width, rows=rows, limit=self.max_tokens, sampling=self.sampling, eos_id=self.eos_id, warn=self._warn
         )
@@ -183,13 +189,15 @@ class Rollouts:
         log_probs = np.zeros((len(prompts), self.max_tokens), dtype=np.float32)
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing would drop the cache
-        for first in range(0, len(prompts), self.batch):
-            if self._is_asked_to_stop():
-                break
-            rows = slice(first, first + self.batch)
-            made, scored = self._generate_batch(prompts[rows], numbers[rows])
-            tokens[rows, : made.shape[1]], log_probs[rows, : made.shape[1]] = made, scored
-        self.model.train(was_training)
+        try:
+            for first in range(0, len(prompts), self.batch):
+                if self._is_asked_to_stop():
+                    break
+                rows = slice(first, first + self.batch)
+                made, scored = self._generate_batch(prompts[rows], numbers[rows])
+                tokens[rows, : made.shape[1]], log_probs[rows, : made.shape[1]] = made, scored
+        finally:
+            self.model.train(was_training)
         return tokens, log_probs
 
     def _generate_batch(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -247,11 +255,12 @@ def fewer_slots(live: int, count: int, on_gpu: bool) -> int:
 
 
 class Slots:
-    """The host's view of the decoder's first `count` slots: which are free, and how long each may be by now."""
+    """The host's view of the decoder's first `count` slots: which are free, how long each may be by now, and how long it may become."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, limit: int) -> None:
+        self.count, self._limit = count, limit
         self._length = [0] * count  # tokens in the cache at most; 0: free
+        self._left = [0] * count  # tokens that may still come
         self._since = [0] * count  # looks that were made before this answer came: they say nothing of it
 
     @property
@@ -266,20 +275,32 @@ class Slots:
     def width(self) -> int:
         return max(self._length[: self.count])
 
-    def take(self, slots: Sequence[int], lengths: Sequence[int], looks: int) -> None:
-        for slot, length in zip(slots, lengths, strict=True):
-            self._length[slot], self._since[slot] = length, looks
+    @property
+    def longest_left(self) -> int:
+        return max(self._left[: self.count])
 
-    def grow(self, steps: int, limit: int) -> None:
+    def take(self, slots: Sequence[int], lengths: Sequence[int], looks: int) -> None:
+        """Prompts of these lengths were fed, and the first token of each answer is there."""
+        for slot, length in zip(slots, lengths, strict=True):
+            self._length[slot], self._left[slot], self._since[slot] = length, self._limit - 1, looks
+            if self._limit == 1:
+                self._length[slot] = 0
+
+    def grow(self, steps: int) -> int:
+        """After so many more tokens, which end the answers that may have no more. Returns the width that these steps need."""
+        width = 0
         for slot in self.live:
-            self._length[slot] = min(self._length[slot] + steps, limit)
+            fed = min(steps, self._left[slot])
+            width = max(width, self._length[slot] + fed)
+            self._length[slot], self._left[slot] = self._length[slot] + fed if fed < self._left[slot] else 0, self._left[slot] - fed
+        return width
 
     def shrink(self, count: int, looks: int) -> tuple[list[int], list[int]]:
         """Answers beyond `count` move to free slots below it. Returns (source, target)."""
         source, target = [slot for slot in self.live if slot >= count], [slot for slot in self.free if slot < count]
         target = target[: len(source)]
         for old, new in zip(source, target, strict=True):
-            self._length[new], self._since[new] = self._length[old], looks
+            self._length[new], self._left[new], self._since[new] = self._length[old], self._left[old], looks
         self.count = count
         return source, target
 
@@ -287,7 +308,7 @@ class Slots:
         """What look number `look` said of each slot."""
         for slot, is_done in enumerate(done[: self.count]):
             if is_done and self._length[slot] and look >= self._since[slot]:
-                self._length[slot] = 0
+                self._length[slot] = self._left[slot] = 0
 
 
 class Looks:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from rlhf_train import kernels, rollout
 from rlhf_train.decoder import Decoder, Sampling, State, draw
 from rlhf_train.families import network_of
 from rlhf_train.rollout import Looks, Rollouts, Slots, fewer_slots, uniforms
@@ -99,11 +100,43 @@ def test_a_prompt_does_not_wait_for_the_longest_answer():
         assert np.array_equal(alone.tokens[0], together.tokens[place])
 
 
+class Late(Looks):
+    """As on a GPU: each look is answered with what the one before it saw."""
+
+    def look(self, count):
+        self._asked.append((self.made, self._done[:count].bool().tolist()))
+        self.made += 1
+        return self._asked.pop(0) if len(self._asked) > 1 else (-1, [])
+
+
+@pytest.mark.parametrize(("slots", "limit"), [(3, 12), (20, 12), (40, 11), (6, 1)])
+def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
+    """Several tokens between two looks, of which each is late: slots are filled again, and answers move to fewer, all the same."""
+    model, prompts = opt(), some_prompts(40)
+    common = {"eos_id": EOS, "pad_id": PAD, "max_tokens": limit, "temperature": 1.0, "batch": slots, "device": torch.device("cpu")}
+    expected = Rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
+    monkeypatch.setitem(rollout.STEPS, "cpu", 3)
+    monkeypatch.setattr(rollout, "Looks", Late)
+    behind = Rollouts(model, **common)
+    for _ in range(2):  # nothing is left over from the first
+        found = behind.generate(prompts, seed=3, row_ids=range(40))
+        assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, found.tokens, strict=True))
+        assert expected.ended.tolist() == found.ended.tolist()
+
+
+def test_no_prompts_no_answers():
+    """A rank can have none."""
+    made = Rollouts(opt(), eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=3, device=torch.device("cpu")).generate(
+        [], seed=0, row_ids=[]
+    )
+    assert (made.tokens, made.log_probs, list(made.ended)) == ([], [], [])
+
+
 def test_slots_know_which_answers_a_look_was_about():
-    slots = Slots(4)
+    slots = Slots(4, limit=20)
     slots.take([0, 1, 2], [5, 6, 7], looks=0)
-    slots.grow(8, limit=14)
-    assert (slots.free, slots.live, slots.width) == ([3], [0, 1, 2], 14)
+    assert slots.grow(8) == 15
+    assert (slots.free, slots.live, slots.width, slots.longest_left) == ([3], [0, 1, 2], 15, 11)
     slots.release(0, [True, False, False, True])
     assert slots.free == [0, 3]
     slots.take([0], [2], looks=2)  # look number 1 was asked before: it still tells of the old answer
@@ -112,9 +145,21 @@ def test_slots_know_which_answers_a_look_was_about():
     slots.release(2, [True, True, False, True])
     assert slots.live == [2]
     assert slots.shrink(2, looks=3) == ([2], [0])
-    assert (slots.count, slots.live, slots.width) == (2, [0], 14)
+    assert (slots.count, slots.live, slots.width) == (2, [0], 15)
     slots.release(2, [True, True])  # of the slots as they were before the move
     assert slots.live == [0]
+
+
+def test_an_answer_at_its_limit_is_over_without_a_look():
+    slots = Slots(2, limit=5)
+    slots.take([0, 1], [3, 9], looks=0)
+    assert slots.longest_left == 4
+    assert slots.grow(3) == 12
+    slots.take([1], [4], looks=0)
+    assert slots.grow(1) == 7
+    assert (slots.live, slots.longest_left) == ([1], 3)
+    assert slots.grow(3) == 8
+    assert not slots.live
 
 
 def test_looks_on_a_cpu_are_of_now():
@@ -161,13 +206,13 @@ def test_families():
     assert said == ["rollouts of LlamaForCausalLM run by its own forward, which is slower: the static decoder knows plain OPT models only"]
 
 
-class NoCapture:
+class NoStream:
     """As a GPU on which a capture fails."""
 
     def __init__(self, error):
         self.error = error
 
-    def __call__(self, step):
+    def __call__(self):
         raise self.error
 
 
@@ -175,19 +220,24 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     model, prompts, said = opt(), some_prompts(), []
     expected = answers(model, prompts)
     made = decoder(model, slots=7, warn=said.append)
-    made._graphs = {}
-    monkeypatch.setattr(made, "_capture", NoCapture(RuntimeError("operation not permitted when stream is capturing\nmore")))
     made.begin(uniforms(7, range(7), 12))
     made.admit(range(7), range(7), prompts)
+    made._graphs = {}
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream(RuntimeError("operation not permitted when stream is capturing\nmore")))
     for step in range(11):
         made.advance(7, 9 + step + 1, 1)
     assert torch.equal(made.state.tokens[:, :-1], expected.tokens[:, :-1])
     assert len(said) == 1
     assert said[0].endswith("runs without: operation not permitted when stream is capturing")
     made._graphs = {}
-    monkeypatch.setattr(made, "_capture", NoCapture(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer prompts at once would help there
         made.advance(7, 20, 1)
+
+
+def test_heads_that_are_no_power_of_two_go_without_kernels():
+    assert kernels.take(network_of(opt()))
+    assert not kernels.take(network_of(opt(hidden_size=48, word_embed_proj_dim=48)))  # 24 numbers; OPT-2.7b's have 80
 
 
 def test_a_step_changes_nothing_of_a_slot_that_is_done():

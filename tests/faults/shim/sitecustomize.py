@@ -1,8 +1,8 @@
 """Faults for real ranks: with this folder on PYTHONPATH and a fault in FAULT (see tests/faults/scene.py), a rank meets it by itself.
 
-They come where ids are looked up in the embedding of tokens, which every forward pass does once: memory that ends there, a
-number that is none, a process that stops; or where a file of a checkpoint is put together. What the ranks and their launcher
-then do is all their own.
+They come where ids are looked up in the embedding of tokens, which every forward pass of a model does once: memory that ends
+there, a number that is none, a process that stops; at a step of the decoder; or where a file of a checkpoint is put together.
+What the ranks and their launcher then do is all their own.
 """
 
 from __future__ import annotations
@@ -50,8 +50,15 @@ def install() -> None:
     import torch
     from torch import Tensor
 
+    from rlhf_train import attention
+    from rlhf_train.decoder import Decoder
+
+    if fault["what"] == "no memory":
+        attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
+    plain_step = Decoder._step
     passes = 0  # of the kind that the fault comes in
+    longest = 1  # tokens of a row so far: the rehearsal, which is first, has the longest
 
     def save(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
         if fault["kind"] == "saving" or (fault.get("saving_too") and passes >= fault["first"]):
@@ -61,16 +68,24 @@ def install() -> None:
     safetensors.torch.save = save
 
     def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal passes
+        nonlocal passes, longest
         out = plain(ids, weight, padding_idx, *args, **kwargs)
-        is_generating = not torch.is_grad_enabled() and ids.shape[1] == 1  # a token a row, after the prompts
-        kind = "training" if torch.is_grad_enabled() else "generating" if is_generating else "judging"
-        if padding_idx is None or kind != fault["kind"]:  # None: OPT's positions
+        kind = "training" if torch.is_grad_enabled() else "judging"
+        if padding_idx is None or kind != fault["kind"]:  # None: OPT's positions, and the decoder
             return out
-        passes += 1
-        return meet(out, len(ids)) if fault["first"] <= passes <= fault["last"] else out
+        passes, longest = passes + 1, max(longest, ids.shape[1])
+        return meet(out, math.ceil(ids.numel() / longest)) if fault["first"] <= passes <= fault["last"] else out
+
+    def step(self: Decoder, count: int, width: int) -> None:
+        nonlocal passes
+        if fault["kind"] == "generating":
+            passes += 1
+            if fault["first"] <= passes <= fault["last"]:
+                meet(None, count)
+        plain_step(self, count, width)
 
     torch.nn.functional.embedding = embedding  # type: ignore[assignment]
+    Decoder._step = step  # type: ignore[method-assign]
 
 
 if fault is not None and os.environ.get("RANK") == str(fault["rank"]):

@@ -58,8 +58,8 @@ class Crew:
                 "GOMP_SPINCOUNT": "3000",
                 # glibc hands large blocks back to the kernel after each use; keeping them made updates 10 % faster.
                 "MALLOC_MMAP_MAX_": "0",
-                "MALLOC_TRIM_THRESHOLD_": str(2**40),
-                "MALLOC_TOP_PAD_": str(2**26),
+                "MALLOC_TRIM_THRESHOLD_": str(2**34),
+                "MALLOC_TOP_PAD_": str(2**28),
             }
         return environment
 

@@ -123,7 +123,7 @@ def settings_of(name: str) -> list[str]:
 def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], Trained], name: str) -> None:
     """Twice: in step 1 between two checkpoints, in step 3 between two updates of a rollout; against the run that nobody touched."""
     whole = trained(name)
-    killed = train_killed(whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 4), (3, 4)])
+    killed = train_killed(whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 7), (3, 4)])
     assert any(event["from_update"] > 0 for step in (1, 2, 3) for event in killed.events("resumed", step))
     for step in (1, 2, 3):
         assert curve(killed, step) == curve(whole, step)
@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(trained: Callable
     if "ranks" not in HOW[after]:
         then += ["hardware.ranks=1", "hardware.actor_zero_stage=0", "hardware.critic_zero_stage=0"]
     folder = whole.dir.path.parents[1]
-    killed = train_killed(folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 4), (3, 4)], then=then)
+    killed = train_killed(folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 7), (3, 4)], then=then)
     assert {event["ranks"] for event in killed.events("plan", 3)} == {1, 2}
     for step in (1, 2, 3):
         expected, found = curve(whole, step), curve(killed, step)

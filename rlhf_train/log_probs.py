@@ -85,7 +85,7 @@ def pieces(rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
 
 
 def _softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
-    if logits.is_cuda and loss_kernels.IS_THERE and kernels.run_here():
+    if logits.is_cuda and kernels.run_here():
         return loss_kernels.softmax_numbers(logits, labels, temperature, with_entropy)
     parts = pieces(len(labels), 4 * logits.shape[1], FLOAT32_BYTES)
     numbers = [softmax_numbers(logits[part], labels[part], temperature, with_entropy) for part in parts]
@@ -93,7 +93,7 @@ def _softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_en
 
 
 def _to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:
-    if logits.is_cuda and loss_kernels.IS_THERE and kernels.run_here():
+    if logits.is_cuda and kernels.run_here():
         return loss_kernels.to_gradient_(logits, labels, normalizers, gradient, temperature)
     for part in pieces(len(labels), 4 * logits.shape[1], FLOAT32_BYTES):
         to_gradient_(logits[part], labels[part], normalizers[part], gradient[part], temperature)

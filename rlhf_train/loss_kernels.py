@@ -8,17 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-
-    IS_THERE = int(triton.__version__.split(".")[0]) >= 3
-except ImportError:
-    IS_THERE = False
+from rlhf_train.kernels import IS_THERE
 
 BLOCK = 4096  # logits of a row read at once
 
 if IS_THERE:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _softmax_numbers(logits, labels, log_probs, normalizers, entropies, per_temperature, vocabulary, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):

@@ -37,7 +37,7 @@ def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(measure: Cal
         seen.append(batch)
         if len(seen) == asked_in:
             session.stop.ask()
-        return torch.zeros(int(batch.response_lengths.sum()) if measure is perplexity else batch.input_ids.shape), None
+        return torch.zeros(int(batch.response_lengths.sum()) if measure is perplexity else batch.input_ids.numel()), None
 
     if asked_in == 99:
         measure(session, engine, table, np.arange(ROWS), 0)

@@ -1,12 +1,14 @@
 """Rows one behind the other in one long row, and attention that keeps them apart: nothing is padded.
 
 Everything else in a decoder looks at one token at a time. transformers (5 on) lets a model's attention be one of ours, which is handed
-the rows' lengths with each call; called without them, as rollouts do, it is transformers' own SDPA.
+the rows' lengths with each call; called without them, as rollouts do, it is transformers' own SDPA. After the last attention a token that
+nobody asks of is of no use to the others: the rest of OPT's last layer is computed for the others alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -28,14 +30,15 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.bfloa
 
 @dataclass(frozen=True)
 class Rows:
-    """Where packed rows end."""
+    """Where packed rows end, and which of their tokens are asked of."""
 
     lengths: tuple[int, ...]
     ends: Tensor  # int32 (B + 1,) on the device, from 0: cumulated lengths
+    wanted: Tensor | None = None  # (n,) into the N packed tokens; None: all
 
     @classmethod
-    def of(cls, lengths: np.ndarray, device: torch.device) -> Rows:
-        return cls(tuple(lengths.tolist()), torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device))
+    def of(cls, lengths: np.ndarray, device: torch.device, wanted: Tensor | None = None) -> Rows:
+        return cls(tuple(lengths.tolist()), torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device), wanted)
 
 
 def can_pack(model: Any) -> bool:
@@ -49,15 +52,49 @@ def can_pack(model: Any) -> bool:
 def keep_rows_apart(model: Any) -> None:
     compat.register_attention(NAME, attend)
     model.set_attn_implementation(NAME)
+    if model.config.model_type == "opt":
+        model.base_model.decoder.layers[-1].__class__ = _opt_last_layer()
 
 
-def arguments(batch: Sequences) -> dict[str, Any]:
+def leaves_out(model: Any) -> bool:
+    """Whether hidden states come for the wanted tokens of packed rows alone."""
+    return model.config.model_type == "opt" and isinstance(model.base_model.decoder.layers[-1], _opt_last_layer())
+
+
+@cache
+def _opt_last_layer() -> type:
+    """A class, not a function put into the layer: a copy of the model must not call the layer that it was copied from."""
+    from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+    class LastLayer(OPTDecoderLayer):
+        def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
+            """(1, N, d) -> (1, n, d), n the wanted tokens. Otherwise as the class above, without dropout."""
+            if rows is None or rows.wanted is None:
+                return super().forward(hidden_states, *args, rows=rows, **kwargs)
+            attention = self.self_attn
+            y = self.self_attn_layer_norm(hidden_states) if self.do_layer_norm_before else hidden_states
+            query, key, value = (
+                part.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+                for part in (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
+            )
+            seen, _ = attend(attention, query, key, value, None, rows=rows, scaling=attention.scaling)
+            x = hidden_states[:, rows.wanted] + attention.out_proj(seen.flatten(2)[:, rows.wanted])
+            if not self.do_layer_norm_before:
+                x = self.self_attn_layer_norm(x)
+            y = self.final_layer_norm(x) if self.do_layer_norm_before else x
+            x = x + self.fc2(self.activation_fn(self.fc1(y)))
+            return x if self.do_layer_norm_before else self.final_layer_norm(x)
+
+    return LastLayer
+
+
+def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
     """What the model is called with besides the ids of packed rows."""
     device = batch.input_ids.device
     positions = np.concatenate([np.arange(length) for length in batch.host_lengths])
     return {
         "position_ids": torch.from_numpy(positions).to(device)[None],
-        "rows": Rows.of(batch.host_lengths, device),
+        "rows": Rows.of(batch.host_lengths, device, wanted),
         # A mask of four dimensions is taken as it is, and so none is made: it would have a bit for each two tokens.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),
     }

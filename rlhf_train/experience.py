@@ -9,7 +9,7 @@ sure; they are those of the policy that sampled; and a bound on KL can hold befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def _padded(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(out)
 
 
-def response_values(token_values: Tensor, batch: Sequences) -> Tensor:
-    """The value before each response token, (S,) -> (B, R), zero elsewhere: what the log-probs are read from too."""
+def response_values(critic: Callable[..., Any], batch: Sequences) -> Tensor:
+    """The value before each response token, (B, R), zero elsewhere: after the tokens that the log-probs are read from too."""
     index, _ = batch.predicted()
-    return batch.spread(token_values[index])
+    return batch.spread(critic(batch, index)[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_train.batch import Sequences, cut
 from rlhf_train.engine import Engine
 from rlhf_train.experience import Scored, TrainerView, response_values
-from rlhf_train.models import ActorForward, last_scores
+from rlhf_train.models import ActorForward
 from rlhf_train.rollout import Responses
 from rlhf_train.session import Session
 
@@ -121,7 +121,7 @@ class WithoutAdapters:
 def judge(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
     """What the two frozen networks say of one micro batch: (B, R) log-probs of the reference, (B,) scores."""
     ref_log_probs, _ = reference(batch, temperature=temperature)
-    return {"ref_log_probs": batch.spread(ref_log_probs), "score": last_scores(reward_model(batch)[0], batch)}
+    return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
 
 
 def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
@@ -145,5 +145,5 @@ def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperatu
     return {
         "log_probs": batch.spread(log_probs),
         "entropy": mean_entropies(entropies, batch),
-        "values": response_values(critic(batch)[0], batch),
+        "values": response_values(critic, batch),
     }

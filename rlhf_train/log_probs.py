@@ -23,13 +23,12 @@ KEPT_BYTES = 2**31  # logits held at once in the model's dtype, and kept for the
 
 
 def label_log_probs(
-    hidden: Tensor, index: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float = 1.0, with_entropy: bool = False
+    states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(head(hidden) / temperature)[labels] at chosen places, in float32.
+    """log softmax(head(states) / temperature)[labels], in float32.
 
-    hidden: (S, d); index: (N,) into S; labels: (N,). Returns (N,), and the entropies (N,), without gradient, if asked for.
+    states: (N, d); labels: (N,). Returns (N,), and the entropies (N,), without gradient, if asked for.
     """
-    states = hidden.index_select(0, index)
     if is_plain(head, states):
         log_probs, entropies = _LabelLogProbs.apply(states, head.weight, labels, temperature, with_entropy, torch.is_grad_enabled())
     else:

@@ -183,13 +183,13 @@ class ActorForward(nn.Module):
         self, batch: Sequences, *, from_prompt: bool = False, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """-> log-probs (N,) of `batch.predicted(from_prompt=...)`'s labels, and the entropies (N,) if asked for."""
-        hidden = _hidden_states(self.model, batch)
         index, labels = batch.predicted(from_prompt=from_prompt)
-        return label_log_probs(hidden, index, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy)
+        states = _hidden_states(self.model, batch, index)
+        return label_log_probs(states, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy)
 
 
 class ScoreForward(nn.Module):
-    """A score after every token, (score - shift) / scale; the reward model in steps 2 and 3, and the critic.
+    """A score after a token, (score - shift) / scale; the reward model in steps 2 and 3, and the critic.
 
     shift and scale make rewards mean 0 and std 1 on the reference's answers; both models share them.
     """
@@ -211,29 +211,35 @@ class ScoreForward(nn.Module):
             self.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
             self.lm_head.weight = embedding
 
-    def forward(self, batch: Sequences, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
-        """-> scores (S,), flat as `Sequences` says, and the log-probs of the response tokens of the first `lm_rows` rows, (N,)."""
-        hidden = _hidden_states(self.model, batch)
+    def forward(self, batch: Sequences, at: Tensor | None = None, *, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
+        """-> scores (n,) after the tokens `at`, an index into S as `Sequences` says; None: (S,), after all. And the log-probs of the response
+        tokens of the first `lm_rows` rows, (N,), for which `at` must be None.
+        """
+        hidden = _hidden_states(self.model, batch, at)
         scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
         if not lm_rows or self.lm_head is None:
             return scores, None
         index, labels = batch.predicted()
+        assert at is None, "the log-probs are of other tokens than the scores"
         count = int(batch.host_response_lengths[:lm_rows].sum())
-        return scores, label_log_probs(hidden, index[:count], labels[:count], self.lm_head, self.model.config.vocab_size)[0]
+        states = hidden.index_select(0, index[:count])
+        return scores, label_log_probs(states, labels[:count], self.lm_head, self.model.config.vocab_size)[0]
 
 
 def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
-    """The score after the last real token. (S,) -> (B,)."""
+    """Of the scores after all tokens, (S,), those after the last real one of each row, (B,)."""
     return scores[batch.last()]
 
 
-def _hidden_states(model: Any, batch: Sequences) -> Tensor:
-    """(S, d). Padding is on the right, where causal attention never looks: no mask is needed, and default positions are right.
+def _hidden_states(model: Any, batch: Sequences, at: Tensor | None) -> Tensor:
+    """Of the tokens `at`, in increasing order: (n, d); None: of all, (S, d).
 
-    Without a mask, attention takes kernels that know of causality alone.
+    Padding is on the right, where causal attention never looks: no mask is needed, and default positions are right. Without a mask,
+    attention takes kernels that know of causality alone.
     """
-    more = attention.arguments(batch) if batch.is_packed else {}
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+    more = attention.arguments(batch, at) if batch.is_packed else {}
+    states = model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+    return states if at is None or (batch.is_packed and attention.leaves_out(model)) else states.index_select(0, at)
 
 
 def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:

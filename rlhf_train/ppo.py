@@ -139,7 +139,7 @@ def run(session: Session) -> End:
     judges = Judges(session, reference, reward_model, pad_id, pass_tokens)
     rehearse(
         (actor, lambda: actor(longest, temperature=spec.temperature)[0].sum()),
-        (critic, lambda: critic(longest)[0].sum()),
+        (critic, lambda: response_values(critic, longest).sum()),
     )
     saved = keeper.resume()
     if saved is not None:
@@ -418,7 +418,7 @@ def accumulate_gradients(
     for one in passes:
         session.pulse.beat()
         batch, mask = one.batch, one.mask
-        values = response_values(critic(batch)[0], batch)
+        values = response_values(critic, batch)
         if on_policy:
             one.targets = targets_of(one.targets["rewards"], values.detach(), mask, spec)
         old_values = one.targets["values"]

@@ -60,7 +60,7 @@ def run(session: Session) -> End:
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 
     def longest_pass() -> Tensor:
-        scores, lm_log_probs = engine(longest, lm_rows=plan.micro_batch if spec.lm_coef else 0)
+        scores, _, lm_log_probs = ask(engine, spec, longest)
         return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
 
     rehearse((engine, longest_pass))
@@ -93,8 +93,8 @@ def run(session: Session) -> End:
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
-            scores, lm_log_probs = engine(batch, lm_rows=len(micro) if spec.lm_coef else 0)
-            pair_loss = preference(spec, scores, batch) * len(micro) / spec.global_batch
+            scores, in_the_end, lm_log_probs = ask(engine, spec, batch)
+            pair_loss = preference(spec, scores, in_the_end, batch) * len(micro) / spec.global_batch
             lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
             if not world.all_finite(pair_loss, lm_loss):
                 keeper.skipped(update + 1, "its loss is not finite")
@@ -102,7 +102,7 @@ def run(session: Session) -> End:
                 break
             last = place == len(passes)
             engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
-            chosen, rejected = last_scores(scores.detach(), batch).chunk(2)
+            chosen, rejected = in_the_end.detach().chunk(2)
             for name, value in (
                 ("loss", pair_loss),
                 ("lm_loss", lm_loss),
@@ -154,10 +154,19 @@ def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.devi
     return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
 
 
-def preference(spec: Reward, scores: Tensor, batch: Sequences) -> Tensor:
-    """The pair loss as the job chooses it, mean over the pairs of this batch."""
+def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> the scores that the loss needs, those after the last token of each sequence (2n,), and the log-probs of the chosen for `lm_coef`."""
+    if spec.loss == "last_token" and not spec.lm_coef:
+        in_the_end, _ = engine(batch, batch.last())
+        return in_the_end, in_the_end, None
+    scores, lm_log_probs = engine(batch, lm_rows=len(batch.host_lengths) // 2 if spec.lm_coef else 0)
+    return scores, last_scores(scores, batch), lm_log_probs
+
+
+def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequences) -> Tensor:
+    """The pair loss as the job chooses it, mean over the pairs of this batch. As `ask` says them: scores, in_the_end."""
     if spec.loss == "last_token":
-        return preference_loss(*last_scores(scores, batch).chunk(2))
+        return preference_loss(*in_the_end.chunk(2))
     chosen, rejected = batch.by_row(scores).chunk(2)
     return preference_loss_per_token(chosen, rejected, divergence_mask(batch))
 
@@ -179,7 +188,7 @@ def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, p
         session.pulse.beat()
         session.stop_if_asked()
         batch = pairs(table, rows[micro], pad_id, session.world.device)
-        scores = last_scores(engine(batch)[0], batch)
+        scores, _ = engine(batch, batch.last())
         chosen, rejected = scores.chunk(2)
         correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if bool(torch.isfinite(scores).all()) else math.nan
     return session.world.sum({"correct": correct})["correct"] / len(rows)

@@ -106,4 +106,4 @@ def test_the_advantages_of_an_update_are_whitened_over_its_passes():
 def test_values_are_read_before_each_response_token():
     batch = Sequences.of([np.array([2, 5, 6]), np.array([2])], [np.array([7, 3]), np.array([8, 9, 3])], 1, CPU)
     per_token = torch.arange(10.0)  # two rows of 5
-    assert response_values(per_token, batch).tolist() == [[2, 3, 0], [5, 6, 7]]
+    assert response_values(lambda batch, at: (per_token[at], None), batch).tolist() == [[2, 3, 0], [5, 6, 7]]

@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, dtype, rows,
     if kept == "made again":
         monkeypatch.setattr(log_probs, "KEPT_BYTES", 2 * head.weight.element_size() * VOCABULARY)  # two rows
     assert is_plain(head, hidden)
-    found, entropies = label_log_probs(hidden, index, labels, head, VOCABULARY, temperature, with_entropy=True)
+    found, entropies = label_log_probs(hidden[index], labels, head, VOCABULARY, temperature, with_entropy=True)
     (found * above).sum().backward()
     assert found.dtype == entropies.dtype == torch.float32
     assert not entropies.requires_grad
@@ -64,7 +64,7 @@ def test_a_head_that_is_more_than_its_weight_is_called():
     for module_bytes in (4 * VOCABULARY, 2**20):
         hidden.grad = head.weight.grad = None
         log_probs.MODULE_BYTES, whole = module_bytes, log_probs.MODULE_BYTES
-        found, entropies = label_log_probs(hidden, index, labels, wrapped, VOCABULARY, 0.7, with_entropy=True)
+        found, entropies = label_log_probs(hidden[index], labels, wrapped, VOCABULARY, 0.7, with_entropy=True)
         (found * above).sum().backward()
         log_probs.MODULE_BYTES = whole
         for ours, theirs in zip((found, entropies, hidden.grad, head.weight.grad), expected, strict=True):
@@ -74,11 +74,11 @@ def test_a_head_that_is_more_than_its_weight_is_called():
 def test_only_what_is_trained_gets_a_gradient():
     hidden, index, labels, head, _ = case()
     head.weight.requires_grad_(False)
-    label_log_probs(hidden, index, labels, head, VOCABULARY)[0].sum().backward()
+    label_log_probs(hidden[index], labels, head, VOCABULARY)[0].sum().backward()
     assert head.weight.grad is None
     assert hidden.grad.abs().sum() > 0
     with torch.no_grad():
-        assert not label_log_probs(hidden, index, labels, head, VOCABULARY)[0].requires_grad
+        assert not label_log_probs(hidden[index], labels, head, VOCABULARY)[0].requires_grad
 
 
 class Largest(TorchDispatchMode):
@@ -99,7 +99,7 @@ def test_no_float32_tensor_holds_the_logits(monkeypatch):
     hidden, index, labels, head, above = case(torch.bfloat16)
     monkeypatch.setattr(log_probs, "FLOAT32_BYTES", 2 * 4 * VOCABULARY)
     with Largest() as largest:
-        values, _ = label_log_probs(hidden, index, labels, head, VOCABULARY, 0.7, with_entropy=True)
+        values, _ = label_log_probs(hidden[index], labels, head, VOCABULARY, 0.7, with_entropy=True)
         (values * above).sum().backward()
     assert largest.numbers == 2 * VOCABULARY
     with Largest() as naive:

@@ -301,6 +301,33 @@ def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
     torch.testing.assert_close(found_lm, expected_lm, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["opt", "opt-350m"])
+@pytest.mark.skipif(not compat.takes_own_attention(), reason="these libraries cannot pack")
+def test_the_last_layer_of_packed_rows_ends_with_the_tokens_that_are_asked_of(family, texts, tokenizer):
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    packed = laid_out(PACKED, texts, tokenizer, model)
+    fed = []
+    for layer in model.model.decoder.layers:
+        layer.fc1.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0][..., 0].numel()))
+    index, _ = packed.predicted()
+    ActorForward(model)(packed)
+    assert fed == [packed.input_ids.numel(), len(index)]
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert ActorForward(copied)(packed)[0].std() > 0  # the copy's last layer reads the copy's weights
+
+
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_a_score_after_some_tokens_is_theirs_among_all(layout, texts, tokenizer):
+    scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=0).eval()
+    rows, forward = laid_out(layout, texts, tokenizer, scorer), ScoreForward(scorer, shift=2.0, scale=4.0)
+    for at in (rows.last(), rows.predicted()[0]):
+        torch.testing.assert_close(forward(rows, at)[0], forward(rows)[0][at], rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_takes_packed_rows_is_called_as_before_otherwise(batch, tokenizer, actor, tmp_path):
     """Rollouts call it with a mask; what is saved says nothing of it."""
     packing = copy.deepcopy(actor)

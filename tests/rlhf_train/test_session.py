@@ -33,11 +33,11 @@ def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(measure: Cal
     table = Table(tokens, tokens, tokens, tokens, {}, {})
     seen: list[Sequences] = []
 
-    def engine(batch: Sequences, **_: Any) -> tuple[torch.Tensor, None]:
+    def engine(batch: Sequences, at: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
         seen.append(batch)
         if len(seen) == asked_in:
             session.stop.ask()
-        return torch.zeros(int(batch.response_lengths.sum()) if measure is perplexity else batch.input_ids.numel()), None
+        return torch.zeros(int(batch.response_lengths.sum()) if at is None else len(at)), None
 
     if asked_in == 99:
         measure(session, engine, table, np.arange(ROWS), 0)

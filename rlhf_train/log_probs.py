@@ -101,9 +101,12 @@ def _to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient:
 def softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(n, V), (n,) -> log-probs (n,), log of the sum of exp (n,), entropies (n,) or (0,), in float32."""
     scaled = logits.float() / temperature if temperature != 1.0 else logits.float()
-    normalizers = scaled.logsumexp(-1)
+    probabilities = scaled.softmax(-1)
+    normalizers = scaled.amax(-1) - probabilities.amax(-1).log()  # the likeliest token has 1 / V at least
     log_probs = scaled.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - normalizers
-    return log_probs, normalizers, entropy(scaled) if with_entropy else normalizers[:0]
+    if not with_entropy:
+        return log_probs, normalizers, normalizers[:0]
+    return log_probs, normalizers, normalizers - torch.bmm(probabilities.unsqueeze(1), scaled.unsqueeze(2)).flatten()
 
 
 def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,7 @@ class Where:
     device: str  # cpu or cuda
     threads: int  # of a rank, on a CPU
     ranks: int = 1
+    cores: frozenset[int] = frozenset()  # of the machine that may be used; empty: nothing is pinned
 
     @property
     def environment(self) -> dict[str, str]:
@@ -53,6 +56,19 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return f"Python {platform.python_version()}, {', '.join(found)}"
+
+
+@contextmanager
+def beside(cores: frozenset[int]) -> Iterator[None]:
+    """This process on the other of `cores`, if there are any: off those that it was on, and that what it has started stays on."""
+    measured = os.sched_getaffinity(0) if cores else cores
+    if cores - measured:
+        os.sched_setaffinity(0, cores - measured)
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, measured)
 
 
 def quietest_cores(cores: set[int], count: int) -> set[int]:

@@ -90,7 +90,7 @@ def main() -> int:
     written, cores = dict[str, Any](), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     try:
         for name in options.names:
-            bench = Bench(options, SHAPES[options.size], Where(options.device, options.threads), folder / name, cores)
+            bench = Bench(options, SHAPES[options.size], Where(options.device, options.threads, cores=frozenset(cores)), folder / name)
             shutil.rmtree(bench.folder, ignore_errors=True)
             bench.folder.mkdir(parents=True)
             bench.say(f"{name}:")

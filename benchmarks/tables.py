@@ -29,7 +29,6 @@ class Bench:
     size: Size
     where: Where
     folder: Path  # for runs and models; each NAME has one of its own
-    cores: set[int]  # that this process had at first
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -59,9 +58,9 @@ def do_ppo(bench: Bench) -> Table:
 
 def do_peers(bench: Bench) -> Table:
     """Environments are made and compiled with all cores, measured with one."""
-    mine = os.sched_getaffinity(0) if bench.cores else set()
+    mine = os.sched_getaffinity(0) if bench.where.cores else set()
     if mine:
-        os.sched_setaffinity(0, bench.cores)
+        os.sched_setaffinity(0, bench.where.cores)
     side_by_side.prepare(bench.options, bench.say)
     if mine:
         os.sched_setaffinity(0, mine)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_train import compat
 from rlhf_train.batch import Sequences
@@ -53,7 +53,11 @@ def keep_rows_apart(model: Any) -> None:
     compat.register_attention(NAME, attend)
     model.set_attn_implementation(NAME)
     if model.config.model_type == "opt":
-        model.base_model.decoder.layers[-1].__class__ = _opt_last_layer()
+        layers = model.base_model.decoder.layers
+        layers[-1].__class__ = _opt_last_layer()
+        for layer in layers:
+            if isinstance(layer.activation_fn, nn.ReLU):
+                layer.activation_fn.inplace = True  # of a product, whose gradient does not need it
 
 
 def leaves_out(model: Any) -> bool:
@@ -116,10 +120,14 @@ def attend(
 def run_by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
     """As many rows of one length at once as follow each other. All (1, H, N, D). Returns (1, N, H, D)."""
     runs = [(len(list(run)), length) for length, run in groupby(rows.lengths)]
+    if len(runs) == 1:  # a batch: neither split nor joined
+        return _batch(query[0], key[0], value[0], runs[0], scale)[None]
     # Split, not sliced run by run: the gradient of each slice would be as large as all rows together.
     parts = zip(*(tensor[0].split([count * length for count, length in runs], dim=1) for tensor in (query, key, value)), strict=True)
-    done = []
-    for run, part in zip(runs, parts, strict=True):
-        q, k, v = (tensor.unflatten(1, run).transpose(0, 1) for tensor in part)
-        done.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1))
-    return torch.cat(done)[None]
+    return torch.cat([_batch(q, k, v, run, scale) for run, (q, k, v) in zip(runs, parts, strict=True)])[None]
+
+
+def _batch(query: Tensor, key: Tensor, value: Tensor, run: tuple[int, int], scale: float) -> Tensor:
+    """Rows of one length. run: how many, and the length. All (H, n, D). Returns (n, H, D)."""
+    q, k, v = (tensor.unflatten(1, run).transpose(0, 1) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)

@@ -67,13 +67,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Advantages are not whitened; see `whiten`. Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     rewards, values = _kept(rewards, mask), _kept(values, mask)
-    advantages = torch.zeros_like(values)
-    running = next_value = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # d_t = r_t + gamma V_{t+1} - V_t
-        running = delta + gamma * lam * running  # A_t = d_t + gamma lam A_{t+1}
-        advantages[:, t], next_value = running, values[:, t]
-    return advantages * mask, (advantages + values) * mask
+    deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
+    deltas[:, :-1] += gamma * values[:, 1:]
+    running = torch.zeros_like(values[:, 0])
+    advantages = list[Tensor]()
+    for delta in reversed(deltas.unbind(1)):
+        running = torch.add(delta, running, alpha=gamma * lam)  # A_t = d_t + gamma lam A_{t+1}
+        advantages.append(running)
+    advantages_of_time = torch.stack(advantages[::-1], dim=1)
+    return advantages_of_time * mask, (advantages_of_time + values) * mask
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_train import compat, kernels
+from rlhf_train.batch import cut
 from rlhf_train.families import Layer, Network, Norm
 
 PREFILL_TOKENS = 16384  # of prompts at once, padded
@@ -157,12 +158,12 @@ class Decoder:
         self.state.done.fill_(1)
 
     def admit(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
-        """Feed these prompts into free slots, and sample the first token of each. Prompts of like length should come together."""
-        widest = max(len(prompt) for prompt in prompts)
-        at_once = max(1, PREFILL_TOKENS // widest)
-        for first in range(0, len(slots), at_once):
-            part = slice(first, first + at_once)
-            self._admit(slots[part], rows[part], prompts[part])
+        """Feed these prompts into free slots, and sample the first token of each: in passes where the fewest tokens are computed."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        order = np.argsort(-lengths, kind="stable")
+        for part in cut(lengths[order], PREFILL_TOKENS):
+            chosen = order[part]
+            self._admit([slots[i] for i in chosen], [rows[i] for i in chosen], [prompts[i] for i in chosen])
 
     def _admit(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
         lengths = np.array([len(prompt) for prompt in prompts])

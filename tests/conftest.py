@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.docker.images import box, built, docker  # noqa: F401 (fixtures: one engine and one image for tests/docker and tests/integration)
+from tests.openssh import sshd_program  # noqa: F401 (for tests/remote and tests/integration/remote)
 
 # Read when torch, Triton and DeepSpeed are imported.
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are tested on the CPU

@@ -139,21 +139,6 @@ def has_ipv6() -> bool:
 
 
 @pytest.fixture(scope="session")
-def sshd_program() -> str:
-    search = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-    found = shutil.which("sshd", path=search)
-    if found is None and os.environ.get("RLHF_CI") == "1":
-        for argv in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "openssh-server", "openssh-client", "rsync"]):
-            subprocess.run(argv, check=True, capture_output=True)
-        found = shutil.which("sshd", path=search)
-    if found is None:
-        pytest.skip("needs sshd, of the package openssh-server")
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)  # where it locks itself in
-    return found
-
-
-@pytest.fixture(scope="session")
 def make_sshd(sshd_program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sshd]]:
     """A started server of one's own, with lines for its sshd_config."""
     started: list[Sshd] = []

@@ -24,7 +24,8 @@ def rig_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def laptop(rig_folder: Path) -> Laptop:
+def laptop(rig_folder: Path, sshd_program: str) -> Laptop:
+    """With ssh and rsync."""
     (rig_folder / "laptop").mkdir()
     return Laptop.make(rig_folder / "laptop")
 
@@ -38,10 +39,11 @@ def network(docker: Docker) -> Iterator[Network]:
 
 
 @pytest.fixture(scope="session")
-def docker_box(built: images.Box, network: Network, laptop: Laptop, rig_folder: Path) -> Iterator[DockerBox]:
+def docker_box(built: images.Box, network: Network, laptop: Laptop, rig_folder: Path, sshd_program: str) -> Iterator[DockerBox]:
     """Not yet deployed to; the image's layers are there."""
     build = {name: built.variables[name] for name in ("BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS", "CA_BUNDLE") if name in built.variables}
-    with rig.docker_box(built.docker, rig_folder / "docker-box", laptop, build, [str(network.address(1)), "127.0.0.1"]) as box:
+    addresses = [str(network.address(1)), "127.0.0.1"]
+    with rig.docker_box(built.docker, sshd_program, rig_folder / "docker-box", laptop, build, addresses) as box:
         laptop.add(box.name, box.entry)
         yield box
 

@@ -355,10 +355,8 @@ def sshd_config(port: int, folder: str, host_key: str, variables: Mapping[str, s
 
 
 @contextlib.contextmanager
-def docker_box(docker: Docker, folder: Path, laptop: Laptop, build: Mapping[str, str], addresses: Sequence[str]) -> Iterator[DockerBox]:
-    """addresses: that its sshd listens on, the first one being the box's. build: of its entry."""
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    assert sshd, "no sshd is on this machine: install openssh-server"
+def docker_box(docker: Docker, sshd: str, folder: Path, laptop: Laptop, build: Mapping[str, str], addresses: Sequence[str]) -> Iterator[DockerBox]:
+    """sshd: the program. addresses: that it listens on, the first one being the box's. build: of its entry."""
     port = free_port()
     for each in ("data", "home"):
         (folder / each).mkdir(parents=True)
@@ -368,8 +366,6 @@ def docker_box(docker: Docker, folder: Path, laptop: Laptop, build: Mapping[str,
     # HOME: what a client of Docker writes at home is to be seen.
     variables = {"HOME": str(folder / "home"), **engine_variables}
     (folder / "sshd_config").write_text(sshd_config(port, str(folder), "host_key", variables, addresses))
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
     process = subprocess.Popen([sshd, "-D", "-f", str(folder / "sshd_config"), "-E", str(folder / "sshd.log")])
     box = DockerBox(
         "docker-box",

@@ -104,7 +104,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
-        limit = 16 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
+        limit = 8 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
         micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
     else:
         micro_batches = (wish.micro_batch,) * 3

@@ -34,7 +34,7 @@ def test_a_cpu() -> None:
     assert found.device_reason.startswith("PyTorch ") and found.device_reason.endswith(" sees no GPU")
     assert found == Placement(
         device="cpu", device_reason=found.device_reason, ranks=1, precision="float32", actor_zero_stage=0, critic_zero_stage=0,
-        micro_batches=(16, 16, 16), rollout_micro_batch=64, cpu_threads=4, notes=(),
+        micro_batches=(8, 8, 8), rollout_micro_batch=64, cpu_threads=4, notes=(),
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_the_jobs_word_wins() -> None:
 
 def test_cpu_ranks_share_the_cores() -> None:
     found = place(opt("hardware.ranks=2"), CPU)
-    assert (found.ranks, found.cpu_threads, found.micro_batches, found.actor_zero_stage) == (2, 2, (16, 16, 16), 0)
+    assert (found.ranks, found.cpu_threads, found.micro_batches, found.actor_zero_stage) == (2, 2, (8, 8, 8), 0)
     assert place(opt("hardware.ranks=8"), CPU).cpu_threads == 1
 
 
@@ -107,7 +107,7 @@ def test_zero_0_in_16_bit_is_noted() -> None:
 
 def test_micro_batches_divide_the_batch() -> None:
     job = opt("sft.global_batch=90", "reward.global_batch=14", "ppo.global_batch=6", "ppo.rollout_batch=12")
-    assert place(job, CPU).micro_batches == (15, 14, 6)  # at most 16
+    assert place(job, CPU).micro_batches == (6, 7, 6)  # at most 8
     assert place(job, TWO_4090).micro_batches == (5, 7, 3)  # at most 8, of 45, 7 and 3 a rank
 
 

@@ -1,8 +1,8 @@
 """Rows one behind the other in one long row, and attention that keeps them apart: nothing is padded.
 
 Everything else in a decoder looks at one token at a time. transformers (5 on) lets a model's attention be one of ours, which is handed
-the rows' lengths with each call; called without them, as rollouts do, it is transformers' own SDPA. After the last attention a token that
-nobody asks of is of no use to the others: the rest of OPT's last layer is computed for the others alone.
+the rows' lengths with each call; called without them, as rollouts do, it is transformers' own SDPA. After the last attention no token
+needs another one: the rest of OPT's last layer is computed for those that are asked of alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_train import compat
-from rlhf_train.batch import Sequences
+from rlhf_train.batch import Sequences, sent
 
 NAME = "rows_apart"
 # Their layers take position_ids, hand keywords on to attention, and look at all earlier tokens: no sliding window.
@@ -38,7 +38,7 @@ class Rows:
 
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device, wanted: Tensor | None = None) -> Rows:
-        return cls(tuple(lengths.tolist()), torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device), wanted)
+        return cls(tuple(lengths.tolist()), sent(torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)), device), wanted)
 
 
 def can_pack(model: Any) -> bool:
@@ -82,7 +82,7 @@ def _opt_last_layer() -> type:
                 for part in (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
             )
             seen, _ = attend(attention, query, key, value, None, rows=rows, scaling=attention.scaling)
-            x = hidden_states[:, rows.wanted] + attention.out_proj(seen.flatten(2)[:, rows.wanted])
+            x = hidden_states.index_select(1, rows.wanted) + attention.out_proj(seen.flatten(2).index_select(1, rows.wanted))
             if not self.do_layer_norm_before:
                 x = self.self_attn_layer_norm(x)
             y = self.final_layer_norm(x) if self.do_layer_norm_before else x
@@ -97,7 +97,7 @@ def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
     device = batch.input_ids.device
     positions = np.concatenate([np.arange(length) for length in batch.host_lengths])
     return {
-        "position_ids": torch.from_numpy(positions).to(device)[None],
+        "position_ids": sent(torch.from_numpy(positions), device)[None],
         "rows": Rows.of(batch.host_lengths, device, wanted),
         # A mask of four dimensions is taken as it is, and so none is made: it would have a bit for each two tokens.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),

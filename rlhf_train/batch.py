@@ -1,4 +1,4 @@
-"""From row numbers to padded tensors: which rows an update takes, how ranks share them, and how they are cut.
+"""From row numbers to tensors, packed or padded: which rows an update takes, how ranks share them, and how they are cut.
 
 Which rows an update trains on depends on the seed and the global batch alone, never on ranks or micro batches.
 """
@@ -166,7 +166,7 @@ class Sequences:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
                 ids[row, : len(prompt)] = prompt
                 ids[row, len(prompt) : len(prompt) + len(response)] = response
-        return cls(torch.from_numpy(ids).to(device), prompt_lengths, response_lengths, pad_id is None)
+        return cls(sent(torch.from_numpy(ids), device), prompt_lengths, response_lengths, pad_id is None)
 
     @property
     def host_lengths(self) -> np.ndarray:
@@ -232,7 +232,12 @@ class Sequences:
         return self._starts + self.host_lengths
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self.input_ids.device)
+        return sent(torch.from_numpy(numbers), self.input_ids.device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Of the host, to the device, without waiting for what a GPU still has to do: from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

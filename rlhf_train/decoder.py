@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_train import compat, kernels
-from rlhf_train.batch import cut
+from rlhf_train.batch import cut, sent
 from rlhf_train.families import Layer, Network, Norm
 
 PREFILL_TOKENS = 16384  # of prompts at once, padded
@@ -193,9 +193,7 @@ class Decoder:
         return _logits(network, hidden)
 
     def _sent(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
-        """On the device, without waiting for what the GPU still has to do."""
-        tensor = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return sent(torch.from_numpy(np.asarray(numbers, dtype=np.int64)), self.device)
 
     # --- steps ---
 
@@ -300,12 +298,17 @@ def _add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """One query a slot and head: the slow twin of `kernels.attend`. query: (n, H, D); keys, values: (n, H, T, D); bias: (n, 1, 1, W), W <= T."""
+    width = bias.shape[-1]
+    if query.dtype == torch.float32 and not query.is_cuda:
+        return _attend_on_cpu(query, keys, values, bias)
+    out = F.scaled_dot_product_attention(query.unsqueeze(2), keys[:, :, :width], values[:, :, :width], attn_mask=bias)
+    return out.reshape(query.shape)
+
+
+def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """As `_attend`. SDPA starts a product for each slot and head there: 64 slots and 8 heads of 100 tokens took 2.0 ms, and 1.5 in this way."""
     count, heads, size = query.shape
     width = bias.shape[-1]
-    if query.is_cuda or query.dtype != torch.float32:
-        out = F.scaled_dot_product_attention(query.unsqueeze(2), keys[:, :, :width], values[:, :, :width], attn_mask=bias)
-        return out.reshape(count, heads, size)
-    # A CPU's SDPA starts a product for each slot and head: 64 slots and 8 heads of 100 tokens took 2.0 ms, and 1.5 in this way.
     apart = (count * heads, 1, size)
     scores = torch.bmm((query * size**-0.5).view(apart), keys.flatten(0, 1)[:, :width].transpose(1, 2)).view(count, heads, 1, width)
     weights = scores.add_(bias).softmax(-1).view(count * heads, 1, width)

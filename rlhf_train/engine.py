@@ -124,6 +124,8 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """loss: this micro batch's share of the update's loss, already divided by the update's global count. `last`: of the update."""
         self._engine.set_gradient_accumulation_boundary(last)
+        if self.world.size > 1:  # ZeRO 2 and 3 add up gradients in each pass, 0 and 1 in the last
+            self.world.meet()
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # DeepSpeed counts passes there

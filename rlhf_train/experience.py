@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.spec import Ppo
-from rlhf_train.batch import Sequences
+from rlhf_train.batch import Sequences, sent
 from rlhf_train.losses import gae, kl_penalised_rewards, moments, whiten
 from rlhf_train.world import World
 
@@ -112,7 +112,7 @@ class Experience:
         chosen = torch.from_numpy(rows)
 
         def trimmed(numbers: Tensor) -> Tensor:
-            return numbers[chosen, : mask.shape[1]].to(device)
+            return sent(numbers[chosen, : mask.shape[1]], device)
 
         return Pass(batch, mask, trimmed(self.old_log_probs), {name: trimmed(numbers) for name, numbers in self.targets.items()})
 

@@ -18,7 +18,7 @@ from rlhf_train.rollout import Responses
 from rlhf_train.session import Session
 
 # Passes of training that a GPU scores at once: without gradients nothing is kept from layer to layer; where training itself keeps
-# little, with checkpoints of activations, one. A CPU gains nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64 (within 10 %).
+# little, with checkpoints of activations, one. A CPU gains nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64, or less.
 GPU_AT_ONCE = 4
 
 

@@ -96,10 +96,6 @@ def run(session: Session) -> End:
             scores, in_the_end, lm_log_probs = ask(engine, spec, batch)
             pair_loss = preference(spec, scores, in_the_end, batch) * len(micro) / spec.global_batch
             lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
-            if not world.all_finite(pair_loss, lm_loss):
-                keeper.skipped(update + 1, "its loss is not finite")
-                engine.skip()
-                break
             last = place == len(passes)
             engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
             chosen, rejected = in_the_end.detach().chunk(2)
@@ -111,9 +107,9 @@ def run(session: Session) -> End:
             ):
                 sums[name] = sums[name] + value.detach()
             sums["computed"] += batch.input_ids.numel()
-        else:
+        total = world.sum(sums)
+        if math.isfinite(total["loss"] + total["lm_loss"]):
             (grad_norm,) = keeper.learn(engine)
-            total = world.sum(sums)
             session.emit(
                 Metrics(
                     step=2,
@@ -131,6 +127,9 @@ def run(session: Session) -> End:
                     margin=total["margin"] / spec.global_batch,
                 )
             )
+        else:
+            keeper.skipped(update + 1, "its loss is not finite")
+            engine.skip()
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")

@@ -81,6 +81,7 @@ class Rollouts:
         self.max_tokens, self.batch, self.device, self._longest = max_tokens, batch, device, max_prompt_tokens
         self._decoder: Decoder | None = None
         self._room = batch  # prompts whose cache fits into what is free on the GPU
+        self._training_bytes: int | None = None  # of a GPU's memory, that training needs at its peak and does not hold between two updates
         self._wants_positions = compat.takes_position_ids(model.base_model)
         self.is_static = is_static and network_of(model) is not None
         if is_static and not self.is_static:
@@ -169,8 +170,10 @@ class Rollouts:
             del last
             compat.free_gpu_memory()
         if self.device.type == "cuda":
+            if self._training_bytes is None:  # before the first cache
+                self._training_bytes = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
             slot_bytes = 2 * len(network.layers) * network.width * width * network.token_embedding.element_size()
-            self._room = max(1, _free_bytes(self.device) // slot_bytes)
+            self._room = max(1, (_free_bytes(self.device) - self._training_bytes) // slot_bytes)
             if self._room < slots:
                 self._warn(
                     f"what is free on the GPU holds the cache of {self._room} answers, not of {slots}: so many are generated at once, which is slower"
@@ -240,10 +243,9 @@ class Rollouts:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """GPU memory for the cache: what is free, without what training has needed at its peak and does not hold now."""
+    """GPU memory that no tensor holds, less what is always left free."""
     free, _ = torch.cuda.mem_get_info(device)
-    held, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    return max(0, free + torch.cuda.memory_reserved(device) - max(held, most) - SPARE_BYTES)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - SPARE_BYTES
 
 
 def fewer_slots(live: int, count: int, on_gpu: bool) -> int:

@@ -69,7 +69,7 @@ def run(session: Session) -> End:
     keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    rehearse((engine, lambda: engine(longest, from_prompt=spec.loss_on_prompt)[0].sum()))
+    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))  # short prompts leave a pass nearly as many answers' tokens
     saved = keeper.resume()
     if saved is None:
         session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
@@ -99,16 +99,12 @@ def run(session: Session) -> End:
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
             log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
             loss = -log_probs.sum() / counted
-            if not world.all_finite(loss):
-                keeper.skipped(update + 1, "its loss is not finite")
-                engine.skip()
-                break
             engine.backward(loss, last=place == len(passes))
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
-        else:
+        total = world.sum({"loss": loss_sum, "computed": computed})
+        if math.isfinite(total["loss"]):
             (grad_norm,) = keeper.learn(engine)
-            total = world.sum({"loss": loss_sum, "computed": computed})
             session.emit(
                 Metrics(
                     step=1,
@@ -123,6 +119,9 @@ def run(session: Session) -> End:
                     loss=total["loss"],
                 )
             )
+        else:
+            keeper.skipped(update + 1, "its loss is not finite")
+            engine.skip()
         keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")

@@ -38,10 +38,6 @@ class World:
         """Whether it is true on some rank."""
         return self.sum({"flag": flag})["flag"] > 0
 
-    def all_finite(self, *numbers: Tensor) -> bool:
-        """Whether they are finite on all ranks."""
-        return not self.any(not all(bool(torch.isfinite(number).all()) for number in numbers))
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks."""
         if self.size == 1:

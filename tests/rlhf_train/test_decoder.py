@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from rlhf_train import decoder as decoder_module
 from rlhf_train import kernels, rollout
 from rlhf_train.decoder import Decoder, Sampling, State, draw
 from rlhf_train.families import network_of
@@ -253,3 +254,19 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
         assert torch.equal(now[:, :-1] if name in ("tokens", "log_probs") else now, before[:, :-1] if name in ("tokens", "log_probs") else before), (
             name
         )
+
+
+def test_attention_of_a_step_is_plain_attention():
+    """5 slots of 1 to 9 tokens in a cache of 12: in float64 as on a GPU without kernels, in float32 as on a CPU, and by its formula."""
+    numbers = torch.Generator().manual_seed(0)
+    query, lengths = torch.randn(5, 3, 8, generator=numbers, dtype=torch.float64), torch.tensor([1, 9, 4, 2, 7])
+    keys, values = (torch.randn(5, 3, 12, 8, generator=numbers, dtype=torch.float64) for _ in range(2))
+    bias = torch.zeros(5, 1, 1, 9, dtype=torch.float64).masked_fill(torch.arange(9) >= lengths[:, None, None, None], -torch.inf)
+    expected = torch.empty_like(query)
+    for slot, length in enumerate(lengths):
+        for head in range(3):
+            weights = (keys[slot, head, :length] @ query[slot, head] / 8**0.5).softmax(0)
+            expected[slot, head] = weights @ values[slot, head, :length]
+    torch.testing.assert_close(decoder_module._attend(query, keys, values, bias), expected, rtol=1e-12, atol=1e-12)
+    single = decoder_module._attend(*(tensor.float() for tensor in (query, keys, values, bias)))
+    torch.testing.assert_close(single, expected.float(), rtol=1e-5, atol=1e-5)

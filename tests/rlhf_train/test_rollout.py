@@ -6,7 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from jobs.errors import ToolkitError
-from rlhf_train.decoder import Sampling, draw
+from rlhf_train import rollout
+from rlhf_train.decoder import Decoder, Sampling, draw
 from rlhf_train.rollout import Rollouts, uniforms
 
 pytestmark = pytest.mark.pinned
@@ -148,6 +149,56 @@ def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers
     assert small.batch == 1  # of 8, for 7 prompts: 3, then 1
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, found.tokens, strict=True))
     assert expected.ended.tolist() == found.ended.tolist()
+
+
+def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypatch):
+    """On a GPU of which 20 GiB are free, and training has needed 5 of them; the peak of the failed rollout is the whole GPU."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
+    ).eval()
+    prompts, ids = some_prompts(), list(range(7))
+    expected = rollouts(model).generate(prompts, seed=7, row_ids=ids)
+    gib, peaks, made = 2**30, [65 * 2**30], []
+    for name, number in (("mem_get_info", lambda _: (10 * gib, 80 * gib)), ("memory_reserved", lambda _: 70 * gib)):
+        monkeypatch.setattr(torch.cuda, name, number)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 60 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peaks[-1])
+
+    class Tight(Decoder):
+        def __init__(self, *others, slots, **more):
+            made.append(slots)
+            super().__init__(*others, slots=slots, **more)
+
+        def advance(self, count, width, steps):
+            if count > 3:
+                peaks.append(80 * gib)
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            super().advance(count, width, steps)
+
+    monkeypatch.setattr(rollout, "Decoder", Tight)
+    tight = rollouts(model, warn=pytest.fail)
+    tight.device = torch.device("cuda")
+    found = tight.generate(prompts, seed=7, row_ids=ids)
+    assert made == [7, 3] and tight.batch == 3
+    assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, found.tokens, strict=True))
+
+
+def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
+    """Of 11 GiB that no tensor holds, 1 is always left and 4 are training's: 6 GiB are three caches of 2 GiB."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
+    ).eval()
+    slot_bytes = 2 * 2 * 32 * 64 * 4  # keys and values of 2 layers, 32 units, 64 tokens, 4 bytes
+    unit, warnings = slot_bytes // 2, []
+    for name, number in (("mem_get_info", (3 * unit + rollout.SPARE_BYTES, 0)), ("memory_reserved", 30 * unit), ("memory_allocated", 23 * unit)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 27 * unit)
+    few = rollouts(model, warn=warnings.append)
+    few.device = torch.device("cuda")
+    few.generate(some_prompts(), seed=7, row_ids=list(range(7)))
+    assert warnings == ["what is free on the GPU holds the cache of 3 answers, not of 7: so many are generated at once, which is slower"]
 
 
 def test_where_not_even_one_fits(model):

@@ -65,7 +65,7 @@ class Metrics(Event):
     elapsed_s: float  # since the step's first update began
     learning_rate: float
     tokens_per_s: float  # real tokens trained on, all ranks
-    real_token_share: float  # real tokens among those computed
+    real_token_share: float  # real tokens among those computed in training, and in step 3 in scoring
     grad_norm: float  # before clipping
     gpu_peak_bytes: int | None = None  # most memory that rank 0's tensors held on its GPU, in this step
     # step 1 and 2

@@ -104,6 +104,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
+        # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length 2 to 4 % less.
         limit = 8 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
         micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
     else:

@@ -48,6 +48,16 @@ def nothing_compiled() -> Iterator[None]:
         torch.compile = compiler
 
 
+def has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by oneDNN, in float32 on a CPU, without a gradient. x: (n, k); weight: (m, k), in any order; bias: (m,)."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
 def checkpointing_arguments() -> dict[str, Any]:
     """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
     return {"use_reentrant": _TORCH < (2, 1)}

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_train import compat, kernels, loss_kernels
 from rlhf_train.losses import entropy, token_log_probs
+from rlhf_train.products import product
 
 FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
 MODULE_BYTES = 256 * 2**20  # float32 logits held at once where the head is called as a module
@@ -51,7 +52,7 @@ class _LabelLogProbs(torch.autograd.Function):
         parts = pieces(len(labels), weight.shape[0] * weight.element_size(), KEPT_BYTES)
         numbers = []
         for part in parts:
-            logits = states[part] @ weight.T
+            logits = product(states[part], weight)
             numbers.append(_softmax_numbers(logits, labels[part], temperature, with_entropy))
         log_probs, normalizers, entropies = (torch.cat(column) for column in zip(*numbers, strict=True))
         ctx.save_for_backward(states, weight, labels, normalizers)
@@ -67,13 +68,13 @@ class _LabelLogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         of_states, of_weight = list[Tensor](), None
         for part in ctx.parts:
-            logits = states[part] @ weight.T if kept is None else kept
+            logits = product(states[part], weight) if kept is None else kept
             _to_gradient_(logits, labels[part], normalizers[part], gradient[part], ctx.temperature)
             if ctx.needs_input_grad[0]:
-                of_states.append(logits @ weight)
+                of_states.append(product(logits, weight.T))
             if ctx.needs_input_grad[1]:
-                product = logits.T @ states[part]
-                of_weight = product if len(ctx.parts) == 1 else product.float() if of_weight is None else of_weight.add_(product)
+                part_of_it = product(logits.T, states[part].T)
+                of_weight = part_of_it if len(ctx.parts) == 1 else part_of_it.float() if of_weight is None else of_weight.add_(part_of_it)
         return torch.cat(of_states) if of_states else None, None if of_weight is None else of_weight.to(weight.dtype), None, None, None, None
 
 

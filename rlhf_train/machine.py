@@ -40,7 +40,7 @@ def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapp
         pretrained=bool(models),
         cuda=machine.cuda,
         visible_devices=environ.get("CUDA_VISIBLE_DEVICES"),
-        cpu_flags=cpu_flags(_read(CPU)),
+        cpu_flags=cpu_flags(cpu_text()),
         prebuilt_operators=prebuilt_operators(),
         uid=os.geteuid(),
         gid=os.getegid(),
@@ -169,6 +169,11 @@ def _open_files(pid: int) -> Iterator[str]:
 def command_of(pid: int) -> str:
     """`python -m rlhf_train.worker`; "" if the process is not to be seen from here."""
     return _read(PROC / str(pid) / "cmdline").replace("\0", " ").strip()
+
+
+def cpu_text() -> str:
+    """/proc/cpuinfo; "" where there is none."""
+    return _read(CPU)
 
 
 def cpu_flags(text: str) -> tuple[str, ...] | None:

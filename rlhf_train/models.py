@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import attention, compat, hub
+from rlhf_train import attention, compat, hub, products
 from rlhf_train.batch import Sequences
 from rlhf_train.log_probs import label_log_probs
 
@@ -67,10 +67,9 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     config = _config(model, tokenizer)
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype))
-    return _fit_vocabulary(
-        _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype)), tokenizer
-    )
+        return products.use_in(AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype)))
+    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
+    return products.use_in(_fit_vocabulary(loaded, tokenizer))
 
 
 def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
@@ -94,7 +93,7 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
         head = scorer.score.weight
         values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
         head.data.copy_(values)
-    return scorer
+    return products.use_in(scorer)
 
 
 def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -1,0 +1,97 @@
+"""oneDNN's products against PyTorch's own, on any CPU; and where they are taken."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from jobs.spec import Lora
+from rlhf_train import compat, machine, products
+from rlhf_train.models import add_lora
+
+pytestmark = pytest.mark.pinned
+
+AMD = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """As on a CPU where oneDNN is quicker: the shapes that it was called with."""
+    made, run = [], compat.onednn_linear
+    monkeypatch.setattr(products, "is_quicker_by_onednn", lambda: True)
+    monkeypatch.setattr(compat, "onednn_linear", lambda x, weight, bias: made.append((*x.shape, len(weight))) or run(x, weight, bias))
+    return made
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("x",)])
+def test_a_layer_and_its_gradients(with_bias, frozen, calls):
+    def run(linear):
+        tensors = {"x": numbers(2, 100, 96), "weight": numbers(64, 96, seed=1)} | ({"bias": numbers(64, seed=2)} if with_bias else {})
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name not in frozen)
+        y = linear(tensors["x"], tensors["weight"], tensors.get("bias"))
+        y.transpose(1, 2).backward(numbers(2, 64, 100, seed=3))  # a gradient that is not contiguous
+        return [y.detach(), *(tensor.grad for tensor in tensors.values())]
+
+    for found, expected in zip(run(products.linear), run(F.linear), strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert calls == [shape for name, shape in (("", (200, 96, 64)), ("x", (200, 64, 96)), ("weight", (64, 200, 96))) if name not in frozen]
+
+
+def test_a_product_of_what_lies_in_any_order(calls):
+    a, b = numbers(96, 128), numbers(96, 256, seed=1)
+    torch.testing.assert_close(products.product(a.T, b.T), a.T @ b, rtol=1e-5, atol=1e-4)
+    assert calls == [(128, 96, 256)]
+
+
+def test_small_products_and_other_numbers_are_pytorchs_own(calls):
+    small, large = numbers(15, 256), numbers(256, 256, seed=1)
+    assert products.product(small, large).equal(small @ large.T)
+    assert products.linear(large.bfloat16(), large.bfloat16(), None).equal(F.linear(large.bfloat16(), large.bfloat16()))
+    partitioned = nn.Parameter(large.clone())
+    partitioned.ds_id = 0  # as ZeRO-3 marks what it takes away
+    assert products.linear(large, partitioned, None).equal(F.linear(large, partitioned))
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(f"{AMD} avx512f", True), (AMD, False), (f"{AMD} avx512f".replace("AuthenticAMD", "GenuineIntel"), False), ("", False)],
+)
+def test_it_is_taken_on_amds_cpus_with_avx512_alone(text, expected, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_text", lambda: text)
+    assert products.is_quicker_by_onednn.__wrapped__() == expected
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_all_of_a_model_but_its_head(with_adapter, calls):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 128}
+    plain = OPTForCausalLM(OPTConfig(vocab_size=70, max_position_embeddings=96, dropout=0.0, init_std=0.2, **shape))
+    taken = products.use_in(copy.deepcopy(plain))
+    assert type(taken.lm_head) is nn.Linear and type(plain.model.decoder.layers[0].fc1) is nn.Linear
+    assert list(taken.state_dict()) == list(plain.state_dict())
+    if with_adapter:
+        for model in (plain, taken):
+            add_lora(model, Lora(rank=4), seed=0)
+    ids = torch.randint(3, 70, (6, 90), generator=torch.Generator().manual_seed(0))
+    for model in (plain, copy.deepcopy(taken)):
+        model(input_ids=ids, labels=ids).loss.backward()
+        if model is plain:
+            assert calls == []
+            expected = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    assert len(calls) > 2 * 6  # six products a layer forward, and those of the backward pass
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=1e-4, atol=1e-5)
+    assert not expected

@@ -32,12 +32,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_demo_learns_in_all_three_steps(demo: tuple[Path, str]) -> None:
-    """Measured over five seeds (README): 43 to 54 % good before, 91 to 95 % after. The margin is for other CPUs' rounding, which decides
-    what the reward model finds out: 84 to 98 % of the pairs over three seeds and two libraries' products.
-    """
+    """Measured over five seeds (README): 43 to 54 % good before, 91 to 95 % after. The margin is for other CPUs' rounding."""
     end = ends(demo[0])
     assert end[1]["perplexity_before"] > 100 > 2 > end[1]["perplexity_after"]
-    assert end[2]["reward_accuracy"] > 0.75
+    assert end[2]["reward_accuracy"] > 0.85
     assert 0.35 < end[3]["good_share_before"] < 0.65
     assert end[3]["good_share_after"] > 0.86
     assert end[3]["mean_reward_after"] > end[3]["mean_reward_before"] + 0.4

@@ -101,7 +101,9 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
     begun = time.time()
 
     def leave(_number: int, _frame: object) -> None:
-        sys.exit(ExitCode.CANCELLED if run.cancelled.exists() else ExitCode.PREEMPTED)
+        """At once: an exception would be lost in one module or another that is being imported."""
+        spares.end()
+        os._exit(ExitCode.CANCELLED if run.cancelled.exists() else ExitCode.PREEMPTED)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)  # until launch.py has something to stop
@@ -157,6 +159,7 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    before = signal.getsignal(signal.SIGTERM)
     try:
         args = parser().parse_args(argv)
         with Spares(os.environ) as spares:
@@ -169,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         console.print_error(system_error(error, ExitCode.UNFIT))
         return ExitCode.UNFIT
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

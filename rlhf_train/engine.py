@@ -178,7 +178,7 @@ class Engine:
         return self._scaler is not None and hasattr(self._scaler, "min_scale") and self._scaler.cur_scale > self._scaler.min_scale
 
     def skip(self) -> None:
-        """Leave an update out, between two of its passes: its gradients are dropped, its place in the schedule is used up."""
+        """Leave an update out, after any of its passes: its gradients are dropped, its place in the schedule is used up."""
         self._drop_gradients()
         self.update += 1
 
@@ -317,13 +317,18 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[floa
 def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
     """One update that changes nothing, of engines that learn together: each one's forward pass (any scalar) and backward, then their steps.
 
-    What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored.
+    What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored. The passes
+    run twice, since they have to fit beside these states.
     """
     scalers = [engine._scaler_state() for engine, _ in updates]
     for engine, forward in updates:
         engine.backward(forward() * 0.0, last=True)
     for (engine, _), scaler in zip(updates, scalers, strict=True):
         engine._rehearse_step(scaler)
+    for engine, forward in updates:
+        engine.backward(forward() * 0.0, last=True)
+    for engine, _ in updates:
+        engine._drop_gradients()
 
 
 def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

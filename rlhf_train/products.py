@@ -44,7 +44,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """A B^T, without a gradient. a: (n, k); b: (m, k). Returns (n, m)."""
-    return compat.onednn_linear(a, b, None) if _suits(a, b) else a @ b.T
+    if not _suits(a, b):
+        return a @ b.T
+    if len(a) > len(b) and not a.is_contiguous():  # oneDNN would copy it, and not the second one: logits are gigabytes
+        return compat.onednn_linear(b, a, None).T.contiguous()
+    return compat.onednn_linear(a, b, None)
 
 
 @cache
@@ -64,7 +68,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return compat.onednn_linear(x, weight, bias)
 
     @staticmethod

@@ -30,7 +30,7 @@ def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, l
     """For shim/sitecustomize.py: from pass `first` to `last` of the rank's passes of this `kind`.
 
     what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until `file` is there.
-    kind: "training" (pass 1 is the rehearsal), "generating" (the tokens after the first), "judging" (whole sequences, not to
+    kind: "training" (passes 1 and 2 are the rehearsal), "generating" (the tokens after the first), "judging" (whole sequences, not to
     train on them), "saving" (each file of a checkpoint), or "start" (to wait, before anything).
     saving_too=True: once it has been met, also at each file of a checkpoint.
     """

@@ -47,7 +47,7 @@ def leave(disk: Path, free_bytes: int) -> None:
     assert mount("-o", f"remount,size={used + free_bytes}", disk) == ""
 
 
-def while_it_waits(scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 6, kept: int = 2) -> int:
+def while_it_waits(scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 7, kept: int = 2) -> int:
     """Train, and `act` while a rank waits in this pass, and the checkpoint of update `kept` is complete and alone; at the "start", before a
     rank does anything. -> exit code
     """
@@ -164,7 +164,7 @@ NOT_THERE = (
 
 @pytest.mark.parametrize(
     ("kind", "first", "kept", "error"),
-    [("training", 6, 2, GONE), ("judging", 8, 4, NOT_THERE)],  # in update 3; and when the held-out rows are judged for the second time
+    [("training", 7, 2, GONE), ("judging", 8, 4, NOT_THERE)],  # in update 3; and when the held-out rows are judged for the second time
 )
 def test_it_goes_away(scene: Scene, disk: Path, capsys: Said, kind: str, first: int, kept: int, error: str) -> None:
     run = scene.run("gone")

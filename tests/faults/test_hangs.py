@@ -24,7 +24,7 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
     run, settings = base.run("stopped"), ["hardware.ranks=2", "checkpoint.every_updates=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "HANG_S", PLENTY_S)
-        assert base.train("stopped", *settings, met=fault("stop", rank=1, first=4)) == 4  # in update 3
+        assert base.train("stopped", *settings, met=fault("stop", rank=1, first=5)) == 4  # in update 3
     assert ranks_here() == []
     said = capsys.readouterr().err
     found = re.fullmatch(

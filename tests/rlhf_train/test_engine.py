@@ -299,7 +299,8 @@ def test_a_skipped_update_leaves_no_trace_but_its_place_in_the_schedule(
     update(trained, 2)
     before = state_of(trained)
     for place in range(passes):
-        trained.backward(trained(rows(slice(2 * place, 2 * place + 2), 7))[0].sum(), last=place == 1)
+        loss = trained(rows(slice(2 * place, 2 * place + 2), 7))[0].sum()
+        trained.backward(loss * math.nan if place else loss, last=place == 1)
     trained.skip()
     tensors, numbers = state_of(trained)
     assert same_bits(tensors, before[0])

@@ -1095,7 +1095,9 @@ def test_a_real_job_trains_and_goes_on_after_a_cancel(box: Box, tmp_path: Path) 
     tiny = pytest.importorskip("tests.tiny")
     box.command("python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', box.python)
     (box.code / "rlhf_train").symlink_to(CHECKOUT / "rlhf_train")
-    job = yaml.safe_dump(tiny.job(tiny.write_rows(tmp_path / "rows"))).encode()
+    fields = tiny.job(tiny.write_rows(tmp_path / "rows"))
+    fields["sft"] |= {"max_updates": 300, "epochs": 300}  # some seconds: it is cancelled amid
+    job = yaml.safe_dump(fields).encode()
     assert box.start("tiny", "req-1", "--step", "1", stdin=sent(job=job)).startswith("started")
     run = box.run("tiny")
     until_trains = time.monotonic() + 90

@@ -38,11 +38,11 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.mark.parametrize(
     ("global_batch", "ranks", "sizes"),
     [
-        (24, 1, [12, 6, 3, 1]),
+        (24, 1, [8, 4, 2, 1]),
         (8, 1, [8, 4, 2, 1]),
-        (24, 2, [12, 6, 3, 1]),  # of 12 a rank
+        (24, 2, [6, 3, 1]),  # of 12 a rank
         (10, 2, [5, 1]),  # 2 does not divide 5
-        (14, 1, [14, 7, 2, 1]),  # nor 3 divide 14
+        (14, 1, [7, 2, 1]),  # nor 3 divide 14
         (7, 1, [7, 1]),
     ],
 )
@@ -60,7 +60,7 @@ def test_halves_that_divide(global_batch: int, ranks: int, sizes: list[int]) -> 
 
 def test_the_other_steps_keep_theirs() -> None:
     less = fitted.smaller(job(), 2, placed(job()))
-    assert less == replace(placed(job()), micro_batches=(12, 6, 8))
+    assert less == replace(placed(job()), micro_batches=(8, 3, 8))
 
 
 def test_nothing_is_known_at_first(run: RunDir) -> None:
@@ -75,11 +75,11 @@ def test_a_torn_file_says_nothing(run: RunDir, torn: str) -> None:
 
 def test_what_is_remembered_is_taken_up(run: RunDir) -> None:
     whole = placed(job())
-    fitted.remember(job(), run, replace(whole, micro_batches=(6, 12, 8)))
-    assert fitted.fit(job(), run, whole) == replace(whole, micro_batches=(6, 12, 8))
+    fitted.remember(job(), run, replace(whole, micro_batches=(4, 6, 8)))
+    assert fitted.fit(job(), run, whole) == replace(whole, micro_batches=(4, 6, 8))
     fitted.remember(job(), run, replace(whole, rollout_micro_batch=10))  # the smaller of both
-    fitted.remember(job(), run, replace(whole, micro_batches=(12, 12, 4)))
-    assert fitted.fit(job(), run, whole) == replace(whole, micro_batches=(6, 12, 4), rollout_micro_batch=10)
+    fitted.remember(job(), run, replace(whole, micro_batches=(8, 6, 4)))
+    assert fitted.fit(job(), run, whole) == replace(whole, micro_batches=(4, 6, 4), rollout_micro_batch=10)
     smaller = replace(whole, micro_batches=(1, 1, 1), rollout_micro_batch=1)
     assert fitted.fit(job(), run, smaller) == smaller  # never larger than what is asked for
 

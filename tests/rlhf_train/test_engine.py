@@ -287,6 +287,19 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
     assert [update(other, 2, seed=n)[:2] for n in range(3)] == [update(plain, 2, seed=n)[:2] for n in range(3)]
 
 
+def test_a_rehearsal_has_its_last_pass_beside_adamws_states(world: World, make_model: Callable[..., Any]) -> None:
+    trained = engine(make_model(), world, spec())
+    states = []
+
+    def forward() -> Tensor:
+        states.append(sum(state["exp_avg"].numel() for state in trained._adamw.state.values()))
+        return trained(rows())[0].sum()
+
+    rehearse((trained, forward))
+    assert states == [0, sum(parameter.numel() for parameter in trained.module.parameters())]
+    assert all(parameter.grad is None for parameter in trained.module.parameters())
+
+
 @pytest.mark.pinned_gloo
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("passes", [0, 1, 2])

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from jobs.spec import Lora
+from jobs.spec import Lora, Scratch
 from rlhf_train import compat, machine, products
-from rlhf_train.models import add_lora
+from rlhf_train.families import network_of
+from rlhf_train.log_probs import label_log_probs
+from rlhf_train.models import add_lora, load_causal, load_scorer, train_tokenizer
+from tests import tiny
 
 AMD = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2"
 
@@ -106,3 +109,22 @@ def test_all_of_a_model_but_its_head(with_adapter, calls):
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=1e-4, atol=1e-5)
     assert not expected
+
+
+@pytest.mark.parametrize("load", [load_causal, load_scorer])
+def test_every_network_is_loaded_so(load, calls):
+    model = load(Scratch(config=tiny.OPT), train_tokenizer(tiny.WORDS, 320), torch.float32, 0)
+    assert {type(module) for module in model.base_model.modules() if isinstance(module, nn.Linear)} == {products.Linear}
+
+
+def test_the_head_and_rollouts_take_it_too(calls):
+    head, states = nn.Linear(128, 256, bias=False), numbers(64, 128).requires_grad_()
+    label_log_probs(states, torch.arange(64), head, 256)[0].sum().backward()
+    assert sorted(calls) == [(64, 128, 256), (64, 256, 128), (128, 64, 256)]  # logits, and the gradients of states and weight
+    calls.clear()
+    network = network_of(
+        OPTForCausalLM(OPTConfig(vocab_size=256, hidden_size=128, word_embed_proj_dim=128, num_hidden_layers=1, num_attention_heads=4, ffn_dim=128))
+    )
+    with torch.no_grad():
+        network.head(states)
+    assert calls == [(64, 128, 256)]

@@ -439,7 +439,7 @@ def test_a_disk_that_fills_up(scene: Scene) -> None:
             scene.deploy()
         assert "are free at" in unfit.value.why and "500 MB are needed" in unfit.value.why
     finally:
-        subprocess.run(["umount", scene.disk], check=True)
+        subprocess.run(["umount", "--lazy", scene.disk], check=True)
 
 
 def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_a_full_disk_is_named(on_box: OnBox, tmp_path: Path) -> None:
         assert "refused the disk is full, at: a virtual environment" in said
         assert not on_box.is_whole
     finally:
-        subprocess.run(["umount", on_box.root / "env"], check=True)
+        subprocess.run(["umount", "--lazy", on_box.root / "env"], check=True)
 
 
 def test_the_wheel_of_the_index_is_the_one_that_is_named(index: Path) -> None:

@@ -196,7 +196,7 @@ def test_another_file_system_is_never_entered(box: BoxFolder, tmp_path: Path, no
         assert ask("purge", str(box.root), env=no_docker) == f"refused mounted {disk}\n".encode()
         assert (disk / "file").exists() and (box.root / "env").exists()
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
     assert parse(ask("purge", str(box.root), env=no_docker).decode(), "box", "").is_clean
 
 

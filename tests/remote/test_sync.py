@@ -312,4 +312,4 @@ def test_a_full_disk_is_named(tmp_path: Path, line: Any, rsync: str) -> None:
         assert "is full" in full.value.what and str(disk) in full.value.why
         assert not (disk / "x").exists()
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)

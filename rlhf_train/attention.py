@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_train import compat
+from rlhf_train import compat, products
 from rlhf_train.batch import Sequences, sent
 
 NAME = "rows_apart"
@@ -53,43 +53,48 @@ def keep_rows_apart(model: Any) -> None:
     compat.register_attention(NAME, attend)
     model.set_attn_implementation(NAME)
     if model.config.model_type == "opt":
-        layers = model.base_model.decoder.layers
-        layers[-1].__class__ = _opt_last_layer()
-        for layer in layers:
+        for layer in model.base_model.decoder.layers:
+            layer.__class__, layer.is_last = _opt_layer(), layer is model.base_model.decoder.layers[-1]
             if isinstance(layer.activation_fn, nn.ReLU):
-                layer.activation_fn.inplace = True  # of a product, whose gradient does not need it
+                products.join_relu(layer)
 
 
 def leaves_out(model: Any) -> bool:
     """Whether hidden states come for the wanted tokens of packed rows alone."""
-    return model.config.model_type == "opt" and isinstance(model.base_model.decoder.layers[-1], _opt_last_layer())
+    return model.config.model_type == "opt" and isinstance(model.base_model.decoder.layers[-1], _opt_layer())
 
 
 @cache
-def _opt_last_layer() -> type:
+def _opt_layer() -> type:
     """A class, not a function put into the layer: a copy of the model must not call the layer that it was copied from."""
     from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-    class LastLayer(OPTDecoderLayer):
+    class Layer(OPTDecoderLayer):
+        is_last: bool
+
         def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
-            """(1, N, d) -> (1, n, d), n the wanted tokens. Otherwise as the class above, without dropout."""
-            if rows is None or rows.wanted is None:
-                return super().forward(hidden_states, *args, rows=rows, **kwargs)
-            attention = self.self_attn
-            y = self.self_attn_layer_norm(hidden_states) if self.do_layer_norm_before else hidden_states
+            """(1, N, d) -> (1, N, d), of the last layer (1, n, d), n the wanted tokens. As the class above, in fewer passes over memory, without
+            dropout.
+            """
+            if rows is None:
+                return super().forward(hidden_states, *args, **kwargs)
+            attention, x = self.self_attn, hidden_states.squeeze(0)  # a product of three dimensions is a view: nothing may be written into it
+            y = self.self_attn_layer_norm(x) if self.do_layer_norm_before else x
             query, key, value = (
-                part.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+                part.unflatten(1, (attention.num_heads, attention.head_dim))
                 for part in (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
             )
-            seen, _ = attend(attention, query, key, value, None, rows=rows, scaling=attention.scaling)
-            x = hidden_states.index_select(1, rows.wanted) + attention.out_proj(seen.flatten(2).index_select(1, rows.wanted))
+            seen = within_rows(query, key, value, rows, attention.scaling).flatten(1)
+            if self.is_last and rows.wanted is not None:
+                x, seen = x.index_select(0, rows.wanted), seen.index_select(0, rows.wanted)
+            x = x + attention.out_proj(seen)
             if not self.do_layer_norm_before:
                 x = self.self_attn_layer_norm(x)
             y = self.final_layer_norm(x) if self.do_layer_norm_before else x
             x = x + self.fc2(self.activation_fn(self.fc1(y)))
-            return x if self.do_layer_norm_before else self.final_layer_norm(x)
+            return (x if self.do_layer_norm_before else self.final_layer_norm(x)).unsqueeze(0)
 
-    return LastLayer
+    return Layer
 
 
 def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
@@ -107,27 +112,35 @@ def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, rows: Rows | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention within each row. query: (1, H, N, D); key, value: (1, H or fewer, N, D). Returns (1, N, H, D)."""
+    """What transformers calls. query: (1, H, N, D); key, value: (1, H or fewer, N, D). Returns (1, N, H, D)."""
     if rows is None:
         return compat.sdpa_attention(module, query, key, value, attention_mask, **kwargs)
+    # Squeezed, not indexed: the gradient of an index is a copy into zeros.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    return within_rows(query, key, value, rows, kwargs["scaling"]).unsqueeze(0), None
+
+
+def within_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
+    """Causal attention within each row. query: (N, H, D); key, value: (N, H or fewer, D). Returns (N, H, D)."""
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     # Rows of one length are a batch, which needs no kernel for rows of any: OPT-1.3b's step 3 at full length was 4 % slower by that on an H200.
-    apart = compat.varlen_attention if query.is_cuda and len(set(rows.lengths)) > 1 else run_by_run
-    return apart(query, key, value, rows, kwargs["scaling"]), None
+    if query.is_cuda and len(set(rows.lengths)) > 1:
+        return compat.varlen_attention(query, key, value, rows.ends, max(rows.lengths), scale)
+    return run_by_run(query, key, value, rows, scale)
 
 
 def run_by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    """As many rows of one length at once as follow each other. All (1, H, N, D). Returns (1, N, H, D)."""
+    """As many rows of one length at once as follow each other. All (N, H, D)."""
     runs = [(len(list(run)), length) for length, run in groupby(rows.lengths)]
     if len(runs) == 1:  # a batch: neither split nor joined
-        return _batch(query[0], key[0], value[0], runs[0], scale)[None]
+        return _batch(query, key, value, runs[0], scale)
     # Split, not sliced run by run: the gradient of each slice would be as large as all rows together.
-    parts = zip(*(tensor[0].split([count * length for count, length in runs], dim=1) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_batch(q, k, v, run, scale) for run, (q, k, v) in zip(runs, parts, strict=True)])[None]
+    parts = zip(*(tensor.split([count * length for count, length in runs]) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_batch(q, k, v, run, scale) for run, (q, k, v) in zip(runs, parts, strict=True)])
 
 
 def _batch(query: Tensor, key: Tensor, value: Tensor, run: tuple[int, int], scale: float) -> Tensor:
-    """Rows of one length. run: how many, and the length. All (H, n, D). Returns (n, H, D)."""
-    q, k, v = (tensor.unflatten(1, run).transpose(0, 1) for tensor in (query, key, value))
+    """Rows of one length. run: how many, and the length. All (n, H, D)."""
+    q, k, v = (tensor.unflatten(0, run).transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)

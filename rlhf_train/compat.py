@@ -135,11 +135,9 @@ def has_varlen_attention() -> bool:
     return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, rows: Any, scale: float) -> Tensor:
-    """As `attention.run_by_run`, of 16-bit numbers on a GPU."""
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
+    """As `attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B + 1,), from 0: cumulated lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = max(rows.lengths)
-    found: Any = varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, scale=scale, window_size=(-1, 0))
-    return found[None]
+    found: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+    return found

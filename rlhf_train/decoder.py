@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_train import compat, kernels
+from rlhf_train import compat, kernels, products
 from rlhf_train.batch import cut, sent
 from rlhf_train.families import Layer, Network, Norm
 
@@ -331,18 +331,11 @@ def _through(
         x, y = add_norm(x, layer.output(seen), layer.after_attention)
         if not network.norm_first:
             x = y
-        grown = layer.down(_relu_of(layer, y))
+        grown = layer.down(products.linear_relu(y, layer.up.weight, layer.up.bias))
         x, y = add_norm(x, grown, layer.after_mlp) if layer.after_mlp is not None else (x + grown, x + grown)
         if not network.norm_first:
             x = y
     return y
-
-
-def _relu_of(layer: Layer, y: Tensor) -> Tensor:
-    """ReLU in the product's epilogue where cuBLAS has it."""
-    if y.is_cuda and layer.up.bias is not None and hasattr(torch, "_addmm_activation"):
-        return torch._addmm_activation(layer.up.bias, y, layer.up.weight.t())
-    return F.relu(layer.up(y), inplace=True)
 
 
 def _logits(network: Network, hidden: Tensor) -> Tensor:

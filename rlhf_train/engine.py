@@ -76,6 +76,7 @@ def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_
         "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": zero_stage != 1},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU after every pass
     }
 
 
@@ -107,6 +108,10 @@ class Engine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if world.size == 1 and zero_stage == 0:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients together and back, for no other rank
+        if zero_stage in (1, 2):
+            # Parameters are views of the flat tensors that a step has written to; to make all the views anew leaves a GPU idle for 10 ms.
+            self.optimizer._update_model_bit16_weights = lambda group: None
+        self._squares: Tensor | None = None  # of the update's gradients, where `_sum_squares` knows them
         self._adamw = optimizer
         self._scaler = getattr(self.optimizer, "loss_scaler", None)
         if self._scaler is not None:
@@ -127,7 +132,9 @@ class Engine:
         if self.world.size > 1:  # ZeRO 2 and 3 add up gradients in each pass, 0 and 1 in the last
             self.world.meet()
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
-        if not last:
+        if last:
+            self._squares = self._sum_squares()  # now, before anybody waits for the GPU
+        else:
             self._engine.step()  # DeepSpeed counts passes there
 
     def step(self) -> float:
@@ -158,8 +165,16 @@ class Engine:
         return float(norm)
 
     def _known_norm(self) -> Tensor | None:
-        """At ZeRO 1 and 2 in bfloat16 and float32: the norm of all ranks' gradients, by few kernels. DeepSpeed, which is told it, would
-        convert each gradient to float64: 10 ms of a GPU for OPT-1.3b.
+        """The norm of all ranks' gradients, on the host. DeepSpeed is told it."""
+        if self._squares is None:
+            return None
+        norm = self._squares.cpu().sqrt()
+        self.optimizer.scaled_global_norm = lambda *_, **__: norm
+        return norm
+
+    def _sum_squares(self) -> Tensor | None:
+        """At ZeRO 1 and 2 in bfloat16 and float32: of all ranks' gradients, by few kernels. DeepSpeed would convert each gradient to float64:
+        10 ms of a GPU for OPT-1.3b.
         """
         if (self._scaler is not None and hasattr(self._scaler, "min_scale")) or self.zero_stage not in (1, 2) or not compat.KNOWS_DTYPE_OF_NORMS:
             return None
@@ -168,9 +183,7 @@ class Engine:
         if self.world.size > 1:
             self.world.meet()
             dist.all_reduce(squares)
-        norm = squares.sqrt()
-        self.optimizer.scaled_global_norm = lambda *_, **__: norm
-        return norm
+        return squares
 
     @property
     def scale_can_fall(self) -> bool:

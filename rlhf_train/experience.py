@@ -128,12 +128,9 @@ class Pass:
 
 
 def targets_of(rewards: Tensor, values: Tensor, mask: Tensor, spec: Ppo) -> dict[str, Tensor]:
-    """TARGETS, (B, R), from rewards and values of the same shape; the advantages are not whitened yet.
-
-    On the CPU, wherever the numbers are: time is a loop, and a GPU would be given hundreds of tiny kernels.
-    """
-    advantages, returns = gae(rewards.cpu(), values.cpu(), mask.cpu(), gamma=spec.gamma, lam=spec.lam)
-    return {"values": values, "advantages": advantages.to(values.device), "returns": returns.to(values.device)}
+    """TARGETS, (B, R), from rewards and values of the same shape; the advantages are not whitened yet."""
+    advantages, returns = gae(rewards, values, mask, gamma=spec.gamma, lam=spec.lam)
+    return {"values": values, "advantages": advantages, "returns": returns}
 
 
 def whiten_update(passes: Sequence[Pass], world: World) -> None:

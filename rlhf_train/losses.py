@@ -69,13 +69,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     rewards, values = _kept(rewards, mask), _kept(values, mask)
     deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
     deltas[:, :-1] += gamma * values[:, 1:]
-    running = torch.zeros_like(values[:, 0])
-    advantages = list[Tensor]()
-    for delta in reversed(deltas.unbind(1)):
-        running = torch.add(delta, running, alpha=gamma * lam)  # A_t = d_t + gamma lam A_{t+1}
-        advantages.append(running)
-    advantages_of_time = torch.stack(advantages[::-1], dim=1)
-    return advantages_of_time * mask, (advantages_of_time + values) * mask
+    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop in time would be hundreds of tiny kernels of a GPU.
+    time = torch.arange(mask.shape[1], device=mask.device)
+    weights = ((gamma * lam) ** (time[:, None] - time).clamp(min=0)).tril()
+    advantages = deltas @ weights.to(deltas.dtype)
+    return advantages * mask, (advantages + values) * mask
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from rlhf_train.attention import Rows, run_by_run
 def test_each_row_looks_at_itself_and_back(lengths):
     """Held to softmax(scale q k) v, row by row and token by token."""
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, sum(lengths), 4).unbind(0)
+    query, key, value = torch.randn(3, sum(lengths), 2, 4).unbind(0)
     found = run_by_run(query, key, value, Rows.of(np.array(lengths), torch.device("cpu")), 0.7)
     first = 0
     for length in lengths:
         for token in range(first, first + length):
             seen = slice(first, token + 1)
-            weights = (0.7 * key[0, :, seen] @ query[0, :, token].unsqueeze(-1)).softmax(1)
-            torch.testing.assert_close(found[0, token], (weights * value[0, :, seen]).sum(1))
+            weights = torch.einsum("thd,hd->ht", 0.7 * key[seen], query[token]).softmax(1)
+            torch.testing.assert_close(found[token], torch.einsum("ht,thd->hd", weights, value[seen]))
         first += length
-    assert found.shape == (1, sum(lengths), 2, 4)
+    assert found.shape == (sum(lengths), 2, 4)

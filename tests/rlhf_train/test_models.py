@@ -286,7 +286,7 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
     wanted = {name: gradient for name, gradient in gradients(adapted).items() if gradient is not None}
     assert wanted
     for name, gradient in wanted.items():
-        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_train import compat, products
+from rlhf_train import compat, layers
 from rlhf_train.batch import Sequences, sent
 
 NAME = "rows_apart"
@@ -56,7 +56,7 @@ def keep_rows_apart(model: Any) -> None:
         for layer in model.base_model.decoder.layers:
             layer.__class__, layer.is_last = _opt_layer(), layer is model.base_model.decoder.layers[-1]
             if isinstance(layer.activation_fn, nn.ReLU):
-                products.join_relu(layer)
+                layers.join_relu(layer)
 
 
 def leaves_out(model: Any) -> bool:
@@ -79,7 +79,8 @@ def _opt_layer() -> type:
             if rows is None:
                 return super().forward(hidden_states, *args, **kwargs)
             attention, x = self.self_attn, hidden_states.squeeze(0)  # a product of three dimensions is a view: nothing may be written into it
-            y = self.self_attn_layer_norm(x) if self.do_layer_norm_before else x
+            norms_first = self.do_layer_norm_before
+            x, y = layers.add_norm(x, None, self.self_attn_layer_norm) if norms_first else (x, x)
             query, key, value = (
                 part.unflatten(1, (attention.num_heads, attention.head_dim))
                 for part in (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
@@ -87,12 +88,9 @@ def _opt_layer() -> type:
             seen = within_rows(query, key, value, rows, attention.scaling).flatten(1)
             if self.is_last and rows.wanted is not None:
                 x, seen = x.index_select(0, rows.wanted), seen.index_select(0, rows.wanted)
-            x = x + attention.out_proj(seen)
-            if not self.do_layer_norm_before:
-                x = self.self_attn_layer_norm(x)
-            y = self.final_layer_norm(x) if self.do_layer_norm_before else x
-            x = x + self.fc2(self.activation_fn(self.fc1(y)))
-            return (x if self.do_layer_norm_before else self.final_layer_norm(x)).unsqueeze(0)
+            x, y = layers.add_norm(x, attention.out_proj(seen), self.final_layer_norm if norms_first else self.self_attn_layer_norm)
+            grown = self.fc2(self.activation_fn(self.fc1(y)))
+            return (x + grown if norms_first else layers.add_norm(y, grown, self.final_layer_norm)[1]).unsqueeze(0)
 
     return Layer
 

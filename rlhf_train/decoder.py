@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_train import compat, kernels, products
+from rlhf_train import compat, kernels, layers
 from rlhf_train.batch import cut, sent
 from rlhf_train.families import Layer, Network, Norm
 
@@ -137,6 +137,7 @@ class Decoder:
         self.device = weights.device
         on_gpu = self.device.type == "cuda"
         self.use_kernels = (on_gpu and kernels.take(network) and kernels.work(warn)) if use_kernels is None else use_kernels
+        self._add_norm = kernels.add_norm if self.use_kernels else _add_norm
         self.state = State.of(slots, rows, limit, self.device)
         shape = (len(network.layers), slots, network.heads, width, network.head_size)
         self.keys = torch.zeros(shape, dtype=weights.dtype, device=self.device)
@@ -192,7 +193,7 @@ class Decoder:
 
         positions = torch.arange(width, device=ids.device).repeat(count)
         last = torch.arange(count, device=ids.device) * width + lengths - 1
-        hidden = _through(network, embed(network, ids.flatten(), positions), attend, _add_norm, wanted=last)
+        hidden = _through(network, embed(network, ids.flatten(), positions), attend, self._add_norm, wanted=last)
         return _logits(network, hidden)
 
     def _sent(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
@@ -257,7 +258,7 @@ class Decoder:
             values[everyone, :, length] = value
             return _attend(query, keys[:count], values[:count], bias).view(count, network.width)
 
-        hidden = _through(network, embed(network, state.token[:count], length), attend, kernels.add_norm if self.use_kernels else _add_norm)
+        hidden = _through(network, embed(network, state.token[:count], length), attend, self._add_norm)
         logits = _logits(network, hidden)
         if self.use_kernels and self.sampling.is_plain:
             kernels.pick(
@@ -334,7 +335,7 @@ def _through(
         x, y = add_norm(x, layer.output(seen), layer.after_attention)
         if not network.norm_first:
             x = y
-        grown = layer.down(products.linear_relu(y, layer.up.weight, layer.up.bias))
+        grown = layer.down(layers.linear_relu(y, layer.up.weight, layer.up.bias))
         x, y = add_norm(x, grown, layer.after_mlp) if layer.after_mlp is not None else (x + grown, x + grown)
         if not network.norm_first:
             x = y

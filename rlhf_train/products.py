@@ -1,8 +1,7 @@
-"""Products of matrices by the quicker of the ways that PyTorch carries.
+"""Products of matrices on a CPU, in float32: by the quicker of the two libraries that PyTorch carries.
 
-On a CPU, in float32, PyTorch calls MKL, whose kernels on AMD's processors stop at AVX2. Where these have AVX-512, oneDNN uses it: one core
-of an EPYC of Zen 5 does 105 to 115 GFLOP/s by MKL, and by oneDNN 170 to 260. On a GPU a ReLU that follows is done by cuBLAS with the
-product. Everywhere else all here is PyTorch's own product.
+PyTorch calls MKL, whose kernels on AMD's processors stop at AVX2. Where these have AVX-512, oneDNN uses it: one core of an EPYC of Zen 5
+does 105 to 115 GFLOP/s by MKL, and by oneDNN 170 to 260. On any other processor, and on a GPU, all here is PyTorch's own product.
 """
 
 from __future__ import annotations
@@ -29,14 +28,6 @@ def use_in(model: Any) -> Any:
     return model
 
 
-def join_relu(layer: Any) -> None:
-    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU writes over what it has made."""
-    if type(layer.fc1) in (nn.Linear, Linear):
-        layer.fc1.__class__, layer.activation_fn = LinearRelu, nn.Identity()
-    else:
-        layer.activation_fn.inplace = True
-
-
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -48,20 +39,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2)
     y: Tensor = _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else compat.onednn_linear(flat, weight, bias)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
-
-
-class LinearRelu(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_relu(x, self.weight, self.bias)
-
-
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """relu(x W^T + b), with a gradient. Shapes as `linear`'s."""
-    if bias is None or not _has_epilogue(x, weight):
-        return F.relu(linear(x, weight, bias), inplace=x.ndim == 2)  # of a product, whose gradient does not need it; else of a view of one
-    flat = x.flatten(0, -2)
-    y: Tensor = _LinearRelu.apply(flat, weight, bias) if torch.is_grad_enabled() else torch._addmm_activation(bias, flat, weight.t())
     return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
 
 
@@ -86,10 +63,6 @@ def _suits(a: Tensor, b: Tensor) -> bool:
     return is_large and is_quicker_by_onednn()
 
 
-def _has_epilogue(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and not hasattr(weight, "ds_id") and hasattr(torch, "_addmm_activation")
-
-
 class _Linear(torch.autograd.Function):
     """x (n, k), weight (m, k), bias (m,) or None -> (n, m)."""
 
@@ -102,31 +75,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, gradient, *ctx.saved_tensors)
-
-
-class _LinearRelu(torch.autograd.Function):
-    """As _Linear, with the ReLU in the product's epilogue."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        y = torch._addmm_activation(bias, x, weight.t())
-        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y = ctx.saved_tensors
-        return _gradients(ctx, torch.ops.aten.threshold_backward(gradient, y, 0), x, weight)
-
-
-def _gradients(ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of x W^T + b that are asked for, given that of the result."""
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-    return (
-        product(gradient, weight.T) if wants_x else None,
-        product(gradient.T, x.T) if wants_weight else None,
-        gradient.sum(0) if wants_bias else None,
-    )
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            product(gradient, weight.T) if wants_x else None,
+            product(gradient.T, x.T) if wants_weight else None,
+            gradient.sum(0) if wants_bias else None,
+        )

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import attention, compat
+from rlhf_train import attention, compat, layer_kernels, layers
 from rlhf_train.batch import Sequences
+from rlhf_train.layer_kernels import norm_gradient
 from rlhf_train.models import (
     ActorForward,
     ScoreForward,
@@ -271,6 +272,29 @@ def test_each_family_learns_from_a_batch_what_it_learns_from_rows_alone(family, 
     found, wanted = gradients(ours), gradients(theirs)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not layer_kernels.IS_THERE, reason="no Triton 3, which is there for Linux only")
+@pytest.mark.parametrize("family", ["opt", "opt-350m"])
+def test_packed_layers_by_a_gpus_kernels_are_the_plain_ones(family, texts, tokenizer, monkeypatch):
+    """In Triton's interpreter."""
+    torch.manual_seed(0)
+    plain = FAMILIES[family]()
+    quick = copy.deepcopy(plain)
+    packed = laid_out(PACKED, texts, tokenizer, plain)
+    padding(tokenizer, quick)
+    expected = ActorForward(plain)(packed)[0]
+    monkeypatch.setattr(layers, "_by_kernels", lambda x: True)
+    monkeypatch.setattr(layers, "_by_cublas", lambda x: True)
+    made = []
+    monkeypatch.setattr(layer_kernels, "norm_gradient", lambda *tensors: made.append("norm") or norm_gradient(*tensors))
+    found = ActorForward(quick)(packed)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for log_probs in (found, expected):
+        (torch.arange(1.0, len(log_probs) + 1) * log_probs).sum().backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(quick)[name], gradient, rtol=1e-4, atol=1e-3)
+    assert len(made) == 2 * len(plain.model.decoder.layers)
 
 
 @pytest.mark.parametrize("layout", [PADDED, PACKED])

@@ -69,7 +69,7 @@ def _opt_layer() -> type:
     """A class, not a function put into the layer: a copy of the model must not call the layer that it was copied from."""
     from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-    class Layer(OPTDecoderLayer):
+    class PackedLayer(OPTDecoderLayer):
         is_last: bool
 
         def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def _opt_layer() -> type:
             """
             if rows is None:
                 return super().forward(hidden_states, *args, **kwargs)
-            attention, x = self.self_attn, hidden_states.squeeze(0)  # a product of three dimensions is a view: nothing may be written into it
+            attention, x = self.self_attn, hidden_states.squeeze(0)  # two dimensions: see `linear_relu`
             norms_first = self.do_layer_norm_before
             x, y = layers.add_norm(x, None, self.self_attn_layer_norm) if norms_first else (x, x)
             query, key, value = (
@@ -92,7 +92,7 @@ def _opt_layer() -> type:
             grown = self.fc2(self.activation_fn(self.fc1(y)))
             return (x + grown if norms_first else layers.add_norm(y, grown, self.final_layer_norm)[1]).unsqueeze(0)
 
-    return Layer
+    return PackedLayer
 
 
 def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:

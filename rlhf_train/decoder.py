@@ -175,9 +175,8 @@ class Decoder:
         state = self.state
         state.row[slot], state.step[slot], state.done[slot] = row, 0, 0
         state.length[slot] = length - 1  # `record` counts the token that was fed last
-        one_by_one = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        # By a slice where that can be: an index took a GPU twice as long.
-        where = slice(slots[0], slots[0] + len(slots)) if one_by_one else slot
+        run = range(slots[0], slots[0] + len(slots))
+        where = slice(run.start, run.stop) if list(slots) == list(run) else slot  # by an index, keys and values took a GPU twice as long
         state.record(slot, self._prefill(where, inputs, length), self.sampling, self.eos_id)
 
     def _prefill(self, slots: Tensor | slice, ids: Tensor, lengths: Tensor) -> Tensor:

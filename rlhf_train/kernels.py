@@ -1,4 +1,5 @@
-"""Triton kernels of the decode step, for GPUs. Optional: without Triton 3 rlhf_train/decoder.py does the same in plain PyTorch.
+"""Triton kernels of the decode step, for GPUs. Optional: without Triton 3 rlhf_train/decoder.py does the same in plain PyTorch. The sum
+with its norm also serves prompts, scoring and training.
 
 Each has its slow twin in decoder.py, and tests compare the two in Triton's interpreter, on a CPU.
 """

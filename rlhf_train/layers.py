@@ -1,7 +1,8 @@
 """What a decoder's layer is made of besides products and attention, with gradients: on a GPU in few passes over memory.
 
-A sum and its layer norm are one kernel each way; a ReLU is done by cuBLAS with the product before it, and its gradient is one kernel
-with that of the bias. Without Triton 3, and on a CPU, all here is PyTorch's own.
+A sum that is normed at once is one kernel with its norm, and a norm's gradient one with what the sum has of elsewhere; a ReLU is done by
+cuBLAS with the product before it, and its gradient is one kernel with that of the bias. The kernels are Triton 3's. Without it, and on a
+CPU, norms and gradients are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class _AddNorm(torch.autograd.Function):
 
 
 def join_relu(layer: Any) -> None:
-    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU writes over what it has made."""
+    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU writes over what it has made.
+
+    After adapters are added: one that is put on a LinearRelu would come after the ReLU.
+    """
     if type(layer.fc1) in (nn.Linear, products.Linear):
         layer.fc1.__class__, layer.activation_fn = LinearRelu, nn.Identity()
     else:
@@ -89,7 +93,7 @@ class LinearRelu(nn.Linear):
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """relu(x W^T + b), with a gradient. x: (..., k); weight: (m, k); bias: (m,). Returns (..., m)."""
     if bias is None or hasattr(weight, "ds_id") or not _by_cublas(x):
-        # In place of a product, whose gradient does not need it; in more dimensions it is a view of one.
+        # Over the product, whose gradient does not need it. One of more than two dimensions is a view, of which autograd would make a copy.
         return F.relu(products.linear(x, weight, bias), inplace=x.ndim == 2)
     flat = x.flatten(0, -2)
     y: Tensor = _LinearRelu.apply(flat, weight, bias)

@@ -70,10 +70,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
     deltas[:, :-1] += gamma * values[:, 1:]
     # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop in time would be hundreds of tiny kernels of a GPU.
-    time = torch.arange(mask.shape[1], device=mask.device)
-    weights = ((gamma * lam) ** (time[:, None] - time).clamp(min=0)).tril()
-    advantages = deltas @ weights.to(deltas.dtype)
-    return advantages * mask, (advantages + values) * mask
+    time = torch.arange(mask.shape[1], dtype=deltas.dtype, device=mask.device)
+    advantages = _kept(deltas @ ((gamma * lam) ** (time[:, None] - time)).tril(), mask)
+    return advantages, advantages + values
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:

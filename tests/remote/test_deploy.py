@@ -25,6 +25,7 @@ from remote.facts import BoxFacts
 from remote.known import Known, arguments, hub_mirror, mirror_values, recall, remember
 from remote.lock import holder
 from remote.sync import LAND, checkout_tree
+from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, make_checkout, make_index, write
 
 LIMITS, PROVIDERS = Limits.load(), Provider.load_all()
@@ -439,7 +440,7 @@ def test_a_disk_that_fills_up(scene: Scene) -> None:
             scene.deploy()
         assert "are free at" in unfit.value.why and "500 MB are needed" in unfit.value.why
     finally:
-        subprocess.run(["umount", "--lazy", scene.disk], check=True)
+        unmount(scene.disk)
 
 
 def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

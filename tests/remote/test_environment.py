@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from remote.purge import parse
+from tests.disks import unmount
 from tests.remote.small_checkout import make_checkout, make_index, wheel_of, write
 from tests.remote.test_results import ask
 
@@ -262,7 +263,7 @@ def test_a_full_disk_is_named(on_box: OnBox, tmp_path: Path) -> None:
         assert "refused the disk is full, at: a virtual environment" in said
         assert not on_box.is_whole
     finally:
-        subprocess.run(["umount", "--lazy", on_box.root / "env"], check=True)
+        unmount(on_box.root / "env")
 
 
 def test_the_wheel_of_the_index_is_the_one_that_is_named(index: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from jobs.errors import ExitCode, ToolkitError
 from remote.purge import Purged, parse, purge
 from remote.results import SCRIPT, look
+from tests.disks import unmount
 from tests.remote.box_folder import HOSTILE, BoxFolder
 from tests.remote.test_results import SHELLS, ask
 
@@ -196,7 +197,7 @@ def test_another_file_system_is_never_entered(box: BoxFolder, tmp_path: Path, no
         assert ask("purge", str(box.root), env=no_docker) == f"refused mounted {disk}\n".encode()
         assert (disk / "file").exists() and (box.root / "env").exists()
     finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+        unmount(disk)
     assert parse(ask("purge", str(box.root), env=no_docker).decode(), "box", "").is_clean
 
 

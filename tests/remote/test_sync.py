@@ -16,6 +16,7 @@ import pytest
 from jobs.errors import ExitCode, ToolkitError
 from remote import sync
 from remote.sync import LAND, Differs, Tree, checkout_tree, land, send, send_whole, tree_of
+from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, git, make_checkout, make_index, write
 
 SHELLS = [shell for shell in (["dash"], ["bash", "--posix"], ["busybox", "sh"]) if shutil.which(shell[0])] or [["sh"]]
@@ -312,4 +313,4 @@ def test_a_full_disk_is_named(tmp_path: Path, line: Any, rsync: str) -> None:
         assert "is full" in full.value.what and str(disk) in full.value.why
         assert not (disk / "x").exists()
     finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+        unmount(disk)

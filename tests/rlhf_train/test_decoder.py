@@ -270,3 +270,21 @@ def test_attention_of_a_step_is_plain_attention():
     torch.testing.assert_close(decoder_module._attend(query, keys, values, bias), expected, rtol=1e-12, atol=1e-12)
     single = decoder_module._attend(*(tensor.float() for tensor in (query, keys, values, bias)))
     torch.testing.assert_close(single, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [[1, 2, 3], [3, 0, 2]])
+def test_prompts_go_into_the_slots_that_are_named(slots):
+    """Side by side or scattered, and others keep what they have."""
+    model, prompts = opt(), some_prompts(3)
+    expected = decoder(model, slots=3)
+    made = decoder(model, slots=5)
+    made.keys.fill_(7.0)
+    for one, places in ((expected, [0, 1, 2]), (made, slots)):
+        one.begin(uniforms(7, range(3), 12))
+        one.admit(places, range(3), prompts)
+    for row, slot in enumerate(slots):
+        length = len(prompts[row])
+        for cache, wanted in ((made.keys, expected.keys), (made.values, expected.values)):
+            torch.testing.assert_close(cache[:, slot, :, :length], wanted[:, row, :, :length])
+    assert (made.keys[:, [slot for slot in range(5) if slot not in slots]] == 7.0).all()
+    assert torch.equal(made.state.tokens[:, 0], expected.state.tokens[:, 0])

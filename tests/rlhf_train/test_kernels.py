@@ -6,7 +6,8 @@ import torch
 from rlhf_train import kernels
 from rlhf_train.decoder import Sampling
 from rlhf_train.families import network_of
-from tests.rlhf_train.test_decoder import answers, opt, some_prompts
+from rlhf_train.rollout import uniforms
+from tests.rlhf_train.test_decoder import answers, decoder, opt, some_prompts
 
 pytestmark = pytest.mark.skipif(not kernels.IS_THERE, reason="no Triton 3, which is there for Linux only")
 
@@ -59,3 +60,17 @@ def test_the_kernel_of_sums_and_norms():
     assert torch.equal(total, x + residual)
     expected = (total - total.mean(1, keepdim=True)) / (total.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(normed, expected)
+
+
+def test_a_gpu_feeds_prompts_by_the_kernel_of_sum_and_norm(monkeypatch):
+    model, prompts, rows = opt(), some_prompts(3), []
+    plain = decoder(model)
+    add_norm = kernels.add_norm
+    monkeypatch.setattr(kernels, "add_norm", lambda x, *others: rows.append(len(x)) or add_norm(x, *others))
+    quick = decoder(model, use_kernels=True)
+    for one in (plain, quick):
+        one.begin(uniforms(7, range(3), 12))
+        one.admit(range(3), range(3), prompts)
+    assert rows == [3 * max(map(len, prompts))] * 2 + [3, 3]  # of the last layer, the last tokens alone
+    torch.testing.assert_close(quick.keys, plain.keys)
+    assert torch.equal(quick.state.tokens, plain.state.tokens)

@@ -37,6 +37,7 @@ def test_the_gradient_of_a_relu_and_its_bias(dtype, tolerance, monkeypatch):
         monkeypatch.setattr(layer_kernels, name, value)
     y, above = numbers(11, 40, dtype=dtype).relu(), numbers(40, 11, seed=1, dtype=dtype).T  # not contiguous
     found, of_bias = layer_kernels.relu_gradient(above, y)
-    expected = torch.where(y > 0, above, 0)
+    expected = torch.ops.aten.threshold_backward(above, y, 0)
     assert torch.equal(found, expected)
+    assert torch.equal(layer_kernels.relu_gradient(above, y * torch.nan)[0], above)  # a NaN is not hidden
     torch.testing.assert_close(of_bias.double(), expected.double().sum(0), rtol=tolerance, atol=tolerance)

@@ -2,12 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from rlhf_train import layer_kernels, layers
+from rlhf_train.batch import Sequences
+from rlhf_train.models import ActorForward, padding
+from tests.rlhf_train.test_decoder import opt, some_prompts
 
 pytestmark = pytest.mark.skipif(not layer_kernels.IS_THERE, reason="no Triton 3, which is there for Linux only")
 
@@ -61,6 +65,7 @@ def test_a_product_with_its_relu(frozen, kernels_run, as_on_a_gpu, monkeypatch):
         return [y.detach(), *(tensor.grad for tensor in tensors.values())]
 
     plain = run(lambda x, weight, bias: F.relu(F.linear(x, weight, bias)))
+    assert "LinearRelu" in type(layers.linear_relu(numbers(3, 24).requires_grad_(), numbers(40, 24), numbers(40)).grad_fn).__name__
     for found, expected in zip(run(layers.linear_relu), plain, strict=True):
         assert (found is None) == (expected is None)
         if expected is not None:
@@ -77,3 +82,33 @@ def test_what_zero_3_takes_away_goes_through_its_module(as_on_a_gpu):
     weight.ds_id = 0
     y = layers.linear_relu(numbers(3, 16), weight, numbers(8))
     assert "LinearRelu" not in type(y.grad_fn).__name__ and y.min() == 0
+
+
+@pytest.mark.parametrize("shape", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}], ids=["opt", "opt-350m"])
+def test_a_model_that_takes_packed_rows(shape, as_on_a_gpu, monkeypatch):
+    plain = opt(**shape)
+    quick = copy.deepcopy(plain)
+    for model in (plain, quick):
+        assert padding(None, model) is None
+    assert all(isinstance(layer.fc1, layers.LinearRelu) and isinstance(layer.activation_fn, nn.Identity) for layer in quick.model.decoder.layers)
+    texts = [np.array(text) for text in some_prompts(6)]
+    packed = Sequences.of(texts[:3], texts[3:], None, torch.device("cpu"))
+    made = []
+    for name in ("norm_gradient", "relu_gradient"):
+        kernel = getattr(layer_kernels, name)
+        monkeypatch.setattr(layer_kernels, name, lambda *tensors, kernel=kernel: made.append(kernel.__name__) or kernel(*tensors))
+
+    def run(model):
+        log_probs = ActorForward(model)(packed)[0]
+        (torch.arange(1.0, len(log_probs) + 1) * log_probs).sum().backward()
+        return log_probs.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    found, gradients = run(quick)
+    layer_count = len(quick.model.decoder.layers)
+    assert [made.count(name) for name in ("norm_gradient", "relu_gradient")] == [2 * layer_count, layer_count]
+    monkeypatch.undo()
+    expected, wanted = run(plain)
+    assert len(made) == 3 * layer_count
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)

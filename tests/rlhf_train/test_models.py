@@ -14,9 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora, Scratch
-from rlhf_train import attention, compat, layer_kernels, layers
+from rlhf_train import attention, compat
 from rlhf_train.batch import Sequences
-from rlhf_train.layer_kernels import norm_gradient
 from rlhf_train.models import (
     ActorForward,
     ScoreForward,
@@ -274,29 +273,6 @@ def test_each_family_learns_from_a_batch_what_it_learns_from_rows_alone(family, 
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not layer_kernels.IS_THERE, reason="no Triton 3, which is there for Linux only")
-@pytest.mark.parametrize("family", ["opt", "opt-350m"])
-def test_packed_layers_by_a_gpus_kernels_are_the_plain_ones(family, texts, tokenizer, monkeypatch):
-    """In Triton's interpreter."""
-    torch.manual_seed(0)
-    plain = FAMILIES[family]()
-    quick = copy.deepcopy(plain)
-    packed = laid_out(PACKED, texts, tokenizer, plain)
-    padding(tokenizer, quick)
-    expected = ActorForward(plain)(packed)[0]
-    monkeypatch.setattr(layers, "_by_kernels", lambda x: True)
-    monkeypatch.setattr(layers, "_by_cublas", lambda x: True)
-    made = []
-    monkeypatch.setattr(layer_kernels, "norm_gradient", lambda *tensors: made.append("norm") or norm_gradient(*tensors))
-    found = ActorForward(quick)(packed)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for log_probs in (found, expected):
-        (torch.arange(1.0, len(log_probs) + 1) * log_probs).sum().backward()
-    for name, gradient in gradients(plain).items():
-        torch.testing.assert_close(gradients(quick)[name], gradient, rtol=1e-4, atol=1e-3)
-    assert len(made) == 2 * len(plain.model.decoder.layers)
-
-
 @pytest.mark.parametrize("layout", [PADDED, PACKED])
 def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, texts, tokenizer, actor):
     adapted = add_lora(copy.deepcopy(actor), Lora(rank=4), seed=0).train()
@@ -310,7 +286,7 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
     wanted = {name: gradient for name, gradient in gradients(adapted).items() if gradient is not None}
     assert wanted
     for name, gradient in wanted.items():
-        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=3e-5)  # q is scaled before or after its product with k
 
 
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora, Optimization, Scratch
+from rlhf_train import compat
 from rlhf_train.batch import BatchPlan, Sequences
 from rlhf_train.engine import DTYPES, Ema, Engine, copy_weights, full_state, learning_rate_factor, rehearse
 from rlhf_train.models import ActorForward, add_lora, load_causal, train_tokenizer
@@ -118,6 +119,16 @@ def test_the_gradient_is_that_of_plain_pytorch(world: World, make_model: Callabl
     # Before clipping (to 1).
     assert norm == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-5)
     assert norm > 1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_is_told_the_norm(world: World, make_model: Callable[..., Any], stage: int) -> None:
+    """That of all gradients; to work it out itself would convert each to float64. PyTorch 2.0 has no quicker way."""
+    trained, asked = engine(make_model(), world, spec(), micro_batch=4, stage=stage), []
+    theirs = trained.optimizer.scaled_global_norm
+    trained.optimizer.scaled_global_norm = lambda *args, **kwargs: asked.append(stage) or theirs(*args, **kwargs)
+    update(trained, 4)
+    assert bool(asked) == (not compat.KNOWS_DTYPE_OF_NORMS)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -99,6 +99,8 @@ def network_of(model: Any) -> Network | None:
     """None for a family that is not known here, or a model whose tensors are not all whole and plain (ZeRO-3, LoRA)."""
     if getattr(model.config, "model_type", None) != "opt" or model.config.activation_function != "relu":
         return None
+    if not getattr(model.config, "layer_norm_elementwise_affine", True):  # its norms have no weights
+        return None
     if any("lora_" in name or hasattr(parameter, "ds_id") for name, parameter in model.named_parameters()):
         return None
     return opt(model)

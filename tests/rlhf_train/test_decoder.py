@@ -197,6 +197,7 @@ def test_top_k_and_top_p_leave_the_rest_out_of_the_draw():
 def test_families():
     assert network_of(opt()) is not None
     assert network_of(opt(activation_function="gelu")) is None
+    assert network_of(opt(layer_norm_elementwise_affine=False)) is None
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     said = []
     unknown = Rollouts(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
@@ -57,9 +58,7 @@ def lay_flat(model: Any) -> None:
     """All matrices in one tensor, and all vectors in another, as DeepSpeed's 16-bit engine has them: keys, values and queries are one product."""
     for is_matrix in (True, False):
         parts = [parameter for parameter in model.parameters() if (parameter.ndim >= 2) == is_matrix]
-        flat = torch.cat([part.data.flatten() for part in parts])
-        for part, piece in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.data = piece.view(part.shape)
+        vector_to_parameters(parameters_to_vector(parts).detach(), parts)
 
 
 def table(size: Size, where: Where, repeats: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:

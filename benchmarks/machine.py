@@ -25,11 +25,13 @@ class Where:
     threads: int  # of a rank, on a CPU
     ranks: int = 1
     cores: frozenset[int] = frozenset()  # of the machine that may be used; empty: nothing is pinned
+    variables: tuple[tuple[str, str], ...] = ()  # of the environment, besides
 
     @property
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-        return {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        return {**os.environ, **MALLOC, **own, **dict(self.variables)}
 
 
 def machine(where: Where) -> str:

@@ -23,6 +23,7 @@ from jobs.run_dir import RunDir
 from jobs.spec import load_job
 
 POLL_S = 0.01  # of a run's events, while it runs
+GONE_S = 60.0  # for ranks to be gone after their launcher; a GPU's memory takes seconds
 
 
 def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,8 @@ class Ran:
         """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before it, all that comes between them included;
         and `cpu_s`, those of the processors in that time.
         """
-        lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in self.events("metrics", step)]
+        seen = [event for event in self.events("metrics", step) if event["seq"] in self.cpu_s]  # a killed run may have written more
+        lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in seen]
         timed = [
             {**event, "wall_s": event["elapsed_s"] - before["elapsed_s"], "cpu_s": event["cpu_s"] - before["cpu_s"]}
             for before, event in pairwise(lines)
@@ -76,8 +78,18 @@ class Ran:
         return timed[leave_out - 1 :]
 
 
-def run_product(job: Mapping[str, Any], steps: Sequence[int], folder: Path, where: Where, *, given: Mapping[int, Path] | None = None) -> Ran:
-    """`python -m rlhf_train --step ...` in `folder`. given: models (folders) of steps that are to count as done."""
+def run_product(
+    job: Mapping[str, Any],
+    steps: Sequence[int],
+    folder: Path,
+    where: Where,
+    *,
+    given: Mapping[int, Path] | None = None,
+    until: int | None = None,
+) -> Ran:
+    """`python -m rlhf_train --step ...` in `folder`. given: models (folders) of steps that are to count as done. until: kill the run after
+    this update of its last step, which spares the time of a last checkpoint and of the model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(dict(job)), encoding="utf-8")
@@ -99,6 +111,8 @@ def run_product(job: Mapping[str, Any], steps: Sequence[int], folder: Path, wher
                 time.sleep(POLL_S)
                 events, offset = read_events(run.events, offset)
                 cpu |= dict.fromkeys([event["seq"] for event in events], cpu_seconds(process.pid))
+                if until is not None and any(_has_come_to(event, steps[-1], until) for event in events):
+                    return Ran(run, cpu, killed(process))
                 ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of the launcher and of all that it has waited for
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -107,11 +121,50 @@ def run_product(job: Mapping[str, Any], steps: Sequence[int], folder: Path, wher
     return Ran(run, cpu, used.ru_maxrss * 1024)
 
 
+def _has_come_to(event: RawEvent, step: int, update: int) -> bool:
+    return event["kind"] == "metrics" and event["step"] == step and event["update"] >= update
+
+
+def killed(launcher: subprocess.Popen[Any]) -> int:
+    """The launcher and its ranks are gone when this returns, and have let go of their GPUs -> the resident set of the largest rank, in bytes."""
+    ranks = children(launcher.pid)
+    most = max((resident_bytes(rank) for rank in ranks), default=0)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + GONE_S
+    while any(map(lives, ranks)):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the ranks {ranks} did not end with their launcher")
+        time.sleep(POLL_S)
+    return most
+
+
+def lives(process: int) -> bool:
+    """Not if it is a zombie that nobody has waited for, which holds no GPU any more."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()]
+    except OSError:
+        return []
+
+
+def resident_bytes(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def cpu_seconds(process: int) -> float:
     """That a process and its children have taken so far, those that have ended included; 0 where there is no /proc."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
     except OSError:
         return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children(process)))

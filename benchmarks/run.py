@@ -35,6 +35,12 @@ NAMES = {
     "memory": "the most memory that each step takes",
     "start-up": "from a command to its first update, by benchmarks/start_up.py",
     "growth": "how step 3's cost grows: length of answers, batch, model, ranks",
+    "scaling-sft": "step 1 on 1 and on 2 GPUs: ZeRO 1 to 3, LoRA, GPUs that do not reach each other",
+    "scaling-reward": "the same of step 2",
+    "scaling-ppo": "the same of step 3",
+    "curves": "whether 1 and 2 GPUs learn the same, on the rows of --data",
+    "killed-rank": "all three steps on 2 ranks, one of which is killed, on the rows of --data",
+    "fits-24gb": "what two cards of 24 GB hold of OPT-1.3b's recipes",
     "peers": "step 3 beside TRL, DeepSpeed-Chat and Hugging Face's generate, in turn",
 }
 SIZES = ("tiny", "small", "opt-1.3b")  # of benchmarks/work.py, which takes seconds to import
@@ -50,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="that count, of each measurement (updates of a process in ppo and peers)")
     parser.add_argument("--rounds", type=int, default=3, help="of peers: processes of each side, in turn")
     parser.add_argument("--lengths", choices=["both", "full", "real"], default="both", help="of ppo and peers")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows for padding, in the columns of Dahoas/rm-static")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows for padding, curves and killed-rank, in the columns of Dahoas/rm-static")
     parser.add_argument("--deepspeed-chat", type=Path, metavar="PATH", help="a checkout of DeepSpeedExamples, for peers")
     parser.add_argument("--python-of-peers", metavar="PATH", help="an interpreter that has their packages (default: environments made for them)")
     parser.add_argument("--peers-here", action="store_true", help="their packages can be imported by this interpreter")
@@ -62,8 +68,8 @@ def arguments() -> argparse.Namespace:
     unknown = [name for name in options.names if name not in NAMES]
     if unknown or not (options.names or options.list):
         parser.error(f"{f'`{unknown[0]}` is no NAME' if unknown else 'name what to measure'}: {', '.join(NAMES)}")
-    if "padding" in options.names and options.data is None:
-        parser.error("padding needs --data FOLDER")
+    if options.data is None and (needy := {"padding", "curves", "killed-rank"} & {*options.names}):
+        parser.error(f"{' and '.join(sorted(needy))} need --data FOLDER")
     return options
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, decode, growth, memory, padding, ppo, side_by_side, steps
+from benchmarks import ceilings, decode, growth, memory, padding, ppo, scaling, side_by_side, steps
 from benchmarks.figures import Table
 from benchmarks.machine import MALLOC, Where, machine, versions
 from benchmarks.work import Size
@@ -80,6 +80,32 @@ def do_growth(bench: Bench) -> Table:
     return growth.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say)
 
 
+def do_scaling(name: str) -> Callable[[Bench], Table]:
+    def do(bench: Bench) -> Table:
+        updates = bench.options.repeats if name == "ppo" else 2 * bench.options.repeats
+        return scaling.speed(name, bench.size, bench.folder, bench.where, updates, bench.options.seed, _models(bench), bench.say)
+
+    return do
+
+
+def _models(bench: Bench) -> Path:
+    """Of random weights, written once for all that is measured in one call."""
+    folder = bench.folder.parent / "models"
+    return folder if folder.exists() else scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
+
+
+def do_curves(bench: Bench) -> Table:
+    return scaling.curves(bench.size, bench.options.data, bench.folder, bench.where, bench.options.seed, bench.say)
+
+
+def do_killed_rank(bench: Bench) -> Table:
+    return scaling.killed_rank(bench.options.data, bench.folder, bench.where, bench.say)
+
+
+def do_fits(bench: Bench) -> Table:
+    return scaling.fits(bench.size, bench.folder, bench.where, bench.options.seed, _models(bench), bench.say)
+
+
 def do_start_up(bench: Bench) -> Table:
     """What benchmarks/start_up.py prints and writes."""
     file = bench.folder / "start_up.json"
@@ -99,6 +125,12 @@ TABLES: dict[str, Callable[[Bench], Table]] = {
     "memory": do_memory,
     "start-up": do_start_up,
     "growth": do_growth,
+    "scaling-sft": do_scaling("sft"),
+    "scaling-reward": do_scaling("reward"),
+    "scaling-ppo": do_scaling("ppo"),
+    "curves": do_curves,
+    "killed-rank": do_killed_rank,
+    "fits-24gb": do_fits,
     "peers": do_peers,
 }
 

@@ -48,6 +48,7 @@ class Crew:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
             "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
             "PYTHONUNBUFFERED": "1",
+            "GLOO_SOCKET_IFNAME": environ.get("GLOO_SOCKET_IFNAME", "lo"),  # one machine: whatever its name resolves to, or does not
             **dict(self.nccl),
         }
         if self.device == "cpu":

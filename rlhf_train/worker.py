@@ -34,6 +34,7 @@ from jobs.lines import Plain
 from jobs.run_dir import RunDir
 from jobs.spec import Job
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MOST_SAID = 4000  # characters, 12 bytes each at most: a pipe takes 64 KiB before somebody reads
 
 
@@ -159,11 +160,13 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         torch.set_num_threads(placement.cpu_threads)
     device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
     pulse = Pulse.of_rank(pulse_file, order.rank, placement.ranks)
-    world = World(order.rank, placement.ranks, device, pulse.meet)
-    store = dist.TCPStore("127.0.0.1", order.store_port, world.size, is_master=False) if world.size > 1 else dist.HashStore()
+    store = dist.TCPStore("127.0.0.1", order.store_port, placement.ranks, is_master=False) if placement.ranks > 1 else dist.HashStore()
     dist.init_process_group(
-        "nccl" if placement.device == "cuda" else "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
+        "nccl" if placement.device == "cuda" else "gloo", store=store, rank=order.rank, world_size=placement.ranks, timeout=COLLECTIVE_TIMEOUT
     )
+    needs_hosts = placement.device == "cuda" and placement.ranks > 1
+    hosts = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if needs_hosts else None
+    world = World(order.rank, placement.ranks, device, pulse.meet, hosts)
     connect(world, order.rank)
 
     emit = _emitter(run, world.is_main)

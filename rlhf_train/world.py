@@ -17,6 +17,7 @@ class World:
     size: int
     device: torch.device
     meet: Callable[[], object] = lambda: None  # called before each collective
+    host_group: dist.ProcessGroup | None = None  # over CPUs, for what is in no GPU's memory; None: the default one, which then is that
 
     @property
     def is_main(self) -> bool:
@@ -35,8 +36,13 @@ class World:
         return dict(zip(numbers, local.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on some rank."""
-        return self.sum({"flag": flag})["flag"] > 0
+        """Whether it is true on some rank. Waits for the other ranks, and for no GPU."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        self.meet()
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(told)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks."""
@@ -44,10 +50,10 @@ class World:
             return [value]
         values: list[Any] = [None] * self.size
         self.meet()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
             self.meet()
-            dist.barrier()
+            dist.barrier(group=self.host_group)

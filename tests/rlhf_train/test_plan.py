@@ -58,9 +58,9 @@ def test_a_gpu_generates_a_whole_rollout_at_once() -> None:
     assert [place(opt(*more), machine).rollout_micro_batch for machine in (H200, TWO_4090, CPU)] == [256, 128, 64]
 
 
-def test_two_cards_share_optimizer_and_gradients() -> None:
+def test_two_cards_share_the_optimizer() -> None:
     found = place(opt(), TWO_4090)
-    assert (found.ranks, found.actor_zero_stage, found.critic_zero_stage, found.cpu_threads) == (2, 2, 2, 16)
+    assert (found.ranks, found.actor_zero_stage, found.critic_zero_stage, found.cpu_threads) == (2, 1, 1, 16)
     assert found.device_reason == "PyTorch sees 2 x NVIDIA GeForce RTX 4090"
     plans = [found.batch_plan(opt(), step) for step in (1, 2, 3)]
     assert [(p.micro_batch, p.gradient_accumulation, p.world_size) for p in plans] == [(8, 8, 2), (8, 4, 2), (8, 4, 2)]
@@ -69,7 +69,8 @@ def test_two_cards_share_optimizer_and_gradients() -> None:
 def test_the_lora_job_on_two_cards() -> None:
     found = place(load_job("opt-1.3b-lora"), TWO_4090)
     assert (found.ranks, found.micro_batches, found.notes) == (2, (4, 4, 4), ())
-    assert (found.actor_zero_stage, found.critic_zero_stage) == (1, 2)  # adapters are too few to be worth sharing out
+    assert (found.actor_zero_stage, found.critic_zero_stage) == (1, 1)
+    assert place(load_job("opt-1.3b-lora", ["hardware.precision=float32"]), TWO_4090).actor_zero_stage == 0  # adapters are too few to be worth sharing out
 
 
 def test_a_card_without_bfloat16() -> None:

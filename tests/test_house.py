@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "fabfile.py": STANDARD | BASE | SSH | {"remote"},
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
-MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine.py": {"deepspeed"}}
+MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"}}
 READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
@@ -105,7 +105,7 @@ def test_imports_run_one_way() -> None:
         ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
         ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
         ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
-        ("rlhf_train/engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine.py:2 imports fabric"]),
+        ("rlhf_train/engine/deepspeed_engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine/deepspeed_engine.py:2 imports fabric"]),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
     ],
 )

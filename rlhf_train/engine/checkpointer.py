@@ -39,7 +39,7 @@ from jobs.events import Checkpoint, Progress, Warning
 from jobs.formatting import plural, size
 from jobs.run_dir import StepDir
 from rlhf_train.disk import read_json, rename, room, size_of, sync, write_json
-from rlhf_train.plan.machine import free_memory_bytes
+from rlhf_train.host import free_memory_bytes
 
 if TYPE_CHECKING:
     from rlhf_train.engine.deepspeed_engine import Engine

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rlhf_train import compat
 from rlhf_train.data.sequences import cut, sent
-from rlhf_train.generation.families.opt import Layer, Network, Norm
 from rlhf_train.kernels import decode_step, fused_layers
+from rlhf_train.kernels.decoder_weights import Layer, Network, Norm
 
 PREFILL_TOKENS = 16384  # of prompts at once, padded
 WIDTH_STEP = 64  # graphs without Triton read the cache up to a multiple of it

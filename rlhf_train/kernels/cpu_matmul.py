@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf_train import compat
-from rlhf_train.plan import machine
+from rlhf_train import compat, host
 
 LEAST = 2**20  # multiplications of a product, below which oneDNN's start costs what its kernels save: 16 rows by a matrix of 256 x 256
 
@@ -55,8 +54,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def is_quicker_by_onednn() -> bool:
     """On this machine."""
-    text = machine.cpu_text()
-    return "AuthenticAMD" in text and "avx512f" in (machine.cpu_flags(text) or ()) and compat.has_onednn_linear()
+    text = host.cpu_text()
+    return "AuthenticAMD" in text and "avx512f" in (host.cpu_flags(text) or ()) and compat.has_onednn_linear()
 
 
 def _suits(a: Tensor, b: Tensor) -> bool:

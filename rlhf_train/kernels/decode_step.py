@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_train.generation.families.opt import Network, Norm
+from rlhf_train.kernels.decoder_weights import Network, Norm
 
 try:
     import triton

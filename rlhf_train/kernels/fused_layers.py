@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf_train.generation.families.opt import Norm
 from rlhf_train.kernels import cpu_matmul, decode_step, layer_gradients
+from rlhf_train.kernels.decoder_weights import Norm
 
 LONGEST = 8192  # numbers of a row, which a program of the norm's kernels holds at once
 

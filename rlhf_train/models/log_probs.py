@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_train import compat
 from rlhf_train.kernels import decode_step, softmax
 from rlhf_train.kernels.cpu_matmul import product
-from rlhf_train.steps.losses import entropy, token_log_probs
 
 FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
 MODULE_BYTES = 256 * 2**20  # float32 logits held at once where the head is called as a module
@@ -121,6 +120,21 @@ def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: 
     scaled.scatter_add_(-1, labels.unsqueeze(-1), gradient.unsqueeze(-1))
     if logits.dtype != torch.float32:
         logits.copy_(scaled)
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log softmax(logits)[labels], in float32.
+
+    logits: (..., V); labels: (...). Returns (...).
+    """
+    logits = logits.float()
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum p log p of softmax(logits), in nats. logits: (..., V). Returns (...)."""
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def _by_module(states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:

@@ -15,19 +15,13 @@ from pathlib import Path
 from jobs.fitness import Card, Facts, Folder, Holder, wants_gpu
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Scratch
+from rlhf_train.host import cpu_flags, cpu_text, read
 from rlhf_train.plan.placement import Machine
 
 DRIVER = Path("/proc/driver/nvidia/version")  # the host's, and seen in its containers too, also in those without a GPU
-CPU = Path("/proc/cpuinfo")
 SHARED_MEMORY = Path("/dev/shm")
 PROC = Path("/proc")
 GPU_FILE = re.compile("/dev/nvidia[0-9]+")  # one for each card
-CGROUPS = Path("/sys/fs/cgroup")
-# (limit, used) of this container, in cgroups of version 2 and 1.
-MEMORY_LIMITS = [
-    (CGROUPS / "memory.max", CGROUPS / "memory.current"),
-    (CGROUPS / "memory/memory.limit_in_bytes", CGROUPS / "memory/memory.usage_in_bytes"),
-]
 NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without persistence mode
 
 
@@ -52,7 +46,7 @@ def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapp
 
 
 def _with_gpus(facts: Facts, machine: Machine, environ: Mapping[str, str]) -> Facts:
-    driver, cards = driver_version(_read(DRIVER)), tuple(map(Card, machine.gpus, machine.capabilities)) or None
+    driver, cards = driver_version(read(DRIVER)), tuple(map(Card, machine.gpus, machine.capabilities)) or None
     if cards is None:
         listed, cards = nvidia_smi()
         driver = driver or listed  # WSL has no /proc/driver/nvidia
@@ -168,18 +162,7 @@ def _open_files(pid: int) -> Iterator[str]:
 
 def command_of(pid: int) -> str:
     """`python -m rlhf_train.worker`; "" if the process is not to be seen from here."""
-    return _read(PROC / str(pid) / "cmdline").replace("\0", " ").strip()
-
-
-def cpu_text() -> str:
-    """/proc/cpuinfo; "" where there is none."""
-    return _read(CPU)
-
-
-def cpu_flags(text: str) -> tuple[str, ...] | None:
-    """Of the first CPU in /proc/cpuinfo; None on other processors than x86, where the line has another name."""
-    found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
-    return tuple(found[1].split()) if found else None
+    return read(PROC / str(pid) / "cmdline").replace("\0", " ").strip()
 
 
 def prebuilt_operators() -> tuple[str, ...]:
@@ -257,29 +240,9 @@ def _may_write(path: Path) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def free_memory_bytes() -> int:
-    """Of the main memory, in bytes, that this process may still take: what the kernel has left, or its container's limit. 0: not known."""
-    found = re.search(r"^MemAvailable:\s+([0-9]+) kB", _read(Path("/proc/meminfo")), flags=re.MULTILINE)
-    free = int(found[1]) * 1024 if found else 0
-    for limit, used in MEMORY_LIMITS:
-        most, now = _read(limit).strip(), _read(used).strip()
-        if most.isdecimal() and now.isdecimal():
-            # Pages of files that nobody uses are counted as used, and given back at need.
-            cached = re.search(r"^(?:total_)?inactive_file ([0-9]+)", _read(limit.with_name("memory.stat")), flags=re.MULTILINE)
-            free = min(free, max(0, int(most) - int(now) + (int(cached[1]) if cached else 0)))
-    return free
-
-
 def _free_bytes(path: Path) -> int | None:
     try:
         room = os.statvfs(path)
     except OSError:
         return None
     return room.f_bavail * room.f_frsize
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -1,6 +1,6 @@
 """The maths of the three steps: pure functions of tensors, no model, no state.
 
-Shapes: B batch, T tokens, R response tokens, V vocabulary. A mask is true on what counts. Where we differ from
+Shapes: B batch, T tokens, R response tokens. A mask is true on what counts. Where we differ from
 DeepSpeed-Chat: every sum is divided by the number of valid tokens of the whole update (`normalizer`), over all micro
 batches and ranks, so neither changes the gradient; padding never counts; the EOS that ends a response does.
 """
@@ -15,21 +15,6 @@ from torch import Tensor
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """Zero where the mask is false, whatever stood there: inf times 0 would be NaN."""
     return x.masked_fill(~mask.bool(), 0.0)
-
-
-def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax(logits)[labels], in float32.
-
-    logits: (..., V); labels: (...). Returns (...).
-    """
-    logits = logits.float()
-    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-sum p log p of softmax(logits), in nats. logits: (..., V). Returns (...)."""
-    log_probs = logits.float().log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

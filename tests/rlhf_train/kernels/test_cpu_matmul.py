@@ -9,12 +9,11 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from jobs.spec import Lora, Scratch
-from rlhf_train import compat
+from rlhf_train import compat, host
 from rlhf_train.generation.families.opt import network_of
 from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models.log_probs import label_log_probs
 from rlhf_train.models.networks import add_lora, load_causal, load_scorer, train_tokenizer
-from rlhf_train.plan import machine
 from tests import tiny
 
 AMD = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2"
@@ -85,7 +84,7 @@ def test_small_products_and_other_numbers_are_pytorchs_own(calls):
     [(f"{AMD} avx512f", True), (AMD, False), (f"{AMD} avx512f".replace("AuthenticAMD", "GenuineIntel"), False), ("", False)],
 )
 def test_it_is_taken_on_amds_cpus_with_avx512_alone(text, expected, monkeypatch):
-    monkeypatch.setattr(machine, "cpu_text", lambda: text)
+    monkeypatch.setattr(host, "cpu_text", lambda: text)
     assert cpu_matmul.is_quicker_by_onednn.__wrapped__() == (expected and compat.has_onednn_linear())
 
 

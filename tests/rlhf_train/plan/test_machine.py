@@ -17,6 +17,7 @@ from env.settings import Limits
 from jobs.fitness import Card, Facts, Folder, Holder, judge
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
+from rlhf_train import host
 from rlhf_train.data import hub
 from rlhf_train.plan import machine
 from rlhf_train.plan.placement import Machine
@@ -109,7 +110,7 @@ def test_listed_holders(text: str, holders: list[Holder]) -> None:
     ],
 )
 def test_cpu_flags(text: str, flags: tuple[str, ...] | None) -> None:
-    assert machine.cpu_flags(text) == flags
+    assert host.cpu_flags(text) == flags
 
 
 # --- nvidia-smi -----------------------------------------------------------------------------------------------------

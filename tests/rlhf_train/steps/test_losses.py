@@ -6,15 +6,14 @@ import random
 import pytest
 import torch
 
+from rlhf_train.models.log_probs import entropy, token_log_probs
 from rlhf_train.steps.losses import (
-    entropy,
     gae,
     kl_penalised_rewards,
     moments,
     policy_loss,
     preference_loss,
     preference_loss_per_token,
-    token_log_probs,
     value_loss,
     whiten,
 )

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.figures import Spread, Table
 from benchmarks.machine import Where
-from rlhf_train.products import product
+from rlhf_train.kernels.cpu_matmul import product
 
 REPEATS = 7
 TRAINING_SHAPES = ((16384, 6144, 2048), (16384, 8192, 2048), (16384, 2048, 8192), (16384, 50272, 2048))  # rows, out, in: OPT-1.3b, 32 x 512 tokens

@@ -13,7 +13,7 @@ from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
 from benchmarks.machine import Where
 from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts_of, weight_bytes_of_decoding
-from rlhf_train.rollout import Rollouts
+from rlhf_train.generation.rollout import Rollouts
 
 TARGETS = {16: 1.6, 64: 1.3, 256: 1.15}  # of the floor, on a GPU
 COLUMNS = ["batch", "floor ms/step", "measured ms/step", "of the floor", "target", "decode tokens/s", "prefill ms", "whole s", "tokens/s"]

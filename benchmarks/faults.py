@@ -3,7 +3,7 @@
 `python benchmarks/faults.py` prints a table: what was hit, how often, how often the run went on, how many updates had to
 be done again, and whether the weights and the curve are, bit for bit, those of the unbroken run. Exit code 1 if not all is.
 
-Where a run is, it says itself: in the memory that its ranks share with their launcher (rlhf_train/pulse.py), which we
+Where a run is, it says itself: in the memory that its ranks share with their launcher (rlhf_train/ranks/heartbeat.py), which we
 open beside them and read once more when they are dead. A kill is counted where it hit, not where it was aimed at.
 """
 
@@ -36,12 +36,12 @@ from rich import box
 from rich.table import Table
 from safetensors.torch import load_file
 
-from jobs.console import console_on
 from jobs.errors import ExitCode
 from jobs.events import RawEvent, effective, read_events
+from jobs.formatting import plural
 from jobs.run_dir import RunDir
-from jobs.words import plural
-from rlhf_train.pulse import SLOT_BYTES, sign_in
+from jobs.views.console import console_on
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, sign_in
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POLL_S = 0.001

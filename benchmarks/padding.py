@@ -12,7 +12,7 @@ from benchmarks.product import run_product
 from benchmarks.work import actor_of, opt
 from jobs.events import RawEvent
 from jobs.spec import load_job
-from rlhf_train.models import load_tokenizer
+from rlhf_train.models.networks import load_tokenizer
 
 MEAN_ANSWER = 50  # tokens, as in hh-rlhf
 TARGETS = "targets: 80 % by buckets, 95 % where packed"

@@ -29,7 +29,7 @@ from rich.table import Table
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from jobs.console import console_on  # noqa: E402
+from jobs.views.console import console_on  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.docker import engine  # noqa: E402
 from tests.docker.engine import Docker  # noqa: E402

@@ -26,9 +26,9 @@ from benchmarks.work import Size, actor_of, critic_of, matmul_parameters, prompt
 from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Data, load_job
-from rlhf_train.data import texts
-from rlhf_train.models import train_tokenizer
-from rlhf_train.plan import GIB
+from rlhf_train.data.dataset import texts
+from rlhf_train.models.networks import train_tokenizer
+from rlhf_train.plan.placement import GIB
 
 PARTS = {1: "sft", 2: "reward", 3: "ppo"}
 LORA = {"rank": 128, "alpha": 128.0}  # of jobs/opt-1.3b-lora.yaml

@@ -31,9 +31,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from benchmarks.faults import TABLE_WIDTH, machine  # noqa: E402
-from jobs.console import console_on  # noqa: E402
 from jobs.events import RawEvent, read_events  # noqa: E402
 from jobs.run_dir import RunDir  # noqa: E402
+from jobs.views.console import console_on  # noqa: E402
 
 # Some seconds of training a step, since what a step does for the next one takes time as well. Four are what step 3 does with one rollout.
 FEW = ["sft.max_updates=120", "reward.max_updates=80", "ppo.max_updates=4", "ppo.warmup_updates=1", "data.eval_rows=64"]
@@ -51,13 +51,13 @@ PHASES = {
 COLD, WARM = "cold", "warm"
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets")
 IMPORTS = {
-    "launcher": "import rlhf_train.__main__, rlhf_train.machine, rlhf_train.launch",
-    "rank": "import rlhf_train.worker; import rlhf_train.sft, rlhf_train.reward, rlhf_train.ppo, transformers.models.opt.modeling_opt",
+    "launcher": "import rlhf_train.__main__, rlhf_train.plan.machine, rlhf_train.launch",
+    "rank": "import rlhf_train.worker; from rlhf_train.steps import sft, reward, ppo; import transformers.models.opt.modeling_opt",
 }
 GROUP = """
 import time, torch, torch.distributed as dist
-from rlhf_train.engine import connect
-from rlhf_train.world import World
+from rlhf_train.engine.deepspeed_engine import connect
+from rlhf_train.ranks.collectives import World
 begun = time.perf_counter()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 connect(World(0, 1, torch.device("cpu")), 0)

@@ -1,6 +1,6 @@
 """Whether a machine is fit for a job: facts in, findings out, each one line with what to do.
 
-The facts are plain values, collected by rlhf_train/machine.py at each start, and from afar by a shell probe; a fact that
+The facts are plain values, collected by rlhf_train/plan/machine.py at each start, and from afar by a shell probe; a fact that
 is None is not known, and what depends on it is not judged. The thresholds stand in env/limits.toml.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 
 from env.settings import CudaLimits, Limits
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import one_line, plural, size
+from jobs.formatting import one_line, plural, size
 
 GIB = 2**30
 ON_PURPOSE = "to train on the CPU on purpose, --set hardware.device=cpu"

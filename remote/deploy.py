@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from env.settings import Limits, Provider
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import duration, one_line, size
+from jobs.formatting import duration, one_line, size
 from remote import commands, lock, sync
 from remote.doctor import diagnose, peer_access_off
 from remote.facts import BoxFacts, Python, home_path, place_of, provider_of, route_of, runtime_of

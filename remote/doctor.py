@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from env.settings import Limits, Provider
 from jobs.fitness import Card, Facts, Finding, Folder, judge, no_peer_access
+from jobs.formatting import one_line, plural, size
 from jobs.spec import Job, Scratch
-from jobs.words import one_line, plural, size
 from remote.facts import BoxFacts, ClockOffset, GpuCard, HubRoute, Place, Runtime, place_of, reaches_gpus, route_of, runtime_of
 
 NOT_ASKED = "not asked"

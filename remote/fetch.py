@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError, system_error
-from jobs.words import plural, size
+from jobs.formatting import plural, size
 from remote.commands import sh_script
 from remote.manifest import MODELS, FileThere, Manifest, ManifestReader, Progress, Unit, silent
 from remote.results import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember, script

@@ -10,10 +10,10 @@ from typing import Any
 from rich.cells import cell_len
 
 from jobs.events import RawEvent, parsed
-from jobs.lines import time_of
-from jobs.panel import Card, cards_text
+from jobs.formatting import STEPS, duration, money, one_line, size
 from jobs.state import State, state_of
-from jobs.words import STEPS, duration, money, one_line, size
+from jobs.views.panel import Card, cards_text
+from jobs.views.plain import time_of
 from remote.watch import Job
 
 

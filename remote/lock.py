@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import duration, one_line
+from jobs.formatting import duration, one_line
 from remote import commands
 from remote.sync import LAND
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import size
+from jobs.formatting import size
 from remote.commands import sh_script
 from remote.results import FetchedRun, how_to_fetch, look, script, unfetched
 

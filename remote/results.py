@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import STEPS, size
+from jobs.formatting import STEPS, size
 from remote.commands import sh_script
 
 if TYPE_CHECKING:

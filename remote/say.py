@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-from jobs.words import encodable, fold, one_line, visible
+from jobs.formatting import encodable, fold, one_line, visible
 from remote.commands import there_script
 
 ERASE = "\r\x1b[2K"  # the line of a terminal
@@ -106,7 +106,7 @@ class Sayer:
 
     def now(self, text: object) -> None:
         """What is only of the moment: on a terminal a line that the next one takes the place of, elsewhere nothing. "": it is over."""
-        from jobs.console import console_on  # with the panel and all; most of what is said needs none of it
+        from jobs.views.console import console_on  # with the panel and all; most of what is said needs none of it
 
         stream = self._err or sys.stderr
         console = console_on(stream)

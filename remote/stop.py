@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from env.settings import Fate, Provider
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import money, plural
+from jobs.formatting import money, plural
 from remote.commands import sh_script
 from remote.results import FetchedRun, Results, Unfetched, how_to_fetch, script, unfetched
 

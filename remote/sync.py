@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import one_line, plural, size
+from jobs.formatting import one_line, plural, size
 from remote import commands
 
 if TYPE_CHECKING:

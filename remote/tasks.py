@@ -26,8 +26,8 @@ from invoke import Collection, Context, Exit
 
 from env.settings import Limits, Provider, Settings
 from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.formatting import duration, size, visible
 from jobs.spec import NAME, Job, load_job, settings_of_deployment, steps_of
-from jobs.words import duration, size, visible
 from remote import deploy as deploying
 from remote import fetch as fetching
 from remote import inventory, known, listing, lock, results, watch

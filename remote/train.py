@@ -16,7 +16,7 @@ from typing import Literal
 
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
-from jobs.words import one_line
+from jobs.formatting import one_line
 from remote.box import Line
 from remote.there import Deployed, check, there
 

@@ -27,12 +27,12 @@ from io import IncrementalNewlineDecoder
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, BinaryIO, Protocol, TextIO, TypeVar
 
-from jobs import console
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import RawEvent, parsed
-from jobs.lines import Plain, time_of
-from jobs.panel import BoxView, Card, Live
-from jobs.words import duration, encodable, one_line, plural, size, visible
+from jobs.formatting import duration, encodable, one_line, plural, size, visible
+from jobs.views import console
+from jobs.views.panel import BoxView, Card, Live
+from jobs.views.plain import Plain, time_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

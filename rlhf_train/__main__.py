@@ -16,15 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from env.settings import Limits, Settings
-from jobs import console, fitness
+from jobs import fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
+from jobs.formatting import STEPS, encodable, visible
 from jobs.run_dir import RunDir
 from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
-from jobs.words import STEPS, encodable, visible
-from rlhf_train import runs
-from rlhf_train.ranks import Spares, likely_crew
-from rlhf_train.rule import load_rule
+from jobs.views import console
+from rlhf_train import completion
+from rlhf_train.ranks.processes import Spares, likely_crew
+from rlhf_train.steps.rule import load_rule
 
 EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
@@ -110,15 +111,15 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
 
     def look() -> tuple[list[int], list[int]]:
         """-> (steps to take over, steps to do)"""
-        taken = runs.steps_to_take_over(job, source, run) if source else []
-        return taken, runs.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
+        taken = completion.steps_to_take_over(job, source, run) if source else []
+        return taken, completion.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
 
     taken, todo = look()
     if todo and not args.dry_run:
         spares.start(likely_crew(job, os.environ))  # they import while we do, and look at the machine
     if todo or taken or args.dry_run:
-        from rlhf_train.machine import facts_of
-        from rlhf_train.plan import Machine, place  # torch is imported from here on
+        from rlhf_train.plan.machine import facts_of
+        from rlhf_train.plan.placement import Machine, place  # torch is imported from here on
 
         machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
         facts = facts_of(job, run, settings.cache, machine, os.environ)
@@ -126,32 +127,32 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
             refuse_if_unfit(fitness.judge(facts, limits), only_say=args.dry_run)
         placement = place(job, machine, fitness.no_peer_access(facts, limits))
     if args.dry_run:
-        from rlhf_train.estimate import describe
+        from rlhf_train.plan.estimate import describe
 
         out = console.console_on(sys.stdout)
         out.print(encodable(describe(job, run, wanted, todo, placement), out.encoding))
         return ExitCode.OK
     for step in sorted({*wanted} - {*todo, *taken}):
         say(f"step {step} ({STEPS[step]}) is complete: {run.step(step).model}")
-    if todo or taken or runs.leftovers(run):
+    if todo or taken or completion.leftovers(run):
         from rlhf_train.launch import launch, locked
 
         with locked(run) as lock:
             with suppress(FileNotFoundError):
                 if run.cancelled.stat().st_mtime < begun:  # an earlier call was; this one is to go on
                     run.cancelled.unlink()
-            for folder in runs.leftovers(run):
+            for folder in completion.leftovers(run):
                 shutil.rmtree(folder, ignore_errors=True)
             taken, todo = look()  # again: another process may have ended here while torch was imported
             if source:
-                runs.take_over(source, run, taken)
+                completion.take_over(source, run, taken)
                 say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
             if args.redo:
-                runs.begin_redo(run, todo)
+                completion.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
         if code != ExitCode.OK:
-            step = next(step for step in todo if not runs.is_complete(run, step) or step in runs.left_to_redo(run))
-            update = runs.goes_on_from(run, step)
+            step = next(step for step in todo if not completion.is_complete(run, step) or step in completion.left_to_redo(run))
+            update = completion.goes_on_from(run, step)
             say(f"stopped: the same command goes on in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])

@@ -136,7 +136,7 @@ def has_varlen_attention() -> bool:
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
-    """As `attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B + 1,), from 0: cumulated lengths."""
+    """As `packed_attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B + 1,), from 0: cumulated lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     found: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))

@@ -19,16 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from jobs import console
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Error, EventWriter, RawEvent, Warning, read_events
+from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Job, save_job
-from jobs.words import plural
-from rlhf_train import fitted, runs
-from rlhf_train.plan import Placement
-from rlhf_train.pulse import Sign, Watch
-from rlhf_train.ranks import GRACE_S, POLL_S, Crew, Rank, Spares, end, libraries_of
+from jobs.views import console
+from rlhf_train import completion
+from rlhf_train.plan import memory_fit
+from rlhf_train.plan.placement import Placement
+from rlhf_train.ranks.heartbeat import Sign, Watch
+from rlhf_train.ranks.processes import GRACE_S, POLL_S, Crew, Rank, Spares, end, libraries_of
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
@@ -66,7 +67,7 @@ def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, ca
         said = " and ".join(f"{name}={value}" for name, value in nccl.items())
         placement = replace(placement, notes=(*placement.notes, f"{said} for the ranks: {placement.no_peer_access}"))
     save_job(job, run.job_file)
-    placement = fitted.fit(job, run, placement)
+    placement = memory_fit.fit(job, run, placement)
     with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
         call = _Call(job, run, cache, lock, log, view, caught, spares)
         for step in steps:
@@ -166,15 +167,16 @@ def _failed(ranks: Sequence[Rank]) -> list[int]:
 def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, words: LastWords) -> Placement:
     """The placement to try next, remembered for this run. Raises ToolkitError when there is none."""
     now = placement.micro_batches[step - 1]
-    less = fitted.smaller(job, step, placement)
+    less = memory_fit.smaller(job, step, placement)
     if less is None:
-        from rlhf_train.estimate import relief
+        from rlhf_train.plan.estimate import relief
 
         what = f"out of memory in step {step} with a micro batch of 1"
         raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), code=ExitCode.TRAINING))
     with suppress(OSError):  # a full disk is told by the next start
-        fitted.remember(job, run, less)
-    message = f"out of memory with a micro batch of {now}: goes on with {less.micro_batches[step - 1]}, from update {runs.goes_on_from(run, step)}"
+        memory_fit.remember(job, run, less)
+    update = completion.goes_on_from(run, step)
+    message = f"out of memory with a micro batch of {now}: goes on with {less.micro_batches[step - 1]}, from update {update}"
     with suppress(OSError):
         EventWriter(run.events)(Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it"))
     return less

@@ -1,4 +1,4 @@
-"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by ranks.py and by nobody else.
+"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by processes.py and by nobody else.
 
 Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's: maybe at once, maybe only
 when the step before has ended. The socket stays open then: its end means that the launcher is gone. Its stdout is a pipe to
@@ -27,12 +27,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-from jobs.console import console_on
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import Event, EventWriter, Resumed, Warning, read_events
-from jobs.lines import Plain
 from jobs.run_dir import RunDir
 from jobs.spec import Job
+from jobs.views.console import console_on
+from jobs.views.plain import Plain
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MOST_SAID = 4000  # characters, 12 bytes each at most: a pipe takes 64 KiB before somebody reads
@@ -116,7 +116,8 @@ def _import_all(libraries: Sequence[str]) -> Exception | None:
     try:
         import transformers.models.opt.modeling_opt  # noqa: F401 (any family's would do: what they share takes two of the seconds)
 
-        from rlhf_train import checkpoint, ppo, reward, sft  # noqa: F401
+        from rlhf_train.engine import checkpointer  # noqa: F401
+        from rlhf_train.steps import ppo, reward, sft  # noqa: F401
 
         for library in libraries:
             importlib.import_module(library)
@@ -140,13 +141,15 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     import torch
     import torch.distributed as dist
 
-    from rlhf_train import checkpoint, compat, ppo, reward, runs, sft
-    from rlhf_train.engine import connect
-    from rlhf_train.estimate import check_room
-    from rlhf_train.plan import Placement
-    from rlhf_train.pulse import Pulse
-    from rlhf_train.session import Session, Stop, Stopped
-    from rlhf_train.world import World
+    from rlhf_train import compat, completion
+    from rlhf_train.engine import checkpointer
+    from rlhf_train.engine.deepspeed_engine import connect
+    from rlhf_train.plan.estimate import check_room
+    from rlhf_train.plan.placement import Placement
+    from rlhf_train.ranks.collectives import World
+    from rlhf_train.ranks.heartbeat import Pulse
+    from rlhf_train.steps import ppo, reward, sft
+    from rlhf_train.steps.context import Session, Stop, Stopped
 
     stop = Stop()
     signal.signal(signal.SIGTERM, stop.ask)
@@ -170,19 +173,19 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     connect(world, order.rank)
 
     emit = _emitter(run, world.is_main)
-    inputs = runs.inputs_of(job, run, order.step)
+    inputs = completion.inputs_of(job, run, order.step)
     chosen = ""
     if world.is_main:
         complaints: list[str] = []
-        goes_on = runs.begin_step(job, run, order.step)
-        saved = checkpoint.latest(run.step(order.step), complaints.append, inputs, pulse.beat) if goes_on else None
+        goes_on = completion.begin_step(job, run, order.step)
+        saved = checkpointer.latest(run.step(order.step), complaints.append, inputs, pulse.beat) if goes_on else None
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
             emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
         for message in (*complaints, *placement.notes):
             emit(Warning(step=order.step, message=message))
         chosen = str(saved.path) if saved else ""
     chosen = world.gather(chosen)[0]
-    saved = checkpoint.Saved(Path(chosen)) if chosen else None
+    saved = checkpointer.Saved(Path(chosen)) if chosen else None
     session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
     failure: Exception | None = None
     pulse.is_patient = True  # until all is loaded: see Keeper
@@ -213,7 +216,7 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         raise failure
     session.emit(end)
     if world.is_main:
-        runs.complete_step(run, order.step, asdict(end))
+        completion.complete_step(run, order.step, asdict(end))
     dist.destroy_process_group()
     return ExitCode.OK
 

@@ -18,7 +18,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # on a machine with a GPU it would take th
 os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
-    from rlhf_train.world import World
+    from rlhf_train.ranks.collectives import World
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf_train.ranks.collectives import World
 from rlhf_train.worker import leave
-from rlhf_train.world import World
 
 
 def environment(rank: int, count: int) -> Mapping[str, str]:
@@ -20,7 +20,7 @@ def environment(rank: int, count: int) -> Mapping[str, str]:
 
 
 def join(rank: int, count: int, store: dist.Store) -> World:
-    from rlhf_train.engine import connect
+    from rlhf_train.engine.deepspeed_engine import connect
 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(minutes=5))
     world = World(rank, count, torch.device("cpu"))

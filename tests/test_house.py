@@ -33,7 +33,46 @@ MAY_IMPORT = {
     "fabfile.py": STANDARD | BASE | SSH | {"remote"},
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
-MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine.py": {"deepspeed"}}
+MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"}}
+
+# Inside a package: its parts, a folder counting as one, and which of them each may import. A part may only name parts that stand
+# above it here, so there is no circle.
+HOST = {"compat", "disk", "host"}
+LOW = HOST | {"kernels", "ranks"}
+WINGS = LOW | {"data", "models", "generation", "plan", "engine"}
+INSIDE: dict[str, dict[str, set[str]]] = {
+    "jobs": {
+        "errors": set(),
+        "events": set(),
+        "run_dir": set(),
+        "yaml12": {"errors"},
+        "state": {"errors", "events"},
+        "formatting": {"events"},
+        "fitness": {"errors", "formatting"},
+        "spec": {"errors", "yaml12"},
+        "views": {"errors", "events", "formatting"},
+    },
+    "rlhf_train": {
+        "compat": set(),
+        "disk": set(),
+        "host": set(),
+        "demo": set(),  # stands beside: nobody imports it, but a job file names its rule
+        "kernels": HOST,
+        "ranks": HOST,
+        "data": LOW,
+        "models": LOW | {"data"},
+        "generation": LOW | {"data"},
+        "engine": LOW | {"data"},
+        "plan": LOW | {"data", "models"},
+        "steps": WINGS,
+        "completion": HOST,
+        "worker": WINGS | {"steps", "completion"},
+        "launch": WINGS | {"steps", "completion", "worker"},
+        "__main__": WINGS | {"steps", "completion", "worker", "launch"},
+    },
+}
+# Names of types only, in a block that does not run.
+FOR_TYPES = {"rlhf_train/engine/checkpointer.py": {"steps"}}  # a step's Session, which hands the checkpointer all that it needs
 READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
@@ -75,6 +114,44 @@ def wrong_imports(name: str, source: str) -> list[str]:
     return wrong
 
 
+def inner_imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
+    """Line and part of each import from the file's own package, and whether it is for types only."""
+    package, *folders = name.split("/")[:-1]
+    for_types = {
+        inner
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in block.body
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = [package, *folders][: len(folders) + 2 - node.level] if node.level else []
+            modules = [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        for words in (module.split(".") for module in modules):
+            if words[0] == package and len(words) > 1:
+                yield node.lineno, words[1], node in for_types
+
+
+def wrong_inner_imports(name: str, source: str) -> list[str]:
+    """Imports against the layers inside a package."""
+    package, *inside = name.removesuffix(".py").split("/")
+    if package not in INSIDE or inside == ["__init__"]:
+        return []
+    if inside[0] not in INSIDE[package]:
+        return [f"{name} is of no part of {package} that is known here"]
+    allowed = INSIDE[package][inside[0]] | {inside[0]}
+    imports = inner_imports(name, ast.parse(source))
+    return [
+        f"{name}:{line} imports {package}.{part}"
+        for line, part, for_types in imports
+        if part not in (allowed | FOR_TYPES.get(name, set()) if for_types else allowed)
+    ]
+
+
 def environ_readers(name: str, source: str) -> list[str]:
     """Uses of os.environ and os.getenv outside the modules that may."""
     if name in READS_ENVIRON or name.split("/")[0] not in {"env", "jobs", "remote", "rlhf_train"}:
@@ -105,12 +182,60 @@ def test_imports_run_one_way() -> None:
         ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
         ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
         ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
-        ("rlhf_train/engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine.py:2 imports fabric"]),
+        ("rlhf_train/engine/deepspeed_engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine/deepspeed_engine.py:2 imports fabric"]),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
+        ("rlhf_train/steps/ppo.py", "from deepspeed import zero", ["rlhf_train/steps/ppo.py:1 imports deepspeed"]),
     ],
 )
 def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:
     assert wrong_imports(name, source) == wrong
+
+
+def test_imports_inside_a_package_run_one_way() -> None:
+    assert [wrong for path in python_files() for wrong in wrong_inner_imports(relative(path), path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) -> None:
+    paths = (path for path in python_files() if relative(path).startswith(f"{package}/") and path.parent.name + path.name != f"{package}__init__.py")
+    assert set(INSIDE[package]) == {relative(path).removesuffix(".py").split("/")[1] for path in paths}
+    parts = list(INSIDE[package])
+    assert [part for place, part in enumerate(parts) if INSIDE[package][part] - set(parts[:place])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wrong"),
+    [
+        ("rlhf_train/kernels/a.py", "from rlhf_train import compat, plan", ["rlhf_train/kernels/a.py:1 imports rlhf_train.plan"]),
+        ("rlhf_train/kernels/a.py", "from rlhf_train.generation.families import opt", ["rlhf_train/kernels/a.py:1 imports rlhf_train.generation"]),
+        ("rlhf_train/models/a.py", "def f():\n    import rlhf_train.steps.ppo", ["rlhf_train/models/a.py:2 imports rlhf_train.steps"]),
+        ("rlhf_train/models/a.py", "from ..steps import ppo\nfrom .. import launch\nfrom . import networks", [
+            "rlhf_train/models/a.py:1 imports rlhf_train.steps", "rlhf_train/models/a.py:2 imports rlhf_train.launch",
+        ]),
+        ("rlhf_train/generation/families/a.py", "from ...steps import ppo\nfrom .opt import opt\nfrom ..decoder import Decoder", [
+            "rlhf_train/generation/families/a.py:1 imports rlhf_train.steps",
+        ]),
+        ("rlhf_train/data/a.py", "from rlhf_train.models import networks", ["rlhf_train/data/a.py:1 imports rlhf_train.models"]),
+        ("rlhf_train/disk.py", "from rlhf_train import compat", ["rlhf_train/disk.py:1 imports rlhf_train.compat"]),
+        ("rlhf_train/steps/a.py", "from rlhf_train import worker", ["rlhf_train/steps/a.py:1 imports rlhf_train.worker"]),
+        ("rlhf_train/steps/a.py", "from rlhf_train.demo.rule import is_good", ["rlhf_train/steps/a.py:1 imports rlhf_train.demo"]),
+        ("rlhf_train/steps/a.py", "import torch, jobs.spec\nfrom rlhf_train.engine import checkpointer\nfrom rlhf_train.steps.b import c", []),
+        ("rlhf_train/engine/checkpointer.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf_train.steps import context", []),
+        ("rlhf_train/engine/checkpointer.py", "from rlhf_train.steps import context", [
+            "rlhf_train/engine/checkpointer.py:1 imports rlhf_train.steps",
+        ]),
+        ("rlhf_train/engine/a.py", "if TYPE_CHECKING:\n    from rlhf_train.steps import context", [
+            "rlhf_train/engine/a.py:2 imports rlhf_train.steps",
+        ]),
+        ("rlhf_train/__main__.py", "from rlhf_train.launch import launch", []),
+        ("rlhf_train/new/a.py", "import torch", ["rlhf_train/new/a.py is of no part of rlhf_train that is known here"]),
+        ("jobs/fitness.py", "from jobs.views.plain import Plain", ["jobs/fitness.py:1 imports jobs.views"]),
+        ("jobs/views/a.py", "from jobs import events, spec", ["jobs/views/a.py:1 imports jobs.spec"]),
+        ("remote/a.py", "from remote import box", []),
+    ],
+)  # fmt: skip
+def test_a_wrong_import_inside_a_package_is_seen(name: str, source: str, wrong: list[str]) -> None:
+    assert wrong_inner_imports(name, source) == wrong
 
 
 def test_only_named_modules_read_the_environment() -> None:

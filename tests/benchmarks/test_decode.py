@@ -7,7 +7,7 @@ import copy
 import torch
 
 from benchmarks import decode, work
-from rlhf_train.families import network_of
+from rlhf_train.generation.families.opt import network_of
 
 
 def test_weights_lie_as_the_engine_has_them() -> None:

@@ -169,7 +169,7 @@ def test_an_edit_is_not_stale(built: Box, job: str) -> None:
     fields = yaml.safe_load(file.read_text())
     (built.checkout / "jobs/edited.yaml").write_text(yaml.safe_dump(fields | {"name": "edited-name"}))
     assert "name: edited-name" in built.train("--job", "edited", "--dry-run").stdout
-    module = built.checkout / "rlhf_train/estimate.py"
+    module = built.checkout / "rlhf_train/plan/estimate.py"
     module.write_text(module.read_text() + '\nprint("edited just now")\n')
     begun = time.monotonic()
     done = built.train("--job", "edited", "--dry-run")
@@ -185,7 +185,7 @@ def hub(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A gated model and an open data set, on loopback."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from rlhf_train.models import train_tokenizer
+    from rlhf_train.models.networks import train_tokenizer
 
     root = tmp_path_factory.mktemp("hub")
     tokenizer = train_tokenizer(tiny.WORDS, 320)

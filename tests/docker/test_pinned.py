@@ -34,7 +34,7 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
         "no:cacheprovider",
         "--basetemp=/tmp/pytest",
         "--junit-xml=/tmp/report.xml",
-        "--deselect=tests/rlhf_train/test_data.py::test_real_preference_data",  # its data is beside the checkout
+        "--deselect=tests/rlhf_train/data/test_dataset.py::test_real_preference_data",  # its data is beside the checkout
         "--ignore=tests/integration/remote",  # the laptop's half is not in the image
         "tests/jobs",
         "tests/rlhf_train",

@@ -42,7 +42,8 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
     assert error["exit_code"] == 4 and error["message"].startswith("rank 1 on ")
     log = run.log.read_text(encoding="utf-8", errors="replace")
     stack = log[log.rindex("most recent call first") :]
-    assert " in all_reduce" in stack and 'engine.py", line' in stack and " in backward" in stack and 'sft.py", line' in stack  # what rank 0 waited in
+    # What rank 0 waited in.
+    assert " in all_reduce" in stack and 'deepspeed_engine.py", line' in stack and " in backward" in stack and 'sft.py", line' in stack
 
     assert base.train("stopped", *settings) == 0  # and nobody stops it this time
     (resumed,) = events(run, "resumed")

@@ -27,10 +27,10 @@ from typing import IO, Any
 import pytest
 from rich.console import Console
 
-from jobs.console import console_on
 from jobs.errors import ExitCode, ToolkitError
-from jobs.lines import Plain
-from jobs.panel import Live
+from jobs.views.console import console_on
+from jobs.views.panel import Live
+from jobs.views.plain import Plain
 from remote.watch import (
     BrokenLine,
     Drawn,

@@ -32,7 +32,7 @@ def test_deepspeed_is_imported_where_there_is_a_gpu_and_no_nvcc(tmp_path: Any) -
     script = """
 import sys, torch
 torch.cuda.is_available = lambda: True
-import rlhf_train.engine
+import rlhf_train.engine.deepspeed_engine
 assert torch.cuda.is_available() and torch.compile.__module__ == "torch"
 try:
     import deepspeed.runtime.zero.muon.muon_optimizer

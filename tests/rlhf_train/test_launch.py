@@ -28,8 +28,8 @@ from jobs.run_dir import RunDir
 from jobs.spec import load_job
 from rlhf_train import launch
 from rlhf_train.__main__ import main
-from rlhf_train.plan import Machine, Placement, place
-from rlhf_train.ranks import Spares
+from rlhf_train.plan.placement import Machine, Placement, place
+from rlhf_train.ranks.processes import Spares
 from rlhf_train.worker import LastWords
 from tests.faults.scene import fault
 from tests.tiny import CHECKOUT, job, write_rows

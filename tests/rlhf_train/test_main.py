@@ -13,9 +13,10 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job, steps_of
-from rlhf_train import launch, machine, runs
+from rlhf_train import completion, launch
 from rlhf_train.__main__ import main, parser, settings_of
-from rlhf_train.plan import Machine, Placement
+from rlhf_train.plan import machine
+from rlhf_train.plan.placement import Machine, Placement
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -271,7 +272,7 @@ def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "steps_to_do", interrupted)
+    monkeypatch.setattr(completion, "steps_to_do", interrupted)
     assert main(["--job", "demo"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -361,11 +362,11 @@ def complete(name: str, *steps: int) -> RunDir:
     """A run of the demo in ./runs whose steps look complete."""
     run = RunDir(Path("runs") / name)
     for step in steps:
-        runs.begin_step(load_job("demo"), run, step)
+        completion.begin_step(load_job("demo"), run, step)
         run.step(step).model.mkdir()
         end = End(step=step, updates=4, seconds=90, model=str(run.step(step).model), perplexity_after=2.5 if step == 1 else None)
         EventWriter(run.events)(end)
-        runs.complete_step(run, step, asdict(end))
+        completion.complete_step(run, step, asdict(end))
     return run
 
 

@@ -50,11 +50,11 @@ def install() -> None:
     import torch
     from torch import Tensor
 
-    from rlhf_train import attention
-    from rlhf_train.decoder import Decoder
+    from rlhf_train.generation.decoder import Decoder
+    from rlhf_train.models import packed_attention
 
     if fault["what"] == "no memory":
-        attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
+        packed_attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     plain_step = Decoder._step
     passes = 0  # of the kind that the fault comes in

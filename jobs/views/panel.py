@@ -1,0 +1,354 @@
+"""The panel that a terminal shows while a run goes on: `Board` is what stands in it, for any width, from the events and
+the viewer's clock; `Live` draws it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich import live
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from jobs.events import RawEvent
+from jobs.formatting import FORMATS, LABELS, STEPS, Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.views.plain import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CURVES = {1: ("loss",), 2: ("loss", "accuracy"), 3: ("mean_reward", "kl")}
+FAR_CURVES = CURVES | {3: ("mean_reward", "kl", "policy_loss")}  # of a run that is watched from another machine
+GRID = {
+    1: ("learning_rate", "grad_norm", "tokens_per_s"),
+    2: ("margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
+    3: (
+        "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
+        "grad_norm", "learning_rate", "tokens_per_s",
+    ),
+}  # fmt: skip
+GOOD_CURVE = {"mean_reward": "green", "accuracy": "green", "loss": "cyan", "policy_loss": "cyan", "kl": "yellow"}
+
+
+def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
+    """A curve in `width` characters, and the lowest and highest value drawn. Not finite: `?`."""
+    count = len(values)
+    if count > width:
+        cuts = [i * count // width for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (math.nan, math.nan)
+    scale = 7.999 / (high - low) if high > low else 0.0
+    return "".join("▁▂▃▄▅▆▇█"[int((value - low) * scale)] if math.isfinite(value) else "?" for value in values), low, high
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU, as nvidia-smi sees it; NaN for what it does not say."""
+
+    index: int
+    used_mib: float
+    total_mib: float
+    use: float  # percent
+
+
+@dataclass(frozen=True)
+class BoxView:
+    """What the panel knows of the box that a run is on, from who watches it over a line. Times by the viewer's clock, in seconds."""
+
+    name: str
+    line: str = "connecting"
+    is_good: bool = True  # nothing that a person has to look after
+    away_at: float | None = None  # nothing has come since
+    away_why: str = ""
+    cards: tuple[Card, ...] = ()
+    price_per_hour: float | None = None
+    currency: str = ""
+    started_at: float | None = None  # the job
+    ended_at: float | None = None
+    steps: tuple[int, ...] = ()  # what the job is to do; (): not known
+
+
+@dataclass
+class StepView:
+    """What the panel knows of one step."""
+
+    updates: int = 0
+    update: int = 0
+    metrics: RawEvent = field(default_factory=dict)
+    metrics_at: float | None = None  # when it was fed, by the viewer's clock
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # name -> (update, value)
+    doing: str = ""
+    doing_at: float = 0.0
+    saved: str = ""
+    failed: str = ""
+    sample: RawEvent | None = None
+    end: RawEvent | None = None
+
+    def feed(self, event: RawEvent, now: float) -> None:
+        kind = event["kind"]
+        self.updates = int(event.get("updates", self.updates))
+        if kind == "metrics":
+            self.update, self.metrics, self.metrics_at, self.doing = int(event.get("update", 0)), event, now, ""
+            for name in FAR_CURVES.get(event.get("step", 0), ()):
+                if name in event:
+                    self.curves.setdefault(name, []).append((self.update, float(event[name])))
+        elif kind == "progress":
+            self.doing, self.doing_at = one_line(event.get("doing")), now
+        elif kind == "checkpoint":
+            self.saved, self.doing = checkpoint_text(event), ""
+        elif kind == "sample":
+            self.sample = event
+        elif kind == "error":
+            self.failed = one_line(event.get("message"))
+        elif kind == "end":
+            self.end = event
+        elif kind == "resumed":
+            self._drop_after(event.get("from_update", 0))
+
+    def _drop_after(self, update: int) -> None:
+        self.update, self.metrics, self.metrics_at, self.end, self.failed, self.doing = update, {}, None, None, "", ""
+        self.curves = {name: [point for point in points if point[0] <= update] for name, points in self.curves.items()}
+        if not update or (self.sample or {}).get("when") == "after":
+            self.sample = None
+
+
+class Board:
+    """The panel as lines, for any width; `now` is the viewer's clock in seconds and moves only elapsed times."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, StepView] = {}
+        self._current = 0
+        self._pace = Pace()
+        self._box: BoxView | None = None
+
+    def feed_box(self, box: BoxView) -> None:
+        """For a run on another machine: its state now, in place of what was fed before."""
+        self._box = box
+
+    def feed(self, event: RawEvent, now: float) -> None:
+        step = event.get("step", self._current)  # an error may be nobody's: it is the current step's
+        if step not in STEPS or event["kind"] not in ("metrics", *LINES):
+            return
+        if event["kind"] in ("metrics", "resumed"):
+            self._pace.feed(event)
+        self._current = step
+        self._steps.setdefault(step, StepView()).feed(event, now)
+
+    def lines(self, width: int, now: float, height: int | None = None) -> list[Text]:
+        box = self._box
+        running_at = now if box is None or box.ended_at is None else box.ended_at  # a run that is over grows no older
+        lines = [self._finished(step, view.end, width) for step, view in sorted(self._steps.items()) if view.end]
+        view = self._steps.get(self._current)
+        if view and not view.end:
+            lines += self._running(self._current, view, width, running_at)
+        if box:
+            spare = height - len(lines) - 6 if height else 0  # what the box takes: an empty line, cards, cost, prompt, answer, state
+            lines += [Text(""), *self._far(box, view, width, now, spare)]
+            if height and len(lines) > height:
+                lines = [line for line in lines if line.plain.strip()]
+            if height and len(lines) > height:
+                lines = [*lines[: height - 1], lines[-1]]  # the last line says whether any of it is still true
+        for line in lines:
+            line.no_wrap = True
+            line.truncate(width, overflow="ellipsis")
+        return lines
+
+    def _finished(self, step: int, end: RawEvent, width: int) -> Text:
+        line = _title("✓", "green", step)
+        line.append(f"{duration(end.get('seconds')):<7}")
+        for fact in facts(end, "→"):
+            if line.cell_len + len(fact) + 2 > width:
+                break
+            line.append(f"  {fact}")
+        return line
+
+    def _running(self, step: int, view: StepView, width: int, now: float) -> list[Text]:
+        share = view.update / view.updates if view.updates else 0.0
+        since = now - view.metrics_at if view.metrics_at is not None else 0.0
+        title = _title("✗", "red", step) if view.failed else _title("▸", "cyan", step)
+        if view.updates:  # else it is being made ready, and nobody knows yet how many there will be
+            title.append(f"{view.update:>{len(str(view.updates))}} of {view.updates}  {share:4.0%}")
+        if view.metrics_at is not None:
+            title.append(f"  {duration(float(view.metrics.get('elapsed_s', 0)) + since)}")
+        if (left_s := self._left_s(view, now)) is not None:
+            title.append(f"  eta {duration(left_s)}")
+        lines = [title, *([_bar(share, width - 2)] if view.updates else [])]
+        if view.metrics:
+            names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
+            lines += [Text(""), *(self._curve(name, view, width) for name in names)]
+            lines += [Text(""), *_grid([name for name in GRID[step] if name in view.metrics and name not in names], view.metrics, width)]
+        status = _status(view, now)
+        return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
+
+    def _left_s(self, view: StepView | None, now: float) -> float | None:
+        """Until the step that runs has made its updates."""
+        is_over = self._box is not None and self._box.ended_at is not None
+        if view is None or view.end or view.failed or view.metrics_at is None or self._pace.eta_s is None or is_over:
+            return None
+        return max(self._pace.eta_s - (now - view.metrics_at), 0.0)
+
+    def _far(self, box: BoxView, view: StepView | None, width: int, now: float, spare: int) -> list[Text]:
+        lines, cells = [], max(width - 18, 8)
+        if box.cards:
+            lines.append(_labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, cells)))
+        if cost := self._cost(box, view, now):
+            lines.append(_labelled("cost", _fitting(cost, cells)))
+        if view and view.sample:
+            prompt, response = (one_line(view.sample.get(name)) for name in ("prompt", "response"))
+            answer = fold(f"{verdict_of(view.sample)}{response}", cells, 1 + min(max(spare, 0), 3))
+            label = f"answer {one_line(view.sample.get('when', ''))}"  # before, or after training
+            lines += [_labelled("prompt", tail(prompt, cells)), *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer))]
+        mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
+        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}, trying again: {box.away_why}"
+        return [*lines, Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style))]
+
+    def _cost(self, box: BoxView, view: StepView | None, now: float) -> list[str]:
+        """What is spent, what is to come, and the price, most important first. The time of a step that has not begun is not known."""
+        if box.price_per_hour is None or box.started_at is None:
+            return []
+        price = f"{money(box.price_per_hour, box.currency)}/h"
+        seconds = max((now if box.ended_at is None else box.ended_at) - box.started_at, 0.0)
+        spent = box.price_per_hour * seconds / 3600
+        said = [f"{money(spent, box.currency)} so far"]
+        if box.ended_at is not None:
+            return [f"{money(spent, box.currency)} for this job", f"{price} until the box is stopped"]
+        if (left_s := self._left_s(view, now)) is not None:
+            later = [step for step in box.steps or STEPS if step > self._current]
+            until = f"after step {self._current}" if later else "when the job ends"
+            said.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} {until}")
+            if later and box.steps:
+                said.append(f"then {plural(len(later), 'steps').split()[1]} {' and '.join(map(str, later))}")
+        return [*said, f"at {price}"]
+
+    def _curve(self, name: str, view: StepView, width: int) -> Text:
+        values = [value for _, value in view.curves[name]]
+        _, low, high = sparkline(values, len(values))  # a long curve is drawn by means, which the newest value may lie beyond
+        between = f"  {number(low, FORMATS[name])} to {number(high, FORMATS[name])}"
+        line = _cell(name, view.metrics.get(name))
+        spark, _, _ = sparkline(values, min(max(width - line.cell_len - len(between), 8), 60))
+        line.append(spark, style=GOOD_CURVE[name])
+        line.append(between, style="dim")
+        return line
+
+
+def cards_text(cards: Sequence[Card], width: int) -> str:
+    """Use and memory of all cards on one line: each by itself as long as there is room, then a block each and the range."""
+    each = "   ".join(
+        f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards
+    )
+    if len(each) <= width:
+        return each
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards)
+    used, total = (_range([getattr(card, name) for card in cards], ".0f", 1024) for name in ("used_mib", "total_mib"))
+    return f"{blocks}  {_range([card.use for card in cards], '.0f')}% busy, {used} of {total} GiB each"
+
+
+def _range(values: Sequence[float], spec: str, unit: float = 1.0) -> str:
+    """`3`, or `1 to 4`."""
+    texts = [format(value / unit, spec) for value in (min(values), max(values))] if all(map(math.isfinite, values)) else ["?"]
+    return texts[0] if texts[0] == texts[-1] else " to ".join(texts)
+
+
+def _fitting(parts: Sequence[str], cells: int) -> str:
+    """The first ones, as many as there is room for; one at least."""
+    count = next((count for count in range(len(parts), 1, -1) if cell_len(", ".join(parts[:count])) <= cells), 1)
+    return ", ".join(parts[:count])
+
+
+def _labelled(label: str, text: str) -> Text:
+    return Text.assemble((f"  {label:<14}  ", "dim"), text)
+
+
+def _title(mark: str, style: str, step: int) -> Text:
+    return Text.assemble((mark, style), " ", (f"step {step}", "bold"), f"  {STEPS[step]:<22}  ")
+
+
+def _bar(share: float, width: int) -> Text:
+    done = int(min(max(share, 0.0), 1.0) * width)
+    return Text.assemble("  ", ("━" * done, "cyan"), ("─" * (width - done), "dim"))
+
+
+def _cell(name: str, value: object) -> Text:
+    return Text.assemble((f"  {LABELS.get(name, name):<16}", "dim"), (f"{number(value, FORMATS[name]):<8}", "bold"))
+
+
+def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:
+    """Label and number in columns, as even as they come."""
+    most = max(width // 26, 1)
+    columns = math.ceil(len(names) / math.ceil(len(names) / most)) if names else 1
+    return [Text().join(_cell(name, metrics[name]) for name in names[start : start + columns]) for start in range(0, len(names), columns)]
+
+
+def _status(view: StepView, now: float) -> Text:
+    if view.failed:
+        return Text.assemble("  ", ("failed: ", "red"), view.failed)
+    if view.doing:
+        return Text(f"  {view.doing}  {duration(now - view.doing_at)}")
+    return Text(f"  {view.saved}", style="dim")
+
+
+class Live:
+    """A panel that is drawn four times a second, with plans, warnings and errors above it."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._board = Board()
+        self._lock = threading.Lock()  # the board: fed here, drawn by rich's thread
+        self._drawn: list[int] = []  # cells of each line on the screen
+        self._live = live.Live(console=console, get_renderable=self._frame, redirect_stdout=False, redirect_stderr=False)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def feed(self, event: RawEvent, *, at: float | None = None, quiet: bool = False) -> None:
+        """`at`: when it was written, by the clock of this panel; None: now. Quiet: only the panel takes it in."""
+        with self._lock:
+            self._board.feed(event, self._clock() if at is None else at)
+        if quiet:
+            return
+        if event["kind"] == "plan":
+            self._print_above(Text("\n".join(plan_lines(event)), style="dim"))
+        elif event["kind"] == "warning":
+            self._print_above(marked(warning_line(event)))
+        elif event["kind"] == "error":
+            self._print_above(marked(visible(error_text(event))))
+        elif event["kind"] == "resumed":  # an error above it is an old one then
+            self._print_above(Text(head(event) + resumed_text(event), style="dim"))
+
+    def feed_box(self, box: BoxView) -> None:
+        with self._lock:
+            self._board.feed_box(box)
+
+    def note(self, text: str) -> None:
+        self._print_above(Text(visible(text), style="dim"))
+
+    def _print_above(self, text: Text) -> None:
+        self._live.refresh()  # makes good a resize, which print does not
+        self._console.print(text, soft_wrap=False)
+
+    def _frame(self) -> RenderableType:
+        width = self._console.width - 1  # the last column may wrap
+        with self._lock:
+            lines = [Text(""), *self._board.lines(width, self._clock(), self._console.height - 2)]  # an empty line above, the cursor below
+        # A terminal made narrower has folded the lines that we drew, and rich goes up by lines, not by folds.
+        folds = sum(max(cells - 1, 0) // self._console.width for cells in self._drawn)
+        if folds and self._live.is_started:
+            self._console.control(Control(*((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * folds))
+        self._drawn = [line.cell_len for line in lines]
+        return Group(*lines)

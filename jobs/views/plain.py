@@ -1,0 +1,183 @@
+"""One line an event, for pipes and logs: `Plain` writes them, and `Live` prints plans, warnings and errors in the same
+words. Kinds and fields that a newer writer added are ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from jobs.errors import ToolkitError
+from jobs.events import RawEvent
+from jobs.formatting import FORMATS, LABELS, STEPS, Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ROWS = {1: "rows", 2: "pairs", 3: "prompts"}
+PLAIN_NUMBERS = {
+    1: ("loss", "learning_rate", "grad_norm"),
+    2: ("loss", "lm_loss", "accuracy", "margin"),
+    3: ("policy_loss", "value_loss", "kl", "mean_reward"),
+}
+
+
+def head(event: RawEvent) -> str:
+    return "" if event.get("step") is None else f"step {event['step']}  "
+
+
+def plan_lines(event: RawEvent) -> list[str]:
+    step, rows = event.get("step", 0), ROWS.get(event.get("step", 0), "rows")
+    batch = (
+        f"batch {event.get('global_batch')} = {event.get('micro_batch')} micro x "
+        f"{event.get('gradient_accumulation')} accumulation x {plural(event.get('ranks'), 'ranks')}"
+    )
+    device = f"on {event.get('device')} ({event.get('device_reason')}), {event.get('precision')}, ZeRO {event.get('zero_stage')}"
+    lines = [f"{STEPS.get(step, 'plan')}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
+    if fates := data_fates(event.get("data"), step):
+        lines.append(f"data of all steps: {fates}")
+    return [head(event) + one_line(line) for line in lines]
+
+
+def warning_line(event: RawEvent) -> str:
+    hint = f"  hint: {one_line(event['hint'])}" if event.get("hint") else ""
+    return f"{head(event)}warning: {one_line(event.get('message'))}{hint}"
+
+
+def error_text(event: RawEvent) -> str:
+    where = "".join(f"{name} {event[name]}, " for name in ("step", "rank") if event.get(name) is not None)
+    what = f"{where.removesuffix(', ')}: {event.get('message')}" if where else str(event.get("message"))
+    return str(ToolkitError(what, why=str(event.get("why") or ""), hint=str(event.get("hint") or "")))
+
+
+def checkpoint_text(event: RawEvent) -> str:
+    seconds, waited, metric = event.get("seconds"), event.get("held_up_s"), event.get("metric")
+    parts = [f"checkpoint at update {event.get('update')}: {size(event.get('size_bytes'))} in {_brief(seconds)}"]
+    if metric is not None:
+        parts.append(f"the best {metric} so far, {number(event.get('value'), '.4g')}")
+    if waited is not None:
+        parts.append(f"training waited {_brief(waited)}")
+    return ", ".join(parts)
+
+
+def _brief(seconds: object) -> str:
+    return f"{seconds:.1f}s" if isinstance(seconds, int | float) and 0 <= seconds < 9.95 else duration(seconds)
+
+
+def resumed_text(event: RawEvent) -> str:
+    return f"resumed after update {event['from_update']}" if event.get("from_update") else "starts anew"
+
+
+def sample_line(event: RawEvent) -> str:
+    prompt, response = (visible(event.get(name)).replace("\n", "\\n") for name in ("prompt", "response"))
+    if len(prompt) > 100:
+        prompt = f"({len(prompt) - 100} characters) ... {prompt[-100:]}"
+    if len(response) > 300:
+        response = f"{response[:300]} ... ({len(response) - 300} more characters)"
+    verdict = verdict_of(event)
+    return f"{head(event)}{event.get('when')}  {verdict}prompt: {prompt}  response: {response}"
+
+
+def metrics_line(event: RawEvent, eta_s: float | None) -> str:
+    parts = [f"update {event.get('update')}/{event.get('updates')}"]
+    for name in PLAIN_NUMBERS.get(event.get("step", 0), ()):
+        if name in event:
+            parts.append(f"{LABELS.get(name, name)} {number(event[name], FORMATS[name])}")
+    parts.append(f"{number(event.get('tokens_per_s'), '.0f')} tok/s")
+    if eta_s is not None:
+        parts.append(f"eta {duration(eta_s)}")
+    return head(event) + "  ".join(parts)
+
+
+def end_line(event: RawEvent) -> str:
+    parts = [f"done in {duration(event.get('seconds'))}", *facts(event, "->"), f"model {one_line(event.get('model'))}"]
+    return head(event) + "  ".join(parts)
+
+
+LINES: dict[str, Callable[[RawEvent], list[str]]] = {
+    "plan": plan_lines,
+    "progress": lambda event: [head(event) + one_line(event.get("doing"))],
+    "sample": lambda event: [sample_line(event)],
+    "checkpoint": lambda event: [f"{head(event)}{checkpoint_text(event)}, {one_line(event.get('path'))}"],
+    "warning": lambda event: [warning_line(event)],
+    "error": lambda event: [visible(error_text(event))],
+    "resumed": lambda event: [head(event) + resumed_text(event)],
+    "end": lambda event: [end_line(event)],
+}
+
+
+def time_of(event: RawEvent) -> float:
+    """Seconds; NaN where the event has no readable time."""
+    try:
+        return datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return math.nan
+
+
+def marked(text: str) -> Text:
+    """Colour for the words that already say what a line is."""
+    marked = Text(text)
+    marked.highlight_regex(r"(?m)^(step \d  )?warning:", "yellow")
+    marked.highlight_regex(r"^error:", "bold red")
+    marked.highlight_regex(r"(?m)(^  why:|^hint:|  hint:)", "bold")
+    return marked
+
+
+class Plain:
+    """One line an event, for pipes and logs. Of the metrics: each step's first and last, and one now and then between.
+
+    Now and then: 10 s at first, up to 60 s as a step gets long; by the events' own time, so that a file always
+    gives the same lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pace = Pace()
+        self._held: RawEvent | None = None  # newest metrics event that was not printed
+        self._printed: tuple[object, float] = (None, math.nan)  # step and time of the newest that was
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+
+    def feed(self, event: RawEvent, *, quiet: bool = False) -> None:
+        """Quiet: nobody asked for it, but what follows needs it."""
+        kind = event["kind"]
+        if kind in ("metrics", "resumed"):
+            self._pace.feed(event)
+        if quiet:
+            return
+        if kind == "metrics":
+            self._held = event
+            if self._is_due(event):
+                self._release()
+        elif kind in LINES:
+            if kind in ("error", "end", "resumed"):
+                self._release()
+                self._printed = (None, math.nan)
+            for line in LINES[kind](event):
+                self._print(line)
+
+    def _is_due(self, event: RawEvent) -> bool:
+        step, at = self._printed
+        if event.get("step") != step or event.get("update") == event.get("updates"):
+            return True
+        interval = min(max(10.0, float(event.get("elapsed_s", 0)) / 20), 60.0)
+        return not time_of(event) - at < interval
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._print(metrics_line(self._held, self._pace.eta_s))
+            self._printed = (self._held.get("step"), time_of(self._held))
+            self._held = None
+
+    def _print(self, line: str) -> None:
+        self._console.print(encodable(line, self._console.encoding))

@@ -1,0 +1,77 @@
+"""The table at the end of a run, and some of its answers: what each step changed, how long it took, where its model lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from jobs.events import RawEvent, effective
+from jobs.formatting import OUTCOMES, STEPS, duration, encodable, number, one_line, verdict_of, visible
+
+
+def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableType:
+    """Numbers before and after, times, models, and three prompts with their answers before and after."""
+    held = effective(events)
+    ends = {event.get("step", 0): event for event in held if event["kind"] == "end"}
+    samples: dict[str, dict[str, RawEvent]] = {}  # prompt -> when -> sample; a resumed run may write one twice
+    for event in held:
+        if event["kind"] == "sample" and event.get("step") == 3:
+            samples.setdefault(str(event.get("prompt")), {})[str(event.get("when"))] = event
+    parts: list[RenderableType] = [_outcomes(ends), Text(""), *_models(ends, encoding)] if ends else [Text("no step has ended yet")]
+    for index, (prompt, answers) in enumerate(list(samples.items())[:3], start=1):
+        parts += [Text(""), Text(f"prompt {index}", style="bold"), _folded(prompt, encoding)]
+        for when in ("before", "after"):
+            if sample := answers.get(when):
+                parts += [_answer_title(when, sample), _folded(str(sample.get("response")), encoding)]
+    return Group(*parts)
+
+
+def _outcomes(ends: dict[int, RawEvent]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("step")
+    table.add_column("on held-out data")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for step, end in sorted(ends.items()):
+        title = f"{step}  {STEPS.get(step, '')}"
+        for outcome in OUTCOMES.get(step, ()):
+            before, after = end.get(outcome.before), end.get(outcome.after)
+            if before is not None or after is not None:
+                table.add_row(title, outcome.long, *("-" if x is None else number(x, outcome.spec) for x in (before, after)))
+                title = ""
+    return table
+
+
+def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
+    """Never folded by us: a path is there to be copied."""
+    rows = [(f"step {step}", end.get("seconds"), one_line(end.get("model"))) for step, end in sorted(ends.items())]
+    total = sum(seconds for _, seconds, _ in rows if isinstance(seconds, int | float))
+    lines = [f"{name:<7} {duration(seconds):>6}  {encodable(model, encoding)}" for name, seconds, model in rows]
+    return [Text(line.rstrip(), no_wrap=True, overflow="ignore") for line in [*lines, f"{'total':<7} {duration(total):>6}"]]
+
+
+def _answer_title(when: str, sample: RawEvent) -> Text:
+    title = Text(f"{when:<6}  {verdict_of(sample)}".rstrip(), style="bold")
+    title.highlight_regex(r"\bgood$", "green")
+    title.highlight_regex(r"\bbad$", "red")
+    return title
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """A text indented and folded, whole, without trailing spaces."""
+
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.text.wrap(console, max(options.max_width - 4, 1), overflow="fold"):
+            yield Text("    ").append_text(line)
+
+
+def _folded(text: str, encoding: str) -> _Folded:
+    return _Folded(Text(encodable(visible(text.strip()), encoding)))

@@ -1,0 +1,179 @@
+"""Which steps of a run are to be done: the same command goes on, a changed field is refused, a redo starts anew."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import ToolkitError
+from jobs.events import End, EventWriter, effective, parse, read_events
+from jobs.formatting import STEPS
+from jobs.run_dir import RunDir
+from jobs.spec import Job, difference
+from rlhf_train.disk import read_json, write_json
+
+
+def needed_by(job: Job, step: int) -> list[int]:
+    """Steps whose model `step` starts from."""
+    return {1: [], 2: [1] if job.critic.model == "actor" else [], 3: [1, 2]}[step]
+
+
+def is_complete(run: RunDir, step: int) -> bool:
+    return read_json(run.step(step).complete) is not None and run.step(step).model.is_dir()
+
+
+def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, taken: Sequence[int] = ()) -> list[int]:
+    """`wanted` without those that are complete. Raises ToolkitError on what stands in the way.
+
+    redo: all of them, or what an earlier call of the same had left when it was stopped.
+    taken: steps that will be taken over from another run first, and so be complete.
+    """
+
+    def complete(step: int) -> bool:
+        return step in taken or is_complete(run, step)
+
+    left = read_json(run.redo) if redo else None
+    again = left if left is not None and set(left) <= {*wanted} else list(wanted)
+    todo = [step for step in wanted if not complete(step) or (redo and step in again)]
+    for step in todo:
+        if not job.data.split[step - 1]:
+            shares = ", ".join(f"{share:g}" for share in job.data.split)
+            raise ToolkitError(
+                f"step {step} ({STEPS[step]}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
+            )
+    changed = {
+        step: lines
+        for step in sorted({*wanted, *(n for s in todo for n in needed_by(job, s))})
+        if (lines := _changed(job, run, step)) and not (redo and step in todo)
+    }
+    if changed:
+        step, lines = next(iter(changed.items()))
+        source = f" --from {run.name}" if any(is_complete(run, n) for n in (1, 2, 3)) else ""
+        raise ToolkitError(
+            f"run `{run.name}` did step {step} with other settings",
+            why="\n".join(lines),
+            hint=f"go on with the old settings; or `--run NEW{source}` for a run of its own;\n"
+            f"or `--redo --step {','.join(map(str, changed))}` to do it again here",
+        )
+    for step in todo:
+        missing = [n for n in needed_by(job, step) if n not in todo and not complete(n)]
+        if missing:
+            names = " and ".join(f"step {n} ({STEPS[n]})" for n in missing)
+            raise ToolkitError(
+                f"step {step} ({STEPS[step]}) needs the model of {names}",
+                why="\n".join(f"{run.step(n).model} is not there" for n in missing),
+                hint=f"run `--step {' '.join(map(str, [*missing, step]))}` (or `--step all`),\n"
+                "or take them over from another run with `--run NEW --from RUN`",
+            )
+    return todo
+
+
+def _changed(job: Job, run: RunDir, step: int) -> list[str]:
+    """Fields that differ from those the step was started with."""
+    started_with = read_json(run.step(step).fields)
+    if started_with is None:
+        return [f"{run.step(step).fields} cannot be read"] if is_complete(run, step) else []
+    return difference(started_with, job.fields_of_step(step))
+
+
+def begin_step(job: Job, run: RunDir, step: int) -> bool:
+    """Whether `step` was stopped and goes on. Else an earlier result of it is forgotten, and the fields are recorded that it now depends on."""
+    folder = run.step(step)
+    if not is_complete(run, step) and read_json(folder.fields) is not None and not _changed(job, run, step):
+        return True
+    shutil.rmtree(folder.path, ignore_errors=True)
+    if step == 1:  # trained on the job's rows, which may be others now
+        shutil.rmtree(run.tokenizer, ignore_errors=True)
+    folder.path.mkdir(parents=True)
+    write_json(folder.fields, job.fields_of_step(step))
+    return False
+
+
+def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
+    """Its model is whole; what it would have gone on from is no longer needed."""
+    left = [n for n in left_to_redo(run) if n != step]
+    if left:  # first: killed between the two, a redo finds the step not complete, and ends it
+        write_json(run.redo, left)
+    write_json(run.step(step).complete, end)
+    if not left:
+        run.redo.unlink(missing_ok=True)
+    shutil.rmtree(run.step(step).checkpoints, ignore_errors=True)
+
+
+def leftovers(run: RunDir) -> list[Path]:
+    """What a process that was killed at the wrong moment has left in steps that are complete."""
+    steps = [run.step(step) for step in (1, 2, 3) if is_complete(run, step)]
+    return [folder for step in steps for folder in (step.checkpoints, *step.path.glob("*.partial")) if folder.exists()]
+
+
+def inputs_of(job: Job, run: RunDir, step: int) -> dict[str, str]:
+    """By step, what tells the results apart that `step` starts from: a checkpoint made from others is not gone on with."""
+    return {str(n): hashlib.sha256(run.step(n).complete.read_bytes()).hexdigest() for n in needed_by(job, step)}
+
+
+def goes_on_from(run: RunDir, step: int) -> int:
+    """The update of the step's newest checkpoint; 0: it starts anew. Nothing is verified."""
+    names = [folder.name.removeprefix("update-") for folder in run.step(step).checkpoints.glob("update-*") if (folder / "complete.json").exists()]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def begin_redo(run: RunDir, steps: Sequence[int]) -> None:
+    """What the same command has still to do when it is called again."""
+    run.redo.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.redo, list(steps))
+
+
+def left_to_redo(run: RunDir) -> list[int]:
+    return read_json(run.redo) or []
+
+
+def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
+    """The complete steps of `source` whose settings are this job's, and that `run` has not begun. Raises ToolkitError."""
+    if not source.path.is_dir():
+        raise ToolkitError(
+            f"there is no run `{source.name}`", why=f"{source.path} does not exist", hint="`--from` names a run folder beside this one"
+        )
+    taken = [n for n in (1, 2, 3) if is_complete(source, n) and not _changed(job, source, n) and not run.step(n).path.exists()]
+    if not taken and not any(is_complete(run, n) for n in (1, 2, 3)):
+        raise ToolkitError(
+            f"nothing of run `{source.name}` can be taken over",
+            why="no step is complete there with this job's settings",
+            hint="start without --from",
+        )
+    return taken
+
+
+def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
+    """Complete steps of `source` become steps of `run`, as links, with their last events."""
+    if steps and source.tokenizer.is_dir() and not run.tokenizer.exists():
+        _take_folder(source.tokenizer, run.tokenizer)
+    for step in steps:
+        _take_folder(source.step(step).path, run.step(step).path)
+        ended = read_json(run.step(step).complete)
+        complete_step(run, step, ended | {"model": str(run.step(step).model)})
+    write = EventWriter(run.events)
+    for line in effective(read_events(source.events)[0]):
+        if line.get("step") in steps and line["kind"] in ("end", "sample"):
+            event = parse(line)
+            write(replace(event, model=str(run.step(event.step).model)) if isinstance(event, End) else event)
+
+
+def _take_folder(source: Path, target: Path) -> None:
+    """Whole or not at all: what stops in the middle of a copy leaves no `target`."""
+    partial = target.with_name(f"{target.name}.partial")
+    for stale in (partial, target):
+        shutil.rmtree(stale, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    partial.replace(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)

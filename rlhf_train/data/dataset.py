@@ -1,0 +1,481 @@
+"""From data set names to tokenised, cached, split rows.
+
+A name becomes rows of text (`read_rows`); the rows become token ids in a cache by content, all ranks sharing the work
+(`_tokenise`, `_load`); each load splits, cuts and counts anew (`_table`). The split is DeepSpeed-Chat's arithmetic.
+Where we differ from it:
+
+- rows are split before any is left out, so the limits do not decide which row serves which step;
+- a held-out split serves each step whole; a data set without one has 5 % of its rows held out before the split;
+- text that looks like a control token (`</s>` typed by a user) stays text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+import jobs.errors
+from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Data
+
+REQUIRED = ("prompt", "chosen", "rejected")
+ANSWERS = ("response", "chosen", "rejected")
+LEARNED = {1: ("prompt", "response"), 2: ("prompt", "chosen", "rejected"), 3: ("prompt",)}  # columns, by step
+HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
+HELD_OUT_SHARE = 0.05  # of the rows, where it has none
+MISTAKES_SHOWN = 10  # of a file
+CHUNK_ROWS = 4096  # in a file of the cache; a rank's unit of work
+CACHE_VERSION = 1  # raise it when the same text gets other ids
+POLL_S, SAY_EVERY_S = 0.1, 5.0
+
+Say = Callable[[str], None]
+Order = npt.NDArray[np.int64]  # row numbers
+
+
+class Row(NamedTuple):
+    prompt: str
+    response: str  # what step 1 learns; `chosen`, where there is no such column
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Token lists of many lengths in two flat arrays."""
+
+    values: npt.NDArray[np.int32]  # (N,)
+    offsets: npt.NDArray[np.int64]  # (n+1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
+        row = range(len(self))[index]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
+        return cls(np.fromiter(chain.from_iterable(lists), dtype=np.int32), _starts([len(tokens) for tokens in lists]))
+
+    @classmethod
+    def join(cls, parts: Sequence[Ragged]) -> Ragged:
+        return cls(np.concatenate([part.values for part in parts]), _starts(np.concatenate([part.lengths for part in parts])))
+
+    def pick(self, rows: Order, max_tokens: int) -> Ragged:
+        """These rows in this order, each cut after `max_tokens`."""
+        offsets = _starts(np.minimum(self.lengths[rows], max_tokens))
+        shift = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets))
+        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
+
+
+def _starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where each of n parts starts, and the end: (n+1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One split as token ids. Every row read is here, also the left out; `step_rows` names those that a step uses."""
+
+    prompt: Ragged  # begins with the special tokens that the tokenizer puts in front
+    response: Ragged  # answers end with EOS, unless they were cut
+    chosen: Ragged
+    rejected: Ragged
+    step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
+    # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that holds); of the rest,
+    # `identical_answers` (not in step 2) and `answer_cut`.
+    fates: dict[str, int]
+
+    def digest(self, step: int) -> str:
+        """sha256 of the tokens that the step learns from, in its order."""
+        digest = hashlib.sha256()
+        for column in LEARNED[step]:
+            tokens: Ragged = getattr(self, column)
+            picked = tokens.pick(self.step_rows[step], np.iinfo(np.int64).max)
+            digest.update(picked.offsets.tobytes())
+            digest.update(picked.values.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    train: Table
+    held_out: Table
+
+
+def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
+    """Read, tokenise what the cache lacks, split. Every rank calls it, with the same cache folder."""
+    encoder = _encoder(tokenizer)
+    train, held_out = zip(*(_read(name, spec.seed, say) for name in spec.datasets), strict=True)
+    train_chunks, held_out_chunks = ([chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out))
+    _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
+    held_out_order = _shuffled(sum(map(len, held_out)), spec.seed)
+    return Corpus(
+        train=_table("training", train, _load(train_chunks, say), _split([len(rows) for rows in train], spec), spec),
+        held_out=_table("held-out", held_out, _load(held_out_chunks, say), dict.fromkeys((1, 2, 3), held_out_order), spec, spec.eval_rows),
+    )
+
+
+def texts(spec: Data) -> Iterator[str]:
+    """Every training text, for training a tokenizer from scratch."""
+    for name in spec.datasets:
+        for row in _read(name, spec.seed, lambda line: None)[0]:
+            yield from dict.fromkeys(row)  # a response that is the chosen answer counts once
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows. Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out."""
+    say(f"reading {name}")
+    train, held_out = read_rows(name, (Path.cwd(), Path(jobs.errors.__file__).parents[1]))
+    if not held_out:
+        if len(train) < 2:
+            raise ToolkitError(f"data set `{name}` is too small", why="it has one row and no held-out split", hint="add rows, or a test split")
+        order, count = _shuffled(len(train), seed), max(1, round(HELD_OUT_SHARE * len(train)))
+        held_out, train = ([train[i] for i in sorted(rows)] for rows in (order[:count], order[count:]))
+    return train, held_out
+
+
+def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows; no held-out rows where the data set has no such split.
+
+    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name. Raises ToolkitError.
+    """
+    places = [folder / name for folder in search]
+    found = next((place for place in places if os.access(place, os.F_OK)), None)
+    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".jsonl")):
+        looked_for = "\n".join(dict.fromkeys(f"no {place}" for place in places))
+        raise ToolkitError(f"there is no data set `{name}`", why=looked_for, hint="data.datasets takes .jsonl files, folders and hub names")
+    if found is None or (found.is_dir() and not any(found.glob("*.jsonl"))):
+        return _read_by_datasets(name, found)
+    if found.suffix == ".jsonl" and found.is_file():
+        return _read_jsonl([found]), []
+    train = sorted(found.glob("train*.jsonl"))
+    held_out = next(filter(None, (sorted(found.glob(f"{word}*.jsonl")) for word in HELD_OUT_NAMES)), [])
+    if not train:
+        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is not a .jsonl file"
+        hint = "name a .jsonl file, or a folder with train*.jsonl and, if there is one, test*.jsonl"
+        raise ToolkitError(f"no training rows in `{name}`", why=why, hint=hint)
+    return _read_jsonl(train), _read_jsonl(held_out)
+
+
+class _BadRow(Exception):
+    """Its arguments are the mistakes."""
+
+
+def _row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise _BadRow(f"column 1: a row is an object with {', '.join(REQUIRED)}, not {_shown(value)}")
+    mistakes = []
+    for column in (column for column in Row._fields if column in REQUIRED or column in value):
+        if column not in value:
+            mistakes.append(f"column `{column}`: missing; the row has {', '.join(value) or 'none'}")
+        elif not isinstance(value[column], str):
+            mistakes.append(f"column `{column}`: text is wanted, not {_shown(value[column])}")
+        elif half := re.search("[\ud800-\udfff]", value[column]):
+            mistakes.append(f"column `{column}`: {_shown(half[0])} is half a character (a lone surrogate)")
+    if mistakes:
+        raise _BadRow(*mistakes)
+    whole = {"response": value["chosen"], **value}
+    return Row(*(whole[column] for column in Row._fields))
+
+
+def _shown(value: Any) -> str:
+    whole = json.dumps(value, default=str)
+    return whole if len(whole) <= 60 else f"{whole[:60]}..."
+
+
+def _parsed(line: bytes) -> Row:
+    try:
+        return _row(json.loads(line.decode()))
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"column {error.start + 1} (in bytes): not UTF-8: byte 0x{line[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits; 5000 open brackets
+        raise _BadRow(f"column 1: no JSON that can be read: {error}") from None
+
+
+def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, unit: str, first: int) -> list[Row]:
+    """All rows of a file or split, or one error with its first mistakes."""
+    rows: list[Row] = []
+    mistakes: list[str] = []
+    for number, item in enumerate(items, first):
+        try:
+            rows.append(parse(item))
+        except _BadRow as bad:
+            mistakes += [f"{unit} {number}, {mistake}" for mistake in bad.args]
+        if len(mistakes) >= MISTAKES_SHOWN:
+            mistakes = [*mistakes[:MISTAKES_SHOWN], f"(no more than {MISTAKES_SHOWN} are shown)"]
+            break
+    if mistakes:
+        hint = "every row needs the texts prompt, chosen and rejected, and may have response"
+        raise ToolkitError(f"bad rows in {source}", why="\n".join(mistakes), hint=hint)
+    if not rows:
+        raise ToolkitError(f"no rows in {source}")
+    return rows
+
+
+def _read_jsonl(files: Sequence[Path]) -> list[Row]:
+    rows: list[Row] = []
+    for file in files:
+        try:
+            content = file.read_bytes().rstrip()
+        except OSError as error:
+            raise ToolkitError(f"cannot read {file}", why=str(error)) from None
+        rows += _collect(content.split(b"\n") if content else [], _parsed, source=str(file), unit="line", first=1)
+    return rows
+
+
+def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
+    """A hub name, or a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
+    import datasets  # takes seconds, and JSONL does without
+    from datasets.builder import DatasetGenerationError
+
+    from rlhf_train.data import hub
+
+    datasets.disable_progress_bar()
+    place = folder or hub.data_set(name)
+    try:
+        saved = any((place / file).exists() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(str(place))
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
+        why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
+        hint = "wanted: train*.jsonl; or parquet, csv or json files; or what `save_to_disk` of the same datasets version wrote"
+        what = f"cannot load the data set in {folder}" if folder else f"cannot load the data set `{name}`, which came from the hub whole"
+        raise ToolkitError(what, why=why, hint=hint) from None
+    splits = found if isinstance(found, dict) else {"train": found}
+    if "train" not in splits:
+        raise ToolkitError(f"data set `{name}` has no split `train`", why=f"its splits: {', '.join(splits)}")
+    held_out = [word for word in HELD_OUT_NAMES if word in splits][:1]
+    train, *rest = (_rows_of(splits[word], f"data set `{name}`, split `{word}`") for word in ("train", *held_out))
+    return train, rest[0] if rest else []
+
+
+def _rows_of(split: Any, source: str) -> list[Row]:
+    missing = [f"`{column}`" for column in REQUIRED if column not in split.column_names]
+    if missing:
+        raise ToolkitError(f"{source}: no column {', '.join(missing)}", why=f"its columns: {', '.join(split.column_names)}")
+    columns = [column for column in Row._fields if column in split.column_names]
+    values = split.select_columns(columns)[:]
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
+    return _collect(rows, _row, source=source, unit="row", first=0)
+
+
+# --- tokenising, with a cache by content ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A tokenizer as it is wanted here: EOS is added by us, what stands in front is known, text stays text."""
+
+    encode: Callable[[list[str]], list[list[int]]]  # without special tokens
+    front: list[int]  # special tokens before every prompt, e.g. BOS
+    eos: int
+    control: dict[int, str]  # tokens that text must not become
+    identity: bytes  # same bytes, same ids
+
+    def ids(self, lines: list[str]) -> list[list[int]]:
+        """A control token typed in a text is encoded as two texts, e.g. `<` and `/s>`.
+
+        Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores it for slow ones.
+        """
+        found = self.encode(lines)
+        for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
+            inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.control.values())
+            found[i] = list(chain.from_iterable(self.encode(re.split(inside, lines[i]))))
+            if left := self.control.keys() & found[i]:
+                why = f"{', '.join(self.control[token] for token in left)} in {_shown(lines[i])}"
+                raise ToolkitError("the tokenizer makes control tokens of plain text", why=why, hint="take that text out of the data set")
+        return found
+
+
+def _encoder(tokenizer: Any) -> _Encoder:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ToolkitError("the tokenizer has no EOS token", why="answers end with it", hint="give the tokenizer an eos_token")
+    if tokenizer.is_fast:
+        # A copy: the caller's truncation and padding stay as they are, and nothing warns of long texts.
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # from tokenizers 0.20 on
+        identity = backend.to_str().encode()
+
+        def call(lines: list[str], special: bool) -> list[list[int]]:
+            return [encoding.ids for encoding in batch(lines, add_special_tokens=special)]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            identity = b"".join(file.name.encode() + file.read_bytes() for file in sorted(Path(folder).iterdir()))
+
+        def call(lines: list[str], special: bool) -> list[list[int]]:
+            ids: list[list[int]] = tokenizer(lines, add_special_tokens=special, truncation=False, padding=False, verbose=False)["input_ids"]
+            return ids
+
+    [bare], [whole] = call(["a"], False), call(["a"], True)
+    front = next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)  # what stands behind, e.g. EOS, is left away
+    control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control.pop(tokenizer.unk_token_id, None)  # unknown text may become that
+    return _Encoder(lambda lines: call(lines, False), front, eos, {**control, eos: tokenizer.eos_token}, identity)
+
+
+class _Chunk(NamedTuple):
+    file: Path
+    rows: list[Row]
+
+
+def _chunks(rows: list[Row], encoder: _Encoder, cache: Path) -> list[_Chunk]:
+    """The key holds all that the ids depend on, the text and the tokenizer, and no more: limits, seed and shares come later."""
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]).encode() + encoder.identity)
+    for column in zip(*rows, strict=True):
+        key.update(np.array([len(text) for text in column], dtype="<i8").tobytes())
+        key.update("".join(column).encode())
+    folder = cache / "tokens" / key.hexdigest()
+    return [_Chunk(folder / f"chunk-{i // CHUNK_ROWS:05d}", rows[i : i + CHUNK_ROWS]) for i in range(0, len(rows), CHUNK_ROWS)]
+
+
+def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
+    """Write the chunks that are not there, or are torn."""
+    said = -SAY_EVERY_S
+    for number, chunk in enumerate(chunks, 1):
+        if _read_chunk(chunk.file) is None:
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                say(f"tokenising: part {number} of {len(chunks)}, {len(chunk.rows)} rows")
+            _write_chunk(chunk.file, _token_columns(chunk.rows, encoder))
+
+
+def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
+    """The four columns, whole; a response that is the chosen answer has length 0."""
+    lines = list(dict.fromkeys(chain.from_iterable(rows)))
+    ids = dict(zip(lines, encoder.ids(lines), strict=True))
+    return {
+        "prompt": Ragged.of([[*encoder.front, *ids[row.prompt]] for row in rows]),
+        "response": Ragged.of([[] if row.response == row.chosen else [*ids[row.response], encoder.eos] for row in rows]),
+        "chosen": Ragged.of([[*ids[row.chosen], encoder.eos] for row in rows]),
+        "rejected": Ragged.of([[*ids[row.rejected], encoder.eos] for row in rows]),
+    }
+
+
+def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {f"{name}_{part}": getattr(columns[name], part) for name in columns for part in ("values", "offsets")}
+    np.savez(buffer, **arrays)
+    content, beside = buffer.getvalue(), file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_bytes(hashlib.sha256(content).digest() + content)
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        hint = "free some disk space, or let the cache be in a folder that you may write to"
+        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, code=ExitCode.UNFIT) from None
+
+
+def _read_chunk(file: Path) -> dict[str, Ragged] | None:
+    """None: it is not there, or not whole."""
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), code=ExitCode.UNFIT) from None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    arrays = np.load(io.BytesIO(content[32:]))
+    return {name: Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in Row._fields}
+
+
+def _load(chunks: Sequence[_Chunk], say: Say) -> dict[str, Ragged]:
+    """The columns of all chunks, waiting for those that other ranks still make."""
+    parts, said = [], time.monotonic()
+    for number, chunk in enumerate(chunks, 1):
+        while (part := _read_chunk(chunk.file)) is None:
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                say(f"waiting for another rank to tokenise part {number} of {len(chunks)}: {chunk.file}")
+            time.sleep(POLL_S)
+        parts.append(part)
+    return {name: Ragged.join([part[name] for part in parts]) for name in Row._fields}
+
+
+# --- splitting, cutting, counting -----------------------------------------------------------------------------------
+
+
+def _shuffled(n: int, seed: int) -> Order:
+    order = np.arange(n, dtype=np.uint32)  # as DeepSpeed-Chat shuffles it
+    np.random.RandomState(seed).shuffle(order)
+    return order.astype(np.int64)
+
+
+def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
+    """Which of n rows steps 1, 2 and 3 get: algorithms.md 1.0."""
+    points = [0]
+    for share in split:
+        points.append(points[-1] + round(share / sum(split) * n))
+    surplus = points[-1] - n
+    # Theirs can fall below 0 (0,5,5 of 3 rows), where a Python slice counts from the end.
+    points = [0, *(max(0, point - surplus) for point in points[1:])]
+    order = _shuffled(n, seed)
+    return [order[start:end] for start, end in pairwise(points)]
+
+
+def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
+    """Each data set is split by itself; a step's parts are put one after the other and shuffled again."""
+    parts = [[start + share for share in _shares(n, spec.split, spec.seed)] for start, n in zip(_starts(sizes), sizes, strict=False)]
+    steps = {step: np.concatenate([part[step - 1] for part in parts]) for step in (1, 2, 3)}
+    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(sizes) > 1 else steps
+
+
+def _table(
+    kind: str, parts: Sequence[list[Row]], whole: dict[str, Ragged], orders: dict[int, Order], spec: Data, max_rows: int | None = None
+) -> Table:
+    """Cut the answers, find each row's fate, leave rows out of the steps' orders."""
+    rows = list(chain.from_iterable(parts))
+    empty_prompt = np.array([not row.prompt.strip() for row in rows], dtype=bool)
+    empty_answer = np.array([not all(answer.strip() for answer in row[1:]) for row in rows], dtype=bool) & ~empty_prompt
+    too_long = (whole["prompt"].lengths > spec.max_prompt_tokens) & ~empty_prompt & ~empty_answer
+    kept = ~(empty_prompt | empty_answer | too_long)
+    cut = kept & np.any([whole[name].lengths > spec.max_response_tokens for name in ANSWERS], axis=0)
+
+    every = np.arange(len(rows))
+    response, chosen, rejected = (whole[name].pick(every, spec.max_response_tokens) for name in ANSWERS)
+    as_chosen = response.lengths == 0
+    response = chosen if as_chosen.all() else Ragged.join([chosen, response]).pick(every + len(rows) * ~as_chosen, spec.max_response_tokens)
+    identical = kept & (chosen.lengths == rejected.lengths)
+    identical[identical] = [np.array_equal(chosen[i], rejected[i]) for i in np.flatnonzero(identical).tolist()]
+
+    masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
+    masks |= {"identical_answers": identical, "answer_cut": cut}
+    fates = {"rows": len(rows), **{fate: int(mask.sum()) for fate, mask in masks.items()}}
+    usable = {1: kept, 2: kept & ~identical, 3: kept}
+    step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}
+    for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
+        counts = ", ".join(f"{fate} {count}" for fate, count in fates.items())
+        why = f"its share of the {kind} data: {len(orders[step])} rows; fates in the whole of it: {counts}"
+        raise ToolkitError(f"step {step} has no {kind} rows left", why=why, hint="add rows, raise data.max_prompt_tokens, or change data.split")
+    return Table(whole["prompt"], response, chosen, rejected, step_rows, fates)

@@ -1,0 +1,385 @@
+"""The one way to a hub: the files of a model or data set come whole and right, or there is one error.
+
+huggingface_hub writes a file aside and renames it, so a torn one is never taken for whole; a body that stalls for
+HF_HUB_DOWNLOAD_TIMEOUT seconds it resumes by itself, five times without a new byte. Added here, since it does not:
+
+- 5xx and 429 answers, broken connections and short bodies are tried again, when the hub says or a little later each time;
+- every file is hashed before it is used; a wrong one is removed and fetched again;
+- the list of files is kept before the first is fetched, so a start without the hub does not take some for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, WeakFileLock
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import plural
+
+WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again when more has come than ever before
+MOST_ASKED_S = 60.0  # that a hub may have us wait
+DOWNLOADS = 8  # at once, as snapshot_download
+READABLE = re.compile(r".*\.(parquet|arrow|csv|tsv|json|jsonl|ndjson|txt|zip)(\.(gz|zst|bz2|xz|lz4))?")
+
+# The HTTP library's own errors, requests' or httpx's: timeouts, resets, short bodies.
+NETWORK: tuple[type[Exception], ...] = tuple(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ != "builtins")
+TROUBLES: tuple[type[Exception], ...] = (*NETWORK, OSError, HFValidationError)
+# From 1.0 on huggingface_hub tries the HEAD before a download six times by itself. It tells of it by LocalEntryNotFoundError.
+HEAD_IS_TRIED_AGAIN = int(huggingface_hub.__version__.split(".")[0]) >= 1
+# Nobody is there: that will not pass in seconds.
+ABSENT = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
+
+Kind = Literal["model", "dataset"]
+Wanted = Callable[[Sequence[str]], list[str]]  # of all file names of a repository
+T = TypeVar("T")
+
+
+@dataclass
+class Memory:
+    """What we keep in the cache beside a repository's files."""
+
+    commit: str = ""
+    files: list[str] = field(default_factory=list)  # all that the commit has, here or not
+    adopted: bool = False  # `files` are only those that another program put into the cache: no hub was there to name all
+    verified: dict[str, list[int]] = field(default_factory=dict)  # blob -> its size and mtime_ns when its hash was right
+
+
+class _Damaged(OSError):
+    """A file came with another hash than the hub says."""
+
+
+# --- what to fetch --------------------------------------------------------------------------------------------------
+
+
+def config_files(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file == "config.json"]
+
+
+def tokenizer_files(files: Sequence[str]) -> list[str]:
+    """The small files of a model, its config among them."""
+    return [file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))]
+
+
+def model_files(files: Sequence[str]) -> list[str]:
+    """One set of weights: safetensors if there are any. Not TensorFlow's, Flax's, nor a second set in a folder."""
+    safe, pickled = ([file for file in files if "/" not in file and fnmatch(file, form)] for form in ("model*.safetensors", "pytorch_model*.bin"))
+    return tokenizer_files(files) + (safe or pickled)
+
+
+def card_files(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file in ("README.md", "dataset_infos.json")]
+
+
+def data_files(files: Sequence[str], patterns: Sequence[str] = ()) -> list[str]:
+    """What `datasets` can read as rows; only what `patterns` name, if each of them names something."""
+    named = [[file for file in files if fnmatch(file, pattern)] for pattern in patterns]
+    data = {file for group in named for file in group} if named and all(named) else {file for file in files if READABLE.fullmatch(file)}
+    return sorted(data | set(card_files(files)))
+
+
+def _configurations(card: Path) -> list[dict[str, Any]]:
+    """As the data set's card names them; none where it does not."""
+    return ((metadata_load(card) or {}).get("configs") if card.is_file() else None) or []
+
+
+def _default(name: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
+    named = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
+    if not named and len(configs) > 1:
+        hint = "download the files of one, and name their folder in data.datasets"
+        why = f"they are {', '.join(str(config.get('config_name')) for config in configs)}"
+        raise ToolkitError(f"data set `{name}` has several configurations, and none is the default", why=why, hint=hint)
+    return (named or configs or [{}])[0]
+
+
+def _patterns(config: dict[str, Any]) -> list[str]:
+    """`data_files` is a pattern, a list of them, or a list of {split, path}; what lies under a `data_dir` we do not tell apart."""
+    named = [] if config.get("data_dir") else config.get("data_files") or []
+    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in (named if isinstance(named, list) else [named])]
+    return [path for entry in paths for path in (entry if isinstance(entry, list) else [entry])]
+
+
+# --- fetching -------------------------------------------------------------------------------------------------------
+
+
+def local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or Path(source).exists()
+
+
+def model(source: str, wanted: Wanted) -> str:
+    """A folder with the wanted files of a model: `source` itself where it is one. Raises ToolkitError."""
+    return source if local(source) else str(fetch(source, wanted, kind="model"))
+
+
+def is_here(source: str) -> bool:
+    """Whether a start has a model's files, and fetches no more than what has changed since."""
+    if local(source):
+        return True
+    store = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+    memory = _recall(store)
+    if not memory.commit:
+        _adopt(store, memory)
+    files = model_files(memory.files)
+    has_weights = len(files) > len(tokenizer_files(files))
+    return has_weights and all((store / "snapshots" / memory.commit / file).exists() for file in files)
+
+
+def data_set(name: str) -> Path:
+    """A folder that `datasets.load_dataset` reads as it reads the hub name. Raises ToolkitError.
+
+    Not load_dataset(name): it does not check hashes, keeps what it downloads under names that say nothing of the content,
+    and each of its versions has retries of another kind. Of the repository only the default configuration's files are
+    fetched, as the card names them; without such a card, all that can be read as rows: no pictures, models or scripts.
+    """
+    configs = _configurations(fetch(name, card_files, kind="dataset") / "README.md")
+    default = _default(name, configs)
+    wanted = partial(data_files, patterns=_patterns(default))
+    snapshot = fetch(name, wanted, kind="dataset")
+    files = wanted(_recall(snapshot.parents[1]).files)
+    plain = snapshot.parents[1] / "rlhf-box" / snapshot.name
+    # Of several configurations datasets wants the files of all, so the card that it sees has one.
+    alone = len(configs) > 1
+    _link(snapshot, plain, [file for file in files if not (alone and file in card_files(files))])
+    if alone:
+        _replace(plain / "README.md", f"---\nconfigs: {json.dumps([default])}\n---\n")
+    return plain
+
+
+def _link(snapshot: Path, plain: Path, files: Sequence[str]) -> None:
+    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones. Copies, where the file system has no links."""
+    for file in files:
+        place, blob = plain / file, (snapshot / file).resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not place.samefile(blob) and not _is_copy(place, blob):
+            place.unlink(missing_ok=True)  # of a blob that was damaged
+        try:
+            os.link(blob, place)
+        except FileExistsError:  # other ranks do the same
+            pass
+        except OSError:
+            if not place.exists():
+                beside = plain.with_name(f"{os.getpid()}.tmp")  # not in `plain`, where it would be read as data
+                shutil.copy2(blob, beside)
+                os.replace(beside, place)
+
+
+def _is_copy(place: Path, blob: Path) -> bool:
+    mine, theirs = place.stat(), blob.stat()
+    return (mine.st_size, mine.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
+    """The snapshot folder of a repository, with the wanted files whole and verified. Raises ToolkitError.
+
+    Every rank may call it: the first downloads, the others wait for it and find all there.
+    """
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        folder = f"{kind}s--{name.replace('/', '--')}"
+        store, lock = Path(constants.HF_HUB_CACHE, folder), Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock")
+        if store.is_dir() and not os.access(store, os.W_OK):
+            return _fetch(name, wanted, kind, store)
+        for each in (store, lock.parent):
+            each.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            return _fetch(name, wanted, kind, store)
+    except TROUBLES as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, NETWORK):
+            raise  # of the disk
+        raise _refusal(name, kind, _cause(error)) from error
+
+
+def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:
+    memory = _recall(store)
+    _ask(name, kind, store, memory)
+    files = wanted(memory.files)
+    try:
+        _tried(name, partial(_download, name, kind, store, memory, files), come=partial(_bytes_here, store))
+    finally:
+        _keep(store, memory)
+    return store / "snapshots" / memory.commit
+
+
+def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
+    """Commit and files of the repository as they are now; as they were, if the hub cannot say."""
+    try:
+        info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
+        memory.commit, memory.files, memory.adopted = str(info.sha), [file.rfilename for file in info.siblings or []], False
+    except TROUBLES as error:
+        if memory.adopted or not memory.commit:
+            _adopt(store, memory)
+        status = _status(error)
+        if (status is not None and not _may_pass(error)) or not memory.commit:
+            raise
+        if not isinstance(error, OfflineModeIsEnabled):
+            _say(f"{constants.ENDPOINT} does not answer ({_line(error)}); {name} is taken from the cache, commit {memory.commit[:12]}")
+        if memory.adopted:
+            _say(f"{name} was put into the cache by another program: what is there, {plural(len(memory.files), 'files')}, is taken for all of it")
+    _keep(store, memory)
+
+
+def _adopt(store: Path, memory: Memory) -> None:
+    """A snapshot that others put into the cache. Its list of files is what is there: huggingface_hub keeps none."""
+    with suppress(FileNotFoundError):
+        commit = (store / "refs/main").read_text().strip()
+        snapshot = store / "snapshots" / commit
+        if files := sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()):
+            memory.commit, memory.files, memory.adopted = commit, files, True
+
+
+def _download(name: str, kind: Kind, store: Path, memory: Memory, files: Sequence[str]) -> None:
+    def one(file: str) -> None:
+        _verify(file, Path(hf_hub_download(name, file, repo_type=kind, revision=memory.commit)), memory)
+
+    try:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            list(pool.map(one, files))
+    except TROUBLES as error:
+        if _status(error) == 416 or type(error) is OSError:  # 0.26 goes on behind a partial file for ever, also behind one that is too long
+            for partial_file in (store / "blobs").glob("*.incomplete"):
+                partial_file.unlink(missing_ok=True)
+        raise
+
+
+def _verify(file: str, path: Path, memory: Memory) -> None:
+    """The cache names a blob by the hub's hash of it: sha256 of LFS files, else git's sha1. Raises _Damaged, and removes it."""
+    if not path.is_symlink():
+        return  # a file system without links: the name, and with it the hash, is lost
+    blob = path.parent / path.readlink()  # one link only: the blob may be a link itself, into a store with other names
+    state = [blob.stat().st_size, blob.stat().st_mtime_ns]
+    if memory.verified.get(blob.name) == state or not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+        return
+    found = _hash(blob, state[0])
+    if found != blob.name:
+        for each in (path, blob.resolve(), blob):
+            each.unlink(missing_ok=True)
+        raise _Damaged(f"{file} has the hash {found}, and the hub says {blob.name}")
+    memory.verified[blob.name] = state
+
+
+def _hash(blob: Path, size: int) -> str:
+    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with blob.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _recall(store: Path) -> Memory:
+    try:
+        return Memory(**json.loads((store / "rlhf-box.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return Memory()
+
+
+def _keep(store: Path, memory: Memory) -> None:
+    if os.access(store, os.W_OK):
+        _replace(store / "rlhf-box.json", json.dumps(asdict(memory)))
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda: 0) -> T:
+    """A line that breaks again and again, each time further on, is not given up: a chunk (10 MB) more of what has `come` is progress."""
+    most, waits = come(), iter(WAITS_S)
+    while True:
+        try:
+            return call()
+        except TROUBLES as error:
+            if not _may_pass(error):
+                raise
+            if (here := come()) >= most + constants.DOWNLOAD_CHUNK_SIZE:
+                most, waits = here, iter(WAITS_S)
+            if (wait_s := next(waits, None)) is None:
+                raise
+            wait_s = max(wait_s, _asked_to_wait_s(_cause(error)))
+            _say(f"{name}: {_line(_cause(error))}; trying again in {wait_s:g} s")
+        time.sleep(wait_s)
+
+
+def _bytes_here(store: Path) -> int:
+    """Of whole files and partial ones."""
+    return sum(blob.stat().st_size for blob in (store / "blobs").glob("*") if blob.is_file())
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, LocalEntryNotFoundError) and HEAD_IS_TRIED_AGAIN:
+        return False
+    error = _cause(error)
+    status = _status(error)
+    if status is not None:
+        return status in (408, 416, 429) or status >= 500
+    if any(isinstance(each, ABSENT) for each in _chain(error)):
+        return False
+    short = type(error) is OSError and error.errno is None  # a file of another size than promised
+    return short or isinstance(error, (_Damaged, NETWORK))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """LocalEntryNotFoundError only says that the HEAD before a download failed."""
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _asked_to_wait_s(error: BaseException) -> float:
+    """Retry-After of an answer, in seconds; 0.0 where it does not say, or says a date."""
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(asked), MOST_ASKED_S) if re.fullmatch("[0-9]+", asked) else 0.0
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+
+
+def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
+    what = f"cannot load {name} from the hub" if kind == "model" else f"cannot load the data set `{name}` from the hub"
+    code, status = ExitCode.UNFIT, _status(error)
+    why = f"{type(error).__name__}: {error}\nasked: {constants.ENDPOINT}"
+    if isinstance(error, OfflineModeIsEnabled):
+        hint = "unset HF_HUB_OFFLINE, or fill the cache (HF_HOME) while the hub can be reached"
+    elif isinstance(error, HFValidationError) or status in (401, 403, 404):
+        code, hint = ExitCode.USAGE, f"check the name; HF_TOKEN opens a gated or private {'model' if kind == 'model' else 'data set'}"
+    elif isinstance(error, _Damaged):
+        hint = "the hub or a proxy on the way sends wrong bytes: set HF_ENDPOINT to another mirror"
+    else:
+        hint = "set HF_ENDPOINT to a mirror that can be reached from here; the same command goes on with what has come"
+    return ToolkitError(what, why=why, hint=hint, code=code)
+
+
+def _say(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

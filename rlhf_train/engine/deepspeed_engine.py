@@ -1,0 +1,455 @@
+"""DeepSpeed, and nothing else here imports it: engines that learn (ZeRO 0-3), whole weights out of them, and an EMA.
+
+Where we differ from DeepSpeed's own habits: a loss arrives divided by the count of the whole update over all ranks, so
+the mean that DeepSpeed takes over ranks and passes is undone; the learning rate is a pure function of the update; we say
+which pass is an update's last, so a micro batch may change from one update to the next; and what a checkpoint holds are
+whole tensors by parameter, float32, so it fits any number of ranks and any ZeRO stage without a conversion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Lora, Optimization
+from rlhf_train import compat
+from rlhf_train.data.sequences import BatchPlan
+from rlhf_train.ranks.collectives import World
+
+with compat.no_gpu_in_sight():
+    import deepspeed
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    # Newer ones' ZeRO asks for it before the first update, and would bring in all of TorchInductor to compile it: 2 s.
+    with compat.nothing_compiled(), suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states of a parameter
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def connect(world: World, local_rank: int) -> None:
+    """Let DeepSpeed use the process group that this rank has already joined."""
+    # Its shared-memory collective for CPUs would be compiled now, for most of a minute, where a compiler is found.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, rank=local_rank
+    )
+
+
+def learning_rate_factor(update: int, updates: int, spec: Optimization) -> float:
+    """Share of the learning rate at update 0, 1, ...: a linear warm-up, then the schedule down to its final share."""
+    if update < spec.warmup_updates:
+        return (update + 1) / spec.warmup_updates
+    done = (update - spec.warmup_updates) / max(1, updates - spec.warmup_updates)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[spec.schedule]
+    return spec.final_learning_rate + (1 - spec.final_learning_rate) * shape if spec.schedule != "constant" else 1.0
+
+
+def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
+    return {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        # Engine looks at the norm of all gradients before a step: DeepSpeed would look for what is not finite in one after the other.
+        "bf16": {"enabled": precision == "bfloat16", "check_grad_overflow": False},
+        "fp16": {"enabled": precision == "float16"},
+        "gradient_clipping": max_grad_norm,
+        # Threshold 0: every parameter lives in its partition, so that an EMA of the partitions is an EMA of the model.
+        # At ZeRO 1 contiguous gradients are one more copy of each: 31 against 20 ms of a CPU for the backward pass of 388 parameters.
+        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": zero_stage != 1},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU after every pass
+    }
+
+
+class Engine:
+    """A module with its optimizer. Per micro batch: `loss = ...engine(batch)...; engine.backward(loss, last=...)`; then `engine.step()`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: Optimization,
+        learning_rate: float,
+        updates: int,
+        plan: BatchPlan,
+        *,
+        precision: str,
+        zero_stage: int,
+        world: World,
+    ) -> None:
+        self.spec, self.updates, self.world, self.zero_stage = spec, updates, world, zero_stage
+        self.learning_rate = learning_rate
+        self.update = 0  # optimizer updates done
+        self.intact = True  # not in the midst of an update of the weights
+        self.is_spoiled = False  # gradients that were not finite are in the weights: DeepSpeed 0.15 looks for them in float16 only
+        module.train()
+        # DeepSpeed clips fp32 gradients at ZeRO 0 without telling their norm, so there we do it.
+        self._clips = precision == "float32" and zero_stage == 0
+        optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec.betas, world.device)
+        config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if world.size == 1 and zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients together and back, for no other rank
+        if zero_stage in (1, 2):
+            # Parameters are views of the flat tensors that a step has written to; to make all the views anew leaves a GPU idle for 10 ms.
+            self.optimizer._update_model_bit16_weights = lambda group: None
+        self._squares: Tensor | None = None  # of the update's gradients, where `_sum_squares` knows them
+        self._adamw = optimizer
+        self._scaler = getattr(self.optimizer, "loss_scaler", None)
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # such an update is skipped and counted, as one with a loss of NaN
+        self.current_learning_rate = learning_rate
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as it was handed in (an ActorForward or ScoreForward)."""
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """loss: this micro batch's share of the update's loss, already divided by the update's global count. `last`: of the update."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self.world.size > 1:  # ZeRO 2 and 3 add up gradients in each pass, 0 and 1 in the last
+            self.world.meet()
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if last:
+            self._squares = self._sum_squares()  # now, before anybody waits for the GPU
+        else:
+            self._engine.step()  # DeepSpeed counts passes there
+
+    def step(self) -> float:
+        """After the update's last micro batch: updates the weights, returns the gradient norm before clipping (in float16 inf where the
+        loss scale was too large, and nothing was updated).
+        """
+        self.current_learning_rate = self.learning_rate * learning_rate_factor(self.update, self.updates, self.spec)
+        norm = self._step(self.current_learning_rate)
+        self.update += 1
+        return norm
+
+    def _step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm) if self._clips else self._known_norm()
+        if norm is not None and not math.isfinite(norm):  # clipping has spread it over all gradients, or nothing is clipped yet
+            self._drop_gradients()
+            return float(norm)
+        self.intact = False
+        self._engine.step()
+        self.intact = True
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+            overflowed = getattr(self.optimizer, "overflow", False)
+            if overflowed or not math.isfinite(norm) or norm < 0:  # -1 is how DeepSpeed 0.15 says it
+                self.is_spoiled = not overflowed
+                return math.inf
+        return float(norm)
+
+    def _known_norm(self) -> Tensor | None:
+        """The norm of all ranks' gradients, on the host. DeepSpeed is told it."""
+        if self._squares is None:
+            return None
+        norm = self._squares.cpu().sqrt()
+        self.optimizer.scaled_global_norm = lambda *_, **__: norm
+        return norm
+
+    def _sum_squares(self) -> Tensor | None:
+        """At ZeRO 1 and 2 in bfloat16 and float32: of all ranks' gradients, by few kernels. DeepSpeed would convert each gradient to float64:
+        10 ms of a GPU for OPT-1.3b.
+        """
+        if (self._scaler is not None and hasattr(self._scaler, "min_scale")) or self.zero_stage not in (1, 2) or not compat.KNOWS_DTYPE_OF_NORMS:
+            return None
+        gradients = [g for group in self.optimizer.averaged_gradients.values() for g in group or () if g is not None]
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        if self.world.size > 1:
+            self.world.meet()
+            dist.all_reduce(squares)
+        return squares
+
+    @property
+    def scale_can_fall(self) -> bool:
+        """float16: a gradient that is not finite may be the loss scale's fault, which is lowered then."""
+        return self._scaler is not None and hasattr(self._scaler, "min_scale") and self._scaler.cur_scale > self._scaler.min_scale
+
+    def skip(self) -> None:
+        """Leave an update out, after any of its passes: its gradients are dropped, its place in the schedule is used up."""
+        self._drop_gradients()
+        self.update += 1
+
+    def _drop_gradients(self) -> None:
+        self.module.zero_grad()
+        if self.zero_stage > 0:
+            self.optimizer.zero_grad()
+        if self.zero_stage in (1, 2):  # what DeepSpeed's own step does when the loss scale was too large; ZeRO-3's zero_grad does it all
+            self.optimizer.micro_step_id = -1
+            for kept in (self.optimizer.averaged_gradients, getattr(self.optimizer, "all_grad_tensors", {})):
+                for group in kept:
+                    kept[group] = None
+
+    def _rehearse_step(self, scaler: Mapping[str, Any]) -> None:
+        """Learning rate 0 and gradients of 0: nothing moves. Raises ToolkitError if the loss was not finite."""
+        norm = self._step(0.0)
+        if not math.isfinite(norm):
+            raise ToolkitError(
+                "the longest rows give numbers that are not finite, before anything was learned",
+                why=f"the gradient norm of 0 times their loss is {norm}",
+                hint="look at the model that training starts from; in float16, try hardware.precision: bfloat16 or float32",
+                code=ExitCode.TRAINING,
+            )
+        if self.zero_stage in (1, 2):
+            # DeepSpeed links parameters with their moments after the step of the first group of parameters, when the second has none yet.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for state in self._adamw.state.values():
+            for moment in MOMENTS:
+                state[moment].zero_()
+        self._set_adamw_steps(0)
+        self._set_scaler_state(scaler)
+
+    # --- for checkpoints ---
+
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors. Plain values."""
+        return {"update": self.update, "adamw_steps": self._adamw_steps(), "loss_scale": self._scaler_state()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 tensor) of every trained parameter and of its moments, one at a time, after `rehearse`; all ranks take part.
+
+        The tensor may be the live one: copy it before the next update.
+        """
+        self.settle()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                for kind in ("weight", *MOMENTS):
+                    whole = self._whole(parameter, kind)
+                    if whole is not None:
+                        yield f"{name}/{kind}", whole.detach()
+
+    def model_bytes(self) -> int:
+        """Of the module as it is saved in the end."""
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
+
+    def size_bytes(self) -> int:
+        """Of all tensors that `tensors` yields."""
+        return sum(12 * getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+
+    def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
+        """The state of `tensors` and `numbers`, after `rehearse`. Bits are kept; another ZeRO stage or number of ranks is fine."""
+        self.settle()
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self._set_weight(parameter, tensor(f"{name}/weight"))
+                for moment in MOMENTS:
+                    self._set_moment(parameter, moment, tensor(f"{name}/{moment}"))
+        self.update = numbers["update"]
+        self._set_adamw_steps(numbers["adamw_steps"])
+        self._set_scaler_state(numbers["loss_scale"])
+
+    def _whole(self, parameter: Any, kind: str) -> Tensor | None:
+        if self.zero_stage == 0:  # in float32 only
+            return parameter.data if kind == "weight" else self._adamw.state.get(parameter, {}).get(kind)
+        return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
+        value = value.to(self.world.device)
+        if self.zero_stage == 3:
+            safe_set_local_fp32_param(parameter, partition(parameter, value, self.world.rank))
+        elif self.zero_stage:
+            safe_set_full_fp32_param(parameter, value)
+        _local(parameter).copy_(partition(parameter, value, self.world.rank) if self.zero_stage == 3 else value)
+
+    @torch.no_grad()
+    def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
+        value = value.to(self.world.device)
+        if self.zero_stage == 3:
+            safe_set_local_optimizer_state(parameter, partition(parameter, value, self.world.rank), moment)
+        elif self.zero_stage:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            self._adamw.state[parameter][moment].copy_(value)
+
+    def _adamw_steps(self) -> int:
+        """Updates that AdamW has made: skipped ones do not count for its bias correction."""
+        counted = [*self._adamw.state.values(), *self._adamw.param_groups]
+        return max((int(holder["step"]) for holder in counted if "step" in holder), default=0)
+
+    def _set_adamw_steps(self, steps: int) -> None:
+        for holder in (*self._adamw.state.values(), *self._adamw.param_groups):  # PyTorch's has it in states, FusedAdam in groups
+            if "step" in holder:
+                holder["step"] = torch.full_like(holder["step"], steps) if isinstance(holder["step"], Tensor) else steps
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)} if self._scaler is not None else {}
+
+    def _set_scaler_state(self, state: Mapping[str, Any]) -> None:
+        for name in self._scaler_state().keys() & state.keys():
+            setattr(self._scaler, name, state[name])
+
+    def settle(self) -> None:
+        """Under ZeRO-3: wait for parameters still under way to the next forward pass, before weights are read one by one."""
+        self._engine.empty_partition_cache()
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms (one dimension) do not. Empty groups are left out."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    plain = [p for p in trained if p.ndim < 2]
+    return [group for group in ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}) if group["params"]]
+
+
+def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], device: torch.device) -> torch.optim.Optimizer:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101. On a GPU DeepSpeed's FusedAdam if it is compiled already, as in the image: nothing
+    is compiled at start. Else PyTorch's.
+    """
+    if device.type == "cuda" and installed_ops.get("fused_adam"):
+        return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU)
+
+
+def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
+    """Updates that change nothing, of engines that learn together: each one's forward pass (any scalar) and backward, then their steps.
+
+    What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored. There are
+    two updates, since passes and steps have to fit beside these states: a step's gradients in float32 were 2.5 GiB for OPT-1.3b on two GPUs.
+    """
+    scalers = [engine._scaler_state() for engine, _ in updates]
+    for _ in range(2):
+        for engine, forward in updates:
+            engine.backward(forward() * 0.0, last=True)
+        for (engine, _), scaler in zip(updates, scalers, strict=True):
+            engine._rehearse_step(scaler)
+
+
+def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Whole weights on the CPU, one parameter at a time; all ranks take part, those with `keep` get them.
+
+    Tied weights stand once, under their first name.
+    """
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        with _gathered(tensor):
+            if keep:
+                state[name] = tensor.detach().to("cpu", copy=True)
+    return state
+
+
+@torch.no_grad()
+def copy_weights(source: Engine, target: nn.Module, lora: Lora | None = None) -> None:
+    """Whole weights of the engine's module (partitioned under ZeRO-3, with `lora`'s adapters) into `target`, a plain module of the same model.
+
+    An adapted weight is W + alpha / rank B A in float32, rounded once.
+    """
+    source.settle()
+    own = dict(target.named_parameters())
+    parameters = dict(source.module.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        weight = own[name.replace(".base_layer.", ".")]
+        with _gathered(parameter):
+            if name.endswith(".base_layer.weight") and lora is not None:
+                pair = [parameters[name.replace(".base_layer.weight", f".lora_{side}.default.weight")] for side in "AB"]
+                with _gathered(pair[0]), _gathered(pair[1]):
+                    a, b = (half.data.float() for half in pair)
+                    weight.data.copy_(torch.addmm(parameter.data.float(), b, a, alpha=lora.alpha / lora.rank))
+            else:
+                weight.data.copy_(parameter.data)
+
+
+@contextmanager
+def _gathered(tensor: Tensor) -> Iterator[None]:
+    if hasattr(tensor, "ds_id"):
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield
+    else:
+        yield
+
+
+class Ema:
+    """Exponential moving average of the trained parameters, float32; under ZeRO-3 each rank keeps its partitions."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.intact = decay, True
+        self._live = [p for p in module.parameters() if p.requires_grad]
+        self._shadow = [_local(p).detach().float().clone() for p in self._live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for shadow, parameter in zip(self._shadow, self._live, strict=True):
+            shadow.lerp_(_local(parameter).float(), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the average inside the block."""
+        kept = [_local(p).detach().clone() for p in self._live]
+        self._write(self._shadow)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._live, values, strict=True):
+            _local(parameter).copy_(value)
+
+    # --- for checkpoints ---
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor), as `Engine.tensors`."""
+        for number, (parameter, shadow) in enumerate(zip(self._live, self._shadow, strict=True)):
+            yield str(number), _joined(parameter, shadow) if hasattr(parameter, "ds_tensor") else shadow
+
+    def size_bytes(self) -> int:
+        return sum(4 * getattr(p, "ds_numel", p.numel()) for p in self._live)
+
+    def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
+        for number, (parameter, shadow) in enumerate(zip(self._live, self._shadow, strict=True)):
+            value = tensor(str(number)).to(shadow.device)
+            shadow.copy_(partition(parameter, value, dist.get_rank()) if hasattr(parameter, "ds_tensor") else value)
+
+
+def partition(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+    """ZeRO-3: the rank's part of a whole tensor, padded with zeros as DeepSpeed pads the last."""
+    count = parameter.ds_tensor.numel()
+    part = whole.flatten()[rank * count : (rank + 1) * count]
+    return nn.functional.pad(part, (0, count - part.numel()))
+
+
+def _joined(parameter: Any, part: Tensor) -> Tensor:
+    """ZeRO-3: the whole tensor of every rank's part."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat([p.flatten() for p in parts])[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data

@@ -1,0 +1,346 @@
+"""Generation over a model's own tensors with a static key-value cache: prompts in, one token a slot a step, no host in the loop.
+
+Slots hold prompts at any stage: each has its own length, so nothing is padded on the left, and a slot whose answer has
+ended takes the next prompt. On a GPU the whole step, sampling included, is one CUDA graph for each number of slots (and
+width, without Triton); on a CPU, or where a capture fails, the same step runs as it is. A step reads its parameters where
+the trainer updates them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_train import compat
+from rlhf_train.data.sequences import cut, sent
+from rlhf_train.kernels import decode_step, fused_layers
+from rlhf_train.kernels.decoder_weights import Layer, Network, Norm
+
+PREFILL_TOKENS = 16384  # of prompts at once, padded
+WIDTH_STEP = 64  # graphs without Triton read the cache up to a multiple of it
+WARM_UPS = 2  # steps before a capture: libraries choose their kernels and workspaces
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Log-probs are always those of softmax(logits / temperature), whatever was left out of the draw."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.top_k == 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Any token may be drawn, or the likeliest is taken."""
+        return self.is_greedy or (self.top_k is None and self.top_p is None)
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """Logits (n, V) with -inf for tokens that may not be drawn: outside the top_k, or outside the smallest set with mass top_p."""
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, places = logits.sort(dim=-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, places, before >= self.top_p)
+            logits = logits.masked_fill(dropped, -torch.inf)
+        return logits
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row: inverse transform sampling, the first token whose cumulative probability exceeds the number.
+
+    logits: (n, V), as the model gives them; uniform: (n,) float64 in [0, 1). Returns tokens (n,) and their log-probs (n,), float32.
+    """
+    logits = logits.float()
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    probabilities = logits.softmax(-1)
+    if sampling.is_greedy:
+        token = logits.argmax(-1)
+    else:
+        kept = sampling.kept(logits)
+        mass = (probabilities if kept is logits else kept.softmax(-1)).cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(mass, (uniform * mass[:, -1]).unsqueeze(1), right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return token, probabilities.gather(1, token.unsqueeze(1)).squeeze(1).log()
+
+
+@dataclass
+class State:
+    """Of S slots and n rows (prompts) with up to R tokens each. What is written for a slot that is done goes to column R, which nobody reads."""
+
+    row: Tensor  # (S,) the prompt that a slot answers
+    token: Tensor  # (S,) sampled and not yet fed
+    length: Tensor  # (S,) tokens in the cache
+    step: Tensor  # (S,) tokens sampled
+    done: Tensor  # (S,) int32
+    numbers: Tensor  # (n, R + 1) float64
+    tokens: Tensor  # (n, R + 1)
+    log_probs: Tensor  # (n, R + 1) float32
+
+    @classmethod
+    def of(cls, slots: int, rows: int, limit: int, device: torch.device) -> State:
+        row, token, length, step = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4))
+        done = torch.ones(slots, dtype=torch.int32, device=device)
+        numbers = torch.zeros(rows, limit + 1, dtype=torch.float64, device=device)
+        tokens, log_probs = torch.zeros_like(numbers, dtype=torch.int64), torch.zeros_like(numbers, dtype=torch.float32)
+        return cls(row, token, length, step, done, numbers, tokens, log_probs)
+
+    def record(self, slots: Tensor | slice, logits: Tensor, sampling: Sampling, eos_id: int) -> None:
+        """The next token of these slots and all its book-keeping, after the tokens before it were fed. logits: (n, V)."""
+        limit = self.tokens.shape[1] - 1
+        row, step, live = self.row[slots], self.step[slots], self.done[slots] == 0
+        at = torch.where(live, step, limit)
+        token, log_prob = draw(logits, self.numbers[row, at], sampling)
+        self.tokens[row, at] = token
+        self.log_probs[row, at] = log_prob
+        self.token[slots] = torch.where(live, token, self.token[slots])
+        self.done[slots] = (~live | (token == eos_id) | (step + 1 >= limit)).to(torch.int32)
+        self.length[slots] += live
+        self.step[slots] += live
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """What stands in the slots `source` now also stands in `target`; they are done where they were."""
+        for tensor in (self.row, self.token, self.length, self.step, self.done):
+            tensor[target] = tensor[source]
+        self.done[source] = 1
+
+
+class Decoder:
+    """`slots` answers at once, for `rows` prompts a call at most."""
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        slots: int,
+        width: int,
+        rows: int,
+        limit: int,
+        sampling: Sampling,
+        eos_id: int,
+        use_kernels: bool | None = None,
+        warn: Callable[[str], object] = lambda message: None,
+    ) -> None:
+        """width: tokens of prompt and answer, at most; limit: of the answer. use_kernels: Triton's; default: where they are at hand."""
+        weights = network.token_embedding
+        self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = network, slots, width, rows, sampling, eos_id
+        self.device = weights.device
+        on_gpu = self.device.type == "cuda"
+        self.use_kernels = (on_gpu and decode_step.take(network) and decode_step.work(warn)) if use_kernels is None else use_kernels
+        self._add_norm = decode_step.add_norm if self.use_kernels else _add_norm
+        self.state = State.of(slots, rows, limit, self.device)
+        shape = (len(network.layers), slots, network.heads, width, network.head_size)
+        self.keys = torch.zeros(shape, dtype=weights.dtype, device=self.device)
+        self.values = torch.zeros_like(self.keys)
+        self._graphs: dict[tuple[int, int], Any] | None = {} if on_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._warn = warn
+        self._addresses = network.addresses()
+
+    def reads(self, network: Network) -> bool:
+        """Whether the graphs still read the tensors of this network."""
+        return network.addresses() == self._addresses
+
+    # --- prompts ---
+
+    def begin(self, numbers: Tensor) -> None:
+        """numbers: (n, R), of the rows of this call. All slots become free."""
+        self.state.numbers[: len(numbers), : numbers.shape[1]] = numbers.to(self.device)
+        self.state.done.fill_(1)
+
+    def admit(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
+        """Feed these prompts into free slots, and sample the first token of each: in passes where the fewest tokens are computed."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        order = np.argsort(-lengths, kind="stable")
+        for part in cut(lengths[order], PREFILL_TOKENS):
+            chosen = np.sort(order[part])  # consecutive slots, in most passes
+            self._admit([slots[i] for i in chosen], [rows[i] for i in chosen], [prompts[i] for i in chosen])
+
+    def _admit(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
+        for place, prompt in enumerate(prompts):
+            ids[place, : len(prompt)] = prompt
+        slot, row, length, inputs = (self._sent(array) for array in (slots, rows, lengths, ids))
+        state = self.state
+        state.row[slot], state.step[slot], state.done[slot] = row, 0, 0
+        state.length[slot] = length - 1  # `record` counts the token that was fed last
+        run = range(slots[0], slots[0] + len(slots))
+        where = slice(run.start, run.stop) if list(slots) == list(run) else slot  # by an index, keys and values took an H200 36 ms, so 20
+        state.record(slot, self._prefill(where, inputs, length), self.sampling, self.eos_id)
+
+    def _prefill(self, slots: Tensor | slice, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Fills the cache. ids: (n, P), padded on the right: under causal attention that changes nothing. Returns logits (n, V) after each prompt."""
+        network, (count, width) = self.network, ids.shape
+
+        def attend(number: int, layer: Layer, y: Tensor) -> Tensor:
+            query, key, value = (part.view(count, width, network.heads, network.head_size).transpose(1, 2) for part in layer.query_key_value(y))
+            self.keys[number, slots, :, :width] = key
+            self.values[number, slots, :, :width] = value
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return out.transpose(1, 2).reshape(count * width, network.width)
+
+        positions = torch.arange(width, device=ids.device).repeat(count)
+        last = torch.arange(count, device=ids.device) * width + lengths - 1
+        hidden = _through(network, embed(network, ids.flatten(), positions), attend, self._add_norm, wanted=last)
+        return _logits(network, hidden)
+
+    def _sent(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        return sent(torch.from_numpy(np.asarray(numbers, dtype=np.int64)), self.device)
+
+    # --- steps ---
+
+    def advance(self, count: int, width: int, steps: int) -> None:
+        """`steps` more tokens for the first `count` slots, none of which then holds more than `width` tokens."""
+        run = self._captured(count, width)
+        for _ in range(steps):
+            run()
+
+    def _captured(self, count: int, width: int) -> Callable[[], object]:
+        reach = self.width if self.use_kernels else min(self.width, -(-width // WIDTH_STEP) * WIDTH_STEP)
+        if self._graphs is None:
+            return lambda: self._step(count, width)
+        if (count, reach) not in self._graphs:
+            try:
+                self._graphs[count, reach] = self._capture(lambda: self._step(count, reach))
+            except Exception as error:
+                if compat.is_out_of_memory(error):
+                    raise
+                self._warn(f"the decode step could not be captured as a CUDA graph, and runs without: {str(error).splitlines()[0]}")
+                self._graphs = None
+                return lambda: self._step(count, width)
+        return self._graphs[count, reach].replay
+
+    def _capture(self, step: Callable[[], None]) -> Any:
+        """With all slots done, a step changes nothing that is read later: so may a warm-up."""
+        kept = self.state.done.clone()
+        self.state.done.fill_(1)
+        try:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, **compat.capture_arguments()):
+                step()
+        finally:  # a step that cannot be captured goes on as it is
+            self.state.done.copy_(kept)
+        return graph
+
+    def _step(self, count: int, width: int) -> None:
+        network, state = self.network, self.state
+        length, done = state.length[:count], state.done[:count]
+        everyone = torch.arange(count, device=self.device)
+        if not self.use_kernels:
+            unseen = (torch.arange(width, device=self.device) > length[:, None])[:, None, None]  # the new token is at `length`
+            bias = torch.zeros(unseen.shape, dtype=self.keys.dtype, device=self.device).masked_fill_(unseen, -torch.inf)
+
+        def attend(number: int, layer: Layer, y: Tensor) -> Tensor:
+            query, key, value = layer.query_key_value(y)
+            keys, values = self.keys[number], self.values[number]
+            if self.use_kernels:
+                return decode_step.attend(query, key, value, keys, values, length, done, **attention_tiles(count))
+            query, key, value = (part.view(count, network.heads, network.head_size) for part in (query, key, value))
+            keys[everyone, :, length] = key
+            values[everyone, :, length] = value
+            return _attend(query, keys[:count], values[:count], bias).view(count, network.width)
+
+        hidden = _through(network, embed(network, state.token[:count], length), attend, self._add_norm)
+        logits = _logits(network, hidden)
+        if self.use_kernels and self.sampling.is_plain:
+            decode_step.pick(
+                logits, state.numbers, state.row, state.token, state.length, state.step, state.done, state.tokens, state.log_probs,
+                temperature=self.sampling.temperature, greedy=self.sampling.is_greedy, eos_id=self.eos_id,
+            )  # fmt: skip
+        else:
+            state.record(slice(0, count), logits, self.sampling, self.eos_id)
+
+    # --- slots ---
+
+    def compact(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
+        """Move the answers in the slots `source` to the free slots `target`; none holds more than `width` tokens."""
+        old, new = (self._sent(places) for places in (source, target))
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                layer[new, :, :width] = layer[old, :, :width]
+        self.state.move(old, new)
+
+
+def attention_tiles(count: int) -> dict[str, int]:
+    """Tokens a tile, warps and stages of `decode_step.attend`. Measured on an H200: one warp reads at the copy bandwidth where slots are many;
+    few slots need more of them in flight.
+    """
+    return {"block": 64, "warps": 1, "stages": 1} if count > 32 else {"block": 64, "warps": 2, "stages": 3}
+
+
+def embed(network: Network, ids: Tensor, positions: Tensor) -> Tensor:
+    """ids, positions: (n,), from 0. Returns (n, d)."""
+    x = F.embedding(ids, network.token_embedding)
+    if network.project_in is not None:
+        x = network.project_in(x)
+    return x + F.embedding(positions + network.position_offset, network.position_embedding)
+
+
+def _add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm: the slow twin of `decode_step.add_norm`."""
+    total = x + residual
+    return total, norm(total)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """One query a slot and head: the slow twin of `decode_step.attend`. query: (n, H, D); keys, values: (n, H, T, D); bias: (n, 1, 1, W), W <= T."""
+    width = bias.shape[-1]
+    if query.dtype == torch.float32 and not query.is_cuda:
+        return _attend_on_cpu(query, keys, values, bias)
+    out = F.scaled_dot_product_attention(query.unsqueeze(2), keys[:, :, :width], values[:, :, :width], attn_mask=bias)
+    return out.reshape(query.shape)
+
+
+def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """As `_attend`. SDPA starts a product for each slot and head there: 64 slots and 8 heads of 100 tokens took 2.0 ms, and 1.5 in this way."""
+    count, heads, size = query.shape
+    width = bias.shape[-1]
+    apart = (count * heads, 1, size)
+    scores = torch.bmm((query * size**-0.5).view(apart), keys.flatten(0, 1)[:, :width].transpose(1, 2)).view(count, heads, 1, width)
+    weights = scores.add_(bias).softmax(-1).view(count * heads, 1, width)
+    return torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(query.shape)
+
+
+def _through(
+    network: Network,
+    x: Tensor,
+    attend: Callable[[int, Layer, Tensor], Tensor],
+    add_norm: Callable[[Tensor, Tensor, Norm], tuple[Tensor, Tensor]],
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """All layers. x: (n, d), embedded. Returns (n, d), normed as the family does; or (m, d), of the tokens `wanted` (m,) alone."""
+    y = network.first_norm(x) if network.first_norm is not None else x
+    for number, layer in enumerate(network.layers):
+        seen = attend(number, layer, y)
+        if wanted is not None and layer is network.layers[-1]:  # the others have given what they had: keys and values
+            x, seen = x[wanted], seen[wanted]
+        x, y = add_norm(x, layer.output(seen), layer.after_attention)
+        if not network.norm_first:
+            x = y
+        grown = layer.down(fused_layers.linear_relu(y, layer.up.weight, layer.up.bias))
+        x, y = add_norm(x, grown, layer.after_mlp) if layer.after_mlp is not None else (x + grown, x + grown)
+        if not network.norm_first:
+            x = y
+    return y
+
+
+def _logits(network: Network, hidden: Tensor) -> Tensor:
+    return network.head(network.project_out(hidden) if network.project_out is not None else hidden)

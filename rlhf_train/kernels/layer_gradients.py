@@ -1,0 +1,86 @@
+"""Triton kernels of the backward pass through a decoder's layers, for GPUs: what PyTorch does in several passes over memory, in one.
+
+Optional: without Triton 3 it is PyTorch's own. Tests compare the two in Triton's interpreter, on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_train.kernels.decode_step import IS_THERE
+
+# Of a norm's gradient: they go through all rows together, and each adds up its part of the gradients of weight and bias. On an H200 16384
+# rows of 2048 took 99 us and their sums 18 (512 programs: 97 and 26; 256: 149 and 17), of 1024 53 and 15 (77 and 25, 133 and 17).
+PROGRAMS = 1024
+ROWS, COLUMNS, PARTS = 8, 512, 32  # of a tile of a ReLU's gradient, and programs that share a column's rows
+
+if IS_THERE:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _norm_gradient(
+        x, weight, of_x, of_normed, out, of_weight, of_bias, rows, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr
+    ):  # fmt: skip
+        column = tl.arange(0, BLOCK)
+        inside = column < SIZE
+        scales = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        sum_weight = tl.zeros([BLOCK], tl.float32)
+        sum_bias = tl.zeros([BLOCK], tl.float32)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            at = tl.cast(row, tl.int64) * SIZE + column
+            value = tl.load(x + at, inside, 0.0).to(tl.float32)
+            above = tl.load(of_normed + at, inside, 0.0).to(tl.float32)
+            centred = tl.where(inside, value - tl.sum(value, 0) / SIZE, 0.0)
+            per_std = 1 / tl.sqrt(tl.sum(centred * centred, 0) / SIZE + eps)
+            plain = centred * per_std
+            scaled = scales * above
+            gradient = (scaled - tl.sum(scaled, 0) / SIZE - plain * (tl.sum(scaled * plain, 0) / SIZE)) * per_std
+            if ADDS:
+                gradient += tl.load(of_x + at, inside, 0.0).to(tl.float32)
+            tl.store(out + at, gradient.to(out.dtype.element_ty), inside)
+            sum_weight += above * plain
+            sum_bias += above
+        place = tl.program_id(0) * SIZE + column
+        tl.store(of_weight + place, sum_weight, inside)
+        tl.store(of_bias + place, sum_bias, inside)
+
+    @triton.jit
+    def _relu_gradient(above, y, out, of_bias, rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)  # added up over its rows in the end: to do it for each tile took twice as long as all else
+        for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
+            row = first + tl.arange(0, ROWS)
+            at = tl.cast(row, tl.int64)[:, None] * size + column[None, :]
+            inside = (row < rows)[:, None] & (column < size)[None, :]
+            gradient = tl.load(above + at, inside, 0.0)
+            gradient = tl.where(tl.load(y + at, inside, 0.0) <= 0, 0.0, gradient)  # through a NaN, as PyTorch
+            tl.store(out + at, gradient, inside)
+            total += gradient.to(tl.float32)
+        tl.store(of_bias + tl.program_id(1) * size + column, tl.sum(total, 0), column < size)
+
+
+def norm_gradient(x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x (n, d), of the weight and of the bias (d,), given that of the layer norm of x; of_x (n, d): what x has of elsewhere, added."""
+    rows, size = x.shape
+    programs = max(1, min(PROGRAMS, rows))
+    parts = torch.empty(2, programs, size, dtype=torch.float32, device=x.device)
+    out, of_normed = torch.empty_like(x), of_normed.contiguous()
+    more = of_normed if of_x is None else of_x.contiguous()
+    block = triton.next_power_of_2(size)
+    _norm_gradient[(programs,)](
+        x, weight, more, of_normed, out, parts[0], parts[1], rows, eps,
+        SIZE=size, BLOCK=block, ADDS=of_x is not None, num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
+    of_weight, of_bias = parts.sum(1).to(weight.dtype).unbind()
+    return out, of_weight, of_bias
+
+
+def relu_gradient(above: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of relu's input (n, m), and its sum over n, (m,), given that of y (n, m), its result."""
+    rows, size = y.shape
+    above, out = above.contiguous(), torch.empty_like(y)
+    parts = torch.empty(PARTS, size, dtype=torch.float32, device=y.device)
+    _relu_gradient[(triton.cdiv(size, COLUMNS), PARTS)](above, y, out, parts, rows, size, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    return out, parts.sum(0).to(y.dtype)

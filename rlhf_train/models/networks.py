@@ -1,0 +1,290 @@
+"""The four networks, as plain Hugging Face models, and the two forward passes that training needs of them.
+
+Dropout is 0 in every model, always: old and new log-probs must come from the same function. Padding has a token of its
+own, never the EOS. `ActorForward` and `ScoreForward` exist in training only; what is saved is the model inside them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Lora, Scratch
+from rlhf_train import compat
+from rlhf_train.data import hub
+from rlhf_train.data.sequences import Sequences
+from rlhf_train.kernels import cpu_matmul
+from rlhf_train.models import packed_attention
+from rlhf_train.models.log_probs import label_log_probs
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, with a padding token of its own."""
+    tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
+    if tokenizer.eos_token_id is None:
+        raise ToolkitError(
+            f"the tokenizer of {source} has no EOS token", why="a response must be able to end", hint="choose a model whose tokenizer has one"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with OPT's special tokens: `</s>` begins a prompt and ends an answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    # Every byte is in the alphabet: no text is unknown, whatever the training rows lacked.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", bpe.token_to_id("</s>"))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids, which no model here takes
+    )
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
+    """AutoModelForCausalLM by hub name, from a folder, or with random weights from a configuration."""
+    config = _config(model, tokenizer)
+    if isinstance(model, Scratch):
+        torch.manual_seed(seed)
+        return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype)))
+    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
+    return cpu_matmul.use_in(_fit_vocabulary(loaded, tokenizer))
+
+
+def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
+    """AutoModelForSequenceClassification with one label. A head that the weights lack starts at N(0, 1/sqrt(d + 1))."""
+    config = _config(model, tokenizer)
+    has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    if isinstance(model, Scratch):
+        scorer = AutoModelForSequenceClassification.from_config(config, **compat.dtype_argument(dtype))
+    else:
+        scorer = _load(AutoModelForSequenceClassification.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
+        scorer = _fit_vocabulary(scorer, tokenizer)
+    if not isinstance(getattr(scorer, "score", None), nn.Module):
+        raise ToolkitError(
+            f"a reward model cannot be made from {type(scorer).__name__}",
+            why="its head is not the linear layer `score`",
+            hint="use OPT, LLaMA, Mistral, Qwen2 or a model built like them",
+        )
+    if not has_head:
+        head = scorer.score.weight
+        values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
+        head.data.copy_(values)
+    return cpu_matmul.use_in(scorer)
+
+
+def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
+    if isinstance(model, Scratch):
+        fields = dict(model.config)
+        try:
+            config = AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **fields)
+        except (ValueError, TypeError) as error:
+            raise ToolkitError(
+                "the model's config is refused by transformers",
+                why=str(error).splitlines()[0],
+                hint="see actor.model.config and critic.model.config in the job file",
+            ) from None
+    else:
+        config = _load(AutoConfig.from_pretrained, model, hub.config_files)
+    for name, value in config.to_dict().items():
+        if (name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float | int):
+            setattr(config, name, 0.0)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # A padding token that was added has no row in the embedding yet: see `_fit_vocabulary`.
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else None
+    return config
+
+
+def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Room for a padding token that was added; never smaller (OPT keeps 50272 rows for 50265 tokens)."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
+    folder = hub.model(source, wanted)
+    try:
+        loaded = load(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "config.json, model.safetensors and tokenizer.json belong there"
+        hint = f"look into the folder: {hint}" if hub.local(source) else f"choose another model: {hint}"
+        raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, code=ExitCode.USAGE) from error
+    loaded.name_or_path = source
+    return loaded
+
+
+def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
+    """Raises ToolkitError when prompt and response together outgrow the model's positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + response_tokens > limit:
+        raise ToolkitError(
+            f"prompts of {prompt_tokens} and responses of {response_tokens} tokens do not fit the model",
+            why=f"{type(model).__name__} here has {limit} positions",
+            hint=f"lower data.max_prompt_tokens or data.max_response_tokens to a sum of at most {limit}",
+        )
+
+
+def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
+    """Step 3 hands the actor's token ids to the reward model. Raises ToolkitError when these mean other words there."""
+    if actor.get_vocab() != critic.get_vocab():
+        raise ToolkitError(
+            "the actor and the reward model use different tokenizers",
+            why=f"{actor.name_or_path or 'the actor'} and {critic.name_or_path or 'the reward model'} number their tokens differently",
+            hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), or critic.model: actor",
+        )
+
+
+def checkpoint_activations(model: Any) -> None:
+    """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less memory."""
+    arguments = compat.checkpointing_arguments()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if arguments["use_reentrant"]:  # with LoRA, such a checkpoint would see nothing to differentiate
+        model.enable_input_require_grads()
+
+
+# --- forward passes ------------------------------------------------------------------------------------------------
+
+
+class ActorForward(nn.Module):
+    """log pi of chosen tokens, from the hidden states that predict them only: never [B, T, V] logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(
+        self, batch: Sequences, *, from_prompt: bool = False, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> log-probs (N,) of `batch.predicted(from_prompt=...)`'s labels, and the entropies (N,) if asked for."""
+        index, labels = batch.predicted(from_prompt=from_prompt)
+        states = _hidden_states(self.model, batch, index)
+        return label_log_probs(states, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy)
+
+
+class ScoreForward(nn.Module):
+    """A score after a token, (score - shift) / scale; the reward model in steps 2 and 3, and the critic.
+
+    shift and scale make rewards mean 0 and std 1 on the reference's answers; both models share them.
+    """
+
+    def __init__(self, model: Any, *, with_lm: bool = False, shift: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.shift, self.scale = shift, scale
+        self.lm_head: nn.Linear | None = None
+        if with_lm:
+            embedding = model.get_input_embeddings().weight
+            if not getattr(model.config, "tie_word_embeddings", False):
+                raise ToolkitError(
+                    "reward.lm_coef needs a model whose input and output embeddings are one",
+                    why=f"{type(model).__name__}'s are two, and a reward model has no output embedding",
+                    hint="set reward.lm_coef: 0",
+                )
+            # A module of its own, so that ZeRO-3 gathers the tied weight where it is used.
+            self.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+            self.lm_head.weight = embedding
+
+    def forward(self, batch: Sequences, at: Tensor | None = None, *, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
+        """-> scores (n,) after the tokens `at`, an index into S as `Sequences` says; None: (S,), after all. And the log-probs of the response
+        tokens of the first `lm_rows` rows, (N,), for which `at` must be None.
+        """
+        hidden = _hidden_states(self.model, batch, at)
+        scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
+        if not lm_rows or self.lm_head is None:
+            return scores, None
+        index, labels = batch.predicted()
+        assert at is None, "the log-probs are of other tokens than the scores"
+        count = int(batch.host_response_lengths[:lm_rows].sum())
+        states = hidden.index_select(0, index[:count])
+        return scores, label_log_probs(states, labels[:count], self.lm_head, self.model.config.vocab_size)[0]
+
+
+def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
+    """Of the scores after all tokens, (S,), those after the last real one of each row, (B,)."""
+    return scores[batch.last()]
+
+
+def _hidden_states(model: Any, batch: Sequences, at: Tensor | None) -> Tensor:
+    """Of the tokens `at`, in increasing order: (n, d); None: of all, (S, d).
+
+    Padding is on the right, where causal attention never looks: no mask is needed, and default positions are right. Without a mask,
+    attention takes kernels that know of causality alone.
+    """
+    more = packed_attention.arguments(batch, at) if batch.is_packed else {}
+    states = model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+    return states if at is None or (batch.is_packed and packed_attention.leaves_out(model)) else states.index_select(0, at)
+
+
+def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
+    """What `Sequences.of` fills rows up with for these models; None: they are made to take packed rows, since all can."""
+    if not all(packed_attention.can_pack(model) for model in models):
+        return tokenizer.pad_token_id
+    for model in models:
+        packed_attention.keep_rows_apart(model)
+    return None
+
+
+# --- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
+    """Inject PEFT's adapters into `model` in place; only they are trained. The model's own class stays."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.target_modules), bias="none")  # type: ignore[arg-type]
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise ToolkitError(
+            "actor.lora.target_modules names no layer of the model", why=str(error).splitlines()[0], hint=f"its linear layers are {', '.join(linear)}"
+        ) from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """A state dict with adapters -> one of the plain model: W + alpha / rank B A, in float32, cast once."""
+    merged: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." in name:
+            prefix, _, leaf = name.partition(".base_layer.")
+            if leaf == "weight":
+                a, b = (state[f"{prefix}.lora_{side}.default.weight"].float() for side in "AB")
+                value = (value.float() + (lora.alpha / lora.rank) * (b @ a)).to(value.dtype)
+            name = f"{prefix}.{leaf}"
+        merged[name] = value
+    return merged

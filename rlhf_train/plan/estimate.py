@@ -1,0 +1,206 @@
+"""`--dry-run`: the resolved job, the steps, the batch arithmetic, and the memory and disk that the models will need.
+
+Memory is that of weights, gradients and optimizer states, which is known beforehand; activations depend on lengths.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import STEPS, plural
+from jobs.run_dir import RunDir
+from jobs.spec import Job, Lora, Scratch
+from jobs.yaml12 import dump_yaml
+from rlhf_train.disk import size_of
+from rlhf_train.plan.placement import GIB, Placement
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of one network."""
+
+    all: int
+    trained: int
+    adapted: int = 0  # those of the matrices that adapters change
+
+
+def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
+    """Counted on a model without memory; needs the model's config, from the hub if it is not here."""
+    from rlhf_train.models.networks import add_lora
+
+    network = _network(job, model)
+    if lora and job.actor.lora is not None:
+        with torch.device("meta"):
+            add_lora(network, job.actor.lora, seed=0)
+    adapters = sum(p.numel() for name, p in network.named_parameters() if "lora_" in name)
+    everything = sum(p.numel() for p in network.parameters())
+    adapted = sum(p.numel() for name, p in network.named_parameters() if name.endswith(".base_layer.weight"))
+    return Size(everything - adapters, adapters or everything, adapted)
+
+
+def _network(job: Job, model: str | Scratch) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf_train.data import hub
+
+    with torch.device("meta"):
+        if not isinstance(model, Scratch):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hub.model(model, hub.config_files)))
+        fields = dict(model.config)
+        try:
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(fields.pop("model_type"), vocab_size=job.actor.tokenizer_vocabulary, **fields)
+            )
+        except Exception as error:  # a wrong number is a ValueError, TypeError, ZeroDivisionError, RuntimeError or one of transformers' own
+            raise ToolkitError(
+                "transformers makes no model of a config in the job file",
+                why=f"{type(error).__name__}: {error}",
+                hint="see actor.model.config and critic.model.config",
+            ) from None
+
+
+def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> int:
+    """A rank's weights, gradients and AdamW states (in 16 bit: a float32 master copy too) at a ZeRO stage."""
+    weight = WEIGHT_BYTES[precision]
+    states = 8 if precision == "float32" else 12
+    weights, gradients, optimizer = size.all * weight, size.trained * weight, size.trained * states
+    shared = ranks if ranks > 1 else 1
+    return (
+        weights // (shared if zero_stage >= 3 else 1)
+        + gradients // (shared if zero_stage >= 2 else 1)
+        + optimizer // (shared if zero_stage >= 1 else 1)
+    )
+
+
+def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> int:
+    """A rank's weights in step 3 that do not learn: the reward model, the reference, and what rollouts read. See ppo.frozen_copies."""
+    if zero_stage == 3:
+        copies = 2 * actor.all
+    else:
+        copies = actor.adapted or actor.all  # LoRA: the reference is the actor with its adapters off
+    return (critic.all + copies) * WEIGHT_BYTES[precision]
+
+
+def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement) -> str:
+    lines = [dump_yaml(job.dump()).rstrip(), ""]
+    lines.append(f"run: {run.path}")
+    lines.append(f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}")
+    for step in wanted:
+        state = "to do" if step in todo else "complete"
+        lines.append(f"step {step} ({STEPS[step]}): {state}; global batch {placement.batch_plan(job, step)}")
+        if step == 3:
+            updates = job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
+            lines.append(f"  {job.ppo.rollout_batch} prompts a rollout, {plural(updates, 'updates')} each")
+    return "\n".join(lines + _needs(job, run, todo, placement))
+
+
+def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> list[str]:
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    sizes = []
+    for model, lora in ((job.actor.model, True), (critic_source, False)):
+        try:
+            sizes.append(model_size(job, model, lora=lora))
+        except (OSError, ValueError, ToolkitError) as error:
+            if isinstance(model, Scratch):
+                raise
+            reason = error.why if isinstance(error, ToolkitError) else str(error)
+            return [f"memory and disk: unknown, since the config of {model} cannot be had ({reason.splitlines()[0]})"]
+    actor, critic = sizes
+    weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
+    actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
+    critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
+    frozen = frozen_bytes(actor, critic, placement.precision, placement.actor_zero_stage)
+    memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen}
+    lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
+    lines += [f"memory, step {step}: {_amount(memory[step])} a rank, and activations" for step in todo]
+    need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
+    lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them" + ("; too little" if need > free else ""))
+    return lines
+
+
+def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight_bytes: int) -> int:
+    """The most that the steps need at once: the models of those before, a checkpoint, and the next one beside it or the model."""
+    kept = most = 0
+    for step in steps:
+        model = (critic if step == 2 else actor).all * weight_bytes
+        models = model * (2 if step == 3 and job.ppo.ema_decay else 1)
+        best = model if job.checkpoint.best_every_updates else 0
+        trained = {1: actor.trained, 2: critic.trained, 3: actor.trained + critic.trained}[step]
+        checkpoint = 12 * trained + (4 * actor.trained if step == 3 and job.ppo.ema_decay else 0)
+        most = max(most, kept + best + checkpoint + max(checkpoint, models))
+        kept += best + models
+    return most
+
+
+def free_bytes(run: RunDir) -> int:
+    """Free where the run lies, or will; what it holds already counts, since these steps will use or replace it."""
+    here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
+    return shutil.disk_usage(here).free + size_of(run.path)
+
+
+def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement) -> None:
+    """Before anything is fetched or trained, for all steps to come. Raises ToolkitError when the disk is too small for them."""
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    try:
+        actor, critic = model_size(job, job.actor.model, lora=True), model_size(job, critic_source, lora=False)
+    except (OSError, ValueError, ToolkitError):  # the step itself will say what is wrong with a model
+        return
+    need, free = disk_bytes(job, steps, actor, critic, WEIGHT_BYTES[placement.precision]), free_bytes(run)
+    if need > free:
+        numbers = ", ".join(map(str, steps))
+        raise ToolkitError(
+            f"the disk is too small for the models and checkpoints of {'step' if len(steps) == 1 else 'steps'} {numbers}",
+            why=f"they need {_amount(need)} at once, and {_amount(free)} are free for them at {run.path}",
+            hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
+            code=ExitCode.UNFIT,
+        )
+
+
+def _amount(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def relief(job: Job, step: int, placement: Placement) -> str:
+    """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with what a rank then needs."""
+    where, hardware = placement, job.hardware
+    stages = {"actor": where.actor_zero_stage, "critic": where.critic_zero_stage}
+    parts = {1: ["actor"], 2: ["critic"], 3: ["actor", "critic"]}[step]
+    with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    try:
+        plain = {"actor": model_size(job, job.actor.model, lora=False), "critic": model_size(job, critic_source, lora=False)}
+        adapted = plain | {"actor": model_size(with_lora, job.actor.model, lora=True)}
+    except (OSError, ValueError, ToolkitError):  # the hub is away: no numbers then
+        return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
+
+    def needed(sizes: dict[str, Size], *, least_stage: int = 0, ranks: int = where.ranks) -> int:
+        stage = {part: max(least_stage, stages[part]) for part in parts}
+        total = sum(training_bytes(sizes[part], where.precision, stage[part], ranks) for part in parts)
+        return total + (frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0)
+
+    sizes = plain if job.actor.lora is None else adapted
+    now = needed(sizes)
+    lines = [f"weights, gradients and optimizer take {_amount(now)} a rank, activations of one sequence the rest; in order of cost:"]
+    if not hardware.gradient_checkpointing:
+        lines.append("hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing")
+    if job.actor.lora is None and needed(adapted) < now:  # adapters of a tiny model are larger than itself
+        then = _amount(needed(adapted))
+        lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}")
+    ranks = max(2, where.ranks)
+    for stage, cost in ((2, "gradients that are added up after each pass"), (3, "more traffic between them")):
+        lower = [part for part in parts if stages[part] < stage]
+        then = needed(sizes, least_stage=stage, ranks=ranks)
+        if lower and then < now:
+            which = ", ".join(f"hardware.{part}_zero_stage: {stage}" for part in lower)
+            lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(then)}, for {cost}")
+    longest = job.data.max_prompt_tokens + job.data.max_response_tokens
+    lines.append(f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model")
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""What `auto` means on this machine: device, ranks, precision, ZeRO stages and micro batches, derived once and printed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import plural
+from jobs.spec import Job
+from rlhf_train.data.sequences import BatchPlan, largest_divisor
+
+GIB = 2**30
+# A GPU with more memory than that tries so many sequences at once before the first update, and comes down from there.
+MICRO_BATCHES = ((120 * GIB, 64), (70 * GIB, 32), (40 * GIB, 16), (0, 8))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice depends on."""
+
+    cores: int  # that this process may use
+    gpus: tuple[str, ...] = ()  # names
+    gpu_bytes: int = 0  # memory of the smallest
+    bfloat16: bool = False  # all GPUs compute in it
+    capabilities: tuple[str, ...] = ()  # of the GPUs: "8.9"
+    peer_access: bool | None = None  # some GPU reaches another's memory; None with one GPU
+    cuda: str | None = None  # that PyTorch was built for
+    gpu_error: str = ""  # why PyTorch sees no GPU, in its own words, if it has any
+
+    @classmethod
+    def look(cls, *, gpus: bool = True) -> Machine:
+        """`gpus` false: leave them alone, since the job runs on the CPU; they may be broken."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if not gpus:
+            return cls(cores)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            available = torch.cuda.is_available()
+        if not available:
+            return cls(cores, cuda=torch.version.cuda, gpu_error=str(said[0].message).splitlines()[0] if said else "")
+        count = torch.cuda.device_count()
+        cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        return cls(
+            cores,
+            tuple(c.name for c in cards),
+            min(c.total_memory for c in cards),
+            all(c.major >= 8 for c in cards),
+            tuple(f"{c.major}.{c.minor}" for c in cards),
+            any(torch.cuda.can_device_access_peer(*pair) for pair in pairs) if pairs else None,
+            torch.version.cuda,
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The resolved half of `hardware`; plain values, since it travels to the ranks as JSON."""
+
+    device: str
+    device_reason: str
+    ranks: int
+    precision: str
+    actor_zero_stage: int
+    critic_zero_stage: int
+    micro_batches: tuple[int, int, int]  # steps 1, 2 and 3
+    rollout_micro_batch: int
+    cpu_threads: int
+    notes: tuple[str, ...] = ()  # where the job's wish was not followed to the letter
+    no_peer_access: str = ""  # why the GPUs of several ranks cannot reach each other's memory
+
+    def batch_plan(self, job: Job, step: int) -> BatchPlan:
+        part, name = {1: (job.sft, "sft"), 2: (job.reward, "reward"), 3: (job.ppo, "ppo")}[step]
+        return BatchPlan.of(part.global_batch, self.micro_batches[step - 1], self.ranks, name)  # type: ignore[attr-defined]
+
+
+def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
+    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not divide.
+
+    `auto` is the CPU where PyTorch sees no GPU; that it should have seen one is for jobs/fitness.py to say, beforehand.
+    """
+    wish = job.hardware
+    device, reason = _device(job, machine)
+    ranks = wish.ranks if wish.ranks != "auto" else (len(machine.gpus) if device == "cuda" else 1)
+    if device == "cuda" and ranks > len(machine.gpus):
+        raise ToolkitError(
+            f"hardware.ranks is {ranks}, but PyTorch sees {plural(len(machine.gpus), 'GPUs')}",
+            hint="lower it, or set CUDA_VISIBLE_DEVICES",
+            code=ExitCode.UNFIT,
+        )
+    if job.ppo.rollout_batch % ranks:
+        raise ToolkitError(f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {ranks} ranks", hint=f"use a multiple of {ranks}")
+    precision = wish.precision
+    if precision == "auto":
+        precision = "float32" if device == "cpu" else "bfloat16" if machine.bfloat16 else "float16"
+    if precision == "float16" and device == "cpu":
+        raise ToolkitError(
+            "hardware.precision is float16, but this runs on CPU",
+            why="its kernels are missing or slow there",
+            hint="use float32 or bfloat16",
+            code=ExitCode.UNFIT,
+        )
+    if wish.micro_batch == "auto":
+        # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length 2 to 4 % less.
+        limit = 8 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
+        micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
+    else:
+        micro_batches = (wish.micro_batch,) * 3
+    stages = {
+        "actor": _zero_stage(wish.actor_zero_stage, ranks, device, has_lora=job.actor.lora is not None),
+        "critic": _zero_stage(wish.critic_zero_stage, ranks, device, has_lora=False),
+    }
+    notes: tuple[str, ...] = ()
+    if precision != "float32":
+        wishes = {"actor": wish.actor_zero_stage, "critic": wish.critic_zero_stage}
+        # DeepSpeed 0.19.8's ZeRO 0 in bfloat16 leaves the path of ZeRO 1-3 and of float32 after one update
+        # (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no more memory.
+        notes = tuple(f"{who}: ZeRO 0 is run as ZeRO 1 in {precision}" for who, stage in wishes.items() if stage == 0)
+        stages = {who: max(stage, 1) for who, stage in stages.items()}
+    if wish.rollout_micro_batch != "auto":
+        rollout_micro_batch = wish.rollout_micro_batch
+    else:  # a GPU takes fewer where its free memory holds no more answers: see Rollouts
+        rollout_micro_batch = max(64, job.ppo.rollout_batch // ranks) if device == "cuda" else 64
+    placement = Placement(
+        device=device,
+        device_reason=reason,
+        ranks=ranks,
+        precision=precision,
+        actor_zero_stage=stages["actor"],
+        critic_zero_stage=stages["critic"],
+        micro_batches=micro_batches,  # type: ignore[arg-type]
+        rollout_micro_batch=rollout_micro_batch,
+        cpu_threads=wish.cpu_threads if wish.cpu_threads != "auto" else max(1, machine.cores // ranks),
+        notes=notes,
+        no_peer_access=no_peer_access if device == "cuda" and ranks > 1 else "",
+    )
+    for step in (1, 2, 3):
+        placement.batch_plan(job, step)
+    return placement
+
+
+def _device(job: Job, machine: Machine) -> tuple[str, str]:
+    wish = job.hardware.device
+    if wish == "cuda" and not machine.gpus:
+        raise ToolkitError(
+            "hardware.device is cuda, but PyTorch sees no GPU",
+            why=f"torch {torch.__version__} was built for {torch.version.cuda or 'CPU only'}",
+            hint="look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set hardware.device: cpu",
+            code=ExitCode.UNFIT,
+        )
+    if wish == "cpu":
+        return "cpu", "the job file says so"
+    if machine.gpus:
+        return "cuda", f"PyTorch sees {len(machine.gpus)} x {machine.gpus[0]}"
+    return "cpu", f"PyTorch {torch.__version__} sees no GPU"
+
+
+def _zero_stage(wish: str | int, ranks: int, device: str, *, has_lora: bool) -> int:
+    """0 where nothing can be shared or little is to be; else 1.
+
+    Not 2, as DeepSpeed-Chat's single_node scripts have it: that adds up gradients over the ranks after each pass, not once an update, and
+    its bucket takes most of the memory that it spares. See the table in README.
+    """
+    if wish != "auto":
+        return int(wish)
+    return 1 if ranks > 1 and device == "cuda" and not has_lora else 0

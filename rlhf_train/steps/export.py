@@ -1,0 +1,112 @@
+"""A step's result in plain Hugging Face format: safetensors, config, whole tokenizer, generation config, model card."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from transformers import GenerationConfig
+
+from jobs.events import Checkpoint, End
+from jobs.formatting import STEPS
+from jobs.spec import Job, Lora, Scratch
+from rlhf_train.disk import rename, size_of, sync_files
+from rlhf_train.engine.deepspeed_engine import Engine, full_state
+from rlhf_train.models.networks import merge_lora
+from rlhf_train.steps.context import Session
+
+
+def save_model(
+    session: Session,
+    step: int,
+    update: int,
+    engine: Engine,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    lora: Lora | None,
+    scores: Mapping[str, float],
+    best: tuple[str, float] | None = None,
+) -> None:
+    """All ranks take part, rank 0 writes. Written beside, synced and renamed: `folder` is whole, or it is not there.
+
+    scores: for the model card; best: the metric and its value for which these weights are kept.
+    """
+    start = time.perf_counter()
+    session.pulse.is_patient = True  # transformers writes it in one go
+    session.doing(step, f"saving {folder}")
+    engine.settle()
+    model: Any = engine.module.model
+    state = full_state(model, keep=session.world.is_main)
+    if session.world.is_main:
+        if lora is not None:
+            state = merge_lora(state, lora)
+        partial = folder.with_name(folder.name + ".partial")
+        for old in (partial, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir()  # not its parents: a disk that went away must not be made anew in the folder that it was mounted on
+        model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
+        tokenizer.save_pretrained(str(partial))
+        generation_config(session.job, tokenizer).save_pretrained(str(partial))
+        (partial / "README.md").write_text(model_card(session.job, step, scores), encoding="utf-8")
+        sync_files(partial)
+        rename(partial, folder)
+        metric, value = best or (None, None)
+        written, seconds = size_of(folder), time.perf_counter() - start
+        session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
+    session.world.barrier()
+    session.pulse.is_patient = False
+
+
+def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
+    """Sample as the rollouts did."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=job.ppo.temperature,
+        top_k=0,
+        max_new_tokens=job.data.max_response_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def scores_of(end: End) -> dict[str, float]:
+    """What a step measured on held-out data."""
+    counted = {"step", "updates", "seconds"}
+    return {name: value for name, value in asdict(end).items() if isinstance(value, int | float) and name not in counted}
+
+
+def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
+    """What it is, what it was made from, its scores on held-out data, and the job fields behind it."""
+    source = {1: job.actor.model, 2: "step 1" if job.critic.model == "actor" else job.critic.model, 3: "step 1"}[step]
+    base = "random weights from a configuration" if isinstance(source, Scratch) else f"this run's {source}" if source == "step 1" else source
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
+    table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
+    load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
+    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count." if step == 2 else ""
+    fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
+    return f"""---
+library_name: transformers
+tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
+---
+# {job.name}: {STEPS[step]} (step {step})
+
+Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{load}.from_pretrained`. {reading}
+
+{table}The job, as far as this step depends on it:
+
+```yaml
+{fields}```
+"""
+
+
+def eval_model(module: nn.Module) -> nn.Module:
+    """Frozen, in evaluation mode."""
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,78 @@
+"""Prompts that are not trained on: answers to them, what the frozen networks and the independent rule say, and means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.events import Sample
+from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.steps.context import Session
+from rlhf_train.steps.rule import Rule
+from rlhf_train.steps.scoring import Judges
+
+SAMPLES = 3  # prompts shown with their answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str
+    response: str
+    ended: bool
+    tokens: int
+    score: float
+    kl: float  # nats, the whole response
+    good: bool | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over answers."""
+
+    reward: float
+    kl: float
+    length: float
+    ended: float
+    good: float | None
+
+
+class HeldOut:
+    """Prompts that are not trained on, answered with the same random numbers each time."""
+
+    def __init__(self, session: Session, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
+        self.session, self.prompts, self.tokenizer, self.rule, self.seed = session, prompts, tokenizer, rule, seed
+
+    def answers(self, sampling: Rollouts, judges: Judges) -> list[Answer]:
+        """One answer a prompt, in order; ranks share the work."""
+        world = self.session.world
+        mine = np.arange(len(self.prompts))[world.rank :: world.size]
+        prompts = [self.prompts[i] for i in mine]
+        made = sampling.generate(prompts, seed=self.seed, row_ids=mine.tolist())
+        self.session.stop_if_asked()
+        told, _ = judges.ask(prompts, made)
+        answers: list[tuple[int, Answer]] = []
+        for row, said in enumerate(told):
+            ended = bool(made.ended[row])
+            prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
+            response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
+            good = self.rule(prompt, response, ended) if self.rule is not None else None
+            kl = float((made.log_probs[row] - said["ref_log_probs"]).sum())
+            answers.append((int(mine[row]), Answer(prompt, response, ended, len(made.tokens[row]), said["score"], kl, good)))
+        everyone = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
+        return [answer for _, answer in everyone]
+
+    def show(self, answers: Sequence[Answer], when: str) -> None:
+        for answer in answers[:SAMPLES]:
+            self.session.emit(Sample(step=3, when=when, prompt=answer.prompt, response=answer.response, reward=answer.score, good=answer.good))
+
+    def summary(self, answers: Sequence[Answer]) -> Summary:
+        def mean(numbers: Sequence[float]) -> float:
+            return float(np.mean(numbers))
+
+        good = mean([bool(a.good) for a in answers]) if self.rule is not None else None
+        return Summary(
+            mean([a.score for a in answers]), mean([a.kl for a in answers]), mean([a.tokens for a in answers]), mean([a.ended for a in answers]), good
+        )

@@ -1,0 +1,193 @@
+"""Step 2, the reward model: a score for a whole answer, learned from pairs.
+
+Where we differ from DeepSpeed-Chat: the model is transformers' own classifier with one label, `last_token` is the
+Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef` keeps the model able to read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.events import End, Metrics
+from jobs.spec import Reward
+from rlhf_train.data.dataset import Table
+from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.engine.checkpointer import Keeper
+from rlhf_train.engine.deepspeed_engine import Engine, rehearse
+from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.export import save_model, scores_of
+from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
+
+
+def run(session: Session) -> End:
+    job, spec, world = session.job, session.job.reward, session.world
+    clock = Clock()
+    plan = session.placement.batch_plan(job, 2)
+    source = str(session.run.step(1).model) if job.critic.model == "actor" else job.critic.model
+    tokenizer = load_tokenizer(source) if isinstance(source, str) else actor_tokenizer(session)
+    tokens = corpus(session, 2, job.data, tokenizer)
+    rows = tokens.train.step_rows[2]
+    updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
+    session.plan(2, plan, updates=updates, rows=len(rows), zero_stage=session.placement.critic_zero_stage, fates=tokens.train.fates)
+
+    session.doing(2, "loading the reward model")
+    model = load_scorer(source, tokenizer, session.dtype, job.seed).to(world.device)
+    check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(model)
+    pad_id = padding(tokenizer, model)
+    engine = Engine(
+        ScoreForward(model, with_lm=spec.lm_coef > 0),
+        spec,
+        spec.learning_rate,
+        updates,
+        plan,
+        precision=session.placement.precision,
+        zero_stage=session.placement.critic_zero_stage,
+        world=world,
+    )
+
+    held_out = tokens.held_out.step_rows[2]
+    row_lengths = pair_lengths(tokens.train)
+    pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
+    keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
+    session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
+    longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
+
+    def longest_pass() -> Tensor:
+        scores, _, lm_log_probs = ask(engine, spec, longest)
+        return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
+
+    rehearse((engine, longest_pass))
+    saved = keeper.resume()
+    if saved is None:
+        session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
+        before = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+    else:
+        before, clock = saved["before"], Clock(saved["seconds"])
+
+    training = Clock(saved["elapsed_s"] if saved else 0.0)
+    for update in range(engine.update, updates):
+        if keeper.wants_best(update):
+            best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update,
+                *best,
+                lower_is_better=False,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
+                ),
+            )
+        picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
+        lengths = row_lengths[picked]
+        lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
+        real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
+        update_clock = Clock()
+        sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
+        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+        for place, micro in enumerate(passes, start=1):
+            session.pulse.beat(f"update {update + 1}")
+            batch = pairs(tokens.train, picked[micro], pad_id, world.device)
+            scores, in_the_end, lm_log_probs = ask(engine, spec, batch)
+            pair_loss = preference(spec, scores, in_the_end, batch) * len(micro) / spec.global_batch
+            lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
+            last = place == len(passes)
+            engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
+            chosen, rejected = in_the_end.detach().chunk(2)
+            for name, value in (
+                ("loss", pair_loss),
+                ("lm_loss", lm_loss),
+                ("correct", (chosen > rejected).sum()),
+                ("margin", (chosen - rejected).sum()),
+            ):
+                sums[name] = sums[name] + value.detach()
+            sums["computed"] += batch.input_ids.numel()
+        total = world.sum(sums)
+        if math.isfinite(total["loss"] + total["lm_loss"]):
+            (grad_norm,) = keeper.learn(engine)
+            session.emit(
+                Metrics(
+                    step=2,
+                    update=update + 1,
+                    updates=updates,
+                    elapsed_s=training(),
+                    learning_rate=engine.current_learning_rate,
+                    tokens_per_s=real_tokens / update_clock(),
+                    real_token_share=real_tokens / total["computed"],
+                    gpu_peak_bytes=world.gpu_peak_bytes(),
+                    grad_norm=grad_norm,
+                    loss=total["loss"],
+                    lm_loss=total["lm_loss"] if spec.lm_coef else None,
+                    accuracy=total["correct"] / spec.global_batch,
+                    margin=total["margin"] / spec.global_batch,
+                )
+            )
+        else:
+            keeper.skipped(update + 1, "its loss is not finite")
+            engine.skip()
+        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+
+    session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
+    after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+    keeper.check({"accuracy": after})
+    folder = session.run.step(2).model
+    end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
+    save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
+    keeper.close()
+    return end
+
+
+def pair_lengths(table: Table) -> np.ndarray:
+    """The longer sequence of each pair of the table, in tokens."""
+    return table.prompt.lengths + np.maximum(table.chosen.lengths, table.rejected.lengths)
+
+
+def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
+    """2n sequences: the n chosen, then the n rejected."""
+    answers = [table.chosen[i] for i in rows] + [table.rejected[i] for i in rows]
+    return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
+
+
+def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> the scores that the loss needs, those after the last token of each sequence (2n,), and the log-probs of the chosen for `lm_coef`."""
+    if spec.loss == "last_token" and not spec.lm_coef:
+        in_the_end, _ = engine(batch, batch.last())
+        return in_the_end, in_the_end, None
+    scores, lm_log_probs = engine(batch, lm_rows=len(batch.host_lengths) // 2 if spec.lm_coef else 0)
+    return scores, last_scores(scores, batch), lm_log_probs
+
+
+def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequences) -> Tensor:
+    """The pair loss as the job chooses it, mean over the pairs of this batch. As `ask` says them: scores, in_the_end."""
+    if spec.loss == "last_token":
+        return preference_loss(*in_the_end.chunk(2))
+    chosen, rejected = batch.by_row(scores).chunk(2)
+    return preference_loss_per_token(chosen, rejected, divergence_mask(batch))
+
+
+def divergence_mask(batch: Sequences) -> Tensor:
+    """(n, T): true from the first token that differs to the end of the shorter sequence of the pair."""
+    chosen, rejected = batch.by_row(batch.input_ids.flatten()).chunk(2)
+    position = torch.arange(chosen.shape[1], device=chosen.device)
+    first = (chosen != rejected).int().argmax(1, keepdim=True)
+    return (position >= first) & (position < torch.minimum(*batch.lengths.chunk(2)).unsqueeze(1))
+
+
+@torch.no_grad()
+def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
+    """Share of pairs whose chosen answer scores higher, at the last token of each; NaN if a score is not finite."""
+    correct = 0.0
+    share = (session.placement.micro_batches[1], session.world.size, session.world.rank)
+    for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
+        session.pulse.beat()
+        session.stop_if_asked()
+        batch = pairs(table, rows[micro], pad_id, session.world.device)
+        scores, _ = engine(batch, batch.last())
+        chosen, rejected = scores.chunk(2)
+        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if bool(torch.isfinite(scores).all()) else math.nan
+    return session.world.sum({"correct": correct})["correct"] / len(rows)

@@ -1,0 +1,149 @@
+"""The networks that say something of answers: what they are asked, and how answers are put before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_train.data.sequences import Sequences, cut
+from rlhf_train.engine.deepspeed_engine import Engine
+from rlhf_train.generation.rollout import Responses
+from rlhf_train.models.networks import ActorForward
+from rlhf_train.steps.context import Session
+from rlhf_train.steps.experience import Scored, TrainerView, response_values
+
+# Passes of training that a GPU scores at once: without gradients nothing is kept from layer to layer; where training itself keeps
+# little, with checkpoints of activations, one. A CPU gains nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64, or less.
+GPU_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The two frozen networks, and how rows come before them: alike in length, in few passes, as many on each rank."""
+
+    session: Session
+    reference: Forward
+    reward_model: Forward
+    pad_id: int | None  # None: rows are packed
+    pass_tokens: int  # that a pass of training computes at most
+
+    def ask(
+        self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None
+    ) -> tuple[list[dict[str, Any]], int]:
+        """What they say of each response, in order: `judge`'s numbers, and `trainer_view`'s of actor and critic if these are asked too.
+        (tokens,) arrays, or numbers. Besides, how many tokens were computed for it.
+        """
+        world, temperature = self.session.world, self.session.job.ppo.temperature
+        lengths = np.array([len(p) for p in prompts], dtype=np.int64) + responses.lengths
+        order = np.argsort(-lengths, kind="stable")
+        said: list[tuple[np.ndarray, dict[str, Tensor]]] = []
+        computed = 0
+        at_once = 1 if world.device.type == "cpu" or self.session.job.hardware.gradient_checkpointing else GPU_AT_ONCE
+        for part in passes_of_all(world.gather(lengths[order]), at_once * self.pass_tokens, packed=self.pad_id is None):
+            rows = order[part]
+            if not len(rows):  # other ranks have one more
+                continue
+            self.session.pulse.beat()
+            batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], self.pad_id, world.device)
+            computed += batch.input_ids.numel()
+            numbers = judge(batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature)
+            if trainer is not None:
+                numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
+            said.append((rows, numbers))
+        of_row: dict[int, dict[str, Any]] = {}
+        for rows, numbers in said:  # only now does the host wait for a GPU
+            arrays = to_host(numbers)
+            for place, row in enumerate(rows):
+                count = len(responses.tokens[row])
+                of_row[int(row)] = {name: array[place, :count] if array.ndim == 2 else float(array[place]) for name, array in arrays.items()}
+        return [of_row[row] for row in range(len(prompts))], computed
+
+    def score(self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None) -> tuple[list[Scored], int]:
+        """As `ask`, with what the rollout said."""
+        told, computed = self.ask(prompts, responses, trainer)
+        scored = [
+            Scored(
+                prompt=prompt,
+                response=responses.tokens[row],
+                ended=bool(responses.ended[row]),
+                rollout_log_probs=responses.log_probs[row],
+                ref_log_probs=one["ref_log_probs"],
+                score=one["score"],
+                trainer=TrainerView(one["log_probs"], one["values"], one["entropy"]) if trainer is not None else None,
+            )
+            for row, (prompt, one) in enumerate(zip(prompts, told, strict=True))
+        ]
+        return scored, computed
+
+
+def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
+    """How each rank cuts its rows, longest first, into passes of at most `tokens`: by the longest on any rank, so all make as many passes.
+
+    Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may have fewer rows, and then none in the end.
+    """
+    most = max(len(each) for each in lengths)
+    return cut(np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed)
+
+
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class WithoutAdapters:
+    """The actor as it was before LoRA taught it anything: the reference, without weights of its own. Called as an ActorForward is."""
+
+    def __init__(self, actor: ActorForward) -> None:
+        self._actor = actor
+
+    @property
+    def model(self) -> Any:
+        return self._actor.model
+
+    @torch.no_grad()
+    def __call__(self, batch: Sequences, **how: Any) -> tuple[Tensor, Tensor | None]:
+        from peft.tuners.tuners_utils import BaseTunerLayer  # not for those who train all weights: it takes a second
+
+        adapted: list[Any] = [module for module in self._actor.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in adapted:
+            layer.enable_adapters(False)
+        try:
+            return self._actor(batch, **how)
+        finally:
+            for layer in adapted:
+                layer.enable_adapters(True)  # which also makes them learn again
+
+
+@torch.no_grad()
+def judge(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
+    """What the two frozen networks say of one micro batch: (B, R) log-probs of the reference, (B,) scores."""
+    ref_log_probs, _ = reference(batch, temperature=temperature)
+    return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
+
+
+def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
+    """Of response tokens, (N,) in the order of `predicted()` -> means over each response, (B,)."""
+    return batch.spread(entropies).sum(1) / batch.response_lengths
+
+
+def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """(B,) and (B, R) tensors in float32, all in one copy from the device."""
+    columns = [tensor.float().unsqueeze(1) if tensor.ndim == 1 else tensor.float() for tensor in numbers.values()]
+    whole = torch.cat(columns, dim=1).cpu().numpy()
+    parts = np.split(whole, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+    return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(numbers.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
+    """What the two networks in training say of it: (B, R) log-probs and values, (B,) mean entropy per token."""
+    log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
+    assert entropies is not None
+    return {
+        "log_probs": batch.spread(log_probs),
+        "entropy": mean_entropies(entropies, batch),
+        "values": response_values(critic, batch),
+    }

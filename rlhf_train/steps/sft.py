@@ -1,0 +1,162 @@
+"""Step 1, supervised fine-tuning: the actor learns to write the data's responses.
+
+Where we differ from DeepSpeed-Chat: the loss is on the response and its EOS (`sft.loss_on_prompt` adds the prompt),
+padding never counts, and the perplexity is over tokens, not a mean of batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from jobs.events import End, Metrics
+from jobs.spec import Job
+from rlhf_train.data.dataset import Table
+from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.engine.checkpointer import Keeper
+from rlhf_train.engine.deepspeed_engine import Engine, rehearse
+from rlhf_train.models.networks import (
+    ActorForward,
+    add_lora,
+    check_lengths,
+    check_same_tokenizer,
+    checkpoint_activations,
+    load_causal,
+    load_tokenizer,
+    padding,
+)
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.export import save_model, scores_of
+
+
+def run(session: Session) -> End:
+    job, spec, world = session.job, session.job.sft, session.world
+    clock = Clock()
+    plan = session.placement.batch_plan(job, 1)
+    tokenizer = actor_tokenizer(session)
+    tokens = corpus(session, 1, job.data, tokenizer)
+    rows = tokens.train.step_rows[1]
+    updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
+    session.plan(1, plan, updates=updates, rows=len(rows), zero_stage=session.placement.actor_zero_stage, fates=tokens.train.fates)
+
+    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
+        check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
+
+    session.doing(1, "loading the actor")
+    model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
+    check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(model)
+    if job.actor.lora is not None:
+        add_lora(model, job.actor.lora, job.seed)
+    pad_id = padding(tokenizer, model)
+    engine = Engine(
+        ActorForward(model),
+        spec,
+        spec.learning_rate,
+        updates,
+        plan,
+        precision=session.placement.precision,
+        zero_stage=session.placement.actor_zero_stage,
+        world=world,
+    )
+
+    held_out = tokens.held_out.step_rows[1]
+    row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
+    pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
+    keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
+    session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
+    longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
+    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))  # short prompts leave a pass nearly as many answers' tokens
+    saved = keeper.resume()
+    if saved is None:
+        session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
+        before = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+    else:
+        before, clock = saved["before"], Clock(saved["seconds"])
+
+    training = Clock(saved["elapsed_s"] if saved else 0.0)
+    for update in range(engine.update, updates):
+        if keeper.wants_best(update):
+            best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
+            keeper.offer(
+                update,
+                *best,
+                lower_is_better=True,
+                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
+                    session, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                ),
+            )
+        chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
+        lengths = row_lengths[chosen]
+        counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
+        update_clock, loss_sum, computed = Clock(), 0.0, 0
+        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+        for place, micro in enumerate(passes, start=1):
+            session.pulse.beat(f"update {update + 1}")
+            batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
+            log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
+            loss = -log_probs.sum() / counted
+            engine.backward(loss, last=place == len(passes))
+            loss_sum += loss.detach()
+            computed += batch.input_ids.numel()
+        total = world.sum({"loss": loss_sum, "computed": computed})
+        if math.isfinite(total["loss"]):
+            (grad_norm,) = keeper.learn(engine)
+            session.emit(
+                Metrics(
+                    step=1,
+                    update=update + 1,
+                    updates=updates,
+                    elapsed_s=training(),
+                    learning_rate=engine.current_learning_rate,
+                    tokens_per_s=int(lengths.sum()) / update_clock(),
+                    real_token_share=int(lengths.sum()) / total["computed"],
+                    gpu_peak_bytes=world.gpu_peak_bytes(),
+                    grad_norm=grad_norm,
+                    loss=total["loss"],
+                )
+            )
+        else:
+            keeper.skipped(update + 1, "its loss is not finite")
+            engine.skip()
+        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+
+    session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
+    after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+    keeper.check({"perplexity": after})
+    folder = session.run.step(1).model
+    end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
+    save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
+    keeper.close()
+    return end
+
+
+def sequences(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
+    return Sequences.of([table.prompt[i] for i in rows], [table.response[i] for i in rows], pad_id, device)
+
+
+def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
+    """Tokens of each row that are in the loss."""
+    from_prompt = table.prompt.lengths[rows] - 1 if job.sft.loss_on_prompt else 0
+    return table.response.lengths[rows] + from_prompt
+
+
+@torch.no_grad()
+def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
+    """exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
+    lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
+    nll = count = 0.0
+    share = (session.placement.micro_batches[0], session.world.size, session.world.rank)
+    for micro, real in evaluation_batches(lengths, *share, packed=pad_id is None):
+        session.pulse.beat()
+        session.stop_if_asked()
+        batch = sequences(table, rows[micro], pad_id, session.world.device)
+        log_probs, _ = engine(batch, from_prompt=session.job.sft.loss_on_prompt)
+        per_row = np.repeat(real, loss_tokens(session.job, table, rows[micro]))
+        nll -= float((log_probs * torch.from_numpy(per_row).to(log_probs.device)).sum())
+        count += int(per_row.sum())
+    total = session.world.sum({"nll": nll, "count": count})
+    return math.exp(min(total["nll"] / total["count"], 700.0))

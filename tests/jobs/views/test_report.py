@@ -1,0 +1,90 @@
+import io
+
+from rich.console import Console
+
+from jobs.events import RawEvent
+from jobs.views.console import print_report
+from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, ROLLOUTS, event, sample, squeezed
+
+
+def reported(events: list[RawEvent], width: int = 80) -> list[str]:
+    stream = io.StringIO()
+    print_report(events, Console(file=stream, width=width))
+    return stream.getvalue().splitlines()
+
+
+WHOLE_RUN = [
+    END_1,
+    END_2,
+    PLAN,
+    sample("before", "I do not \x1b[31mknow.", reward=-0.52, good=False),
+    *ROLLOUTS,
+    sample("after", "Hello!\nHow are you?", reward=1.9, good=True),
+    END_3,
+]
+
+
+def test_report_of_a_whole_run() -> None:
+    lines = reported(WHOLE_RUN)
+    assert squeezed(lines) == [
+        "step on held-out data before after",
+        "─" * 70,
+        "1 supervised fine-tuning perplexity 31.20 8.41",
+        "2 reward model accuracy on pairs - 87.4%",
+        "3 PPO good answers, by the rule 48.0% 94.0%",
+        "mean reward -0.52 1.93",
+        "KL to the reference 0.000 0.410",
+        "response length, tokens 20.3 30.1",
+        "answers that ended (EOS) 70.0% 99.1%",
+        "step 1 1m02s runs/demo/step1/model",
+        "step 2 38s runs/demo/step2/model",
+        "step 3 1h02m runs/demo/step3/model",
+        "total 1h03m",  # 62 + 38.4 + 3720 s = 63 min 40 s
+        "prompt 1",
+        "Human: hi",
+        "Assistant:",
+        "before reward -0.52 bad",
+        "I do not \\x1b[31mknow.",
+        "after reward 1.90 good",
+        "Hello!",
+        "How are you?",
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_report_has_no_rows_for_what_was_not_measured_or_not_run() -> None:
+    no_rule = {key: value for key, value in END_3.items() if not key.startswith("good")}
+    lines = squeezed(reported([END_1, no_rule]))
+    assert not any("good" in line or "reward model" in line or "step 2" in line for line in lines)
+    assert "3 PPO mean reward -0.52 1.93" in lines and "total 1h03m" in lines
+
+
+def test_events_with_missing_fields_break_no_report() -> None:
+    assert "step 3 ? None" in squeezed(reported([raw for raw in BARE if raw["kind"] != "resumed"]))
+
+
+def test_report_leaves_out_what_was_undone() -> None:
+    late = sample("after", "New.", reward=2.0)
+    assert reported([*WHOLE_RUN, event("resumed", 3, from_update=0), late]) == reported([END_1, END_2, late])
+
+
+def test_report_takes_the_newest_of_a_sample_written_twice() -> None:
+    lines = squeezed(reported([sample("after", "Old.", reward=1.0), sample("after", "New.", reward=2.0)]))
+    assert "Old." not in lines and lines[-2:] == ["after reward 2.00", "New."]
+
+
+def test_report_shows_three_prompts() -> None:
+    lines = reported([sample("after", "x", reward=1.0, prompt=f"number {i}") for i in range(5)])
+    assert [line.strip() for line in lines if "number" in line] == ["number 0", "number 1", "number 2"]
+
+
+def test_report_folds_long_texts_and_loses_nothing() -> None:
+    words, path = "word " * 100 + "x" * 200, "runs/" + "long/" * 30 + "model"
+    lines = reported([END_1 | {"model": path}, sample("after", words, reward=1.0)])
+    assert "".join("".join(lines[lines.index("after   reward 1.00") + 1 :]).split()) == "word" * 100 + "x" * 200
+    assert any(line.endswith(path) for line in lines)  # whole, to be copied
+    assert max(len(line) for line in lines if path not in line) <= 80
+
+
+def test_report_of_nothing() -> None:
+    assert reported([]) == ["no step has ended yet"]

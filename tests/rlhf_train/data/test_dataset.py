@@ -1,0 +1,726 @@
+"""Expected tokens and positions are counted by hand: the tokenizer of these tests has one token a byte."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Data
+from rlhf_train.data import dataset
+from tests.hub import TOKEN, Hub
+
+pytestmark = pytest.mark.pinned
+
+ROOT = Path(__file__).parents[3]
+HH_RM_MINI = ROOT.parent / "shared/data/hh-rm-mini"
+PAD, EOS = 0, 1
+ONE_ROW = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """`<pad>` 0, `</s>` 1, then one token a byte: no room in the vocabulary for a merge. `</s>` goes in front, as OPT's BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=258, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["some words"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", pair="</s> $A $B", special_tokens=[("</s>", EOS)])
+    return tokenizer
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return wrapped(bytes_tokenizer())
+
+
+def letters(text: str) -> list[int]:
+    """The ids of printable ASCII, looked up one by one: byte-level BPE writes such a byte as itself, and a space as Ġ."""
+    vocabulary = bytes_tokenizer().get_vocab()
+    return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def numbered(n: int, start: int = 0) -> list[dict[str, str]]:
+    return [{"prompt": f"q{i}", "chosen": f"yes{i}", "rejected": f"no{i}"} for i in range(start, start + n)]
+
+
+def folder_of(path: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Path:
+    write(path / "train.jsonl", train)
+    write(path / "test.jsonl", test)
+    return path
+
+
+def spec_for(*datasets: Path | str, **fields: Any) -> Data:
+    return Data(datasets=tuple(map(str, datasets)), **{"split": (1.0, 1.0, 1.0), **fields})
+
+
+def prepared(spec: Data, tokenizer: Any, tmp_path: Path, say: Callable[[str], None] = lambda line: None) -> dataset.Corpus:
+    return dataset.prepare(spec, tokenizer, cache=tmp_path / "cache", say=say)
+
+
+def rows(ragged: dataset.Ragged) -> list[list[int]]:
+    return [ragged[i].tolist() for i in range(len(ragged))]
+
+
+def chunk_files(tmp_path: Path) -> list[Path]:
+    return sorted(path for path in (tmp_path / "cache/tokens").rglob("*") if path.is_file())
+
+
+# --- Ragged -----------------------------------------------------------------------------------------------------------
+
+
+def test_ragged_is_a_list_of_lists() -> None:
+    ragged = dataset.Ragged.of([[1, 2], [], [3, 4, 5]])
+    assert (str(ragged.values.dtype), str(ragged.offsets.dtype)) == ("int32", "int64")
+    assert (len(ragged), ragged.offsets.tolist(), ragged.lengths.tolist()) == (3, [0, 2, 2, 5], [2, 0, 3])
+    assert ragged[-1].tolist() == [3, 4, 5]
+    with pytest.raises(IndexError):
+        ragged[3]
+    assert rows(ragged.pick(np.array([2, 0, 1, 2]), 2)) == [[3, 4], [1, 2], [], [3, 4]]
+    assert rows(dataset.Ragged.join([ragged, ragged])) == 2 * rows(ragged)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [*ONE_ROW, {"prompt": "p", "response": "s", "chosen": "c", "rejected": "r", "score": 1}])
+    assert dataset.read_rows("a.jsonl", [tmp_path]) == ([("p", "c", "c", "r"), ("p", "s", "c", "r")], [])
+
+
+def test_lines_end_at_newlines_only_and_may_be_blank_at_the_end(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "a\u2028b\u0085c", "chosen": "c", "rejected": "r"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n\r{line}\n\n \n".encode())
+    train, _ = dataset.read_rows("a.jsonl", [tmp_path])
+    assert [row.prompt for row in train] == ["a\u2028b\u0085c"] * 2
+
+
+GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "mistakes"),
+    [
+        # Bytes 1-12 are `{"prompt": "`, then two of the é.
+        (b'{"prompt": "\xc3\xa9\xff"}', ["column 15 (in bytes): not UTF-8: byte 0xff"]),
+        # Characters 1-12 the same, é is 13, `"` 14, a space 15.
+        ('{"prompt": "é" 7}'.encode(), ["column 16: not JSON: Expecting ',' delimiter"]),
+        (b"", ["column 1: not JSON: Expecting value"]),
+        (b"[" * 100_000, ["column 1: no JSON that can be read: maximum recursion depth exceeded while decoding a JSON array from a unicode string"]),
+        (b'["p", "c"]', ['column 1: a row is an object with prompt, chosen, rejected, not ["p", "c"]']),
+        (b'{"prompt": "p", "chosen": "c"}', ["column `rejected`: missing; the row has prompt, chosen"]),
+        (b'{"prompt": null, "chosen": 5, "rejected": "r"}', ["column `prompt`: text is wanted, not null", "column `chosen`: text is wanted, not 5"]),
+        (GOOD[:-1] + b', "response": ["a"]}', ['column `response`: text is wanted, not ["a"]']),
+        (GOOD[:-1] + b', "response": "a\\udc80"}', ['column `response`: "\\udc80" is half a character (a lone surrogate)']),
+    ],
+)
+def test_a_bad_line_is_named_by_file_line_and_column(tmp_path: Path, line: bytes, mistakes: list[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\n".join([GOOD, GOOD, line, GOOD]))
+    with pytest.raises(ToolkitError) as caught:
+        dataset.read_rows("a.jsonl", [tmp_path])
+    assert (caught.value.what, caught.value.code) == (f"bad rows in {file}", ExitCode.USAGE)
+    assert [_without_recursion(line) for line in caught.value.why.splitlines()] == [f"line 3, {_without_recursion(mistake)}" for mistake in mistakes]
+
+
+def _without_recursion(line: str) -> str:
+    return line.partition("maximum recursion")[0]  # the words after it differ between Pythons
+
+
+def test_an_error_as_it_is_printed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"prompt": "p"}\n{"prompt"}\n')
+    with pytest.raises(ToolkitError) as caught:
+        dataset.read_rows("a.jsonl", [tmp_path])
+    assert str(caught.value).splitlines() == [
+        f"error: bad rows in {file}",
+        "  why: line 1, column `chosen`: missing; the row has prompt",
+        "       line 1, column `rejected`: missing; the row has prompt",
+        "       line 2, column 10: not JSON: Expecting ':' delimiter",
+        "",
+        "hint: every row needs the texts prompt, chosen and rejected, and may have response",
+    ]
+
+
+def test_ten_mistakes_of_a_file_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b"7"] * 9 + [b"{}"] * 9))
+    with pytest.raises(ToolkitError) as caught:
+        dataset.read_rows("a.jsonl", [tmp_path])
+    shown = caught.value.why.splitlines()
+    assert len(shown) == 11
+    assert shown[8].startswith("line 9, column 1: a row is an object")
+    assert shown[9:] == ["line 10, column `prompt`: missing; the row has none", "(no more than 10 are shown)"]
+
+
+def test_a_folder_gives_train_files_in_order_and_the_first_kind_of_held_out_files(tmp_path: Path) -> None:
+    for i, name in enumerate(["train-1", "train-0", "validation", "eval", "other"]):
+        write(tmp_path / "d" / f"{name}.jsonl", numbered(1, start=i))
+    train, held_out = dataset.read_rows("d", [tmp_path])
+    assert ([row.prompt for row in train], [row.prompt for row in held_out]) == (["q1", "q0"], ["q2"])
+    write(tmp_path / "d/test.jsonl", numbered(1, start=9))
+    assert [row.prompt for row in dataset.read_rows("d", [tmp_path])[1]] == ["q9"]
+
+
+def test_a_path_is_looked_for_in_each_folder_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "2/a.jsonl", numbered(1, start=2))
+    search = [tmp_path / "1", tmp_path / "2"]
+    assert dataset.read_rows("a.jsonl", search)[0][0].prompt == "q2"
+    write(tmp_path / "1/a.jsonl", numbered(1, start=1))
+    assert dataset.read_rows("a.jsonl", search)[0][0].prompt == "q1"
+    assert dataset.read_rows(str(tmp_path / "2/a.jsonl"), search)[0][0].prompt == "q2"
+
+
+@pytest.mark.parametrize("name", ["./here", "../here", "/here/and/there", "a/b/c", "a/b.jsonl", "~/rows"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ToolkitError) as caught:
+        next(dataset.texts(spec_for(name)))
+    assert caught.value.what == f"there is no data set `{name}`"
+    assert caught.value.why.splitlines() == list(dict.fromkeys([f"no {tmp_path / name}", f"no {ROOT / name}"]))
+
+
+def test_files_that_give_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    write(tmp_path / "folder/rows.jsonl", ONE_ROW)
+    write(tmp_path / "rows.txt", ONE_ROW)
+    expected = {
+        "empty.jsonl": (f"no rows in {tmp_path}/empty.jsonl", ""),
+        "folder": ("no training rows in `folder`", f"there is no train*.jsonl in {tmp_path}/folder"),
+        "rows.txt": ("no training rows in `rows.txt`", f"{tmp_path}/rows.txt is not a .jsonl file"),
+    }
+    for name, what_and_why in expected.items():
+        with pytest.raises(ToolkitError) as caught:
+            dataset.read_rows(name, [tmp_path])
+        assert (caught.value.what, caught.value.why) == what_and_why
+
+
+def test_texts_are_those_of_the_training_rows_once_each(tmp_path: Path) -> None:
+    first = folder_of(
+        tmp_path / "a", [{"prompt": "p", "response": "s", "chosen": "c", "rejected": "r"}, *ONE_ROW], [{**ONE_ROW[0], "prompt": "held"}]
+    )
+    assert list(dataset.texts(spec_for(first))) == ["p", "s", "c", "r", "p", "c", "r"]
+
+
+# --- held-out rows ----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_held_out_split_five_percent_of_the_rows_are_held_out_by_the_seed(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", numbered(60))
+
+    def split(seed: int) -> tuple[list[str], list[str]]:
+        train, held_out = dataset._read(str(tmp_path / "a.jsonl"), seed, lambda line: None)
+        return [row.prompt for row in train], [row.prompt for row in held_out]
+
+    train, held_out = split(1)
+    assert len(held_out) == 3
+    assert sorted(train + held_out) == sorted(f"q{i}" for i in range(60))
+    assert split(1) == (train, held_out)
+    assert split(2)[1] != held_out
+    write(tmp_path / "a.jsonl", numbered(3))
+    assert len(split(1)[1]) == 1
+    write(tmp_path / "a.jsonl", ONE_ROW)
+    with pytest.raises(ToolkitError, match="is too small"):
+        split(1)
+
+
+def test_held_out_rows_serve_each_step_and_identical_answers_are_not_pairs(tmp_path: Path, tokenizer: Any) -> None:
+    test = [*numbered(1), {"prompt": "p", "chosen": "same", "rejected": "same"}, *numbered(4, start=2)]
+    folder = folder_of(tmp_path / "d", numbered(9), test)
+    shuffled = [2, 1, 4, 0, 3, 5]  # numpy: RandomState(1).shuffle of arange(6)
+    found = prepared(spec_for(folder, seed=1), tokenizer, tmp_path).held_out.step_rows
+    assert {step: order.tolist() for step, order in found.items()} == {1: shuffled, 2: [2, 4, 0, 3, 5], 3: shuffled}
+    found = prepared(spec_for(folder, seed=1, eval_rows=3), tokenizer, tmp_path).held_out.step_rows
+    assert {step: order.tolist() for step, order in found.items()} == {1: [2, 1, 4], 2: [2, 4, 0], 3: [2, 1, 4]}
+
+
+# --- the split of the steps -------------------------------------------------------------------------------------------
+
+
+def deepspeed_chat_split(n: int, shares: str, seed: int) -> list[list[int]]:
+    """data_utils.py of DeepSpeed-Chat, get_raw_dataset_split_index and get_shuffle_idx, without their files."""
+    splits = [float(s) for s in shares.split(",")]
+    splits = [split / sum(splits) for split in splits]
+    splits_index = [0]
+    for index, split in enumerate(splits):
+        splits_index.append(splits_index[index] + round(split * float(n)))
+    diff = splits_index[-1] - n
+    for index in range(1, len(splits_index)):
+        splits_index[index] -= diff
+    shuffle_idx = np.arange(n, dtype=np.uint32)
+    np.random.RandomState(seed=seed).shuffle(shuffle_idx)
+    return [shuffle_idx[splits_index[i] : splits_index[i + 1]].tolist() for i in range(len(splits))]
+
+
+def test_ten_rows_are_split_as_by_hand() -> None:
+    # RandomState(1234).shuffle of arange(10) is 7 2 9 1 0 8 4 5 6 3; cut after 2 and 2 + 4.
+    assert [part.tolist() for part in dataset._shares(10, (2, 4, 4), 1234)] == [[7, 2], [9, 1, 0, 8], [4, 5, 6, 3]]
+
+
+@pytest.mark.parametrize(
+    ("n", "split", "sizes"),
+    [
+        (76256, (2, 4, 4), [15252, 30502, 30502]),  # rm-static: 15251 + 30502 + 30502 lacks 1, which goes to the first
+        (5, (1, 1, 1), [1, 2, 2]),  # 2 + 2 + 2 has 1 too many
+        (8, (1, 0, 0), [8, 0, 0]),
+        (3, (0, 5, 5), [0, 1, 2]),  # a cut point of -1 there: see _shares
+    ],
+)
+def test_sizes_of_the_parts(n: int, split: tuple[float, ...], sizes: list[int]) -> None:
+    parts = dataset._shares(n, split, seed=1234)
+    assert [len(part) for part in parts] == sizes
+    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
+
+
+def test_the_split_is_deepspeed_chats() -> None:
+    for n in [1, 2, 7, 100, 1001, 76256]:
+        for shares in ["2,4,4", "1,1,1", "6,2,2", "10,0,0"]:
+            ours = dataset._shares(n, tuple(map(float, shares.split(","))), seed=42)
+            assert [part.tolist() for part in ours] == deepspeed_chat_split(n, shares, seed=42)
+
+
+def test_several_data_sets_are_split_each_and_mixed(tmp_path: Path, tokenizer: Any) -> None:
+    first, second = folder_of(tmp_path / "1", numbered(10), ONE_ROW), folder_of(tmp_path / "2", numbered(5, start=10), ONE_ROW)
+    alone = prepared(spec_for(first, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
+    assert [order.tolist() for order in alone.step_rows.values()] == deepspeed_chat_split(10, "2,4,4", 7)
+    found = prepared(spec_for(first, second, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
+    for step in (1, 2, 3):
+        joined = deepspeed_chat_split(10, "2,4,4", 7)[step - 1] + [10 + row for row in deepspeed_chat_split(5, "2,4,4", 7)[step - 1]]
+        again = np.arange(len(joined), dtype=np.uint32)
+        np.random.RandomState(7).shuffle(again)
+        assert found.step_rows[step].tolist() == [joined[i] for i in again]
+    assert found.prompt[12].tolist() == [EOS, *letters("q12")]
+
+
+def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, tokenizer: Any) -> None:
+    same = [{"prompt": "p", "chosen": "c", "rejected": "c"}] * 4
+    folder = folder_of(tmp_path / "d", same, same)
+    assert [len(order) for order in prepared(spec_for(folder, split=(1.0, 0.0, 1.0)), tokenizer, tmp_path).train.step_rows.values()] == [2, 0, 2]
+    with pytest.raises(ToolkitError) as caught:
+        prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
+    assert caught.value.what == "step 2 has no training rows left"
+    fates = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
+    assert caught.value.why == f"its share of the training data: 2 rows; fates in the whole of it: {fates}"
+    with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
+        prepared(spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])), tokenizer, tmp_path)
+
+
+def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: Any) -> None:
+    """Each step's own rows and columns, in its order."""
+    plain = numbered(12)
+    table = prepared(spec_for(write(tmp_path / "plain.jsonl", plain)), tokenizer, tmp_path).train
+    # By prompt: the rows that are held out may come before.
+    first, second, third = (tokenizer.decode(table.prompt[int(table.step_rows[step][0])][1:]) for step in (1, 2, 3))
+
+    def digests(changed: str = "", column: str = "", **fields: Any) -> list[str]:
+        rows = [{**row, column: "other"} if row["prompt"] == changed else row for row in plain]
+        table = prepared(spec_for(write(tmp_path / "rows.jsonl", rows), **fields), tokenizer, tmp_path).train
+        return [table.digest(step) for step in (1, 2, 3)]
+
+    def differ(*arguments: str, **fields: Any) -> list[int]:
+        return [step for step, (old, new) in enumerate(zip(digests(), digests(*arguments, **fields), strict=True), 1) if old != new]
+
+    assert differ() == []
+    assert (differ(first, "chosen"), differ(first, "rejected")) == ([1], [])
+    assert (differ(second, "chosen"), differ(second, "rejected")) == ([2], [2])
+    assert (differ(third, "chosen"), differ(third, "prompt")) == ([], [3])
+    assert differ(seed=99) == [1, 2, 3]
+
+
+# --- fates ------------------------------------------------------------------------------------------------------------
+
+A, B = "a" * 9, "b" * 9
+# In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6 and 10.
+FATES: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),
+    ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),  # an exact duplicate is fine
+    ({"prompt": "123456", "chosen": A, "rejected": B}, "prompt_too_long"),
+    ({"prompt": "", "chosen": A, "rejected": B}, "empty_prompt"),
+    ({"prompt": " \n", "chosen": "", "rejected": B}, "empty_prompt"),
+    ({"prompt": "p", "chosen": "", "rejected": B}, "empty_answer"),
+    ({"prompt": "123456", "chosen": A, "rejected": "\t "}, "empty_answer"),
+    ({"prompt": "p", "response": " ", "chosen": A, "rejected": B}, "empty_answer"),
+    ({"prompt": "p", "chosen": A + "c", "rejected": B}, "answer_cut"),
+    ({"prompt": "p", "chosen": A, "rejected": B + "c"}, "answer_cut"),
+    ({"prompt": "p", "response": A + "c", "chosen": A, "rejected": B}, "answer_cut"),
+    ({"prompt": "p", "chosen": A, "rejected": A}, "identical_answers"),
+    ({"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"}, "identical_answers and answer_cut"),  # alike after cutting: 9 + c
+    ({"prompt": "p", "chosen": A + "c", "rejected": A + "d"}, "answer_cut"),
+    ({"prompt": "123456", "chosen": A + "c", "rejected": A + "c"}, "prompt_too_long"),  # a row that is left out counts once
+]
+
+
+def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
+    folder = folder_of(tmp_path / "d", [row for row, _ in FATES], numbered(3))
+    table = prepared(spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    counted = Counter(fate for _, fates in FATES for fate in fates.split(" and ") if fate != "fits")
+    assert table.fates == {"rows": 15, **counted}
+    left_out = {i for i, (_, fate) in enumerate(FATES) if fate in ("empty_prompt", "empty_answer", "prompt_too_long")}
+    assert sorted(table.step_rows[1].tolist()) == [i for i in range(15) if i not in left_out]
+    pairs = prepared(spec_for(folder, split=(0.0, 1.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    assert sorted(pairs.step_rows[2].tolist()) == [i for i in range(15) if i not in left_out | {11, 12}]
+    third = prepared(spec_for(folder, split=(0.0, 0.0, 1.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    assert sorted(third.step_rows[3].tolist()) == [i for i in range(15) if i not in left_out]
+
+    a, b, c = letters("abc")
+    assert table.chosen[0].tolist() == [*[a] * 9, EOS]
+    assert table.chosen[8].tolist() == [*[a] * 9, c]  # cut, and without EOS
+    assert table.response[8].tolist() == [*[a] * 9, c]  # no response column: the chosen answer
+    assert (table.response[10].tolist(), table.chosen[10].tolist()) == ([*[a] * 9, c], [*[a] * 9, EOS])
+    assert table.rejected[9].tolist() == [*[b] * 9, c]
+
+
+# --- tokenising -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[str]]:
+    """What transformers would print on stderr: its logger neither propagates nor writes to today's sys.stderr."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    yield lines
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+def one_table(tmp_path: Path, tokenizer: Any, row: dict[str, str], **fields: Any) -> dataset.Table:
+    return prepared(spec_for(folder_of(tmp_path / "d", [row], ONE_ROW), split=(1.0, 0.0, 0.0), **fields), tokenizer, tmp_path).train
+
+
+def test_a_prompt_begins_with_bos_and_an_answer_ends_with_eos(tmp_path: Path, tokenizer: Any) -> None:
+    table = one_table(tmp_path, tokenizer, {"prompt": "ab", "response": "x", "chosen": " c", "rejected": "no"})
+    assert [rows(column) for column in (table.prompt, table.response, table.chosen, table.rejected)] == [
+        [[EOS, *letters("ab")]],
+        [[*letters("x"), EOS]],
+        [[*letters(" c"), EOS]],
+        [[*letters("no"), EOS]],
+    ]
+
+
+def test_an_eos_that_the_tokenizer_adds_behind_is_left_away(tmp_path: Path) -> None:
+    inner = bytes_tokenizer()
+    inner.post_processor = processors.TemplateProcessing(single="<pad> $A </s>", special_tokens=[("</s>", EOS), ("<pad>", PAD)])
+    table = one_table(tmp_path, wrapped(inner), {"prompt": "ab", "chosen": "c", "rejected": "d"})
+    assert (rows(table.prompt), rows(table.chosen)) == ([[PAD, *letters("ab")]], [[*letters("c"), EOS]])
+
+
+def test_typed_control_tokens_stay_text(tmp_path: Path, tokenizer: Any) -> None:
+    table = one_table(tmp_path, tokenizer, {"prompt": "a<pad></s>", "chosen": "</s> b</s>", "rejected": "</s></s>"})
+    assert rows(table.prompt) == [[EOS, *letters("a<pad></s>")]]
+    assert rows(table.chosen) == [[*letters("</s> b</s>"), EOS]]
+    assert rows(table.rejected) == [[*letters("</s></s>"), EOS]]
+
+
+def test_typed_control_tokens_stay_text_where_the_model_itself_knows_them(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd</>s")]  # Unigram would take `</s>` as one piece
+    inner = Tokenizer(models.Unigram(pieces, unk_id=0))
+    inner.add_special_tokens(["</s>"])
+    known = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    table = one_table(tmp_path, known, {"prompt": "a", "chosen": "a</s>b", "rejected": "cz"})
+    assert [pieces[i][0] for i in table.rejected[0]] == ["c", "<unk>", "</s>"]  # unknown text is no control token
+    assert [pieces[i][0] for i in table.chosen[0]] == ["a", "<", "/", "s", ">", "b", "</s>"]
+
+
+def test_a_slow_tokenizer_does_the_same(tmp_path: Path, transformers_log: list[str]) -> None:
+    slow = ByT5Tokenizer(model_max_length=4)  # ids are 3 + byte; EOS behind
+    table = one_table(tmp_path, slow, {"prompt": "a</s>", "chosen": "a</s>b", "rejected": "longer"})
+    assert rows(table.prompt) == [[3 + byte for byte in b"a</s>"]]
+    assert rows(table.chosen) == [[*(3 + byte for byte in b"a</s>b"), EOS]]
+    assert [path.name for path in chunk_files(tmp_path)] == ["chunk-00000", "chunk-00000"]
+    assert transformers_log == []
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="the tokenizer has no EOS token"):
+        one_table(tmp_path, PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer()), ONE_ROW[0])
+
+
+def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
+    tmp_path: Path, tokenizer: Any, transformers_log: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.model_max_length = 4
+    tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
+    before = tokenizer.backend_tokenizer.to_str()
+    table = one_table(tmp_path, tokenizer, {"prompt": "abcdef", "chosen": "c" * 20, "rejected": "d"})
+    assert (table.prompt.lengths.tolist(), table.chosen.lengths.tolist(), table.rejected.lengths.tolist()) == ([7], [21], [2])
+    assert tokenizer.backend_tokenizer.to_str() == before
+    assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def stamps(tmp_path: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in chunk_files(tmp_path)}
+
+
+def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
+    said: list[str] = []
+    first = prepared(spec_for(folder), tokenizer, tmp_path, said.append)
+    before = stamps(tmp_path)
+    assert said == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
+    said.clear()
+    tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)  # leaves its marks on a fast tokenizer; they are not ours
+    second = prepared(
+        spec_for(folder, seed=3, split=(1.0, 2.0, 3.0), max_prompt_tokens=9, max_response_tokens=7, eval_rows=1), tokenizer, tmp_path, said.append
+    )
+    assert stamps(tmp_path) == before
+    assert said == [f"reading {folder}"]
+    assert rows(first.train.chosen) == rows(second.train.chosen) == [[*letters(f"yes{i}"), EOS] for i in range(9)]
+
+
+def test_other_text_or_another_tokenizer_is_another_key(tmp_path: Path, tokenizer: Any) -> None:
+    train = numbered(9)
+    folder = folder_of(tmp_path / "d", train, numbered(3))
+    prepared(spec_for(folder), tokenizer, tmp_path)
+    assert len(chunk_files(tmp_path)) == 2
+    train[8]["rejected"] = "on8"  # was no8
+    write(folder / "train.jsonl", train)
+    prepared(spec_for(folder), tokenizer, tmp_path)
+    assert len(chunk_files(tmp_path)) == 3
+    train[7]["prompt"], train[8]["prompt"] = "q7q", "8"  # were q7 and q8: the same letters, another border
+    write(folder / "train.jsonl", train)
+    prepared(spec_for(folder), tokenizer, tmp_path)
+    assert len(chunk_files(tmp_path)) == 4
+    for word, files in (("no0", 6), ("yes", 8)):
+        other = wrapped(bytes_tokenizer())
+        other.backend_tokenizer.add_tokens([word])
+        corpus = prepared(spec_for(folder), other, tmp_path)
+        assert len(chunk_files(tmp_path)) == files
+    assert rows(corpus.train.chosen)[0] == [258, *letters("0"), EOS]
+    other.eos_token = "<pad>"
+    assert rows(prepared(spec_for(folder), other, tmp_path).train.chosen)[0] == [258, *letters("0"), PAD]
+
+
+def test_many_chunks_make_the_same_table(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [{**row, "response": "other"} if i % 3 else row for i, row in enumerate(numbered(11))]
+    folder = folder_of(tmp_path / "d", mixed, numbered(3))
+    whole = prepared(spec_for(folder), tokenizer, tmp_path).train
+    monkeypatch.setattr(dataset, "CHUNK_ROWS", 4)
+    parts = prepared(spec_for(folder), tokenizer, tmp_path).train
+    assert len(chunk_files(tmp_path)) == 2 + 3 + 1
+    for column in dataset.Row._fields:
+        assert rows(getattr(parts, column)) == rows(getattr(whole, column))
+    assert rows(whole.response)[:2] == [[*letters("yes0"), EOS], [*letters("other"), EOS]]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:-9] + b"x" + content[-8:]])
+def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Callable[[bytes], bytes]) -> None:
+    folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
+    whole = prepared(spec_for(folder), tokenizer, tmp_path).train
+    good = {path: path.read_bytes() for path in chunk_files(tmp_path)}
+    for path, content in good.items():
+        path.write_bytes(damage(content))
+    again = prepared(spec_for(folder), tokenizer, tmp_path).train
+    assert rows(again.chosen) == rows(whole.chosen)
+    assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [hash(content[:32]) for content in good.values()]
+    assert chunk_files(tmp_path) == list(good)  # and nothing lies beside them
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
+    folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(ToolkitError) as caught:
+        prepared(spec_for(folder), tokenizer, tmp_path)
+    assert caught.value.what.startswith(f"cannot write the token cache {tmp_path}/cache/tokens/")
+    assert (caught.value.code, caught.value.hint) == (ExitCode.UNFIT, "free some disk space, or let the cache be in a folder that you may write to")
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+from jobs.errors import ToolkitError
+from jobs.spec import Data
+from rlhf_train.data import dataset
+
+rank, world_size, slow_s, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
+dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, said = 10, 0.2, [], []
+columns_of, write = dataset._token_columns, dataset._write_chunk
+dataset._token_columns = lambda *args: (time.sleep(slow_s), columns_of(*args))[1]
+dataset._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
+if largest_file:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # as good as a full disk
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="</s>")
+spec = Data(datasets=(folder,), split=(1.0, 1.0, 1.0))
+try:
+    corpus = dataset.prepare(spec, tokenizer, cache=Path(cache), rank=rank, world_size=world_size, say=said.append)
+except ToolkitError as error:
+    sys.exit(str(error))
+print(json.dumps([written, said, corpus.train.chosen.values.tolist(), corpus.train.step_rows[2].tolist()]))
+"""
+
+
+def start(tmp_path: Path, *, rank: int = 0, world_size: int = 1, slow_s: float = 0, largest_file: int = 0) -> subprocess.Popen[str]:
+    bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    paths = [str(tmp_path / name) for name in ("d", "cache", "tokenizer.json")]
+    argument = json.dumps([rank, world_size, slow_s, largest_file, *paths])
+    return subprocess.Popen([sys.executable, "-c", CHILD, argument], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_ranks_share_the_work_and_the_quick_one_waits_for_the_slow_one(tmp_path: Path, tokenizer: Any) -> None:
+    folder_of(tmp_path / "d", numbered(45), numbered(3))  # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows
+    ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, slow_s=1.0)]
+    results = [process.communicate(timeout=120) for process in ranks]
+    (quick_wrote, quick_said, *quick), (slow_wrote, _, *slow) = (json.loads(output) for output, _ in results)
+    assert quick_wrote == ["chunk-00000", "chunk-00002", "chunk-00004"]
+    assert slow_wrote == ["chunk-00001", "chunk-00003", "chunk-00000"]
+    waited = [line for line in quick_said if line.startswith("waiting for another rank to tokenise part 2 of 5: ")]
+    assert waited
+    assert waited[0].endswith("/chunk-00001")
+    assert quick == slow
+    assert quick[0] == [token for i in range(45) for token in (*letters(f"yes{i}"), EOS)]
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
+    folder_of(tmp_path / "d", numbered(45), numbered(3))
+    process = start(tmp_path, largest_file=100)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"error: cannot write the token cache {tmp_path}/cache/tokens/" in errors
+    assert "  why: [Errno 27] File too large" in errors
+    assert chunk_files(tmp_path) == []
+
+
+# --- the datasets library, against a hub on loopback --------------------------------------------------------------------
+
+READER = """
+import json, sys
+from pathlib import Path
+import pandas
+from jobs.errors import ToolkitError
+from rlhf_train.data import dataset
+
+names, parquet, saved = json.loads(sys.argv[1])
+for file, rows in parquet.items():
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet(file)
+import datasets
+for folder, splits in saved.items():
+    datasets.disable_progress_bar()
+    made = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    (datasets.DatasetDict(made) if len(made) > 1 else made["train"]).save_to_disk(folder)
+for name in names:
+    try:
+        print(json.dumps([[list(row) for row in part] for part in dataset.read_rows(name, [Path.cwd()])]))
+    except ToolkitError as error:
+        print(json.dumps([error.what, error.why, error.hint, error.code]))
+"""
+
+
+class Reader:
+    """`read_rows` in a fresh process, since HF_ENDPOINT is read at import."""
+
+    def __init__(self, root: Path, hub: Hub) -> None:
+        self.root, self.hub = root, hub
+
+    def __call__(self, *names: str, parquet: dict[str, Any] | None = None, saved: dict[str, Any] | None = None, **environment: str) -> list[Any]:
+        (self.root / "here").mkdir(exist_ok=True)
+        settings = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.root / "home"), "PYTHONPATH": str(ROOT), "HF_TOKEN": "", **environment}
+        argument = json.dumps([names, {str(self.root / file): rows for file, rows in (parquet or {}).items()}, saved or {}])
+        command, settings = [sys.executable, "-c", READER, argument], os.environ | settings
+        done = subprocess.run(command, cwd=self.root / "here", env=settings, check=False, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert "Generating" not in done.stderr  # a progress bar; those of many ranks would be mixed
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    with Hub(tmp_path, gated=["some/gated"]) as hub:
+        yield Reader(tmp_path, hub)
+
+
+def texts_of(start: int, n: int, **extra: Any) -> list[dict[str, Any]]:
+    return [{**row, **extra} for row in numbered(n, start)]
+
+
+def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> None:
+    hub, here = "datasets/Dahoas/rm-static/data", reader.root / "here"
+    parquet = {
+        f"{hub}/train-00000-of-00001-2a1df75c6bce91ab.parquet": texts_of(0, 3, response="said", more=1),
+        f"{hub}/test-00000-of-00001-8c7c51afc6d45980.parquet": texts_of(3, 1, response="said", more=1),
+        "datasets/some/gated/train.parquet": texts_of(0, 2),
+        "datasets/some/renamed/train.parquet": [{"question": "q", "chosen": "c", "rejected": "r"}],
+        "datasets/some/nulls/train.parquet": [*texts_of(0, 1), {"prompt": None, "chosen": "c", "rejected": None}],
+        "here/local/train.parquet": texts_of(0, 2),
+        "here/local/validation.parquet": texts_of(2, 1),
+    }
+    saved = {"saved": {"train": texts_of(0, 2), "test": texts_of(2, 1)}, "saved one": {"train": texts_of(0, 2)}}
+    names = ["Dahoas/rm-static", "no/such", "some/gated", "some/renamed", "some/nulls", "local", "saved", "saved one", str(here / "empty")]
+    (here / "empty").mkdir(parents=True)
+    static, absent, gated, renamed, nulls, local, both, one, empty = reader(*names, parquet=parquet, saved=saved)
+
+    assert static == [[[f"q{i}", "said", f"yes{i}", f"no{i}"] for i in range(3)], [["q3", "said", "yes3", "no3"]]]
+    assert any(line.startswith(f"GET /{hub.replace('/data', '')}/resolve/") for line in reader.hub.requests)
+    local_rows = [[f"q{i}", f"yes{i}", f"yes{i}", f"no{i}"] for i in range(3)]
+    assert local == both == [local_rows[:2], local_rows[2:]]
+    assert one == [local_rows[:2], []]
+
+    for what, _, hint, _ in (absent, gated):
+        assert what in ("cannot load the data set `no/such` from the hub", "cannot load the data set `some/gated` from the hub")
+        assert hint == "check the name; HF_TOKEN opens a gated or private data set"
+    assert "no/such" in absent[1]
+    assert absent[3] == ExitCode.USAGE
+    assert renamed[:2] == ["data set `some/renamed`, split `train`: no column `prompt`", "its columns: question, chosen, rejected"]
+    nulls_found = ["row 1, column `prompt`: text is wanted, not null", "row 1, column `rejected`: text is wanted, not null"]
+    assert (nulls[0], nulls[1].splitlines()) == ("bad rows in data set `some/nulls`, split `train`", nulls_found)
+    assert empty[0] == f"cannot load the data set in {here}/empty"
+
+    assert reader("some/gated", HF_TOKEN=TOKEN) == [[local_rows[:2], []]]
+
+
+def test_a_hub_that_cannot_be_reached(reader: Reader) -> None:
+    [[what, why, _, code]] = reader("Dahoas/rm-static", HF_HUB_OFFLINE="1")
+    assert (what, code) == ("cannot load the data set `Dahoas/rm-static` from the hub", ExitCode.UNFIT)
+    assert "offline" in why.lower()
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+def test_real_preference_data(tmp_path: Path, tokenizer: Any) -> None:
+    if not HH_RM_MINI.is_dir():
+        assert os.environ.get("RLHF_CI") != "1", f"CI needs {HH_RM_MINI}"
+        pytest.skip(f"no {HH_RM_MINI}")
+    spec = spec_for(HH_RM_MINI, split=(2.0, 4.0, 4.0), max_prompt_tokens=2000, max_response_tokens=300)
+    corpus = prepared(spec, tokenizer, tmp_path)
+    lines = [json.loads(line) for line in (HH_RM_MINI / "train.jsonl").read_bytes().splitlines()]
+    assert corpus.train.fates["rows"] == len(lines) == 1500
+    # Bytes are tokens here, so the lengths can be counted without the tokenizer.
+    blank = [not all(line[column].strip() for column in dataset.Row._fields) for line in lines]
+    assert corpus.train.fates["prompt_too_long"] == sum(
+        len(line["prompt"].encode()) + 1 > 2000 for line, none in zip(lines, blank, strict=True) if not none
+    )
+    assert corpus.train.chosen.lengths.tolist() == [min(len(line["chosen"].encode()) + 1, 300) for line in lines]
+    assert all(0 < len(order) <= 512 for order in corpus.held_out.step_rows.values())
+    used = np.concatenate(list(corpus.train.step_rows.values())).tolist()
+    assert len(used) == len(set(used))
+    for row in corpus.train.step_rows[3][:5]:
+        assert tokenizer.decode(corpus.train.prompt[row][1:]) == lines[row]["prompt"]

@@ -1,0 +1,96 @@
+"""Signs of life: what a rank writes, the launcher reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, Pulse, Sign, Watch, sign_in
+from tests.tiny import CHECKOUT
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watch = Watch(3)
+    yield watch
+    watch.close()
+
+
+def test_a_rank_counts_up_and_says_what_it_does(watch: Watch) -> None:
+    assert watch.signs() == [Sign(0, 0, False, False, False, "")] * 3  # none has begun
+    pulse = Pulse.of_rank(watch.file, 1, 3)
+    assert watch.signs() == [Sign(0, 0, False, False, False, ""), Sign(1, 0, False, False, False, "starting"), Sign(0, 0, False, False, False, "")]
+    pulse.beat("update 7")
+    pulse.beat()
+    assert watch.signs()[1] == Sign(3, 0, False, False, False, "update 7")  # no phase: the same goes on
+    pulse.has_trained = True
+    pulse.beat("a")
+    assert watch.signs()[1] == Sign(4, 0, True, False, False, "a")  # nothing is left of the longer phase
+
+
+def test_meetings_are_counted_apart(watch: Watch) -> None:
+    pulse = Pulse.of_rank(watch.file, 1, 3)
+    for _ in range(2):
+        pulse.meet()
+    pulse.beat("update 1")
+    assert watch.signs()[1] == Sign(4, 2, False, False, False, "update 1")
+
+
+def test_a_sign_is_written_at_once() -> None:
+    """Who reads in between must not see zeros: a rank without anything to save is not waited for when the run is to stop."""
+
+    class Memory(bytearray):
+        writes = 0
+
+        def __setitem__(self, *written: Any) -> None:
+            self.writes += 1
+            super().__setitem__(*written)
+
+    memory = Memory(3 * SLOT_BYTES)
+    pulse = Pulse(memory, 2)
+    pulse.beat("update 7")
+    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == Sign(2, 0, False, False, False, "update 7")
+
+
+def test_ranks_do_not_write_over_each_other(watch: Watch) -> None:
+    pulses = [Pulse.of_rank(watch.file, rank, 3) for rank in range(3)]
+    for rank, pulse in enumerate(pulses):
+        for _ in range(rank):
+            pulse.beat(f"{rank}" * 200)
+    assert [sign.count for sign in watch.signs()] == [1, 2, 3]
+    assert [set(sign.phase) for sign in watch.signs()] == [set("starting"), {"1"}, {"2"}]
+
+
+@pytest.mark.parametrize("phase", ["x" * 500, "ä" * 500, "x" + "ä" * 500, "xx" + "雪" * 500, "xx" + "😀" * 500])
+def test_a_long_phase_is_cut(watch: Watch, phase: str) -> None:
+    """Bytes are counted; a character that is cut in two is shown as one that is unknown."""
+    Pulse.of_rank(watch.file, 0, 3).beat(phase)
+    (said, *others) = watch.signs()
+    kept = said.phase.rstrip("\N{REPLACEMENT CHARACTER}")
+    assert phase.startswith(kept) and SLOT_BYTES - 24 < len(kept.encode()) <= SLOT_BYTES
+    assert others == [Sign(0, 0, False, False, False, "")] * 2
+
+
+@pytest.mark.parametrize(("phase", "read"), [("Schritt für 雪", "Schritt für 雪"), ("", ""), ("a \udcff b", "a ? b")])
+def test_any_text_is_a_phase(watch: Watch, phase: str, read: str) -> None:
+    """Also one with a path that is not UTF-8."""
+    Pulse.of_rank(watch.file, 2, 3).beat(phase)
+    assert watch.signs()[2].phase == read
+
+
+def test_another_process_is_seen(watch: Watch) -> None:
+    code = "import sys; from rlhf_train.ranks.heartbeat import Pulse; Pulse.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    command = [sys.executable, "-c", code, str(watch.file)]
+    subprocess.run(command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    assert watch.signs()[2] == Sign(2, 0, False, False, False, "update 1")  # also after it is gone
+
+
+def test_nobody_needs_to_watch() -> None:
+    pulse = Pulse.unseen()
+    pulse.beat("update 1")
+    pulse.beat("x" * 500)

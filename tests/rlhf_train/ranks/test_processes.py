@@ -1,0 +1,150 @@
+"""Ranks that are started before they are needed: real processes, which are told late, or never."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from jobs.spec import Job, load_job
+from rlhf_train import launch
+from rlhf_train.plan.placement import Machine, place
+from rlhf_train.ranks import processes
+from rlhf_train.ranks.heartbeat import Watch
+from rlhf_train.ranks.processes import Crew, Rank, Spares, likely_crew
+from rlhf_train.worker import Order
+from tests import tiny
+from tests.faults.scene import PATIENCE_S, ranks_here, until
+from tests.tiny import CHECKOUT
+
+CREW = Crew("cpu", 1, 1)
+
+
+@pytest.fixture
+def spares() -> Iterator[Spares]:
+    with Spares(os.environ) as spares:
+        yield spares
+    assert ranks_here() == []
+
+
+# --- what waits, and for whom -----------------------------------------------------------------------------------------
+
+
+def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: Spares) -> None:
+    spares.start(CREW)
+    (waiting,) = ranks_here()
+    spares.start(Crew("cpu", 2, 1))  # there are some already
+    assert ranks_here() == [waiting]
+    (taken,) = spares.take(CREW)
+    assert taken.pid == waiting.pid
+    (other,) = spares.take(CREW)  # none waits
+    assert other.pid != taken.pid
+    processes.end([taken, other])
+
+
+def test_others_are_ended_and_made_anew(spares: Spares) -> None:
+    spares.start(CREW)
+    first = spares._ranks
+    two = spares.take(Crew("cpu", 2, 1))
+    assert first[0].returncode == -signal.SIGKILL and len({rank.pid for rank in two}) == 2
+    assert [psutil.Process(rank.pid).environ()["RANK"] for rank in two] == ["0", "1"]
+    processes.end(two)
+    spares.start(Crew("cpu", 2, 1))
+    spares._ranks[1].kill()  # while it waited, for want of memory, say
+    spares._ranks[1].wait()
+    again = spares.take(Crew("cpu", 2, 1))
+    assert [rank.poll() for rank in again] == [None, None]
+    processes.end(again)
+
+
+@pytest.mark.parametrize("job", [load_job("demo", []), Job.model_validate(tiny.job(Path("rows"))), load_job("demo", ["hardware.ranks=2"])])
+def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "GPU_FILES", (Path("/nowhere"), "*"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert likely_crew(job, os.environ) == launch.crew_of(job, place(job, Machine.look(gpus=False)), os.environ)
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "wish", "device", "count"),
+    [
+        (0, None, "auto", "cpu", 1),
+        (8, None, "auto", "cuda", 8),
+        (8, "0,1", "auto", "cuda", 2),
+        (8, "", "auto", "cpu", 1),
+        (8, None, "cpu", "cpu", 1),
+        (0, None, "cuda", "cuda", 1),  # which will be refused
+    ],
+)
+def test_a_guess_where_there_are_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: int, visible: str | None, wish: str, device: str, count: int
+) -> None:
+    for name in [*(f"nvidia{number}" for number in range(cards)), "nvidiactl", "nvidia-uvm"]:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(processes, "GPU_FILES", (tmp_path, "nvidia[0-9]*"))
+    job = load_job("demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"])
+    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == Crew(device, count, 4)
+
+
+@pytest.mark.parametrize(
+    ("names", "libraries"),
+    [
+        (["Dahoas/rm-static"], ("datasets",)),
+        (["rows"], ()),
+        (["rows/train.jsonl"], ()),
+        (["rows", "parquet"], ("datasets",)),
+        (["rlhf_train/demo/data"], ()),  # in the checkout
+    ],
+)
+def test_what_reads_the_rows_is_imported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], libraries: tuple[str, ...]) -> None:
+    tiny.write_rows(tmp_path / "rows")
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "train.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    job = load_job("demo", [f"data.datasets={json.dumps(names)}"])
+    assert processes.libraries_of(job) == libraries
+    (rank,) = Spares(os.environ).take(Crew("cpu", 1, 1, libraries=libraries))
+    assert psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries]
+    processes.end([rank])
+
+
+# --- what is told, and what is said -----------------------------------------------------------------------------------
+
+
+def test_one_that_waits_leaves_with_the_launcher() -> None:
+    """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else would cut short."""
+    start = "s = Spares(os.environ); s.start(Crew('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
+    code = f"import os, time; from rlhf_train.ranks.processes import *; {start}; time.sleep(99)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    spare = psutil.Process(int(launcher.stdout.readline()))
+    until(lambda: sum(spare.cpu_times()[:2]) > 0.3)  # it imports
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not spare.is_running())
+
+
+def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> None:
+    """What it printed before is in the log, too."""
+    (tmp_path / "transformers.py").write_text("print('a warning')\nraise ImportError('no such library')\n", encoding="utf-8")
+    watch = Watch(1)
+    rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
+    until(lambda: rank.early_words() == b"a warning\n")
+    assert rank.poll() is None
+    order = Order({}, str(tmp_path / "run"), 1, [1], {}, str(tmp_path), 0)
+    with (tmp_path / "log").open("ab") as log, tempfile.TemporaryFile() as lock:
+        rank.tell(order.for_rank(0), log.fileno(), watch.file, lock.fileno())
+        assert rank.wait(PATIENCE_S) == 4
+    watch.close()
+    words = launch._last_words(rank)
+    assert words is not None and words.what == "training stopped on ImportError: no such library"
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    assert said.startswith("a warning\nTraceback ") and said.endswith("ImportError: no such library\n")
+    assert rank.early_words() == b""

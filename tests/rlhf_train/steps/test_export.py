@@ -1,0 +1,256 @@
+"""What a step leaves behind: plain Hugging Face folders that load in a process that knows nothing of us, with the same logits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.events import Checkpoint, Event
+from jobs.run_dir import RunDir
+from jobs.spec import Job, Lora, Scratch
+from rlhf_train.data.sequences import BatchPlan, Sequences
+from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
+from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, last_scores, load_causal, load_scorer, load_tokenizer, train_tokenizer
+from rlhf_train.plan.placement import Placement
+from rlhf_train.ranks.collectives import World
+from rlhf_train.steps.context import Session
+from rlhf_train.steps.export import save_model
+from tests import tiny
+from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.pinned_gloo
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way in which a model can come to be."""
+
+    step: int
+    zero_stage: int
+    precision: str = "float32"
+    lora: bool = False
+    ema: bool = False
+
+
+KINDS = {
+    "actor": Kind(1, 0),
+    "actor-zero2": Kind(1, 2),
+    "actor-zero3": Kind(1, 3),
+    "lora": Kind(1, 0, lora=True),
+    "lora-zero3": Kind(1, 3, lora=True),
+    "ema": Kind(3, 0, ema=True),
+    "ema-zero3": Kind(3, 3, ema=True),
+    "ema-lora-zero3": Kind(3, 3, lora=True, ema=True),
+    "actor-bfloat16": Kind(1, 1, "bfloat16"),
+    "lora-bfloat16": Kind(1, 1, "bfloat16", lora=True),
+    "reward": Kind(2, 0),
+    "reward-zero3": Kind(2, 3),
+    "reward-bfloat16": Kind(2, 1, "bfloat16"),
+}
+LORA = Lora(rank=4, alpha=8.0)
+DECAY, UPDATES = 0.6, 3
+NUMBERS = {"perplexity_after": 12.345678}
+
+
+# --- the trainer's side, on two ranks --------------------------------------------------------------------------------
+
+
+def make_all(world: World, folder: Path) -> None:
+    """Each kind: a model trained a little, saved, and beside it (`.pt`) what the trainer saw of it in the end."""
+    for name, kind in KINDS.items():
+        make(world, folder, name, kind)
+
+
+def make(world: World, folder: Path, name: str, kind: Kind) -> None:
+    job = Job.model_validate(tiny.job(folder / "rows"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    load = load_scorer if kind.step == 2 else load_causal
+    model = load(Scratch(config=tiny.OPT), tokenizer, DTYPES[kind.precision], 3)
+    start = full_state(model, keep=True)
+    if kind.lora:
+        add_lora(model, LORA, 3)
+    module = ScoreForward(model) if kind.step == 2 else ActorForward(model)
+    plan = BatchPlan(2, 1, world.size)
+    engine = Engine(module, job.sft, 1e-2, UPDATES, plan, precision=kind.precision, zero_stage=kind.zero_stage, world=world)
+    ema = Ema(engine.module, DECAY) if kind.ema else None
+
+    averages = {key: value.double() for key, value in full_state(model, keep=True).items()}
+    for update in range(UPDATES):
+        out = engine(rows(10 * update + world.rank))[0]
+        engine.backward((last_scores(out, rows(10 * update + world.rank)) if kind.step == 2 else out).mean() / world.size, last=True)
+        engine.step()
+        if ema is not None:
+            ema.update()
+        for key, value in full_state(model, keep=True).items():
+            averages[key] = DECAY * averages[key] + (1 - DECAY) * value.double()
+
+    batch = rows(99)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    seen = {"logits": logits, "ids": batch.input_ids, "mask": batch.attention_mask, "averages": averages, "start": start}
+    placement = Placement("cpu", "", world.size, kind.precision, kind.zero_stage, kind.zero_stage, (2, 2, 2), 8, 1)
+    events: list[Event] = []
+    session = Session(job, RunDir(folder), world, placement, folder, events.append)
+
+    def save(target: Path) -> None:
+        save_model(session, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS)
+
+    if ema is None:
+        save(folder / name)
+    else:
+        with ema.applied():
+            save(folder / name)
+        save(folder / f"{name}-live")  # the average was taken off again
+    if world.is_main:
+        (checkpoint,) = (event for event in events if isinstance(event, Checkpoint) and event.path == str(folder / name))
+        assert checkpoint.size_bytes == sum(file.stat().st_size for file in (folder / name).iterdir())
+        torch.save(seen, folder / f"{name}.pt")
+
+
+def rows(seed: int) -> Sequences:
+    """Two prompts with answers, of different lengths."""
+    numbers = torch.Generator().manual_seed(seed)
+    prompts, answers = ([torch.randint(4, 260, (n,), generator=numbers).numpy() for n in lengths] for lengths in ((7, 3), (5, 6)))
+    return Sequences.of(prompts, answers, 1, torch.device("cpu"))
+
+
+# --- the stranger's side ---------------------------------------------------------------------------------------------
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+for folder in sys.argv[1:]:
+    causal = "CausalLM" in json.load(open(folder + "/config.json"))["architectures"][0]
+    kind = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    model, loading = kind.from_pretrained(folder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = torch.load(folder.removesuffix("-live") + ".pt")
+    with torch.no_grad():
+        found = {"logits": model(input_ids=wanted["ids"], attention_mask=wanted["mask"]).logits}
+        if causal:
+            prompts = ["\\n\\nHuman: cat\\n\\nAssistant:", "\\n\\nHuman: red cat dog\\n\\nAssistant:"]
+            prompt = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+            torch.manual_seed(0)
+            found |= {"prompt": prompt["input_ids"], "generated": model.generate(**prompt)}
+    found["loading"] = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
+    found["config"] = model.config.to_dict()
+    found["tokens"] = {name: getattr(tokenizer, name + "_token_id") for name in ("bos", "eos", "pad")} | {"count": len(tokenizer)}
+    torch.save(found, folder + "-loaded.pt")
+assert not {"rlhf_train", "jobs", "deepspeed", "peft"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kinds, made by two ranks and loaded by a stranger."""
+    folder = tmp_path_factory.mktemp("models")
+    train_tokenizer([f"\n\nHuman: {word}\n\nAssistant: {word}" for word in tiny.WORDS], 320).save_pretrained(str(folder / "tokenizer"))
+    on_ranks(2, make_all, folder)
+    models = sorted(str(file.parent) for file in folder.glob("*/model.safetensors"))
+    assert len(models) == len(KINDS) + sum(kind.ema for kind in KINDS.values())
+    said = subprocess.run([sys.executable, "-c", STRANGER, *models], cwd=folder, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    (folder / "said").write_text(said.stdout + said.stderr, encoding="utf-8")
+    return folder
+
+
+def seen(folder: Path, name: str) -> dict[str, Any]:
+    numbers: dict[str, Any] = torch.load(folder / f"{name}.pt")
+    return numbers
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stranger_gets_the_trainers_logits(folder: Path, name: str) -> None:
+    ours, theirs = seen(folder, name), seen(folder, f"{name}{'-live' if KINDS[name].ema else ''}-loaded")
+    real = ours["mask"].bool() if KINDS[name].step != 2 else torch.ones(2, dtype=torch.bool)
+    expected, found = (side["logits"].float()[real] for side in (ours, theirs))
+    # bfloat16 has 8 bits: the last of the largest logit, or the two before it, where threads add up in another order.
+    tolerance = 1e-5 if KINDS[name].precision == "float32" else 2**-6 * float(expected.abs().max())
+    assert (found - expected).abs().max() < tolerance
+    assert expected.std() > 0.01  # they are not all alike
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_missing_and_nothing_too_much(folder: Path, name: str) -> None:
+    assert seen(folder, f"{name}-loaded")["loading"] == {}
+    said = (folder / "said").read_text(encoding="utf-8")
+    assert not re.search("MISSING|UNEXPECTED|MISMATCH|warn|not initialized", said, re.IGNORECASE), said
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_moved_what_was_saved(folder: Path, name: str) -> None:
+    """And LoRA only what it may: the layers that it names."""
+    start, saved = seen(folder, name)["start"], load(folder / name)
+    moved = {key for key, value in saved.items() if not value.equal(start[key])}
+    wanted = {key for key in saved if not KINDS[name].lora or any(f".{target}.weight" in key for target in LORA.target_modules)}
+    # A constant added to every key changes no attention, and one added to every state no difference of scores.
+    blind = {key for key in saved if key.endswith(("k_proj.bias", "embed_positions.weight", "embed_tokens.weight"))}
+    assert moved - blind == wanted - blind
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.ema])
+def test_the_ema_is_the_recurrence_by_hand(folder: Path, name: str) -> None:
+    averages, saved = seen(folder, name)["averages"], load(folder / name)
+    for key, value in saved.items():
+        layer = key.removesuffix(".weight")
+        if f"{layer}.lora_A.default.weight" in averages:
+            a, b = (averages[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+            expected = averages[f"{layer}.base_layer.weight"] + LORA.alpha / LORA.rank * b @ a
+        else:
+            expected = averages[key if key in averages else key.replace(".bias", ".base_layer.bias")]
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
+    live = load(folder / f"{name}-live")
+    assert max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3  # it is not the model itself
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> None:
+    files = {file.name for file in (folder / name).iterdir()}
+    needed = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
+    assert needed <= files <= needed | {"special_tokens_map.json", "vocab.json", "merges.txt"}  # transformers 4 writes more
+    kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
+    assert {key: value for key, value in config.items() if "drop" in key and value} == {}
+    assert {value.dtype for value in load(folder / name).values()} == {DTYPES[kind.precision]}
+    found = seen(folder, f"{name}-loaded")
+    assert found["tokens"] == {"bos": 2, "eos": 2, "pad": 1, "count": found["config"]["vocab_size"]}
+    assert (found["config"]["pad_token_id"], found["config"]["eos_token_id"]) == (1, 2)
+    if kind.step == 2:
+        assert len(found["config"]["id2label"]) == 1
+
+
+def test_the_card_says_what_it_is(folder: Path) -> None:
+    actor, reward = ((folder / name / "README.md").read_text(encoding="utf-8") for name in ("actor", "reward"))
+    for card in (actor, reward):
+        assert "# tiny: " in card and str(folder / "rows") in card and "| perplexity_after | 12.3457 |" in card
+    assert "AutoModelForCausalLM" in actor and "AutoModelForSequenceClassification" in reward
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.step != 2])
+def test_generate_samples_and_stops(folder: Path, name: str) -> None:
+    """With the generation config that lies there: 12 tokens at most, then padding after an EOS."""
+    config = json.loads((folder / name / "generation_config.json").read_text(encoding="utf-8"))
+    assert (config["do_sample"], config["max_new_tokens"], config["eos_token_id"], config["pad_token_id"]) == (True, 12, 2, 1)
+    found = seen(folder, f"{name}-loaded")
+    prompt, new = found["prompt"].shape[1], found["generated"][:, found["prompt"].shape[1] :]
+    assert found["generated"][:, :prompt].equal(found["prompt"])
+    assert 1 <= new.shape[1] <= 12
+    for row in new.tolist():
+        assert 2 in row or len(row) == 12
+        assert set(row[row.index(2) + 1 :]) <= {1} if 2 in row else True

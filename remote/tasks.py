@@ -28,21 +28,25 @@ from env.settings import Limits, Provider, Settings
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.spec import NAME, Job, load_job, settings_of_deployment, steps_of
 from jobs.words import duration, size, visible
-from remote import deploy as deploying
-from remote import fetch as fetching
-from remote import inventory, known, listing, lock, results, watch
-from remote import purge as purging
-from remote import stop as stopping
-from remote import train as training
-from remote import trust as trusting
-from remote.box import Line
-from remote.doctor import Diagnosis, Link, diagnose
-from remote.facts import clock_offset, provider_of
+from remote import inventory
+from remote.deploy import deployment as deploying
+from remote.deploy import lock
+from remote.deploy.sync import checkout_tree, send_whole
 from remote.inventory import Box
-from remote.say import Sayer
-from remote.sync import checkout_tree, send_whole
-from remote.there import NOT_DEPLOYED, Deployed, check, not_deployed, our_root, there, where
-from remote.travel import job_on_box, pack
+from remote.output import Sayer
+from remote.results import purge as purging
+from remote.results import run_contents as results
+from remote.results import stop_card as stopping
+from remote.results import transfer as fetching
+from remote.runs import listing, watch
+from remote.runs import start as training
+from remote.runs.deployed import NOT_DEPLOYED, Deployed, check, not_deployed, our_root, there, where
+from remote.runs.inputs import job_on_box, pack
+from remote.ssh import host_keys as trusting
+from remote.ssh.connection import Line
+from remote.survey import probe_cache as known
+from remote.survey.doctor import Diagnosis, Link, diagnose
+from remote.survey.facts import clock_offset, provider_of
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -33,7 +33,11 @@ MAY_IMPORT = {
     "fabfile.py": STANDARD | BASE | SSH | {"remote"},
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
-MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine.py": {"deepspeed"}}
+MORE = {  # a folder ends with a slash
+    "remote/ssh/": SSH,
+    "remote/tasks.py": SSH,
+    "rlhf_train/engine.py": {"deepspeed"},
+}
 READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
@@ -66,7 +70,7 @@ def top_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def wrong_imports(name: str, source: str) -> list[str]:
     part = name.split("/")[0]
-    more = MORE.get(name, set())
+    more = {module for place, modules in MORE.items() if name == place or (place.endswith("/") and name.startswith(place)) for module in modules}
     wrong = []
     for line, module in top_imports(ast.parse(source)):
         allowed = module in more or (module in MAY_IMPORT[part] if part in MAY_IMPORT else module not in MAY_NOT_IMPORT.get(part, set()))
@@ -101,12 +105,17 @@ def test_imports_run_one_way() -> None:
         ("jobs/a.py", "import os, yaml, env.settings\nfrom jobs import spec\nfrom . import errors", []),
         ("remote/a.py", "import transformers", ["remote/a.py:1 imports transformers"]),
         ("remote/a.py", "from fabric import task", ["remote/a.py:1 imports fabric"]),
-        ("remote/box.py", "from fabric import Connection\nimport rlhf_train", ["remote/box.py:2 imports rlhf_train"]),
+        (
+            "remote/box.py",
+            "from fabric import Connection\nimport rlhf_train",
+            ["remote/box.py:1 imports fabric", "remote/box.py:2 imports rlhf_train"],
+        ),
         ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
         ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
         ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
         ("rlhf_train/engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine.py:2 imports fabric"]),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
+        ("remote/ssh/a.py", "from fabric import Connection\nimport rlhf_train", ["remote/ssh/a.py:2 imports rlhf_train"]),
     ],
 )
 def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:

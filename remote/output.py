@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 from jobs.words import encodable, fold, one_line, visible
-from remote.ssh.commands import there_script
+from remote.scripts import dispatch_script
 
 ERASE = "\r\x1b[2K"  # the line of a terminal
 HIDDEN = "[hidden]"
@@ -124,7 +124,7 @@ class Sayer:
 
     def command(self, where: str, argv: Sequence[str], stdin: bytes = b"") -> None:
         """A command as it could be typed; of its input the size alone, and dispatch.sh by its name: fifty lines would hide the rest."""
-        shown, script = shlex.join(argv), shlex.quote(there_script())
+        shown, script = shlex.join(argv), shlex.quote(dispatch_script())
         for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and inside of what an ssh here is given
             shown = shown.replace(quoted, '"$(cat remote/on_box/dispatch.sh)"')
         self(f"{where}$ {shown}" + (f"  < {len(stdin)} bytes" if stdin else ""))

@@ -19,7 +19,8 @@ from env.settings import Limits, Provider
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import duration, one_line, size
 from remote.deploy import lock, sync
-from remote.deploy.sync import KEY_DIGITS, LAND, Tree
+from remote.deploy.sync import KEY_DIGITS, Tree
+from remote.scripts import script
 from remote.ssh import commands
 from remote.survey.doctor import diagnose, peer_access_off
 from remote.survey.facts import BoxFacts, Python, home_path, place_of, provider_of, route_of, runtime_of
@@ -433,7 +434,7 @@ class _Deploy:
         if bundle := self._bundle():
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
-        answer = self.line.ask(commands.sh_script("look", plan.root, tree.key, environment, image), stdin=LAND.read_bytes())
+        answer = self.line.ask(commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh"))
         there = parse_look(answer.out)
         whole = is_whole(plan, there)
         self._done("look", "nothing to do" if whole else _lacking(plan, there), time.monotonic() - began)
@@ -490,7 +491,7 @@ class _Deploy:
         if not settled:
             began = time.monotonic()
             argv = commands.sh_script("settle", plan.root, held.token, *plan.lines())
-            answer = self.line.do(argv, stdin=LAND.read_bytes(), timeout_s=600.0, check=False)
+            answer = self.line.do(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
             self._settled(answer.out, answer.code)
             if answer.code:
                 raise lock.refused(self.box.name, "write what is deployed", answer)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import duration, one_line
-from remote.deploy.sync import LAND
+from remote.scripts import script
 from remote.ssh import commands
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def take(line: Line, root: str, code: str, *, why: str, laptop: str, seen: Owner
     lines = [f"who {one_line(who)}", f"why {one_line(why)}", f"laptop {laptop}", f"pid {os.getpid()}"]
     seconds = EXPIRES_S + size_bytes // SLOW_LINE
     argv = commands.sh_script("lock", root, token, dead, str(seconds), code, *lines)
-    answer = line.do(argv, stdin=LAND.read_bytes(), timeout_s=60.0, check=False)
+    answer = line.do(argv, stdin=script("land.sh"), timeout_s=60.0, check=False)
     said = answer.out.splitlines()
     if "busy" in said:
         raise busy(line.box.name, owner_of(said))
@@ -151,21 +151,21 @@ def release(line: Line, lock: Lock) -> None:
     """Gives it back, if it is still ours. Asked twice: the first time may be what finds out that the line is broken."""
     argv = commands.sh_script("unlock", lock.root, lock.token)
     try:
-        line.do(argv, stdin=LAND.read_bytes(), timeout_s=10.0, check=False)
+        line.do(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
     except ToolkitError:
         line.close()
-        line.do(argv, stdin=LAND.read_bytes(), timeout_s=10.0, check=False)
+        line.do(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
 
 
 def unlock(line: Line, root: str) -> Owner | None:
     """`fab unlock`: takes it from whoever has it, and ends what works for it there. -> who had it."""
-    answer = line.do(commands.sh_script("unlock", root, "any"), stdin=LAND.read_bytes(), timeout_s=30.0)
+    answer = line.do(commands.sh_script("unlock", root, "any"), stdin=script("land.sh"), timeout_s=30.0)
     return owner_of(answer.out.splitlines())
 
 
 def holder(line: Line, root: str) -> Owner | None:
     """Who has it; changes nothing."""
-    answer = line.ask(commands.sh_script("look", root, "-", "-", "-"), stdin=LAND.read_bytes())
+    answer = line.ask(commands.sh_script("look", root, "-", "-", "-"), stdin=script("land.sh"))
     return owner_of(answer.out.splitlines())
 
 

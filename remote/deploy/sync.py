@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Literal
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import one_line, plural, size
+from remote.scripts import script
 from remote.ssh import commands
 
 if TYPE_CHECKING:
     from remote.ssh.connection import Answer, Line
 
-LAND = Path(__file__).parents[1] / "on_box" / "land.sh"
 ALWAYS = ("jobs", "env", "remote", "rlhf_train")  # whatever an ignore file says: some call their virtual environment `env`
 KEY_DIGITS = 16
 
@@ -332,7 +332,7 @@ def land(line: Line, tree: Tree, folder: str, *more: str, check: bool = True) ->
 
     Raises Differs: it is not.
     """
-    answer = line.do(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=LAND.read_bytes(), timeout_s=600.0, check=False)
+    answer = line.do(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=script("land.sh"), timeout_s=600.0, check=False)
     if "differs" in answer.out.split():
         raise Differs("what arrived is not what was sent", why=f"its fingerprint is not {tree.key}", hint="the same command sends it again")
     if answer.code and check and "lost" not in answer.out.split():

@@ -1,10 +1,6 @@
 # shellcheck shell=sh
 # Finds our folder on a box and goes on with what was asked for: sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that
-# one round trip is enough and nothing has to be remembered on the laptop. A ROOT may begin with `$HOME`.
-#
-# Answered here: `root`, which says `root ROOT` if one has our marker, else `would ROOT`; `shell`, one in our folder, else at home; `where`, which says
-# `root ROOT`, the lines of ROOT/deployed, `input HASH` for each that is whole, `slot RUN` if one runs. Any other VERB is supervisor.sh's,
-# of the code that was deployed last; a RUN and a GRACE may be `-` there. Nothing deployed: `not_deployed`, exit code 3.
+# one round trip is enough and nothing has to be remembered on the laptop. Its verbs, answers and exit codes: PROTOCOL.md.
 found='' marked='' first=''
 while [ $# -gt 0 ]; do
     root=$1

@@ -1,14 +1,6 @@
 #!/bin/sh
 # Makes what a job runs in, on the box: a virtual environment from the locks (bare), or the image (docker). Called by
-# remote/deploy/deployment.py:
-#
-#     sh ROOT/code/FP/remote/on_box/environment.sh root=ROOT token=TOKEN key=KEY runtime=bare|docker torch=torch-cu118 mirror=NAME device=cuda|cpu
-#         bare: python=PATH, or maker=PATH of a conda, mamba, micromamba or uv that makes one
-#         docker: arg=NAME=VALUE for each build argument that is not as the Dockerfile says
-#         both: proxy=FILE that sets a proxy (used where the mirror has no packages of its own), ca_bundle=FILE (PEM)
-#
-# Says lines of words: `begin WHAT`, `now LINE` (the last of the log), `beat`, `done SECONDS WHAT`, `note TEXT`, and at the end `made`, or
-# `refused WHAT`, `why LINE`..., `hint TEXT` with exit code 3. All that is said by the programs goes to ROOT/env/KEY.log.
+# remote/deploy/deployment.py. Its words, answers and exit codes: PROTOCOL.md. All that is said by the programs goes to ROOT/env/KEY.log.
 #
 # ROOT/env/KEY is made in its place, since a virtual environment cannot be moved, and has the file `complete` only once it is whole; what
 # a killed call left is made anew. While it runs, the lock of its deploy is kept alive; when nobody hears it any more, it ends.
@@ -16,6 +8,8 @@ set -eu
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 export LC_ALL PATH
 umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
 
 root='' token='' key='' runtime='' torch='' mirror=default device=cuda python='' maker='' proxy='' ca_bundle=''
 build_arguments='' newline='
@@ -44,17 +38,6 @@ refuse() { # WHAT HINT [WHY]
     exit 3
 }
 
-start_of() { # PID   sets start; fails if it is gone
-    { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-    stat=${stat##*) }
-    case $stat in [ZX]*) return 1 ;; esac
-    set -f
-    # shellcheck disable=SC2086
-    set -- $stat
-    set +f
-    start=${20-}
-}
-
 end_child() { # and all that it has started: it leads a group of its own
     trap '' PIPE TERM HUP INT
     [ -z "$child" ] || kill -TERM "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null
@@ -71,10 +54,10 @@ stage() { # NAME HINT COMMAND...
     name=$1 hint=$2 began=$(date +%s) said='' round=0
     shift 2
     say "begin $name"
-    if command -v setsid >/dev/null; then setsid "$@" >>"$log" 2>&1 </dev/null & else "$@" >>"$log" 2>&1 </dev/null & fi
+    if has setsid; then setsid "$@" >>"$log" 2>&1 </dev/null & else "$@" >>"$log" 2>&1 </dev/null & fi
     child=$!
-    ! start_of "$child" || echo "$child $start" >"$environment.child" || true
-    while start_of "$child"; do
+    ! is_alive "$child" || echo "$child $since" >"$environment.child" || true
+    while is_alive "$child"; do
         if [ $round -lt 10 ]; then sleep 0.1 2>/dev/null || sleep 1; else sleep 1; fi
         round=$((round + 1))
         [ $round -ge 10 ] || continue
@@ -90,7 +73,7 @@ stage() { # NAME HINT COMMAND...
     child=''
     rm -f "$environment.child"
     if [ $status -ne 0 ]; then
-        free=$(df -P -k "$root/env" 2>/dev/null | sed -n '2s/.* \(-\{0,1\}[0-9]\{1,\}\) \{1,\}[0-9-]\{1,\}%\{0,1\} .*/\1/p')
+        free=$(free_kb "$root/env")
         # pip takes its files back when it fails, so that the disk need not look full any more.
         if [ "${free:-2048}" -le 1024 ] || tail -n 20 "$log" | grep -q 'No space left on device\|Disk quota exceeded'; then
             refuse "the disk is full, at: $name" "make room at $root, or name another data_folder in boxes.yaml" "$(tail -n 3 "$log")"
@@ -210,11 +193,11 @@ END
 
 mkdir -p "$root/env" "$root/cache/tmp"
 # A call that was killed by force could not end what it had started.
-if { read -r old began <"$environment.child"; } 2>/dev/null && start_of "$old" && [ "$start" = "$began" ]; then
+if { read -r old began <"$environment.child"; } 2>/dev/null && is_running "$old" "$began"; then
     kill -KILL "-$old" 2>/dev/null || kill -KILL "$old" 2>/dev/null || true
 fi
-start_of $$
-{ echo "$$ $start" >"$root/lock/worker"; } 2>/dev/null || true
+fields_of $$
+{ echo "$$ $since" >"$root/lock/worker"; } 2>/dev/null || true
 if ! : >"$log"; then refuse "cannot write to $root/env" "see that its disk is there and not full"; fi
 keep_lock
 [ "$runtime" = docker ] || rm -rf "$environment"

@@ -3,8 +3,7 @@
 Runs on the box as a piece of probe.sh, by whatever Python is there (3.6 or newer) and with the driver's library alone.
 Some drivers offer peer access that delivers zeros (RTX 4090, NVIDIA/nccl-tests#117), which training would not notice.
 
-Prints `peer<TAB>FROM|TO|ACCESS|RESULT` for each pair: ACCESS 1 where the driver offers peer access, RESULT right, wrong, or
-`failed CALL CODE`; or `peers<TAB>why nothing was tried`. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh sets it.
+What it prints: PROTOCOL.md. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh sets it.
 """
 
 import ctypes

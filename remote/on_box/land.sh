@@ -1,14 +1,6 @@
 #!/bin/sh
-# What deploy does on a box besides sending files; sent anew with each call, so nothing of ours has to be there yet.
-#
-#     sh -s -- look ROOT FP ENVIRONMENT IMAGE           what is there, and who works on it; changes nothing
-#     sh -s -- lock ROOT TOKEN DEAD SECONDS FP LINE...  our folder, the lock (LINE: who, why, ...), and an empty place for code FP
-#     sh -s -- land FOLDER WANTED [ROOT TOKEN LINE...]  FOLDER.partial becomes FOLDER if its fingerprint is WANTED; with LINEs then settle
-#     sh -s -- settle ROOT TOKEN LINE...                the LINEs become ROOT/deployed; what is old goes; the lock is given back
-#     sh -s -- unlock ROOT TOKEN|any                    gives it back, or takes it from whoever has it
-#
-# Answers are lines of words for remote/deploy/lock.py and remote/deploy/deployment.py. Exit code 3: refused, and why; 4: differs; 5: somebody else has, or
-# took, the lock. TOKEN names one call of deploy; DEAD is the token of one that its laptop knows to be gone, or `-`.
+# What deploy does on a box besides sending files; sent anew with each call, so nothing of ours has to be there yet. Its verbs, answers and
+# exit codes: PROTOCOL.md.
 #
 # What is half made has a name of its own (.partial, .new), and gets its real one by rename: a call that is killed leaves nothing that
 # could be taken for whole. Nothing is removed but below a ROOT that has our marker.
@@ -16,6 +8,8 @@
 LC_ALL=C
 export LC_ALL
 umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
 no_owner_s=60 # a lock without the file that says whose it is: its maker was killed in between, or is just about to write it
 
 refuse() { # WHAT HINT
@@ -23,37 +17,19 @@ refuse() { # WHAT HINT
     exit 3
 }
 
-read_line() { # FILE   sets value
-    value=''
-    { IFS= read -r value <"$1"; } 2>/dev/null || [ -n "$value" ]
-}
-
 word_of() { # FILE KEY   sets value: the rest of the line that begins with KEY
     value=$(sed -n "s/^$2 //p" "$1" 2>/dev/null | sed q)
-}
-
-start_of() { # PID   sets start: when it was started, in ticks; with the pid it names one process
-    start=''
-    { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-    stat=${stat##*) }
-    case $stat in [ZX]*) return 1 ;; esac
-    set -f
-    # shellcheck disable=SC2086
-    set -- $stat
-    set +f
-    start=${20-}
 }
 
 identity() { # sets identity: it changes when the box is started anew, is another one, or has other cards
     read_line /proc/sys/kernel/random/boot_id
     identity=$value
     read_line /proc/sys/kernel/hostname
-    start_of 1
-    identity="$identity $value $start"
+    since=''
+    fields_of 1
+    identity="$identity $value $since"
     for card in /dev/nvidia[0-9]*; do [ ! -e "$card" ] || identity="$identity ${card#/dev/}"; done
 }
-
-free_kb() { df -P -k "$1" 2>/dev/null | sed -n '2s/.* \(-\{0,1\}[0-9]\{1,\}\) \{1,\}[0-9-]\{1,\}%\{0,1\} .*/\1/p'; }
 
 is_full() { # FOLDER
     free=$(free_kb "$1")
@@ -71,7 +47,7 @@ look() { # ROOT FP ENVIRONMENT IMAGE
     identity
     echo "identity $identity"
     echo "clock $(date +%s)"
-    for tool in rsync tar setsid; do ! command -v $tool >/dev/null 2>&1 || echo "tool $tool"; done
+    for tool in rsync tar setsid; do ! has $tool || echo "tool $tool"; done
     if [ -f "$1/.rlhf-box" ]; then
         echo 'root ours'
         echo "free $(free_kb "$1")"
@@ -106,8 +82,7 @@ say_lock() { # ROOT
 worker_lives() { # LOCK   sets worker: what runs on the box for the one who has it
     worker=''
     { read -r worker began <"$1/worker"; } 2>/dev/null || return 1
-    case $worker in '' | *[!0-9]*) return 1 ;; esac
-    start_of "$worker" && [ "$start" = "$began" ]
+    is_running "$worker" "$began"
 }
 
 # --- the lock ------------------------------------------------------------------------------------------------------
@@ -194,7 +169,7 @@ take_over() { # of a lock that is there: removed if nobody can be behind it any 
 end_worker() { # environment.sh ends what it has started
     kill -TERM "$worker" 2>/dev/null
     for tenth in 1 2 3 4 5 6 7 8 9 10; do
-        start_of "$worker" && [ "$start" = "$began" ] || return 0
+        is_running "$worker" "$began" || return 0
         sleep 0.5 2>/dev/null || sleep 1
     done
     kill -KILL "$worker" 2>/dev/null

@@ -1,11 +1,6 @@
 #!/bin/sh
-# What a box is and has, in one call: `key<TAB>value` lines on standard output, in no order, read by remote/survey/facts.py.
-#
-#     sh probe.sh [root=FOLDER]... [file=PATH]... [python=PATH]... [conda=PATH]... [proxy=FILE]... [direct=URL] [mirror=URL] [under=FOLDER]
-#
-# root: where our folder may lie (the lines name it by its number, from 0). file: a sign of a provider, to be looked for. proxy: a file
-# that sets one. direct, mirror: a small file of the model hub. $HOME at the beginning of a path is this user's. under: where /proc, /sys
-# and / are read, for tests.
+# What a box is and has, in one call: `key<TAB>value` lines on standard output, in no order, read by remote/survey/facts.py. Its words and
+# answers: PROTOCOL.md.
 #
 # What is slow runs at once in the background, each part with its own time limit; all of it ends within 6 s. A part says its lines by
 # itself, each in one write, so that nothing lies on the disk and a part that hangs takes no other with it. No root, no `timeout`,
@@ -14,6 +9,8 @@
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin:/usr/lib/wsl/lib"
 export LC_ALL PATH
 umask 077
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
 cd / || exit 1
 trap '' PIPE # the line may break: then the rest is said to nobody, and what runs is ended all the same
 
@@ -41,11 +38,6 @@ first_line() { # TEXT
     printf '%s\n' "$1" | sed -n '/[^[:space:]]/{p;q;}'
 }
 
-read_line() { # FILE   sets value; the line may lack its newline
-    value=''
-    { IFS= read -r value <"$1"; } 2>/dev/null || [ -n "$value" ]
-}
-
 now() { # sets ticks: hundredths of a second since some time
     { read -r uptime rest </proc/uptime; } 2>/dev/null || uptime=0.00
     ticks=$((${uptime%.*} * 100 + 1${uptime#*.} - 100))
@@ -60,18 +52,11 @@ expand() { # PATH   sets path
     esac
 }
 
-has() { command -v "$1" >/dev/null 2>&1; }
-
 start() { # NAME TICKS COMMAND...   in the background, ended after so many ticks; the name is one word
     entry=$1:$2
     shift 2
     "$@" </dev/null 2>/dev/null &
     running="$running $!:$entry"
-}
-
-is_alive() { # PID   of a child that may just wait to be reaped
-    { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-    case ${stat##*) } in [ZX]*) return 1 ;; esac
 }
 
 end_tree() { # PID...   these and all that they have started; of these only our own children, whatever the list says
@@ -224,20 +209,7 @@ deployed() { # INDEX ROOT
         case $name in pid) pid=$value ;; start) start=$value ;; boot) boot=$value ;; esac
     done
     read_line /proc/sys/kernel/random/boot_id
-    here=$value alive=0
-    case $pid in
-        '' | *[!0-9]*) ;;
-        *)
-            if [ "$boot" = "$here" ] && is_alive "$pid"; then
-                after=${stat##*) } # the fields from the third on; the start time is the 22nd
-                # shellcheck disable=SC2086
-                set -f -- $after
-                set +f
-                [ "${20-}" != "$start" ] || alive=1
-            fi
-            ;;
-    esac
-    [ $alive -eq 0 ] || say slot_alive "$place"
+    [ "$boot" != "$value" ] || ! is_running "$pid" "$start" || say slot_alive "$place"
 }
 
 # --- what may be slow ----------------------------------------------------------------------------------------------
@@ -282,10 +254,6 @@ holders() { # who holds memory; in a container by the host's pids, which name no
     nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader,nounits 2>/dev/null | while IFS=', ' read -r uuid pid used; do
         case $pid in '' | *[!0-9]*) ;; *) say holder "$uuid" "$pid" "$used" "$(command_of "$pid")" ;; esac
     done
-}
-
-command_of() { # PID
-    tr '\000\n' '  ' 2>/dev/null <"/proc/$1/cmdline" | cut -c 1-200
 }
 
 with_cards_open() { # as `fuser /dev/nvidia*` does it; our own are not meant
@@ -429,7 +397,7 @@ peers() { # PYTHON   all cards, as nvidia-smi numbers them
     unset CUDA_VISIBLE_DEVICES
     export CUDA_DEVICE_ORDER=PCI_BUS_ID
     "$1" - <<'PEERS'
-@PEERS@
+@GPU_COPY_CHECK@
 PEERS
 }
 

@@ -1,40 +1,21 @@
 #!/bin/sh
 # What the runs of a box hold, and the way of it home; and how a box is left. It comes by standard input each time, so it needs nothing
-# that is deployed, and may remove all that is. After `begin` it says lines, a word first; what is named last may hold blanks.
+# that is deployed, and may remove all that is. Its verbs, answers and exit codes: PROTOCOL.md.
 #
-#     sh -s -- look ROOT                         -> root FOLDER | marked | running RUN REQUEST | run NAME | events BYTES | step N HASH BYTES
-#                                                   | checkpoint N UPDATE HASH BYTES | end
-#     sh -s -- manifest ROOT RUN [checkpoints]   -> no_root | no_run | has RUN | hashing BYTES FILE | grown BYTES SHA256 FILE | file BYTES SHA256 FILE
-#                                                   | text BYTES FILE, and the bytes | step N HASH | checkpoint N UPDATE HASH BYTES | changed N | odd COUNT | end
-#     sh -s -- send ROOT RUN [OFFSET SIZE FILE]...   -> bytes INDEX LENGTH, and the bytes | gone INDEX | end
-#     sh -s -- stop ENVIRON VARIABLE... -- COMMAND...   with these variables of the file ENVIRON, which are in no argument
-#     sh -s -- would_purge ROOT                  -> refused WHY TEXT | would TEXT | note TEXT | end      (nothing is changed)
-#     sh -s -- purge ROOT                        -> refused WHY TEXT | removed TEXT | note TEXT | proof NAME ok|left TEXT | end
-#
-# HASH: the sha256 of a complete.json. What is complete is decided here, while it may change: a step by its complete.json and model/, a
-# checkpoint by its complete.json. A file that grows is as long as it was when it was looked at.
+# What is complete is decided here, while it may change: a step by its complete.json and model/, a checkpoint by its complete.json. A file
+# that grows is as long as it was when it was looked at.
 
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 export LC_ALL PATH
 umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
 cd / || exit 1
 newline='
 '
 tab=$(printf '\t')
 
 say() { printf '%s\n' "$*"; }
-
-has() { command -v "$1" >/dev/null 2>&1; }
-
-read_line() { # FILE   sets value
-    value=''
-    { IFS= read -r value <"$1"; } 2>/dev/null || [ -n "$value" ]
-}
-
-is_number() {
-    case $1 in '' | *[!0-9]*) return 1 ;; esac
-    [ ${#1} -le 15 ]
-}
 
 sha_of() { # standard input -> its sha256, or nothing
     if has sha256sum; then
@@ -98,21 +79,6 @@ look() {
 
 # --- what runs -------------------------------------------------------------------------------------------------------
 
-fields_of() { # PID   sets state, parent, since: fields 3, 4 and 22 of its stat
-    { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-    set -f
-    # shellcheck disable=SC2086
-    set -- ${stat##*) }
-    set +f
-    state=${1-} parent=${2-} since=${20-}
-}
-
-is_running() { # PID START
-    is_number "$1" && fields_of "$1" || return 1
-    case $state in [ZX]*) return 1 ;; esac
-    [ "$since" = "$2" ]
-}
-
 requests() { # of this folder, a line each: they tell our jobs from somebody else's
     for found in "$root"/requests/*/; do
         found=${found%/}
@@ -128,14 +94,9 @@ request_of() { # PID   sets value: the request in its environment
     [ -n "$value" ]
 }
 
-command_of() { # PID
-    { tr '\000\n' '  ' <"/proc/$1/cmdline"; } 2>/dev/null | tr -d '\000-\037\177' | cut -c 1-200
-}
-
 of_a_job() { # lines `PID REQUEST`: every process that a job has started
     grep -lsF RLHF_REQUEST= /proc/[0-9]*/environ 2>/dev/null | while IFS=/ read -r _ _ pid _; do
-        fields_of "$pid" || continue
-        case $state in [ZX]*) continue ;; esac
+        is_alive "$pid" || continue
         ! request_of "$pid" || printf '%s %s\n' "$pid" "$value"
     done
 }
@@ -145,8 +106,7 @@ names_root() { # pids of processes with ROOT in their command line; not this scr
     while is_number "$each" && [ "$each" -gt 1 ] && fields_of "$each"; do own="$own$each " each=$parent; done
     for name in "$root" "$real"; do grep -lsF -e "$name" /proc/[0-9]*/cmdline 2>/dev/null; done | sort -u | while IFS=/ read -r _ _ pid _; do
         case $own in *" $pid "*) continue ;; esac
-        fields_of "$pid" || continue
-        case $state in [ZX]*) continue ;; esac
+        is_alive "$pid" || continue
         # A root `/data/a` does not stand in `/data/ab`.
         { tr '\000\n' '\n ' <"/proc/$pid/cmdline"; } 2>/dev/null | is_named || continue
         each=$pid

@@ -1,16 +1,6 @@
 #!/bin/sh
 # Looks after the one job of a box, in both runtimes: log, exit code, heartbeat, cancel. A job is nobody's child but this script's,
-# which is nobody's child at all. What it says are lines of words, for remote/; what it knows are files of ROOT/runs/RUN/job.
-#
-#     supervisor.sh start ROOT RUN REQUEST FP GRACE_S -- ARG...   ARG... are rlhf-train's; --job and --run are added here.
-#         Standard input: `secrets N`, N lines NAME=value, `job HASH` (the beginning of its sha256), and the bytes of job.yaml.
-#         -> started REQUEST PID | already REQUEST | withdrawn REQUEST | busy RUN REQUEST | refused WHY...
-#     supervisor.sh withdraw ROOT REQUEST        after a `start` whose answer was lost -> started REQUEST | not_run REQUEST
-#     supervisor.sh follow ROOT RUN events|log|output OFFSET      frames for remote/runs/watch.py, until the job has ended
-#     supervisor.sh list ROOT                    -> run NAME k=v... | last NAME JSON | gpu ... | slot RUN REQUEST | disk FREE_KB | beat EPOCH
-#     supervisor.sh cancel ROOT RUN GRACE_S      -> term | kill | ended CODE | left PID COMMAND | gpu_held UUID PID MIB COMMAND | free | not_running
-#
-# Internal: `run`, the supervisor itself, and `job`, what becomes the training process on a box without Docker.
+# which is nobody's child at all. What it knows are files of ROOT/runs/RUN/job. Its verbs, answers and exit codes: PROTOCOL.md.
 #
 # A request runs at most once: ROOT/requests/REQUEST is made by `start`, as its last doubt before the job begins, or by `withdraw`.
 # The slot is made before that. A process is known by its number, its start time and the boot, since numbers come again.
@@ -27,6 +17,8 @@ case $PATH in
 esac
 export LC_ALL PATH
 umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
 
 CHUNK=262144 # bytes of a frame: between two of them there is time for a beat
 LEFTOVERS=20 # tenths of a second for what a job has started, once it has ended itself
@@ -38,16 +30,9 @@ fail() { # CODE WHAT
     exit "$1"
 }
 
-has() { command -v "$1" >/dev/null 2>&1; }
-
 epoch() { date +%s; }
 
 pause() { sleep "0.$1" 2>/dev/null || sleep 1; } # TENTHS
-
-read_line() { # FILE   sets value
-    value=''
-    { IFS= read -r value <"$1"; } 2>/dev/null || [ -n "$value" ]
-}
 
 read_word() { # FILE   sets value: what can be part of an answer, or nothing
     read_line "$1"
@@ -69,26 +54,6 @@ is_name() { # as jobs/spec.py has it
     [ ${#1} -le 64 ]
 }
 
-is_number() { # of digits, and not so many that arithmetic fails
-    case $1 in '' | *[!0-9]*) return 1 ;; esac
-    [ ${#1} -le 15 ]
-}
-
-fields_of() { # PID   sets state and since, the third field of its stat and the 22nd
-    { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-    set -f
-    # shellcheck disable=SC2086
-    set -- ${stat##*) }
-    set +f
-    state=${1-} since=${20-}
-}
-
-is_running() { # PID START   this very process; one that only waits to be reaped has ended
-    is_number "$1" && fields_of "$1" || return 1
-    case $state in [ZX]*) return 1 ;; esac
-    [ "$since" = "$2" ]
-}
-
 each_tenth() { # TIMES COMMAND...   until it succeeds
     times=$1
     shift
@@ -104,7 +69,7 @@ each_tenth() { # TIMES COMMAND...   until it succeeds
 members() { # REQUEST   the processes of its job, wherever they are: ranks have sessions of their own. Sees into containers, too.
     [ -n "$1" ] || return 0
     with_variable "RLHF_REQUEST=$1" | while IFS=/ read -r _ _ pid _; do
-        fields_of "$pid" && case $state in [ZX]*) ;; *) printf '%s\n' "$pid" ;; esac
+        ! is_alive "$pid" || printf '%s\n' "$pid"
     done
 }
 
@@ -216,7 +181,7 @@ give_up() { # ANSWER...
 
 refuse() { give_up refused "$(printf %s "$1" | tr '\n' ' ')"; }
 
-no_room() { refuse "cannot write in $root: $(df -P -k "$root" 2>/dev/null | sed -n '2s/.* \([0-9][0-9]*\) \{1,\}[0-9-]*%* .*/\1/p') KB are free there"; }
+no_room() { refuse "cannot write in $root: $(free_kb "$root") KB are free there"; }
 
 receive() { # standard input, to its end; secrets stay in variables until all of it is known to be whole
     torn='the line broke before all of the job was here'
@@ -720,7 +685,7 @@ list() {
         printf %s "$cards"
         rm -f "$root/.smi.$$"
     fi
-    free=$(df -P -k "$root" 2>/dev/null | sed -n '2s/.* \([0-9][0-9]*\) \{1,\}[0-9-]*%* .*/\1/p')
+    free=$(free_kb "$root")
     [ -z "$free" ] || printf 'disk %s\n' "$free"
     printf 'beat %s\n' "$(epoch)"
 }
@@ -794,10 +759,6 @@ prove() { # that nothing is left; the driver takes a moment to give memory back
         pause 5
     done
     printf '%s\n' "${found:-free}"
-}
-
-command_of() { # PID
-    { tr '\000\n' '  ' <"/proc/$1/cmdline"; } 2>/dev/null | tr -d '\000-\037\177' | cut -c 1-200
 }
 
 holders() { # gpu_held UUID PID MIB COMMAND, by what the driver says (of the host's numbers, in a container) and by who has a card open

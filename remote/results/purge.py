@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import size
-from remote.results.run_contents import FetchedRun, how_to_fetch, look, script, unfetched
+from remote.results.run_contents import FetchedRun, how_to_fetch, look, unfetched
+from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
         raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], code=ExitCode.BUSY)
     lost = unfetched(found, fetched)
     if line.dry_run:
-        line.do(sh_script("purge", root), stdin=script())  # shown
-        answer = line.ask(sh_script("would_purge", root), stdin=script(), timeout_s=COUNT_S)
+        line.do(sh_script("purge", root), stdin=script("results.sh"))  # shown
+        answer = line.ask(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
         would = parse(answer.out, host, root, is_proof_needed=False)
         return replace(would, notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes))
     if lost and not yes:
@@ -74,7 +75,7 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
             hint=f"{how_to_fetch(host, lost)}\nor --yes, to lose them",
             code=ExitCode.UNFIT,
         )
-    answer = line.do(sh_script("purge", root), stdin=script(), timeout_s=PURGE_S)
+    answer = line.do(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
     purged = parse(answer.out, host, root)
     if not purged.is_clean:
         raise ToolkitError(

@@ -13,20 +13,15 @@ from urllib.parse import quote
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import STEPS, size
+from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
     from remote.ssh.connection import Line
 
-SCRIPT = Path(__file__).parents[1] / "on_box" / "results.sh"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SCHEMA = 1
 LOOK_S = 60.0  # the longest that a look may take: it hashes small files only
-
-
-def script() -> bytes:
-    """What is sent: nothing of it is on the box."""
-    return SCRIPT.read_bytes()
 
 
 def is_run_name(name: str) -> bool:
@@ -74,7 +69,7 @@ class Results:
 
 def look(line: Line, root: str) -> Results:
     """One round trip. Raises ToolkitError: the answer is not whole, so nothing can be said."""
-    answer = line.ask(sh_script("look", root), stdin=script(), timeout_s=LOOK_S)
+    answer = line.ask(sh_script("look", root), stdin=script("results.sh"), timeout_s=LOOK_S)
     lines = answer.out.splitlines()
     if not lines or lines[-1] != "end":
         raise ToolkitError(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from env.settings import Fate, Provider
 from jobs.errors import ExitCode, ToolkitError
 from jobs.words import money, plural
-from remote.results.run_contents import FetchedRun, Results, Unfetched, how_to_fetch, script, unfetched
+from remote.results.run_contents import FetchedRun, Results, Unfetched, how_to_fetch, unfetched
+from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def stop(line: Line, card: StopCard, *, yes: bool = False) -> Stopped:
     argv = stop_command(card)
     line.connect()  # from here on, a line that breaks is the box going down
     try:
-        answer = line.do(argv, stdin=script(), timeout_s=STOP_S, check=False)
+        answer = line.do(argv, stdin=script("results.sh"), timeout_s=STOP_S, check=False)
     except ToolkitError as error:
         if error.code != ExitCode.UNREACHABLE:
             raise

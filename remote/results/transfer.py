@@ -28,7 +28,8 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.words import plural, size
 from remote.results.local_run import BLOCK, Shelf
 from remote.results.manifest import MODELS, FileThere, Manifest, ManifestReader, Progress, Unit, silent
-from remote.results.run_contents import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember, script
+from remote.results.run_contents import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember
+from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _said(line: Line, argv: Sequence[str]) -> Iterator[IO[bytes]]:
         assert process.stdin is not None and process.stdout is not None
         try:
             with suppress(BrokenPipeError):
-                process.stdin.write(script())
+                process.stdin.write(script("results.sh"))
                 process.stdin.close()
             yield process.stdout
         except Cut as cut:
@@ -162,7 +163,7 @@ def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: Wha
         raise ToolkitError(f"`{run}` cannot be the name of a run", hint="fab ps lists those that are there")
     start = time.monotonic()
     if line.dry_run:
-        line.say.command(line.box.name, sh_script("manifest", root, run), script())
+        line.say.command(line.box.name, sh_script("manifest", root, run), script("results.sh"))
         here, manifest = Shelf(target), ask_manifest(line, root, run, checkpoints=what.checkpoints, progress=progress)
         units = _wanted(manifest, what)
         coming = [unit.path for unit in units if not here.has(unit)]

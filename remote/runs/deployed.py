@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
-from remote.ssh.commands import there_script
+from remote.scripts import dispatch_script
 from remote.ssh.connection import Answer, Line
 from remote.survey.facts import OUR_FOLDER
 
@@ -27,7 +27,7 @@ def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
 
 def there(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
     """`supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
-    return ["sh", "-c", there_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
+    return ["sh", "-c", dispatch_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
 
 
 @dataclass(frozen=True)

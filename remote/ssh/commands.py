@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 
 def sh_script(*words: str) -> list[str]:
@@ -15,12 +14,6 @@ def sh_script(*words: str) -> list[str]:
 def sh_file(path: str, *words: str) -> list[str]:
     """A script that is on the box."""
     return ["sh", path, *words]
-
-
-def there_script() -> str:
-    """remote/on_box/dispatch.sh without its comments, which goes along as an argument."""
-    text = (Path(__file__).parents[1] / "on_box" / "dispatch.sh").read_text(encoding="utf-8")
-    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
 def mkdir(*folders: str) -> list[str]:

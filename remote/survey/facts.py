@@ -8,14 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal, cast, get_args
 
 from env.settings import Limits, Provider
 from jobs.fitness import Holder
 
-PROBE = Path(__file__).parents[1] / "on_box" / "probe.sh"
-PEERS = Path(__file__).parents[1] / "on_box" / "gpu_copy_check.py"
 PROBE_S = 6.0  # that it takes at most, on the box
 OUR_FOLDER = "rlhf-box"
 # A few hundred bytes that every mirror has, and a job needs anyhow.
@@ -25,11 +23,6 @@ UNLIMITED = 2**60  # cgroups of version 1 have no word for it, but numbers near 
 
 
 # --- what is sent ---------------------------------------------------------------------------------------------------
-
-
-def probe_script() -> str:
-    """probe.sh with gpu_copy_check.py in it: nothing is on the box yet."""
-    return PROBE.read_text(encoding="utf-8").replace("@PEERS@\n", PEERS.read_text(encoding="utf-8"))
 
 
 def probe_args(providers: Mapping[str, Provider], *, data_folder: str = "", hub: str = "https://huggingface.co", mirror: str = "") -> list[str]:

@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 from env.settings import PROVIDERS, Provider
 from jobs.errors import ExitCode, ToolkitError
+from remote.scripts import script
 from remote.ssh import commands
-from remote.survey.facts import PROBE_S, BoxFacts, parse, probe_args, probe_script
+from remote.survey.facts import PROBE_S, BoxFacts, parse, probe_args
 
 if TYPE_CHECKING:
     from remote.inventory import Box
@@ -70,7 +71,7 @@ def probe(line: Line, box: Box, providers: Mapping[str, Provider]) -> Known:
     Raises ToolkitError: the box cannot be reached, or its answer broke off.
     """
     asked, sent = arguments(box, providers), time.time()
-    answer = line.ask(commands.sh_script(*asked), stdin=probe_script().encode(), timeout_s=PROBE_S + 24)
+    answer = line.ask(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
     known = Known(asked, answer.out, sent, time.time())
     if not known.facts.complete:
         raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", code=ExitCode.UNREACHABLE)

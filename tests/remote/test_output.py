@@ -15,7 +15,7 @@ import pytest
 
 from jobs.errors import ToolkitError
 from remote.output import HIDDEN, Sayer
-from remote.ssh.commands import there_script
+from remote.scripts import dispatch_script
 
 TOKEN = "hf_AbCdEf0123456789"
 VALUES = [TOKEN, "pass word", 'it\'s $(a) "b"', "back\\slash", "größe-中文-🔑", "a/b+c=d&e%20f", "tab\tand\nline and more"]
@@ -29,7 +29,7 @@ def printed(value: str, text: str) -> str:
 
 def test_a_command_shows_our_long_script_by_its_name() -> None:
     err = io.StringIO()
-    there = ["sh", "-c", there_script(), "rlhf-box", "/a b", "--", "list"]
+    there = ["sh", "-c", dispatch_script(), "rlhf-box", "/a b", "--", "list"]
     Sayer(err=err).command("gpu-box", there)
     Sayer(err=err).command("here", ["ssh", "--", "h", shlex.join(there)])
     assert err.getvalue().splitlines() == [

@@ -22,7 +22,8 @@ from jobs.errors import ExitCode, ToolkitError
 from remote.deploy import deployment as deploying
 from remote.deploy.deployment import Deployed, There, check_fit, deploy, environment_key, parse_look, plan_for
 from remote.deploy.lock import holder
-from remote.deploy.sync import LAND, checkout_tree
+from remote.deploy.sync import checkout_tree
+from remote.scripts import script
 from remote.survey.facts import BoxFacts
 from remote.survey.probe_cache import Known, arguments, hub_mirror, mirror_values, recall, remember
 from tests.disks import unmount
@@ -61,7 +62,7 @@ class Scene:
     def knows(self, probe: str, identity: str = "") -> None:
         self.state.mkdir(exist_ok=True)
         if not identity:
-            said = subprocess.run(["sh", "-s", "--", "look", self.root, "-", "-", "-"], input=LAND.read_bytes(), capture_output=True, check=True)
+            said = subprocess.run(["sh", "-s", "--", "look", self.root, "-", "-", "-"], input=script("land.sh"), capture_output=True, check=True)
             identity = parse_look(said.stdout.decode()).identity
         remember(self.state, self.box.name, Known(arguments(self.box, PROVIDERS), probe, 0.0, 0.0, identity, str(self.root)))
 

@@ -15,7 +15,8 @@ import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from remote.deploy import sync
-from remote.deploy.sync import LAND, Differs, Tree, checkout_tree, land, send, send_whole, tree_of
+from remote.deploy.sync import Differs, Tree, checkout_tree, land, send, send_whole, tree_of
+from remote.scripts import script
 from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, git, make_checkout, make_index, write
 
@@ -202,12 +203,12 @@ def hostile_tree(folder: Path) -> Tree:
 def test_the_box_computes_the_same_fingerprint(tmp_path: Path, shell: list[str]) -> None:
     tree = hostile_tree(tmp_path / "there.partial")
     folder = tmp_path / "there"
-    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=LAND.read_bytes(), capture_output=True, check=False)
+    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=script("land.sh"), capture_output=True, check=False)
     assert (said.returncode, said.stdout.decode().split()) == (0, ["landed"]), said.stderr
     assert len(seen(folder)) == len(tree.files)
     shutil.move(folder, tmp_path / "there.partial")
     write(tmp_path / "there.partial/stray", "")
-    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=LAND.read_bytes(), capture_output=True, check=False)
+    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=script("land.sh"), capture_output=True, check=False)
     assert (said.returncode, said.stdout.split()[0], folder.exists()) == (4, b"differs", False)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from env.settings import Provider
-from remote.survey.facts import PEERS, PROBE, PROBE_S, BoxFacts, HubRoute, Peer, parse, place_of, probe_args, probe_script, provider_of, runtime_of
+from remote.scripts import script
+from remote.survey.facts import PROBE_S, BoxFacts, HubRoute, Peer, parse, place_of, probe_args, provider_of, runtime_of
 
 PROVIDERS = Provider.load_all()
 SHELLS = [shell for shell in (["dash"], ["bash", "--posix"], ["busybox", "sh"]) if shutil.which(shell[0])] or [["sh"]]
@@ -91,9 +92,9 @@ def fakes(tmp_path: Path) -> Fakes:
 
 def ask(fakes: Fakes, *args: str, shell: list[str] | None = None, **environ: str) -> BoxFacts:
     """As box.call sends it: the script comes by standard input, and something after it that nobody may eat."""
-    script = probe_script().encode()
-    command = [*(shell or SHELLS[0]), "-c", f'eval "$(head -c {len(script)})"; cat', "sh", *args]
-    done = subprocess.run(command, input=script + b"left alone", env={**fakes.environ, **environ}, capture_output=True, timeout=90, check=False)
+    sent = script("probe.sh")
+    command = [*(shell or SHELLS[0]), "-c", f'eval "$(head -c {len(sent)})"; cat', "sh", *args]
+    done = subprocess.run(command, input=sent + b"left alone", env={**fakes.environ, **environ}, capture_output=True, timeout=90, check=False)
     assert done.stderr == b"" and done.stdout.endswith(b"\nleft alone"), done.stderr
     return parse(done.stdout.removesuffix(b"left alone"))
 
@@ -290,7 +291,7 @@ def test_a_broken_line_leaves_no_process(fakes: Fakes, how: signal.Signals | str
     mark = f"62.{os.getpid()}"
     for name in ("nvidia-smi", "docker"):
         fakes.command(name, f"#!/bin/sh\nsleep {mark}\n")
-    probe = subprocess.Popen([*SHELLS[0], "-c", probe_script(), "sh"], stdout=subprocess.PIPE, env=fakes.environ, start_new_session=True)
+    probe = subprocess.Popen([*SHELLS[0], "-c", script("probe.sh").decode(), "sh"], stdout=subprocess.PIPE, env=fakes.environ, start_new_session=True)
     assert probe.stdout is not None and probe.stdout.readline().startswith(b"clock\t")
     wait_for(lambda: sleepers(mark) != [])
     if isinstance(how, signal.Signals):
@@ -302,10 +303,10 @@ def test_a_broken_line_leaves_no_process(fakes: Fakes, how: signal.Signals | str
 
 def test_only_its_own_children_are_ever_ended(fakes: Fakes) -> None:
     """A wrong number in its list must not reach a stranger: process 1 of a container is everybody's parent."""
-    text = PROBE.read_text(encoding="utf-8")
+    text = script("probe.sh").decode()
     function = text[text.index("end_tree() {") : text.index("end_all() {")].replace("kill -KILL", "echo would end")
-    script = function.replace("2>/dev/null\n}", "\n}") + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill -KILL $!"
-    done = subprocess.run([*SHELLS[0], "-c", script], capture_output=True, text=True, check=True, timeout=10)
+    calls = function.replace("2>/dev/null\n}", "\n}") + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill -KILL $!"
+    done = subprocess.run([*SHELLS[0], "-c", calls], capture_output=True, text=True, check=True, timeout=10)
     (line,) = done.stdout.splitlines()
     assert len(line.removeprefix("would end").split()) == 1
 
@@ -388,7 +389,9 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_copies_are_compared(libcuda: Path, behaviour: str, cards: int, lines: list[str]) -> None:
     environ = {"LD_LIBRARY_PATH": str(libcuda), "FAKE_CUDA": behaviour, "FAKE_CARDS": str(cards)}
-    done = subprocess.run([sys.executable, "-"], input=PEERS.read_text(), env=environ, capture_output=True, text=True, timeout=90, check=True)
+    done = subprocess.run(
+        [sys.executable, "-"], input=script("gpu_copy_check.py").decode(), env=environ, capture_output=True, text=True, timeout=90, check=True
+    )
     assert done.stdout.splitlines() == lines and done.stderr == ""
 
 
@@ -498,11 +501,11 @@ def test_without_curl(hub: tuple[str, list[str]], tmp_path: Path, missing: tuple
         found = sys.executable if name == "python3" else shutil.which(name)
         if name not in missing and found:
             (tools / name).symlink_to(found)
-    script = probe_script().replace("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:", "")
+    text = script("probe.sh").decode().replace("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:", "")
     address, _ = hub
     shell = shutil.which(SHELLS[0][0])
     assert shell is not None
-    command = [shell, "-c", script, "sh", f"direct={address}/config.json", f"mirror={address}/none"]
+    command = [shell, "-c", text, "sh", f"direct={address}/config.json", f"mirror={address}/none"]
     done = subprocess.run(
         command, env={"PATH": str(tools), "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, timeout=90, check=False
     )

@@ -16,7 +16,8 @@ import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from remote.results.purge import Purged, parse, purge
-from remote.results.run_contents import SCRIPT, look
+from remote.results.run_contents import look
+from remote.scripts import script
 from tests.disks import unmount
 from tests.remote.box_folder import HOSTILE, BoxFolder
 from tests.remote.results.test_run_contents import SHELLS, ask
@@ -221,7 +222,7 @@ def test_files_of_another_user() -> None:
         (theirs / "file").touch()
         words = ["sh", "-s", "--", "purge", str(box.root)]
         env = {"PATH": f"{docker}/bin:/usr/bin:/bin"}
-        answer = subprocess.run(words, input=SCRIPT.read_bytes(), capture_output=True, user=65534, group=65534, extra_groups=[], env=env, check=True)
+        answer = subprocess.run(words, input=script("results.sh"), capture_output=True, user=65534, group=65534, extra_groups=[], env=env, check=True)
         proofs = {proof.name: proof for proof in parse(answer.stdout.decode(), "box", "").proofs}
         assert not proofs["folder"].ok and str(box.root) in proofs["folder"].text and (box.root / ".rlhf-box").exists()
         assert not (box.root / "code").exists() and (theirs / "file").exists()

@@ -13,7 +13,6 @@ import pytest
 
 from remote.results.manifest import ManifestReader, is_safe
 from remote.results.run_contents import (
-    SCRIPT,
     Checkpoint,
     FetchedCheckpoint,
     FetchedRun,
@@ -28,6 +27,7 @@ from remote.results.run_contents import (
     remember,
     unfetched,
 )
+from remote.scripts import script
 from tests.remote.box_folder import BoxFolder, content
 
 SHELLS = [shell for shell in (["dash"], ["bash", "--posix"], ["busybox", "sh"]) if shutil.which(shell[0])] or [["sh"]]
@@ -36,7 +36,7 @@ A, B = "a" * 64, "b" * 64
 
 def ask(*words: str, shell: list[str] = SHELLS[0], env: dict[str, str] | None = None) -> bytes:
     answer = subprocess.run(
-        [*shell, "-s", "--", *words], input=SCRIPT.read_bytes(), capture_output=True, env={**os.environ, **(env or {})}, check=False
+        [*shell, "-s", "--", *words], input=script("results.sh"), capture_output=True, env={**os.environ, **(env or {})}, check=False
     )
     assert (answer.returncode, answer.stderr) == (0, b"")
     greeting, _, said = answer.stdout.partition(b"\nbegin\n")

@@ -14,8 +14,9 @@ import pytest
 
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
-from remote.results.run_contents import Checkpoint, FetchedRun, FetchedStep, Results, Run, Step, script
+from remote.results.run_contents import Checkpoint, FetchedRun, FetchedStep, Results, Run, Step
 from remote.results.stop_card import StopCard, card_of, fate_of, may_stop, stop, stop_command
+from remote.scripts import script
 
 if TYPE_CHECKING:
     from tests.remote.conftest import Sshd
@@ -111,10 +112,10 @@ def test_variables_of_the_first_process(tmp_path: Path) -> None:
     environ.write_bytes(b"\0".join([b"OTHER=MY_KEY=no", f"MY_KEY={key}".encode(), b"MY_ID=7"]) + b"\0")
     command = ["sh", "-c", 'printf "%s|%s|%s|%s" "$MY_KEY" "$MY_ID" "${OTHER-none}" "$1"', "sh", "-- a b"]
     words = ["sh", "-s", "--", "stop", str(environ), "MY_KEY", "MY_ID", "MISSING", "--", *command]
-    answer = subprocess.run(words, input=script(), capture_output=True, env={"PATH": os.environ["PATH"]}, check=True)
+    answer = subprocess.run(words, input=script("results.sh"), capture_output=True, env={"PATH": os.environ["PATH"]}, check=True)
     assert answer.stdout.decode() == f"\nbegin\n{key}|7|none|-- a b"
     words[5] = "x;touch pwned"
-    assert subprocess.run(words, input=script(), capture_output=True, cwd=tmp_path, check=False).returncode == 2
+    assert subprocess.run(words, input=script("results.sh"), capture_output=True, cwd=tmp_path, check=False).returncode == 2
 
 
 def own(command: list[str], variables: tuple[str, ...] = ()) -> StopCard:

@@ -6,6 +6,7 @@ import pytest
 
 from env.settings import Limits, Provider
 from jobs.fitness import Holder
+from remote.scripts import script
 from remote.survey.facts import (
     BoxFacts,
     ClockOffset,
@@ -19,7 +20,6 @@ from remote.survey.facts import (
     parse,
     place_of,
     probe_args,
-    probe_script,
     provider_of,
     route_of,
     runtime_of,
@@ -228,7 +228,7 @@ def test_what_the_probe_is_asked() -> None:
     assert [arg for arg in probe_args(PROVIDERS, data_folder="/a b/", hub="") if arg.startswith(("root", "direct", "mirror"))] == [
         "root=/a b/rlhf-box"
     ]
-    assert "@PEERS@" not in probe_script() and "cuMemcpyPeer" in probe_script()
+    assert b"@GPU_COPY_CHECK@" not in script("probe.sh") and b"cuMemcpyPeer" in script("probe.sh")
 
 
 # --- runtime --------------------------------------------------------------------------------------------------------

@@ -36,9 +36,10 @@ MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"
 MORE = {  # a folder ends with a slash
     "remote/ssh/": SSH,
     "remote/tasks.py": SSH,
+    "remote/verbs/": SSH,
     "rlhf_train/engine.py": {"deepspeed"},
 }
-READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
 REGISTRIES = re.compile(
@@ -116,6 +117,7 @@ def test_imports_run_one_way() -> None:
         ("rlhf_train/engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine.py:2 imports fabric"]),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
         ("remote/ssh/a.py", "from fabric import Connection\nimport rlhf_train", ["remote/ssh/a.py:2 imports rlhf_train"]),
+        ("remote/verbs/a.py", "from fabric import task\nimport torch", ["remote/verbs/a.py:2 imports torch"]),
     ],
 )
 def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from env.settings import Provider
@@ -64,6 +65,16 @@ def our_root(line: Line, providers: Mapping[str, Provider]) -> tuple[str, bool]:
     return found[2], found[0] == "root"
 
 
+def open_stream(line: Line, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
+    """For remote.runs.watch.follow. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
+
+    def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
+        argv = line.stream(there(line.box, providers, "follow", run or "-", file, str(offset)))
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    return opened
+
+
 def check(box: Box, answer: Answer) -> None:
     """Raises ToolkitError if nothing is deployed, or the command failed."""
     if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
@@ -71,9 +82,13 @@ def check(box: Box, answer: Answer) -> None:
     if answer.code == ExitCode.USAGE:  # said there, on purpose
         raise ToolkitError(f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
     if answer.code:
-        said = "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-10:])
+        said = last_lines(answer.err.strip() or answer.out)
         raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, code=ExitCode.INTERNAL)
 
 
 def not_deployed(box: Box) -> ToolkitError:
     return ToolkitError(f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", code=ExitCode.UNFIT)
+
+
+def last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-10:])

@@ -14,7 +14,7 @@ from jobs.lines import time_of
 from jobs.panel import Card, cards_text
 from jobs.state import State, state_of
 from jobs.words import STEPS, duration, money, one_line, size
-from remote.runs.watch import Job
+from remote.runs.job_state import Job
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from jobs.spec import NAME, load_job, settings_of_deployment, steps_of
 from remote.deploy.sync import checkout_tree, send_whole
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs import listing, start, watch
-from remote.runs.deployed import NOT_DEPLOYED, Deployed, not_deployed, there, where
+from remote.runs import frames, listing, start, views, watch
+from remote.runs.cancel import cancel as cancel_job
+from remote.runs.deployed import NOT_DEPLOYED, Deployed, not_deployed, open_stream, there, where
 from remote.runs.inputs import job_on_box, pack
 from remote.ssh.connection import Line
 from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, is_number, listed, on_each, one_host, to_json, verb
@@ -81,8 +82,8 @@ def train(
             if json_:
                 say.data(to_json({"host": box.name, "run": name, "request": request.id, "state": "started"}))
             return ExitCode.OK
-        at = watch.Where(box.name, name, box.price_per_hour, box.currency, tuple(steps))
-        watched = _follow(desk, line, at, watch.view_of(at, as_json=json_, live=not wait))
+        at = views.Where(box.name, name, box.price_per_hour, box.currency, tuple(steps))
+        watched = _follow(desk, line, at, views.view_of(at, as_json=json_, live=not wait))
     return _code_of(watched, desk, line, name, say)
 
 
@@ -92,9 +93,9 @@ def _warn_of_other_code(deployed: Deployed, say: Sayer) -> None:
         say.warning(f"the box has the code of its last deploy ({deployed.code}), which is not this checkout's ({here}): `fab deploy` brings it")
 
 
-def _follow(desk: Desk, line: Line, at: watch.Where, view: watch.View, *, once: bool = False, limits: watch.Limits = watch.LIMITS) -> watch.Watched:
+def _follow(desk: Desk, line: Line, at: views.Where, view: views.View, *, once: bool = False, limits: frames.Limits = watch.LIMITS) -> watch.Watched:
     line.close()  # watching has a connection of its own
-    return watch.follow(start.open_stream(line, desk.providers), view, at, once=once, refused=_refused(line.box), limits=limits)
+    return watch.follow(open_stream(line, desk.providers), view, at, once=once, refused=_refused(line.box), limits=limits)
 
 
 def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
@@ -123,7 +124,7 @@ def _code_of(watched: watch.Watched, desk: Desk, line: Line, run: str, say: Saye
         say(f"take it home: fab fetch --host {host} --run {shlex.quote(run)}")
     elif watched.last is None:
         say("it ended before it could train; what it said:")
-        _follow(desk, line, watch.Where(line.box.name, run), watch.RawLog(sys.stderr, "output"), once=True)
+        _follow(desk, line, views.Where(line.box.name, run), views.RawLog(sys.stderr, "output"), once=True)
     elif code in (ExitCode.PREEMPTED, ExitCode.LOST):
         say("the same command goes on with it")
     return code
@@ -149,8 +150,8 @@ def logs(
     box = desk.box(one_host(c, host))
     if run and not NAME.fullmatch(run):
         raise ToolkitError(f"`{run}` cannot name a run")
-    at = watch.Where(box.name, run, box.price_per_hour, box.currency)
-    view = watch.view_of(at, as_json=json_, raw=raw, live=follow, since=watch.parse_since(since) if since else None)
+    at = views.Where(box.name, run, box.price_per_hour, box.currency)
+    view = views.view_of(at, as_json=json_, raw=raw, live=follow, since=views.parse_since(since) if since else None)
     with desk.line(box, say) as line:
         if dry_run:
             say.command("here", line.stream(there(box, desk.providers, "follow", run or "-", view.file, "0")))
@@ -158,7 +159,7 @@ def logs(
         # A box that never answered is no line that broke: its address may be a wrong one.
         watched = _follow(desk, line, at, view, once=not follow, limits=replace(watch.LIMITS, first_tries=2))
         if raw and not watched.offset and not watched.stopped:  # it ended before there was a log
-            _follow(desk, line, at, watch.RawLog(sys.stdout, "output"), once=True)
+            _follow(desk, line, at, views.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")
     return _code_of(watched, desk, line, run, say) if follow else ExitCode.OK
 
@@ -232,7 +233,7 @@ def cancel(c: Context, host: str = "", run: str = "", grace: str = "", json_: bo
     if grace and not is_number(grace):
         raise ToolkitError(f"--grace {grace} is not a number of seconds")
     with desk.line(desk.box(one_host(c, host)), say) as line:
-        ended = start.cancel(line, desk.providers, run or "-", grace or "-", say)
+        ended = cancel_job(line, desk.providers, run or "-", grace or "-", say)
     if dry_run:
         return ExitCode.OK
     if json_:

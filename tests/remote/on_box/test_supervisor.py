@@ -24,9 +24,13 @@ import pytest
 import yaml
 
 from jobs.events import read_events
+from jobs.panel import Card
 from jobs.run_dir import RunDir
 from jobs.state import state_of
-from remote.runs.watch import Card, Framing, Job, Limits, View, Watched, Where, follow
+from remote.runs.frames import Framing, Limits
+from remote.runs.job_state import Job
+from remote.runs.views import View, Where
+from remote.runs.watch import Watched, follow
 
 CHECKOUT = Path(__file__).parents[3]
 FP, KEY = "0123456789abcdef", "fedcba9876543210"

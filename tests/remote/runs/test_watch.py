@@ -31,26 +31,10 @@ from jobs.console import console_on
 from jobs.errors import ExitCode, ToolkitError
 from jobs.lines import Plain
 from jobs.panel import Live
-from remote.runs.watch import (
-    BrokenLine,
-    Drawn,
-    Frame,
-    Framing,
-    Job,
-    JsonLines,
-    Limits,
-    RawLog,
-    Reread,
-    Since,
-    Tail,
-    View,
-    Watched,
-    Where,
-    follow,
-    parse_since,
-    state_text,
-    view_of,
-)
+from remote.runs.frames import BrokenLine, Frame, Framing, Limits, Reread, Tail
+from remote.runs.job_state import Job, state_text
+from remote.runs.views import Drawn, JsonLines, RawLog, Since, View, Where, named, parse_since, view_of
+from remote.runs.watch import Watched, follow
 
 FAR_END = Path(__file__).parents[1] / "far_end.py"
 WHERE = Where("gpu-box", "demo")
@@ -598,10 +582,10 @@ def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
 
 
 def test_last_words_name_the_run_that_the_box_chose() -> None:
-    from remote.runs.watch import _named, _stopped_text
+    from remote.runs.watch import _stopped_text
 
     running, unnamed = Job.of(RUNNING.split()), Where("gpu-box", "")
-    assert "--run demo\n" in _stopped_text(_named(unnamed, running), running)
+    assert "--run demo\n" in _stopped_text(named(unnamed, running), running)
     assert "--run" not in _stopped_text(unnamed, None)
 
 
@@ -623,7 +607,9 @@ def test_plain_lines_tell_of_a_job_that_needs_somebody(far: Far, capsys: pytest.
 
 WATCHER = """
 import fcntl, subprocess, sys, termios
-from remote.runs.watch import *
+from remote.runs.frames import Limits
+from remote.runs.views import Where, view_of
+from remote.runs.watch import follow
 if sys.argv[3] == "tty":
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 def opened(run, file, offset):

@@ -33,6 +33,20 @@ MAY_IMPORT = {
     "fabfile.py": STANDARD | BASE | SSH | {"remote"},
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
+# Inside a package: a unit (a folder, or a module on its top level) imports only from those in the lines below its own, so that there is no
+# circle either. What no line names is imported by nobody.
+LAYERS = {
+    "remote": (
+        {"tasks"},
+        {"verbs"},
+        {"runs", "results"},
+        {"deploy"},
+        {"survey"},
+        {"ssh"},
+        {"output", "inventory"},
+        {"scripts"},
+    ),
+}
 MORE = {  # a folder ends with a slash
     "remote/ssh/": SSH,
     "remote/tasks.py": SSH,
@@ -80,6 +94,34 @@ def wrong_imports(name: str, source: str) -> list[str]:
     return wrong
 
 
+def own_imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and unit of each import from the file's own package, those inside functions and for types alone included."""
+    package, *folders = name.split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = [package, *folders][: 1 + len(folders) - (node.level - 1)] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            dotted = [f"{base}.{alias.name}" for alias in node.names] if base == package else [base]
+        else:
+            continue
+        yield from ((node.lineno, each.split(".")[1]) for each in dotted if each.startswith(f"{package}."))
+
+
+def wrong_layers(name: str, source: str) -> list[str]:
+    layers = LAYERS.get(name.split("/")[0], ())
+    place = {unit: number for number, units in enumerate(layers) for unit in units}
+    if not layers or name.endswith("__init__.py"):
+        return []
+    unit = name.split("/")[1].removesuffix(".py")
+    wrong = []
+    for line, other in own_imports(name, ast.parse(source)):
+        if other != unit and place.get(other, -1) <= place.get(unit, len(layers)):
+            wrong.append(f"{name}:{line} imports {other}")
+    return wrong
+
+
 def environ_readers(name: str, source: str) -> list[str]:
     """Uses of os.environ and os.getenv outside the modules that may."""
     if name in READS_ENVIRON or name.split("/")[0] not in {"env", "jobs", "remote", "rlhf_train"}:
@@ -122,6 +164,41 @@ def test_imports_run_one_way() -> None:
 )
 def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:
     assert wrong_imports(name, source) == wrong
+
+
+def test_imports_run_downwards_inside_a_package() -> None:
+    assert [wrong for path in python_files() for wrong in wrong_layers(relative(path), path.read_text(encoding="utf-8"))] == []
+
+
+def test_each_unit_has_its_layer() -> None:
+    for package, layers in LAYERS.items():
+        paths = [path.relative_to(ROOT / package) for path in python_files() if path.is_relative_to(ROOT / package) and path.name != "__init__.py"]
+        units = [unit for units in layers for unit in units]
+        assert sorted(units) == sorted({path.parts[0].removesuffix(".py") for path in paths} - {"on_box"})
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wrong"),
+    [
+        ("remote/runs/a.py", "from remote.deploy.sync import Tree\nfrom remote.runs import watch\nimport remote.ssh.connection", []),
+        ("remote/ssh/a.py", "from remote.survey.doctor import Link", ["remote/ssh/a.py:1 imports survey"]),
+        ("remote/ssh/a.py", "def f():\n    from remote import survey, output", ["remote/ssh/a.py:2 imports survey"]),
+        ("remote/ssh/a.py", "if TYPE_CHECKING:\n    import remote.verbs.base", ["remote/ssh/a.py:2 imports verbs"]),
+        ("remote/runs/a.py", "from remote.results import purge", ["remote/runs/a.py:1 imports results"]),
+        ("remote/output.py", "from remote import inventory, scripts", ["remote/output.py:1 imports inventory"]),
+        ("remote/verbs/a.py", "from remote.tasks import ns\nfrom ..runs import watch\nfrom .base import verb", ["remote/verbs/a.py:1 imports tasks"]),
+        (
+            "remote/deploy/a.py",
+            "from ..runs import start\nfrom .. import results",
+            ["remote/deploy/a.py:1 imports runs", "remote/deploy/a.py:2 imports results"],
+        ),
+        ("remote/survey/a.py", "import remote.on_box.gpu_copy_check", ["remote/survey/a.py:1 imports on_box"]),
+        ("remote/on_box/a.py", "from remote import scripts", ["remote/on_box/a.py:1 imports scripts"]),
+        ("jobs/a.py", "from jobs import spec", []),
+    ],
+)
+def test_an_import_upwards_is_seen(name: str, source: str, wrong: list[str]) -> None:
+    assert wrong_layers(name, source) == wrong
 
 
 def test_only_named_modules_read_the_environment() -> None:

@@ -30,13 +30,12 @@ from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.ssh.host_keys import HostKey, HostKeyChanged, KeyRefused, KnownHosts, changed, unreachable
+from remote.ssh.link import Link
 from remote.ssh.local import LAST_LINES, LINGER_S, TAKES, Answer, Proxy, run_here, short
 from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from remote.survey.doctor import Link
 
 RETRY_PAUSE_S = 0.5  # after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
 KEEPALIVE_S = 15
@@ -236,8 +235,6 @@ class Line:
     @property
     def link(self) -> Link:
         """How the box is reached, for doctor. Connects if need be; never raises ToolkitError for a box that cannot be reached."""
-        from remote.survey.doctor import Link
-
         error: ToolkitError | None = None
         try:
             self.connect()

@@ -15,6 +15,7 @@ from env.settings import Limits, Provider
 from jobs.fitness import Card, Facts, Finding, Folder, judge, no_peer_access
 from jobs.spec import Job, Scratch
 from jobs.words import one_line, plural, size
+from remote.ssh.link import Link
 from remote.survey.facts import BoxFacts, ClockOffset, GpuCard, HubRoute, Place, Runtime, place_of, reaches_gpus, route_of, runtime_of
 
 NOT_ASKED = "not asked"
@@ -31,18 +32,6 @@ class Check:
 
     def __str__(self) -> str:
         return one_line(f"{self.value}: {self.todo}" if self.todo else self.value)
-
-
-@dataclass(frozen=True)
-class Link:
-    """How the box was reached: found out by the caller, before the probe."""
-
-    reached: bool = True
-    seconds: float | None = None  # of the connection, or of the probe's round trip
-    error: str = ""  # why it was not reached
-    todo: str = ""
-    host_key: Literal["known", "new", "changed", "unknown"] = "unknown"
-    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

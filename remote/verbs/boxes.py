@@ -14,8 +14,9 @@ from remote.inventory import Box
 from remote.output import Sayer
 from remote.ssh import host_keys
 from remote.ssh.connection import Line
+from remote.ssh.link import Link
 from remote.survey import probe_cache
-from remote.survey.doctor import Diagnosis, Link, diagnose
+from remote.survey.doctor import Diagnosis, diagnose
 from remote.survey.facts import clock_offset, provider_of
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, is_number, on_each, one_host, read_settings, to_json, verb
 

@@ -9,7 +9,8 @@ import pytest
 from env.settings import Limits, Provider
 from jobs.fitness import Holder
 from jobs.spec import Job, load_job
-from remote.survey.doctor import Check, Diagnosis, Link, diagnose, hub_names, peer_access_off
+from remote.ssh.link import Link
+from remote.survey.doctor import Check, Diagnosis, diagnose, hub_names, peer_access_off
 from remote.survey.facts import BoxFacts, ClockOffset, Docker, GpuCard, HubRoute, Peer, Place, Python
 
 PROVIDERS, LIMITS = Provider.load_all(), Limits.load()

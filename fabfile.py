@@ -1,4 +1,4 @@
-"""`fab --list` shows the verbs, `fab --help VERB` one of them. They stand in remote/tasks.py."""
+"""`fab --list` shows the verbs, `fab --help VERB` one of them. They stand in remote/verbs."""
 
 from remote.tasks import ns
 

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Sourced by remote/supervisor.sh and remote/environment.sh with `cache` set, ROOT/cache of the box: what libraries keep for later lies
+# Sourced by remote/on_box/supervisor.sh and remote/on_box/environment.sh with `cache` set, ROOT/cache of the box: what libraries keep for later lies
 # there, so that the user's home stays as it was and a purge takes all of it.
 # shellcheck disable=SC2154 # cache
 HF_HOME=$cache/huggingface RLHF_CACHE=$cache/rlhf-box XDG_CACHE_HOME=$cache PIP_CACHE_DIR=$cache/pip TMPDIR=$cache/tmp

@@ -33,10 +33,16 @@ MAY_IMPORT = {
     "fabfile.py": STANDARD | BASE | SSH | {"remote"},
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
-MORE = {"remote/box.py": SSH, "remote/tasks.py": SSH, "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"}}
+MORE = {  # a folder ends with a slash
+    "remote/ssh/": SSH,
+    "remote/tasks.py": SSH,
+    "remote/verbs/": SSH,
+    "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"},
+}
 
 # Inside a package: its parts, a folder counting as one, and which of them each may import. A part may only name parts that stand
 # above it here, so there is no circle.
+REMOTE = {"scripts", "inventory", "output", "ssh", "survey"}
 HOST = {"compat", "disk", "host"}
 LOW = HOST | {"kernels", "ranks"}
 WINGS = LOW | {"data", "models", "generation", "plan", "engine"}
@@ -51,6 +57,19 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "fitness": {"errors", "formatting"},
         "spec": {"errors", "yaml12"},
         "views": {"errors", "events", "formatting"},
+    },
+    "remote": {
+        "on_box": set(),  # runs on a box, with nothing of ours beside it
+        "scripts": set(),
+        "inventory": {"scripts"},
+        "output": {"scripts"},
+        "ssh": {"scripts", "inventory", "output"},
+        "survey": {"scripts", "inventory", "output", "ssh"},
+        "deploy": REMOTE,
+        "runs": REMOTE | {"deploy"},
+        "results": REMOTE | {"deploy"},
+        "verbs": REMOTE | {"deploy", "runs", "results"},
+        "tasks": REMOTE | {"deploy", "runs", "results", "verbs"},
     },
     "rlhf_train": {
         "compat": set(),
@@ -73,7 +92,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
 }
 # Names of types only, in a block that does not run.
 FOR_TYPES = {"rlhf_train/engine/checkpointer.py": {"steps"}}  # a step's Session, which hands the checkpointer all that it needs
-READS_ENVIRON = {"env/settings.py", "remote/tasks.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
 REGISTRIES = re.compile(
@@ -105,7 +124,7 @@ def top_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def wrong_imports(name: str, source: str) -> list[str]:
     part = name.split("/")[0]
-    more = MORE.get(name, set())
+    more = {module for place, modules in MORE.items() if name == place or (place.endswith("/") and name.startswith(place)) for module in modules}
     wrong = []
     for line, module in top_imports(ast.parse(source)):
         allowed = module in more or (module in MAY_IMPORT[part] if part in MAY_IMPORT else module not in MAY_NOT_IMPORT.get(part, set()))
@@ -178,13 +197,19 @@ def test_imports_run_one_way() -> None:
         ("jobs/a.py", "import os, yaml, env.settings\nfrom jobs import spec\nfrom . import errors", []),
         ("remote/a.py", "import transformers", ["remote/a.py:1 imports transformers"]),
         ("remote/a.py", "from fabric import task", ["remote/a.py:1 imports fabric"]),
-        ("remote/box.py", "from fabric import Connection\nimport rlhf_train", ["remote/box.py:2 imports rlhf_train"]),
+        (
+            "remote/box.py",
+            "from fabric import Connection\nimport rlhf_train",
+            ["remote/box.py:1 imports fabric", "remote/box.py:2 imports rlhf_train"],
+        ),
         ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
         ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
         ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
         ("rlhf_train/engine/deepspeed_engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine/deepspeed_engine.py:2 imports fabric"]),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
         ("rlhf_train/steps/ppo.py", "from deepspeed import zero", ["rlhf_train/steps/ppo.py:1 imports deepspeed"]),
+        ("remote/ssh/a.py", "from fabric import Connection\nimport rlhf_train", ["remote/ssh/a.py:2 imports rlhf_train"]),
+        ("remote/verbs/a.py", "from fabric import task\nimport torch", ["remote/verbs/a.py:2 imports torch"]),
     ],
 )
 def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> None:
@@ -231,7 +256,10 @@ def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) ->
         ("rlhf_train/new/a.py", "import torch", ["rlhf_train/new/a.py is of no part of rlhf_train that is known here"]),
         ("jobs/fitness.py", "from jobs.views.plain import Plain", ["jobs/fitness.py:1 imports jobs.views"]),
         ("jobs/views/a.py", "from jobs import events, spec", ["jobs/views/a.py:1 imports jobs.spec"]),
-        ("remote/a.py", "from remote import box", []),
+        ("remote/ssh/a.py", "from remote.survey.facts import parse", ["remote/ssh/a.py:1 imports remote.survey"]),
+        ("remote/runs/a.py", "from remote.results import manifest", ["remote/runs/a.py:1 imports remote.results"]),
+        ("remote/verbs/a.py", "from remote.runs import watch\nfrom remote.results import purge", []),
+        ("env/a.py", "from env import settings", []),
     ],
 )  # fmt: skip
 def test_a_wrong_import_inside_a_package_is_seen(name: str, source: str, wrong: list[str]) -> None:

@@ -197,10 +197,10 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     ranks = max(2, where.ranks)
     for stage, cost in ((2, "gradients that are added up after each pass"), (3, "more traffic between them")):
         lower = [part for part in parts if stages[part] < stage]
-        then = needed(sizes, least_stage=stage, ranks=ranks)
-        if lower and then < now:
+        less = needed(sizes, least_stage=stage, ranks=ranks)
+        if lower and less < now:
             which = ", ".join(f"hardware.{part}_zero_stage: {stage}" for part in lower)
-            lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(then)}, for {cost}")
+            lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(less)}, for {cost}")
     longest = job.data.max_prompt_tokens + job.data.max_response_tokens
     lines.append(f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from remote.inventory import Box
-from remote.say import Sayer
+from remote.output import Sayer
 
 KEY_SORTS = {"one": "ed25519", "two": "ed25519", "other": "ecdsa"}  # host keys by name
 
@@ -117,8 +117,8 @@ class Sshd:
         return Box(**{"name": name, "address": "127.0.0.1", "port": self.port, "user": self.user, "key": str(self.key), **fields})
 
     def line(self, state: Path, *, box: Box | None = None, **options: Any) -> Any:
-        """A remote.box.Line to it, not yet opened."""
-        from remote.box import Line  # fabric takes its time, and not every test here needs it
+        """A remote.ssh.connection.Line to it, not yet opened."""
+        from remote.ssh.connection import Line  # fabric takes its time, and not every test here needs it
 
         return Line(box or self.box(), state, **{"say": Sayer(), "ssh_config": self.folder / "config", **options})
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (
-    *("remote/land.sh", "remote/environment.sh", "env/torch_wheel.sh", "env/cuda.sh", "docker/check_image.py", "docker/Dockerfile"),
-    *("docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml", "env/mirrors/default.env", "env/caches.sh", ".gitignore"),
+    *("remote/on_box/land.sh", "remote/on_box/environment.sh", "remote/on_box/lib.sh", "env/torch_wheel.sh", "env/cuda.sh", "env/caches.sh"),
+    *("docker/check_image.py", "docker/Dockerfile", "docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml"),
+    *("env/mirrors/default.env", ".gitignore"),
 )
 # What makes a name hard: a blank, quotes, what a shell would run, a newline, a dash or what rsync takes for a comment in front, and bytes.
 HOSTILE = (

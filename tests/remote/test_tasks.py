@@ -1,5 +1,5 @@
 """The verbs as they are typed, against a real sshd and the real supervisor. What a deploy makes is laid out by hand, with this Python as
-the box's: the deploy itself is tested in test_deploy.py, and with the real environments in tests/integration/remote.
+the box's: the deploy itself is tested in deploy/test_deployment.py, and with the real environments in tests/integration/remote.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 from jobs.events import read_events
 from jobs.run_dir import RunDir
 from remote import tasks
-from remote.sync import checkout_tree
+from remote.deploy.sync import checkout_tree
 from tests import tiny
 
 CHECKOUT = Path(__file__).parents[2]

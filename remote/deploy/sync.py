@@ -1,0 +1,361 @@
+"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as little as possible over the line, whole or not
+at all. They go to FOLDER.partial, the box computes the fingerprint of what lies there by itself, and only if it is ours the folder is renamed.
+
+By rsync, with equal files linked from the code that is there already; by tar where one of both sides has no rsync, or an old one here (macOS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import one_line, plural, size
+from remote.scripts import script
+from remote.ssh import commands
+
+if TYPE_CHECKING:
+    from remote.ssh.connection import Answer, Line
+
+ALWAYS = ("jobs", "env", "remote", "rlhf_train")  # whatever an ignore file says: some call their virtual environment `env`
+KEY_DIGITS = 16
+
+# Our own code is 2 MB. More than this is a data set, a model or a run that lies in the checkout by mistake.
+ADVISED_BYTES, MOST_BYTES = 50_000_000, 1_000_000_000
+ADVISED_FILES, MOST_FILES = 5_000, 50_000
+
+OLDEST_RSYNC = (3, 0)  # macOS has 2.6.9 (no --protect-args), or openrsync, which calls itself 2.6.9
+# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other side (or the line broke).
+RSYNC_NOT_THERE = (2, 4, 12, 14, 127)
+RSYNC_CHANGED = (23, 24)  # files vanished, or could not be read
+RSYNC_LINE = (5, 10, 12, 30, 35, 255)
+
+# Without git: what no program needs.
+JUNK = re.compile(
+    r"\.git|\.hg|\.venv|venv|\.tox|node_modules|__pycache__|.*\.py[co]|.*\.egg-info|\.(mypy|pytest|ruff)_cache|\.DS_Store|\.idea|\.vscode"
+)
+JUNK_AT_TOP = re.compile(r"\.env(\.new)?|\.venv\.lock|build|boxes\.yaml|(runs|cache|data|secrets)/(?!\.gitkeep$).*")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file or a symbolic link of a tree."""
+
+    name: str  # below the tree's base, with `/`
+    size_bytes: int = 0
+    executable: bool = False
+    target: str | None = None  # of a link
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files to be sent, and the fingerprint of them all."""
+
+    base: Path
+    files: tuple[File, ...]  # in the order of their names' bytes; bytes that are no text are in a name as os.fsdecode has them
+    fingerprint: str  # 64 hex digits: names, what is executable, contents, targets of links
+    left_out: tuple[str, ...] = ()  # what git would take for one thing, and we cannot send: other repositories inside
+
+    @property
+    def key(self) -> str:
+        return self.fingerprint[:KEY_DIGITS]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def __str__(self) -> str:
+        return f"{plural(len(self.files), 'files')}, {size(self.size_bytes)}"
+
+
+@dataclass(frozen=True)
+class Sent:
+    how: Literal["rsync", "tar", "shown"]
+    seconds: float
+    why: str = ""  # not rsync
+
+
+class Differs(ToolkitError):
+    """What arrived is not what was looked at before."""
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------------
+
+
+def checkout_tree(checkout: Path) -> Tree:
+    """All that git holds or would take; without git all but the obvious; always our four packages.
+
+    Raises ToolkitError: git cannot be asked, a file cannot be read, or it is too much.
+    """
+    names, left_out = _git_names(checkout) if (checkout / ".git").exists() else (set(_walked(checkout)), ())
+    tree = tree_of(checkout, {*names, *(name for package in ALWAYS for name in _walked(checkout, package))}, left_out=left_out)
+    missing = [package for package in ALWAYS if not any(file.name.startswith(f"{package}/") for file in tree.files)]
+    if missing:
+        raise ToolkitError(f"{checkout} is no whole checkout", why=f"no file in {', '.join(missing)}", hint="run `fab` in the checkout of rlhf-box")
+    check_size(tree)
+    return tree
+
+
+def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -> Tree:
+    """The named files below `base`, read once. Names of what is not there, of folders, and of what lies behind a link are passed over."""
+    plain_folders = {".": True}
+    files, content = [], hashlib.sha256()
+    for name in sorted(set(names), key=os.fsencode):
+        path = base / name
+        try:
+            if not _is_plain(base, PurePosixPath(name).parent, plain_folders):
+                continue
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                files.append(File(name, target=os.readlink(path)))  # noqa: PTH115 - pathlib writes a target anew
+            elif stat.S_ISREG(status.st_mode):
+                files.append(File(name, _read_into(content, path), bool(status.st_mode & 0o111)))
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # deleted here, and git still has it
+        except OSError as error:
+            what = f"cannot read {one_line(path)}"
+            raise ToolkitError(what, why=error.strerror or str(error), hint="mend its rights, or put it into .gitignore") from None
+    return Tree(base, tuple(files), _fingerprint(files, content.hexdigest()), tuple(left_out))
+
+
+def _is_plain(base: Path, folder: PurePosixPath, known: dict[str, bool]) -> bool:
+    """Every part of the path is a real folder: what lies behind a link, git counts as deleted."""
+    name = str(folder)
+    if name not in known:
+        known[name] = _is_plain(base, folder.parent, known) and stat.S_ISDIR((base / folder).lstat().st_mode)
+    return known[name]
+
+
+def _read_into(content: hashlib._Hash, path: Path) -> int:
+    read = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            content.update(block)
+            read += len(block)
+    return read
+
+
+def _fingerprint(files: Sequence[File], content: str) -> str:
+    """As land.sh computes it on the box: lists of names, each with a NUL behind; sizes; all contents in a row; targets of links.
+
+    Together they say what each file holds, and no name has to be read back from a line of text.
+    """
+    plain = [file for file in files if file.target is None]
+    links = [file for file in files if file.target is not None]
+    parts = [
+        _digest(names_of(plain)),
+        _digest(names_of(file for file in plain if file.executable)),
+        _digest(b"".join(b"%d\n" % file.size_bytes for file in plain)),
+        content,
+        _digest(names_of(links)),
+        _digest(b"".join(os.fsencode(file.target or "") + b"\n" for file in links)),
+    ]
+    return _digest("".join(f"{part}\n" for part in parts).encode())
+
+
+def names_of(files: Iterable[File]) -> bytes:
+    return b"".join(b"./" + os.fsencode(file.name) + b"\0" for file in files)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _git_names(checkout: Path) -> tuple[set[str], tuple[str, ...]]:
+    """-> names, and those of other repositories inside: one that is not tracked ends with a slash, a submodule is a folder."""
+    command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        said = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise ToolkitError("there is no `git` here, and this is a git checkout", why="git says what belongs to it", hint="install git") from None
+    if said.returncode:
+        raise ToolkitError("git does not say what belongs to the checkout", why=said.stderr.decode("utf-8", "replace").strip(), hint="git status")
+    names = {os.fsdecode(name) for name in said.stdout.split(b"\0") if name}
+    others = {name for name in names if name.endswith("/") or ((checkout / name).is_dir() and not (checkout / name).is_symlink())}
+    return names - others, tuple(sorted(others))
+
+
+def _walked(checkout: Path, package: str = "") -> Iterator[str]:
+    """All but the obvious, below the checkout or one of its folders."""
+    for folder, folders, files in os.walk(checkout / package):
+        below = Path(folder).relative_to(checkout)
+        prefix = "" if below == Path() else f"{below}/"
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in linked and not _is_junk(prefix, name)]
+        yield from (prefix + name for name in (*files, *linked) if not _is_junk(prefix, name))
+
+
+def _is_junk(prefix: str, name: str) -> bool:
+    return bool(JUNK.fullmatch(name) or JUNK_AT_TOP.fullmatch(prefix + name))
+
+
+def check_size(tree: Tree) -> str:
+    """A note if it is much; "" if it is not.
+
+    Raises ToolkitError: it is too much to be code.
+    """
+    if tree.size_bytes > MOST_BYTES or len(tree.files) > MOST_FILES:
+        raise ToolkitError(
+            f"the checkout is too large to be sent: {tree}",
+            why=f"at most {MOST_FILES} files of {size(MOST_BYTES)} are taken for code; the largest are:\n" + "\n".join(largest(tree)),
+            hint="put what is no code into .gitignore; data sets and models that a job names travel by themselves",
+        )
+    if tree.size_bytes > ADVISED_BYTES or len(tree.files) > ADVISED_FILES:
+        return f"the checkout is large ({tree}), mostly {', '.join(largest(tree, 3))}; what is no code belongs into .gitignore"
+    return ""
+
+
+def largest(tree: Tree, count: int = 8) -> list[str]:
+    """`runs2/model: 3 files, 5.2 GB`: the largest folders of the first two levels, and files beside them."""
+    groups: dict[str, list[File]] = {}
+    for file in tree.files:
+        groups.setdefault("/".join(file.name.split("/")[:2]), []).append(file)
+    ordered = sorted(groups.items(), key=lambda item: -sum(file.size_bytes + 1000 for file in item[1]))  # a file costs, even an empty one
+    return [f"{one_line(name)}: {plural(len(files), 'files')}, {size(sum(file.size_bytes for file in files))}" for name, files in ordered[:count]]
+
+
+# --- how it is sent -------------------------------------------------------------------------------------------------
+
+
+def send(line: Line, tree: Tree, folder: str, *, like: str = "", rsync_there: bool, rsync: str = "rsync", compare: bool = False) -> Sent:
+    """Into FOLDER.partial on the box; it and FOLDER.temp are there already. `land` makes it whole.
+
+    like: a whole folder there with much the same files. rsync: the local program; "" if there is none.
+    Raises ToolkitError: the line broke, the disk there is full; Differs: files changed here meanwhile.
+    """
+    started = time.monotonic()
+    why = "" if rsync_there else "no rsync on the box"
+    why = why or ("" if rsync and rsync_version(rsync) >= OLDEST_RSYNC else "no rsync here, or an old one")
+    if not why:
+        with tempfile.NamedTemporaryFile(prefix="rlhf-box-") as names:
+            names.write(names_of(tree.files))
+            names.flush()
+            argv = commands.rsync(
+                line.rsync_shell(), line.target, str(tree.base.absolute()), names.name, f"{folder}.partial",
+                temporary=f"{folder}.temp", like=like, compare=compare, program=rsync,
+            )  # fmt: skip
+            answer = line.local(argv, changes=True, timeout_s=None, check=False)
+        if not answer.code:
+            return Sent("shown" if line.dry_run else "rsync", time.monotonic() - started)
+        why = _rsync_failed(line, folder, answer)
+    with tempfile.NamedTemporaryFile(prefix="rlhf-box-", suffix=".tar.gz") as packed:
+        if not line.dry_run:
+            pack(tree, Path(packed.name))
+        argv = commands.with_input(packed.name, line.stream(commands.tar_extract(f"{folder}.partial")))
+        answer = line.local(argv, changes=True, timeout_s=None, check=False)
+    if answer.code:
+        raise _not_sent(line, folder, answer, "tar", answer.code == 255)
+    return Sent("shown" if line.dry_run else "tar", time.monotonic() - started, why)
+
+
+def _rsync_failed(line: Line, folder: str, answer: Answer) -> str:
+    """Why tar is to be tried, or raises what cannot be mended by it."""
+    if answer.code in RSYNC_CHANGED and not _is_full(line, folder):
+        raise Differs(
+            "files of the checkout could not be read, or went while they were sent",
+            why=_last(answer),
+            hint="the same command sends what is there now",
+        )
+    # 12 is also what a broken line looks like: then tar fails, too, and says so.
+    if answer.code in RSYNC_NOT_THERE and not _is_full(line, folder):
+        return f"rsync ended with {answer.code}: {_last(answer, 1)}"
+    raise _not_sent(line, folder, answer, "rsync", answer.code in RSYNC_LINE)
+
+
+def _not_sent(line: Line, folder: str, answer: Answer, program: str, broken: bool) -> ToolkitError:
+    again = "the same command goes on; what was there before is as it was"
+    if not broken and _is_full(line, folder):
+        return ToolkitError(
+            f"the disk of `{line.box.name}` is full", why=f"at {folder}: {_last(answer, 1)}", hint=f"make room there; {again}", code=ExitCode.UNFIT
+        )
+    if broken:
+        return ToolkitError(f"the line to `{line.box.name}` broke while code was sent", why=_last(answer), hint=again, code=ExitCode.UNREACHABLE)
+    return ToolkitError(f"{program} ended with {answer.code} on the way to `{line.box.name}`", why=_last(answer), hint=again, code=ExitCode.INTERNAL)
+
+
+def _last(answer: Answer, count: int = 10) -> str:
+    return "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-count:])
+
+
+def _is_full(line: Line, folder: str) -> bool:
+    """The disk of a folder on the box, of bytes or of inodes; no, if it cannot be said."""
+    said = line.ask(commands.df(str(PurePosixPath(folder).parent)), check=False)
+    rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", said.out) if not said.code else []
+    return any(int(total) and int(free) <= least for (total, free), least in zip(rows, (1024, 0), strict=False))
+
+
+def rsync_version(program: str) -> tuple[int, int]:
+    """(3, 2); (0, 0) if there is none. openrsync is taken for the 2.6.9 that it says to be like."""
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, check=False).stdout.decode("utf-8", "replace")
+    except OSError:
+        return 0, 0
+    found = re.search(r"^rsync +version +v?([0-9]+)\.([0-9]+)", said, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def pack(tree: Tree, archive: Path) -> None:
+    """GNU's format, which GNU tar and busybox read alike, for names of any length and any bytes."""
+    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+        for file in tree.files:
+            entry = tarfile.TarInfo(f"./{file.name}")
+            entry.mode = 0o755 if file.executable else 0o644
+            if file.target is not None:
+                entry.type, entry.linkname = tarfile.SYMTYPE, file.target
+                tar.addfile(entry)
+                continue
+            try:
+                with (tree.base / file.name).open("rb") as content:
+                    entry.mtime, entry.size = int(os.fstat(content.fileno()).st_mtime), file.size_bytes
+                    tar.addfile(entry, content)
+            except OSError as error:  # gone, or shorter than it was
+                raise Differs(
+                    f"{one_line(file.name)} changed while it was sent", why=str(error), hint="the same command sends what is there now"
+                ) from None
+
+
+# --- what arrived ---------------------------------------------------------------------------------------------------
+
+
+def land(line: Line, tree: Tree, folder: str, *more: str, check: bool = True) -> Answer:
+    """FOLDER.partial is looked at by the box, and becomes FOLDER if it is the tree. more: ROOT, TOKEN and lines of `deployed` (land.sh).
+
+    Raises Differs: it is not.
+    """
+    answer = line.do(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=script("land.sh"), timeout_s=600.0, check=False)
+    if "differs" in answer.out.split():
+        raise Differs("what arrived is not what was sent", why=f"its fingerprint is not {tree.key}", hint="the same command sends it again")
+    if answer.code and check and "lost" not in answer.out.split():
+        raise ToolkitError(
+            f"cannot put the files in their place on `{line.box.name}`",
+            why=_last(answer),
+            hint="see that its disk is there and not full",
+            code=ExitCode.UNFIT,
+        )
+    return answer
+
+
+def send_whole(line: Line, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync") -> Sent:
+    """A folder of its own, named by its content, for what a job brings: whole or absent. What an earlier call left half is gone on with.
+
+    Raises ToolkitError: as `send` and `land`.
+    """
+    line.do(commands.mkdir(f"{folder}.partial", f"{folder}.temp"))
+    sent = send(line, tree, folder, rsync_there=rsync_there, rsync=rsync)
+    try:
+        land(line, tree, folder)
+    except Differs:  # of an earlier call, or changed within a second: by content, then
+        again = send(line, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=True)
+        land(line, tree, folder)
+        return Sent(again.how, sent.seconds + again.seconds, again.why)
+    return sent

@@ -1,0 +1,209 @@
+#!/bin/sh
+# Makes what a job runs in, on the box: a virtual environment from the locks (bare), or the image (docker). Called by
+# remote/deploy/deployment.py. Its words, answers and exit codes: PROTOCOL.md. All that is said by the programs goes to ROOT/env/KEY.log.
+#
+# ROOT/env/KEY is made in its place, since a virtual environment cannot be moved, and has the file `complete` only once it is whole; what
+# a killed call left is made anew. While it runs, the lock of its deploy is kept alive; when nobody hears it any more, it ends.
+set -eu
+LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+export LC_ALL PATH
+umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
+
+root='' token='' key='' runtime='' torch='' mirror=default device=cuda python='' maker='' proxy='' ca_bundle=''
+build_arguments='' newline='
+'
+for word; do
+    value=${word#*=}
+    case $word in
+        root=*) root=$value ;; token=*) token=$value ;; key=*) key=$value ;; runtime=*) runtime=$value ;; torch=*) torch=$value ;;
+        mirror=*) mirror=$value ;; device=*) device=$value ;; python=*) python=$value ;; maker=*) maker=$value ;;
+        proxy=*) proxy=$value ;; ca_bundle=*) ca_bundle=$value ;; arg=*) build_arguments="$build_arguments$value$newline" ;;
+    esac
+done
+code=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
+pins=$code/env/pins
+environment=$root/env/$key
+log=$root/env/$key.log
+lock_s=120 # that the lock is kept for from each beat on
+child=''
+
+say() { printf '%s\n' "$*" || end_child; }
+
+refuse() { # WHAT HINT [WHY]
+    say "refused $1"
+    [ -z "${3:-}" ] || printf '%s\n' "$3" | sed 's/^/why /'
+    say "hint $2"
+    exit 3
+}
+
+end_child() { # and all that it has started: it leads a group of its own
+    trap '' PIPE TERM HUP INT
+    [ -z "$child" ] || kill -TERM "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null
+    exit 143
+}
+trap end_child PIPE TERM HUP INT
+
+keep_lock() { # ours, or nobody's
+    [ "$(sed -n 's/^token //p' "$root/lock/owner" 2>/dev/null)" = "$token" ] || return 0
+    { echo $(($(date +%s) + lock_s)) >"$root/lock/renewed.new" && mv "$root/lock/renewed.new" "$root/lock/renewed"; } 2>/dev/null || return 0
+}
+
+stage() { # NAME HINT COMMAND...
+    name=$1 hint=$2 began=$(date +%s) said='' round=0
+    shift 2
+    say "begin $name"
+    if has setsid; then setsid "$@" >>"$log" 2>&1 </dev/null & else "$@" >>"$log" 2>&1 </dev/null & fi
+    child=$!
+    ! is_alive "$child" || echo "$child $since" >"$environment.child" || true
+    while is_alive "$child"; do
+        if [ $round -lt 10 ]; then sleep 0.1 2>/dev/null || sleep 1; else sleep 1; fi
+        round=$((round + 1))
+        [ $round -ge 10 ] || continue
+        say beat
+        keep_lock
+        # shellcheck disable=SC2016 # ${g;p;} is for sed
+        last=$(tail -c 2000 "$log" 2>/dev/null | tr '\r' '\n' | tr -d '\000-\011\013-\037\177' | sed -n '/[^[:space:]]/h; ${g;p;}' | cut -c 1-200)
+        [ "$last" = "$said" ] || say "now $last"
+        said=$last
+    done
+    status=0
+    wait "$child" || status=$?
+    child=''
+    rm -f "$environment.child"
+    if [ $status -ne 0 ]; then
+        free=$(free_kb "$root/env")
+        # pip takes its files back when it fails, so that the disk need not look full any more.
+        if [ "${free:-2048}" -le 1024 ] || tail -n 20 "$log" | grep -q 'No space left on device\|Disk quota exceeded'; then
+            refuse "the disk is full, at: $name" "make room at $root, or name another data_folder in boxes.yaml" "$(tail -n 3 "$log")"
+        fi
+        refuse "cannot make the environment: $name" "$hint" "exit code $status; the last lines of $log:$newline$(tail -n 10 "$log")"
+    fi
+    say "done $(($(date +%s) - began)) $name"
+}
+
+# --- where things come from ------------------------------------------------------------------------------------------
+
+[ -r "$code/env/mirrors/$mirror.env" ] || refuse "there is no mirror $mirror" "name a file of env/mirrors in boxes.yaml"
+unset HF_ENDPOINT PIP_CONSTRAINT PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PYTHONHOME PYTHONPATH PYTHONPYCACHEPREFIX CONDA_CHANNEL
+set -a
+# shellcheck disable=SC1090
+. "$code/env/mirrors/$mirror.env"
+# A proxy is for the way abroad; packages of a mirror come directly, since through both it is slower than through either.
+# shellcheck disable=SC1090
+if [ -z "${PIP_INDEX_URL:-}" ] && [ -r "$proxy" ]; then . "$proxy" >/dev/null 2>&1 || true; fi
+set +a
+export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# The self-check imports what makes folders in a home as soon as it is imported.
+cache=$root/cache
+# shellcheck source=env/caches.sh
+. "$code/env/caches.sh"
+if [ -n "$ca_bundle" ]; then
+    export PIP_CERT="$ca_bundle" SSL_CERT_FILE="$ca_bundle" REQUESTS_CA_BUNDLE="$ca_bundle" CURL_CA_BUNDLE="$ca_bundle"
+fi
+network="see that the box reaches its package index; a \`mirror\` in boxes.yaml names another, build.CA_BUNDLE the certificates of a proxy"
+
+# --- the two runtimes ------------------------------------------------------------------------------------------------
+
+# What makes a Python: with a home of its own, since conda writes down there where it makes environments and uv puts programs there, and
+# with the user's own settings nevertheless, which name a provider's mirror.
+make_python() { # ARG...
+    config=${XDG_CONFIG_HOME:-${HOME:-/}/.config} own=$cache/home
+    [ -n "${CONDARC:-}" ] || [ ! -r "${HOME:-}/.condarc" ] || export CONDARC="$HOME/.condarc"
+    [ -n "${MAMBARC:-}" ] || [ ! -r "${HOME:-}/.mambarc" ] || export MAMBARC="$HOME/.mambarc"
+    export CONDA_PKGS_DIRS="$cache/conda" MAMBA_ROOT_PREFIX="$cache/mamba" UV_CACHE_DIR="$cache/uv" UV_PYTHON_INSTALL_DIR="$environment/base"
+    mkdir -p "$own"
+    stage "Python 3.10, by ${maker##*/}" "$network" env HOME="$own" XDG_CONFIG_HOME="$config" XDG_DATA_HOME="$own/data" UV_PYTHON_BIN_DIR="$own/bin" "$maker" "$@"
+}
+
+bare() {
+    # shellcheck source=env/torch_wheel.sh
+    . "$code/env/torch_wheel.sh"
+    mkdir -p "$environment"
+    if [ -n "$maker" ]; then
+        case ${maker##*/} in
+            uv)
+                make_python python install 3.10
+                for python in "$environment"/base/*/bin/python3.10; do break; done
+                ;;
+            micromamba)
+                make_python create --yes --prefix "$environment/base" --channel "${CONDA_CHANNEL:-conda-forge}" python=3.10
+                python=$environment/base/bin/python3.10
+                ;;
+            *)
+                # Without a channel of the mirror: as the box's own configuration has it, which providers point at a mirror of theirs.
+                if [ -n "${CONDA_CHANNEL:-}" ]; then set -- --override-channels --channel "$CONDA_CHANNEL"; else set --; fi
+                make_python create --yes --quiet --prefix "$environment/base" "$@" python=3.10
+                python=$environment/base/bin/python3.10
+                ;;
+        esac
+        [ -x "$python" ] || refuse "${maker##*/} made no Python 3.10" "install python3.10 and python3.10-venv there" "$(tail -n 5 "$log")"
+    fi
+    stage "a virtual environment" "install python3.10-venv there" "$python" -m venv "$environment"
+    stage "pip" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$pins/pip.txt"
+    torch_requirement "$pins/$torch.txt" >"$environment/torch.txt"
+    stage "PyTorch ($torch)" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement "$environment/torch.txt"
+    # DeepSpeed is built here, by the setuptools of the lock and with PyTorch in sight, so it comes after all others.
+    sed '/^deepspeed==/,/# via/d' "$pins/image.txt" >"$environment/wheels.txt"
+    stage "all else that is locked" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$environment/wheels.txt"
+    # No operators are compiled, for no nvcc can be counted on: training takes PyTorch's AdamW, and no accelerator is looked for.
+    export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+    sed -n '/^deepspeed==/,/# via/p' "$pins/image.txt" >"$environment/deepspeed.txt"
+    stage "DeepSpeed" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --no-build-isolation --requirement "$environment/deepspeed.txt"
+    # shellcheck source=env/cuda.sh
+    . "$code/env/cuda.sh"
+    stage "self-check" "the same command makes it anew" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
+    say "note $(tail -n 1 "$log")"
+    unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR
+    if [ "$device" = cuda ]; then
+        cards=$("$environment/bin/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>>"$log" || echo 0)
+        [ "$cards" != 0 ] || say "note PyTorch sees no card here: fab doctor says what is wrong"
+        [ "$cards" = 0 ] || say "note PyTorch sees $cards of the cards"
+    fi
+    date +%s >"$environment/complete.new"
+    mv "$environment/complete.new" "$environment/complete"
+}
+
+own_docker_config() { # what the user's own holds, and beside it what a build writes (.token_seed), which would stay in the home
+    theirs=${DOCKER_CONFIG:-${HOME:-}/.docker}
+    rm -rf "$cache/docker"
+    mkdir -p "$cache/docker"
+    for each in "$theirs"/*; do [ ! -e "$each" ] || ln -s "$each" "$cache/docker/"; done
+    export DOCKER_CONFIG="$cache/docker"
+}
+
+docker_image() {
+    set -- docker compose --project-directory "$code" --env-file /dev/null --file "$code/docker-compose.yml"
+    [ "$device" = cuda ] || set -- "$@" --file "$code/docker/compose.cpu.yml"
+    while IFS= read -r argument; do
+        # shellcheck disable=SC2163 # NAME=VALUE, of names that deployment.py knows
+        [ -z "$argument" ] || export "$argument"
+    done <<END
+$build_arguments
+END
+    export RLHF_TAG="$key" MIRROR="$mirror" TORCH="$torch" ${ca_bundle:+CA_BUNDLE="$ca_bundle"}
+    own_docker_config
+    export BUILDX_CONFIG="$cache/buildx"
+    unset COMPOSE_FILE COMPOSE_PROFILES
+    stage "the image rlhf-box:$key" "$network; BASE_IMAGE and BUILD_IMAGE (build: in boxes.yaml) name other images to start from" "$@" --progress plain build train
+    docker image inspect "rlhf-box:$key" >/dev/null 2>>"$log" || refuse "Docker built no image rlhf-box:$key" "see $log" "$(tail -n 5 "$log")"
+    say "note the image checked itself: versions, PyTorch's CUDA, DeepSpeed's operators"
+}
+
+mkdir -p "$root/env" "$root/cache/tmp"
+# A call that was killed by force could not end what it had started.
+if { read -r old began <"$environment.child"; } 2>/dev/null && is_running "$old" "$began"; then
+    kill -KILL "-$old" 2>/dev/null || kill -KILL "$old" 2>/dev/null || true
+fi
+fields_of $$
+{ echo "$$ $since" >"$root/lock/worker"; } 2>/dev/null || true
+if ! : >"$log"; then refuse "cannot write to $root/env" "see that its disk is there and not full"; fi
+keep_lock
+[ "$runtime" = docker ] || rm -rf "$environment"
+case $runtime in
+    bare) bare ;;
+    docker) docker_image ;;
+    *) refuse "the runtime $runtime is not known" "see remote/on_box/environment.sh" ;;
+esac
+say made

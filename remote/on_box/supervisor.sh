@@ -1,0 +1,818 @@
+#!/bin/sh
+# Looks after the one job of a box, in both runtimes: log, exit code, heartbeat, cancel. A job is nobody's child but this script's,
+# which is nobody's child at all. What it knows are files of ROOT/runs/RUN/job. Its verbs, answers and exit codes: PROTOCOL.md.
+#
+# A request runs at most once: ROOT/requests/REQUEST is made by `start`, as its last doubt before the job begins, or by `withdraw`.
+# The slot is made before that. A process is known by its number, its start time and the boot, since numbers come again.
+#
+# shellcheck disable=SC2015 # `a && b || c` is meant as it stands: c also if b fails
+# shellcheck disable=SC2016 # the backticks are for who reads the message
+# shellcheck disable=SC2154,SC2034 # j_*, d_* and secret_* are set by eval, `secrets` is read by env/secrets.sh
+# shellcheck disable=SC2030,SC2031 # NCCL_P2P_DISABLE is set in two processes
+
+LC_ALL=C
+case $PATH in
+    *:/usr/lib/wsl/lib) ;;
+    *) PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin:/usr/lib/wsl/lib" ;;
+esac
+export LC_ALL PATH
+umask 022
+# shellcheck source=remote/on_box/lib.sh
+. "$(dirname -- "$0")/lib.sh"
+
+CHUNK=262144 # bytes of a frame: between two of them there is time for a beat
+LEFTOVERS=20 # tenths of a second for what a job has started, once it has ended itself
+
+# --- small things --------------------------------------------------------------------------------------------------
+
+fail() { # CODE WHAT
+    printf 'error: %s\n' "$2" >&2
+    exit "$1"
+}
+
+epoch() { date +%s; }
+
+pause() { sleep "0.$1" 2>/dev/null || sleep 1; } # TENTHS
+
+read_word() { # FILE   sets value: what can be part of an answer, or nothing
+    read_line "$1"
+    case $value in *[!A-Za-z0-9._,:-]*) value='' ;; esac
+}
+
+write() { # FILE TEXT
+    { printf '%s\n' "$2" >"$1" && [ -s "$1" ]; } 2>/dev/null
+}
+
+put() { # FILE TEXT   by rename: whole or not at all
+    write "$1.$$" "$2" && mv -f "$1.$$" "$1" 2>/dev/null && return 0
+    rm -f "$1.$$"
+    return 1
+}
+
+is_name() { # as jobs/spec.py has it
+    case $1 in '' | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) return 1 ;; esac
+    [ ${#1} -le 64 ]
+}
+
+each_tenth() { # TIMES COMMAND...   until it succeeds
+    times=$1
+    shift
+    until "$@"; do
+        [ "$times" -gt 0 ] || return 1
+        times=$((times - 1))
+        pause 1
+    done
+}
+
+# --- what there is of a job -----------------------------------------------------------------------------------------
+
+members() { # REQUEST   the processes of its job, wherever they are: ranks have sessions of their own. Sees into containers, too.
+    [ -n "$1" ] || return 0
+    with_variable "RLHF_REQUEST=$1" | while IFS=/ read -r _ _ pid _; do
+        ! is_alive "$pid" || printf '%s\n' "$pid"
+    done
+}
+
+with_variable() { # NAME=VALUE   /proc/PID/environ of each process that has it
+    if printf 'a\000b\000' | grep -qzxF b 2>/dev/null; then
+        grep -lszxF -e "$1" /proc/[0-9]*/environ 2>/dev/null
+        return
+    fi
+    for environ in /proc/[0-9]*/environ; do # slower; a grep without -z sees the first variable alone (busybox)
+        { tr '\000' '\n' <"$environ"; } 2>/dev/null | grep -qxF -e "$1" && printf '%s\n' "$environ"
+    done
+}
+
+has_no_members() { [ -z "$(members "$1")" ]; }
+
+is_gone() { ! is_running "$@"; }
+
+end_members() { # REQUEST
+    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do # what one has started meanwhile, the next round finds
+        left=$(members "$1")
+        [ -n "$left" ] || return 0
+        # shellcheck disable=SC2086
+        kill -KILL $left 2>/dev/null
+        pause 2
+    done
+    return 1
+}
+
+container_runs() { # REQUEST
+    [ "$(docker inspect --format '{{.State.Running}}' "rlhf-box-$1" 2>/dev/null)" = true ]
+}
+
+job_is_there() { # of the files that `look` has read
+    if [ -n "$j_container" ]; then
+        container_runs "$j_request"
+    else
+        [ "$j_boot" = "$boot" ] && { is_running "${j_process% *}" "${j_process#* }" || ! has_no_members "$j_request"; }
+    fi
+}
+
+look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a supervisor, `training` stays as it was, since it is slow to find out
+    j=$root/runs/$1/job
+    for name in request pid start boot started heartbeat exit ended grace steps container; do
+        read_word "$j/$name"
+        eval "j_$name=\$value"
+    done
+    read_line "$j/process"
+    j_process=$value alive=0 cancelled=0
+    [ ! -e "$j/cancelled" ] || cancelled=1
+    [ "$j_boot" != "$boot" ] || ! is_running "$j_pid" "$j_start" || alive=1
+    if [ -n "$j_exit" ] || [ -z "$j_request" ]; then
+        training=0
+    elif [ $alive -eq 1 ]; then
+        training=0
+        [ -z "$j_process$j_container" ] || training=1
+    elif [ "${2-}" != kept ]; then
+        training=0
+        ! job_is_there || training=1
+    fi
+    words="run=$1 request=$j_request alive=$alive training=$training cancelled=$cancelled"
+    for name in exit started ended grace steps; do
+        eval "value=\$j_$name"
+        [ -z "$value" ] || words="$words $name=$value"
+    done
+}
+
+tidy() { # REQUEST   of a job of which nothing runs any more
+    is_name "$1" || return 0
+    rm -rf "$root/secrets/$1"
+    read_line "$slot/request"
+    [ "$value" = "$1" ] || return 0
+    # By rename: nobody finds half a slot.
+    mv "$slot" "$slot.gone.$$" 2>/dev/null && rm -rf "$slot.gone.$$"
+}
+
+tidy_lost() { # as `look` has found it: nobody looks after it, and it has ended
+    [ "$alive$training" != 00 ] || [ -z "$j_request" ] || [ ! -d "$root/secrets/$j_request" ] || tidy "$j_request"
+}
+
+# --- start ----------------------------------------------------------------------------------------------------------
+
+start() { # as it was called; the line may break at any time, so all is done by a process that has left it
+    has setsid || {
+        printf 'refused there is no setsid here (util-linux)\n'
+        return
+    }
+    case $0 in /*) self=$0 ;; *) self=$PWD/$0 ;; esac
+    exec 3<&0
+    answer=$(setsid sh "$self" run "$@" <&3 3<&- 2>/dev/null &)
+    printf '%s\n' "${answer:-refused the supervisor ended without a word}"
+}
+
+answer() { # WORD...   to who has called `start`, who may be gone
+    trap '' PIPE
+    printf '%s\n' "$*" 2>/dev/null
+    trap - PIPE
+    exec >/dev/null
+}
+
+give_up() { # ANSWER...
+    rm -rf "$incoming" "$new"
+    if [ -n "$claimed" ]; then
+        tidy "$request"
+        rmdir "$root/runs/$run/job" "$root/runs/$run" 2>/dev/null # where this call has made them
+    fi
+    answer "$@"
+    exit 0
+}
+
+refuse() { give_up refused "$(printf %s "$1" | tr '\n' ' ')"; }
+
+no_room() { refuse "cannot write in $root: $(free_kb "$root") KB are free there"; }
+
+receive() { # standard input, to its end; secrets stay in variables until all of it is known to be whole
+    torn='the line broke before all of the job was here'
+    IFS=' ' read -r word count rest || refuse "$torn"
+    [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'what came is no job: it must begin with `secrets N`'
+    index=0
+    while [ $index -lt "$count" ]; do
+        IFS= read -r line || refuse "$torn"
+        case ${line%%=*} in '' | [!A-Z]* | *[!A-Z0-9_]*) refuse "secret $((index + 1)) does not name a variable" ;; esac
+        case $line in *=*) ;; *) refuse "secret $((index + 1)) has no value" ;; esac
+        eval "secret_$index=\$line"
+        index=$((index + 1))
+    done
+    IFS=' ' read -r word hash rest || refuse "$torn"
+    case $word$rest in job) ;; *) refuse 'what came is no job: `job HASH` must follow the secrets' ;; esac
+    case $hash in *[!0-9a-f]*) hash='' ;; esac
+    [ ${#hash} -ge 16 ] || refuse 'the hash of the job file is not one'
+    mkdir -p "$root/inputs" 2>/dev/null && { cat >"$incoming"; } 2>/dev/null || no_room
+    sum=$(sha256sum <"$incoming")
+    case $sum in "$hash"*) ;; *) refuse "$torn" ;; esac
+}
+
+read_deployed() { # FILE   sets d_*
+    d_code='' d_runtime='' d_environment='' d_python='' d_image='' d_route='' d_mirror='' d_p2p='' d_env_files='' d_proxy_files=''
+    while read -r key value; do
+        case $key in
+            code | runtime | environment | python | image | route | mirror | p2p) eval "d_$key=\$value" ;;
+            env_file) d_env_files="$d_env_files$value$newline" ;;
+            proxy_file) d_proxy_files="$d_proxy_files$value$newline" ;;
+        esac
+    done <"$1"
+    d_image=${d_image#rlhf-box:}
+    is_name "$d_mirror" && [ "$d_route" = mirror ] || d_mirror=default # never through a mirror and a proxy at once
+}
+newline='
+'
+
+check() { # that the job can begin at all
+    [ -f "$root/.rlhf-box" ] && [ -r "$root/deployed" ] || refuse "nothing is deployed in $root"
+    read_deployed "$root/deployed"
+    [ "$d_code" = "$fp" ] && [ -d "$code" ] || refuse "the code $fp is not deployed here, but ${d_code:-none}"
+    [ -r "$code/env/mirrors/$d_mirror.env" ] || refuse "there is no mirror $d_mirror in env/mirrors"
+    case $d_runtime in
+        bare) [ -x "$d_python" ] || refuse "there is no Python at ${d_python:-?}: deploy again" ;;
+        docker) docker image inspect "rlhf-box:$d_image" >/dev/null 2>&1 || refuse "the image rlhf-box:$d_image is not here, or Docker does not answer: deploy again" ;;
+        *) refuse "the runtime ${d_runtime:-of this box} is not known: deploy again" ;;
+    esac
+}
+
+was_decided() { [ -e "$root/requests/$1/started" ] || [ -e "$root/requests/$1/withdrawn" ]; }
+
+say_decided() {
+    each_tenth 10 was_decided "$request"
+    [ ! -e "$root/requests/$request/withdrawn" ] || give_up withdrawn "$request"
+    give_up already "$request"
+}
+
+claim() { # the slot; or say who has it
+    waits=20
+    until mkdir "$slot" 2>/dev/null; do
+        [ -d "$slot" ] || no_room
+        read_word "$slot/run" && has_slot=$value && read_word "$slot/request" && had=$value && read_word "$slot/start"
+        if [ -z "$value" ] || ! is_name "$has_slot"; then # just being made, or given back
+            [ $waits -gt 0 ] || take_over "$had"
+        else
+            look "$has_slot"
+            if [ "$j_request" != "$had" ]; then # it was claimed, and its job is not begun yet
+                j_exit='' alive=0 training=0
+                read_word "$slot/boot" && [ "$value" = "$boot" ] && read_word "$slot/start" && begun=$value && read_word "$slot/pid" && is_running "$value" "$begun" && alive=1
+            fi
+            if [ "$alive$training" = 00 ]; then
+                take_over "$had"
+            elif [ -z "$j_exit" ] || [ $waits -eq 0 ]; then
+                [ "$had" != "$request" ] || say_decided
+                give_up busy "$has_slot" "$had"
+            fi
+        fi
+        waits=$((waits - 1))
+        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not come to an end"
+        pause 1
+    done
+    claimed=1
+    # `start` last: with it, the slot is whole.
+    write "$slot/run" "$run" && write "$slot/request" "$request" && write "$slot/code" "$fp" && write "$slot/environment" "$d_environment" &&
+        write "$slot/pid" $$ && write "$slot/boot" "$boot" && cp "$root/deployed" "$slot/deployed" 2>/dev/null && write "$slot/start" "$own_start" || no_room
+}
+
+take_over() { # REQUEST   the slot of a job that is gone; two may want to at once, and one of them may look at the other's new slot
+    if ! mkdir "$slot/taken" 2>/dev/null; then
+        read_line "$slot/taken/by"
+        [ -z "$value" ] || is_running "${value% *}" "${value#* }" || rm -rf "$slot/taken"
+        return 0
+    fi
+    printf '%s\n' "$$ $own_start" 2>/dev/null >"$slot/taken/by"
+    read_word "$slot/request"
+    if [ "$value" = "$1" ]; then
+        mv "$slot" "$slot.gone.$$" 2>/dev/null && rm -rf "$slot.gone.$$"
+        ! is_name "$1" || [ "$1" = "$request" ] || rm -rf "$root/secrets/$1"
+    else
+        rm -rf "$slot/taken"
+    fi
+}
+
+own() { # FILE...   what the container's user is to read or write
+    [ "$uid" = "$(id -u)" ] || chown -R "$uid:$gid" "$@"
+}
+
+prepare() { # all that takes room on the disk, so that after it nothing can fail
+    mkdir -p "$root/requests" "$root/runs/$run/job" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp" "$root/inputs/$hash" 2>/dev/null &&
+        (umask 077 && mkdir -p "$root/secrets/$request") 2>/dev/null && mv -f "$incoming" "$root/inputs/$hash/job.yaml" || no_room
+    incoming=''
+    for folder in "$root"/secrets/*; do [ "${folder##*/}" = "$request" ] || rm -rf "$folder"; done # of jobs that nobody saw end
+    index=0
+    while [ $index -lt "$count" ]; do
+        eval "line=\$secret_$index secret_$index=''"
+        (umask 077 && write "$root/secrets/$request/${line%%=*}" "${line#*=}") || no_room
+        index=$((index + 1))
+    done
+    line=''
+    rm -rf "$new"
+    now=$(epoch)
+    mkdir "$new" 2>/dev/null && write "$new/request" "$request" && write "$new/pid" $$ && write "$new/start" "$own_start" && write "$new/boot" "$boot" &&
+        write "$new/started" "$now" && write "$new/heartbeat" "$now" && write "$new/grace" "$grace" && write "$new/steps" "$steps" || no_room
+    # Given back when the exit code is to be written, which must not be lost on a full disk.
+    { head -c 16384 /dev/zero >"$new/room" && printf '' >"$new/output"; } 2>/dev/null && [ "$(wc -c <"$new/room")" -eq 16384 ] || no_room
+    uid=$(id -u) gid=$(id -g)
+    if [ "$d_runtime" = docker ]; then # never as root
+        [ "$uid" != 0 ] || { uid=1000 gid=1000; }
+        own "$root/secrets/$request" "$root/inputs/$hash" || no_room
+        [ "$uid" = "$(id -u)" ] || chown "$uid:$gid" "$root/runs" "$root/runs/$run" "$root/runs/$run/job" "$root/cache" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp"
+    fi
+}
+
+steps_in() { # ARG...   sets steps: those that are asked for, as rlhf-train understands it
+    steps='' taking=''
+    for word; do
+        case $word in
+            --step) taking=1 steps='' ;;
+            --step=*) taking='' steps=${word#*=} ;;
+            -*) taking='' ;;
+            *) [ -z "$taking" ] || steps="$steps,$word" ;;
+        esac
+    done
+    case ,$steps, in *[!0-9,]* | ,,) steps=1,2,3 ;; esac
+    steps=${steps#,}
+}
+
+run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
+    incoming='' new='' claimed=''
+    [ $# -ge 5 ] && [ "$5" = -- ] || refuse 'the call is `start ROOT RUN REQUEST FP GRACE_S -- ARG...`'
+    run=$1 request=$2 fp=$3 grace=$4
+    shift 5
+    is_name "$run" || refuse 'this cannot name a run: letters, digits, dots, dashes and underscores, 64 at most'
+    is_name "$request" || refuse 'this cannot name a request'
+    is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not a word that this takes'
+    case $root in /*) ;; *) refuse 'ROOT must be an absolute path' ;; esac
+    [ -d "$root/code" ] || refuse "nothing is deployed in $root"
+    code=$root/code/$fp incoming=$root/inputs/.incoming.$$ new=$root/runs/$run/job/new.$$
+    fields_of $$ || refuse 'cannot read /proc'
+    own_start=$since
+    steps_in "$@"
+    receive
+    check
+    [ ! -d "$root/requests/$request" ] || say_decided
+    claim
+    prepare
+    if ! mkdir "$root/requests/$request" 2>/dev/null; then
+        [ -d "$root/requests/$request" ] || no_room
+        rm -rf "$root/secrets/$request"
+        say_decided
+    fi
+    { printf '' >"$root/requests/$request/started"; } 2>/dev/null
+
+    job=$root/runs/$run/job
+    (cd "$job" && rm -f process container exit ended cancelled gpu) # of an earlier call
+    mv -f "$new"/[!r]* "$new/room" "$job"
+    mv -f "$new/request" "$job" # last: from here on all of it is this job's
+    rmdir "$new"
+    answer started "$request" $$
+    exec </dev/null >>"$job/output" 2>&1
+    caught=0 target=''
+    trap 'caught=1; end_softly' TERM INT HUP # a box that is shut down
+    pulse &
+    pulse=$!
+    code_of_job=127
+    "run_$d_runtime" "$@"
+    finish
+}
+
+end_softly() {
+    [ -z "$target" ] || kill -TERM "$target" 2>/dev/null
+    [ ! -e "$job/container" ] || docker kill -s TERM "rlhf-box-$request" >/dev/null 2>&1
+}
+
+wait_for() { # PID   sets code_of_job; a signal for us ends `wait`, and not the job
+    while :; do
+        caught=0
+        wait "$1"
+        code=$?
+        [ $code -ne 127 ] || [ "$code_of_job" -eq 127 ] || return 0 # it was told the time before
+        code_of_job=$code
+        [ $caught -eq 1 ] && [ $code -gt 128 ] || return 0
+    done
+}
+
+run_bare() { # ARG...
+    home=${HOME:-$root/cache}
+    setsid env -i PATH="$PATH" HOME="$home" USER="${USER:-$(id -un)}" LOGNAME="${USER:-$(id -un)}" LANG=C.UTF-8 RLHF_REQUEST="$request" \
+        sh "$code/remote/on_box/supervisor.sh" job "$root" "$run" "$request" "$hash" "$@" </dev/null &
+    target=$!
+    ! fields_of "$target" || put "$job/process" "$target $since"
+    [ ! -e "$job/cancelled" ] || kill -TERM "$target" 2>/dev/null
+    wait_for "$target"
+    each_tenth $LEFTOVERS has_no_members "$request" || {
+        printf 'supervisor: the job has ended with %s and left processes, which are ended now\n' "$code_of_job"
+        end_members "$request"
+    }
+}
+
+run_docker() { # ARG...
+    name=rlhf-box-$request
+    put "$job/container" "$name"
+    if start_container "$@" </dev/null; then
+        [ ! -e "$job/cancelled" ] || docker kill -s TERM "$name" >/dev/null 2>&1
+        docker logs -f "$name" </dev/null &
+        logs=$!
+        watch_container &
+        wait_for $!
+        fields_of "$logs" && logs_start=$since && each_tenth 50 is_gone "$logs" "$logs_start"
+        kill "$logs" 2>/dev/null
+        [ ! -e "$slot/vanished" ] || code_of_job=''
+    else
+        code_of_job=3
+    fi
+    docker rm -f "$name" >/dev/null 2>&1
+}
+
+watch_container() { # ends with its code. The daemon may be away for a while; a container may have been removed
+    trap - TERM INT HUP
+    misses=0
+    while [ $misses -lt 3 ]; do
+        said=$(docker wait "$name" </dev/null 2>/dev/null)
+        ! is_number "$said" || exit "$said"
+        said=$(docker inspect --format '{{.State.Status}} {{.State.ExitCode}}' "$name" 2>/dev/null)
+        case $said in
+            'exited '* | 'dead '*) exit "${said#* }" ;;
+            ?*) misses=0 ;;
+            *) ! docker version >/dev/null 2>&1 || misses=$((misses + 1)) ;;
+        esac
+        sleep 1
+    done
+    printf '' >"$slot/vanished"
+    exit 1
+}
+
+start_container() ( # ARG...
+    [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ] || has nvidia-smi || cpu=1
+    RLHF_TAG=$d_image RLHF_UID=$uid RLHF_GID=$gid RLHF_RUNS=$root/runs RLHF_CACHE=$root/cache RLHF_SECRETS=$root/secrets/$request
+    RLHF_INPUTS=$root/inputs RLHF_REQUEST=$request RLHF_GRACE=$grace MIRROR=$d_mirror
+    export RLHF_TAG RLHF_UID RLHF_GID RLHF_RUNS RLHF_CACHE RLHF_SECRETS RLHF_INPUTS RLHF_REQUEST RLHF_GRACE MIRROR
+    unset HF_ENDPOINT COMPOSE_FILE COMPOSE_PROFILES
+    the_proxy
+    [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
+    code=$root/code/$fp
+    # Not in the foreground: a signal to that client would lose the container (reference: Compose 2.26).
+    docker compose --project-directory "$code" --env-file /dev/null -f "$code/docker-compose.yml" ${cpu:+-f "$code/docker/compose.cpu.yml"} \
+        -f "$code/docker/compose.box.yml" run -d -T --no-deps --name "$name" train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@" >/dev/null && exit 0
+    docker rm -f "$name" >/dev/null 2>&1
+    exit 1
+)
+
+the_proxy() { # of this environment, or of the first file that sets one; none at all on another route
+    if [ "$d_route" != proxy ]; then
+        unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
+        return 0
+    fi
+    while IFS= read -r file; do
+        [ -z "${https_proxy:-}${HTTPS_PROXY:-}${all_proxy:-}${ALL_PROXY:-}" ] || break
+        source_file "$file"
+    done <<END
+$d_proxy_files
+END
+    export http_proxy https_proxy all_proxy no_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY
+    for name in http_proxy https_proxy all_proxy no_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY; do
+        eval "[ -n \"\${$name:-}\" ]" || unset $name
+    done
+}
+
+source_file() { # FILE   of the provider; one that would end this shell is left out
+    # shellcheck disable=SC1090
+    [ -r "$1" ] && (. "$1") >/dev/null 2>&1 </dev/null && . "$1" >/dev/null 2>&1 </dev/null
+}
+
+job() { # RUN REQUEST HASH ARG...   in a clean environment; becomes the training process
+    run=$1 request=$2 hash=$3
+    shift 3
+    refuse() {
+        printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2
+        exit 3
+    }
+    read_deployed "$slot/deployed"
+    code=$root/code/$d_code cache=$root/cache
+    while IFS= read -r file; do
+        set -a
+        source_file "$file"
+        set +a
+    done <<END
+$d_env_files
+END
+    the_proxy
+    unset HF_ENDPOINT
+    set -a
+    # shellcheck disable=SC1090
+    . "$code/env/mirrors/$d_mirror.env"
+    set +a
+    # PYTHONDONTWRITEBYTECODE: the folder of the code stays as it was sent. To compile it anew takes 0.1 s. PYTHONPYCACHEPREFIX would hide
+    # what pip has compiled, too: PyTorch and transformers then take 8 s more of each process at a box's first start.
+    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONDONTWRITEBYTECODE=1
+    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONDONTWRITEBYTECODE
+    # shellcheck source=env/caches.sh
+    . "$code/env/caches.sh"
+    [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
+    unset LC_ALL
+    secrets=$root/secrets/$request
+    # shellcheck source=env/secrets.sh
+    . "$code/env/secrets.sh"
+    # shellcheck source=env/cuda.sh
+    . "$code/env/cuda.sh"
+    # shellcheck disable=SC3045 # where a shell has it
+    ulimit -n "$(ulimit -H -n)" 2>/dev/null
+    cd "$code" || exit 3
+    exec "$d_python" -m rlhf_train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
+}
+
+ask_cards() { # FILE QUERY   in the background, since nvidia-smi may hang for ever; sets smi, smi_start. The file is whole once it is there.
+    limit=''
+    ! has timeout || limit='timeout 10'
+    { { $limit nvidia-smi "$2" --format=csv,noheader,nounits </dev/null >"$1.$$" && mv -f "$1.$$" "$1" || rm -f "$1.$$"; }; } >/dev/null 2>&1 &
+    smi=$!
+    smi_start=''
+    ! fields_of $smi || smi_start=$since
+}
+
+USE=--query-gpu=index,memory.used,memory.total,utilization.gpu
+
+pulse() { # until the supervisor is gone
+    trap - TERM INT HUP
+    second=0 smi='' smi_start=''
+    while is_running $$ "$own_start"; do
+        put "$job/heartbeat" "$(epoch)"
+        if [ $((second % 5)) -eq 0 ] && has nvidia-smi; then # one at a time, whatever becomes of it
+            is_running "$smi" "$smi_start" || ask_cards "$job/gpu" $USE
+        fi
+        second=$((second + 1))
+        sleep 1
+    done
+}
+
+finish() {
+    kill "$pulse" 2>/dev/null
+    rm -f "$job/room" "$job/gpu" "$job"/*.$$
+    until put "$job/ended" "$(epoch)" && { [ -z "$code_of_job" ] || put "$job/exit" "$code_of_job"; }; do sleep 1; done
+    tidy "$request"
+    exit 0
+}
+
+# --- withdraw -------------------------------------------------------------------------------------------------------
+
+withdraw() { # REQUEST
+    is_name "$1" || fail 2 'this cannot name a request'
+    mkdir -p "$root/requests" 2>/dev/null
+    if mkdir "$root/requests/$1" 2>/dev/null; then
+        { printf '' >"$root/requests/$1/withdrawn"; } 2>/dev/null
+    elif [ ! -d "$root/requests/$1" ]; then
+        fail 6 "cannot write in $root/requests: whether it was started cannot be said"
+    else
+        each_tenth 10 was_decided "$1"
+        [ -e "$root/requests/$1/withdrawn" ] || {
+            printf 'started %s\n' "$1"
+            return
+        }
+    fi
+    printf 'not_run %s\n' "$1"
+}
+
+# --- follow and list ------------------------------------------------------------------------------------------------
+
+size_of() { # FILE   sets size; 0 where it is not
+    size=$(stat -L -c %s "$1" 2>/dev/null) || size=$({ wc -c <"$1"; } 2>/dev/null) || size=0
+    size=$((${size:-0}))
+}
+
+send() { # FILE   what it has beyond offset. A frame that came out short (the file was cut just then) cannot be mended: the line ends.
+    size_of "$1"
+    if [ "$size" -lt "$offset" ]; then
+        offset=$size
+        printf 'shrunk %s\n' "$size" || exit 0
+    fi
+    while [ "$offset" -lt "$size" ]; do
+        length=$((size - offset))
+        [ $length -le $CHUNK ] || length=$CHUNK
+        printf 'bytes %s %s\n' "$offset" $length || exit 0
+        # Counted on their way by `wc`. Standard output may be a socket, which cannot be opened once more; the pipe to wc can.
+        sent=$({ tail -c "+$((offset + 1))" "$1" 2>/dev/null | head -c $length | tee /proc/self/fd/4 >&3; } 4>&1 | wc -c)
+        [ $((sent)) -eq $length ] || exit 1
+        offset=$((offset + length))
+    done
+}
+
+beat() { # each second, and only when all is sent that was there: that is what it tells
+    now=$(epoch)
+    [ "$now" != "$beaten" ] || return 0
+    cards=''
+    { read_cards <"$j/gpu"; } 2>/dev/null
+    [ "$cards" = "$told_cards" ] || printf %s "$cards" || exit 0
+    told_cards=$cards beaten=$now
+    printf 'beat %s\n' "$now" || exit 0
+}
+
+read_cards() { # lines of nvidia-smi -> adds to cards
+    while IFS=, read -r index used total busy; do
+        is_number "$index" && cards="${cards}gpu $index $(first_word "$used") $(first_word "$total") $(first_word "$busy")$newline"
+    done
+}
+
+first_word() { # TEXT   -, where it is not a number
+    set -f
+    # shellcheck disable=SC2086
+    set -- $1
+    set +f
+    is_number "${1-}" && printf %s "$1" || printf -
+}
+
+follow() { # RUN FILE OFFSET
+    is_name "$1" || fail 2 'this cannot name a run'
+    [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
+    is_number "$3" || fail 2 'the offset is not a number'
+    offset=$3 told='' told_cards='' beaten='' tick=0 quiet=0 training=0 kept=''
+    case $2 in
+        events) file=$root/runs/$1/events.jsonl ;;
+        log) file=$root/runs/$1/train.log ;;
+        output) file=$root/runs/$1/job/output ;;
+        *) fail 2 'events, log or output can be followed' ;;
+    esac
+    exec 3>&1
+    while :; do
+        look "$1" $kept
+        if [ "$words" != "$told" ]; then
+            told=$words
+            printf 'job %s%s\n' "$words" "${j_heartbeat:+ heartbeat=$j_heartbeat}" || exit 0
+        fi
+        send "$file"
+        beat
+        if [ "$alive$training" = 00 ] || [ -n "$j_exit" ]; then
+            quiet=$((quiet + 1))
+            # Without an exit code a second look decides: it may be just about to begin again.
+            if [ -n "$j_exit" ] || [ $quiet -gt 2 ]; then
+                printf 'done\n' || exit 0
+                tidy_lost
+                exit 0
+            fi
+        else
+            quiet=0
+        fi
+        tick=$((tick + 1)) kept=kept
+        [ $((tick % 5)) -ne 0 ] && [ $quiet -eq 0 ] || kept=''
+        pause 2
+    done
+}
+
+list() {
+    for folder in "$root"/runs/*/; do
+        name_of_run=${folder%/}
+        name_of_run=${name_of_run##*/}
+        is_name "$name_of_run" || continue
+        look "$name_of_run"
+        complete='' checkpoints=''
+        for step in 1 2 3; do
+            [ ! -e "${folder}step$step/complete.json" ] || complete="$complete,$step"
+            for saved in "${folder}step$step"/checkpoints/update-*/complete.json; do
+                update=${saved%/complete.json}
+                update=${update##*/update-}
+                ! is_number "$update" || [ ! -e "$saved" ] || checkpoints="$checkpoints,$step:$update"
+            done
+        done
+        size_kb=$(du -sk "$folder" 2>/dev/null)
+        printf 'run %s %s%s size_kb=%s%s%s\n' "$name_of_run" "$words" "${j_heartbeat:+ heartbeat=$j_heartbeat}" "${size_kb%%[!0-9]*}" \
+            "${complete:+ complete=${complete#,}}" "${checkpoints:+ checkpoint=${checkpoints#,}}"
+        last=''
+        # Of two lines the second may be torn, and is not read then.
+        last=$(tail -n 2 "${folder}events.jsonl" 2>/dev/null | { while IFS= read -r line; do last=$line; done && printf %s "$last"; })
+        [ -z "$last" ] || printf 'last %s %s\n' "$name_of_run" "$last"
+        tidy_lost
+        [ "$alive$training" = 00 ] || [ -n "$j_exit" ] || printf 'slot %s %s\n' "$name_of_run" "$j_request"
+    done
+    if has nvidia-smi; then
+        cards=''
+        ask_cards "$root/.smi.$$" $USE
+        each_tenth 20 is_gone "$smi" "$smi_start"
+        { read_cards <"$root/.smi.$$"; } 2>/dev/null
+        printf %s "$cards"
+        rm -f "$root/.smi.$$"
+    fi
+    free=$(free_kb "$root")
+    [ -z "$free" ] || printf 'disk %s\n' "$free"
+    printf 'beat %s\n' "$(epoch)"
+}
+
+# --- cancel ---------------------------------------------------------------------------------------------------------
+
+has_ended() { # RUN   the job that `cancel` has found; another call may have begun since
+    look "$1"
+    [ -n "$j_exit" ] || [ "$alive$training" = 00 ] || [ "$j_request" != "$wanted" ]
+}
+
+term() { # -> whether there was somebody to tell
+    if [ -n "$j_container" ]; then
+        docker kill -s TERM "$j_container" >/dev/null 2>&1
+    elif is_running "${j_process% *}" "${j_process#* }"; then
+        kill -TERM "${j_process% *}" 2>/dev/null
+    elif [ $alive -eq 0 ]; then # its ranks, without who has started them
+        left=$(members "$wanted")
+        # shellcheck disable=SC2086
+        [ -n "$left" ] && kill -TERM $left 2>/dev/null
+    else
+        false # just about to begin; the supervisor itself looks for `cancelled` then
+    fi
+}
+
+cancel() { # RUN GRACE_S
+    is_name "$1" || fail 2 'this cannot name a run'
+    is_number "$2" || fail 2 'the grace is not a number of seconds'
+    [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
+    look "$1"
+    wanted=$j_request
+    if [ -z "$wanted" ] || has_ended "$1"; then
+        tidy_lost
+        printf 'not_running\n'
+        return
+    fi
+    # Before the signal: it tells a cancel from a box that is taken away.
+    put "$j/cancelled" "$(epoch)" || { rm -f "$j/room" && put "$j/cancelled" "$(epoch)"; } || fail 6 "cannot write in $j: nothing was cancelled"
+    if term; then told=1; else told=''; fi
+    printf 'term\n'
+    deadline=$(($(epoch) + $2))
+    until has_ended "$1"; do
+        [ -n "$told" ] || ! term || told=1
+        [ "$(epoch)" -lt $deadline ] || break
+        pause 2
+    done
+    if ! has_ended "$1"; then
+        printf 'kill\n'
+        [ -z "$j_container" ] || docker stop -t 0 "$j_container" >/dev/null 2>&1 || docker kill "$j_container" >/dev/null 2>&1
+        end_members "$wanted"
+        each_tenth 40 has_ended "$1"
+    elif [ $alive -eq 0 ]; then
+        end_members "$wanted"
+    fi
+    [ "$j_request" = "$wanted" ] && said=${j_exit:--} || said=-
+    printf 'ended %s\n' "$said"
+    if [ $alive -eq 0 ] && [ "$j_request" = "$wanted" ]; then
+        [ -z "$j_container" ] || docker rm -f "$j_container" >/dev/null 2>&1
+        has_no_members "$wanted" && tidy "$wanted"
+    fi
+    prove
+}
+
+prove() { # that nothing is left; the driver takes a moment to give memory back
+    for _ in 1 2 3 4 5 6; do
+        found=$(
+            members "$wanted" | while read -r pid; do printf 'left %s %s\n' "$pid" "$(command_of "$pid")"; done
+            holders
+        )
+        [ -n "$found" ] || break
+        pause 5
+    done
+    printf '%s\n' "${found:-free}"
+}
+
+holders() { # gpu_held UUID PID MIB COMMAND, by what the driver says (of the host's numbers, in a container) and by who has a card open
+    listed=' '
+    if has nvidia-smi; then
+        ask_cards "$root/.smi.$$" --query-compute-apps=gpu_uuid,pid,used_memory
+        each_tenth 30 is_gone "$smi" "$smi_start" || printf 'gpu_held - - - nvidia-smi does not answer\n'
+        while IFS=', ' read -r uuid pid used _; do
+            is_number "$pid" || continue
+            printf 'gpu_held %s %s %s %s\n' "$uuid" "$pid" "$(first_word "$used")" "$(command_of "$pid")"
+            listed="$listed$pid "
+        done 2>/dev/null <"$root/.smi.$$"
+        rm -f "$root/.smi.$$"
+    fi
+    [ -e /dev/nvidiactl ] || return 0
+    # shellcheck disable=SC2012 # find cannot print what a link says in busybox
+    ls -l /proc/[0-9]*/fd 2>/dev/null | sed -n 's|^/proc/\([0-9]*\)/fd:$|\1|p; s|.* -> /dev/nvidia[0-9][0-9]*$|open|p' | while read -r word; do
+        [ "$word" = open ] || holder=$word
+        [ "$word" = open ] && [ -n "$holder" ] || continue
+        said=$(command_of "$holder")
+        case $said in *nvidia-persistenced* | *nv-hostengine* | *dcgm*) holder='' ;; esac # they watch, and hold no memory
+        case $listed in *" $holder "*) ;; *) [ -z "$holder" ] || printf 'gpu_held - %s - %s\n' "$holder" "$said" ;; esac
+        holder=''
+    done
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+
+[ $# -ge 2 ] || fail 2 'the call is `supervisor.sh VERB ROOT ...`'
+verb=$1 root=${2%/}
+slot=$root/slot
+read_line /proc/sys/kernel/random/boot_id
+boot=$value
+case $verb in
+    start)
+        shift
+        start "$@"
+        ;;
+    run | job)
+        shift 2
+        "$verb" "$@"
+        ;;
+    withdraw)
+        [ $# -eq 3 ] || fail 2 'the call is `withdraw ROOT REQUEST`'
+        withdraw "$3"
+        ;;
+    follow)
+        [ $# -eq 5 ] || fail 2 'the call is `follow ROOT RUN events|log|output OFFSET`'
+        follow "$3" "$4" "$5"
+        ;;
+    list) list ;;
+    cancel)
+        [ $# -eq 4 ] || fail 2 'the call is `cancel ROOT RUN GRACE_S`'
+        cancel "$3" "$4"
+        ;;
+    *) fail 2 "there is no verb $verb" ;;
+esac

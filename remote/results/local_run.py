@@ -1,0 +1,207 @@
+"""A run folder of the laptop, with what fetch puts there: each thing gets its name when it is whole, and nothing else is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, unquote
+
+from jobs.errors import ToolkitError
+from remote.results.manifest import FileThere, Unit
+from remote.results.run_contents import write_json
+
+BLOCK = 1 << 20
+_CHECKPOINT, _OLD = "checkpoint-", "old-"
+
+
+class Shelf:
+    """`target` is the run folder; what is on its way lies beside it, on the same file system, so that a rename is enough."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.staging = target.with_name(f".{target.name}.fetch")
+        self._placed: dict[str, dict[str, Any]] = _read_json(self._record) or {}
+
+    @property
+    def _record(self) -> Path:
+        """By path: the hashes that were put there, the latest last, and size and time of the file."""
+        return self.target / ".fetched.json"
+
+    def sha256(self, path: str) -> str:
+        """Of the file under its final name; "": it is not there. Size and time answer for a file that was not touched since it was put there."""
+        place = self.target / path
+        try:
+            found = place.lstat()
+            if not place.is_file() or place.is_symlink():
+                return "something else"
+            known = self._placed.get(path, {})
+            if known.get("stat") == [found.st_size, found.st_mtime_ns] and known.get("sha256"):
+                return str(known["sha256"][-1])
+            with place.open("rb") as file:
+                return _hash(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    def has(self, unit: Unit) -> bool:
+        return all(self.sha256(file.path) == file.sha256 for file in unit.files) and not self._surplus(unit)
+
+    def _inside(self, unit: Unit) -> list[str]:
+        """All files that lie under its name."""
+        place = self.target / unit.path
+        if place.is_dir() and not place.is_symlink():
+            return [path.relative_to(self.target).as_posix() for path in place.rglob("*") if not path.is_dir() or path.is_symlink()]
+        return [unit.path] if os.path.lexists(place) else []
+
+    def _surplus(self, unit: Unit) -> list[str]:
+        return sorted({*self._inside(unit)} - {file.path for file in unit.files})
+
+    def check(self, unit: Unit) -> None:
+        """Raises ToolkitError: something lies in its place that no fetch has put there."""
+        coming = {file.path: file.sha256 for file in unit.files}
+        for path in self._inside(unit):
+            if self.sha256(path) not in (coming.get(path), *self._placed.get(path, {}).get("sha256", [])):
+                raise ToolkitError(
+                    f"{self.target / path} is not what was fetched",
+                    why="it was changed here, or something else has put it there; it is not overwritten",
+                    hint="move it away, then the same command goes on",
+                )
+
+    def place(self, unit: Unit, parts: Mapping[str, Path]) -> None:
+        """parts: by path, the verified files. What was fetched earlier is replaced; stopped in the middle, the old or the new is there
+        (for a folder, once `put_back` was called).
+        """
+        place, made, old = self.target / unit.path, self.staging / "placing", self._old(unit.path)
+        _remove(made)
+        for path, part in parts.items():
+            file = made / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(file)
+        for each in unit.files:
+            if each.path not in parts:  # it is here already
+                (made / each.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.target / each.path, made / each.path)
+        self.check(unit)  # it took its time
+        for each in unit.files:
+            file = made / each.path
+            file.chmod(0o644)
+            hashes = [*self._placed.get(each.path, {}).get("sha256", []), each.sha256]
+            found = file.stat()
+            self._placed[each.path] = {"sha256": list(dict.fromkeys(hashes[::-1]))[:4][::-1], "stat": [found.st_size, found.st_mtime_ns]}
+        self._save()  # before the rename: what is found there later is known to be ours
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if unit.is_folder:
+            for folder in sorted({(made / each.path).parent for each in unit.files}):
+                _sync(folder)
+            if os.path.lexists(place):
+                place.replace(old)
+        (made / unit.path).replace(place)
+        _sync(place.parent)
+        for path in [path for path in self._placed if path.startswith(f"{unit.path}/") and not (self.target / path).exists()]:
+            del self._placed[path]
+        self._save()
+        _remove(old)
+
+    def _old(self, path: str) -> Path:
+        """Where what is replaced lies for a moment."""
+        return self.staging / f"{_OLD}{quote(path, safe='')}"
+
+    def put_back(self) -> None:
+        """What an earlier call had taken away when it was stopped, and had not replaced yet."""
+        for old in self.staging.glob(f"{_OLD}*"):
+            place = self.target / unquote(old.name.removeprefix(_OLD))
+            if not os.path.lexists(place):
+                old.replace(place)
+
+    def drop(self, path: str) -> None:
+        """A folder or file that was fetched earlier, and is of no more use. One that was touched since stays."""
+        place, old = self.target / path, self.staging / "dropped"
+        paths = self._inside(Unit(path, ()))
+        if not paths or not all(self.sha256(each) in self._placed.get(each, {}).get("sha256", []) for each in paths):
+            return
+        _remove(old)
+        old.parent.mkdir(parents=True, exist_ok=True)
+        place.replace(old)
+        _remove(old)
+        self._placed = {each: known for each, known in self._placed.items() if each not in paths}
+        self._save()
+
+    def drop_checkpoints(self, step: int, keep: int | None = None) -> None:
+        folder = self.target / f"step{step}" / "checkpoints"
+        for each in folder.glob("update-*"):
+            if each.name != f"update-{keep}":
+                self.drop(each.relative_to(self.target).as_posix())
+        with suppress(OSError):
+            folder.rmdir()
+
+    def is_complete(self, step: int, mark: str) -> bool:
+        """By the mark of this training of the step; it is the last of it to come."""
+        return self.sha256(f"step{step}/complete.json") == mark
+
+    def _save(self) -> None:
+        self.target.mkdir(parents=True, exist_ok=True)
+        write_json(self._record, self._placed)
+
+    def clear(self, keep: Collection[Path] = (), *, keep_checkpoints: bool = False) -> None:
+        """What is of no more use in the staging folder."""
+        for path in self.staging.iterdir() if self.staging.is_dir() else ():
+            if path not in keep and not (keep_checkpoints and path.name.startswith(_CHECKPOINT)):
+                _remove(path)
+        with suppress(OSError):
+            self.staging.rmdir()
+
+    # --- parts ---
+
+    def part(self, file: FileThere) -> Path:
+        """Where it is put together. By its hash, so that what is there can only be its beginning; of one that grows, by its name."""
+        if file.grows:
+            return self.staging / f"growing-{file.path}"
+        name = hashlib.sha256(file.path.encode()).hexdigest()[:8]  # the same content may be wanted twice
+        return self.staging / f"{_CHECKPOINT if '/checkpoints/' in file.path else ''}{file.sha256}-{name}"
+
+    def begin(self, file: FileThere, *, afresh: bool = False) -> int:
+        """-> the byte to go on from. What was fetched of a growing file is its beginning, unless it was begun anew."""
+        part, place = self.part(file), self.target / file.path
+        if afresh:
+            part.unlink(missing_ok=True)
+        elif file.grows and not part.exists() and place.is_file() and place.stat().st_size <= file.size_bytes:
+            shutil.copyfile(place, part)
+        there = part.stat().st_size if part.exists() else 0
+        if there > file.size_bytes:
+            part.unlink()
+            return 0
+        return there
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _hash(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,163 @@
+"""What a box has of a run, as `results.sh manifest` says it: files with their sizes and hashes, put together to what gets its name as
+a whole. The box may be anybody's, so that a name that no run has is not taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO
+
+from remote.results.run_contents import SHA256, Checkpoint
+
+NAME_BYTES = 255  # of a file's name, as file systems have it
+MODELS = ("model", "model_ema", "best")
+
+Progress = Callable[[int, int, str], None]  # bytes that are here, bytes in all, what comes; while hashes are made there: 0, 0, the file
+
+
+def silent(_done: int, _total: int, _what: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class FileThere:
+    path: str  # below the run folder, with `/`
+    size_bytes: int
+    sha256: str  # of its first `size_bytes`
+    grows: bool = False
+    content: bytes | None = None  # of a small one that came with the list
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets its name here in one rename: a file, or a folder with all that is in it."""
+
+    path: str
+    files: tuple[FileThere, ...]
+
+    @property
+    def is_folder(self) -> bool:
+        return any(file.path != self.path for file in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the box has of a run. All of a step or of a checkpoint is in it, or nothing."""
+
+    files: tuple[FileThere, ...] = ()
+    steps: Mapping[int, str] = field(default_factory=dict)  # complete: the hash of complete.json
+    checkpoints: Mapping[int, Checkpoint] = field(default_factory=dict)
+    changed: tuple[int, ...] = ()  # steps that were written to meanwhile
+    odd: int = 0  # files whose names hold control characters
+    others: tuple[str, ...] = ()  # runs that are there
+    problem: str = ""  # no_root, no_run
+
+    def units(self) -> list[Unit]:
+        """In the order in which they come: what is small, then each step, its mark last."""
+        folders: dict[str, list[FileThere]] = {}
+        for file in self.files:
+            folders.setdefault(_unit_of(file.path), []).append(file)
+        units = [Unit(path, tuple(files)) for path, files in folders.items()]
+        return sorted(units, key=lambda unit: (unit.path[:4] == "step", unit.path[:5], unit.path.endswith("complete.json"), unit.path))
+
+
+def _unit_of(path: str) -> str:
+    parts = path.split("/")
+    if parts[0] == "tokenizer":
+        return parts[0]
+    if len(parts) > 2 and parts[1] in MODELS:
+        return "/".join(parts[:2])
+    return "/".join(parts[:3]) if len(parts) > 3 else path
+
+
+_ONE = r"(?!\.{1,2}(?:/|$))[^/]+"
+_KNOWN = re.compile(
+    rf"events\.jsonl|train\.log|job\.yaml|tokenizer(?:/{_ONE})+|step[123]/(?:complete\.json|fields\.json|(?:model|model_ema|best)(?:/{_ONE})+"
+    rf"|checkpoints/update-[0-9]{{1,15}}/{_ONE})"
+)
+
+
+def is_safe(path: str) -> bool:
+    """A file that a run may hold, in the run folder and nowhere else: the box may be anybody's."""
+    odd = re.search("[\x00-\x1f\x7f\ufffd]", path)
+    return not odd and _KNOWN.fullmatch(path) is not None and all(len(part.encode()) <= NAME_BYTES for part in path.split("/"))
+
+
+class ManifestReader:
+    """The answer of `results.sh manifest`, as it comes."""
+
+    def __init__(self, stream: IO[bytes], progress: Progress = silent) -> None:
+        self._stream, self._progress = stream, progress
+        self._files: dict[str, FileThere] = {}
+        self._steps: dict[int, str] = {}
+        self._checkpoints: dict[int, Checkpoint] = {}
+        self._changed: list[int] = []
+        self._others: list[str] = []
+        self._problem, self._odd = "", 0
+
+    def read(self) -> Manifest | None:
+        """None: the line ended before the answer."""
+        while line := self._stream.readline():
+            if not line.endswith(b"\n"):
+                return None
+            word, _, rest = line[:-1].decode("utf-8", "replace").partition(" ")
+            if word == "end":
+                return self._manifest()
+            self._take(word, rest)
+        return None
+
+    def _take(self, word: str, rest: str) -> None:
+        if word == "hashing":
+            self._progress(0, 0, rest.partition(" ")[2])
+        elif word in ("file", "grown") and (found := re.fullmatch(r"([0-9]{1,15}) ([0-9a-f]{64}) (.+)", rest)):
+            self._add(FileThere(found[3], int(found[1]), found[2], grows=word == "grown"))
+        elif word == "text" and (found := re.fullmatch(r"([0-9]{1,9}) (.+)", rest)):
+            data = self._stream.read(int(found[1]))
+            self._add(FileThere(found[2], len(data), hashlib.sha256(data).hexdigest(), content=data))
+            self._of_checkpoint(found[2], data)
+        elif word == "step" and (found := re.fullmatch(r"([123]) ([0-9a-f]{64})", rest)):
+            self._steps[int(found[1])] = found[2]
+        elif word == "checkpoint" and (found := re.fullmatch(r"([123]) ([0-9]{1,15}) ([0-9a-f]{64}) ([0-9]{1,15})", rest)):
+            self._checkpoints[int(found[1])] = Checkpoint(int(found[2]), found[3], int(found[4]))
+        elif word == "changed" and rest in ("1", "2", "3"):
+            self._changed.append(int(rest))
+        elif word in ("no_root", "no_run"):
+            self._problem = word
+        elif word == "has":
+            self._others.append(rest)
+        elif word == "odd" and rest.isdigit():
+            self._odd += int(rest)
+
+    def _add(self, file: FileThere) -> None:
+        if is_safe(file.path):
+            self._files[file.path] = file
+        else:
+            self._odd += 1
+
+    def _of_checkpoint(self, path: str, data: bytes) -> None:
+        """The files that its complete.json names."""
+        try:
+            listed = json.loads(data)["files"]
+            files = [(name, file["size"], file["sha256"]) for name, file in listed.items()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            files = []
+        if not files or not all(
+            type(bytes_) is int and bytes_ >= 0 and SHA256.fullmatch(str(sha)) and "/" not in name for name, bytes_, sha in files
+        ):
+            self._files.pop(path, None)  # of no use: what belongs to it cannot be verified
+            self._odd += 1
+            return
+        for name, bytes_, sha in files:
+            self._add(FileThere(f"{path.rpartition('/')[0]}/{name}", bytes_, sha))
+
+    def _manifest(self) -> Manifest:
+        def is_whole(file: FileThere) -> bool:
+            step = int(file.path[4]) if file.path.startswith("step") else 0
+            return not step or step in self._steps or (step in self._checkpoints and step not in self._changed)
+
+        files = tuple(file for file in self._files.values() if is_whole(file))
+        return Manifest(files, self._steps, self._checkpoints, tuple(self._changed), self._odd, tuple(self._others), self._problem)

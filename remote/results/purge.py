@@ -1,0 +1,119 @@
+"""Leaving a box as it was found: our folder and all of Docker's that is ours goes, and then it is looked whether anything is left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import size
+from remote.results.run_contents import FetchedRun, how_to_fetch, look, unfetched
+from remote.scripts import script
+from remote.ssh.commands import sh_script
+
+if TYPE_CHECKING:
+    from remote.ssh.connection import Line
+
+COUNT_S = 600.0  # to add up what they take
+PURGE_S = 1800.0  # an environment has some 100,000 files, and a network disk takes its time
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One thing that was looked for when all was done."""
+
+    name: str  # folder, processes, docker
+    ok: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'gone' if self.ok else 'LEFT'}  {self.name}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Purged:
+    removed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    proofs: tuple[Proof, ...] = ()
+    would: tuple[str, ...] = ()  # with --dry-run: what would go
+
+    @property
+    def is_clean(self) -> bool:
+        return all(proof.ok for proof in self.proofs)
+
+
+REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
+    "not_ours": ("this is not a folder of ours", "nothing was removed; look at it with fab shell", ExitCode.USAGE),
+    "busy": ("a job runs there", "wait for its end, or fab cancel", ExitCode.BUSY),
+    "locked": ("a deploy is under way there", "wait for its end; fab unlock, if it is dead", ExitCode.BUSY),
+    "mounted": ("another file system is mounted in it", "unmount it: purge never leaves the file system of its folder", ExitCode.USAGE),
+}
+
+
+def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
+    """Removes ROOT, and the containers, images and volumes of ours; then proves it. Twice does no harm. With the line's dry_run it is only
+    asked what would go, and what would be lost is a note.
+
+    fetched: what is safe on the laptop. Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
+    ours, something could not be removed.
+    """
+    host, found = line.box.name, look(line, root)
+    if found.running is not None:
+        raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], code=ExitCode.BUSY)
+    lost = unfetched(found, fetched)
+    if line.dry_run:
+        line.do(sh_script("purge", root), stdin=script("results.sh"))  # shown
+        answer = line.ask(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
+        would = parse(answer.out, host, root, is_proof_needed=False)
+        return replace(would, notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes))
+    if lost and not yes:
+        raise ToolkitError(
+            f"{host} has results that are nowhere else",
+            why="\n".join(map(str, lost)),
+            hint=f"{how_to_fetch(host, lost)}\nor --yes, to lose them",
+            code=ExitCode.UNFIT,
+        )
+    answer = line.do(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
+    purged = parse(answer.out, host, root)
+    if not purged.is_clean:
+        raise ToolkitError(
+            f"not all of it could be removed from {host}",
+            why="\n".join(proof.text for proof in purged.proofs if not proof.ok),
+            hint="what holds it is named above; the same command goes on with what is left",
+            code=ExitCode.UNFIT,
+        )
+    return purged
+
+
+def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> Purged:
+    """Raises ToolkitError: it was refused, or the answer is not whole."""
+    removed, would, notes, proofs = [], [], [], []
+    lines = text.splitlines()
+    for line in lines:
+        word, _, rest = line.partition(" ")
+        if word == "refused":
+            reason, _, text = rest.partition(" ")
+            what, hint, code = REFUSALS.get(reason, ("it was refused there", "", ExitCode.UNFIT))
+            raise ToolkitError(f"cannot purge {host}: {what}", why=f"{root}: {text}" if root not in text else text, hint=hint, code=code)
+        if word == "removed":
+            removed.append(rest)
+        elif word == "would":
+            would.append(_with_size(rest))
+        elif word == "note":
+            notes.append(rest)
+        elif word == "proof":
+            name, state, said = [*rest.split(" ", 2), "", ""][:3]
+            proofs.append(Proof(name, state == "ok", said))
+    if not lines or lines[-1] != "end" or (is_proof_needed and not proofs):
+        raise ToolkitError(
+            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command goes on", code=ExitCode.UNCERTAIN
+        )
+    return Purged(tuple(removed), tuple(notes), tuple(proofs), tuple(would))
+
+
+def _with_size(text: str) -> str:
+    """`/data/rlhf-box, 1234567 kB` -> `/data/rlhf-box, 1.3 GB`."""
+    found = re.fullmatch(r"(.*), ([0-9]{1,15}) kB", text)
+    return f"{found[1]}, {size(int(found[2]) * 1024)}" if found else text

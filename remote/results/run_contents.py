@@ -1,0 +1,221 @@
+"""What the runs of a box hold, what of it was fetched, and so what would be lost: for fetch, for the card before a stop, for purge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import STEPS, size
+from remote.scripts import script
+from remote.ssh.commands import sh_script
+
+if TYPE_CHECKING:
+    from remote.ssh.connection import Line
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SCHEMA = 1
+LOOK_S = 60.0  # the longest that a look may take: it hashes small files only
+
+
+def is_run_name(name: str) -> bool:
+    """A folder of its own in ROOT/runs, whatever else is odd about it."""
+    return bool(name) and not name.startswith(".") and not re.search(r"[/\x00-\x1f\x7f\ufffd]", name)
+
+
+# --- on the box ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step's newest complete checkpoint."""
+
+    update: int
+    complete: str  # sha256 of its complete.json, which holds the hashes of all its files
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step whose model is whole."""
+
+    complete: str  # sha256 of its complete.json, which tells one training of it from another
+    size_bytes: int  # of its models
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    events_bytes: int = 0
+    steps: Mapping[int, Step] = field(default_factory=dict)
+    checkpoints: Mapping[int, Checkpoint] = field(default_factory=dict)  # by step
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one folder of ours on one box."""
+
+    root: str  # without links; "": there is no such folder
+    marked: bool = False
+    running: str | None = None  # the run whose job is there; "-": of no run that is known
+    runs: tuple[Run, ...] = ()
+
+
+def look(line: Line, root: str) -> Results:
+    """One round trip. Raises ToolkitError: the answer is not whole, so nothing can be said."""
+    answer = line.ask(sh_script("look", root), stdin=script("results.sh"), timeout_s=LOOK_S)
+    lines = answer.out.splitlines()
+    if not lines or lines[-1] != "end":
+        raise ToolkitError(
+            f"cannot tell what lies on {line.box.name}",
+            why=f"the answer stopped after {len(lines)} lines",
+            hint="the same command tries again",
+            code=ExitCode.UNREACHABLE,
+        )
+    return parse_look(answer.out)
+
+
+def parse_look(text: str) -> Results:
+    """Lines that are not known say nothing; what is said of a step is said of the run named last."""
+    found, runs = Results(""), []
+    for line in text.splitlines():
+        word, _, rest = line.partition(" ")
+        words = rest.split()
+        if word == "root":
+            found = replace(found, root=rest)
+        elif word == "marked":
+            found = replace(found, marked=True)
+        elif word == "running" and rest:
+            found = replace(found, running=rest.rpartition(" ")[0])
+        elif word == "run":
+            runs.append(Run(rest))
+        elif runs and word in ("events", "step", "checkpoint"):
+            runs[-1] = _with(runs[-1], word, words)
+    return replace(found, runs=tuple(run for run in runs if is_run_name(run.name)))
+
+
+def _with(run: Run, word: str, words: list[str]) -> Run:
+    numbers = [int(each) for each in words if each.isascii() and each.isdigit() and len(each) < 16]
+    hashes = [each for each in words if SHA256.fullmatch(each)]
+    if word == "events" and len(numbers) == 1:
+        return replace(run, events_bytes=numbers[0])
+    if word == "step" and len(numbers) == 2 and hashes:
+        return replace(run, steps={**run.steps, numbers[0]: Step(hashes[0], numbers[1])})
+    if word == "checkpoint" and len(numbers) == 3 and hashes:
+        return replace(run, checkpoints={**run.checkpoints, numbers[0]: Checkpoint(numbers[1], hashes[0], numbers[2])})
+    return run
+
+
+# --- on the laptop ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FetchedStep:
+    complete: str
+    models: str  # over the names, sizes and hashes of all files of its models
+
+
+@dataclass(frozen=True)
+class FetchedCheckpoint:
+    update: int
+    complete: str
+
+
+@dataclass(frozen=True)
+class FetchedRun:
+    """What lay in a run folder here when it was last fetched, every byte of it verified."""
+
+    folder: str = ""  # where it lies here
+    time: float = 0.0  # by the laptop's clock
+    events_bytes: int = 0
+    steps: Mapping[int, FetchedStep] = field(default_factory=dict)
+    checkpoints: Mapping[int, FetchedCheckpoint] = field(default_factory=dict)
+
+
+def memory_file(state: Path, box: str) -> Path:
+    return state / "fetched" / f"{quote(box, safe='')}.json"
+
+
+def recall(state: Path, box: str) -> dict[str, FetchedRun]:
+    """By run, what was fetched from that box. A file that cannot be read says: nothing."""
+    try:
+        tree = json.loads(memory_file(state, box).read_text(encoding="utf-8"))
+        return {name: _fetched_run(fields) for name, fields in tree["runs"].items()} if tree["schema"] == SCHEMA else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _fetched_run(fields: Mapping[str, Any]) -> FetchedRun:
+    return FetchedRun(
+        **{name: fields[name] for name in ("folder", "time", "events_bytes")},
+        steps={int(step): FetchedStep(**each) for step, each in fields["steps"].items()},
+        checkpoints={int(step): FetchedCheckpoint(**each) for step, each in fields["checkpoints"].items()},
+    )
+
+
+def remember(state: Path, box: str, run: str, fetched: FetchedRun) -> None:
+    runs = recall(state, box) | {run: fetched}
+    write_json(memory_file(state, box), {"schema": SCHEMA, "runs": {name: asdict(each) for name, each in sorted(runs.items())}})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- what would be lost ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unfetched:
+    """One thing that lies on the box alone."""
+
+    run: str
+    what: str  # for a person
+    size_bytes: int
+    is_checkpoint: bool = False  # `fab fetch` takes it only when asked to
+
+    def __str__(self) -> str:
+        return f"run `{self.run}`: {self.what}, {size(self.size_bytes)}"
+
+
+def unfetched(results: Results, fetched: Mapping[str, FetchedRun]) -> tuple[Unfetched, ...]:
+    return tuple(found for run in results.runs for found in _unfetched(run, fetched.get(run.name, FetchedRun())))
+
+
+def _unfetched(run: Run, fetched: FetchedRun) -> Iterator[Unfetched]:
+    for step, there in sorted(run.steps.items()):
+        here = fetched.steps.get(step)
+        if here is None or here.complete != there.complete:
+            again = "" if here is None else ", trained again since it was fetched"
+            yield Unfetched(run.name, f"the models of step {step} ({STEPS.get(step, '?')}){again}", there.size_bytes)
+    for step, saved in sorted(run.checkpoints.items()):
+        kept = fetched.checkpoints.get(step)
+        if kept is None or kept.complete != saved.complete:
+            older = "" if kept is None else f" (fetched: update {kept.update})"
+            yield Unfetched(run.name, f"the checkpoint of step {step}, update {saved.update}{older}", saved.size_bytes, is_checkpoint=True)
+    if run.events_bytes != fetched.events_bytes:  # fewer: it was begun anew
+        new = max(run.events_bytes - fetched.events_bytes, 0) or run.events_bytes
+        yield Unfetched(run.name, "events that were written since" if fetched.events_bytes else "its events and its log", new)
+
+
+def how_to_fetch(host: str, lost: tuple[Unfetched, ...]) -> str:
+    """The commands that bring all of it home."""
+    runs = dict.fromkeys(each.run for each in lost)
+    saved = {each.run for each in lost if each.is_checkpoint}
+    return "\n".join(f"fab fetch --host {host} --run {run}" + (" --checkpoints" if run in saved else "") for run in runs)

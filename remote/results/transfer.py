@@ -1,0 +1,440 @@
+"""Bringing results home, also while the job trains: events, log, the models of complete steps and, if asked, complete checkpoints.
+
+The box says what is complete, with hashes (results.sh); what is not here yet comes over one stream, each file from the byte where
+an earlier call stopped. It is verified here before it gets its name, by a rename; a model or a checkpoint gets its name as a whole.
+
+Not by rsync: weights neither shrink nor resemble older ones, so there is nothing for it to save, and a partial file, which is known by
+its hash, goes on at the byte without being read again on the box. So boxes and laptops without it are served alike.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.formatting import plural, size
+from remote.results.local_run import BLOCK, Shelf
+from remote.results.manifest import MODELS, FileThere, Manifest, ManifestReader, Progress, Unit, silent
+from remote.results.run_contents import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember
+from remote.scripts import script
+from remote.ssh.commands import sh_script
+
+if TYPE_CHECKING:
+    from remote.ssh.connection import Line
+
+ROUNDS = 4  # manifests, where what they list changes under our hands
+RECONNECTS = 3  # after a line that broke, if some bytes had come
+LAST_WORDS_S = 2.0  # for what ssh says of a line that broke
+GREETING_LINES = 1000  # that a login may say
+MOST_ARGUMENTS = 64 * 1024  # bytes of one command, well below what a shell takes as one word
+SPARE_BYTES = 64 << 20  # that stay free here
+
+
+# --- the line --------------------------------------------------------------------------------------------------------
+
+
+class Cut(Exception):
+    """The line ended before all was said."""
+
+
+@contextmanager
+def _said(line: Line, argv: Sequence[str]) -> Iterator[IO[bytes]]:
+    """What results.sh says there, as it comes. Raises Cut; ToolkitError where the box cannot be reached at all."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            line.stream(list(argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )  # its own session: Ctrl-C is ours alone
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.write(script("results.sh"))
+                process.stdin.close()
+            yield process.stdout
+        except Cut as cut:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS_S)
+            errors.seek(0)
+            words = errors.read().decode("utf-8", "replace").strip().splitlines()
+            raise Cut(words[-1] if words else str(cut) or "nothing more came") from None
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def _cut(line: Line, why: object, done: str) -> ToolkitError:
+    return ToolkitError(
+        f"the line to {line.box.name} broke while results came",
+        why=f"{why}; {done}",
+        hint="the same command goes on at that byte; the job, if one runs, does not notice",
+        code=ExitCode.UNREACHABLE,
+    )
+
+
+def ask_manifest(line: Line, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent) -> Manifest:
+    """One round trip. Raises ToolkitError: no such run, our folder is gone, the line broke."""
+    argv = sh_script("manifest", root, run, *(["checkpoints"] if checkpoints else []))
+    try:
+        with _said(line, argv) as stream:
+            manifest = ManifestReader(stream, progress).read()
+            if manifest is None:
+                raise Cut
+    except Cut as cut:
+        raise _cut(line, cut, "nothing was fetched yet") from None
+    if manifest.problem == "no_root":
+        raise ToolkitError(
+            f"our folder is gone on {line.box.name}",
+            why=f"{root} is not there, or has lost its mark: its disk is not mounted, or the box was made anew",
+            hint="look at the box's page; what was fetched before is untouched",
+            code=ExitCode.LOST,
+        )
+    if manifest.problem == "no_run":
+        raise ToolkitError(f"there is no run `{run}` on {line.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}")
+    return manifest
+
+
+# --- fetch -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class What:
+    models: bool = True
+    checkpoints: bool = False
+
+
+@dataclass(frozen=True)
+class Fetched:
+    run: str
+    folder: Path
+    placed: tuple[str, ...] = ()  # what is new here: files, and folders that came whole
+    same: tuple[str, ...] = ()  # what was here already
+    moved_bytes: int = 0  # that came over the line
+    total_bytes: int = 0  # of all that is here now
+    seconds: float = 0.0
+    steps: tuple[int, ...] = ()  # complete ones, whose models are here
+    left: tuple[str, ...] = ()  # what is there and not here, each with its reason
+    would: tuple[str, ...] = ()  # with --dry-run: what would come
+
+
+@dataclass
+class _Call:
+    """One call of `fetch`, over all its rounds."""
+
+    line: Line
+    root: str
+    run: str
+    here: Shelf
+    what: What
+    progress: Progress
+    placed: dict[str, None] = field(default_factory=dict)
+    moved_bytes: int = 0
+    again: set[str] = field(default_factory=set)  # went on from what was here, and that was no beginning of it: from its first byte, then
+    mismatched: dict[str, str] = field(default_factory=dict)  # came whole, with another hash than this one
+    damaged: dict[str, str] = field(default_factory=dict)  # likewise, twice
+    changed: list[str] = field(default_factory=list)  # of this round: gone there, or not what was listed
+
+
+def fetch(line: Line, root: str, run: str, target: Path, *, state: Path, what: What = What(), progress: Progress = silent) -> Fetched:
+    """Bring what is complete of ROOT/runs/RUN to `target`, and remember it in `state`.
+
+    Raises ToolkitError; what had come by then stays, and the next call goes on from there.
+    """
+    try:
+        return _fetch(line, root, run, target, state, what, progress)
+    except OSError as error:
+        raise system_error(error, ExitCode.USAGE) from None
+
+
+def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: What, progress: Progress) -> Fetched:
+    if not is_run_name(run):
+        raise ToolkitError(f"`{run}` cannot be the name of a run", hint="fab ps lists those that are there")
+    start = time.monotonic()
+    if line.dry_run:
+        line.say.command(line.box.name, sh_script("manifest", root, run), script("results.sh"))
+        here, manifest = Shelf(target), ask_manifest(line, root, run, checkpoints=what.checkpoints, progress=progress)
+        units = _wanted(manifest, what)
+        coming = [unit.path for unit in units if not here.has(unit)]
+        same = [unit.path for unit in units if unit.path not in coming]
+        return Fetched(run, target, same=tuple(same), would=tuple(coming), left=tuple(_left(manifest, what)))
+    with _lock(state, line.box.name):
+        call = _Call(line, root, run, Shelf(target), what, progress)
+        call.here.put_back()
+        for number in range(ROUNDS):
+            manifest = ask_manifest(line, root, run, checkpoints=what.checkpoints, progress=progress)
+            try:
+                _bring(call, manifest)
+            finally:  # what has its name by now is known, whatever stopped the rest
+                _remember(call.here, manifest, state, line.box.name, run)
+            if not call.changed and not manifest.changed:
+                break
+            if number + 1 == ROUNDS:
+                raise ToolkitError(
+                    f"run `{run}` changes faster than it can be fetched",
+                    why="changed while it came: " + ", ".join(call.changed or [f"step {step}" for step in manifest.changed]),
+                    hint="fetch when the step is complete, or let it save checkpoints less often (checkpoint.every_minutes)",
+                    code=ExitCode.BUSY,
+                )
+        call.here.clear(keep_checkpoints=not what.checkpoints)
+    units = _wanted(manifest, what)
+    if call.damaged:
+        raise ToolkitError(
+            f"{plural(len(call.damaged), 'files')} on {line.box.name} cannot be trusted",
+            why="twice they came with other bytes than their hash says: " + ", ".join(call.damaged),
+            hint="its disk or its memory is broken, or the file was written to; all else was fetched",
+            code=ExitCode.UNFIT,
+        )
+    return Fetched(
+        run,
+        target,
+        tuple(call.placed),
+        tuple(unit.path for unit in units if unit.path not in call.placed),
+        call.moved_bytes,
+        sum(file.size_bytes for unit in units for file in unit.files),
+        time.monotonic() - start,
+        tuple(sorted(manifest.steps)) if what.models else (),
+        tuple(_left(manifest, what)),
+    )
+
+
+@contextmanager
+def _lock(state: Path, box: str) -> Iterator[None]:
+    """One call for a box at a time: all remember in the same file. Raises ToolkitError: another one fetches."""
+    path = memory_file(state, box).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ToolkitError(f"another call fetches from {box}", hint="let it end first", code=ExitCode.BUSY) from None
+        yield
+
+
+def _wanted(manifest: Manifest, what: What) -> list[Unit]:
+    def is_wanted(unit: Unit) -> bool:
+        if "/checkpoints/" in unit.path:
+            return what.checkpoints
+        step = int(unit.path[4]) if unit.path.startswith("step") else 0
+        return what.models or step not in manifest.steps
+
+    return [unit for unit in manifest.units() if is_wanted(unit)]
+
+
+def _left(manifest: Manifest, what: What) -> Iterator[str]:
+    if what.checkpoints and not manifest.checkpoints and not manifest.changed:
+        yield "there is no checkpoint now: a step that is complete keeps none" if manifest.steps else "there is no checkpoint yet"
+    for step, saved in sorted(manifest.checkpoints.items()):
+        if not what.checkpoints:
+            yield f"the checkpoint of step {step}, update {saved.update}, {size(saved.size_bytes)}: --checkpoints takes it along"
+    if not what.models:
+        yield from (f"the models of step {step}: they were not asked for" for step in sorted(manifest.steps))
+    if manifest.odd:
+        yield f"{plural(manifest.odd, 'files')} whose names or marks are not those of a run"
+
+
+def _tidy(here: Shelf, manifest: Manifest) -> None:
+    """What was fetched earlier and the box itself has no more: models of an earlier training, checkpoints that nothing goes on from."""
+    there = {unit.path for unit in manifest.units()}
+    for step in manifest.steps:
+        if here.is_complete(step, manifest.steps[step]):
+            for name in MODELS:
+                if f"step{step}/{name}" not in there:
+                    here.drop(f"step{step}/{name}")
+            here.drop_checkpoints(step)
+    for step, saved in manifest.checkpoints.items():
+        if (here.target / f"step{step}/checkpoints/update-{saved.update}/complete.json").exists():
+            here.drop_checkpoints(step, keep=saved.update)
+
+
+def _remember(here: Shelf, manifest: Manifest, state: Path, box: str, run: str) -> None:
+    """Only what is here, every byte verified."""
+    whole = [unit for unit in manifest.units() if here.has(unit)]
+    paths = {unit.path for unit in whole}
+    steps = {}
+    for step, mark in manifest.steps.items():
+        names = {unit.path for unit in manifest.units() if unit.path.startswith(f"step{step}/") and "/checkpoints/" not in unit.path}
+        if names <= paths:
+            models = sorted(f"{file.sha256} {file.size_bytes} {file.path}" for unit in whole if unit.path in names for file in unit.files)
+            steps[step] = FetchedStep(mark, hashlib.sha256("\n".join(models).encode()).hexdigest())
+    before = recall(state, box).get(run, FetchedRun())
+    checkpoints = {step: each for step, each in before.checkpoints.items() if step not in manifest.steps}
+    for step, saved in manifest.checkpoints.items():
+        if f"step{step}/checkpoints/update-{saved.update}" in paths:
+            checkpoints[step] = FetchedCheckpoint(saved.update, saved.complete)
+    events = next((unit.files[0].size_bytes for unit in whole if unit.path == "events.jsonl"), before.events_bytes)
+    remember(state, box, run, FetchedRun(str(here.target.absolute()), time.time(), events, steps, checkpoints))
+
+
+@dataclass
+class _Move:
+    """One file on its way."""
+
+    unit: Unit
+    file: FileThere
+    offset: int  # the byte to go on from
+
+
+def _bring(call: _Call, manifest: Manifest) -> None:
+    """All units that are not here yet, each put in its place when it is whole. Raises ToolkitError when the line breaks, the disk is full,
+    or a place is taken."""
+    here, call.changed = call.here, []
+    missing = [unit for unit in _wanted(manifest, call.what) if not here.has(unit)]
+    for unit in missing:
+        here.check(unit)
+    lacking = {unit.path: {file.path: file for file in unit.files if here.sha256(file.path) != file.sha256} for unit in missing}
+    here.clear({here.part(file) for files in lacking.values() for file in files.values()}, keep_checkpoints=not call.what.checkpoints)
+    here.staging.mkdir(parents=True, exist_ok=True)
+    moves = [
+        _Move(unit, file, here.begin(file, afresh=path in call.again))
+        for unit in missing
+        for path, file in lacking[unit.path].items()
+        if call.damaged.get(path) != file.sha256
+    ]
+    _check_room(here, moves)
+    arrived: dict[str, dict[str, Path]] = {unit.path: {} for unit in missing}
+
+    def arrive(move: _Move) -> None:
+        """A file that is whole and verified."""
+        unit = move.unit
+        arrived[unit.path][move.file.path] = here.part(move.file)
+        if arrived[unit.path].keys() == lacking[unit.path].keys():
+            _place(call, manifest, unit, arrived[unit.path])
+
+    for unit in missing:
+        if not lacking[unit.path]:  # only something has to go that is not in it any more
+            _place(call, manifest, unit, {})
+    for move in moves:
+        if move.file.content is not None:
+            here.part(move.file).write_bytes(move.file.content)
+            arrive(move)
+    _receive(call, [move for move in moves if move.file.content is None], arrive)
+    _tidy(here, manifest)
+
+
+def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path]) -> None:
+    step, is_mark = unit.path[:5], unit.path.endswith("/complete.json")
+    if is_mark and any(other.path.startswith(f"{step}/") and other != unit and not call.here.has(other) for other in _wanted(manifest, call.what)):
+        call.changed.append(unit.path)  # a part of the step is not here: nothing may say that it is complete
+        return
+    mark = manifest.steps.get(int(step[4]), "") if step.startswith("step") else ""
+    if mark and not is_mark and not call.here.is_complete(int(step[4]), mark):
+        call.here.drop(f"{step}/complete.json")  # it is of an earlier training
+    call.here.place(unit, parts)
+    call.placed[unit.path] = None
+
+
+def _check_room(here: Shelf, moves: Sequence[_Move]) -> None:
+    needed = sum(move.file.size_bytes - move.offset for move in moves if move.file.content is None)
+    free = shutil.disk_usage(here.staging).free
+    if needed and needed + SPARE_BYTES > free:
+        raise ToolkitError(
+            "the disk here is too small for what is to come",
+            why=f"{size(needed)} are to come, and {size(free)} are free at {here.staging.parent}",
+            hint="make room, or fetch into another folder: RLHF_RUNS names it",
+        )
+
+
+@dataclass
+class _Counter:
+    progress: Progress
+    done: int  # bytes that are here
+    total: int
+    come: int = 0  # over the line
+
+    def add(self, count: int, what: str) -> None:
+        self.done, self.come = self.done + count, self.come + count
+        self.progress(self.done, self.total, what)
+
+
+def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None]) -> None:
+    """All of them, over a line that may break: again and again, as long as it brings something."""
+    counter = _Counter(call.progress, sum(move.offset for move in moves), sum(move.file.size_bytes for move in moves))
+    left, tries = deque(moves), RECONNECTS
+    while left:
+        before = counter.come
+        try:
+            _receive_some(call, left, arrive, counter)
+        except Cut as cut:
+            if counter.come == before or not tries:
+                raise _cut(call.line, cut, f"{size(counter.done)} of {size(counter.total)} are here") from None
+            tries -= 1
+        finally:
+            call.moved_bytes += counter.come - before
+
+
+def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], None], counter: _Counter) -> None:
+    """As many as one command takes; each leaves `left` when it has come, or is no more. Raises Cut."""
+    batch: list[_Move] = []
+    words: list[str] = []
+    for move in left:
+        more = [str(move.offset), str(move.file.size_bytes), move.file.path]
+        if batch and len(shlex.join([*words, *more]).encode()) > MOST_ARGUMENTS:
+            break
+        batch.append(move)
+        words += more
+    with _said(call.line, sh_script("send", call.root, call.run, *words)) as stream:
+        _skip_greeting(stream)
+        for index, move in enumerate(batch):
+            header = stream.readline().decode("utf-8", "replace")
+            if header == f"gone {index}\n":
+                call.changed.append(move.file.path)
+            elif header != f"bytes {index} {move.file.size_bytes - move.offset}\n":
+                raise Cut("what came was not what had been asked for" if header.endswith("\n") else "nothing more came")
+            else:
+                _take(call, move, stream, counter, arrive)
+            left.popleft()
+        if stream.readline() != b"end\n":
+            raise Cut("the answer had no end")
+
+
+def _skip_greeting(stream: IO[bytes]) -> None:
+    for _ in range(GREETING_LINES):
+        line = stream.readline()
+        if line == b"begin\n":
+            return
+        if not line:
+            break
+    raise Cut("nothing came")
+
+
+def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive: Callable[[_Move], None]) -> None:
+    """The rest of one file. Raises Cut: then all that came stays, and `move.offset` says how much that is."""
+    path, file = call.here.part(move.file), move.file
+    resumed, digest = move.offset, hashlib.sha256()
+    with path.open("r+b" if resumed else "w+b") as part:
+        for block in iter(lambda: part.read(BLOCK), b""):
+            digest.update(block)
+        while move.offset < file.size_bytes:
+            block = stream.read(min(BLOCK, file.size_bytes - move.offset))
+            if not block:
+                raise Cut("nothing more came")
+            part.write(block)
+            part.flush()  # else a full disk is noticed too late to say how much is here
+            digest.update(block)
+            move.offset += len(block)
+            counter.add(len(block), file.path)
+        os.fsync(part.fileno())
+    if digest.hexdigest() == file.sha256:
+        arrive(move)
+        return
+    path.unlink()
+    if resumed:  # perhaps that was no beginning of it
+        call.again.add(file.path)
+        call.changed.append(file.path)
+    elif not file.grows and call.mismatched.get(file.path) == file.sha256:
+        call.damaged[file.path] = file.sha256
+    else:
+        call.mismatched[file.path] = file.sha256
+        call.changed.append(file.path)

@@ -1,0 +1,94 @@
+"""What is deployed on a box, and how its supervisor is called: one command that finds our folder by itself, from any laptop."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from env.settings import Provider
+from jobs.errors import ExitCode, ToolkitError
+from remote.inventory import Box
+from remote.scripts import dispatch_script
+from remote.ssh.connection import Answer, Line
+from remote.survey.facts import OUR_FOLDER
+
+NOT_DEPLOYED = 3
+
+
+def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
+    """Where our folder may be: where boxes.yaml says, else where its provider has its data disk, else at any provider's place."""
+    if box.data_folder:
+        folders = [box.data_folder]
+    else:
+        known = [providers[box.provider]] if box.provider else list(providers.values())
+        folders = [*(folder for each in known for folder in each.data_folders), "$HOME"]
+    return [*dict.fromkeys(f"{folder.rstrip('/')}/{OUR_FOLDER}" for folder in folders)]
+
+
+def there(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
+    """`supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
+    return ["sh", "-c", dispatch_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    root: str
+    facts: Mapping[str, str] = field(default_factory=dict)  # the lines of ROOT/deployed
+    inputs: frozenset[str] = frozenset()  # hashes that are there
+    slot: str = ""  # the run that holds the box
+
+    @property
+    def code(self) -> str:
+        return self.facts["code"]
+
+    def supervisor(self, verb: str, *arguments: str) -> list[str]:
+        return ["sh", f"{self.root}/code/{self.code}/remote/on_box/supervisor.sh", verb, self.root, *arguments]
+
+
+def where(line: Line, providers: Mapping[str, Provider]) -> Deployed:
+    """One round trip. Raises ToolkitError: nothing is deployed."""
+    answer = line.ask(there(line.box, providers, "where"), check=False)
+    check(line.box, answer)
+    lines = [text.partition(" ") for text in answer.out.splitlines()]
+    facts = {key: value for key, _, value in lines if key not in ("root", "input", "slot")}
+    named = {key: value for key, _, value in lines if key in ("root", "slot")}
+    return Deployed(named.get("root", ""), facts, frozenset(value for key, _, value in lines if key == "input"), named.get("slot", ""))
+
+
+def our_root(line: Line, providers: Mapping[str, Provider]) -> tuple[str, bool]:
+    """-> (our folder on the box, whether it is there), also where a deploy has not come to its end."""
+    answer = line.ask(there(line.box, providers, "root"))
+    found = next((text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None)
+    if found is None:
+        raise ToolkitError(f"`{line.box.name}` did not say where our folder is", why=answer.out[-300:], code=ExitCode.INTERNAL)
+    return found[2], found[0] == "root"
+
+
+def open_stream(line: Line, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
+    """For remote.runs.watch.follow. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
+
+    def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
+        argv = line.stream(there(line.box, providers, "follow", run or "-", file, str(offset)))
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    return opened
+
+
+def check(box: Box, answer: Answer) -> None:
+    """Raises ToolkitError if nothing is deployed, or the command failed."""
+    if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
+        raise not_deployed(box)
+    if answer.code == ExitCode.USAGE:  # said there, on purpose
+        raise ToolkitError(f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
+    if answer.code:
+        said = last_lines(answer.err.strip() or answer.out)
+        raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, code=ExitCode.INTERNAL)
+
+
+def not_deployed(box: Box) -> ToolkitError:
+    return ToolkitError(f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", code=ExitCode.UNFIT)
+
+
+def last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-10:])

@@ -1,0 +1,201 @@
+"""The framed stream of `supervisor.sh follow`: frames, where we are in the file, and one connection that brings them.
+
+A frame is a line of words; `bytes OFFSET LENGTH` is followed by that many raw bytes of the file. A `beat` says that all that the
+file held by then was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+from jobs.formatting import duration, one_line
+
+LONGEST_FRAME_LINE = 64 * 1024
+PROGRESS = {"bytes", "beat", "done"}  # `job` is said before anything is read
+
+
+@dataclass(frozen=True)
+class Limits:
+    silence_s: float = 10.0  # `beat` comes each second
+    connect_s: float = 30.0  # until the first byte of a connection: jump hosts and far lines take their time
+    first_pause_s: float = 0.1  # a line that broke most often comes back at once
+    longest_pause_s: float = 15.0
+    tries: int | None = None  # connections in a row that brought nothing; None: for ever
+    first_tries: int | None = None  # the same until the box has once spoken
+
+
+@dataclass(frozen=True)
+class Frame:
+    word: str
+    args: tuple[str, ...] = ()
+    data: bytes = b""  # of `bytes`: as much as has come; its offset is the first of `args`
+
+
+class Framing:
+    """Frames out of bytes that are cut anywhere. Of a `bytes` frame, what has come is handed on at once: it is what stands in the file."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._offset = self._left = 0
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        while data:
+            if self._left:
+                chunk, data = data[: self._left], data[self._left :]
+                frame = Frame("bytes", (str(self._offset),), chunk)
+                self._offset, self._left = self._offset + len(chunk), self._left - len(chunk)
+                yield frame
+                continue
+            line, newline, data = data.partition(b"\n")
+            self._line += line
+            if len(self._line) > LONGEST_FRAME_LINE:
+                raise BrokenLine("what came is not the stream of a supervisor")
+            if newline:
+                words = self._line.decode("utf-8", "replace").split()
+                self._line.clear()
+                yield from self._frame(words)
+
+    def _frame(self, words: list[str]) -> Iterator[Frame]:
+        if not words:
+            return
+        word, args = words[0], tuple(words[1:])
+        if word == "bytes":
+            self._offset, self._left = counts(word, args, 2)
+        else:
+            yield Frame(word, args)
+
+
+def counts(word: str, args: Sequence[str], count: int) -> list[int]:
+    if len(args) < count or not all(arg.isascii() and arg.isdigit() for arg in args[:count]):
+        raise BrokenLine(f"a damaged frame: {one_line(' '.join([word, *args]))[:80]}")
+    return [int(arg) for arg in args[:count]]
+
+
+class BrokenLine(Exception):
+    """This connection is of no more use."""
+
+
+class Reread(Exception):
+    """A line of the file must be asked for again."""
+
+
+@dataclass
+class Tail:
+    """Where we are in the file: `offset` is its first byte that was not handed on."""
+
+    by_lines: bool  # only whole ones are handed on
+    offset: int = 0
+    _begun: bytearray = field(default_factory=bytearray)  # of a line without its end
+    _is_torn: bool = False  # and that was all of the file
+    _reread: int = -1  # the last offset that was asked for again
+
+    @property
+    def next(self) -> int:
+        return self.offset + len(self._begun)
+
+    def take(self, data: bytes) -> bytes:
+        """What can be handed on now. Raises Reread: whoever wrote the line that has begun may be dead, cut off, and the rest a successor's."""
+        if self._is_torn and self._reread != self.offset:
+            self._reread = self.offset
+            raise Reread
+        if self.by_lines:
+            whole, newline, rest = data.rpartition(b"\n")
+            data = bytes(self._begun) + whole + newline if newline else b""
+            self._begun = bytearray(rest) if newline else self._begun + rest
+        self.offset += len(data)
+        return data
+
+    def beat(self) -> None:
+        """All of the file was sent. Lines are written whole, so what has no end now was torn off."""
+        self._is_torn = bool(self._begun)
+
+    def drop_begun(self) -> None:
+        """A new connection asks for it again."""
+        self._begun.clear()
+        self._is_torn = False
+
+    def cut(self, size_bytes: int) -> None:
+        """The file was made shorter."""
+        del self._begun[max(size_bytes - self.offset, 0) :]
+        self._is_torn = self._is_torn and bool(self._begun)
+        self.offset = min(size_bytes, self.offset)
+
+
+def lines_of(data: bytes) -> list[bytes]:
+    """Whole lines with their ends. Not `splitlines`: it also cuts at a carriage return, which a damaged line may hold."""
+    return [line + b"\n" for line in data.split(b"\n")[:-1]]
+
+
+class Connection:
+    """The frames of one process, until it ends (`code` is set) or falls silent."""
+
+    def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
+        self._process, self._limits = process, limits
+        self.code: int | None = None
+        self.has_progress = False
+        self._said = b""
+
+    @property
+    def said(self) -> str:
+        return self._said.decode("utf-8", "replace").strip()
+
+    def frames(self) -> Iterator[Frame]:
+        stdout, framing = self._process.stdout, Framing()
+        assert stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            if self._process.stderr is not None:
+                selector.register(self._process.stderr, selectors.EVENT_READ)
+            limit_s = self._limits.connect_s
+            deadline = time.monotonic() + limit_s
+            while True:
+                ready = [key.fileobj for key, _ in selector.select(max(deadline - time.monotonic(), 0.0))]
+                if self._process.stderr in ready and self._process.stderr is not None and not self._listen(self._process.stderr):
+                    selector.unregister(self._process.stderr)
+                if stdout in ready:
+                    data = os.read(stdout.fileno(), 1 << 16)
+                    if not data:
+                        selector.unregister(stdout)
+                        self._reap(selector)
+                        raise BrokenLine(one_line(self.said)[-200:] or ("the stream ended" if self.code is None else f"ssh ended with {self.code}"))
+                    for frame in framing.feed(data):
+                        self.has_progress |= frame.word in PROGRESS
+                        yield frame
+                    # From here on: who reads us may have held us up for long.
+                    limit_s = self._limits.silence_s
+                    deadline = time.monotonic() + limit_s
+                elif time.monotonic() >= deadline:
+                    raise BrokenLine(f"nothing came for {duration(limit_s)}")
+
+    def _listen(self, stderr: IO[bytes]) -> bool:
+        data = os.read(stderr.fileno(), 1 << 16)
+        self._said = (self._said + data)[-4096:]
+        return bool(data)
+
+    def _reap(self, selector: selectors.BaseSelector) -> None:
+        """Its exit code and last words, as long as they do not keep us waiting."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.code = self._process.wait(1.0)
+        while selector.get_map() and selector.select(0.05) and self._process.stderr is not None and self._listen(self._process.stderr):
+            pass
+
+    def close(self) -> None:
+        """TERM, then KILL for one that is frozen; well within the 0.3 s in which Ctrl-C is to end."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()

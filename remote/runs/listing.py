@@ -1,0 +1,226 @@
+"""What lies on a box and what runs there, as `supervisor.sh list` says it; for ps, status, and the card before a stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len
+
+from jobs.events import RawEvent, parsed
+from jobs.formatting import STEPS, duration, money, one_line, size
+from jobs.state import State, state_of
+from jobs.views.panel import Card, cards_text
+from jobs.views.plain import time_of
+from remote.runs.job_state import Job
+
+
+@dataclass(frozen=True)
+class RunThere:
+    """One run folder of a box."""
+
+    name: str
+    job: Job  # what the supervisor knows
+    last: RawEvent | None = None
+    size_bytes: int | None = None
+    complete: tuple[int, ...] = ()  # steps whose model is whole
+    checkpoint: tuple[int, int] | None = None  # step and update of the newest whole one
+
+    @property
+    def state(self) -> State:
+        return state_of(self.last, self.job)
+
+    @property
+    def is_orphan(self) -> bool:
+        """It goes on, though its supervisor is gone: nobody will write down how it ends."""
+        return self.job.training and not self.job.alive and self.job.exit is None
+
+    def seconds(self, now: float) -> float | None:
+        """That the job has run, or ran; both times by the box's clock."""
+        started = self.job.started
+        if started is None:
+            return None
+        running = self.job.alive or self.job.training
+        ended = now if running else self.job.ended
+        return None if ended is None else max(ended - started, 0.0)
+
+    def progress(self) -> str:
+        """`step 3, update 12/400`."""
+        if self.last is None:
+            return ""
+        words = [f"step {self.last['step']}"] if "step" in self.last else []
+        if "update" in self.last:
+            words.append(f"update {self.last['update']}" + (f"/{self.last['updates']}" if "updates" in self.last else ""))
+        elif self.last["kind"] == "end":
+            words.append("complete")
+        elif doing := self.last.get("doing"):
+            words.append(one_line(doing))
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Listing:
+    runs: tuple[RunThere, ...] = ()
+    cards: tuple[Card, ...] = ()
+    slot: str = ""  # the run that holds the box
+    disk_free_bytes: int | None = None
+    clock: float | None = None  # the box's
+
+    def run(self, name: str) -> RunThere | None:
+        return next((run for run in self.runs if run.name == name), None)
+
+    @property
+    def running(self) -> RunThere | None:
+        return next((run for run in self.runs if run.job.alive or run.job.training), None)
+
+    def newest(self) -> RunThere | None:
+        """The one that runs, else the one that was last started."""
+        return self.running or max(self.runs, key=lambda run: (run.job.started or -math.inf, run.name), default=None)
+
+
+def parse(text: str) -> Listing:
+    """Lines of words; what is torn or not known says nothing."""
+    runs: dict[str, dict[str, str]] = {}
+    last: dict[str, RawEvent] = {}
+    cards, slot, disk, clock = [], "", None, None
+    for line in text.splitlines():
+        word, _, rest = line.partition(" ")
+        words = rest.split()
+        if word == "run" and words:
+            runs[words[0]] = dict(each.split("=", 1) for each in words[1:] if "=" in each)
+        elif word == "last" and words:
+            event = parsed(rest.partition(" ")[2].encode())
+            if event is not None:
+                last[words[0]] = event
+        elif word == "gpu" and len(words) >= 4 and words[0].isdigit():
+            cards.append(Card(int(words[0]), *(_number(each) for each in words[1:4])))
+        elif word == "slot" and words:
+            slot = words[0]
+        elif word == "disk" and words and words[0].isdigit():
+            disk = int(words[0]) * 1024
+        elif word == "beat" and words:
+            clock = _number(words[0])
+    there = tuple(_run(name, facts, last.get(name)) for name, facts in sorted(runs.items()))
+    return Listing(there, tuple(cards), slot, disk, clock if clock is not None and math.isfinite(clock) else None)
+
+
+def _run(name: str, facts: dict[str, str], last: RawEvent | None) -> RunThere:
+    saved = [each.partition(":") for each in facts.get("checkpoint", "").split(",")]  # STEP:UPDATE[,STEP:UPDATE...]
+    checkpoints = [(int(step), int(update)) for step, _, update in saved if step.isdigit() and update.isdigit()]
+    return RunThere(
+        name,
+        Job(facts),
+        last,
+        int(facts["size_kb"]) * 1024 if facts.get("size_kb", "").isdigit() else None,
+        tuple(int(each) for each in facts.get("complete", "").split(",") if each.isdigit()),
+        max(checkpoints, default=None),
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def spent(run: RunThere, now: float, price_per_hour: float | None) -> float | None:
+    seconds = run.seconds(now)
+    return None if seconds is None or price_per_hour is None else price_per_hour * seconds / 3600
+
+
+def as_json(host: str, listing: Listing, now: float, price_per_hour: float | None, currency: str) -> dict[str, Any]:
+    return {
+        "host": host,
+        "running": listing.running.name if listing.running else None,
+        "disk_free_bytes": listing.disk_free_bytes,
+        "gpus": [
+            {"index": card.index, "used_mib": _finite(card.used_mib), "total_mib": _finite(card.total_mib), "use": _finite(card.use)}
+            for card in listing.cards
+        ],
+        "runs": [
+            {
+                "name": run.name,
+                "state": run.state,
+                "exit": run.job.exit,
+                "supervised": not run.is_orphan,
+                "seconds": run.seconds(now),
+                "spent": spent(run, now, price_per_hour),
+                "currency": currency or None,
+                "steps_complete": list(run.complete),
+                "checkpoint": {"step": run.checkpoint[0], "update": run.checkpoint[1]} if run.checkpoint else None,
+                "size_bytes": run.size_bytes,
+                "last_event": run.last,
+            }
+            for run in listing.runs
+        ],
+    }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+HEAD = ("box", "run", "state", "now at", "steps done", "time", "spent", "size")
+
+
+def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, ...]]:
+    return [
+        (
+            host,
+            run.name,
+            run.state + _remark(run),
+            run.progress(),
+            ",".join(map(str, run.complete)),
+            duration(seconds) if (seconds := run.seconds(now)) is not None else "",
+            money(paid, currency) if (paid := spent(run, now, price_per_hour)) is not None else "",
+            size(run.size_bytes) if run.size_bytes is not None else "",
+        )
+        for run in listing.runs
+    ]
+
+
+def _remark(run: RunThere) -> str:
+    if run.is_orphan:
+        return ", nobody looks after it"
+    return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
+
+
+def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Text in columns, two blanks between them; columns that are empty below their head are left out."""
+    head, *body = table
+    kept = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
+    widths = {index: max(cell_len(row[index]) for row in table) for index in kept}
+    for row in table:
+        yield "  ".join(row[index] + " " * (widths[index] - cell_len(row[index])) for index in kept).rstrip()
+
+
+def box_facts(listing: Listing) -> list[tuple[str, str]]:
+    """Cards and disk, a label and a text a line."""
+    rows = [("gpu" if len(listing.cards) == 1 else f"gpu {card.index}", cards_text([card], 60)) for card in listing.cards]
+    return [*rows, *([("disk", f"{size(listing.disk_free_bytes)} free")] if listing.disk_free_bytes is not None else [])]
+
+
+def card(run: RunThere, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
+    """All of one run, a label and a text a line."""
+    facts = [("run", run.name), ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else ""))]
+    if run.is_orphan:
+        facts.append(("", "nobody looks after it: its supervisor is gone. It goes on; its end shows in its events, and `fab cancel` ends it"))
+    if run.progress():
+        facts.append(("now at", run.progress()))
+    if run.last is not None and math.isfinite(at := time_of(run.last)):
+        facts.append(("last event", f"{run.last['kind']}, {duration(max(now - at, 0.0))} ago"))
+    if (seconds := run.seconds(now)) is not None:
+        facts.append(("time", duration(seconds)))
+    if (paid := spent(run, now, price_per_hour)) is not None:
+        facts.append(("spent", f"{money(paid, currency)} ({money(price_per_hour or 0.0, currency)}/h)"))
+    facts.append(("steps done", ", ".join(f"{step} ({STEPS[step]})" for step in run.complete if step in STEPS) or "none"))
+    if run.checkpoint:
+        facts.append(("checkpoint", f"step {run.checkpoint[0]}, update {run.checkpoint[1]}"))
+    if run.size_bytes is not None:
+        facts.append(("size", size(run.size_bytes)))
+    if run.last is not None and run.last["kind"] == "error":
+        facts += [("error", one_line(run.last.get("message"))), ("why", one_line(run.last.get("why") or ""))]
+    return [(label, text) for label, text in facts if text]

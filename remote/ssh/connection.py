@@ -1,0 +1,625 @@
+"""One box over SSH: a command there and its answer, each with an end in time; and how OpenSSH is called for what streams.
+
+Fabric holds one connection for short commands. It is told all by `ssh -G` (openssh.py), so that Fabric, rsync and the printed commands
+go the same way. It notices a peer that fell silent only after minutes, so that each command has a deadline of its own; what streams
+goes through the OpenSSH client, which notices by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import logging
+import select
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+from fabric import Config, Connection
+from paramiko.agent import AgentSSH
+from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, SSHException
+
+from jobs.errors import ExitCode, ToolkitError
+from remote.inventory import Box
+from remote.output import Sayer
+from remote.ssh.host_keys import HostKey, HostKeyChanged, KeyRefused, KnownHosts, changed, unreachable
+from remote.ssh.link import Link
+from remote.ssh.local import LAST_LINES, LINGER_S, TAKES, Answer, Proxy, run_here, short
+from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+RETRY_PAUSE_S = 0.5  # after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
+KEEPALIVE_S = 15
+
+
+class CommandFailed(ToolkitError):
+    def __init__(self, host: str, argv: Sequence[str], answer: Answer) -> None:
+        lines = (answer.err.strip() or answer.out.strip()).splitlines()[-LAST_LINES:]
+        super().__init__(
+            f"a command failed on `{host}` with exit code {answer.code}", why="\n".join([shlex.join(argv), *lines]), code=ExitCode.INTERNAL
+        )
+        self.answer = answer
+
+
+class Line:
+    """The line to one box. Opened when first needed, opened again if it broke, closed at the end of a `with`. For one thread."""
+
+    def __init__(
+        self,
+        box: Box,
+        state: Path,
+        *,
+        say: Sayer | None = None,
+        dry_run: bool = False,
+        ssh_config: Path | None = None,
+        connect_s: int = CONNECT_S,
+    ) -> None:
+        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own. connect_s: for each stage of connecting."""
+        self.box, self.dry_run, self.say = box, dry_run, say or Sayer()
+        self.openssh = OpenSSH(state, ssh_config, connect_s)
+        self._address = Target(box.name, box.address, box.user, box.port, box.key)
+        self._connection: Connection | None = None
+        self._proxy: Proxy | None = None
+        self._seconds: float | None = None  # of the last connection
+        self._key_was: str = "unknown"
+        self._offered: HostKey | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- commands there
+
+    def ask(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True) -> Answer:
+        """Runs what changes nothing there, with --dry-run too. Once more if a line that stood before turns out to be broken.
+
+        Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an exit code other than 0.
+        """
+        if self.dry_run:
+            self.say.command(self.box.name, argv, stdin)
+        stood = self._alive()
+        try:
+            answer = self._run(argv, stdin, timeout_s)
+        except _Broke:
+            if not stood:
+                raise
+            answer = self._run(argv, stdin, timeout_s)
+        return self._checked(argv, answer, check)
+
+    def do(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True) -> Answer:
+        """Runs what changes something there; --dry-run only shows it. Never tried twice."""
+        if self.dry_run:
+            self.say.command(self.box.name, argv, stdin)
+            return Answer(0, "", "", 0.0)
+        return self._checked(argv, self._run(argv, stdin, timeout_s), check)
+
+    def _checked(self, argv: Sequence[str], answer: Answer, check: bool) -> Answer:
+        if check and answer.code:
+            raise CommandFailed(self.box.name, argv, answer)
+        return answer
+
+    def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> Answer:
+        self.connect()
+        assert self._connection is not None
+        started, late = time.monotonic(), threading.Event()
+        transport = self._connection.transport
+
+        def expire() -> None:
+            late.set()
+            transport.close()  # a peer that fell silent would not answer a polite end either
+
+        deadline = threading.Timer(timeout_s, expire)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            with transport.open_session(timeout=timeout_s) as channel:
+                channel.exec_command(shlex.join(argv).encode("utf-8", "surrogateescape"))
+                code, out, err = _converse(channel, stdin)
+        except (SSHException, OSError, EOFError) as error:
+            self.close()
+            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, str(error)) from None
+        finally:
+            deadline.cancel()
+        if code is None:
+            self.close()
+            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, "the connection ended")
+        seconds = time.monotonic() - started
+        return Answer(code, out.decode(errors="replace"), err.decode(errors="replace"), seconds)
+
+    def _late(self, argv: Sequence[str], timeout_s: float) -> ToolkitError:
+        return unreachable(
+            f"`{self.box.name}` gave no answer within {timeout_s:g} s",
+            why=f"asked was: {short(argv)}",
+            hint=f"it may be busy or frozen: fab doctor --host {shlex.quote(self.box.name)}",
+        )
+
+    def _broke(self, argv: Sequence[str], why: str) -> _Broke:
+        return _Broke(
+            f"the line to `{self.box.name}` broke",
+            why=f"{why or 'the connection ended'}, while this was on its way: {short(argv)}",
+            hint="the same command goes on when the box is back",
+            code=ExitCode.UNREACHABLE,
+        )
+
+    # --- OpenSSH
+
+    def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
+        """Local argv of an OpenSSH client that runs `argv` there. For logs, tunnels, a shell: it ends by itself if the line breaks.
+
+        argv: empty for the user's shell, or with `forward` for nothing. forward: `[address:]port:host:port` each, as for `ssh -L`;
+        the address should be 127.0.0.1. Opens the connection once if the box's host key is not known yet.
+        """
+        self._meet()
+        options = ["-tt" if tty else "-T", "-e", "none"]
+        if forward:
+            options += ["-o", "ExitOnForwardFailure=yes", *(word for each in forward for word in ("-L", each)), *([] if argv else ["-N"])]
+        else:
+            options += ["-o", "ClearAllForwardings=yes"]
+        return [*self.openssh.command(self._address, *options), "--", self.box.address, *([shlex.join(argv)] if argv else [])]
+
+    def rsync_shell(self) -> list[str]:
+        """For `rsync -e`, as one word by shlex.join; rsync itself adds the address, which is `target`."""
+        self._meet()
+        return self.openssh.command(self._address, "-T", "-e", "none", "-o", "ClearAllForwardings=yes")
+
+    @property
+    def target(self) -> str:
+        """For `rsync ... TARGET:PATH`. The user's name is in rsync_shell()."""
+        return f"[{self.box.address}]" if ":" in self.box.address else self.box.address
+
+    def with_password(self, argv: Sequence[str]) -> list[str]:
+        """As `stream`, but ssh asks for the password on the terminal, once, and offers no key. For trust.py alone."""
+        self._meet(log_in=False)
+        options = [
+            *("-T", "-o", "ClearAllForwardings=yes", "-o", "PubkeyAuthentication=no", "-o", "NumberOfPasswordPrompts=1"),
+            *("-o", "PreferredAuthentications=password,keyboard-interactive"),
+        ]
+        return [*self.openssh.command(self._address, *options, batch=False), "--", self.box.address, shlex.join(argv)]
+
+    def _meet(self, *, log_in: bool = True) -> None:
+        """OpenSSH accepts no key that is not known: the first contact is made here, where the fingerprint is said."""
+        if not self.known_hosts.keys or any(not self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)):
+            if log_in:
+                self.connect()
+            else:
+                self._accept(self.offered_key())
+
+    # --- commands here
+
+    def local(
+        self,
+        argv: Sequence[str],
+        *,
+        changes: bool,
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        check: bool = True,
+        heard: Callable[[str], None] | None = None,
+        asks: bool = False,
+    ) -> Answer:
+        """Runs a command on this machine, such as rsync, with its children in a group of their own, which Ctrl-C and `timeout_s` end.
+
+        heard: gets each whole line of standard output as it comes. asks: it may ask on the terminal.
+        Raises ToolkitError: it is not there, `timeout_s` is over; with `check`, CommandFailed.
+        """
+        if self.dry_run:
+            self.say.command("here", argv, stdin)
+            if changes:
+                return Answer(0, "", "", 0.0)
+        answer = run_here(argv, stdin, timeout_s, heard, own_group=not asks)
+        if check and answer.code:
+            raise CommandFailed(f"this machine, for {self.box.name}", argv, answer)
+        return answer
+
+    # --- the connection
+
+    @property
+    def known_hosts(self) -> KnownHosts:
+        return self.openssh.known_hosts(self.box.name)
+
+    @property
+    def resolved(self) -> Resolved:
+        return self.openssh.resolve(self._address)
+
+    @property
+    def link(self) -> Link:
+        """How the box is reached, for doctor. Connects if need be; never raises ToolkitError for a box that cannot be reached."""
+        error: ToolkitError | None = None
+        try:
+            self.connect()
+        except ToolkitError as refused:
+            error = refused
+        shown = self._offered.fingerprint if self._offered else ""
+        key: Any = self._key_was
+        if error is None:
+            return Link(seconds=self._seconds, host_key=key, fingerprint=shown)
+        why = f"{error.what}: {error.why}" if error.why else error.what
+        return Link(False, None, why, error.hint, key, shown)
+
+    def _alive(self) -> bool:
+        return self._connection is not None and self._connection.is_connected
+
+    def connect(self) -> None:
+        """Raises ToolkitError: not there, no answer, another host key, refused."""
+        if self._alive():
+            return
+        self.close()
+        started = time.monotonic()
+        jumps = {jump: self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)}
+        try:
+            self._open()
+        finally:
+            for jump, before in jumps.items():
+                for key in self.openssh.known_hosts(jump.name).keys:
+                    if key not in before:
+                        self.say(f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
+        self._seconds = time.monotonic() - started
+
+    def _open(self) -> None:
+        _quiet()
+        sock = self._dial()
+        wait_s = self.openssh.connect_s
+        keys = _Keys(self.resolved, wait_s)
+        connection = Connection(
+            self.known_hosts.alias,
+            user=self.resolved.user,
+            port=22,  # the name that Fabric looks up in known_hosts is then the alias alone
+            config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # none of Fabric's own: ssh -G has said it all
+            forward_agent=False,
+            connect_kwargs={"sock": sock, "auth_strategy": keys, **{f"{stage}timeout": wait_s for stage in ("", "banner_", "auth_", "channel_")}},
+        )
+        known = self.known_hosts.keys
+        for key in known:
+            with contextlib.suppress(SSHException, ValueError, paramiko.pkey.UnknownKeyType):  # a sort that paramiko lacks: see _accept
+                connection.client.get_host_keys().add(self.known_hosts.alias, key.sort, paramiko.PKey.from_type_string(key.sort, key.blob))
+        connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
+        self._key_was = "known" if known else "new"
+        self._connection = connection
+        started = time.monotonic()
+        try:
+            connection.open()
+        except BadHostKeyException as error:
+            self.close()
+            self._key_was, self._offered = "changed", _host_key(error.key)
+            raise changed(self.box.name, self._offered, known) from None
+        except (KeyRefused, HostKeyChanged):
+            self.close()
+            raise
+        except _Silent:
+            self.close()
+            raise self._silent() from None
+        except (SSHException, OSError, EOFError) as error:
+            raise self._failed(error, time.monotonic() - started) from None
+        except BaseException:
+            self.close()
+            raise
+        transport = connection.transport
+        transport.set_keepalive(KEEPALIVE_S)
+        self._offered = _host_key(transport.get_remote_server_key())
+
+    def close(self) -> None:
+        """Says nothing if there is nothing to close."""
+        connection, proxy = self._connection, self._proxy
+        self._connection = self._proxy = None
+        if connection is not None:
+            connection.client.close()
+        if proxy is not None:
+            proxy.close()
+
+    def offered_key(self) -> HostKey:
+        """The host key that the box shows now, trusted or not. Does not log in."""
+        _quiet()
+        transport = paramiko.Transport(self._dial())
+        started = time.monotonic()
+        try:
+            transport.banner_timeout = self.openssh.connect_s
+            sorts = [key.sort for key in self.known_hosts.keys]
+            options = transport.get_security_options()
+            options.key_types = sorted(options.key_types, key=lambda sort: _plain(sort) not in sorts)
+            transport.start_client(timeout=self.openssh.connect_s)
+            return _host_key(transport.get_remote_server_key())
+        except (SSHException, OSError, EOFError) as error:
+            raise self._failed(error, time.monotonic() - started) from None
+        finally:
+            transport.close()
+            self.close()
+
+    def _first_seen(self, key: HostKey) -> None:
+        self._offered = key
+        self._accept(key)
+
+    def _accept(self, key: HostKey) -> None:
+        known = self.known_hosts.keys
+        if key in known:
+            return
+        if known or not self.known_hosts.keep(key):
+            self._key_was = "changed"
+            raise changed(self.box.name, key, self.known_hosts.keys)
+        self.say(f"{self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
+
+    # --- the socket
+
+    def _dial(self) -> socket.socket:
+        """A socket on which the box has begun to speak SSH. Once more if it was dropped before that."""
+        for last in (False, True):
+            sock = self._socket()
+            try:
+                if sock.recv(1, socket.MSG_PEEK):
+                    return sock
+                error: OSError | None = None
+            except TimeoutError:
+                sock.close()
+                self.close()
+                raise self._silent() from None
+            except OSError as refused:
+                error = refused
+            sock.close()
+            said = self._last_words()
+            if last:
+                raise self._dropped(error, said)
+            time.sleep(RETRY_PAUSE_S)
+        raise AssertionError("the loop has returned or raised")
+
+    def _socket(self) -> socket.socket:
+        wait_s = self.openssh.connect_s
+        way = self.openssh.proxy(self._address)
+        if way:
+            proxied = replace(self.resolved, proxy=way).proxy_command()
+            self._proxy = Proxy(proxied)
+            self._proxy.socket.settimeout(wait_s * (1 + max(1, len(self.openssh.chain(self._address)))))
+            return self._proxy.socket
+        host, port = self.resolved.host, self.resolved.port
+        try:
+            sock = socket.create_connection((host, port), timeout=wait_s)
+            # paramiko leaves it off: each small message then waits for the other side's word on the one before, a round trip of its own.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except socket.gaierror as error:
+            hint = "look at the name: `fab add` takes what the rental page shows; or the network here is down"
+            raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
+        except ConnectionRefusedError:
+            hint = f"is the box running, and is {port} its SSH port now? It changes when a rented box is started again: see boxes.yaml"
+            raise unreachable(f"cannot reach `{self.box.name}`", why=f"{host} refuses connections at port {port}", hint=hint) from None
+        except TimeoutError:
+            raise self._silent() from None
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise unreachable(
+                f"cannot reach `{self.box.name}`", why=f"{host} port {port}: {why}", hint="look at the network here, and at the address"
+            ) from None
+
+    def _where(self) -> str:
+        jumps = self.openssh.chain(self._address)
+        through = f" through {', '.join(jump.name for jump in jumps)}" if jumps else ""
+        return f"{self.resolved.user}@{self.resolved.host} port {self.resolved.port}{through}"
+
+    def _silent(self) -> ToolkitError:
+        return unreachable(
+            f"no answer from `{self.box.name}` within {self.openssh.connect_s} s",
+            why=self._where(),
+            hint="is the box running, is the address right, and does a firewall lie between? A frozen box is started again on the provider's page",
+        )
+
+    def _dropped(self, error: OSError | None, said: str) -> ToolkitError:
+        self._look_at_jumps()
+        if said:
+            hint = "what stands above was said on the way: try it by itself, with `ssh`"
+            return unreachable(f"cannot reach `{self.box.name}`", why=f"{self._where()}: {said}", hint=hint)
+        why = f"{self._where()}: {error.strerror}" if error else f"{self._where()} closed the connection before it began, twice"
+        return unreachable(
+            f"cannot reach `{self.box.name}`", why=why, hint="try again in a minute, as a box under load drops some; is this its SSH port?"
+        )
+
+    def _failed(self, error: BaseException, seconds: float) -> ToolkitError:
+        said = self._last_words()
+        if seconds >= self.openssh.connect_s * 0.9:
+            return self._silent()
+        why = said or str(error) or type(error).__name__
+        hint = "try again; if it stays so: is this an SSH port, and is the box's SSH server newer than 2015?"
+        return unreachable(f"cannot speak SSH with `{self.box.name}`", why=f"{self._where()}: {why}", hint=hint)
+
+    def _last_words(self) -> str:
+        """Of the ProxyCommand, if there is one; closes all."""
+        said = self._proxy.last_words() if self._proxy else ""
+        self.close()
+        return said
+
+    def _look_at_jumps(self) -> None:
+        """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand is for people, not for us."""
+        for jump in self.openssh.chain(self._address):
+            with Line(
+                Box(name=jump.name, address=jump.address),
+                self.openssh.state,
+                say=self.say,
+                ssh_config=self.openssh.config,
+                connect_s=self.openssh.connect_s,
+            ) as line:
+                line._address = jump
+                line.connect()
+
+
+class _Broke(ToolkitError):
+    """The line broke while a command was on its way."""
+
+
+class _Silent(Exception):
+    """No answer in time, while logging in."""
+
+
+def _quiet() -> None:
+    """paramiko logs what we tell as errors ourselves, with tracebacks, to standard error."""
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+
+
+def _plain(sort: str) -> str:
+    return "ssh-rsa" if sort.startswith("rsa-sha2-") else sort
+
+
+def _host_key(key: paramiko.PKey) -> HostKey:
+    return HostKey(key.get_name(), key.asbytes())
+
+
+class _Meet(paramiko.MissingHostKeyPolicy):
+    def __init__(self, seen: Callable[[HostKey], None]) -> None:
+        self._seen = seen
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+        self._seen(_host_key(key))
+
+
+def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, bytes, bytes]:
+    """Exit code, output and errors of what runs in the channel. None: the connection ended first.
+
+    One thread: what is sent waits for what is read, or both sides would wait for each other.
+    """
+    out, err, left, ended_at = bytearray(), bytearray(), memoryview(stdin), None
+    ready, shut = channel.fileno(), False
+    while True:
+        moved = False
+        while channel.recv_ready():
+            out += channel.recv(TAKES)
+            moved = True
+        while channel.recv_stderr_ready():
+            err += channel.recv_stderr(TAKES)
+            moved = True
+        while left and not channel.closed and channel.send_ready():
+            try:
+                left = left[channel.send(left[:TAKES]) :]
+            except OSError:  # it reads no more
+                left = left[len(left) :]
+        if not left and not shut and not channel.closed:
+            with contextlib.suppress(OSError, EOFError):
+                channel.shutdown_write()
+            shut = True
+        if moved:
+            continue
+        if channel.closed or (channel.eof_received and channel.exit_status_ready()):
+            break
+        if channel.exit_status_ready():
+            ended_at = ended_at or time.monotonic()
+            if time.monotonic() - ended_at > LINGER_S:
+                break
+        if channel.eof_received:
+            channel.status_event.wait(0.05)
+        else:
+            select.select([ready], [], [], 0.02 if left or ended_at else 0.25)
+    while channel.recv_ready():
+        out += channel.recv(TAKES)
+    while channel.recv_stderr_ready():
+        err += channel.recv_stderr(TAKES)
+    if channel.exit_status != -1:
+        return channel.exit_status, bytes(out), bytes(err)
+    return (255 if channel.eof_received and channel.get_transport().is_active() else None), bytes(out), bytes(err)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+class _Agent(AgentSSH):
+    """An agent at a socket that the configuration names; paramiko knows the environment's alone."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(path)
+        self._connect(sock)
+
+
+class _Keys:
+    """Logs in as OpenSSH does: with the agent's keys that the configuration names, its others, then the files. Never with a password."""
+
+    def __init__(self, resolved: Resolved, wait_s: float) -> None:
+        self._resolved, self._wait_s = resolved, wait_s
+        self._locked: list[Path] = []
+        self._unusable: list[Path] = []
+        self._tried: list[str] = []
+        self._agent: AgentSSH | None = None
+
+    def authenticate(self, transport: paramiko.Transport) -> list[str]:
+        try:
+            return self._authenticate(transport)
+        finally:
+            if self._agent is not None:
+                self._agent._close()
+
+    def _authenticate(self, transport: paramiko.Transport) -> list[str]:
+        for name, key in self._candidates():
+            started = time.monotonic()
+            self._tried.append(name)
+            try:
+                more = transport.auth_publickey(self._resolved.user, key)
+            except AuthenticationException:
+                if time.monotonic() - started >= self._wait_s * 0.9:
+                    raise _Silent from None
+                if not transport.is_active():
+                    raise self._refused(
+                        f"tried: {', '.join(self._tried)}; then the box ended the connection", "the same command again; then: "
+                    ) from None
+                continue
+            if more:
+                raise self._refused(f"beyond the key it wants: {', '.join(more)}")
+            return []
+        raise self._refused()
+
+    def _candidates(self) -> Iterator[tuple[str, paramiko.PKey]]:
+        files = [file for file in self._resolved.keys if file.is_file()]
+        agent = self._agent_keys()
+        wanted = {blob: file for file in files if (blob := _public_blob(file))}
+        held = {wanted[key.asbytes()] for key in agent if key.asbytes() in wanted}
+        for key in sorted(agent, key=lambda key: key.asbytes() not in wanted):
+            if key.asbytes() in wanted or not self._resolved.only_these:
+                yield f"{wanted.get(key.asbytes(), 'a key')} of the agent", key
+        for file in files:
+            if file not in held and (loaded := self._loaded(file)) is not None:
+                yield str(file), loaded
+
+    def _agent_keys(self) -> list[paramiko.PKey]:
+        if self._resolved.agent == "none":
+            return []
+        with contextlib.suppress(SSHException, OSError):
+            self._agent = _Agent(self._resolved.agent) if self._resolved.agent else paramiko.Agent()
+            return list(self._agent.get_keys())
+        return []
+
+    def _loaded(self, file: Path) -> paramiko.PKey | None:
+        try:
+            return paramiko.PKey.from_path(file)
+        except (TypeError, paramiko.PasswordRequiredException):
+            self._locked.append(file)
+        except (OSError, ValueError, SSHException, paramiko.pkey.UnknownKeyType):
+            self._unusable.append(file)
+        return None
+
+    def _refused(self, why: str = "", first: str = "") -> KeyRefused:
+        """first: what to do before all else."""
+        tried = ", ".join(dict.fromkeys(self._tried)) or "none was there to be tried"
+        lines = [why or f"tried: {tried}"]
+        hint = "fab trust puts your key there after one password; or paste your public key on the provider's page; or name the key in boxes.yaml"
+        if self._locked:
+            lines.append(f"locked by a passphrase, and no agent holds it: {', '.join(map(str, self._locked))}")
+            hint = f"ssh-add {shlex.quote(str(self._locked[0]))}, then the same command; else {hint}"
+        elif self._unusable:
+            lines.append(f"cannot be read as a private key: {', '.join(map(str, self._unusable))}")
+        return KeyRefused(
+            f"{self._resolved.user}@{self._resolved.host} takes none of your keys", why="\n".join(lines), hint=first + hint, code=ExitCode.UNREACHABLE
+        )
+
+
+def _public_blob(file: Path) -> bytes:
+    """Of FILE.pub, which stands beside a key as a rule, or of FILE if it is one; of what is locked nothing else is known."""
+    public = file if file.suffix == ".pub" else file.with_name(f"{file.name}.pub")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return base64.b64decode(public.read_text(encoding="utf-8").split()[1], validate=True)
+    return b""

@@ -1,0 +1,248 @@
+"""Whom we speak to, and how the box knows us: host keys kept by a box's name, and the user's public key put there after one password.
+
+A key that is not known yet is kept and its fingerprint said; another one later is a hard stop until `fab trust --replace`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jobs.errors import ExitCode, ToolkitError
+
+if TYPE_CHECKING:
+    from remote.ssh.connection import Line
+
+FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
+PASSWORD_S = 120.0  # to type it
+
+
+class HostKeyChanged(ToolkitError):
+    """The machine that answers is not the one that was trusted."""
+
+
+class KeyRefused(ToolkitError):
+    """The box takes none of the user's keys."""
+
+
+def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
+    return ToolkitError(what, why=why, hint=hint, code=ExitCode.UNREACHABLE)
+
+
+# --- host keys --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HostKey:
+    sort: str  # as known_hosts has it: ssh-ed25519
+    blob: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """As `ssh-keygen -l` shows it."""
+        return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
+
+    def line(self, alias: str) -> str:
+        return f"{alias} {self.sort} {base64.b64encode(self.blob).decode()}\n"
+
+
+@dataclass(frozen=True)
+class KnownHosts:
+    """A known_hosts file of one name, readable by OpenSSH and Fabric alike."""
+
+    file: Path
+    alias: str  # the first word of its lines
+
+    @property
+    def keys(self) -> tuple[HostKey, ...]:
+        try:
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return ()
+        return tuple(key for line in lines if (key := self._parsed(line.split())) is not None)
+
+    def _parsed(self, words: Sequence[str]) -> HostKey | None:
+        if len(words) < 3 or self.alias not in words[0].split(","):
+            return None
+        with contextlib.suppress(binascii.Error):
+            return HostKey(words[1], base64.b64decode(words[2], validate=True))
+        return None
+
+    def keep(self, key: HostKey) -> bool:
+        """For a name without a key. False: somebody else kept another one meanwhile."""
+        return self._write(key, over=False) or key in self.keys
+
+    def replace(self, key: HostKey) -> None:
+        self._write(key, over=True)
+
+    def _write(self, key: HostKey, *, over: bool) -> bool:
+        """Whole or not at all; of two at once, one is first."""
+        self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=".new-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(key.line(self.alias))
+            if over or not self.keys:
+                with contextlib.suppress(FileExistsError):
+                    if not over:
+                        os.link(partial, self.file)
+                        return True
+                if over or not self.keys:  # an empty file is no key
+                    os.replace(partial, self.file)
+                    return True
+            return False
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+
+def changed(name: str, offered: HostKey, known: Sequence[HostKey]) -> HostKeyChanged:
+    return HostKeyChanged(
+        f"the host key of `{name}` has changed",
+        why=f"it shows {offered.fingerprint} ({offered.sort}), and {', '.join(key.fingerprint for key in known)} was trusted",
+        hint=f"if the box was made anew or its address now leads to another of yours: fab trust --host {shlex.quote(name)} --replace\n"
+        "else somebody is in between: do not go on",
+        code=ExitCode.UNREACHABLE,
+    )
+
+
+@dataclass(frozen=True)
+class Trusted:
+    status: Literal["known", "new", "replaced"]
+    key: HostKey
+    before: tuple[HostKey, ...] = ()  # those that were replaced
+
+    def __str__(self) -> str:
+        said = {"known": "known", "new": "new, kept from now on", "replaced": "replaced"}[self.status]
+        was = f" (was {', '.join(key.fingerprint for key in self.before)})" if self.before else ""
+        return f"host key {self.key.fingerprint} ({self.key.sort}): {said}{was}"
+
+
+def trust(line: Line, *, replace: bool = False, host_key: str = "") -> Trusted:
+    """Look at the key that the box shows now, and keep it if none is known, or if `replace` says so.
+
+    host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: another one, or one that changed.
+    With the line's dry_run nothing is kept.
+    """
+    if host_key and not FINGERPRINT.fullmatch(host_key):
+        raise ToolkitError(f"`{host_key}` is no fingerprint", hint="it looks like SHA256:, then 43 characters, as `ssh-keygen -l` shows it")
+    line.close()
+    offered, known = line.offered_key(), line.known_hosts.keys
+    if host_key and offered.fingerprint != host_key:
+        raise HostKeyChanged(
+            f"`{line.box.name}` shows another host key than {host_key}",
+            why=f"it shows {offered.fingerprint} ({offered.sort})",
+            hint="look at address and port; if they are right, somebody is in between: do not go on",
+            code=ExitCode.UNREACHABLE,
+        )
+    if offered in known:
+        return Trusted("known", offered)
+    if known and not replace:
+        raise changed(line.box.name, offered, known)
+    if not line.dry_run:
+        if known:
+            line.known_hosts.replace(offered)
+        elif not line.known_hosts.keep(offered):
+            raise changed(line.box.name, offered, line.known_hosts.keys)
+    return Trusted("replaced" if known else "new", offered, known)
+
+
+# --- the user's key ---------------------------------------------------------------------------------------------------
+
+# $1: the line for authorized_keys; $2: its key alone, which may stand there with options or another comment.
+INSTALL = """
+umask 077
+cd && mkdir -p .ssh || exit 1
+file=.ssh/authorized_keys
+if [ -f "$file" ] && grep -v '^[[:space:]]*#' "$file" | grep -qF -- "$2"; then exit 0; fi
+if [ -s "$file" ] && [ -n "$(tail -c 1 "$file")" ]; then echo >>"$file" || exit 1; fi
+printf '%s\\n' "$1" >>"$file" || exit 1
+if command -v restorecon >/dev/null 2>&1; then restorecon -F .ssh "$file" >/dev/null 2>&1; fi
+exit 0
+"""
+
+
+# Where ssh asks for a password: on the terminal, else by a program (SSH_ASKPASS) where one may be shown. As ssh itself decides it.
+CAN_BE_ASKED = """
+(: </dev/tty) 2>/dev/null || case ${SSH_ASKPASS_REQUIRE:-} in
+    force) ;;
+    never) exit 1 ;;
+    *) [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ] ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Installed:
+    status: Literal["there", "installed", "shown"]  # shown: --dry-run
+    key: str = ""  # the file of the public key; "" where the box took one already
+
+    def __str__(self) -> str:
+        return {
+            "there": "your key is there already: nothing to do",
+            "installed": f"{self.key} was put into authorized_keys there",
+            "shown": f"{self.key} would be put into authorized_keys there",
+        }[self.status]
+
+
+def install_key(line: Line, public_key: Path | None = None) -> Installed:
+    """Put the user's public key on the box, which asks for the password once; nothing to do where the box takes a key already.
+
+    public_key: None for the first of those that ssh would use. The only place where a password is asked for, by ssh itself: we never
+    see it. Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
+    """
+    try:
+        line.connect()
+        return Installed("there")
+    except KeyRefused:
+        pass
+    file = public_key or _first_public(line)
+    words = _public_line(file)
+    by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
+    if not line.dry_run and line.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code:
+        raise ToolkitError(
+            f"cannot put your key on `{line.box.name}`: there is no terminal to ask for its password on",
+            why="it takes no key of yours yet, and ssh asks on a terminal",
+            hint=f"the same command in a terminal, once; or {by_hand}",
+            code=ExitCode.UNREACHABLE,
+        )
+    argv = line.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
+    answer = line.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
+    if line.dry_run:
+        return Installed("shown", str(file))
+    if answer.code:
+        raise ToolkitError(
+            f"cannot put your key on `{line.box.name}`",
+            why=answer.err or f"ssh ended with exit code {answer.code}",
+            hint=f"the password stands on the rental page; or {by_hand}",
+            code=ExitCode.UNREACHABLE,
+        )
+    line.connect()  # a box that does not read that file says so here
+    return Installed("installed", str(file))
+
+
+def _first_public(line: Line) -> Path:
+    for file in (key.with_name(f"{key.name}.pub") for key in line.resolved.keys):
+        if file.is_file():
+            return file
+    raise ToolkitError("you have no SSH key yet", why="none of those that ssh would use has a .pub file", hint="ssh-keygen -t ed25519")
+
+
+def _public_line(file: Path) -> list[str]:
+    """Sort, key, comment. Raises ToolkitError: it is no public key, or even the private one."""
+    try:
+        words = file.read_text(encoding="utf-8", errors="replace").strip().split(None, 2)
+    except OSError as error:
+        raise ToolkitError(f"cannot read {file}", why=error.strerror or str(error), hint="name the .pub file of your key") from None
+    if len(words) < 2 or not re.fullmatch(r"[A-Za-z0-9@.-]+", words[0]) or not re.fullmatch(r"[A-Za-z0-9+/]{40,}=*", words[1]) or "\n" in words[-1]:
+        raise ToolkitError(f"{file} is not a public key", hint="name the .pub file of your key; the other one never leaves this machine")
+    return words

@@ -1,0 +1,474 @@
+"""Whether a box is fit for a job, before money is spent on it: facts in, checks out, a line each and always in the same order.
+
+Pure. What can be judged at a start, too, is judged by jobs/fitness.py, so that doctor and training say the same; the rest here.
+Thresholds stand in env/limits.toml.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from env.settings import Limits, Provider
+from jobs.fitness import Card, Facts, Finding, Folder, judge, no_peer_access
+from jobs.formatting import one_line, plural, size
+from jobs.spec import Job, Scratch
+from remote.ssh.link import Link
+from remote.survey.facts import BoxFacts, ClockOffset, GpuCard, HubRoute, Place, Runtime, place_of, reaches_gpus, route_of, runtime_of
+
+NOT_ASKED = "not asked"
+
+Status = Literal["ok", "warning", "unfit", "unknown"]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    status: Status
+    value: str  # what was seen
+    todo: str = ""  # what to do about it; "" where nothing is to be done
+
+    def __str__(self) -> str:
+        return one_line(f"{self.value}: {self.todo}" if self.todo else self.value)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    checks: tuple[Check, ...]
+    job: str  # its name; "" without one
+    reached: bool = True
+
+    @property
+    def fit(self) -> bool:
+        return bool(self.checks) and not any(check.status == "unfit" for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """`fit for opt-1.3b`, or `not fit for opt-1.3b: what, and what to do; ...`."""
+        target = f" for {self.job}" if self.job else ""
+        if not self.reached:
+            return f"not fit{target}: it was not reached"
+        if not self.fit:
+            return f"not fit{target}: " + "; ".join(str(check) for check in self.checks if check.status == "unfit")
+        warnings = sum(check.status == "warning" for check in self.checks)
+        return f"fit{target}" + (f", with {plural(warnings, 'warnings')}" if warnings else "")
+
+    def lines(self) -> list[str]:
+        """A line for each check, the words in columns, and the verdict."""
+        shown = [check for check in self.checks if self.reached or check.value != NOT_ASKED]
+        width = max((len(check.name) for check in shown), default=0)
+        return [*(f"{check.status:<7}  {check.name:<{width}}  {check}" for check in shown), self.verdict]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job or None,
+            "fit": self.fit,
+            "verdict": self.verdict,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def diagnose(
+    facts: BoxFacts | None,
+    job: Job | None,
+    limits: Limits,
+    provider: Provider,
+    link: Link,
+    *,
+    offset: ClockOffset | None = None,
+    data_folder: str = "",
+    prefer_route: str = "",
+) -> Diagnosis:
+    """facts: None where the box was not reached. data_folder, prefer_route: what boxes.yaml says of it."""
+    checks = [_reachable(link, facts), _host_key(link)]
+    if facts is None:
+        names = (
+            "provider",
+            "driver",
+            "cards",
+            "capability",
+            "P2P",
+            "/dev/shm",
+            "CPU and memory",
+            "disk",
+            "inodes",
+            "Python",
+            "Docker",
+            "hub",
+            "clock",
+        )
+        checks += [Check(name, "unknown", NOT_ASKED) for name in names]
+    else:
+        seen = Box(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
+        checks += [
+            _provider(seen),
+            _driver(seen),
+            *_cards(seen),
+            _capability(seen),
+            _peers(seen),
+            _shm(seen),
+            _cpu_and_memory(seen),
+            _disk(seen),
+            _inodes(seen),
+            _python(seen),
+            _docker(seen),
+            _hub(seen, prefer_route),
+            _clock(offset, limits),
+        ]
+    return Diagnosis(tuple(checks), job.name if job else "", facts is not None)
+
+
+# --- what is asked of the box ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Box:
+    """What the checks read."""
+
+    facts: BoxFacts
+    job: Job | None
+    limits: Limits
+    provider: Provider
+    runtime: Runtime
+    place: Place
+
+    @property
+    def wants_gpu(self) -> bool:
+        """With device auto, a job that starts from random weights runs on the CPU where there is no card, as deploy sets it up."""
+        if self.job is None:
+            return self.facts.cards != ()
+        device = self.job.hardware.device
+        return device == "cuda" or (device == "auto" and (is_pretrained(self.job) or self.facts.cards != ()))
+
+    @property
+    def ranks(self) -> int | None:
+        wish = self.job.hardware.ranks if self.job else "auto"
+        return (len(self.facts.cards) if self.facts.cards else None) if wish == "auto" else wish
+
+    def judged(self, **known: Any) -> list[Finding]:
+        """What jobs/fitness.py says of these facts alone."""
+        device = self.job.hardware.device if self.job else "auto"
+        cuda = self.limits.image.cuda if self.wants_gpu else None
+        pretrained = self.job is not None and is_pretrained(self.job)
+        return judge(Facts(device=device, cuda=cuda, pretrained=pretrained, **known), self.limits)
+
+
+def is_pretrained(job: Job) -> bool:
+    return any(isinstance(model, str) and model != "actor" for model in (job.actor.model, job.critic.model))
+
+
+def hub_names(job: Job) -> list[str]:
+    """Models and data sets that may have to come from the hub: those that are no path by their looks."""
+    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"]
+    names = [name for name in (*models, *job.data.datasets) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)]
+    return [name for name in names if not name.endswith((".jsonl", ".json"))]
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------
+
+
+def _of(name: str, value: str, findings: Iterable[Finding], todo: str = "") -> Check:
+    """A check of what was found, the worst first; without findings all is well."""
+    found = sorted(findings, key=lambda finding: finding.level != "unfit")
+    if not found:
+        return Check(name, "ok", value)
+    return Check(name, found[0].level, "; ".join(finding.what for finding in found), todo or "; ".join(dict.fromkeys(each.todo for each in found)))
+
+
+def _reachable(link: Link, facts: BoxFacts | None) -> Check:
+    if not link.reached and link.host_key == "changed":
+        return Check("reachable", "unfit", "it answers, with another host key")
+    if not link.reached:
+        return Check("reachable", "unfit", link.error or "no answer", link.todo or "see that it runs, and its address and port in boxes.yaml")
+    took = f"in {link.seconds * 1000:.0f} ms" if link.seconds is not None else "yes"
+    if facts is None or not facts.complete:
+        return Check("reachable", "warning", f"{took}, but the probe's answer broke off", "try again")
+    if facts.late:
+        return Check("reachable", "warning", f"{took}; no answer in time from: {', '.join(facts.late)}", "try again, or take another box")
+    return Check("reachable", "ok", took)
+
+
+def _host_key(link: Link) -> Check:
+    shown = link.fingerprint or "not seen"
+    if link.host_key == "changed":
+        return Check("host key", "unfit", f"changed: {shown}", "if the box was made anew, `fab trust --replace`; else somebody is in between")
+    if link.host_key == "new":
+        return Check("host key", "ok", f"{shown}, seen for the first time")
+    return Check("host key", "ok" if link.host_key == "known" else "unknown", shown)
+
+
+def _provider(box: Box) -> Check:
+    facts = box.facts
+    value = f"{box.provider.title}, {'container' if facts.container else 'machine'}; runtime {box.runtime.name} ({box.runtime.why})"
+    if box.place.deployed:
+        value += f"; deployed: {box.place.deployed.get('code', '?')[:12]}"
+    if box.place.slot and box.place.slot_alive:
+        value += f"; a job runs: {box.place.slot.get('run', '?')}"
+    if facts.machine and facts.machine != box.limits.image.machine:
+        todo = f"take a box with {box.limits.image.machine}; PyTorch for CUDA {box.limits.image.cuda} is made for no other"
+        return Check("provider", "unfit", f"{value}; its processor is {facts.machine}", todo)
+    return Check("provider", "ok", value)
+
+
+def _driver(box: Box) -> Check:
+    facts = box.facts
+    if not box.wants_gpu:
+        return Check("driver", "ok", facts.driver or "none, and this job needs none")
+    if facts.driver is None and facts.cards is None:
+        return Check("driver", "unknown", facts.smi_error or "nvidia-smi does not answer", "run `nvidia-smi` there; if it hangs, take another box")
+    if facts.driver is None:
+        return Check("driver", "unknown", "none is loaded")  # the cards' check says what to do
+    wanted = f"{facts.driver}, for CUDA {box.limits.image.cuda}"
+    return _of("driver", wanted, box.judged(driver=facts.driver))
+
+
+def _cards(box: Box) -> Iterator[Check]:
+    facts = box.facts
+    if facts.cards is None:
+        if box.wants_gpu:
+            value = facts.smi_error or "nvidia-smi does not answer"
+            status: Status = "unfit" if facts.smi_error else "unknown"
+            yield Check("cards", status, value, "start the box again, or take another")
+        else:
+            yield Check("cards", "ok", "not known, and this job needs none")
+    elif not facts.cards:
+        missing = box.judged(cards=(), driver=facts.driver)
+        if box.wants_gpu:
+            yield _of("cards", "none", missing)
+        elif box.job is None or box.job.hardware.device == "cpu":
+            yield Check("cards", "ok", "none" + (", and this job needs none" if box.job else ""))
+        else:
+            yield Check("cards", "warning", "none: the job will run on the CPU", "take a box with a GPU, or --set hardware.device=cpu to mean it")
+    for card in facts.cards or ():
+        yield _card(box, card)
+    if facts.cards and box.wants_gpu and box.ranks is not None and box.ranks > len(facts.cards):
+        here = f"the job asks for {box.ranks} ranks, and here {'is' if len(facts.cards) == 1 else 'are'} {plural(len(facts.cards), 'cards')}"
+        yield Check("ranks", "unfit", here, "take a box with more cards, or --set hardware.ranks=auto")
+
+
+def _card(box: Box, card: GpuCard) -> Check:
+    limits, name = box.limits.gpu_health, f"card {card.index}"
+    free = f", {size(card.total_bytes)}, {size(card.used_bytes)} in use" if card.total_bytes is not None and card.used_bytes is not None else ""
+    value = f"{card.name or 'a card'}{free}"
+    found: list[Finding] = []
+    if box.wants_gpu:
+        used = (*(None for _ in range(card.index)), card.used_bytes)
+        holders = tuple(holder for holder in box.facts.holders if holder.gpu in (None, card.index))
+        found += box.judged(gpu_used_bytes=used, gpu_holders=holders)
+    away = "take another box: this card ends runs, or computes wrong" if box.wants_gpu else "this job does not use it"
+    bad: Literal["unfit", "warning"] = "unfit" if box.wants_gpu else "warning"
+    if (card.ecc_now or 0) > limits.ecc_uncorrected_max:
+        found.append(Finding(bad, f"{plural(card.ecc_now, 'uncorrected memory errors')} (ECC) since its driver was loaded", away))
+    for numbers, level in ((limits.xid_unfit, bad), (limits.xid_warning, "warning")):
+        if logged := [str(xid) for xid in card.xids if xid in numbers]:
+            todo = away if level == "unfit" else "it may be over; should a run end with a CUDA error, take another box"
+            found.append(Finding(level, f"the kernel logged Xid {', '.join(logged)} for it", todo))
+    check = _of(name, value, found)
+    return replace(check, value=f"{value}; {check.value}") if found else check
+
+
+def _capability(box: Box) -> Check:
+    cards = tuple(Card(card.name, card.capability) for card in box.facts.cards or ())
+    shown = ", ".join(dict.fromkeys(card.capability or "?" for card in cards))
+    if not cards or not box.wants_gpu:
+        return Check("capability", "ok" if box.facts.cards is not None or not box.wants_gpu else "unknown", shown or "no card to look at")
+    wanted = box.limits.cuda[box.limits.image.cuda]
+    value = f"{shown}, where CUDA {box.limits.image.cuda} drives {wanted.capability_min} to {wanted.capability_max}"
+    if all(card.capability is None for card in cards):
+        return Check(
+            "capability", "unknown", "nvidia-smi does not say", "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not"
+        )
+    return _of("capability", value, box.judged(cards=cards))
+
+
+def fitness_facts(facts: BoxFacts) -> Facts:
+    """The box's cards as jobs/fitness.py reads them."""
+    access = [peer.access for peer in facts.peers if peer.access is not None]
+    return Facts(
+        driver=facts.driver,
+        cards=tuple(Card(card.name, card.capability) for card in facts.cards or ()) or None,
+        peer_access=any(access) if access else None,
+        peer_copies_wrong=any(peer.access and peer.result == "wrong" for peer in facts.peers),
+    )
+
+
+def peer_access_off(facts: BoxFacts, limits: Limits) -> str:
+    """Why NCCL_P2P_DISABLE=1 belongs into this box's environment; "" if it does not. Training finds out all but the wrong copies."""
+    return no_peer_access(fitness_facts(facts), limits)
+
+
+def _peers(box: Box) -> Check:
+    facts = box.facts
+    if not box.wants_gpu or (facts.cards is not None and len(facts.cards) < 2):
+        return Check("P2P", "ok", "not needed")
+    if facts.cards is None:
+        return Check("P2P", "unknown", "no card to look at")
+    staged = [peer for peer in facts.peers if peer.result == "wrong" and not peer.access]
+    if staged:
+        pair = f"GPU {staged[0].source} to GPU {staged[0].target}"
+        return Check("P2P", "unfit", f"a copy through the main memory ({pair}) arrives changed", "take another box")
+    failed = [peer for peer in facts.peers if peer.result.startswith("failed")]
+    if failed:
+        what = f"GPU {failed[0].source} to GPU {failed[0].target}: {failed[0].result}"
+        return Check("P2P", "unfit", what, "take another box: what CUDA refuses now, it will refuse to training")
+    if why := peer_access_off(facts, box.limits):
+        return Check("P2P", "warning", why, "NCCL_P2P_DISABLE=1, which deploy sets for this box; slower, but right")
+    pairs = len(facts.cards) * (len(facts.cards) - 1)
+    if len(facts.peers) < pairs:
+        said = facts.peers_said or f"{len(facts.peers)} of {pairs} copies in time"
+        return Check(
+            "P2P", "unknown", f"not tried: {said}" if not facts.peers else f"{said}, all right", "watch the first update: NCCL_P2P_DISABLE=1"
+        )
+    direct = sum(peer.access is True for peer in facts.peers)
+    return Check("P2P", "ok", f"{direct} of {pairs} ways direct, all {pairs} copies right")
+
+
+def _shm(box: Box) -> Check:
+    free = box.facts.shm_free_bytes
+    if box.runtime.name == "docker":
+        return Check("/dev/shm", "ok", "the container's own (RLHF_SHM in docker-compose.yml, 8 GB)")
+    if free is None:
+        return Check("/dev/shm", "unknown", "not seen")
+    found = box.judged(ranks=box.ranks, shared_memory_bytes=free)
+    return _of("/dev/shm", f"{size(free)} free", found)
+
+
+def _cpu_and_memory(box: Box) -> Check:
+    facts, cpu, memory = box.facts, box.limits.cpu, box.limits.memory
+    cores, most, free = facts.cores, facts.memory_bytes, facts.memory_free_bytes
+    if cores is None and most is None:
+        return Check("CPU and memory", "unknown", "not seen")
+    value = f"{_cores(cores)}, {size(most)}, {size(free)} of it free"
+    larger, found = "take a larger box", []
+    if cores is not None and cores < cpu.cores_min:
+        found.append(Finding("unfit", f"only {_cores(cores)}, and {cpu.cores_min:g} is the least", f"{larger} (or start it with its card)"))
+    ranks = box.ranks or 1
+    if cores is not None and cpu.cores_min <= cores < cpu.cores_advised_per_rank * ranks:
+        found.append(Finding("warning", f"{_cores(cores)} for {ranks} ranks, so that the GPUs will wait for them", larger))
+    if free is not None and free < memory.bytes_min:
+        found.append(
+            Finding(
+                "unfit", f"{size(free)} of memory are free, and a run needs {size(memory.bytes_min)} at least", f"end what runs there, or {larger}"
+            )
+        )
+    elif free is not None and free < memory.bytes_advised and box.job is not None and is_pretrained(box.job):
+        found.append(Finding("warning", f"only {size(free)} of memory are free, and {size(memory.bytes_advised)} are advised", larger))
+    return _of("CPU and memory", value, found)
+
+
+def _cores(cores: float | None) -> str:
+    return "? cores" if cores is None else plural(f"{cores:g}", "cores") if cores != 1 else "1 core"
+
+
+def _folder(place: Place) -> Folder:
+    return Folder(
+        path=place.root,
+        found=place.found,
+        missing=place.missing,
+        is_folder=place.is_folder is not False,
+        writable=place.writable,
+        read_only=place.read_only,
+        uid=place.uid,
+    )
+
+
+def _disk(box: Box) -> Check:
+    place = box.place
+    if not place.found:
+        return Check(
+            "disk", "unknown", f"{place.root}: no answer from its disk", "see that its disk is there, or name another data_folder in boxes.yaml"
+        )
+    folder = replace(_folder(place), free_bytes=place.free_bytes)
+    value = f"{size(place.free_bytes) if place.free_bytes is not None else '?'} free at {place.found}"
+    value += f" ({place.file_system})" if place.file_system else ""
+    found = box.judged(folders=(folder,), uid=box.facts.uid, gid=box.facts.gid)
+    if not found and place.free_bytes is None:
+        return Check("disk", "unknown", value)
+    return _of("disk", value, found, todo="make room there, or name another data_folder in boxes.yaml")
+
+
+def _inodes(box: Box) -> Check:
+    place = box.place
+    if place.free_inodes is None:
+        return Check("inodes", "unknown" if not place.found else "ok", "this file system does not count them" if place.found else "not seen")
+    folder = Folder(place.root, place.found, free_inodes=place.free_inodes)
+    todo = "remove many small files (`df -i` and `du --inodes` show where), or name another data_folder in boxes.yaml"
+    return _of("inodes", f"{place.free_inodes} free at {place.found}", box.judged(folders=(folder,)), todo=todo)
+
+
+def _python(box: Box) -> Check:
+    wanted = box.limits.image.python
+    right = [python for python in box.facts.pythons if python.version.split(".")[:2] == wanted.split(".")]
+    whole = [python for python in right if python.makes_venv]
+    if box.runtime.name == "docker":
+        return Check("Python", "ok", f"{wanted}, in the image")
+    if whole:
+        return Check("Python", "ok", f"{whole[0].version} at {whole[0].path}")
+    if box.facts.condas:
+        return Check("Python", "ok", f"{wanted} will be made by {box.facts.condas[0][0]}")
+    if right:
+        todo = f"apt-get install python{wanted}-venv"
+        return Check("Python", "unfit", f"{right[0].path} has no venv or ensurepip", todo)
+    seen = ", ".join(dict.fromkeys(python.version for python in box.facts.pythons)) or "none"
+    todo = f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, or take the provider's image that has it"
+    return Check("Python", "unfit", f"no Python {wanted} and no conda to make it with (there is: {seen})", todo)
+
+
+DOCKER_HELP = {
+    "daemon": "start it, or let this user speak to it (the group `docker`, which is as good as root); else the bare runtime serves",
+    "compose": "install docker-compose-plugin (Compose 2); else the bare runtime serves",
+    "gpu": "install nvidia-container-toolkit, `nvidia-ctk runtime configure --runtime=docker`, restart Docker (not Docker from snap); "
+    "else the bare runtime serves",
+}
+
+
+def _docker(box: Box) -> Check:
+    docker = box.facts.docker
+    if not docker.client and not docker.server:
+        return Check("Docker", "ok", "none, and none is needed: the bare runtime serves")
+    if box.runtime.lacking:
+        saw_none = docker.gpu_code == 0 and not reaches_gpus(docker)
+        said = docker.error or (("a container saw no card" if saw_none else docker.gpu_said) if box.runtime.lacking == "gpu" else "")
+        return Check("Docker", "warning", f"{box.runtime.why}{f' ({said})' if said else ''}", DOCKER_HELP[box.runtime.lacking])
+    value = f"{docker.server}, Compose {docker.compose}" + (f", buildx {docker.buildx}" if docker.buildx else "")
+    if box.facts.cards:
+        tried = f"a container saw {plural(docker.gpu_cards, 'cards')}" if docker.gpu_code == 0 else "its GPU runtime is there, not tried"
+        value += f"; {tried}" + (f" ({docker.gpu_said})" if docker.gpu_code != 0 and docker.gpu_said else "")
+        if docker.gpu_code == 0 and docker.gpu_cards != len(box.facts.cards):
+            return Check("Docker", "warning", f"{value} of {len(box.facts.cards)}", "restart Docker, or the box")
+    if not docker.buildx:
+        return Check("Docker", "warning", value, "install docker-buildx-plugin: the image is built with it")
+    return Check("Docker", "ok", value)
+
+
+def _hub(box: Box, prefer: str) -> Check:
+    shown = ", ".join(f"{route.name} {_way(route)}" for route in box.facts.routes)
+    route = route_of(box.facts, box.limits, prefer)
+    names = hub_names(box.job) if box.job else []
+    if route is None:
+        value = f"no way to it ({shown or 'not tried'})"
+        if box.job is not None and not names:
+            return Check("hub", "ok", f"{value}, and this job needs none")
+        todo = "give the box a `mirror` in boxes.yaml, or a proxy, or send models and data as local folders"
+        return Check("hub", "unfit" if names and box.facts.routes else "warning" if box.facts.routes else "unknown", value, todo)
+    value = f"{route.name} ({shown})"
+    if (route.total_s or 0) > box.limits.hub.small_file_max_s:
+        return Check("hub", "warning", f"{value}, which is slow for a small file", "try a `mirror` in boxes.yaml")
+    return Check("hub", "ok", value)
+
+
+def _way(route: HubRoute) -> str:
+    if route.works:
+        return f"{route.total_s:.2f} s"
+    return f"HTTP {route.status}" if route.status else "no answer"
+
+
+def _clock(offset: ClockOffset | None, limits: Limits) -> Check:
+    if offset is None:
+        return Check("clock", "unknown", "not seen")
+    value = f"{abs(offset.seconds):.1f} s {'ahead' if offset.seconds >= 0 else 'behind'} (to {offset.within_s:.1f} s)"
+    if abs(offset.seconds) - offset.within_s > limits.clock.offset_max_s:
+        return Check("clock", "warning", value, "set it on the host (in a container nobody can); times in logs will be off by so much")
+    return Check("clock", "ok", value)

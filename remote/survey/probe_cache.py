@@ -1,0 +1,111 @@
+"""What the laptop remembers of a box: the last answer of the probe, so that a deploy that finds the same box need not ask again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from env.settings import PROVIDERS, Provider
+from jobs.errors import ExitCode, ToolkitError
+from remote.scripts import script
+from remote.ssh import commands
+from remote.survey.facts import PROBE_S, BoxFacts, parse, probe_args
+
+if TYPE_CHECKING:
+    from remote.inventory import Box
+    from remote.ssh.connection import Line
+
+MIRRORS = PROVIDERS.with_name("mirrors")
+OTHER_MIRROR = "cn"  # whose way to the hub is tried where boxes.yaml names none
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Known:
+    asked: tuple[str, ...]  # the probe's arguments: others mean that boxes.yaml or the providers changed
+    probe: str  # its answer, as it came
+    sent: float  # the laptop's clock around it
+    received: float
+    identity: str = ""  # land.sh's: another one means that the box was started anew, or is another one
+    root: str = ""
+
+    @cached_property
+    def facts(self) -> BoxFacts:
+        return parse(self.probe)
+
+
+def file_of(state: Path, name: str) -> Path:
+    return state / "boxes" / f"{quote(name, safe='')}.json"
+
+
+def recall(state: Path, name: str) -> Known | None:
+    """None if nothing is known, or what is written is not of this version."""
+    try:
+        said = json.loads(file_of(state, name).read_text(encoding="utf-8"))
+        if said.pop("schema") != SCHEMA:
+            return None
+        return Known(**{**said, "asked": tuple(said["asked"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def remember(state: Path, name: str, known: Known) -> None:
+    file = file_of(state, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}.new")
+    beside.write_text(json.dumps({"schema": SCHEMA, **asdict(known)}), encoding="utf-8")
+    os.replace(beside, file)
+
+
+def probe(line: Line, box: Box, providers: Mapping[str, Provider]) -> Known:
+    """One round trip, some seconds.
+
+    Raises ToolkitError: the box cannot be reached, or its answer broke off.
+    """
+    asked, sent = arguments(box, providers), time.time()
+    answer = line.ask(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
+    known = Known(asked, answer.out, sent, time.time())
+    if not known.facts.complete:
+        raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", code=ExitCode.UNREACHABLE)
+    return known
+
+
+def probe_again(line: Line, box: Box, providers: Mapping[str, Provider], state: Path) -> Known:
+    """For who wants to know how it is now; what is remembered of its folder stays."""
+    before, known = recall(state, box.name), probe(line, box, providers)
+    if before is not None and not line.dry_run:
+        remember(state, box.name, replace(known, identity=before.identity, root=before.root))
+    return known
+
+
+def arguments(box: Box, providers: Mapping[str, Provider]) -> tuple[str, ...]:
+    mirror = mirror_values(hub_mirror(box)).get("HF_ENDPOINT", "")
+    direct = mirror_values("default").get("HF_ENDPOINT", "")
+    return tuple(probe_args(providers, data_folder=box.data_folder, hub=direct, mirror="" if mirror == direct else mirror))
+
+
+def hub_mirror(box: Box) -> str:
+    """The one whose way to the hub is tried."""
+    return box.mirror if box.mirror not in ("", "default") else OTHER_MIRROR
+
+
+def mirror_values(name: str, folder: Path = MIRRORS) -> dict[str, str]:
+    """NAME=VALUE of env/mirrors/NAME.env; of `${NAME:-VALUE}` what stands for nothing said.
+
+    Raises ToolkitError: there is no such file.
+    """
+    try:
+        text = (folder / f"{name}.env").read_text(encoding="utf-8")
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.env")))
+        raise ToolkitError(f"there is no mirror `{name}`", why=f"env/mirrors has {known}", hint="mend `mirror` in boxes.yaml") from None
+    pairs = re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)
+    return {key: re.sub(r"^\$\{[A-Z_]+:-(.*)\}$", r"\1", value) for key, value in pairs}

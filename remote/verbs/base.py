@@ -1,0 +1,180 @@
+"""What the verbs share: the boxes and settings that they work with, how a verb ends, and one box or several.
+
+Each verb is thin: it reads flags, asks or changes a box through `Line`, and shows what came of it. Data goes to standard output, everything
+else to standard error. A verb ends with one of the exit codes of jobs/errors.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fabric import Connection, task
+from fabric.main import program
+from invoke import Context, Exit
+
+from env.settings import Provider, Settings
+from jobs.errors import ExitCode, ToolkitError, system_error
+from remote import inventory
+from remote.inventory import Box
+from remote.output import Sayer
+from remote.runs import listing
+from remote.runs.deployed import check, there
+from remote.ssh.connection import Line
+
+CHECKOUT = Path(__file__).parents[2]
+
+HOST = "a name in boxes.yaml, or anything that ssh understands"
+HOSTS = f"{HOST}; several with commas"
+JSON = "for programs: JSON on standard output"
+DRY_RUN = "show the commands that would change something, and run none of them"
+
+
+def read_settings() -> Settings:
+    return Settings.from_environ(os.environ)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the verbs work with."""
+
+    settings: Settings
+    boxes: Mapping[str, Box]
+    providers: Mapping[str, Provider] = field(default_factory=Provider.load_all)
+    dry_run: bool = False
+
+    @classmethod
+    def open(cls, *, dry_run: bool = False) -> Desk:
+        settings = read_settings()
+        return cls(settings, inventory.load_boxes(settings.boxes), dry_run=dry_run)
+
+    def line(self, box: Box, say: Sayer) -> Line:
+        return Line(box, self.settings.state, say=say, dry_run=self.dry_run)
+
+    def box(self, name: str) -> Box:
+        return inventory.find(name, self.boxes)
+
+    def secrets(self, box: Box) -> dict[str, str]:
+        """Those that the box's entry names, from the environment, else from secrets/ in the checkout."""
+        found = {}
+        for name in box.secrets:
+            file = CHECKOUT / "secrets" / name
+            value = os.environ.get(name) or (file.read_text(encoding="utf-8").strip() if file.is_file() else "")
+            if value:
+                found[name] = value
+        return found
+
+
+def hosts_of(c: Context, host: str) -> list[str]:
+    """`--host a,b`, or Fabric's own `-H a,b`. Raises ToolkitError: none, or one twice."""
+    if host and isinstance(c, Connection):
+        raise ToolkitError("the box is named twice", why=f"by --host {host} and by -H {program.args.hosts.value}", hint="leave out one of them")
+    named = program.args.hosts.value if isinstance(c, Connection) else host
+    names = [name.strip() for name in (named or "").split(",") if name.strip()]
+    if not names:
+        raise ToolkitError("which box?", hint="--host NAME, a name of boxes.yaml or anything that ssh understands")
+    if len({*names}) < len(names):
+        raise ToolkitError(f"a box is named twice: {', '.join(names)}")
+    return names
+
+
+def one_host(c: Context, host: str) -> str:
+    names = hosts_of(c, host)
+    if len(names) > 1:
+        raise ToolkitError(f"this takes one box, not {len(names)}", why=", ".join(names), hint="one call for each")
+    return names[0]
+
+
+def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..., ExitCode | int | None]], Any]:
+    """A task whose errors are shown as they are, and whose exit code is one of ours. The default of an iterable flag is None: any other
+    takes the place of its kind. With `-H a,b` Fabric calls it once for each host:
+    the first call takes all of them, as with `--host a,b`.
+    """
+
+    def decorate(body: Callable[..., ExitCode | int | None]) -> Any:
+        @functools.wraps(body)
+        def run(c: Context, *arguments: Any, **flags: Any) -> None:
+            if isinstance(c, Connection) and c.original_host != Connection(program.args.hosts.value.split(",")[0]).original_host:
+                return
+            try:
+                code = body(c, *arguments, **flags)
+            except ToolkitError as error:
+                if flags.get("json_"):
+                    Sayer().data(to_json(error_as_json(error)))
+                Sayer()(error)
+                code = error.code
+            except BrokenPipeError:
+                code = ExitCode.OK
+            except OSError as error:
+                Sayer()(system_error(error, ExitCode.INTERNAL))
+                code = ExitCode.INTERNAL
+            except KeyboardInterrupt:
+                Sayer()("\nstopped by Ctrl-C" if sys.stderr.isatty() else "stopped by Ctrl-C")  # the terminal has shown a ^C
+                code = ExitCode.INTERRUPTED
+            if code:
+                raise Exit(code=int(code))
+
+        help_of = {name.removesuffix("_"): text for name, text in texts.items()}
+        return task(auto_shortflags=False, iterable=list(iterable), help=help_of)(run)
+
+    return decorate
+
+
+# --- one box or several -----------------------------------------------------------------------------------------------
+
+
+def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
+    """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names.
+
+    as_json: a box that fails has its line of JSON, too.
+    """
+    if len(names) == 1:
+        return work(desk.box(names[0]), say)
+
+    def guarded(name: str) -> int:
+        mine = say.of(name)
+        try:
+            return work(desk.box(name), mine)
+        except ToolkitError as error:
+            failed = error
+        except OSError as error:
+            failed = system_error(error, ExitCode.INTERNAL)
+        if as_json:
+            say.data(to_json({"host": name, **error_as_json(failed)}))
+        mine(failed)
+        return failed.code
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        codes = list(pool.map(guarded, names))
+    return next((code for code in codes if code), 0)
+
+
+def error_as_json(error: ToolkitError) -> dict[str, Any]:
+    return {"error": error.what, "why": error.why, "hint": error.hint, "exit": int(error.code)}
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- what several verbs ask -------------------------------------------------------------------------------------------
+
+
+def is_number(text: str) -> bool:
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False
+
+
+def listed(desk: Desk, line: Line) -> listing.Listing:
+    answer = line.ask(there(line.box, desk.providers, "list"), check=False)
+    check(line.box, answer)
+    return listing.parse(answer.out)

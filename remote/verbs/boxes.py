@@ -1,0 +1,121 @@
+"""Getting to know a box: add, trust, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from invoke import Context
+
+from env.settings import Limits
+from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Job, load_job
+from remote import inventory
+from remote.inventory import Box
+from remote.output import Sayer
+from remote.ssh import host_keys
+from remote.ssh.connection import Line
+from remote.ssh.link import Link
+from remote.survey import probe_cache
+from remote.survey.doctor import Diagnosis, diagnose
+from remote.survey.facts import clock_offset, provider_of
+from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, is_number, on_each, one_host, read_settings, to_json, verb
+
+
+@verb(
+    name="what you will call it: small letters, digits and dashes",
+    command="what the rental page shows, quoted: 'ssh -p 41022 root@host'",
+    provider="a file of env/providers: autodl, vast, runpod, lambda, generic (default: found out)",
+    price="per hour, for what `fab logs` and `fab ps` say of cost",
+    currency="a sign or a word, e.g. ¥ or EUR",
+    data_folder="the folder on the box that outlives a stop (default: the provider's)",
+    mirror="a file of env/mirrors, e.g. cn (default: measured)",
+    json_=JSON,
+    dry_run=DRY_RUN,
+)
+def add(
+    c: Context, name: str, command: str, provider: str = "", price: str = "", currency: str = "", data_folder: str = "", mirror: str = "",
+    json_: bool = False, dry_run: bool = False,
+) -> None:  # fmt: skip
+    """Write a box into boxes.yaml, from what the rental page shows.
+
+    fab add gpu-box 'ssh -p 41022 root@connect.example.com' --price 1.98 --currency ¥
+    """
+    settings = read_settings()
+    if price and not is_number(price):
+        raise ToolkitError(f"--price {price} is not a number", hint="per hour, e.g. --price 1.98")
+    more = {
+        "provider": provider or None, "price_per_hour": float(price) if price else None, "currency": currency or None,
+        "data_folder": data_folder or None, "mirror": mirror or None,
+    }  # fmt: skip
+    added = inventory.add_box(settings.boxes, name, command, dry_run=dry_run, **more)
+    say = Sayer()
+    if json_:
+        say.data(to_json(added.box.model_dump(mode="json", exclude_defaults=True)))
+    else:
+        say.data(added.text.rstrip())
+        say(f"{'would be added to' if dry_run else 'added to'} {settings.boxes}" + ("" if dry_run else f"; next: fab trust --host {name}"))
+
+
+@verb(
+    host=HOST,
+    replace="take the key that the box shows now for the right one",
+    host_key="SHA256:..., if the rental page shows it",
+    key="the .pub file of your key (default: the first that ssh would use)",
+    json_=JSON,
+    dry_run=DRY_RUN,
+)
+def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "", key: str = "", json_: bool = False, dry_run: bool = False) -> None:
+    """Show the box's host key and keep it, and put your public key there; asks for the box's password once, if it must.
+
+    fab trust --host gpu-box
+    """
+    desk, say = Desk.open(dry_run=dry_run), Sayer()
+    with desk.line(desk.box(one_host(c, host)), say) as line:
+        trusted = host_keys.trust(line, replace=replace, host_key=host_key)
+        if not json_:
+            say.data(str(trusted))
+        installed = host_keys.install_key(line, Path(key).expanduser() if key else None)
+    if json_:
+        say.data(to_json({"host": line.box.name, "host_key": trusted.key.fingerprint, "status": trusted.status, "your_key": installed.status}))
+    else:
+        say.data(str(installed))
+
+
+@verb(
+    host=HOSTS,
+    job="the job that it is to run: a name of jobs/ or a YAML file",
+    set_="change a field of the job; repeatable",
+    json_=JSON,
+    dry_run=DRY_RUN,
+    iterable=["set_"],
+)
+def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = None, json_: bool = False, dry_run: bool = False) -> int:
+    """Is this box fit for this job? A line a check, one round trip, and nothing is changed. Before money is spent.
+
+    fab doctor --host gpu-box --job opt-1.3b
+    """
+    desk, names = Desk.open(dry_run=dry_run), hosts_of(c, host)
+    wanted = load_job(job, set_ or []) if job or set_ else None
+    limits = Limits.load()
+
+    def examine(box: Box, say: Sayer) -> int:
+        with desk.line(box, say) as line:
+            link = line.link
+            diagnosis = _examined(desk, line, link, wanted, limits)
+        if json_:
+            say.data(to_json({"host": box.name, **diagnosis.as_json()}))
+        else:
+            say.data("\n".join([*([f"== {box.name}"] if len(names) > 1 else []), *diagnosis.lines()]))
+        return ExitCode.OK if diagnosis.fit else ExitCode.UNFIT if link.reached else ExitCode.UNREACHABLE
+
+    return on_each(desk, names, examine, Sayer(), as_json=json_)
+
+
+def _examined(desk: Desk, line: Line, link: Link, job: Job | None, limits: Limits) -> Diagnosis:
+    box, facts, offset = line.box, None, None
+    if link.reached:
+        seen = probe_cache.probe_again(line, box, desk.providers, desk.settings.state)
+        facts, offset = seen.facts, clock_offset(seen.facts, seen.sent, seen.received)
+    provider = provider_of(facts, desk.providers, box.provider)
+    prefer = "mirror" if box.mirror not in ("", "default") else ""
+    return diagnose(facts, job, limits, provider, link, offset=offset, data_folder=box.data_folder, prefer_route=prefer)

@@ -1,0 +1,82 @@
+"""Taking results home: fetch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from invoke import Context
+
+from jobs.errors import ToolkitError
+from jobs.formatting import duration, size, visible
+from jobs.spec import NAME
+from remote.output import Sayer
+from remote.results import transfer
+from remote.runs.deployed import where
+from remote.ssh.connection import Line
+from remote.verbs.base import DRY_RUN, HOST, JSON, Desk, listed, one_host, to_json, verb
+
+
+@verb(
+    host=HOST,
+    run="which run (default: the one that runs, else the last)",
+    checkpoints="the newest complete checkpoint of each step, too",
+    to="the folder for it (default: runs/BOX/RUN)",
+    json_=JSON,
+    dry_run=DRY_RUN,
+)
+def fetch(c: Context, host: str = "", run: str = "", checkpoints: bool = False, to: str = "", json_: bool = False, dry_run: bool = False) -> None:
+    """Bring models and events home, also while it trains: complete ones only, verified by hash; a broken call goes on where it was.
+
+    fab fetch --host gpu-box --run opt-1.3b
+    """
+    desk, say = Desk.open(dry_run=dry_run), Sayer()
+    with desk.line(desk.box(one_host(c, host)), say) as line:
+        deployed = where(line, desk.providers)
+        name = run or _newest(desk, line)
+        if not NAME.fullmatch(name):
+            raise ToolkitError(f"`{name}` cannot name a run")
+        target = Path(to).expanduser() if to else desk.settings.runs / line.box.name / name
+        shown = Shown(say)
+        what = transfer.What(checkpoints=checkpoints)
+        fetched = transfer.fetch(line, deployed.root, name, target, state=desk.settings.state, what=what, progress=shown)
+    if json_:
+        say.data(to_json({"host": line.box.name, **asdict(fetched), "folder": str(fetched.folder)}))
+        return
+    for path in fetched.would:
+        say.data(f"would fetch {path}")
+    for path in fetched.placed:
+        say.data(str(fetched.folder / path))
+    for reason in fetched.left:
+        say(reason)
+    if not dry_run:
+        came = f"{size(fetched.moved_bytes)} in {duration(fetched.seconds)}" if fetched.placed else "nothing new"
+        say(f"{came}; {size(fetched.total_bytes)} of run `{name}` are here, verified: {fetched.folder}")
+
+
+class Shown:
+    """How far a transfer is: a line that is drawn over on a terminal, now and then one elsewhere."""
+
+    def __init__(self, say: Sayer) -> None:
+        self._say, self._is_drawn, self._at = say, sys.stderr.isatty(), 0.0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        is_last, now = done >= total, time.monotonic()
+        if not is_last and now - self._at < (0.2 if self._is_drawn else 30.0):
+            return
+        self._at = now
+        share = f"{100 * done // total:3d} %" if total else ""
+        if self._is_drawn:
+            sys.stderr.write(f"\r\x1b[2K{'' if is_last else f'{share}  {size(done)} of {size(total)}  {visible(what)[:60]}'}")
+            sys.stderr.flush()
+        elif not is_last:
+            self._say(f"{share}  {size(done)} of {size(total)}  {what}")
+
+
+def _newest(desk: Desk, line: Line) -> str:
+    newest = listed(desk, line).newest()
+    if newest is None:
+        raise ToolkitError(f"there is no run on `{line.box.name}`", hint=f"fab train --host {line.box.name}")
+    return newest.name

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -431,13 +432,19 @@ class Reader(ast.NodeVisitor):
             self.known[ast.unparse(target)] = self.types(value)
 
 
+@cache
+def reads_of(job: type[BaseModel], source: str) -> Reads:
+    """Cached: the package's files are looked through by several tests, which takes seconds."""
+    reader = Reader(job)
+    reader.visit(ast.parse(source))
+    return reader.reads
+
+
 def unread(job: type[BaseModel], sources: Iterable[str]) -> list[str]:
     """Paths of the fields that no source reads. A field of a shared base is read where the base's is."""
     reads: Reads = set()
     for source in sources:
-        reader = Reader(job)
-        reader.visit(ast.parse(source))
-        reads |= reader.reads
+        reads |= reads_of(job, source)
     return [
         f"{path}.{name}".lstrip(".")
         for path, model in models(job)

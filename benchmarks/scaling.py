@@ -138,7 +138,7 @@ def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed:
         began = time.monotonic()
         with card_memory() as memory:
             done = work.run(variant, where, updates)
-        ran[variant.name] = done, memory.most_bytes()
+        ran[variant.name] = done, memory.most_bytes(gpus_of(where))
         say(f"  {variant.name}: {seconds_of(done, step):.3f} s ({time.monotonic() - began:.0f} s in all)")
 
     alone = [variant for variant in variants_of(step) if variant.ranks == 1]
@@ -178,6 +178,12 @@ def row_of(variant: Variant, ran: Mapping[str, tuple[Ran, float]], step: int, sa
     return [variant.name, f"{taken:.3f}", f"{rate:.1f}", f"{rate / rate_alone:.2f}x", *phases, *memory]
 
 
+def gpus_of(where: Where) -> list[int]:
+    """Those that its processes see, by nvidia-smi's index."""
+    chosen = dict(where.variables).get("CUDA_VISIBLE_DEVICES")
+    return [int(gpu) for gpu in chosen.split(",")] if chosen else list(range(torch.cuda.device_count()))
+
+
 class CardMemory:
     """Bytes in use on each card, sampled while something runs; nothing where there is no nvidia-smi."""
 
@@ -186,8 +192,8 @@ class CardMemory:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def most_bytes(self) -> int:
-        return max(self._most.values(), default=0)
+    def most_bytes(self, gpus: Sequence[int]) -> int:
+        return max((self._most.get(gpu, 0) for gpu in gpus), default=0)
 
     def start(self) -> None:
         self._thread.start()
@@ -286,8 +292,9 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
 
 
 def difference(one: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
-    """Of the first update, and the largest of all: absolute, since mean reward and KL are about 0."""
-    apart = [abs(a[name] - b[name]) for a, b in zip(one, other, strict=True)]
+    """Of the first update, and the largest of all: relative, but for mean reward and KL, which are about 0."""
+    share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in one]
+    apart = [abs(a[name] - b[name]) / part for a, b, part in zip(one, other, share, strict=True)]
     return f"{apart[0]:.1e} / {max(apart):.1e}"
 
 
@@ -312,13 +319,20 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
     environment = where.environment | {"RLHF_CACHE": str(folder / "cache")}
     run = RunDir(folder / "runs" / "benchmark")
 
-    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while launcher.poll() is None and not any(_has_come_to(event) for event in read_events(run.events)[0]):
-        time.sleep(SAMPLE_S)
-    victim = next(rank for rank in children(launcher.pid) if "RANK=1" in environment_of(rank).split("\0"))
-    os.kill(victim, signal.SIGKILL)
-    began = time.monotonic()
-    said, _ = launcher.communicate(timeout=300)
+    output = folder / "output"
+    with output.open("w") as file:
+        launcher = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        deadline = time.monotonic() + 1800
+        while not any(_has_come_to(event) for event in read_events(run.events)[0]):
+            if launcher.poll() is not None or time.monotonic() > deadline:
+                launcher.kill()
+                raise RuntimeError(f"the run came to no update {KILLED_AFTER} of step 3:\n{output.read_text(encoding='utf-8')}")
+            time.sleep(SAMPLE_S)
+        victim = next(rank for rank in children(launcher.pid) if "RANK=1" in environment_of(rank).split("\0"))
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        launcher.wait(timeout=300)
+    said = output.read_text(encoding="utf-8")
     ended_s, code = time.monotonic() - began, launcher.returncode
     named = next((line.strip() for line in said.splitlines() if "rank 1" in line), f"rank 1 is not named: {said[-1500:]}")
 
@@ -348,7 +362,7 @@ def environment_of(process: int) -> str:
 
 # --- cards of 24 GB ------------------------------------------------------------------------------------------------
 
-FREE_BYTES = 24_564 * 2**20  # what nvidia-smi says that an RTX 4090 has
+FREE_BYTES = 24_200 * 2**20  # what PyTorch may take of an RTX 4090, whose 24,564 MiB are not all to be had
 HOG = """
 import sys, torch
 held = []
@@ -391,10 +405,12 @@ def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: C
                 try:
                     seconds, failed = f"{seconds_of(work.run(variant, where, 2), step):.2f}", ""
                 except RuntimeError as error:
+                    if "out of memory" not in str(error):
+                        raise
                     seconds, failed = "does not fit", str(error)
             events = read_events(RunDir(place / slug(variant.name) / "runs" / "benchmark").events)[0]
             peak = max((event.get("gpu_peak_bytes") or 0 for event in events if event["kind"] == "metrics"), default=0) / GIB
-            used = (memory.most_bytes() - taken) / GIB
+            used = (memory.most_bytes(gpus_of(where)) - taken) / GIB
             warned = [event["message"] for event in events if event["kind"] == "warning"]
             rows.append([f"step {step}, {variant.name}", seconds, f"{peak:.1f}", f"{used:.1f}"])
             numbers[f"step {step}, {variant.name}"] = {"failed": failed, "warned": warned, "used_gib": used, "peak_gib": peak}

@@ -136,7 +136,7 @@ TABLES: dict[str, Callable[[Bench], Table]] = {
 
 
 def most_ranks(name: str, device: str) -> int:
-    if name != "growth":
+    if name != "growth" and name != "killed-rank" and not name.startswith("scaling"):
         return 1
     return min(2, torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1)
 

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -137,7 +137,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         failed = _failed(ranks)
         wait_s = 0.0 if caught or hang else OTHERS_S
         saving_s = 0.0 if caught or hang else max(OTHERS_S, job.checkpoint.grace_s - END_S)
-        end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
+        killed = end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
         watch.close()
         for rank in ranks:
             with suppress(OSError):  # the log's disk may be full
@@ -151,6 +151,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
             show()
         return _Ended(is_done=all(rank.returncode == 0 for rank in ranks))
     if failed:
+        failed += killed_by_others([rank.returncode for rank in ranks], {*failed, *killed})
         words = _all_last_words(ranks)
         first = min(words.values(), key=lambda said: said.at_s, default=None)
         if first is not None and first.out_of_memory and all(number in words for number in failed):
@@ -162,6 +163,14 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
 def _failed(ranks: Sequence[Rank]) -> list[int]:
     """Those that have ended by an error, in their order: not done, nor stopped as they were asked to."""
     return [number for number, rank in enumerate(ranks) if rank.poll() not in (None, ExitCode.OK, ExitCode.PREEMPTED)]
+
+
+def killed_by_others(codes: Sequence[int | None], known: Collection[int]) -> list[int]:
+    """Ranks that somebody, or the kernel, has ended by SIGKILL, besides those that are `known` to have failed or that we have ended.
+
+    Such an end may be seen after the error of a rank that waited for it: a connection breaks immediately, a GPU is let go of later.
+    """
+    return [number for number, code in enumerate(codes) if code == -signal.SIGKILL and number not in known]
 
 
 def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, words: LastWords) -> Placement:

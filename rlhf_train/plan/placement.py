@@ -161,8 +161,8 @@ def _device(job: Job, machine: Machine) -> tuple[str, str]:
 def _zero_stage(wish: str | int, ranks: int, device: str, *, has_lora: bool) -> int:
     """0 where nothing can be shared or little is to be; else 1.
 
-    Not 2, as DeepSpeed-Chat's single_node scripts have it: that adds up gradients over the ranks after each pass, not once an update, and
-    its bucket takes most of the memory that it spares. See the table in README.
+    Not 2, as DeepSpeed-Chat's single_node scripts have it: that sums gradients over the ranks after each pass, not once an update, and its
+    bucket takes more memory than it spares (OPT-1.3b's step 1 on two H200: 20.4 GiB of tensors, and 20.0 at ZeRO 1).
     """
     if wish != "auto":
         return int(wish)

@@ -17,7 +17,7 @@ class World:
     size: int
     device: torch.device
     meet: Callable[[], object] = lambda: None  # called before each collective
-    host_group: dist.ProcessGroup | None = None  # over CPUs, for what is in no GPU's memory; None: the default one, which then is that
+    host_group: dist.ProcessGroup | None = None  # over CPUs, for what is in no GPU's memory; None: the default group is over CPUs
 
     @property
     def is_main(self) -> bool:

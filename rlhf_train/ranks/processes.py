@@ -48,9 +48,10 @@ class Crew:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
             "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
             "PYTHONUNBUFFERED": "1",
-            "GLOO_SOCKET_IFNAME": environ.get("GLOO_SOCKET_IFNAME", "lo"),  # one machine: whatever its name resolves to, or does not
             **dict(self.nccl),
         }
+        if self.ranks > 1:  # all on one machine, whatever its name resolves to, or does not
+            environment.setdefault("GLOO_SOCKET_IFNAME", loopback())
         if self.device == "cpu":
             environment |= {
                 "OMP_NUM_THREADS": str(self.cpu_threads),
@@ -88,6 +89,11 @@ def libraries_of(job: Job) -> tuple[str, ...]:
         if not name.endswith(".jsonl") and (found is None or not any(found.glob("*.jsonl"))):
             return ("datasets",)
     return ()
+
+
+def loopback() -> str:
+    """The interface's name: `lo` on Linux, `lo0` on macOS."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 class Rank(subprocess.Popen[bytes]):
@@ -160,18 +166,20 @@ class Spares:
         end(ranks)
 
 
-def end(ranks: Sequence[Rank], wait_s: float = 0.0, saving_s: float = 0.0, is_saving: Callable[[], bool] = lambda: False) -> None:
-    """All ranks are gone when this returns. SIGKILL: to SIGTERM they answer with a checkpoint, and those that wait for each other not at all.
+def end(ranks: Sequence[Rank], wait_s: float = 0.0, saving_s: float = 0.0, is_saving: Callable[[], bool] = lambda: False) -> list[int]:
+    """All ranks are gone when this returns -> those that were killed here. SIGKILL: to SIGTERM they answer with a checkpoint, and those
+    that wait for each other not at all.
 
     They have `wait_s` to end by themselves, and `saving_s` as long as rank 0 writes a checkpoint.
     """
     start = time.monotonic()
     while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (saving_s if is_saving() else wait_s):
         time.sleep(POLL_S)
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
+    killed = [number for number, rank in enumerate(ranks) if rank.poll() is None]
+    for number in killed:
+        ranks[number].kill()
     deadline = time.monotonic() + GRACE_S
     for rank in ranks:
         with suppress(subprocess.TimeoutExpired):
             rank.wait(max(0.0, deadline - time.monotonic()))
+    return killed

@@ -41,5 +41,6 @@ def test_samples_a_second_are_set_against_those_of_one_gpu() -> None:
 
 
 def test_curves_are_compared_by_update() -> None:
-    one, other = [{"kl": 0.5}, {"kl": 0.25}], [{"kl": 0.5}, {"kl": -0.25}]
+    one, other = [{"kl": 0.5, "loss": 4.0}, {"kl": 0.25, "loss": 2.0}], [{"kl": 0.5, "loss": 4.0}, {"kl": -0.25, "loss": 1.5}]
     assert scaling.difference(one, other, "kl") == "0.0e+00 / 5.0e-01"
+    assert scaling.difference(one, other, "loss") == "0.0e+00 / 2.5e-01"

@@ -74,8 +74,7 @@ def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
 
 def test_not_even_one_row(base: Scene, capsys: Said) -> None:
     """Told with what would help. By hand: the model has P = 1,687,040 parameters, which take 16 bytes each in float32, with gradients and
-    AdamW's moments: 25.7 MiB. With LoRA of rank 64 the A = 589,824 of the adapters take 12, and P only 4: 13.2 MiB. With all but the weights
-    in two halves 4 + 12 / 2: 16.1 MiB; with all in two halves: 12.9 MiB.
+    AdamW's moments: 25.7 MiB. With LoRA of rank 64 the A = 589,824 of the adapters take 12, and P only 4: 13.2 MiB. Two halves: 12.9 MiB.
     """
     wider = [f"actor.model.config.{field}={value}" for field, value in (("hidden_size", 256), ("word_embed_proj_dim", 256), ("ffn_dim", 1024))]
     assert base.train("none", "hardware.micro_batch=1", *wider, met=fault("no memory", rows=0)) == 4
@@ -86,7 +85,6 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
         "hint: weights, gradients and optimizer take 25.7 MiB a rank, activations of one sequence the rest; in order of cost:\n"
         "      hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing\n"
         "      actor.lora: {}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): 25.7 MiB -> 13.2 MiB\n"
-        "      hardware.actor_zero_stage: 2 on 2 GPUs: 25.7 MiB -> 16.1 MiB, for gradients that are added up after each pass\n"
         "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, for more traffic between them\n"
         "      data.max_prompt_tokens and data.max_response_tokens below their sum of 76, or a smaller model\n"
     )

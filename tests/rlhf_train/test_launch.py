@@ -308,6 +308,20 @@ def test_of_two_ranks_one_is_killed_and_the_other_is_ended(run: RunDir, capsys: 
     assert sorted(ranks) == [0, 1] and all(gone(rank) for rank in ranks.values())
 
 
+@pytest.mark.parametrize(
+    ("codes", "failed", "ended_here", "found"),
+    [
+        ([4, -signal.SIGKILL], [0], [], [1]),  # rank 0's error was of the connection to rank 1
+        ([4, -signal.SIGKILL], [0], [1], []),  # rank 1 waited for rank 0
+        ([4, -signal.SIGABRT], [0], [], []),  # a library gave up, since rank 0 had failed
+        ([-signal.SIGKILL, 4], [0], [], []),
+        ([4, 75], [0], [], []),
+    ],
+)
+def test_a_rank_that_others_killed_is_the_cause(codes: list[int], failed: list[int], ended_here: list[int], found: list[int]) -> None:
+    assert launch.killed_by_others(codes, {*failed, *ended_here}) == found
+
+
 @pytest.mark.parametrize(("grace_s", "is_saved"), [(60.0, True), (5.0, False)])
 def test_of_two_ranks_one_is_killed_while_the_other_saves(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, grace_s: float, is_saved: bool
@@ -414,6 +428,13 @@ def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, 
     environment = launch.crew_of(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
+    told = {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert launch.crew_of(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "GLOO_SOCKET_IFNAME" not in launch.crew_of(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(0, {})
 
 
 def test_ranks_with_peer_access_get_no_setting() -> None:

@@ -298,9 +298,12 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
     assert [update(other, 2, seed=n)[:2] for n in range(3)] == [update(plain, 2, seed=n)[:2] for n in range(3)]
 
 
-def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(world: World, make_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "bfloat16")])
+def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
+    world: World, make_model: Callable[..., Any], stage: int, precision: str
+) -> None:
     """For the step has gradients of its own in 16 bit: without room for them, the first update ran out of memory."""
-    trained = engine(make_model(), world, spec())
+    trained = engine(make_model(precision), world, spec(), stage=stage, precision=precision)
     states = []
 
     def look(*_: Any) -> None:

@@ -304,19 +304,21 @@ def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
 ) -> None:
     """For the step has gradients of its own in 16 bit: without room for them, the first update ran out of memory."""
     trained = engine(make_model(precision), world, spec(), stage=stage, precision=precision)
-    states = []
+    passes, steps = list[int](), list[int]()
 
-    def look(*_: Any) -> None:
-        states.append(sum(state["exp_avg"].numel() for state in trained._adamw.state.values()))
+    def moments() -> int:
+        return sum(state["exp_avg"].numel() for state in trained._adamw.state.values() if "exp_avg" in state)
 
     def forward() -> Tensor:
-        look()
+        passes.append(moments())
         return trained(rows())[0].sum()
 
-    trained._adamw.register_step_pre_hook(look)
+    trained._adamw.register_step_pre_hook(lambda *_: steps.append(moments()))
     rehearse((trained, forward))
-    whole = sum(parameter.numel() for parameter in trained.module.parameters())
-    assert states == [0, 0, whole, whole]  # a pass and a step, twice
+    whole = moments()  # flat parts are filled up at their end
+    assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
+    assert passes == [0, whole]
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)  # DeepSpeed steps by groups of parameters
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 

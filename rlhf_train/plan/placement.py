@@ -162,7 +162,7 @@ def _zero_stage(wish: str | int, ranks: int, device: str, *, has_lora: bool) -> 
     """0 where nothing can be shared or little is to be; else 1.
 
     Not 2, as DeepSpeed-Chat's single_node scripts have it: that adds up gradients over the ranks after each pass, not once an update, and
-    its bucket takes most of the memory that it spares. See the table in README.
+    its bucket takes most of the memory that it spares. See the table in docs/speed.md.
     """
     if wish != "auto":
         return int(wish)

@@ -17,20 +17,22 @@ HEAD = """\
 
 <!-- Made by `make docs` from jobs/spec.py. Edit the meanings there. -->
 
-A job is one YAML file for all three steps. It is checked as a whole before anything runs: unknown fields and wrong
-values are refused, all of them together. `jobs/opt-1.3b.yaml`, `jobs/opt-1.3b-lora.yaml`, `jobs/demo.yaml` and
-`examples/job.yaml` are job files to start from.
+A job is one YAML file for all three steps. It is checked as a whole before anything runs: unknown
+fields and wrong values are refused, all of them together. `jobs/opt-1.3b.yaml`,
+`jobs/opt-1.3b-lora.yaml`, `jobs/demo.yaml` and `examples/job.yaml` are job files to start from.
 
-`--set a.b=value` on the command line changes a field before the check; the value is YAML. `1e-6` is a number and `on`
-is a word, as in YAML 1.2.
+`--set a.b=value` on the command line changes a field before the check; the value is YAML. `1e-6` is
+a number and `on` is a word, as in YAML 1.2.
 
-Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what does not change
-learning.
+Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what
+does not change learning.
 
-*Must be there*: if the file has the section, it must have this field. *Steps*: those that read the field.
+*Must be there*: if the file has the section, it must have this field. *Steps*: those that read the
+field.
 
-If a field that decides what a step learns has changed since that step began, the same command refuses to resume and
-shows the difference. `name`, `checkpoint` and all of `hardware` but `precision` may change at any time.
+If a field that decides what a step learns has changed since that step began, the same command
+refuses to resume and shows the difference. `name`, `checkpoint` and all of `hardware` but
+`precision` may change at any time.
 """
 
 

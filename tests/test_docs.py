@@ -15,6 +15,7 @@ from benchmarks.run import NAMES
 from jobs.spec import find_job, load_job
 from remote.tasks import VERBS
 from rlhf_train.__main__ import parser, settings_of
+from tests.test_house import INSIDE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +30,17 @@ def tracked_names() -> set[str]:
     if listing.returncode:
         pytest.skip(f"needs a git checkout: {listing.stderr.strip()}")
     return {Path(name).name for name in listing.stdout.splitlines()}
+
+
+def parts_in(text: str, package: str) -> dict[str, set[str]]:
+    """The pyramid's table of one package: its parts in order, each with those that it imports."""
+    rows = re.findall(rf"^\| `{package}/(\w+)(?:\.py)?` \|.*\| (.*?) ?\|$", text, flags=re.MULTILINE)
+    return {part: set(filter(None, imports.split(", "))) for part, imports in rows}
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_the_pyramid_is_what_the_imports_are_held_to(package: str) -> None:
+    assert parts_in((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), package) == INSIDE[package]
 
 
 def code_spans(text: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ python := .venv/bin/python
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv lock clean
+.PHONY: help demo test lint venv docs lock clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z.]*\):[^#]*## /  make \1	/p' Makefile
@@ -23,6 +23,9 @@ lint: venv ## ruff and mypy
 
 venv: ## .venv with everything, made once (some minutes) and kept up to date
 	@sh env/venv.sh
+
+docs: venv ## write docs/job-file.md from the fields of jobs/spec.py
+	$(python) -m jobs.job_file_page >docs/job-file.md
 
 .env: ## who you are, for docker compose, and the folders that it mounts; once
 	@sh docker/dotenv.sh

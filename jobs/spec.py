@@ -1,7 +1,8 @@
 """The job file: one YAML file for all three steps, checked whole before anything runs.
 
 Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what does not change
-learning. Units stand in the comments; a field without a reader fails a test.
+learning. Each field stands with its meaning and unit, from which docs/job-file.md is made (jobs/job_file_page.py). A
+field without a meaning fails a test, and so does one without a reader.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def _wants(wanted: str, is_right: Callable[[Any], object]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _field(default: Any, meaning: str = "", *, unit: str = "", steps: Sequence[int] = ()) -> Any:
+    """A field of the job file. default: `...` where the file must have it. meaning: a section's stands in its docstring.
+    steps: those that read the field, where they are not its section's.
+    """
+    return Field(default, description=meaning, json_schema_extra={"unit": unit, "steps": list(steps)})
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)  # Python's True is 1, also in a Literal
 
@@ -63,7 +71,7 @@ class _Strict(BaseModel):
 class Scratch(_Strict):
     """A model with random weights, from a configuration."""
 
-    config: dict[str, Any]  # model_type and what transformers' AutoConfig.for_model takes
+    config: dict[str, Any] = _field(..., "`model_type`, e.g. `opt`, and what transformers' `AutoConfig.for_model` takes for it")
 
     @model_validator(mode="after")
     def _has_type(self) -> Scratch:
@@ -88,34 +96,42 @@ Model = Annotated[
 
 
 class Lora(_Strict):
-    """Low-rank adapters (PEFT) instead of all weights. Merged into the weights in every model that is saved."""
+    """Low-rank adapters (PEFT) instead of all weights. They are merged into the weights in every model that is saved."""
 
-    rank: Positive = 64
-    alpha: Rate = 64.0  # the update is scaled by alpha / rank
-    target_modules: Names = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    rank: Positive = _field(64, "rank of the two small matrices")
+    alpha: Rate = _field(64.0, "the adapter's product is scaled by alpha / rank")
+    target_modules: Names = _field(
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "the linear layers that get an adapter, by the last part of their names"
+    )
 
 
 class Actor(_Strict):
-    model: Model
-    tokenizer_vocabulary: Positive = 4096  # model from a config: the size of the tokenizer trained on the job's rows, at most
-    lora: Lora | None = None  # steps 1 and 3
+    """The model that learns to answer. Step 1 trains it on answers, step 3 on scores."""
+
+    model: Model = _field(..., "hub name, local folder, or a `config` for random weights")
+    tokenizer_vocabulary: Positive = _field(
+        4096, "with a `config`: the largest vocabulary of the tokenizer that is trained on the job's rows", unit="tokens"
+    )
+    lora: Lora | None = _field(None, "set: train low-rank adapters instead of all weights")
 
 
 class Critic(_Strict):
-    """The reward model of step 2; step 3's critic starts from it."""
+    """The reward model of step 2. Step 3's critic starts from it."""
 
-    model: Model  # "actor": start from the model that step 1 made
+    model: Model = _field(..., "as `actor.model`; or `actor`: start from the model that step 1 made")
 
 
 class Data(_Strict):
-    datasets: Names  # hub names, local folders, JSONL files
+    """The rows that all three steps learn from."""
+
+    datasets: Names = _field(..., "hub names, local folders, JSONL files")
     split: Annotated[
         tuple[NonNegative, NonNegative, NonNegative], Field(strict=False), _wants("a list of 3 shares", lambda value: _is_list(value, 3))
-    ] = (2, 4, 4)  # of steps 1, 2 and 3
-    seed: Seed = 1234  # which rows go to which step
-    max_prompt_tokens: Positive = 256  # rows with longer prompts are left out, and counted
-    max_response_tokens: Positive = 256  # longer answers are cut, and counted; also the longest rollout
-    eval_rows: Positive = 512  # held-out rows used by each evaluation, at most
+    ] = _field((2, 4, 4), "shares of the rows that steps 1, 2 and 3 get", unit="shares")
+    seed: Seed = _field(1234, "decides which rows go to which step")
+    max_prompt_tokens: Positive = _field(256, "rows with a longer prompt are left out, and counted", unit="tokens")
+    max_response_tokens: Positive = _field(256, "longer answers are cut, and counted; also the longest rollout", unit="tokens")
+    eval_rows: Positive = _field(512, "held-out rows that each evaluation uses, at most", unit="rows")
 
     @model_validator(mode="after")
     def _some_share(self) -> Data:
@@ -127,56 +143,73 @@ class Data(_Strict):
 class Optimization(_Strict):
     """What the three steps' optimizers have in common (AdamW, one learning-rate schedule)."""
 
-    epochs: Rate = 1.0  # passes over the step's rows; may be a fraction
-    max_updates: Positive | None = None  # end earlier
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_learning_rate: Share = 0.0  # share of the learning rate that the schedule ends at
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    betas: Annotated[tuple[Share, Share], Field(strict=False), _wants("a list of 2 numbers", lambda value: _is_list(value, 2))] = (0.9, 0.95)
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: Rate = 1.0
+    epochs: Rate = _field(1.0, "passes over the step's rows; may be a fraction", unit="passes")
+    max_updates: Positive | None = _field(None, "set: end after this many updates", unit="updates")
+    schedule: Literal["cosine", "linear", "constant"] = _field("cosine", "how the learning rate falls after the warm-up")
+    final_learning_rate: Share = _field(0.0, "where the schedule ends", unit="share of the learning rate")
+    warmup_updates: Annotated[int, Field(ge=0)] = _field(0, "the learning rate rises for so long, then the schedule begins", unit="updates")
+    betas: Annotated[tuple[Share, Share], Field(strict=False), _wants("a list of 2 numbers", lambda value: _is_list(value, 2))] = _field(
+        (0.9, 0.95), "AdamW's two averages: how much of the old value stays"
+    )
+    weight_decay: NonNegative = _field(0.0, "AdamW's decay of the weights")
+    max_grad_norm: Rate = _field(1.0, "gradients with a larger norm are scaled down to it")
 
 
 class Sft(Optimization):
-    global_batch: Positive  # sequences an update
-    learning_rate: Rate
-    loss_on_prompt: bool = False
+    """Step 1, supervised fine-tuning of the actor."""
+
+    global_batch: Positive = _field(..., "batch of one update, over all ranks", unit="sequences")
+    learning_rate: Rate = _field(..., "the schedule's highest learning rate")
+    loss_on_prompt: bool = _field(False, "learn the prompt's tokens too, not the answer's alone")
 
 
 class Reward(Optimization):
-    global_batch: Positive  # pairs an update
-    learning_rate: Rate
-    loss: Literal["last_token", "per_token"] = "last_token"
-    lm_coef: NonNegative = 0.0  # weight of a language-model loss on the chosen answers
+    """Step 2, the reward model."""
+
+    global_batch: Positive = _field(..., "batch of one update, over all ranks", unit="pairs")
+    learning_rate: Rate = _field(..., "the schedule's highest learning rate")
+    loss: Literal["last_token", "per_token"] = _field(
+        "last_token",
+        "`last_token`: the Bradley-Terry loss on the answers' last tokens; `per_token`: on each token after the pair parts, as in DeepSpeed-Chat",
+    )
+    lm_coef: NonNegative = _field(0.0, "weight of a language-model loss on the chosen answers")
 
 
 class Ppo(Optimization):
-    rollout_batch: Positive  # prompts a rollout
-    global_batch: Positive  # sequences an update
-    ppo_epochs: Positive = 1  # passes over a rollout
-    actor_learning_rate: Rate
-    critic_learning_rate: Rate
-    kl_coef: NonNegative = 0.1
-    kl_target: Rate | None = None  # nats a response; set: kl_coef adapts to it
-    kl_horizon: Rate = 10_000.0  # samples; how slowly it adapts
-    clip_range: Rate = 0.2
-    value_clip_range: Rate = 0.2
-    gamma: Share = 1.0
-    lam: Share = 0.95
-    temperature: Rate = 1.0
-    # Tokens that a rollout may not draw keep their probability in log-probs and KL, whose estimates are then biased. top_k 1: greedy.
-    top_k: Positive | None = None  # only so many of the likeliest
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # only the fewest that have this share of the probability
-    normalize_rewards: bool = True  # mean 0, std 1 on the reference's answers
-    reward_clip: Rate = 5.0
-    max_kl: Rate = 200.0  # nats a response, mean over a rollout; beyond it the actor is lost, and the run stops
-    missing_eos_penalty: NonNegative = 0.0  # taken from the score of a response that did not end, before the clip
-    whiten_rewards: bool = False  # over all ranks; keeps the mean
-    whiten_advantages: bool = True  # over all ranks
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # set: step 3 also saves model_ema
-    rule: (  # module:function(prompt, response, ended) -> good?
-        Annotated[str, _wants("module:function", lambda value: isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", value))] | None
-    ) = None
+    """Step 3, PPO. `epochs` counts passes over the prompts."""
+
+    rollout_batch: Positive = _field(..., "prompts of one rollout, over all ranks; a multiple of `global_batch`", unit="prompts")
+    global_batch: Positive = _field(..., "batch of one update, over all ranks", unit="sequences")
+    ppo_epochs: Positive = _field(1, "passes over each rollout", unit="passes")
+    actor_learning_rate: Rate = _field(..., "the actor's highest learning rate")
+    critic_learning_rate: Rate = _field(..., "the critic's highest learning rate")
+    kl_coef: NonNegative = _field(0.1, "weight of the KL penalty in the rewards")
+    kl_target: Rate | None = _field(None, "set: `kl_coef` adapts, so that the KL to the reference comes near this", unit="nats a response")
+    kl_horizon: Rate = _field(10_000.0, "how slowly `kl_coef` adapts", unit="samples")
+    clip_range: Rate = _field(0.2, "the policy loss clips the ratio to 1 plus or minus this")
+    value_clip_range: Rate = _field(0.2, "the value loss clips the change of a value to this")
+    gamma: Share = _field(1.0, "discount of later rewards")
+    lam: Share = _field(0.95, "GAE's λ: 1 trusts the rewards, 0 the critic")
+    temperature: Rate = _field(1.0, "of sampling: lower is closer to greedy")
+    # Tokens that a rollout may not draw keep their probability in log-probs and KL, whose estimates are then biased.
+    top_k: Positive | None = _field(
+        None, "set: draw from only so many of the likeliest tokens (1: greedy); the KL's estimate is then biased", unit="tokens"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = _field(
+        None, "set: draw from only the fewest tokens that have this share of the probability; the KL's estimate is then biased", unit="share"
+    )
+    normalize_rewards: bool = _field(True, "shift and scale scores to mean 0 and standard deviation 1 on the reference's answers")
+    reward_clip: Rate = _field(5.0, "scores are clipped to plus or minus this")
+    max_kl: Rate = _field(200.0, "a rollout whose mean KL is beyond this ends the run: the actor is lost", unit="nats a response")
+    missing_eos_penalty: NonNegative = _field(0.0, "taken from the score of an answer that did not end, before the clip")
+    whiten_rewards: bool = _field(False, "scale rewards to standard deviation 1 over all ranks; their mean stays")
+    whiten_advantages: bool = _field(True, "shift and scale advantages to mean 0 and standard deviation 1 over all ranks")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = _field(
+        None, "set: also save `step3/model_ema`, a moving average of the actor's weights; how much of the old average stays at each update"
+    )
+    rule: Annotated[str, _wants("module:function", lambda value: isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", value))] | None = _field(
+        None, "`module:function`; `function(prompt, response, ended)` says whether an answer is good. Only reported: nothing learns from it"
+    )
 
     @model_validator(mode="after")
     def _whole_updates(self) -> Ppo:
@@ -188,39 +221,55 @@ class Ppo(Optimization):
 class Hardware(_Strict):
     """How, not what: no field here changes what is learned, up to rounding."""
 
-    ranks: AutoCount = "auto"  # processes; auto: one a GPU, 1 on CPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    actor_zero_stage: ZeroStage = "auto"
-    critic_zero_stage: ZeroStage = "auto"
-    micro_batch: AutoCount = "auto"  # sequences (pairs in step 2) a forward and backward, one rank
-    rollout_micro_batch: AutoCount = "auto"  # prompts generated at once, one rank
-    gradient_checkpointing: bool = False
-    cpu_threads: AutoCount = "auto"  # a rank, on CPU
+    ranks: AutoCount = _field("auto", "training processes; `auto`: one a GPU, 1 on the CPU", unit="processes")
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "`auto`: `cuda` where PyTorch sees a GPU, else `cpu`")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "`auto`: `float32` on the CPU; `bfloat16` where all GPUs compute in it, else `float16`"
+    )
+    actor_zero_stage: ZeroStage = _field("auto", "DeepSpeed ZeRO stage of the actor; `auto`: 1 on several GPUs without LoRA, else 0", steps=(1, 3))
+    critic_zero_stage: ZeroStage = _field(
+        "auto", "DeepSpeed ZeRO stage of the reward model and the critic; `auto`: 1 on several GPUs, else 0", steps=(2, 3)
+    )
+    micro_batch: AutoCount = _field(
+        "auto",
+        "batch of one forward and backward pass of one rank; `auto`: by the GPU's memory, 8 at most on the CPU",
+        unit="sequences (step 2: pairs)",
+    )
+    rollout_micro_batch: AutoCount = _field(
+        "auto", "prompts that one rank answers concurrently; `auto`: by the GPU's free memory, 64 on the CPU", unit="prompts", steps=(3,)
+    )
+    gradient_checkpointing: bool = _field(False, "compute activations again in the backward pass: less memory, more time")
+    cpu_threads: AutoCount = _field("auto", "threads of one rank, on the CPU; `auto`: its share of the cores", unit="threads")
 
 
 class Checkpoint(_Strict):
-    """What a run that is stopped, killed or preempted goes on from. The step's last is kept, besides the one being written."""
+    """What a run that is stopped, killed or preempted resumes from. A step keeps its last one."""
 
-    every_minutes: Rate | None = 10.0  # more seldom where saving would hold up training for more than 1 % of the time
-    every_updates: Positive | None = None  # also after each so many updates
-    grace_s: Rate = 60.0  # seconds from SIGTERM to the end: a checkpoint is made if the last one was quicker
-    best_every_updates: Positive | None = None  # set: measure on held-out data so often, and keep the best weights beside the model
+    every_minutes: Rate | None = _field(
+        10.0, "time between checkpoints; more where saving would cost more than 1 % of the training time; `null`: none by time", unit="minutes"
+    )
+    every_updates: Positive | None = _field(None, "set: a checkpoint also after each so many updates", unit="updates")
+    grace_s: Rate = _field(
+        60.0, "time from SIGTERM to the end; a checkpoint is made if the last one was quicker than what is left of it", unit="seconds"
+    )
+    best_every_updates: Positive | None = _field(
+        None, "set: measure on held-out data so often, and keep the best weights in `stepN/best/`", unit="updates"
+    )
 
 
 class Job(_Strict):
     name: Annotated[
         str, _wants("letters, digits, dots, dashes and underscores, 64 at most", lambda value: isinstance(value, str) and NAME.fullmatch(value))
-    ]
-    seed: Seed = 1234  # weights from a config, order of rows, sampling
-    actor: Actor
-    critic: Critic
-    data: Data
-    sft: Sft
-    reward: Reward
-    ppo: Ppo
-    hardware: Hardware = Hardware()
-    checkpoint: Checkpoint = Checkpoint()
+    ] = _field(..., "names the run's folder, unless `--run` does", steps=(1, 2, 3))
+    seed: Seed = _field(1234, "of weights from a config, of the order of rows, of sampling", steps=(1, 2, 3))
+    actor: Actor = _field(..., steps=(1, 3))
+    critic: Critic = _field(..., steps=(2, 3))
+    data: Data = _field(..., steps=(1, 2, 3))
+    sft: Sft = _field(..., steps=(1,))
+    reward: Reward = _field(..., steps=(2,))
+    ppo: Ppo = _field(..., steps=(3,))
+    hardware: Hardware = _field(Hardware(), steps=(1, 2, 3))
+    checkpoint: Checkpoint = _field(Checkpoint(), steps=(1, 2, 3))
 
     def dump(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, as YAML and JSON have them."""
@@ -297,7 +346,7 @@ def parse_job(text: str, source: str, settings: Sequence[str] = ()) -> Job:
         raise ToolkitError(
             f"{count} in {source}{' with --set' if settings else ''}",
             why="\n".join(mistakes),
-            hint="every field stands with its meaning in jobs/spec.py",
+            hint="every field stands with its meaning in docs/job-file.md",
         ) from None
 
 
@@ -359,17 +408,17 @@ def _shown(value: Any) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     model: Any = Job
     for part in location:
-        inner = _models_in(model.model_fields[part].annotation)
+        inner = models_in(model.model_fields[part].annotation)
         if not inner:
             return []
         model = inner[0]
     return list(model.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in models_in(inner)]
 
 
 def steps_of(words: Sequence[str]) -> list[int]:

@@ -56,6 +56,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "formatting": {"events"},
         "fitness": {"errors", "formatting"},
         "spec": {"errors", "yaml12"},
+        "job_file_page": {"spec"},
         "views": {"errors", "events", "formatting"},
     },
     "remote": {

@@ -41,7 +41,7 @@ def docker(request: pytest.FixtureRequest) -> Iterator[Docker]:
 
 @dataclass(frozen=True)
 class Box:
-    """A checkout in which `docker compose` is called as README says."""
+    """A checkout in which `docker compose` is called as docs/container.md says."""
 
     docker: Docker
     checkout: Path
@@ -79,7 +79,7 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 @pytest.fixture(scope="session")
 def built(box: Box) -> Box:
-    """With `.env` and the image, by the commands of README. The log of the build is beside the checkout."""
+    """With `.env` and the image, by the commands of docs/container.md. The log of the build is beside the checkout."""
     engine.shell("make", ".env", cwd=box.checkout)
     done = box.compose("--progress", "plain", "build", timeout_s=1800)
     (box.checkout.parent / "build.log").write_text(done.stdout)

@@ -1,4 +1,4 @@
-"""The real image, built and run by README's commands: who it runs as, what it leaves, what it says, how it ends."""
+"""The real image, built and run by the commands of docs/container.md: who it runs as, what it leaves, what it says, how it ends."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_demo_learns_in_all_three_steps(demo: tuple[Path, str]) -> None:
-    """Measured over five seeds (README): 43 to 54 % good before, 91 to 95 % after. The margin is for other CPUs' rounding."""
+    """Measured over five seeds (docs/speed.md): 43 to 54 % good before, 91 to 95 % after. The margin is for other CPUs' rounding."""
     end = ends(demo[0])
     assert end[1]["perplexity_before"] > 100 > 2 > end[1]["perplexity_after"]
     assert end[2]["reward_accuracy"] > 0.85

@@ -1,0 +1,178 @@
+"""What the pages for people say is so: every file that they name exists, and every command that they show is one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.run import NAMES
+from jobs.spec import find_job, load_job
+from remote.tasks import VERBS
+from rlhf_train.__main__ import parser, settings_of
+from tests.test_house import INSIDE
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATH = re.compile(r"(?<![\w/.-])(?:[\w.-]+/)*[\w.-]+(?:/|\.(?:py|sh|toml|yaml|yml|env|md|txt|pem|in))?(?![\w/-])")
+OURS = {"benchmarks", "docker", "docs", "env", "examples", "jobs", "remote", "rlhf_train", "tests", ".ci"}
+THE_USERS_OWN = {"my-job.yaml", "boxes.yaml", "job.yaml"}  # and job.yaml of a run folder
+VERBS_BY_NAME = {verb.name: verb for verb in VERBS}
+
+
+def tracked_names() -> set[str]:
+    listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip(f"needs a git checkout: {listing.stderr.strip()}")
+    return {Path(name).name for name in listing.stdout.splitlines()}
+
+
+def parts_in(text: str, package: str) -> dict[str, set[str]]:
+    """The pyramid's table of one package: its parts in order, each with those that it imports."""
+    rows = re.findall(rf"^\| `{package}/(\w+)(?:\.py)?` \|.*\| (.*?) ?\|$", text, flags=re.MULTILINE)
+    return {part: set(filter(None, imports.split(", "))) for part, imports in rows}
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_the_pyramid_is_what_the_imports_are_held_to(package: str) -> None:
+    assert parts_in((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), package) == INSIDE[package]
+
+
+def code_spans(text: str) -> Iterator[str]:
+    yield from re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def missing_files(text: str, folder: Path, names: set[str]) -> list[str]:
+    """Links, and files in code spans, that are not there. names: of all files, for those that stand without their folder."""
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (folder / link).exists()]
+    for span in code_spans(text):
+        for path in PATH.findall(span):
+            if path.split("/")[0] in OURS and "/" in path:
+                missing += [] if (ROOT / path).exists() else [path]
+            elif "/" not in path and re.search(r"\.(py|sh|toml|yaml|md)$", path) and path not in names | THE_USERS_OWN:
+                missing.append(path)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    assert missing_files(page.read_text(encoding="utf-8"), page.parent, tracked_names()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("`jobs/spec.py`, `jobs/gone.py` and `spec.py:12`", ["jobs/gone.py"]),
+        ("see [this](docs/gone.md#a) and [that](README.md)", ["docs/gone.md"]),
+        ("`gone.sh`, `boxes.yaml`, `runs/gone.py`, `fab gone`", ["gone.sh"]),
+        ("`python benchmarks/gone.py --list`", ["benchmarks/gone.py"]),
+        ("```\njobs/gone.py `jobs/gone.py`\n```", []),
+        ("`remote/gone/` and `tests/remote`", ["remote/gone/"]),
+    ],
+)
+def test_a_missing_file_is_seen(text: str, missing: list[str]) -> None:
+    assert missing_files(text, ROOT, {"spec.py"}) == missing
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The commands of console blocks, in words; one line may hold several."""
+    for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        for line in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE):
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word != "&&":
+                    words.append(word)
+                elif words:
+                    yield words
+                    words = []
+
+
+def mistake_in(words: list[str]) -> str:
+    """Why this is no command of ours; "" if it is one."""
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    program, rest = words[0], words[1:]
+    if program == "make":
+        targets = re.findall(r"^([a-z.]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return ", ".join(word for word in rest if word not in targets and "=" not in word)
+    if program == "fab":
+        verb = VERBS_BY_NAME.get(rest[0])
+        known = {name.strip("_").replace("_", "-") for name in inspect.signature(verb.body).parameters} if verb else set()
+        return ", ".join(word for word in rest if word.startswith("--") and word[2:] not in known) if verb else rest[0]
+    if words[:2] == ["docker", "compose"]:
+        return mistake_in_training(rest[rest.index("train") + 1 :])
+    if program == ".venv/bin/rlhf-train":
+        return mistake_in_training(rest)
+    if words[:3] == [".venv/bin/python", "-m", "rlhf_train"]:
+        return mistake_in_training(rest[2:])
+    if program == ".venv/bin/python" and (ROOT / rest[0]).is_file():
+        return ", ".join(word for word in rest[1:] if rest[0] == "benchmarks/run.py" and word not in NAMES and word != "--list")
+    if program in ("python3", "alias"):
+        return ""
+    if program == ".fab/bin/pip":
+        return "" if (ROOT / rest[-1]).is_file() else rest[-1]
+    return f"{program} is not known here"
+
+
+def mistake_in_training(arguments: list[str]) -> str:
+    args = parser().parse_args(arguments)  # ends this process where they are wrong, which pytest shows
+    if args.job not in THE_USERS_OWN:
+        find_job(args.job)
+        load_job(args.job, settings_of(args))
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_one(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert {shlex.join(words): mistake for words in commands_of(page.read_text(encoding="utf-8")) if (mistake := mistake_in(words))} == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "mistake"),
+    [
+        ("make demo SEED=1", ""),
+        ("make gone", "gone"),
+        ("fab train --host a --job demo --step 1,2", ""),
+        ("fab gone --host a", "gone"),
+        ("fab fetch --host a --gone", "--gone"),
+        ("MIRROR=cn docker compose run train --step 3", ""),
+        (".venv/bin/python benchmarks/run.py ppo gone", "gone"),
+        ("pip install rlhf-box", "pip is not known here"),
+    ],
+)
+def test_a_wrong_command_is_seen(command: str, mistake: str) -> None:
+    assert mistake_in(shlex.split(command)) == mistake
+
+
+def test_readme_begins_with_two_commands() -> None:
+    first = list(commands_of((ROOT / "README.md").read_text(encoding="utf-8")))[:2]
+    assert first == [["make", "demo"], ["make", "test"]]
+
+
+def test_readme_names_every_verb_and_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rented = (ROOT / "docs/rented-box.md").read_text(encoding="utf-8")
+    for name in VERBS_BY_NAME:
+        assert f"`{name}`" in text and f"`{name}`" in rented, name
+    for page in PAGES[1:]:
+        assert f"]({page.relative_to(ROOT).as_posix()})" in text
+
+
+def test_the_exit_codes_are_all_explained() -> None:
+    from jobs.errors import ExitCode
+
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)
+    assert sorted(map(int, listed)) == sorted(int(code) for code in ExitCode)
+
+
+def test_the_glossary_is_in_alphabetical_order() -> None:
+    words = [word.lower() for word in re.findall(r"^\*\*([^*]+)\*\*", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE)]
+    assert len(words) > 40 and words == sorted(words)

@@ -21,7 +21,6 @@ from jobs.events import End, Metrics, Progress, Warning
 from jobs.spec import Lora, Ppo
 from rlhf_train.data.sequences import Sequences, count_updates, deal, rows_of_update
 from rlhf_train.disk import write_json
-from rlhf_train.engine.checkpointer import Keeper
 from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, rehearse
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.networks import (
@@ -38,7 +37,7 @@ from rlhf_train.models.networks import (
 )
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
-from rlhf_train.steps.context import Clock, Session, corpus
+from rlhf_train.steps.context import Clock, Session, corpus, start_checkpoints
 from rlhf_train.steps.experience import Experience, Pass, Scored, response_values, targets_of, whiten_update
 from rlhf_train.steps.export import eval_model, save_model, scores_of
 from rlhf_train.steps.held_out import HeldOut, Summary
@@ -131,7 +130,9 @@ def run(session: Session) -> End:
         session, [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]], tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED
     )
     parts = {"actor": actor, "critic": critic} | ({"ema": ema} if ema is not None else {})
-    keeper = Keeper(session, 3, updates, parts, rows=tokens.train.digest(3), model_bytes=actor.model_bytes() * (2 if ema else 1))
+    checkpointer, divergence = start_checkpoints(
+        session, 3, updates, parts, rows=tokens.train.digest(3), model_bytes=actor.model_bytes() * (2 if ema else 1)
+    )
     session.doing(3, f"trying the longest sequences, {plan.micro_batch} at once")
     prompt = max((tokens.train.prompt[i] for i in rows), key=len)
     answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
@@ -143,7 +144,7 @@ def run(session: Session) -> End:
         (actor, lambda: actor(longest, from_prompt=True, temperature=spec.temperature)[0].sum()),
         (critic, lambda: critic(longest)[0].sum()),
     )
-    saved = keeper.resume()
+    saved = checkpointer.resume()
     if saved is not None:
         reward_model.shift, reward_model.scale = saved["shift"], saved["scale"]
     elif spec.normalize_rewards:
@@ -169,12 +170,12 @@ def run(session: Session) -> End:
     tally = Tally(**saved["tally"]) if saved else Tally()
     experience, rollout_micro_batch = None, where.rollout_micro_batch
     if tally.updates:  # stopped between two updates of one rollout
-        experience = Experience.from_tensors(keeper.loop_tensors)
+        experience = Experience.from_tensors(checkpointer.loop_tensors)
     for update in range(actor.update, updates):
-        if keeper.wants_best(update):
+        if checkpointer.wants_best(update):
             refresh()
             best = ("mean_reward", held_out.summary(held_out.answers(sampling, judges)).reward)
-            keeper.offer(
+            checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=False,
@@ -212,7 +213,7 @@ def run(session: Session) -> End:
             kl = float(experience.kl.mean())
             if kl > spec.max_kl:  # nothing is learned of it, which a checkpoint would then hold
                 session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
-                raise exploded(session, kl, update + 1, keeper.last_good())
+                raise exploded(session, kl, update + 1, checkpointer.last_good())
 
         train_clock = Clock()
         epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
@@ -224,15 +225,13 @@ def run(session: Session) -> End:
         response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
         total = accumulate_gradients(session, passes, response_tokens, on_policy=on_policy, actor=actor, critic=critic)
         if math.isfinite(total["policy_loss"] + total["value_loss"]):
-            norms = keeper.learn(actor, critic)
+            norms = divergence.apply(actor, critic)
             if ema is not None:
                 ema.update()
-            if keeper.skipped_in_a_row == 0:
+            if divergence.skips.in_a_row == 0:
                 tally.add(total, norms)
         else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            actor.skip()
-            critic.skip()
+            divergence.skip(update + 1, "its loss is not finite", actor, critic)
         tally.updates += 1
         tally.train_s += train_clock()
 
@@ -243,14 +242,14 @@ def run(session: Session) -> End:
             experience, tally = None, Tally()
         loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
         loop |= {"elapsed_s": training(), "seconds": clock()}
-        keeper.after(update + 1, loop, experience.tensors() if experience is not None else {})
+        checkpointer.after(update + 1, loop, experience.tensors() if experience is not None else {})
 
     session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, after")
     refresh()
     answers = held_out.answers(sampling, judges)
     held_out.show(answers, "after")
     folder, after = session.run.step(3).model, held_out.summary(answers)
-    keeper.check({"mean reward": after.reward, "KL": after.kl})
+    divergence.check({"mean reward": after.reward, "KL": after.kl})
     end = End(
         step=3,
         updates=updates,
@@ -273,7 +272,7 @@ def run(session: Session) -> End:
     if ema is not None:
         with ema.applied():
             save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
-    keeper.close()
+    checkpointer.close()
     return end
 
 

@@ -16,10 +16,9 @@ from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.checkpointer import Keeper
 from rlhf_train.engine.deepspeed_engine import Engine, rehearse
 from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
 
@@ -55,7 +54,9 @@ def run(session: Session) -> End:
     held_out = tokens.held_out.step_rows[2]
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
-    keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
+    checkpointer, divergence = start_checkpoints(
+        session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes()
+    )
     session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 
@@ -64,7 +65,7 @@ def run(session: Session) -> End:
         return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
 
     rehearse((engine, longest_pass))
-    saved = keeper.resume()
+    saved = checkpointer.resume()
     if saved is None:
         session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
         before = accuracy(session, engine, tokens.held_out, held_out, pad_id)
@@ -73,9 +74,9 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
-        if keeper.wants_best(update):
+        if checkpointer.wants_best(update):
             best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
+            checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=False,
@@ -109,7 +110,7 @@ def run(session: Session) -> End:
             sums["computed"] += batch.input_ids.numel()
         total = world.sum(sums)
         if math.isfinite(total["loss"] + total["lm_loss"]):
-            (grad_norm,) = keeper.learn(engine)
+            (grad_norm,) = divergence.apply(engine)
             session.emit(
                 Metrics(
                     step=2,
@@ -128,17 +129,16 @@ def run(session: Session) -> End:
                 )
             )
         else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            engine.skip()
-        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+            divergence.skip(update + 1, "its loss is not finite", engine)
+        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
     after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
-    keeper.check({"accuracy": after})
+    divergence.check({"accuracy": after})
     folder = session.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
     save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
-    keeper.close()
+    checkpointer.close()
     return end
 
 

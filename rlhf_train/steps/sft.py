@@ -15,7 +15,6 @@ from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.checkpointer import Keeper
 from rlhf_train.engine.deepspeed_engine import Engine, rehearse
 from rlhf_train.models.networks import (
     ActorForward,
@@ -27,7 +26,7 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 
 
@@ -66,11 +65,13 @@ def run(session: Session) -> End:
     held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
-    keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
+    checkpointer, divergence = start_checkpoints(
+        session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
+    )
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
     rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))  # short prompts leave a pass nearly as many answers' tokens
-    saved = keeper.resume()
+    saved = checkpointer.resume()
     if saved is None:
         session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
         before = perplexity(session, engine, tokens.held_out, held_out, pad_id)
@@ -79,9 +80,9 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
-        if keeper.wants_best(update):
+        if checkpointer.wants_best(update):
             best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
+            checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=True,
@@ -104,7 +105,7 @@ def run(session: Session) -> End:
             computed += batch.input_ids.numel()
         total = world.sum({"loss": loss_sum, "computed": computed})
         if math.isfinite(total["loss"]):
-            (grad_norm,) = keeper.learn(engine)
+            (grad_norm,) = divergence.apply(engine)
             session.emit(
                 Metrics(
                     step=1,
@@ -120,17 +121,16 @@ def run(session: Session) -> End:
                 )
             )
         else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            engine.skip()
-        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+            divergence.skip(update + 1, "its loss is not finite", engine)
+        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
-    keeper.check({"perplexity": after})
+    divergence.check({"perplexity": after})
     folder = session.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
     save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
-    keeper.close()
+    checkpointer.close()
     return end
 
 

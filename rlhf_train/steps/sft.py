@@ -31,7 +31,10 @@ from rlhf_train.steps.export import save_model, scores_of
 
 
 def run(session: Session) -> End:
+    """Train the actor on the data's responses, and save it."""
     job, spec, world = session.job, session.job.sft, session.world
+
+    # 1. Read the rows, and count the updates.
     clock = Clock()
     plan = session.placement.batch_plan(job, 1)
     tokenizer = actor_tokenizer(session)
@@ -43,6 +46,7 @@ def run(session: Session) -> End:
     if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
 
+    # 2. Load the actor, and give it an engine.
     session.doing(1, "loading the actor")
     model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
@@ -62,6 +66,7 @@ def run(session: Session) -> End:
         world=world,
     )
 
+    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where training starts.
     held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
@@ -70,7 +75,8 @@ def run(session: Session) -> End:
     )
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))  # short prompts leave a pass nearly as many answers' tokens
+    # From the prompt: short prompts leave a pass nearly as many tokens of answers.
+    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
     saved = checkpointer.resume()
     if saved is None:
         session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
@@ -80,6 +86,7 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
+        # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
             best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
             checkpointer.offer(
@@ -90,11 +97,15 @@ def run(session: Session) -> End:
                     session, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
                 ),
             )
+
+        # 5. Draw the rows of the update, and deal them to ranks and passes.
         chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
         passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+
+        # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
@@ -104,6 +115,8 @@ def run(session: Session) -> End:
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
         total = world.sum({"loss": loss_sum, "computed": computed})
+
+        # 7. Apply the update, or skip it if its loss went wrong.
         if math.isfinite(total["loss"]):
             (grad_norm,) = divergence.apply(engine)
             session.emit(
@@ -122,8 +135,11 @@ def run(session: Session) -> End:
             )
         else:
             divergence.skip(update + 1, "its loss is not finite", engine)
+
+        # 8. Save, if it is time to.
         checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
+    # 9. Measure again, and save the actor.
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
@@ -139,14 +155,14 @@ def sequences(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.
 
 
 def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
-    """Tokens of each row that are in the loss."""
+    """Count the tokens of each row that are in the loss."""
     from_prompt = table.prompt.lengths[rows] - 1 if job.sft.loss_on_prompt else 0
     return table.response.lengths[rows] + from_prompt
 
 
 @torch.no_grad()
 def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
+    """Return exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
     nll = count = 0.0
     share = (session.placement.micro_batches[0], session.world.size, session.world.rank)

@@ -142,7 +142,7 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     import torch.distributed as dist
 
     from rlhf_train import compat, completion
-    from rlhf_train.engine import checkpointer
+    from rlhf_train.engine import checkpoint_files
     from rlhf_train.engine.deepspeed_engine import connect
     from rlhf_train.plan.estimate import check_room
     from rlhf_train.plan.placement import Placement
@@ -178,17 +178,19 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     if world.is_main:
         complaints: list[str] = []
         goes_on = completion.begin_step(job, run, order.step)
-        saved = checkpointer.latest(run.step(order.step), complaints.append, inputs, pulse.beat) if goes_on else None
+        saved = None
+        if goes_on:
+            saved = checkpoint_files.latest(run.step(order.step), complaints.append, inputs, pulse.beat)
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
             emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
         for message in (*complaints, *placement.notes):
             emit(Warning(step=order.step, message=message))
         chosen = str(saved.path) if saved else ""
     chosen = world.gather(chosen)[0]
-    saved = checkpointer.Saved(Path(chosen)) if chosen else None
+    saved = checkpoint_files.Saved(Path(chosen)) if chosen else None
     session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
     failure: Exception | None = None
-    pulse.is_patient = True  # until all is loaded: see Keeper
+    pulse.is_patient = True  # until all is loaded: see Checkpointer
     pulse.beat()  # which tells it: the hub, asked next, may be slow
     try:
         if world.is_main:
@@ -209,7 +211,7 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
         compat.free_gpu_memory()
         try:
-            session.stop.before_leaving(None)
+            session.stop.leave(None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

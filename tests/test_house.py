@@ -91,8 +91,6 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "__main__": WINGS | {"steps", "completion", "worker", "launch"},
     },
 }
-# Names of types only, in a block that does not run.
-FOR_TYPES = {"rlhf_train/engine/checkpointer.py": {"steps"}}  # a step's Session, which hands the checkpointer all that it needs
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
 
 # Written in pieces, since this file is searched too.
@@ -134,16 +132,9 @@ def wrong_imports(name: str, source: str) -> list[str]:
     return wrong
 
 
-def inner_imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """Line and part of each import from the file's own package, and whether it is for types only."""
+def inner_imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and part of each import from the file's own package, also of those for types only."""
     package, *folders = name.split("/")[:-1]
-    for_types = {
-        inner
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
-        for node in block.body
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
         modules = []
         if isinstance(node, ast.Import):
@@ -153,7 +144,7 @@ def inner_imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
             modules = [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
         for words in (module.split(".") for module in modules):
             if words[0] == package and len(words) > 1:
-                yield node.lineno, words[1], node in for_types
+                yield node.lineno, words[1]
 
 
 def wrong_inner_imports(name: str, source: str) -> list[str]:
@@ -165,11 +156,7 @@ def wrong_inner_imports(name: str, source: str) -> list[str]:
         return [f"{name} is of no part of {package} that is known here"]
     allowed = INSIDE[package][inside[0]] | {inside[0]}
     imports = inner_imports(name, ast.parse(source))
-    return [
-        f"{name}:{line} imports {package}.{part}"
-        for line, part, for_types in imports
-        if part not in (allowed | FOR_TYPES.get(name, set()) if for_types else allowed)
-    ]
+    return [f"{name}:{line} imports {package}.{part}" for line, part in imports if part not in allowed]
 
 
 def environ_readers(name: str, source: str) -> list[str]:
@@ -246,7 +233,9 @@ def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) ->
         ("rlhf_train/steps/a.py", "from rlhf_train import worker", ["rlhf_train/steps/a.py:1 imports rlhf_train.worker"]),
         ("rlhf_train/steps/a.py", "from rlhf_train.demo.rule import is_good", ["rlhf_train/steps/a.py:1 imports rlhf_train.demo"]),
         ("rlhf_train/steps/a.py", "import torch, jobs.spec\nfrom rlhf_train.engine import checkpointer\nfrom rlhf_train.steps.b import c", []),
-        ("rlhf_train/engine/checkpointer.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf_train.steps import context", []),
+        ("rlhf_train/engine/checkpointer.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf_train.steps import context", [
+            "rlhf_train/engine/checkpointer.py:3 imports rlhf_train.steps",
+        ]),
         ("rlhf_train/engine/checkpointer.py", "from rlhf_train.steps import context", [
             "rlhf_train/engine/checkpointer.py:1 imports rlhf_train.steps",
         ]),

@@ -1,4 +1,4 @@
-"""What every step of a run is given, and the pieces of the story that all three share."""
+"""What every step of a run is given, and the pieces of code that all three share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from jobs.spec import Data, Job, Scratch
 from rlhf_train.data import dataset
 from rlhf_train.data.sequences import BatchPlan
 from rlhf_train.disk import rename, sync_files
-from rlhf_train.engine.checkpointer import Saved
+from rlhf_train.engine.checkpoint_files import Saved
+from rlhf_train.engine.checkpointer import Checkpointer, Part, Surroundings
 from rlhf_train.engine.deepspeed_engine import DTYPES
+from rlhf_train.engine.divergence import Divergence
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
@@ -25,25 +27,44 @@ from rlhf_train.ranks.heartbeat import Pulse
 
 
 class Stopped(Exception):
-    """The run was asked to end (SIGTERM): all ranks leave together, their state saved if there was time."""
+    """Raised on all ranks together when the run was asked to end (SIGTERM); its state is saved if there was time."""
 
 
 class Stop:
-    """Whether this process was asked to end."""
+    """Knows whether this process was asked to end, and what to do before it leaves."""
 
     def __init__(self) -> None:
         self.asked_at: float | None = None  # time.monotonic()
-        self.before_leaving: Callable[[float | None], None] = lambda grace_s: None  # all ranks together; see Keeper
-        self.finish_writing: Callable[[], None] = lambda: None  # a checkpoint that this rank has begun; see Keeper
+        self._leave: Callable[[float | None], None] = lambda grace_s: None
+        self._finish_writing: Callable[[], None] = lambda: None
 
     def ask(self, *_signal: object) -> None:
-        """Handles SIGTERM; a second one changes nothing."""
+        """Handle SIGTERM; a second one changes nothing."""
         if self.asked_at is None:
             self.asked_at = time.monotonic()
+
+    def on_leaving(self, leave: Callable[[float | None], None], finish_writing: Callable[[], None]) -> None:
+        """Set what is done before this process ends. Until then, it is nothing.
+
+        leave: saves what can be saved in so many seconds (None: not limited), on all ranks together.
+        finish_writing: waits for a checkpoint that this rank is writing.
+        """
+        self._leave = leave
+        self._finish_writing = finish_writing
+
+    def leave(self, grace_s: float | None) -> None:
+        """Save what can be saved in `grace_s` seconds (None: not limited). All ranks call it together."""
+        self._leave(grace_s)
+
+    def finish_writing(self) -> None:
+        """Wait for a checkpoint that this rank is writing."""
+        self._finish_writing()
 
 
 @dataclass(frozen=True)
 class Session:
+    """What every step is given."""
+
     job: Job
     run: RunDir
     world: World
@@ -52,7 +73,7 @@ class Session:
     emit: Callable[[Event], None]  # rank 0 writes; others are silent
     pulse: Pulse = field(default_factory=Pulse.unseen)
     stop: Stop = field(default_factory=Stop)
-    saved: Saved | None = None  # what the step goes on from
+    saved: Saved | None = None  # the checkpoint that the step resumes from
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the step starts from: hashes of the steps before it
 
     @property
@@ -64,10 +85,10 @@ class Session:
         self.emit(Progress(step=step, doing=what))
 
     def stop_if_asked(self) -> None:
-        """All ranks ask each other. Raises Stopped on all if one was asked to end, after a checkpoint if there is time for it."""
+        """Raise Stopped on all ranks if one was asked to end, after a checkpoint if there is time for it."""
         if self.world.any(self.stop.asked_at is not None):
             waited_s = 0.0 if self.stop.asked_at is None else time.monotonic() - self.stop.asked_at
-            self.stop.before_leaving(self.job.checkpoint.grace_s - waited_s)
+            self.stop.leave(self.job.checkpoint.grace_s - waited_s)
             raise Stopped
 
     def plan(self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, fates: dict[str, int]) -> None:
@@ -112,8 +133,38 @@ def corpus(session: Session, step: int, spec: Data, tokenizer: Any) -> dataset.C
     )
 
 
+def start_checkpoints(
+    session: Session,
+    step: int,
+    updates: int,
+    parts: Mapping[str, Part],
+    *,
+    rows: str,
+    model_bytes: int,
+) -> tuple[Checkpointer, Divergence]:
+    """Make what saves a step and what applies its updates, and tell `session.stop` to save before leaving.
+
+    updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk is too small.
+    """
+    around = Surroundings(
+        step,
+        session.run,
+        session.job.checkpoint,
+        session.world,
+        session.emit,
+        session.pulse,
+        session.stop_if_asked,
+        session.saved,
+        session.inputs,
+    )
+    checkpointer = Checkpointer(around, updates, parts, rows=rows, model_bytes=model_bytes)
+    session.stop.on_leaving(checkpointer.leave, checkpointer.finish_writing)
+    divergence = Divergence(step, updates, checkpointer.skips, emit=session.emit, last_good=checkpointer.last_good)
+    return checkpointer, divergence
+
+
 class Clock:
-    """Seconds since it was made, and `before`."""
+    """Tells the seconds since it was made, plus `before`."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._start = time.perf_counter() - before

@@ -7,255 +7,277 @@ tokens of the whole update; before the first update the trainer, the rollout and
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import End, Metrics, Progress, Warning
-from jobs.spec import Lora, Ppo
-from rlhf_train.data.sequences import Sequences, count_updates, deal, rows_of_update
-from rlhf_train.disk import write_json
-from rlhf_train.engine.checkpointer import Keeper
-from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, rehearse
+from jobs.events import End, Progress, Warning
+from jobs.spec import Ppo
+from rlhf_train.data.sequences import Sequences, deal, rows_of_update
+from rlhf_train.engine.checkpointer import Checkpointer
+from rlhf_train.engine.deepspeed_engine import Engine
+from rlhf_train.engine.divergence import Divergence
 from rlhf_train.generation.rollout import Rollouts
-from rlhf_train.models.networks import (
-    ActorForward,
-    ScoreForward,
-    add_lora,
-    check_lengths,
-    check_same_tokenizer,
-    checkpoint_activations,
-    load_causal,
-    load_scorer,
-    load_tokenizer,
-    padding,
-)
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
-from rlhf_train.steps.context import Clock, Session, corpus
+from rlhf_train.steps.context import Clock, Session, start_checkpoints
 from rlhf_train.steps.experience import Experience, Pass, Scored, response_values, targets_of, whiten_update
-from rlhf_train.steps.export import eval_model, save_model, scores_of
-from rlhf_train.steps.held_out import HeldOut, Summary
-from rlhf_train.steps.rule import load_rule
-from rlhf_train.steps.scoring import Judges, WithoutAdapters, mean_entropies
+from rlhf_train.steps.export import save_model, scores_of
+from rlhf_train.steps.held_out import Summary
+from rlhf_train.steps.ppo_setup import Setup, measure_reward_scale, set_reward_scale, set_up, try_the_longest
+from rlhf_train.steps.ppo_state import SUMS, LoopState
+from rlhf_train.steps.scoring import mean_entropies
 
-SUMS = ("policy_loss", "value_loss", "ratio", "clipped", "value_clipped", "entropy", "tokens", "trained", "computed")  # over a rollout's updates
-LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
-NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
-# Seeds of the rollouts that are not training, apart from the job's own (below 2^32).
-EVALUATION_SEED, NORMALIZATION_SEED = 2**32, 2**33
 # Self-test: the worst row's mean absolute difference of log-probs, in nats. float32 differs by the order of summation;
 # bfloat16 has 8 bits, and other batches pad differently.
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
 def run(session: Session) -> End:
-    job, spec, world, where = session.job, session.job.ppo, session.world, session.placement
+    """Train the actor and the critic, and save the actor."""
+    spec = session.job.ppo
+
+    # 1. Load the four networks, and what samples, scores and measures with them.
     clock = Clock()
-    plan = where.batch_plan(job, 3)
-    actor_source, critic_source = str(session.run.step(1).model), str(session.run.step(2).model)
-    tokenizer = load_tokenizer(actor_source)
-    check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
-    tokens = corpus(session, 3, job.data, tokenizer)
-    rows = tokens.train.step_rows[3]
-    updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
-    on_policy = updates_per_rollout == 1  # what is trained is what has sampled: see experience.py
-    rollouts = count_updates(len(rows), spec.rollout_batch, spec.epochs, None)
-    updates = min(rollouts * updates_per_rollout, spec.max_updates or rollouts * updates_per_rollout)
-    session.plan(3, plan, updates=updates, rows=len(rows), zero_stage=where.actor_zero_stage, fates=tokens.train.fates)
+    setup = set_up(session)
+    actor, updates = setup.actor, setup.updates
 
-    session.doing(3, "loading actor, reference, critic and reward model")
-    reward_model = ScoreForward(eval_model(load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)))
-    actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
-    for model in (actor_model, reward_model.model):
-        check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
-    reference, twin = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
-    if job.actor.lora is not None and isinstance(reference, ActorForward):
-        session.doing(3, "the reference is a copy of the actor, not the actor with its adapters off: ZeRO 3 has no whole weights")
-    if job.hardware.gradient_checkpointing:
-        checkpoint_activations(actor_model)
-    if job.actor.lora is not None:
-        add_lora(actor_model, job.actor.lora, job.seed)
-    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
-    if job.hardware.gradient_checkpointing:
-        checkpoint_activations(critic_model)
-    pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
-    actor = Engine(
-        ActorForward(actor_model),
-        spec,
-        spec.actor_learning_rate,
-        updates,
-        plan,
-        precision=where.precision,
-        zero_stage=where.actor_zero_stage,
-        world=world,
-    )
-    critic = Engine(
-        ScoreForward(critic_model),
-        spec,
-        spec.critic_learning_rate,
-        updates,
-        plan,
-        precision=where.precision,
-        zero_stage=where.critic_zero_stage,
-        world=world,
-    )
-    ema = Ema(actor.module, spec.ema_decay) if spec.ema_decay else None
-
-    def refresh() -> None:
-        if twin is not None:
-            copy_weights(actor, twin, job.actor.lora)
-
-    sampling = Rollouts(
-        twin.model if twin is not None else actor_model,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        max_tokens=job.data.max_response_tokens,
-        max_prompt_tokens=job.data.max_prompt_tokens,
-        temperature=spec.temperature,
-        top_k=spec.top_k,
-        top_p=spec.top_p,
-        batch=where.rollout_micro_batch,
-        device=world.device,
-        warn=lambda message: session.emit(Warning(step=3, message=message)),
-        beat=session.pulse.beat,
-        is_asked_to_stop=lambda: session.stop.asked_at is not None,
-    )
-    held_out = HeldOut(
-        session, [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]], tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED
-    )
-    parts = {"actor": actor, "critic": critic} | ({"ema": ema} if ema is not None else {})
-    keeper = Keeper(session, 3, updates, parts, rows=tokens.train.digest(3), model_bytes=actor.model_bytes() * (2 if ema else 1))
-    session.doing(3, f"trying the longest sequences, {plan.micro_batch} at once")
-    prompt = max((tokens.train.prompt[i] for i in rows), key=len)
-    answer = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
-    longest = Sequences.of([prompt] * plan.micro_batch, [answer] * plan.micro_batch, pad_id, world.device)
-    pass_tokens = plan.micro_batch * (len(prompt) + len(answer))
-    judges = Judges(session, reference, reward_model, pad_id, pass_tokens)
-    rehearse(
-        # All tokens asked of: short prompts leave a pass nearly as many of answers.
-        (actor, lambda: actor(longest, from_prompt=True, temperature=spec.temperature)[0].sum()),
-        (critic, lambda: critic(longest)[0].sum()),
-    )
-    saved = keeper.resume()
+    # 2. Show that the longest update fits, and resume from the last checkpoint, if there is one.
+    rows, model_bytes = setup.tokens.train.digest(3), setup.model_bytes
+    checkpointer, divergence = start_checkpoints(session, 3, updates, setup.parts, rows=rows, model_bytes=model_bytes)
+    try_the_longest(session, setup)
+    saved = checkpointer.resume()
     if saved is not None:
-        reward_model.shift, reward_model.scale = saved["shift"], saved["scale"]
-    elif spec.normalize_rewards:
-        session.doing(3, f"scale of the rewards on {min(NORMALIZATION_PROMPTS, len(rows))} answers of the reference")
-        view = HeldOut(session, [tokens.train.prompt[i] for i in rows[:NORMALIZATION_PROMPTS]], tokenizer, None, seed=job.seed + NORMALIZATION_SEED)
-        refresh()  # the actor has learned nothing yet: its answers are the reference's
-        scores = np.array([answer.score for answer in view.answers(sampling, judges)])
-        reward_model.shift, reward_model.scale = float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
-    critic.module.shift, critic.module.scale = reward_model.shift, reward_model.scale  # type: ignore[assignment]
-    if spec.normalize_rewards and world.is_main:  # the scale belongs to the reward model: every reward of this run is (logit - shift) / scale
-        numbers = {"shift": reward_model.shift, "scale": reward_model.scale, "reward": "(logit - shift) / scale"}
-        write_json(session.run.step(2).reward_scale, numbers)
-    if saved is None:
-        session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, before")
-        refresh()
-        answers = held_out.answers(sampling, judges)
-        held_out.show(answers, "before")
-        before, kl_coef = held_out.summary(answers), spec.kl_coef
+        state = LoopState.read(saved, checkpointer.loop_tensors, session.placement.rollout_micro_batch)
+        set_reward_scale(session, setup, state.shift, state.scale)
     else:
-        before, kl_coef, clock = Summary(**saved["before"]), saved["kl_coef"], Clock(saved["seconds"])
+        state = start(session, setup, clock)
 
-    training = Clock(saved["elapsed_s"] if saved else 0.0)
-    tally = Tally(**saved["tally"]) if saved else Tally()
-    experience, rollout_micro_batch = None, where.rollout_micro_batch
-    if tally.updates:  # stopped between two updates of one rollout
-        experience = Experience.from_tensors(keeper.loop_tensors)
     for update in range(actor.update, updates):
-        if keeper.wants_best(update):
-            refresh()
-            best = ("mean_reward", held_out.summary(held_out.answers(sampling, judges)).reward)
-            keeper.offer(
-                update,
-                *best,
-                lower_is_better=False,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 3, update, actor, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
-                ),
-            )
-        rollout, place = divmod(update, updates_per_rollout)
-        if experience is None:
-            tally = Tally()
-            rollout_clock = Clock()
-            session.pulse.beat(f"update {update + 1}, rollout")
-            chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (job.seed, 3))]
-            prompts = [tokens.train.prompt[i] for i in chosen]
-            mine = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
-            refresh()
-            responses = sampling.generate([prompts[i] for i in mine], seed=job.seed, row_ids=[rollout * spec.rollout_batch + int(i) for i in mine])
-            session.stop_if_asked()
-            rollout_micro_batch = use_the_smallest_batch(session, sampling, rollout_micro_batch)
-            tally.rollout_s, score_clock = rollout_clock(), Clock()
+        # 3. Keep the weights that are best on held-out prompts.
+        if checkpointer.wants_best(update):
+            offer_best(session, setup, checkpointer, update)
 
-            session.pulse.beat(f"update {update + 1}, scoring")
-            ask_trainer = not on_policy or update == 0  # on-policy for the self-test alone
-            scored, computed = judges.score([prompts[i] for i in mine], responses, (actor, critic) if ask_trainer else None)
-            parts_of_ranks = world.gather((list(zip(mine, scored, strict=True)), computed))
-            by_place = {int(row): one for part, _ in parts_of_ranks for row, one in part}
-            everyone = [by_place[row] for row in range(spec.rollout_batch)]
-            experience = Experience.of(everyone, spec, kl_coef, on_policy=on_policy)
-            tally.scored, tally.scored_computed = int(experience.lengths.sum()), sum(count for _, count in parts_of_ranks)
-            tally.entropy = None if on_policy else float(np.mean([row.trainer.entropy for row in everyone if row.trainer is not None]))
-            tally.score_s = score_clock()
-            if update == 0:
-                self_test(session, everyone, actor, pad_id)
-            warn_of_odd_answers(session, experience, job.data.max_response_tokens)
-            kl = float(experience.kl.mean())
-            if kl > spec.max_kl:  # nothing is learned of it, which a checkpoint would then hold
-                session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
-                raise exploded(session, kl, update + 1, keeper.last_good())
+        # 4. Collect a rollout, unless the last one still has updates to learn from it.
+        if state.experience is None:
+            collect(session, setup, state, update)
+            end_if_exploded(session, setup, state, checkpointer, update)
 
-        train_clock = Clock()
-        epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
-        shuffled = np.random.RandomState([job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
-        minibatch = shuffled.reshape(-1, spec.global_batch)[number]
-        session.pulse.beat(f"update {update + 1}")
-        dealt = deal(experience.lengths[minibatch], plan, world.rank, pass_tokens, packed=pad_id is None)
-        passes = [experience.cut(minibatch[micro], pad_id, world.device) for micro in dealt]
-        response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
-        total = accumulate_gradients(session, passes, response_tokens, on_policy=on_policy, actor=actor, critic=critic)
-        if math.isfinite(total["policy_loss"] + total["value_loss"]):
-            norms = keeper.learn(actor, critic)
-            if ema is not None:
-                ema.update()
-            if keeper.skipped_in_a_row == 0:
-                tally.add(total, norms)
-        else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            actor.skip()
-            critic.skip()
-        tally.updates += 1
-        tally.train_s += train_clock()
+        # 5. Learn from a part of it: one update of actor and critic.
+        learn(session, setup, state, divergence, update)
 
-        if place == updates_per_rollout - 1 or update == updates - 1:
-            if tally.trained_updates:
-                session.emit(tally.metrics(experience, update=update + 1, updates=updates, elapsed_s=training(), kl_coef=kl_coef, engine=actor))
-            kl_coef = next_kl_coef(spec, kl_coef, float(experience.kl.mean()))
-            experience, tally = None, Tally()
-        loop = {"before": asdict(before), "kl_coef": kl_coef, "shift": reward_model.shift, "scale": reward_model.scale, "tally": asdict(tally)}
-        loop |= {"elapsed_s": training(), "seconds": clock()}
-        keeper.after(update + 1, loop, experience.tensors() if experience is not None else {})
+        # 6. After the rollout's last update, tell its numbers and adapt the KL coefficient.
+        if (update + 1) % setup.updates_per_rollout == 0 or update == updates - 1:
+            if state.tally.trained_updates:
+                emit_metrics(session, setup, state, update)
+            state.kl_coef = next_kl_coef(spec, state.kl_coef, mean_kl(state))
+            state.end_rollout()
 
-    session.doing(3, f"answers to {len(held_out.prompts)} held-out prompts, after")
-    refresh()
-    answers = held_out.answers(sampling, judges)
-    held_out.show(answers, "after")
-    folder, after = session.run.step(3).model, held_out.summary(answers)
-    keeper.check({"mean reward": after.reward, "KL": after.kl})
-    end = End(
+        # 7. Save, if it is time to.
+        checkpointer.after(update + 1, state.numbers(), state.tensors())
+
+    # 8. Measure on the held-out prompts again, and save the actor.
+    after = measure(session, setup, "after")
+    divergence.check({"mean reward": after.reward, "KL": after.kl})
+    folder = session.run.step(3).model
+    end = result(session, setup, state, after)
+    save_model(session, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores=scores_of(end))
+    if setup.ema is not None:
+        folder = session.run.step(3).model_ema
+        with setup.ema.applied():
+            save_model(session, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores={})
+    checkpointer.close()
+    return end
+
+
+def start(session: Session, setup: Setup, clock: Clock) -> LoopState:
+    """Set the scale of the rewards, and measure the actor before it learns. clock: of the whole step."""
+    spec, reward_model = session.job.ppo, setup.reward_model
+    shift, scale = reward_model.shift, reward_model.scale
+    if spec.normalize_rewards:
+        shift, scale = measure_reward_scale(session, setup)
+    set_reward_scale(session, setup, shift, scale)
+    before = measure(session, setup, "before")
+    return LoopState(
+        before=before,
+        kl_coef=spec.kl_coef,
+        shift=shift,
+        scale=scale,
+        clock=clock,
+        training=Clock(),
+        rollout_micro_batch=session.placement.rollout_micro_batch,
+    )
+
+
+def measure(session: Session, setup: Setup, when: str) -> Summary:
+    """Answer the held-out prompts and show a few of the answers. when: before or after training."""
+    session.doing(3, f"answers to {len(setup.held_out.prompts)} held-out prompts, {when}")
+    answers = setup.held_out_answers()
+    setup.held_out.show(answers, when)
+    return setup.held_out.summary(answers)
+
+
+def offer_best(session: Session, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
+    """Measure the weights of `update` on the held-out prompts, and keep them if they are the best so far."""
+    value = setup.held_out.summary(setup.held_out_answers()).reward
+    checkpointer.offer(
+        update,
+        "mean_reward",
+        value,
+        lower_is_better=False,
+        save=lambda folder: save_model(
+            session,
+            3,
+            update,
+            setup.actor,
+            setup.tokenizer,
+            folder,
+            lora=setup.lora,
+            scores={},
+            best=("mean_reward", value),
+        ),
+    )
+
+
+def collect(session: Session, setup: Setup, state: LoopState, update: int) -> None:
+    """Sample and score the rollout that begins with `update`, and leave it in `state`.
+
+    All ranks share the work, and each has the whole rollout in the end. Raises ToolkitError if the self-test before the
+    first update fails.
+    """
+    spec, world, rows, tally = session.job.ppo, session.world, setup.rows, state.tally
+
+    # 1. Sample a response to each prompt of this rank.
+    rollout_clock = Clock()
+    session.pulse.beat(f"update {update + 1}, rollout")
+    rollout = update // setup.updates_per_rollout
+    chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (session.job.seed, 3))]
+    prompts = [setup.tokens.train.prompt[i] for i in chosen]
+    places = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
+    own_prompts = [prompts[i] for i in places]
+    row_ids = [rollout * spec.rollout_batch + int(i) for i in places]
+    setup.refresh_rollouts()
+    responses = setup.rollouts.generate(own_prompts, seed=session.job.seed, row_ids=row_ids)
+    session.stop_if_asked()
+    state.rollout_micro_batch = use_the_smallest_batch(session, setup.rollouts, state.rollout_micro_batch)
+    tally.rollout_s = rollout_clock()
+
+    # 2. Score them. On-policy, actor and critic are asked for the self-test alone.
+    score_clock = Clock()
+    session.pulse.beat(f"update {update + 1}, scoring")
+    trainer = (setup.actor, setup.critic) if not setup.on_policy or update == 0 else None
+    scored, computed = setup.scorer.score(own_prompts, responses, trainer)
+
+    # 3. Put the rows of all ranks in the order of the prompts, and make the rewards of them.
+    shares = world.gather((list(zip(places, scored, strict=True)), computed))
+    by_place = {int(place): row for share, _ in shares for place, row in share}
+    scored = [by_place[place] for place in range(spec.rollout_batch)]
+    experience = Experience.of(scored, spec, state.kl_coef, on_policy=setup.on_policy)
+    tally.scored = int(experience.lengths.sum())
+    tally.scored_computed = sum(count for _, count in shares)
+    if not setup.on_policy:
+        tally.entropy = float(np.mean([row.trainer.entropy for row in scored if row.trainer is not None]))
+    tally.score_s = score_clock()
+    state.experience = experience
+
+    # 4. Look for what must not be.
+    if update == 0:
+        self_test(session, scored, setup.actor, setup.pad_id)
+    warn_of_odd_answers(session, experience, session.job.data.max_response_tokens)
+
+
+def learn(session: Session, setup: Setup, state: LoopState, divergence: Divergence, update: int) -> None:
+    """Make one update of actor and critic, on one minibatch of the rollout."""
+    spec, world, actor, critic = session.job.ppo, session.world, setup.actor, setup.critic
+    experience, tally = state.experience, state.tally
+    assert experience is not None, "a rollout is collected before anything is learned from it"
+
+    # 1. Draw the minibatch: each epoch shuffles the rollout again, the same way on all ranks.
+    train_clock = Clock()
+    rollout, place = divmod(update, setup.updates_per_rollout)
+    epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
+    shuffled = np.random.RandomState([session.job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
+    minibatch = shuffled.reshape(-1, spec.global_batch)[number]
+
+    # 2. Deal it to ranks and passes.
+    session.pulse.beat(f"update {update + 1}")
+    lengths, packed = experience.lengths[minibatch], setup.pad_id is None
+    dealt = deal(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
+    passes = [experience.cut(minibatch[micro], setup.pad_id, world.device) for micro in dealt]
+    response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
+
+    # 3. Go forward and backward through both networks.
+    total = accumulate_gradients(
+        session,
+        passes,
+        response_tokens,
+        on_policy=setup.on_policy,
+        actor=actor,
+        critic=critic,
+    )
+
+    # 4. Apply the update, or skip it if its numbers went wrong.
+    if math.isfinite(total["policy_loss"] + total["value_loss"]):
+        norms = divergence.apply(actor, critic)
+        if setup.ema is not None:
+            setup.ema.update()
+        if divergence.skips.in_a_row == 0:
+            tally.add(total, norms)
+    else:
+        divergence.skip(update + 1, "its loss is not finite", actor, critic)
+    tally.updates += 1
+    tally.train_s += train_clock()
+
+
+def mean_kl(state: LoopState) -> float:
+    """Return the rollout's mean KL to the reference, in nats a response."""
+    assert state.experience is not None
+    return float(state.experience.kl.mean())
+
+
+def emit_metrics(session: Session, setup: Setup, state: LoopState, update: int) -> None:
+    """Emit the numbers of the rollout and of what was learned from it, up to `update`."""
+    assert state.experience is not None
+    metrics = state.tally.metrics(
+        state.experience,
+        update=update + 1,
+        updates=setup.updates,
+        elapsed_s=state.training(),
+        kl_coef=state.kl_coef,
+        engine=setup.actor,
+    )
+    session.emit(metrics)
+
+
+def end_if_exploded(
+    session: Session,
+    setup: Setup,
+    state: LoopState,
+    checkpointer: Checkpointer,
+    update: int,
+) -> None:
+    """Raise ToolkitError if the rollout's KL is over its limit.
+
+    Nothing is learned from the rollout then, so no checkpoint holds it.
+    """
+    kl = mean_kl(state)
+    if kl > session.job.ppo.max_kl:
+        emit_metrics(session, setup, state, update)
+        raise exploded(session, kl, update + 1, checkpointer.last_good())
+
+
+def result(session: Session, setup: Setup, state: LoopState, after: Summary) -> End:
+    """Compare the held-out answers before and after training."""
+    before = state.before
+    return End(
         step=3,
-        updates=updates,
-        seconds=clock(),
-        model=str(folder),
+        updates=setup.updates,
+        seconds=state.clock(),
+        model=str(session.run.step(3).model),
         mean_reward_before=before.reward,
         mean_reward_after=after.reward,
         good_share_before=before.good,
@@ -266,96 +288,16 @@ def run(session: Session) -> End:
         response_length_after=after.length,
         eos_share_before=before.ended,
         eos_share_after=after.ended,
-        reward_shift=reward_model.shift,
-        reward_scale=reward_model.scale,
+        reward_shift=state.shift,
+        reward_scale=state.scale,
     )
-    save_model(session, 3, updates, actor, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
-    if ema is not None:
-        with ema.applied():
-            save_model(session, 3, updates, actor, tokenizer, session.run.step(3).model_ema, lora=job.actor.lora, scores={})
-    keeper.close()
-    return end
-
-
-@dataclass
-class Tally:
-    """One rollout's updates so far. Sums over all ranks; plain values, since a checkpoint between two updates holds them."""
-
-    updates: int = 0  # also those left out
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
-    norms: list[list[float]] = field(default_factory=list)  # of actor and critic, an update each
-    entropy: float | None = None  # mean over responses; on-policy known once it is trained on
-    scored: int = 0  # tokens that went through scoring passes, and all that these computed
-    scored_computed: int = 0
-    rollout_s: float = 0.0
-    score_s: float = 0.0
-    train_s: float = 0.0
-
-    @property
-    def trained_updates(self) -> int:
-        return len(self.norms)
-
-    def add(self, sums: Mapping[str, float], norms: Sequence[float]) -> None:
-        self.sums = {name: self.sums[name] + value for name, value in sums.items()}
-        self.norms.append(list(norms))
-
-    def metrics(self, experience: Experience, *, update: int, updates: int, elapsed_s: float, kl_coef: float, engine: Engine) -> Metrics:
-        """The rollout's numbers; those of training too, if there was any."""
-        rollout = Metrics(
-            step=3,
-            update=update,
-            updates=updates,
-            elapsed_s=elapsed_s,
-            learning_rate=engine.current_learning_rate,
-            tokens_per_s=0.0,
-            real_token_share=0.0,
-            gpu_peak_bytes=engine.world.gpu_peak_bytes(),
-            grad_norm=0.0,
-            mean_reward=float(experience.scores.mean()),
-            kl=float(experience.kl.mean()),
-            kl_coef=kl_coef,
-            entropy=self.entropy,
-            response_length=float(experience.mask.sum(1).float().mean()),
-            eos_share=float(experience.ended.float().mean()),
-            rollout_s=self.rollout_s,
-            score_s=self.score_s,
-        )
-        count, sums = self.trained_updates, self.sums
-        if not count:
-            return rollout
-        return replace(
-            rollout,
-            tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
-            real_token_share=(sums["trained"] + self.scored) / (sums["computed"] + self.scored_computed),
-            grad_norm=float(np.mean([actor for actor, _ in self.norms])),
-            critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
-            policy_loss=sums["policy_loss"] / count,
-            value_loss=sums["value_loss"] / count,
-            ratio=sums["ratio"] / sums["tokens"],
-            clip_fraction=sums["clipped"] / sums["tokens"],
-            value_clip_fraction=sums["value_clipped"] / sums["tokens"],
-            entropy=self.entropy if self.entropy is not None else sums["entropy"] / len(experience.prompts),
-            train_s=self.train_s,
-        )
-
-
-def frozen_copies(actor_model: Any, lora: Lora | None, zero_stage: int) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
-    """Of the actor as it was loaded, before adapters: the reference, and what rollouts read where the engine will not hold plain, whole
-    weights (ZeRO-3 has parts, LoRA has adapters beside them): filled by `copy_weights` once a rollout.
-
-    LoRA learns beside weights that stay: the reference is the actor with its adapters off, and the copy has memory of its own only for
-    what adapters change. ZeRO-3 would have to gather them all, layer by layer, for each batch; there both are whole copies.
-    """
-    if lora is None or zero_stage == 3:
-        reference, *rollouts = (ActorForward(eval_model(copy.deepcopy(actor_model))) for _ in range(2 if zero_stage == 3 else 1))
-        return reference, rollouts[0] if rollouts else None
-    adapted = tuple(f".{target}.weight" for target in lora.target_modules)
-    kept = {id(parameter): parameter for name, parameter in actor_model.named_parameters() if not f".{name}".endswith(adapted)}
-    return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
 
 
 def use_the_smallest_batch(session: Session, sampling: Rollouts, known: int) -> int:
-    """Where a rank had no memory for `known` prompts at once, all ranks generate fewer from now on, and the run remembers it."""
+    """Let all ranks generate as few prompts at once as the rank with least memory, and return how many.
+
+    If they are fewer than `known`, the run remembers it.
+    """
     sampling.batch = min(session.world.gather(sampling.batch))
     if sampling.batch < known and session.world.is_main:
         memory_fit.remember(session.job, session.run, replace(session.placement, rollout_micro_batch=sampling.batch))
@@ -365,7 +307,7 @@ def use_the_smallest_batch(session: Session, sampling: Rollouts, known: int) -> 
 
 
 def warn_of_odd_answers(session: Session, experience: Experience, limit: int) -> None:
-    """A rollout whose answers are all empty, or all cut, teaches little: said each time, with what it usually comes from."""
+    """Warn of a rollout that teaches little: its answers are all empty, or all cut. The hint says the usual cause."""
     lengths = experience.mask.sum(1)
     if bool((experience.ended & (lengths == 1)).all()):
         session.emit(
@@ -396,7 +338,10 @@ def exploded(session: Session, kl: float, update: int, last_good: str) -> Toolki
 
 
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
-    """Fixed, or after Ziegler et al. 2019, section 2.2: proportional control of the KL to `kl_target`, clipped at 20 %."""
+    """Adapt the KL coefficient to `kl_target`, or leave it if there is no target.
+
+    Proportional control of the KL, clipped at 20 %: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
     if spec.kl_target is None:
         return kl_coef
     error = min(max(kl / spec.kl_target - 1, -0.2), 0.2)
@@ -406,9 +351,10 @@ def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
 def accumulate_gradients(
     session: Session, passes: Sequence[Pass], response_tokens: int, *, on_policy: bool, actor: Engine, critic: Engine
 ) -> dict[str, float]:
-    """Forward and backward of one update's passes, in both engines -> SUMS over passes and ranks.
+    """Go forward and backward through one update's passes, in both engines, and return SUMS over passes and ranks.
 
-    The critic goes first: on-policy the advantages are made of its values, and whitened over all passes before the actor sees one.
+    The critic goes first: on-policy the advantages are made of its values, and whitened over all passes before the
+    actor sees one.
     """
     spec = session.job.ppo
     sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
@@ -450,7 +396,10 @@ def accumulate_gradients(
 
 
 def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
-    """Before the first update: ratio 1, KL 0, and the rollout's log-probs are the trainer's. Raises ToolkitError."""
+    """Check before the first update that ratio is 1, KL 0, and the rollout's log-probs the trainer's.
+
+    Raises ToolkitError.
+    """
     batch_rows = rows[: session.placement.micro_batches[2]]
     batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, session.world.device)
     log_probs = batch.spread(actor(batch, temperature=session.job.ppo.temperature)[0]).detach().float().cpu().numpy()

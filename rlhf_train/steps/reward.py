@@ -16,16 +16,18 @@ from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.checkpointer import Keeper
 from rlhf_train.engine.deepspeed_engine import Engine, rehearse
 from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
 
 
 def run(session: Session) -> End:
+    """Train the reward model on the data's pairs, and save it."""
     job, spec, world = session.job, session.job.reward, session.world
+
+    # 1. Read the pairs, and count the updates.
     clock = Clock()
     plan = session.placement.batch_plan(job, 2)
     source = str(session.run.step(1).model) if job.critic.model == "actor" else job.critic.model
@@ -35,6 +37,7 @@ def run(session: Session) -> End:
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
     session.plan(2, plan, updates=updates, rows=len(rows), zero_stage=session.placement.critic_zero_stage, fates=tokens.train.fates)
 
+    # 2. Load the reward model, and give it an engine.
     session.doing(2, "loading the reward model")
     model = load_scorer(source, tokenizer, session.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
@@ -52,10 +55,13 @@ def run(session: Session) -> End:
         world=world,
     )
 
+    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where training starts.
     held_out = tokens.held_out.step_rows[2]
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
-    keeper = Keeper(session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes())
+    checkpointer, divergence = start_checkpoints(
+        session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes()
+    )
     session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 
@@ -64,7 +70,7 @@ def run(session: Session) -> End:
         return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
 
     rehearse((engine, longest_pass))
-    saved = keeper.resume()
+    saved = checkpointer.resume()
     if saved is None:
         session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
         before = accuracy(session, engine, tokens.held_out, held_out, pad_id)
@@ -73,9 +79,10 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
-        if keeper.wants_best(update):
+        # 4. Keep the weights that are best on held-out pairs.
+        if checkpointer.wants_best(update):
             best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
+            checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=False,
@@ -83,6 +90,8 @@ def run(session: Session) -> End:
                     session, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
                 ),
             )
+
+        # 5. Draw the pairs of the update, and deal them to ranks and passes.
         picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
@@ -90,6 +99,8 @@ def run(session: Session) -> End:
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
         passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+
+        # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
@@ -108,8 +119,10 @@ def run(session: Session) -> End:
                 sums[name] = sums[name] + value.detach()
             sums["computed"] += batch.input_ids.numel()
         total = world.sum(sums)
+
+        # 7. Apply the update, or skip it if its loss went wrong.
         if math.isfinite(total["loss"] + total["lm_loss"]):
-            (grad_norm,) = keeper.learn(engine)
+            (grad_norm,) = divergence.apply(engine)
             session.emit(
                 Metrics(
                     step=2,
@@ -128,33 +141,38 @@ def run(session: Session) -> End:
                 )
             )
         else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            engine.skip()
-        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+            divergence.skip(update + 1, "its loss is not finite", engine)
 
+        # 8. Save, if it is time to.
+        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+
+    # 9. Measure again, and save the reward model.
     session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
     after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
-    keeper.check({"accuracy": after})
+    divergence.check({"accuracy": after})
     folder = session.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
     save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
-    keeper.close()
+    checkpointer.close()
     return end
 
 
 def pair_lengths(table: Table) -> np.ndarray:
-    """The longer sequence of each pair of the table, in tokens."""
+    """Return the length of the longer sequence of each pair of the table, in tokens."""
     return table.prompt.lengths + np.maximum(table.chosen.lengths, table.rejected.lengths)
 
 
 def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
-    """2n sequences: the n chosen, then the n rejected."""
+    """Make 2n sequences: the n chosen, then the n rejected."""
     answers = [table.chosen[i] for i in rows] + [table.rejected[i] for i in rows]
     return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
 
 
 def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> the scores that the loss needs, those after the last token of each sequence (2n,), and the log-probs of the chosen for `lm_coef`."""
+    """Return the scores that the loss needs, those after the last token, and log-probs.
+
+    After the last token of each sequence: (2n,). The log-probs are those of the chosen, for `lm_coef`; None without.
+    """
     if spec.loss == "last_token" and not spec.lm_coef:
         in_the_end, _ = engine(batch, batch.last())
         return in_the_end, in_the_end, None
@@ -163,7 +181,10 @@ def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor,
 
 
 def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequences) -> Tensor:
-    """The pair loss as the job chooses it, mean over the pairs of this batch. As `ask` says them: scores, in_the_end."""
+    """Return the pair loss that the job chooses, mean over the pairs of this batch.
+
+    scores, in_the_end: as `ask` returns them.
+    """
     if spec.loss == "last_token":
         return preference_loss(*in_the_end.chunk(2))
     chosen, rejected = batch.by_row(scores).chunk(2)
@@ -171,7 +192,10 @@ def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequence
 
 
 def divergence_mask(batch: Sequences) -> Tensor:
-    """(n, T): true from the first token that differs to the end of the shorter sequence of the pair."""
+    """Mark where the sequences of a pair differ.
+
+    (n, T): true from the first token that differs to the end of the shorter sequence of the pair.
+    """
     chosen, rejected = batch.by_row(batch.input_ids.flatten()).chunk(2)
     position = torch.arange(chosen.shape[1], device=chosen.device)
     first = (chosen != rejected).int().argmax(1, keepdim=True)
@@ -180,7 +204,7 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 @torch.no_grad()
 def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """Share of pairs whose chosen answer scores higher, at the last token of each; NaN if a score is not finite."""
+    """Return the share of pairs whose chosen answer scores higher at its last token; NaN if a score is not finite."""
     correct = 0.0
     share = (session.placement.micro_batches[1], session.world.size, session.world.rank)
     for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):

@@ -15,7 +15,6 @@ from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.checkpointer import Keeper
 from rlhf_train.engine.deepspeed_engine import Engine, rehearse
 from rlhf_train.models.networks import (
     ActorForward,
@@ -27,12 +26,15 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus
+from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 
 
 def run(session: Session) -> End:
+    """Train the actor on the data's responses, and save it."""
     job, spec, world = session.job, session.job.sft, session.world
+
+    # 1. Read the rows, and count the updates.
     clock = Clock()
     plan = session.placement.batch_plan(job, 1)
     tokenizer = actor_tokenizer(session)
@@ -44,6 +46,7 @@ def run(session: Session) -> End:
     if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
 
+    # 2. Load the actor, and give it an engine.
     session.doing(1, "loading the actor")
     model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
@@ -63,14 +66,18 @@ def run(session: Session) -> End:
         world=world,
     )
 
+    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where training starts.
     held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
-    keeper = Keeper(session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes())
+    checkpointer, divergence = start_checkpoints(
+        session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
+    )
     session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))  # short prompts leave a pass nearly as many answers' tokens
-    saved = keeper.resume()
+    # From the prompt: short prompts leave a pass nearly as many tokens of answers.
+    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
+    saved = checkpointer.resume()
     if saved is None:
         session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
         before = perplexity(session, engine, tokens.held_out, held_out, pad_id)
@@ -79,9 +86,10 @@ def run(session: Session) -> End:
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
-        if keeper.wants_best(update):
+        # 4. Keep the weights that are best on held-out rows.
+        if checkpointer.wants_best(update):
             best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
-            keeper.offer(
+            checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=True,
@@ -89,11 +97,15 @@ def run(session: Session) -> End:
                     session, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
                 ),
             )
+
+        # 5. Draw the rows of the update, and deal them to ranks and passes.
         chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
         passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+
+        # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):
             session.pulse.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
@@ -103,8 +115,10 @@ def run(session: Session) -> End:
             loss_sum += loss.detach()
             computed += batch.input_ids.numel()
         total = world.sum({"loss": loss_sum, "computed": computed})
+
+        # 7. Apply the update, or skip it if its loss went wrong.
         if math.isfinite(total["loss"]):
-            (grad_norm,) = keeper.learn(engine)
+            (grad_norm,) = divergence.apply(engine)
             session.emit(
                 Metrics(
                     step=1,
@@ -120,17 +134,19 @@ def run(session: Session) -> End:
                 )
             )
         else:
-            keeper.skipped(update + 1, "its loss is not finite")
-            engine.skip()
-        keeper.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+            divergence.skip(update + 1, "its loss is not finite", engine)
 
+        # 8. Save, if it is time to.
+        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+
+    # 9. Measure again, and save the actor.
     session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
-    keeper.check({"perplexity": after})
+    divergence.check({"perplexity": after})
     folder = session.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
     save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
-    keeper.close()
+    checkpointer.close()
     return end
 
 
@@ -139,14 +155,14 @@ def sequences(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.
 
 
 def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
-    """Tokens of each row that are in the loss."""
+    """Count the tokens of each row that are in the loss."""
     from_prompt = table.prompt.lengths[rows] - 1 if job.sft.loss_on_prompt else 0
     return table.response.lengths[rows] + from_prompt
 
 
 @torch.no_grad()
 def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
+    """Return exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
     nll = count = 0.0
     share = (session.placement.micro_batches[0], session.world.size, session.world.rank)

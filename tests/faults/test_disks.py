@@ -12,7 +12,7 @@ import pytest
 
 from jobs.formatting import size
 from jobs.run_dir import RunDir
-from rlhf_train.engine import checkpointer
+from rlhf_train.engine import checkpoint_files
 from tests.faults.scene import Scene, curve, error_of, events, fault, when
 from tests.tiny import Trained
 
@@ -127,7 +127,7 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
 
 def the_last_is_good(run: RunDir) -> None:
     """That of update 2, and nothing beside it."""
-    saved = checkpointer.latest(run.step(1), pytest.fail)
+    saved = checkpoint_files.latest(run.step(1), pytest.fail)
     assert saved is not None and saved.update == 2
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
 

@@ -12,7 +12,7 @@ import torch
 from jobs.events import Event, Warning
 from jobs.run_dir import RunDir
 from jobs.spec import Job
-from rlhf_train.engine import checkpointer
+from rlhf_train.engine import checkpoint_files
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import Session
@@ -61,7 +61,7 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
     assert "Traceback" not in said
     assert list(curve(run)) == [1, 2]
     assert warnings(run) == [f"update {update} is left out: its loss is not finite ({update - 2} so far)" for update in (3, 4, 5, 6)]
-    saved = checkpointer.latest(run.step(1), pytest.fail)
+    saved = checkpoint_files.latest(run.step(1), pytest.fail)
     assert saved is not None and saved.update == 2 and saved.state["skipped"] == [0, 0]
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
 

@@ -29,7 +29,8 @@ from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import Session
 from rlhf_train.steps.experience import Experience, Scored
 from rlhf_train.steps.export import eval_model
-from rlhf_train.steps.ppo import accumulate_gradients, frozen_copies, next_kl_coef, self_test
+from rlhf_train.steps.ppo import accumulate_gradients, next_kl_coef, self_test
+from rlhf_train.steps.ppo_setup import frozen_copies
 from rlhf_train.steps.scoring import Judges
 from tests import ranks, tiny
 

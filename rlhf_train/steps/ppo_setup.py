@@ -1,0 +1,263 @@
+"""What step 3 works with: four networks, two of them with engines, and what samples, scores and measures with them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.events import Warning
+from jobs.spec import Lora
+from rlhf_train.data.dataset import Corpus
+from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
+from rlhf_train.disk import write_json
+from rlhf_train.engine.checkpointer import Part
+from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, rehearse
+from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.models.networks import (
+    ActorForward,
+    ScoreForward,
+    add_lora,
+    check_lengths,
+    check_same_tokenizer,
+    checkpoint_activations,
+    load_causal,
+    load_scorer,
+    load_tokenizer,
+    padding,
+)
+from rlhf_train.steps.context import Session, corpus
+from rlhf_train.steps.export import eval_model
+from rlhf_train.steps.held_out import Answer, HeldOut
+from rlhf_train.steps.rule import load_rule
+from rlhf_train.steps.scoring import Judges, WithoutAdapters
+
+LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
+NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
+# Seeds of the rollouts that are not training, apart from the job's own (below 2^32).
+EVALUATION_SEED, NORMALIZATION_SEED = 2**32, 2**33
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What step 3 works with. Made once; only the networks in it change."""
+
+    tokenizer: Any
+    lora: Lora | None  # of the actor
+    tokens: Corpus
+    plan: BatchPlan
+    updates: int
+    updates_per_rollout: int
+    pad_id: int | None  # None: rows are packed
+    pass_tokens: int  # that a pass of training computes at most
+    actor: Engine
+    critic: Engine
+    reference: ActorForward | WithoutAdapters
+    reward_model: ScoreForward
+    ema: Ema | None  # of the actor's weights
+    rollout_copy: ActorForward | None  # what rollouts read, where the engine has no plain, whole weights
+    rollouts: Rollouts
+    scorer: Judges
+    held_out: HeldOut
+    longest: Sequences  # one micro batch
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The training rows of step 3."""
+        return self.tokens.train.step_rows[3]
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether what is trained is what has sampled: see experience.py."""
+        return self.updates_per_rollout == 1
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What has state that a checkpoint must hold."""
+        parts: dict[str, Part] = {"actor": self.actor, "critic": self.critic}
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        return parts
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the models that the step saves in the end."""
+        return self.actor.model_bytes() * (2 if self.ema else 1)
+
+    def refresh_rollouts(self) -> None:
+        """Let rollouts read the actor's weights as they are now."""
+        if self.rollout_copy is not None:
+            copy_weights(self.actor, self.rollout_copy, self.lora)
+
+    def held_out_answers(self) -> list[Answer]:
+        """Answer the held-out prompts with the actor as it is now."""
+        self.refresh_rollouts()
+        return self.held_out.answers(self.rollouts, self.scorer)
+
+
+def set_up(session: Session) -> Setup:
+    """Load and build all that step 3 works with. Raises ToolkitError if parts of it do not fit together."""
+    job, spec, world, where = session.job, session.job.ppo, session.world, session.placement
+
+    # 1. Read the prompts, and count the updates.
+    actor_source, critic_source = str(session.run.step(1).model), str(session.run.step(2).model)
+    tokenizer = load_tokenizer(actor_source)
+    check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
+    tokens = corpus(session, 3, job.data, tokenizer)
+    rows = tokens.train.step_rows[3]
+    plan = where.batch_plan(job, 3)
+    updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
+    possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
+    updates = min(possible, spec.max_updates or possible)
+    stage, fates = where.actor_zero_stage, tokens.train.fates
+    session.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, fates=fates)
+
+    # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
+    session.doing(3, "loading actor, reference, critic and reward model")
+    scorer_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    reward_model = ScoreForward(eval_model(scorer_model))
+    actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
+    for model in (actor_model, reward_model.model):
+        check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
+    if job.actor.lora is not None and isinstance(reference, ActorForward):
+        why = "ZeRO 3 has no whole weights"
+        session.doing(3, f"the reference is a copy of the actor, not the actor with its adapters off: {why}")
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(actor_model)
+    if job.actor.lora is not None:
+        add_lora(actor_model, job.actor.lora, job.seed)
+    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    if job.hardware.gradient_checkpointing:
+        checkpoint_activations(critic_model)
+    pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
+
+    # 3. Give actor and critic an engine each.
+    actor = Engine(
+        ActorForward(actor_model),
+        spec,
+        spec.actor_learning_rate,
+        updates,
+        plan,
+        precision=where.precision,
+        zero_stage=where.actor_zero_stage,
+        world=world,
+    )
+    critic = Engine(
+        ScoreForward(critic_model),
+        spec,
+        spec.critic_learning_rate,
+        updates,
+        plan,
+        precision=where.precision,
+        zero_stage=where.critic_zero_stage,
+        world=world,
+    )
+    ema = Ema(actor.module, spec.ema_decay) if spec.ema_decay else None
+
+    # 4. Sample with the actor, or with its copy.
+    rollouts = Rollouts(
+        rollout_copy.model if rollout_copy is not None else actor_model,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        max_tokens=job.data.max_response_tokens,
+        max_prompt_tokens=job.data.max_prompt_tokens,
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        batch=where.rollout_micro_batch,
+        device=world.device,
+        warn=lambda message: session.emit(Warning(step=3, message=message)),
+        beat=session.pulse.beat,
+        is_asked_to_stop=lambda: session.stop.asked_at is not None,
+    )
+
+    # 5. Score with the frozen networks, in passes as large as the longest of training.
+    prompt = max((tokens.train.prompt[i] for i in rows), key=len)
+    response = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
+    longest = Sequences.of([prompt] * plan.micro_batch, [response] * plan.micro_batch, pad_id, world.device)
+    pass_tokens = plan.micro_batch * (len(prompt) + len(response))
+    scorer = Judges(session, reference, reward_model, pad_id, pass_tokens)
+
+    # 6. Measure on prompts that are not trained on.
+    prompts = [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]]
+    held_out = HeldOut(session, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
+    return Setup(
+        tokenizer=tokenizer,
+        lora=job.actor.lora,
+        tokens=tokens,
+        plan=plan,
+        updates=updates,
+        updates_per_rollout=updates_per_rollout,
+        pad_id=pad_id,
+        pass_tokens=pass_tokens,
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        reward_model=reward_model,
+        ema=ema,
+        rollout_copy=rollout_copy,
+        rollouts=rollouts,
+        scorer=scorer,
+        held_out=held_out,
+        longest=longest,
+    )
+
+
+def frozen_copies(
+    actor_model: Any,
+    lora: Lora | None,
+    zero_stage: int,
+) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
+    """Copy the actor as it was loaded, before adapters: the reference, and what rollouts read, if they need a copy.
+
+    Rollouts need one where the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has adapters next to them.
+    `copy_weights` fills it once a rollout.
+
+    LoRA learns next to weights that stay: the reference is the actor with its adapters off, and the rollouts' copy has
+    memory of its own only for what adapters change. ZeRO-3 would have to gather them all, layer by layer, for each
+    batch; there both are whole copies.
+    """
+    if lora is None or zero_stage == 3:
+        copies = 2 if zero_stage == 3 else 1
+        reference, *rollouts = (ActorForward(eval_model(copy.deepcopy(actor_model))) for _ in range(copies))
+        return reference, rollouts[0] if rollouts else None
+    adapted = tuple(f".{target}.weight" for target in lora.target_modules)
+    kept = {id(weight): weight for name, weight in actor_model.named_parameters() if not f".{name}".endswith(adapted)}
+    return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
+
+
+def try_the_longest(session: Session, setup: Setup) -> None:
+    """Make updates that change nothing on the longest sequences: what training needs is then known to fit."""
+    actor, critic, temperature = setup.actor, setup.critic, session.job.ppo.temperature
+    session.doing(3, f"trying the longest sequences, {setup.plan.micro_batch} at once")
+    rehearse(
+        # All tokens asked of: short prompts leave a pass nearly as many of answers.
+        (actor, lambda: actor(setup.longest, from_prompt=True, temperature=temperature)[0].sum()),
+        (critic, lambda: critic(setup.longest)[0].sum()),
+    )
+
+
+def measure_reward_scale(session: Session, setup: Setup) -> tuple[float, float]:
+    """Return the mean and the standard deviation of the scores of the reference's answers.
+
+    Call it before the actor has learned anything: its answers are the reference's then.
+    """
+    rows = setup.rows[:NORMALIZATION_PROMPTS]
+    session.doing(3, f"scale of the rewards on {len(rows)} answers of the reference")
+    prompts = [setup.tokens.train.prompt[i] for i in rows]
+    view = HeldOut(session, prompts, setup.tokenizer, None, seed=session.job.seed + NORMALIZATION_SEED)
+    setup.refresh_rollouts()
+    scores = np.array([answer.score for answer in view.answers(setup.rollouts, setup.scorer)])
+    return float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
+
+
+def set_reward_scale(session: Session, setup: Setup, shift: float, scale: float) -> None:
+    """Make every reward of this run (logit - shift) / scale. The critic learns to predict these."""
+    for network in (setup.reward_model, setup.critic.module):
+        network.shift, network.scale = shift, scale  # type: ignore[assignment]
+    if session.job.ppo.normalize_rewards and session.world.is_main:  # the scale belongs to the reward model
+        numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
+        write_json(session.run.step(2).reward_scale, numbers)

@@ -31,6 +31,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import Event, EventWriter, Resumed, Warning, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job
+from jobs.steps import STEPS
 from jobs.views.console import console_on
 from jobs.views.plain import Plain
 
@@ -193,7 +194,8 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     try:
         if world.is_main:
             check_room(job, run, order.left, placement)
-        end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
+        train = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[STEPS[order.step].section]
+        end = train(session)
     except Stopped:
         return ExitCode.PREEMPTED
     except Exception as error:

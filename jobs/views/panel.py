@@ -21,22 +21,13 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from jobs.events import RawEvent
-from jobs.formatting import FORMATS, LABELS, STEPS, Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.formatting import FORMATS, LABELS, Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.steps import STEPS
 from jobs.views.plain import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CURVES = {1: ("loss",), 2: ("loss", "accuracy"), 3: ("mean_reward", "kl")}
-FAR_CURVES = CURVES | {3: ("mean_reward", "kl", "policy_loss")}  # of a run that is watched from another machine
-GRID = {
-    1: ("learning_rate", "grad_norm", "tokens_per_s"),
-    2: ("margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
-    3: (
-        "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
-        "grad_norm", "learning_rate", "tokens_per_s",
-    ),
-}  # fmt: skip
 GOOD_CURVE = {"mean_reward": "green", "accuracy": "green", "loss": "cyan", "policy_loss": "cyan", "kl": "yellow"}
 
 
@@ -100,7 +91,7 @@ class StepView:
         self.updates = int(event.get("updates", self.updates))
         if kind == "metrics":
             self.update, self.metrics, self.metrics_at, self.doing = int(event.get("update", 0)), event, now, ""
-            for name in FAR_CURVES.get(event.get("step", 0), ()):
+            for name in STEPS[event["step"]].far_curves if "step" in event else ():
                 if name in event:
                     self.curves.setdefault(name, []).append((self.update, float(event[name])))
         elif kind == "progress":
@@ -185,9 +176,9 @@ class Board:
             title.append(f"  eta {duration(left_s)}")
         lines = [title, *([_bar(share, width - 2)] if view.updates else [])]
         if view.metrics:
-            names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
+            names = [name for name in (STEPS[step].far_curves if self._box else STEPS[step].curves) if view.curves.get(name)]
             lines += [Text(""), *(self._curve(name, view, width) for name in names)]
-            lines += [Text(""), *_grid([name for name in GRID[step] if name in view.metrics and name not in names], view.metrics, width)]
+            lines += [Text(""), *_grid([name for name in STEPS[step].grid if name in view.metrics and name not in names], view.metrics, width)]
         status = _status(view, now)
         return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
 
@@ -271,7 +262,7 @@ def _labelled(label: str, text: str) -> Text:
 
 
 def _title(mark: str, style: str, step: int) -> Text:
-    return Text.assemble((mark, style), " ", (f"step {step}", "bold"), f"  {STEPS[step]:<22}  ")
+    return Text.assemble((mark, style), " ", (f"step {step}", "bold"), f"  {STEPS[step].title:<22}  ")
 
 
 def _bar(share: float, width: int) -> Text:

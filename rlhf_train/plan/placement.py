@@ -11,6 +11,7 @@ import torch
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import plural
 from jobs.spec import Job
+from jobs.steps import STEPS
 from rlhf_train.data.sequences import BatchPlan, largest_divisor
 
 GIB = 2**30
@@ -73,8 +74,8 @@ class Placement:
     no_peer_access: str = ""  # why the GPUs of several ranks cannot reach each other's memory
 
     def batch_plan(self, job: Job, step: int) -> BatchPlan:
-        part, name = {1: (job.sft, "sft"), 2: (job.reward, "reward"), 3: (job.ppo, "ppo")}[step]
-        return BatchPlan.of(part.global_batch, self.micro_batches[step - 1], self.ranks, name)  # type: ignore[attr-defined]
+        section = STEPS[step].section
+        return BatchPlan.of(getattr(job, section).global_batch, self.micro_batches[step - 1], self.ranks, section)
 
 
 def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:

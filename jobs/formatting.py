@@ -23,15 +23,6 @@ FATES = {
     "answer_cut": ("cut", "overlong answers"),
 }
 
-# How each number of a metrics event is written, and its label where that is not its name.
-FORMATS = {
-    "loss": ".4f", "lm_loss": ".4f", "accuracy": ".1%", "margin": ".3f",
-    "policy_loss": ".4f", "value_loss": ".4f", "mean_reward": ".2f", "kl": ".3f", "entropy": ".3f",
-    "clip_fraction": ".1%", "response_length": ".1f", "eos_share": ".1%",
-    "learning_rate": ".3g", "grad_norm": ".2f", "tokens_per_s": ".0f",
-}  # fmt: skip
-LABELS = {"mean_reward": "reward", "tokens_per_s": "tok/s"}
-
 # Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline and tab may stay.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jobs.events import SHOWN, Curve
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -32,10 +34,18 @@ class Step:
     starts_from: tuple[int, ...]  # steps whose models it starts from
     depends_on: tuple[str, ...]  # parts of the job file that decide what it learns
     line: tuple[str, ...]  # metrics of a line of plain text
-    curves: tuple[str, ...]  # metrics that the panel draws as curves,
-    far_curves: tuple[str, ...]  # and of a run that is watched from another machine
-    grid: tuple[str, ...]  # metrics that the panel shows as numbers
+    panel: tuple[str, ...]  # metrics of the panel, in order: its curves, then its numbers
     outcomes: tuple[Outcome, ...]  # on held-out data, before and after
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.line, *self.panel} - SHOWN.keys():
+            raise ValueError(f"step {self.number} shows {', '.join(sorted(unknown))}: no metric of jobs/events.py")
+
+    def curves(self, *, far: bool) -> dict[str, Curve]:
+        """Find the metrics that are drawn as curves; `far`: where a run is watched from another machine."""
+        places = ((name, SHOWN[name].place) for name in self.panel)
+        curves = {name: place for name, place in places if isinstance(place, Curve)}
+        return {name: curve for name, curve in curves.items() if far or not curve.only_far}
 
 
 SFT = Step(
@@ -48,9 +58,7 @@ SFT = Step(
     starts_from=(),
     depends_on=("seed", "actor", "data", "sft"),
     line=("loss", "learning_rate", "grad_norm"),
-    curves=("loss",),
-    far_curves=("loss",),
-    grid=("learning_rate", "grad_norm", "tokens_per_s"),
+    panel=("loss", "learning_rate", "grad_norm", "tokens_per_s"),
     outcomes=(Outcome("perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f"),),
 )
 
@@ -64,9 +72,7 @@ REWARD = Step(
     starts_from=(1,),  # where critic.model is `actor`
     depends_on=("seed", "critic", "data", "reward"),
     line=("loss", "lm_loss", "accuracy", "margin"),
-    curves=("loss", "accuracy"),
-    far_curves=("loss", "accuracy"),
-    grid=("margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
+    panel=("loss", "accuracy", "margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
     outcomes=(Outcome("accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%"),),
 )
 
@@ -80,10 +86,8 @@ PPO = Step(
     starts_from=(1, 2),
     depends_on=("seed", "actor", "critic", "data", "sft", "reward", "ppo"),
     line=("policy_loss", "value_loss", "kl", "mean_reward"),
-    curves=("mean_reward", "kl"),
-    far_curves=("mean_reward", "kl", "policy_loss"),
-    grid=(
-        "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
+    panel=(
+        "mean_reward", "kl", "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
         "grad_norm", "learning_rate", "tokens_per_s",
     ),
     outcomes=(

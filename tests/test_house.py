@@ -51,7 +51,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "errors": set(),
         "events": set(),
         "run_dir": set(),
-        "steps": set(),
+        "steps": {"events"},
         "yaml12": {"errors"},
         "state": {"errors", "events"},
         "formatting": {"events", "steps"},

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.errors import ToolkitError
-from jobs.events import RawEvent
-from jobs.formatting import FORMATS, LABELS, Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+from jobs.events import SHOWN, RawEvent
+from jobs.formatting import Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
 from jobs.steps import STEPS
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def metrics_line(event: RawEvent, eta_s: float | None) -> str:
     step = STEPS.get(event.get("step", 0))
     for name in step.line if step else ():
         if name in event:
-            parts.append(f"{LABELS.get(name, name)} {number(event[name], FORMATS[name])}")
+            parts.append(f"{SHOWN[name].label} {number(event[name], SHOWN[name].spec)}")
     parts.append(f"{number(event.get('tokens_per_s'), '.0f')} tok/s")
     if eta_s is not None:
         parts.append(f"eta {duration(eta_s)}")

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from jobs.events import (
     KINDS,
+    NOT_SHOWN,
+    NUMBER,
     Checkpoint,
     End,
     Error,
@@ -19,6 +22,7 @@ from jobs.events import (
     Sample,
     Warning,
     effective,
+    metric,
     parse,
     parsed,
     read_events,
@@ -67,6 +71,27 @@ def test_a_line_is_one_json_object_with_number_time_and_no_nones(path: Path) -> 
     assert len(time) == len("2025-01-05T12:00:03.123Z") and time.endswith("Z")
     assert json.loads(first) == {"schema": 1, "seq": 0, "time": time, "kind": "warning", "message": "hot"}
     assert json.loads(second)["seq"] == 1
+
+
+def test_a_metric_that_does_not_say_how_it_is_shown_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class More(Metrics):
+        tokens_lost: float | None = field(default=None, metadata=metric(".0f", "tokens lost", NUMBER))
+        tokens_found: float | None = field(default=None, metadata=NOT_SHOWN)
+
+    assert [each.name for each in fields(More)][-2:] == ["tokens_lost", "tokens_found"]
+    with pytest.raises(TypeError, match=r"Bare\.tokens_lost needs metadata"):
+
+        class Bare(Metrics):
+            tokens_lost: float | None = None
+
+    with pytest.raises(TypeError, match=r"Required\.tokens_lost needs metadata"):
+
+        class Required(Metrics):
+            tokens_lost: float
+
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'label' and 'place'"):
+        metric(".0f")  # type: ignore[call-arg]
 
 
 def test_the_writer_returns_the_line_that_it_wrote(path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.events import RawEvent
+from jobs.events import SHOWN, RawEvent
+from jobs.formatting import number
+from jobs.steps import STEPS, Step
 from jobs.views.panel import Board, BoxView, Card, Live, cards_text, sparkline
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, ROLLOUTS, SFT, event, sample, squeezed
 
@@ -53,6 +55,19 @@ def test_panel_of_step_2() -> None:
         "margin 0.100 learning_rate 5e-05",
         "grad_norm 1.25 tok/s 1000000",
     ]
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+@pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.section)
+def test_each_metric_that_is_shown_can_be_drawn(step: Step, is_far: bool) -> None:
+    numbers = dict.fromkeys(SHOWN, 0.5)
+    board = Board()
+    if is_far:
+        board.feed_box(BoxView("gpu-box"))
+    board.feed(event("metrics", step.number, update=1, updates=9, elapsed_s=1.0, **numbers), 0.0)
+    drawn = " ".join(" ".join(line.plain for line in board.lines(200, 0.0)).split())
+    for name in step.panel:
+        assert f"{SHOWN[name].label} {number(0.5, SHOWN[name].spec)}" in drawn
 
 
 def test_a_plan_without_updates_yet() -> None:

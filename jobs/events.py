@@ -195,7 +195,7 @@ class Error(Event):
     kind = "error"
     step: int | None = None
     rank: int
-    message: str
+    what: str
     why: str | None = None
     hint: str | None = None
     exit_code: int
@@ -290,12 +290,16 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
 
 
 def parsed(line: bytes) -> RawEvent | None:
-    """One line; None for what is no event."""
+    """Read one line; None for what is no event. An error of an older run is given today's field names."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "kind" in event else None
+    if not isinstance(event, dict) or "kind" not in event:
+        return None
+    if event["kind"] == "error" and "message" in event and "what" not in event:
+        event["what"] = event.pop("message")
+    return event
 
 
 def parse(line: RawEvent) -> Event:

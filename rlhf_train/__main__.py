@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(args, spares)
     except ToolkitError as error:
         console.print_error(error)
-        return error.code
+        return error.exit_code
     except KeyboardInterrupt:  # before there was anything to stop
         return ExitCode.INTERRUPTED
     except OSError as error:

@@ -99,7 +99,7 @@ class StepView:
         elif kind == "sample":
             self.sample = event
         elif kind == "error":
-            self.failed = one_line(event.get("message"))
+            self.failed = one_line(event.get("what"))
         elif kind == "end":
             self.end = event
         elif kind == "resumed":

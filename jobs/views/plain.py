@@ -47,7 +47,7 @@ def warning_line(event: RawEvent) -> str:
 
 def error_text(event: RawEvent) -> str:
     where = "".join(f"{name} {event[name]}, " for name in ("step", "rank") if event.get(name) is not None)
-    what = f"{where.removesuffix(', ')}: {event.get('message')}" if where else str(event.get("message"))
+    what = f"{where.removesuffix(', ')}: {event.get('what')}" if where else str(event.get("what"))
     return str(ToolkitError(what, why=str(event.get("why") or ""), hint=str(event.get("hint") or "")))
 
 

@@ -77,7 +77,7 @@ def look(line: Line, root: str) -> Results:
             f"cannot tell what lies on {line.box.name}",
             why=f"the answer stopped after {len(lines)} lines",
             hint="the same command tries again",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
     return parse_look(answer.out)
 

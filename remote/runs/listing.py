@@ -223,5 +223,5 @@ def card(run: RunThere, now: float, price_per_hour: float | None, currency: str)
     if run.size_bytes is not None:
         facts.append(("size", size(run.size_bytes)))
     if run.last is not None and run.last["kind"] == "error":
-        facts += [("error", one_line(run.last.get("message"))), ("why", one_line(run.last.get("why") or ""))]
+        facts += [("error", one_line(run.last.get("what"))), ("why", one_line(run.last.get("why") or ""))]
     return [(label, text) for label, text in facts if text]

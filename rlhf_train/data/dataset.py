@@ -393,7 +393,7 @@ def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         hint = "free some disk space, or let the cache be in a folder that you may write to"
-        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, code=ExitCode.UNFIT) from None
+        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT) from None
 
 
 def _read_chunk(file: Path) -> dict[str, Ragged] | None:
@@ -403,7 +403,7 @@ def _read_chunk(file: Path) -> dict[str, Ragged] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), code=ExitCode.UNFIT) from None
+        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), exit_code=ExitCode.UNFIT) from None
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         return None
     arrays = np.load(io.BytesIO(content[32:]))

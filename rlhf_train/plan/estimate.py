@@ -163,7 +163,7 @@ def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement
             f"the disk is too small for the models and checkpoints of {'step' if len(steps) == 1 else 'steps'} {numbers}",
             why=f"they need {_amount(need)} at once, and {_amount(free)} are free for them at {run.path}",
             hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
 
 

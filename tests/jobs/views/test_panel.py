@@ -95,7 +95,7 @@ def test_the_last_checkpoint_stays_in_sight() -> None:
 
 
 def test_a_failed_step_says_so() -> None:
-    lines = squeezed(shown([PPO, event("error", rank=0, message="out of\nmemory", exit_code=4)], 79))
+    lines = squeezed(shown([PPO, event("error", rank=0, what="out of\nmemory", exit_code=4)], 79))
     assert lines[0].startswith("✗ step 3 PPO 120 of 480") and "eta" not in lines[0] and lines[-1] == "failed: out of memory"
 
 
@@ -261,7 +261,7 @@ ETA_288 = "¥12.00 so far, about ¥12.96"  # 288 s left at ¥12/h: 96 cents
         ([PPO | {"step": 1}], {"steps": (1,)}, f"{ETA_288} when the job ends, at ¥12.00/h"),
         ([PPO | {"step": 1}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 1, then steps 2 and 3"),  # the time of those is not known
         ([PPO | {"step": 2}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 2, then step 3"),
-        ([PPO, event("error", 3, message="boom")], {}, "¥12.00 so far, at ¥12.00/h"),
+        ([PPO, event("error", 3, what="boom")], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO, END_3], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO], {"ended_at": -1800.0}, "¥6.00 for this job, ¥12.00/h until the box is stopped"),
         ([PPO], {"currency": "EUR", "started_at": -3.0, "ended_at": -1.0}, "0.0067 EUR for this job, 12.00 EUR/h until the box is stopped"),
@@ -324,7 +324,7 @@ def test_live_takes_old_events_by_their_time_and_quiet_ones_in_silence() -> None
     with Live(screen, clock=lambda: 100.0) as live:
         live.feed(event("warning", 3, message="of old"), quiet=True)
         live.feed(PPO, at=90.0)
-        live.feed(event("error", 3, rank=0, message="boom", exit_code=4))
+        live.feed(event("error", 3, rank=0, what="boom", exit_code=4))
         live.feed(event("resumed", 3, from_update=120))
         live.feed(PPO | {"update": 121}, at=95.0)
         live.note("a \x1b[2J note")

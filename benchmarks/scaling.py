@@ -26,15 +26,30 @@ from benchmarks.work import Size, actor_of, critic_of, matmul_parameters, prompt
 from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Data, load_job
+from jobs.steps import STEPS
 from rlhf_train.data.dataset import texts
 from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.plan.placement import GIB
 
-PARTS = {1: "sft", 2: "reward", 3: "ppo"}
 LORA = {"rank": 128, "alpha": 128.0}  # of jobs/opt-1.3b-lora.yaml
 UNREACHABLE = (("NCCL_P2P_DISABLE", "1"),)
-WARM_UP = {1: 2, 2: 2, 3: 1}  # updates that do not count
 SAMPLE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a step is measured here."""
+
+    warm_up: int  # updates that do not count
+    curve_updates: int  # updates whose numbers are compared,
+    curve_numbers: tuple[str, ...]  # and which
+
+
+EXTENTS = {
+    1: Extent(2, 12, ("loss", "grad_norm")),
+    2: Extent(2, 12, ("loss", "accuracy", "grad_norm")),
+    3: Extent(1, 5, ("mean_reward", "kl", "value_loss", "entropy", "response_length", "grad_norm")),
+}
 
 
 @dataclass(frozen=True)
@@ -89,14 +104,14 @@ class Work:
 
     def run(self, variant: Variant, where: Where, updates: int) -> Ran:
         where = replace(where, ranks=variant.ranks, variables=(*where.variables, *variant.variables))
-        total = updates + WARM_UP[self.step] + 1  # the last is not waited for
+        total = updates + EXTENTS[self.step].warm_up + 1  # the last is not waited for
         samples = self.samples * variant.times
         part = {"global_batch": samples, "max_updates": total, "epochs": float(total * variant.times)}
         if self.step == 3:
             part |= {"rollout_batch": samples}
         data = {"split": [int(self.step == n) for n in (1, 2, 3)], "eval_rows": 2}
         sized = replace(self.size, batch=samples)
-        parts = {PARTS[self.step]: part, "data": data, "hardware": variant.hardware()}
+        parts = {STEPS[self.step].section: part, "data": data, "hardware": variant.hardware()}
         job = job_of(sized, "", str(self.folder / "critic"), self.folder / "rows", where, **parts) | {"actor": variant.actor(self.folder / "actor")}
         given = {1: self.folder / "actor", 2: self.folder / "critic"} if self.step == 3 else None
         return run_product(job, [self.step], self.folder / slug(variant.name), where, given=given, until=total - 1)
@@ -114,7 +129,7 @@ def write_work(step: int, size: Size, folder: Path, device: str, seed: int, mode
     if step == 3:
         write_rows(prompt_rows(prompts_of(size, seed, real_lengths=False)), folder / "rows")
         return Work(step, size, folder, size.batch)
-    shape = steps.steps_of(size, PARTS[step])
+    shape = steps.steps_of(size, STEPS[step].section)
     write_rows(steps.full_rows(shape, size, 8 * shape.batch, seed), folder / "rows")
     return Work(step, size, folder, shape.batch)
 
@@ -130,7 +145,7 @@ def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
 
 def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, models: Path, say: Callable[[str], None]) -> Table:
     """name: sft, reward or ppo. The runs on one GPU go side by side, each on a GPU of its own."""
-    step = {part: number for number, part in PARTS.items()}[name]
+    step = next(step.number for step in STEPS.values() if step.section == name)
     work = write_work(step, size, folder, where.device, seed, models)
     ran: dict[str, tuple[Ran, float]] = {}
 
@@ -152,23 +167,23 @@ def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed:
     fields, with_head = (size.critic, False) if step == 2 else (size.actor, True)
     notes = [
         f"step {step}, {work.samples} samples an update on 1 GPU and on 2, {size.prompt_tokens} + {size.response_tokens} tokens each;",
-        f"{updates} updates after {WARM_UP[step]} that do not count; {matmul_parameters(fields, with_head=with_head) / 1e6:.0f} M weights",
+        f"{updates} updates after {EXTENTS[step].warm_up} that do not count; {matmul_parameters(fields, with_head=with_head) / 1e6:.0f} M weights",
         "GiB: tensors of rank 0 at the peak, and in use on its card at most as nvidia-smi has it (libraries and caches included)",
     ]
-    numbers = {name: {"updates": done.updates(step, WARM_UP[step]), "card_bytes": card} for name, (done, card) in ran.items()}
+    numbers = {name: {"updates": done.updates(step, EXTENTS[step].warm_up), "card_bytes": card} for name, (done, card) in ran.items()}
     columns = ["", "seconds an update", "samples/s", "against 1 GPU", "rollouts", "scoring", "training", "tensors, GiB", "card, GiB"]
     return Table(f"scaling-{name}", columns, rows, notes, numbers)
 
 
 def seconds_of(ran: Ran, step: int) -> Spread:
-    return Spread.of([update["wall_s"] for update in ran.updates(step, WARM_UP[step])])
+    return Spread.of([update["wall_s"] for update in ran.updates(step, EXTENTS[step].warm_up)])
 
 
 def row_of(variant: Variant, ran: Mapping[str, tuple[Ran, float]], step: int, samples: int) -> list[str]:
     done, card = ran[variant.name]
     taken = seconds_of(done, step)
     alone = seconds_of(ran[(ONE_LORA if variant.lora else ONE).name][0], step)
-    updates = done.updates(step, WARM_UP[step])
+    updates = done.updates(step, EXTENTS[step].warm_up)
     phases = [
         f"{Spread.of([u[p] for u in updates]).median:.2f}" if updates[0].get(p) is not None else "-" for p in ("rollout_s", "score_s", "train_s")
     ]
@@ -225,12 +240,6 @@ def card_memory() -> Iterator[CardMemory]:
 
 # --- the same curve ------------------------------------------------------------------------------------------------
 
-CURVE_UPDATES = {1: 12, 2: 12, 3: 5}
-CURVES = {
-    1: ("loss", "grad_norm"),
-    2: ("loss", "accuracy", "grad_norm"),
-    3: ("mean_reward", "kl", "value_loss", "entropy", "response_length", "grad_norm"),
-}
 AT_ONCE = 4  # runs that share the two cards, when only their numbers count
 
 
@@ -240,8 +249,8 @@ def curve_job(data: Path, models: Path, variant: Variant, where: Where) -> dict[
     job["name"] = "benchmark"
     job["data"] |= {"datasets": [str(data.resolve())], "max_prompt_tokens": 192, "max_response_tokens": 64, "eval_rows": 32}
     job["sft"] |= {"global_batch": 64, "learning_rate": 1e-4}
-    for step, part in PARTS.items():
-        job[part] |= {"max_updates": CURVE_UPDATES[step] + 1, "epochs": 20.0, "schedule": "constant"}
+    for step in STEPS.values():
+        job[step.section] |= {"max_updates": EXTENTS[step.number].curve_updates + 1, "epochs": 20.0, "schedule": "constant"}
     job["hardware"] |= {"device": where.device, "cpu_threads": where.threads, "micro_batch": 8, **variant.hardware()}
     job["actor"] = variant.actor(models / "actor")
     job["critic"] = {"model": str(models / "critic")}
@@ -274,19 +283,19 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
         there = replace(where, ranks=variant.ranks, variables=tuple(gpu.items()))
         given = {1: models / "actor", 2: models / "critic"} if step == 3 else None
         job = curve_job(data, models, variant, there)
-        ran = run_product(job, [step], folder / f"{step}-{slug(variant.name)}", there, given=given, until=CURVE_UPDATES[step])
-        found[step, variant.name] = ran.events("metrics", step)[: CURVE_UPDATES[step]]
-        say(f"  step {step}, {variant.name}: {' '.join(f'{event[CURVES[step][0]]:.4f}' for event in found[step, variant.name])}")
+        ran = run_product(job, [step], folder / f"{step}-{slug(variant.name)}", there, given=given, until=EXTENTS[step].curve_updates)
+        found[step, variant.name] = ran.events("metrics", step)[: EXTENTS[step].curve_updates]
+        say(f"  step {step}, {variant.name}: {' '.join(f'{event[EXTENTS[step].curve_numbers[0]]:.4f}' for event in found[step, variant.name])}")
 
     with ThreadPoolExecutor(AT_ONCE if where.device == "cuda" else 1) as pool:
         list(pool.map(measure, range(len(runs))))
     rows = []
     for step, variant in sorted(runs, key=lambda run: run[0]):
         first = found[step, (ONE_LORA if variant.lora else ONE).name]
-        rows.append([f"step {step}, {variant.name}", *(difference(first, found[step, variant.name], name) for name in CURVES[step][:6])])
+        rows.append([f"step {step}, {variant.name}", *(difference(first, found[step, variant.name], name) for name in EXTENTS[step].curve_numbers)])
     most = max(map(len, rows))
     columns = ["difference to 1 GPU: first update / largest", *(f"number {n}" for n in range(1, most))]
-    notes = [f"numbers of step {step}: {', '.join(names)}; {CURVE_UPDATES[step]} updates" for step, names in CURVES.items()]
+    notes = [f"numbers of step {step}: {', '.join(extent.curve_numbers)}; {extent.curve_updates} updates" for step, extent in EXTENTS.items()]
     numbers = {f"step {step}, {name}": events for (step, name), events in found.items()}
     return Table("curves", columns, [row + [""] * (most - len(row)) for row in rows], notes, numbers)
 
@@ -310,8 +319,8 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
     job = load_job("opt-1.3b").dump()
     job |= {"name": "benchmark", "actor": {"model": {"config": SMALL}}, "critic": {"model": "actor"}}
     job["data"] |= {"datasets": [str(data.resolve())], "max_prompt_tokens": 192, "max_response_tokens": 64, "eval_rows": 64}
-    for part in PARTS.values():
-        job[part] |= {"max_updates": 30, "epochs": 20.0}
+    for step in STEPS.values():
+        job[step.section] |= {"max_updates": 30, "epochs": 20.0}
     job["hardware"] |= {"device": where.device, "cpu_threads": where.threads, "ranks": 2}
     job["checkpoint"] |= {"every_updates": 5}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")

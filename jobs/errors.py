@@ -24,11 +24,23 @@ class ExitCode(IntEnum):
 
 
 class ToolkitError(Exception):
-    """What happened, why, and what to do next; printed as it stands, without a traceback."""
+    """Say what happened, why, and what to do next; printed as it stands, without a traceback.
 
-    def __init__(self, what: str, *, why: str = "", hint: str = "", code: ExitCode = ExitCode.USAGE) -> None:
+    `what`, `why`, `hint`, `exit_code`: these names also in the error event, in `--json` and in a rank's last words.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str = "",
+        hint: str = "",
+        exit_code: ExitCode = ExitCode.USAGE,
+        code: ExitCode | None = None,  # the name of exit_code until steps/ppo.py and engine/checkpointer.py say it too
+    ) -> None:
         super().__init__(what)
-        self.what, self.why, self.hint, self.code = what, why.strip(), hint.strip(), code
+        self.what, self.why, self.hint = what, why.strip(), hint.strip()
+        self.exit_code = exit_code if code is None else code
 
     def __str__(self) -> str:
         lines = [f"error: {self.what}"]
@@ -39,14 +51,14 @@ class ToolkitError(Exception):
         return "\n".join(lines)
 
 
-def system_error(error: OSError, code: ExitCode) -> ToolkitError:
+def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
     """What the system refused: no space, no permission, not a folder."""
     full = error.errno == errno.ENOSPC
     return ToolkitError(
         f"the disk is full{f': {error.filename}' if error.filename else ''}" if full else f"cannot use {error.filename or 'a file of the run'}",
         why=error.strerror or str(error),
         hint="make room or mend the path, then the same command goes on",
-        code=code,
+        exit_code=exit_code,
     )
 
 

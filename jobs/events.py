@@ -7,14 +7,15 @@ report are views of these lines and of nothing else.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 SCHEMA = 1
 
@@ -54,41 +55,103 @@ class Progress(Event):
     doing: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metrics(Event):
-    """Numbers after `update` of `updates`. Step 3 writes one line a rollout, averaged over its updates."""
+@dataclass(frozen=True)
+class Curve:
+    """Draw a metric over the updates, in the panel."""
 
-    kind = "metrics"
+    color: str
+    only_far: bool = False  # only where a run is watched from another machine; elsewhere it is a number
+
+
+NUMBER: Literal["number"] = "number"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Say how a metric is written, and where it stands in the panel."""
+
+    spec: str  # as format() takes it
+    label: str
+    place: Curve | Literal["number"]
+
+
+def metric(spec: str, label: str, place: Curve | Literal["number"]) -> dict[str, Shown | None]:
+    """Make the metadata of a metric's field: all that the views need to show it."""
+    return {"shown": Shown(spec, label, place)}
+
+
+NOT_SHOWN: dict[str, Shown | None] = {"shown": None}  # a metric that stands in events.jsonl only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Event):
+    """Say after which update something was measured.
+
+    Each field that a subclass adds is a metric: its metadata is `metric(...)` or `NOT_SHOWN`.
+    """
+
     step: int
     update: int
     updates: int
     elapsed_s: float  # since the step's first update began
-    learning_rate: float
-    tokens_per_s: float  # real tokens trained on, all ranks
-    real_token_share: float  # real tokens among those computed in training, and in step 3 in scoring
-    grad_norm: float  # before clipping
-    gpu_peak_bytes: int | None = None  # most memory that rank 0's tensors held on its GPU, in this step
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in inspect.get_annotations(cls):
+            if "shown" not in getattr(cls.__dict__.get(name), "metadata", {}):
+                raise TypeError(f"{cls.__name__}.{name} needs metadata=metric(...), or NOT_SHOWN: how is it shown?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Measured):
+    """Numbers after `update` of `updates`. Step 3 writes one line a rollout, averaged over its updates."""
+
+    kind = "metrics"
+    learning_rate: float = field(metadata=metric(".3g", "learning_rate", NUMBER))
+    # Real tokens trained on, all ranks.
+    tokens_per_s: float = field(metadata=metric(".0f", "tok/s", NUMBER))
+    # Real tokens among those computed in training, and in step 3 in scoring.
+    real_token_share: float = field(metadata=NOT_SHOWN)
+    # Before clipping.
+    grad_norm: float = field(metadata=metric(".2f", "grad_norm", NUMBER))
+    # Most memory that rank 0's tensors held on its GPU, in this step.
+    gpu_peak_bytes: int | None = field(default=None, metadata=NOT_SHOWN)
+
     # step 1 and 2
-    loss: float | None = None
-    lm_loss: float | None = None  # reward.lm_coef: cross-entropy on the chosen answers
-    accuracy: float | None = None  # pairs with chosen above rejected
-    margin: float | None = None  # chosen score - rejected score
+    loss: float | None = field(default=None, metadata=metric(".4f", "loss", Curve("cyan")))
+    # reward.lm_coef: cross-entropy on the chosen answers.
+    lm_loss: float | None = field(default=None, metadata=metric(".4f", "lm_loss", NUMBER))
+    # Pairs with chosen above rejected.
+    accuracy: float | None = field(default=None, metadata=metric(".1%", "accuracy", Curve("green")))
+    # Chosen score - rejected score.
+    margin: float | None = field(default=None, metadata=metric(".3f", "margin", NUMBER))
+
     # step 3
-    policy_loss: float | None = None
-    value_loss: float | None = None
-    critic_grad_norm: float | None = None
-    mean_reward: float | None = None  # score of the reward model, normalised, before clipping
-    kl: float | None = None  # to the reference: sum over a response's tokens, mean over responses (k1)
-    kl_coef: float | None = None
-    entropy: float | None = None  # per token, of the policy that sampled
-    ratio: float | None = None  # mean importance ratio, to the policy that sampled
-    clip_fraction: float | None = None  # tokens whose ratio left the clip range
-    value_clip_fraction: float | None = None
-    response_length: float | None = None  # tokens, EOS included
-    eos_share: float | None = None  # responses that ended by themselves
-    rollout_s: float | None = None
-    score_s: float | None = None
-    train_s: float | None = None
+    policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy_loss", Curve("cyan", only_far=True)))
+    value_loss: float | None = field(default=None, metadata=metric(".4f", "value_loss", NUMBER))
+    critic_grad_norm: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Score of the reward model, normalised, before clipping.
+    mean_reward: float | None = field(default=None, metadata=metric(".2f", "reward", Curve("green")))
+    # To the reference: sum over a response's tokens, mean over responses (k1).
+    kl: float | None = field(default=None, metadata=metric(".3f", "kl", Curve("yellow")))
+    kl_coef: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Per token, of the policy that sampled.
+    entropy: float | None = field(default=None, metadata=metric(".3f", "entropy", NUMBER))
+    # Mean importance ratio, to the policy that sampled.
+    ratio: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Tokens whose ratio left the clip range.
+    clip_fraction: float | None = field(default=None, metadata=metric(".1%", "clip_fraction", NUMBER))
+    value_clip_fraction: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Tokens, EOS included.
+    response_length: float | None = field(default=None, metadata=metric(".1f", "response_length", NUMBER))
+    # Responses that ended by themselves.
+    eos_share: float | None = field(default=None, metadata=metric(".1%", "eos_share", NUMBER))
+    rollout_s: float | None = field(default=None, metadata=NOT_SHOWN)
+    score_s: float | None = field(default=None, metadata=NOT_SHOWN)
+    train_s: float | None = field(default=None, metadata=NOT_SHOWN)
+
+
+SHOWN: dict[str, Shown] = {each.name: each.metadata["shown"] for each in fields(Metrics) if each.metadata.get("shown")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +195,7 @@ class Error(Event):
     kind = "error"
     step: int | None = None
     rank: int
-    message: str
+    what: str
     why: str | None = None
     hint: str | None = None
     exit_code: int
@@ -227,18 +290,22 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
 
 
 def parsed(line: bytes) -> RawEvent | None:
-    """One line; None for what is no event."""
+    """Read one line; None for what is no event. An error of an older run is given today's field names."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "kind" in event else None
+    if not isinstance(event, dict) or "kind" not in event:
+        return None
+    if event["kind"] == "error" and "message" in event and "what" not in event:
+        event["what"] = event.pop("message")
+    return event
 
 
 def parse(line: RawEvent) -> Event:
     """A line of the file as its typed event. Raises KeyError for an unknown kind."""
     cls = KINDS[line["kind"]]
-    known = {field.name for field in fields(cls)}
+    known = {each.name for each in fields(cls)}
     return cls(**{key: value for key, value in line.items() if key in known})
 
 

@@ -107,7 +107,7 @@ def judge(facts: Facts, limits: Limits) -> list[Finding]:
 def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
     """What makes the machine unfit, all together; None if nothing does."""
     lines = [str(finding) for finding in findings if finding.level == "unfit"]
-    return ToolkitError("this machine is not fit for the job", why="\n".join(lines), code=ExitCode.UNFIT) if lines else None
+    return ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT) if lines else None
 
 
 def no_peer_access(facts: Facts, limits: Limits) -> str:

@@ -1,4 +1,4 @@
-"""Numbers and texts as a person reads them: steps by name, `1h02m`, `2.63 GB`, what became of the rows, the time left.
+"""Numbers and texts as a person reads them: `1h02m`, `2.63 GB`, what became of the rows, the time left.
 Text from a model is shown, never obeyed: see `visible`.
 """
 
@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from jobs.events import RawEvent
-
-STEPS = {1: "supervised fine-tuning", 2: "reward model", 3: "PPO"}
+from jobs.steps import STEPS
 
 # The names of a plan's `data`: what became of the rows.
 FATES = {
@@ -23,39 +21,6 @@ FATES = {
     "prompt_too_long": ("left out", "overlong prompts"),
     "identical_answers": ("left out", "identical answers"),
     "answer_cut": ("cut", "overlong answers"),
-}
-
-# How each number of a metrics event is written, and its label where that is not its name.
-FORMATS = {
-    "loss": ".4f", "lm_loss": ".4f", "accuracy": ".1%", "margin": ".3f",
-    "policy_loss": ".4f", "value_loss": ".4f", "mean_reward": ".2f", "kl": ".3f", "entropy": ".3f",
-    "clip_fraction": ".1%", "response_length": ".1f", "eos_share": ".1%",
-    "learning_rate": ".3g", "grad_norm": ".2f", "tokens_per_s": ".0f",
-}  # fmt: skip
-LABELS = {"mean_reward": "reward", "tokens_per_s": "tok/s"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One row of the report: two fields of an `end` event."""
-
-    short: str
-    long: str
-    before: str
-    after: str
-    spec: str
-
-
-OUTCOMES = {
-    1: (Outcome("perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f"),),
-    2: (Outcome("accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%"),),
-    3: (
-        Outcome("good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%"),
-        Outcome("reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f"),
-        Outcome("kl", "KL to the reference", "kl_before", "kl", ".3f"),
-        Outcome("length", "response length, tokens", "response_length_before", "response_length_after", ".1f"),
-        Outcome("eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%"),
-    ),
 }
 
 # Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline and tab may stay.
@@ -166,7 +131,8 @@ def data_fates(data: object, step: int) -> str:
 def facts(end: RawEvent, arrow: str) -> list[str]:
     """`perplexity 31.20 -> 8.41`, for what the `end` event holds."""
     found = []
-    for outcome in OUTCOMES.get(end.get("step", 0), ()):
+    step = STEPS.get(end.get("step", 0))
+    for outcome in step.outcomes if step else ():
         before, after = end.get(outcome.before), end.get(outcome.after)
         if after is not None:
             start = "" if before is None else f"{number(before, outcome.spec)} {arrow} "

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from jobs.errors import ToolkitError
+from jobs.steps import STEPS
 from jobs.yaml12 import dump_yaml, load_yaml
 
 JOBS_FOLDER = Path(__file__).parent
@@ -278,12 +279,12 @@ class Job(_Strict):
     def fields_of_step(self, step: int) -> dict[str, Any]:
         """The fields that decide what `step` learns, by dotted path. Changed: the step's old result no longer counts."""
         whole = self.model_dump(mode="json", exclude_none=True)  # None: not set; only a field that is set can differ
-        parts = {1: ["seed", "actor", "data", "sft"], 2: ["seed", "critic", "data", "reward"], 3: list(Job.model_fields)}[step]
+        parts = list(STEPS[step].depends_on)
         if step == 2 and self.critic.model == "actor":
             parts += ["actor", "sft"]
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # whose tokenizer it reads with
-        chosen = {part: whole[part] for part in parts if part not in ("name", "hardware", "checkpoint")}
+        chosen = {part: whole[part] for part in parts}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 
 

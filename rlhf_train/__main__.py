@@ -19,9 +19,10 @@ from env.settings import Limits, Settings
 from jobs import fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
-from jobs.formatting import STEPS, encodable, visible
+from jobs.formatting import encodable, visible
 from jobs.run_dir import RunDir
 from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
+from jobs.steps import STEPS
 from jobs.views import console
 from rlhf_train import completion
 from rlhf_train.ranks.processes import Spares, likely_crew
@@ -133,7 +134,7 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
         out.print(encodable(describe(job, run, wanted, todo, placement), out.encoding))
         return ExitCode.OK
     for step in sorted({*wanted} - {*todo, *taken}):
-        say(f"step {step} ({STEPS[step]}) is complete: {run.step(step).model}")
+        say(f"step {step} ({STEPS[step].title}) is complete: {run.step(step).model}")
     if todo or taken or completion.leftovers(run):
         from rlhf_train.launch import launch, locked
 
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(args, spares)
     except ToolkitError as error:
         console.print_error(error)
-        return error.code
+        return error.exit_code
     except KeyboardInterrupt:  # before there was anything to stop
         return ExitCode.INTERRUPTED
     except OSError as error:

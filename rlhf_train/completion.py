@@ -12,15 +12,17 @@ from typing import Any
 
 from jobs.errors import ToolkitError
 from jobs.events import End, EventWriter, effective, parse, read_events
-from jobs.formatting import STEPS
 from jobs.run_dir import RunDir
 from jobs.spec import Job, difference
+from jobs.steps import STEPS
 from rlhf_train.disk import read_json, write_json
 
 
 def needed_by(job: Job, step: int) -> list[int]:
-    """Steps whose model `step` starts from."""
-    return {1: [], 2: [1] if job.critic.model == "actor" else [], 3: [1, 2]}[step]
+    """List the steps whose model `step` starts from."""
+    if step == 2 and job.critic.model != "actor":
+        return []
+    return list(STEPS[step].starts_from)
 
 
 def is_complete(run: RunDir, step: int) -> bool:
@@ -44,7 +46,7 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
         if not job.data.split[step - 1]:
             shares = ", ".join(f"{share:g}" for share in job.data.split)
             raise ToolkitError(
-                f"step {step} ({STEPS[step]}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
+                f"step {step} ({STEPS[step].title}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
             )
     changed = {
         step: lines
@@ -63,9 +65,9 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     for step in todo:
         missing = [n for n in needed_by(job, step) if n not in todo and not complete(n)]
         if missing:
-            names = " and ".join(f"step {n} ({STEPS[n]})" for n in missing)
+            names = " and ".join(f"step {n} ({STEPS[n].title})" for n in missing)
             raise ToolkitError(
-                f"step {step} ({STEPS[step]}) needs the model of {names}",
+                f"step {step} ({STEPS[step].title}) needs the model of {names}",
                 why="\n".join(f"{run.step(n).model} is not there" for n in missing),
                 hint=f"run `--step {' '.join(map(str, [*missing, step]))}` (or `--step all`),\n"
                 "or take them over from another run with `--run NEW --from RUN`",

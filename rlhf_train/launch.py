@@ -181,7 +181,7 @@ def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, wo
         from rlhf_train.plan.estimate import relief
 
         what = f"out of memory in step {step} with a micro batch of 1"
-        raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), code=ExitCode.TRAINING))
+        raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), exit_code=ExitCode.TRAINING))
     with suppress(OSError):  # a full disk is told by the next start
         memory_fit.remember(job, run, less)
     update = completion.goes_on_from(run, step)
@@ -224,7 +224,7 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> Tool
         why="\n".join(lines),
         hint="the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
         "the same command goes on from the last checkpoint",
-        code=ExitCode.TRAINING,
+        exit_code=ExitCode.TRAINING,
     )
 
 
@@ -277,14 +277,14 @@ def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int
         return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
     first = min(words, key=lambda number: words[number].at_s)
     said = words[first]
-    return _written(run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, code=ExitCode(said.code)))
+    return _written(run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, exit_code=ExitCode(said.exit_code)))
 
 
 def _written(run: RunDir, step: int, rank: int, error: ToolkitError) -> ToolkitError:
     with suppress(OSError):  # the disk may be full, which then is the error
         run.path.stat()  # or gone: it is not made anew
         EventWriter(run.events)(
-            Error(step=step, rank=rank, message=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.code))
+            Error(step=step, rank=rank, what=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.exit_code))
         )
     return error
 
@@ -310,7 +310,7 @@ def _sudden_end(run: RunDir, number: int, code: int) -> ToolkitError:
         f"rank {number} was ended by {name}",
         why=f"{likely}the last lines of {run.log}:\n{_last_lines(run.log)}",
         hint="the same command goes on with the run",
-        code=ExitCode.TRAINING,
+        exit_code=ExitCode.TRAINING,
     )
 
 
@@ -365,16 +365,16 @@ def locked(run: RunDir) -> Iterator[int]:
 def _busy(run: RunDir, owner: str) -> ToolkitError:
     what = f"run `{run.name}` is being trained by another process"
     if _is_alive(owner):
-        return ToolkitError(what, why=f"process {owner} holds {run.lock}", hint="wait for it, or use another --run", code=ExitCode.BUSY)
+        return ToolkitError(what, why=f"process {owner} holds {run.lock}", hint="wait for it, or use another --run", exit_code=ExitCode.BUSY)
     left = [f"process {process} ({command})" for process, command in holders(run.lock) if process != os.getpid()]
     if not left:  # in another container, or on another machine that shares the disk
         why = f"process {owner or '?'} holds {run.lock}, and is not among those seen from here"
-        return ToolkitError(what, why=why, hint="look for it in other containers and machines that use this folder", code=ExitCode.BUSY)
+        return ToolkitError(what, why=why, hint="look for it in other containers and machines that use this folder", exit_code=ExitCode.BUSY)
     return ToolkitError(
         f"processes of an earlier call still hold run `{run.name}`",
         why=f"{' and '.join(left)} were left by process {owner or '?'}, which is gone",
         hint=f"kill -9 {' '.join(str(process) for process, _ in holders(run.lock) if process != os.getpid())}",
-        code=ExitCode.BUSY,
+        exit_code=ExitCode.BUSY,
     )
 
 

@@ -31,6 +31,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import Event, EventWriter, Resumed, Warning, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Job
+from jobs.steps import STEPS
 from jobs.views.console import console_on
 from jobs.views.plain import Plain
 
@@ -62,7 +63,7 @@ class LastWords:
     what: str
     why: str
     hint: str
-    code: int
+    exit_code: int
     at_s: float  # on the clock that all processes of a machine share: the first error is the cause of the others
     out_of_memory: bool = False  # a smaller micro batch may help
 
@@ -90,11 +91,11 @@ def main() -> int:
         # While models are loaded, a smaller micro batch would not help.
         no_memory = is_out_of_memory(error) and getattr(error, "while_training", False)
         at_s = getattr(error, "at_s", time.monotonic())
-        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.code), at_s, no_memory)
+        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.exit_code), at_s, no_memory)
         os.write(pipe, json.dumps(asdict(words)).encode())
         with suppress(OSError):  # the log's disk may be full
             traceback.print_exc()
-        return report.code
+        return report.exit_code
 
 
 def _listen(told: SimpleQueue[Told]) -> None:
@@ -195,7 +196,8 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     try:
         if world.is_main:
             check_room(job, run, order.left, placement)
-        end = {1: sft.run, 2: reward.run, 3: ppo.run}[order.step](session)
+        train = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[STEPS[order.step].section]
+        end = train(session)
     except Stopped:
         return ExitCode.PREEMPTED
     except Exception as error:
@@ -256,7 +258,7 @@ def explain(error: Exception) -> ToolkitError:
             why=str(error).splitlines()[0] if str(error) else "an allocation failed",
             # The launcher lowers hardware.micro_batch by itself: what comes here needs too much before that matters.
             hint="`--dry-run` tells what the models need; actor.lora, ZeRO 3 on more GPUs or a smaller model need less",
-            code=ExitCode.TRAINING,
+            exit_code=ExitCode.TRAINING,
         )
     if f"os error {errno.ENOSPC}" in str(error):  # safetensors and tokenizers, in exceptions of their own
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -267,7 +269,7 @@ def explain(error: Exception) -> ToolkitError:
         f"training stopped on {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         why=f"raised in {Path(frame.filename).name}, line {frame.lineno}",
         hint="the whole traceback is at the end of train.log in the run folder",
-        code=ExitCode.TRAINING,
+        exit_code=ExitCode.TRAINING,
     )
 
 

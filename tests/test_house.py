@@ -51,13 +51,14 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "errors": set(),
         "events": set(),
         "run_dir": set(),
+        "steps": {"events"},
         "yaml12": {"errors"},
         "state": {"errors", "events"},
-        "formatting": {"events"},
+        "formatting": {"events", "steps"},
         "fitness": {"errors", "formatting"},
-        "spec": {"errors", "yaml12"},
+        "spec": {"errors", "steps", "yaml12"},
         "job_file_page": {"spec"},
-        "views": {"errors", "events", "formatting"},
+        "views": {"errors", "events", "steps", "formatting"},
     },
     "remote": {
         "on_box": set(),  # runs on a box, with nothing of ours beside it
@@ -92,6 +93,11 @@ INSIDE: dict[str, dict[str, set[str]]] = {
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+# Tables by step number outside of jobs/steps.py, how many a file may have. Tests expect values of their own.
+STEP_TABLES = {
+    "benchmarks/faults.py": 1,  # how many updates the runs make that are killed here: not a fact about a step
+    "benchmarks/scaling.py": 1,  # how much of a step is measured there
+}
 
 # Written in pieces, since this file is searched too.
 REGISTRIES = re.compile(
@@ -166,6 +172,13 @@ def environ_readers(name: str, source: str) -> list[str]:
     nodes = (node for node in ast.walk(ast.parse(source)))
     found = [node.lineno for node in nodes if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}]
     return [f"{name}:{line} reads the environment" for line in found]
+
+
+def step_tables(source: str) -> list[int]:
+    """Find the lines of dict literals with the keys 1, 2 and 3."""
+    literals = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict))
+    keys = {node.lineno: {key.value for key in node.keys if isinstance(key, ast.Constant)} for node in literals}
+    return sorted(line for line, values in keys.items() if {1, 2, 3} <= values)
 
 
 def relative(path: Path) -> str:
@@ -254,6 +267,25 @@ def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) ->
 )  # fmt: skip
 def test_a_wrong_import_inside_a_package_is_seen(name: str, source: str, wrong: list[str]) -> None:
     assert wrong_inner_imports(name, source) == wrong
+
+
+def test_what_is_known_by_a_step_s_number_stands_in_one_file() -> None:
+    names = {relative(path): path for path in python_files() if not relative(path).startswith("tests/")}
+    found = {name: step_tables(path.read_text(encoding="utf-8")) for name, path in names.items()}
+    assert {name: len(lines) for name, lines in found.items() if lines} == STEP_TABLES, found
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("NAMES = {1: 'one', 2: 'two', 3: 'three'}", [1]),
+        ("def f(step):\n    return {3: a, 2: b, 1: c, **more}[step]", [2]),
+        ("A = {1: {\n    1: 'x', 2: 'y', 3: 'z'\n}}", [1]),
+        ("A = {'1': 1, '2': 2, '3': 3}\nB = {1: 'x', 2: 'y'}\nC = {step.number: step for step in steps}", []),
+    ],
+)
+def test_a_table_by_step_number_is_seen(source: str, lines: list[int]) -> None:
+    assert step_tables(source) == lines
 
 
 def test_only_named_modules_read_the_environment() -> None:

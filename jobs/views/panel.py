@@ -20,24 +20,13 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from jobs.events import RawEvent
-from jobs.formatting import FORMATS, LABELS, STEPS, Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.events import SHOWN, Curve, RawEvent
+from jobs.formatting import Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.steps import STEPS
 from jobs.views.plain import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-CURVES = {1: ("loss",), 2: ("loss", "accuracy"), 3: ("mean_reward", "kl")}
-FAR_CURVES = CURVES | {3: ("mean_reward", "kl", "policy_loss")}  # of a run that is watched from another machine
-GRID = {
-    1: ("learning_rate", "grad_norm", "tokens_per_s"),
-    2: ("margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
-    3: (
-        "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
-        "grad_norm", "learning_rate", "tokens_per_s",
-    ),
-}  # fmt: skip
-GOOD_CURVE = {"mean_reward": "green", "accuracy": "green", "loss": "cyan", "policy_loss": "cyan", "kl": "yellow"}
 
 
 def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
@@ -100,7 +89,7 @@ class StepView:
         self.updates = int(event.get("updates", self.updates))
         if kind == "metrics":
             self.update, self.metrics, self.metrics_at, self.doing = int(event.get("update", 0)), event, now, ""
-            for name in FAR_CURVES.get(event.get("step", 0), ()):
+            for name in STEPS[event["step"]].curves(far=True) if "step" in event else ():
                 if name in event:
                     self.curves.setdefault(name, []).append((self.update, float(event[name])))
         elif kind == "progress":
@@ -110,7 +99,7 @@ class StepView:
         elif kind == "sample":
             self.sample = event
         elif kind == "error":
-            self.failed = one_line(event.get("message"))
+            self.failed = one_line(event.get("what"))
         elif kind == "end":
             self.end = event
         elif kind == "resumed":
@@ -185,9 +174,11 @@ class Board:
             title.append(f"  eta {duration(left_s)}")
         lines = [title, *([_bar(share, width - 2)] if view.updates else [])]
         if view.metrics:
-            names = [name for name in (FAR_CURVES if self._box else CURVES)[step] if view.curves.get(name)]
-            lines += [Text(""), *(self._curve(name, view, width) for name in names)]
-            lines += [Text(""), *_grid([name for name in GRID[step] if name in view.metrics and name not in names], view.metrics, width)]
+            curves = STEPS[step].curves(far=self._box is not None)
+            curves = {name: curve for name, curve in curves.items() if view.curves.get(name)}
+            lines += [Text(""), *(self._curve(name, curve, view, width) for name, curve in curves.items())]
+            numbers = [name for name in STEPS[step].panel if name in view.metrics and name not in curves]
+            lines += [Text(""), *_grid(numbers, view.metrics, width)]
         status = _status(view, now)
         return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
 
@@ -231,13 +222,13 @@ class Board:
                 said.append(f"then {plural(len(later), 'steps').split()[1]} {' and '.join(map(str, later))}")
         return [*said, f"at {price}"]
 
-    def _curve(self, name: str, view: StepView, width: int) -> Text:
+    def _curve(self, name: str, curve: Curve, view: StepView, width: int) -> Text:
         values = [value for _, value in view.curves[name]]
         _, low, high = sparkline(values, len(values))  # a long curve is drawn by means, which the newest value may lie beyond
-        between = f"  {number(low, FORMATS[name])} to {number(high, FORMATS[name])}"
+        between = f"  {number(low, SHOWN[name].spec)} to {number(high, SHOWN[name].spec)}"
         line = _cell(name, view.metrics.get(name))
         spark, _, _ = sparkline(values, min(max(width - line.cell_len - len(between), 8), 60))
-        line.append(spark, style=GOOD_CURVE[name])
+        line.append(spark, style=curve.color)
         line.append(between, style="dim")
         return line
 
@@ -271,7 +262,7 @@ def _labelled(label: str, text: str) -> Text:
 
 
 def _title(mark: str, style: str, step: int) -> Text:
-    return Text.assemble((mark, style), " ", (f"step {step}", "bold"), f"  {STEPS[step]:<22}  ")
+    return Text.assemble((mark, style), " ", (f"step {step}", "bold"), f"  {STEPS[step].title:<22}  ")
 
 
 def _bar(share: float, width: int) -> Text:
@@ -280,7 +271,7 @@ def _bar(share: float, width: int) -> Text:
 
 
 def _cell(name: str, value: object) -> Text:
-    return Text.assemble((f"  {LABELS.get(name, name):<16}", "dim"), (f"{number(value, FORMATS[name]):<8}", "bold"))
+    return Text.assemble((f"  {SHOWN[name].label:<16}", "dim"), (f"{number(value, SHOWN[name].spec):<8}", "bold"))
 
 
 def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:

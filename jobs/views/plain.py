@@ -14,18 +14,12 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.errors import ToolkitError
-from jobs.events import RawEvent
-from jobs.formatting import FORMATS, LABELS, STEPS, Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+from jobs.events import SHOWN, RawEvent
+from jobs.formatting import Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+from jobs.steps import STEPS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-ROWS = {1: "rows", 2: "pairs", 3: "prompts"}
-PLAIN_NUMBERS = {
-    1: ("loss", "learning_rate", "grad_norm"),
-    2: ("loss", "lm_loss", "accuracy", "margin"),
-    3: ("policy_loss", "value_loss", "kl", "mean_reward"),
-}
 
 
 def head(event: RawEvent) -> str:
@@ -33,14 +27,15 @@ def head(event: RawEvent) -> str:
 
 
 def plan_lines(event: RawEvent) -> list[str]:
-    step, rows = event.get("step", 0), ROWS.get(event.get("step", 0), "rows")
+    step = STEPS.get(event.get("step", 0))
+    title, rows = (step.title, step.rows_noun) if step else ("plan", "rows")
     batch = (
         f"batch {event.get('global_batch')} = {event.get('micro_batch')} micro x "
         f"{event.get('gradient_accumulation')} accumulation x {plural(event.get('ranks'), 'ranks')}"
     )
     device = f"on {event.get('device')} ({event.get('device_reason')}), {event.get('precision')}, ZeRO {event.get('zero_stage')}"
-    lines = [f"{STEPS.get(step, 'plan')}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
-    if fates := data_fates(event.get("data"), step):
+    lines = [f"{title}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
+    if fates := data_fates(event.get("data"), event.get("step", 0)):
         lines.append(f"data of all steps: {fates}")
     return [head(event) + one_line(line) for line in lines]
 
@@ -52,7 +47,7 @@ def warning_line(event: RawEvent) -> str:
 
 def error_text(event: RawEvent) -> str:
     where = "".join(f"{name} {event[name]}, " for name in ("step", "rank") if event.get(name) is not None)
-    what = f"{where.removesuffix(', ')}: {event.get('message')}" if where else str(event.get("message"))
+    what = f"{where.removesuffix(', ')}: {event.get('what')}" if where else str(event.get("what"))
     return str(ToolkitError(what, why=str(event.get("why") or ""), hint=str(event.get("hint") or "")))
 
 
@@ -86,9 +81,10 @@ def sample_line(event: RawEvent) -> str:
 
 def metrics_line(event: RawEvent, eta_s: float | None) -> str:
     parts = [f"update {event.get('update')}/{event.get('updates')}"]
-    for name in PLAIN_NUMBERS.get(event.get("step", 0), ()):
+    step = STEPS.get(event.get("step", 0))
+    for name in step.line if step else ():
         if name in event:
-            parts.append(f"{LABELS.get(name, name)} {number(event[name], FORMATS[name])}")
+            parts.append(f"{SHOWN[name].label} {number(event[name], SHOWN[name].spec)}")
     parts.append(f"{number(event.get('tokens_per_s'), '.0f')} tok/s")
     if eta_s is not None:
         parts.append(f"eta {duration(eta_s)}")

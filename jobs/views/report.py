@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.events import RawEvent, effective
-from jobs.formatting import OUTCOMES, STEPS, duration, encodable, number, one_line, verdict_of, visible
+from jobs.formatting import duration, encodable, number, one_line, verdict_of, visible
+from jobs.steps import STEPS
 
 
 def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableType:
@@ -37,9 +38,10 @@ def _outcomes(ends: dict[int, RawEvent]) -> Table:
     table.add_column("on held-out data")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for step, end in sorted(ends.items()):
-        title = f"{step}  {STEPS.get(step, '')}"
-        for outcome in OUTCOMES.get(step, ()):
+    for step_number, end in sorted(ends.items()):
+        step = STEPS.get(step_number)
+        title = f"{step_number}  {step.title if step else ''}"
+        for outcome in step.outcomes if step else ():
             before, after = end.get(outcome.before), end.get(outcome.after)
             if before is not None or after is not None:
                 table.add_row(title, outcome.long, *("-" if x is None else number(x, outcome.spec) for x in (before, after)))

@@ -236,7 +236,7 @@ def _runtime(facts: BoxFacts, box: Box) -> Literal["docker", "bare"]:
             f"`{box.name}` cannot run Docker: {found.why}",
             why="boxes.yaml says `runtime: docker`",
             hint=f"fab doctor --host {box.name} says what to do; or `runtime: auto`",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     return found.name if box.runtime == "auto" else box.runtime
 
@@ -263,7 +263,7 @@ def check_fit(known: Known, plan: Plan, there: There, box: Box, limits: Limits, 
     name = f"`{box.name}` is not fit to be deployed to"
 
     def unfit(why: str, hint: str) -> ToolkitError:
-        return ToolkitError(name, why=why, hint=hint, code=ExitCode.UNFIT)
+        return ToolkitError(name, why=why, hint=hint, exit_code=ExitCode.UNFIT)
 
     if facts.machine and facts.machine != limits.image.machine:
         raise unfit(f"its processor is {facts.machine}", f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other")
@@ -309,7 +309,7 @@ def parse_look(text: str) -> There:
         key, _, value = line.partition(" ")
         said.setdefault(key, []).append(value)
     if "end" not in said:
-        raise ToolkitError("the box's answer broke off", why=one_line(text[-300:]), hint="try again", code=ExitCode.UNREACHABLE)
+        raise ToolkitError("the box's answer broke off", why=one_line(text[-300:]), hint="try again", exit_code=ExitCode.UNREACHABLE)
 
     def one(key: str) -> str:
         return said.get(key, [""])[0]
@@ -551,14 +551,14 @@ class _Deploy:
                     f"the line to `{self.box.name}` broke while the environment was made",
                     why=answer.err.strip()[-500:],
                     hint="the same command makes it, from what is downloaded already",
-                    code=ExitCode.UNREACHABLE,
+                    exit_code=ExitCode.UNREACHABLE,
                 )
             if not said.made:
                 raise ToolkitError(
                     f"`{self.box.name}`: {said.refused or f'the environment was not made (exit code {answer.code})'}",
                     why="\n".join(said.why) or answer.err.strip()[-1000:],
                     hint=said.hint or "the same command makes it anew",
-                    code=ExitCode.UNFIT if said.refused else ExitCode.INTERNAL,
+                    exit_code=ExitCode.UNFIT if said.refused else ExitCode.INTERNAL,
                 )
         for note in said.notes:
             self._note(note)

@@ -174,7 +174,7 @@ def busy(name: str, owner: Owner | None) -> ToolkitError:
         f"cannot deploy to `{name}`: another deploy holds the lock",
         why=str(owner) if owner else "",
         hint=f"wait, or run `fab unlock --host {name}` if that deploy is dead",
-        code=ExitCode.BUSY,
+        exit_code=ExitCode.BUSY,
     )
 
 
@@ -183,7 +183,7 @@ def lost(name: str, owner: Owner | None) -> ToolkitError:
         f"the lock of `{name}` is not ours any more: nothing was changed",
         why=f"now {owner} has it" if owner else "somebody took it away",
         hint="the same command tries again",
-        code=ExitCode.BUSY,
+        exit_code=ExitCode.BUSY,
     )
 
 
@@ -191,8 +191,8 @@ def refused(name: str, what: str, answer: Answer) -> ToolkitError:
     """land.sh's `refused` and `hint`; without them what was said last."""
     said = dict(line.partition(" ")[::2] for line in answer.out.splitlines())
     if "refused" in said:
-        return ToolkitError(f"`{name}`: {one_line(said['refused'])}", hint=one_line(said.get("hint", "")), code=ExitCode.UNFIT)
+        return ToolkitError(f"`{name}`: {one_line(said['refused'])}", hint=one_line(said.get("hint", "")), exit_code=ExitCode.UNFIT)
     why = "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-10:])
     return ToolkitError(
-        f"`{name}`: cannot {what} (exit code {answer.code})", why=why, hint="see that its disk is there, and try again", code=ExitCode.INTERNAL
+        f"`{name}`: cannot {what} (exit code {answer.code})", why=why, hint="see that its disk is there, and try again", exit_code=ExitCode.INTERNAL
     )

@@ -276,11 +276,16 @@ def _not_sent(line: Line, folder: str, answer: Answer, program: str, broken: boo
     again = "the same command goes on; what was there before is as it was"
     if not broken and _is_full(line, folder):
         return ToolkitError(
-            f"the disk of `{line.box.name}` is full", why=f"at {folder}: {_last(answer, 1)}", hint=f"make room there; {again}", code=ExitCode.UNFIT
+            f"the disk of `{line.box.name}` is full",
+            why=f"at {folder}: {_last(answer, 1)}",
+            hint=f"make room there; {again}",
+            exit_code=ExitCode.UNFIT,
         )
     if broken:
-        return ToolkitError(f"the line to `{line.box.name}` broke while code was sent", why=_last(answer), hint=again, code=ExitCode.UNREACHABLE)
-    return ToolkitError(f"{program} ended with {answer.code} on the way to `{line.box.name}`", why=_last(answer), hint=again, code=ExitCode.INTERNAL)
+        return ToolkitError(f"the line to `{line.box.name}` broke while code was sent", why=_last(answer), hint=again, exit_code=ExitCode.UNREACHABLE)
+    return ToolkitError(
+        f"{program} ended with {answer.code} on the way to `{line.box.name}`", why=_last(answer), hint=again, exit_code=ExitCode.INTERNAL
+    )
 
 
 def _last(answer: Answer, count: int = 10) -> str:
@@ -340,7 +345,7 @@ def land(line: Line, tree: Tree, folder: str, *more: str, check: bool = True) ->
             f"cannot put the files in their place on `{line.box.name}`",
             why=_last(answer),
             hint="see that its disk is there and not full",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     return answer
 

@@ -61,7 +61,7 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
     """
     host, found = line.box.name, look(line, root)
     if found.running is not None:
-        raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], code=ExitCode.BUSY)
+        raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], exit_code=ExitCode.BUSY)
     lost = unfetched(found, fetched)
     if line.dry_run:
         line.do(sh_script("purge", root), stdin=script("results.sh"))  # shown
@@ -73,7 +73,7 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
             f"{host} has results that are nowhere else",
             why="\n".join(map(str, lost)),
             hint=f"{how_to_fetch(host, lost)}\nor --yes, to lose them",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     answer = line.do(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
     purged = parse(answer.out, host, root)
@@ -82,7 +82,7 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
             f"not all of it could be removed from {host}",
             why="\n".join(proof.text for proof in purged.proofs if not proof.ok),
             hint="what holds it is named above; the same command goes on with what is left",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     return purged
 
@@ -96,7 +96,7 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
         if word == "refused":
             reason, _, text = rest.partition(" ")
             what, hint, code = REFUSALS.get(reason, ("it was refused there", "", ExitCode.UNFIT))
-            raise ToolkitError(f"cannot purge {host}: {what}", why=f"{root}: {text}" if root not in text else text, hint=hint, code=code)
+            raise ToolkitError(f"cannot purge {host}: {what}", why=f"{root}: {text}" if root not in text else text, hint=hint, exit_code=code)
         if word == "removed":
             removed.append(rest)
         elif word == "would":
@@ -108,7 +108,7 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
             proofs.append(Proof(name, state == "ok", said))
     if not lines or lines[-1] != "end" or (is_proof_needed and not proofs):
         raise ToolkitError(
-            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command goes on", code=ExitCode.UNCERTAIN
+            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command goes on", exit_code=ExitCode.UNCERTAIN
         )
     return Purged(tuple(removed), tuple(notes), tuple(proofs), tuple(would))
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.formatting import STEPS, size
+from jobs.formatting import size
+from jobs.steps import STEPS
 from remote.scripts import script
 from remote.ssh.commands import sh_script
 
@@ -76,7 +77,7 @@ def look(line: Line, root: str) -> Results:
             f"cannot tell what lies on {line.box.name}",
             why=f"the answer stopped after {len(lines)} lines",
             hint="the same command tries again",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
     return parse_look(answer.out)
 
@@ -202,8 +203,9 @@ def _unfetched(run: Run, fetched: FetchedRun) -> Iterator[Unfetched]:
     for step, there in sorted(run.steps.items()):
         here = fetched.steps.get(step)
         if here is None or here.complete != there.complete:
+            title = STEPS[step].title if step in STEPS else "?"
             again = "" if here is None else ", trained again since it was fetched"
-            yield Unfetched(run.name, f"the models of step {step} ({STEPS.get(step, '?')}){again}", there.size_bytes)
+            yield Unfetched(run.name, f"the models of step {step} ({title}){again}", there.size_bytes)
     for step, saved in sorted(run.checkpoints.items()):
         kept = fetched.checkpoints.get(step)
         if kept is None or kept.complete != saved.complete:

@@ -161,14 +161,14 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
             f"cannot stop {card.host}: a job runs there",
             why=f"run `{card.running}`",
             hint=f"fab cancel --host {card.host} saves a checkpoint and ends it; or --yes, to stop the box under it",
-            code=ExitCode.BUSY,
+            exit_code=ExitCode.BUSY,
         )
     if card.unfetched:
         raise ToolkitError(
             f"{card.host} has results that are nowhere else",
             why="\n".join([*map(str, card.unfetched), _what_becomes_of_them(card)]),
             hint=f"{how_to_fetch(card.host, card.unfetched)}\nor --yes, to stop it all the same",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
 
 
@@ -184,7 +184,7 @@ def stop_command(card: StopCard) -> list[str]:
             f"shutting {card.host} down does not stop its meter",
             why=_noted(f"{card.provider}: a box that is shut down is paid for like a running one", card.disk_note),
             hint=card.by_hand,
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     if not card.command or card.meter != "off":
         raise ToolkitError(
@@ -210,7 +210,7 @@ def stop(line: Line, card: StopCard, *, yes: bool = False) -> Stopped:
     try:
         answer = line.do(argv, stdin=script("results.sh"), timeout_s=STOP_S, check=False)
     except ToolkitError as error:
-        if error.code != ExitCode.UNREACHABLE:
+        if error.exit_code != ExitCode.UNREACHABLE:
             raise
         return Stopped("", broke=True)
     said = " ".join(word for word in (answer.out + answer.err).split() if word != "begin")
@@ -219,6 +219,6 @@ def stop(line: Line, card: StopCard, *, yes: bool = False) -> Stopped:
             f"{card.host} was not stopped",
             why=f"its command ended with exit code {answer.code}: {said[-400:]}",
             hint=card.by_hand,
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     return Stopped(said, broke=bool(answer.code))

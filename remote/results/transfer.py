@@ -80,7 +80,7 @@ def _cut(line: Line, why: object, done: str) -> ToolkitError:
         f"the line to {line.box.name} broke while results came",
         why=f"{why}; {done}",
         hint="the same command goes on at that byte; the job, if one runs, does not notice",
-        code=ExitCode.UNREACHABLE,
+        exit_code=ExitCode.UNREACHABLE,
     )
 
 
@@ -99,7 +99,7 @@ def ask_manifest(line: Line, root: str, run: str, *, checkpoints: bool = False, 
             f"our folder is gone on {line.box.name}",
             why=f"{root} is not there, or has lost its mark: its disk is not mounted, or the box was made anew",
             hint="look at the box's page; what was fetched before is untouched",
-            code=ExitCode.LOST,
+            exit_code=ExitCode.LOST,
         )
     if manifest.problem == "no_run":
         raise ToolkitError(f"there is no run `{run}` on {line.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}")
@@ -185,7 +185,7 @@ def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: Wha
                     f"run `{run}` changes faster than it can be fetched",
                     why="changed while it came: " + ", ".join(call.changed or [f"step {step}" for step in manifest.changed]),
                     hint="fetch when the step is complete, or let it save checkpoints less often (checkpoint.every_minutes)",
-                    code=ExitCode.BUSY,
+                    exit_code=ExitCode.BUSY,
                 )
         call.here.clear(keep_checkpoints=not what.checkpoints)
     units = _wanted(manifest, what)
@@ -194,7 +194,7 @@ def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: Wha
             f"{plural(len(call.damaged), 'files')} on {line.box.name} cannot be trusted",
             why="twice they came with other bytes than their hash says: " + ", ".join(call.damaged),
             hint="its disk or its memory is broken, or the file was written to; all else was fetched",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     return Fetched(
         run,
@@ -218,7 +218,7 @@ def _lock(state: Path, box: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolkitError(f"another call fetches from {box}", hint="let it end first", code=ExitCode.BUSY) from None
+            raise ToolkitError(f"another call fetches from {box}", hint="let it end first", exit_code=ExitCode.BUSY) from None
         yield
 
 

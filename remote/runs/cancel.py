@@ -57,11 +57,11 @@ def cancel(line: Line, providers: Mapping[str, Provider], run: str, grace_s: str
             f"the line to `{line.box.name}` broke while the job was ending",
             why=one_line(answer.err),
             hint="the same command again is safe, and says how it ended",
-            code=ExitCode.UNCERTAIN,
+            exit_code=ExitCode.UNCERTAIN,
         )
     if ended is None:
         check(line.box, answer)
-        raise ToolkitError(f"`{line.box.name}` did not say how the job ended", why=last_lines(answer.err or answer.out), code=ExitCode.UNCERTAIN)
+        raise ToolkitError(f"`{line.box.name}` did not say how the job ended", why=last_lines(answer.err or answer.out), exit_code=ExitCode.UNCERTAIN)
     return ended
 
 

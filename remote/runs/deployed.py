@@ -61,7 +61,7 @@ def our_root(line: Line, providers: Mapping[str, Provider]) -> tuple[str, bool]:
     answer = line.ask(there(line.box, providers, "root"))
     found = next((text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None)
     if found is None:
-        raise ToolkitError(f"`{line.box.name}` did not say where our folder is", why=answer.out[-300:], code=ExitCode.INTERNAL)
+        raise ToolkitError(f"`{line.box.name}` did not say where our folder is", why=answer.out[-300:], exit_code=ExitCode.INTERNAL)
     return found[2], found[0] == "root"
 
 
@@ -83,11 +83,11 @@ def check(box: Box, answer: Answer) -> None:
         raise ToolkitError(f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
     if answer.code:
         said = last_lines(answer.err.strip() or answer.out)
-        raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, code=ExitCode.INTERNAL)
+        raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, exit_code=ExitCode.INTERNAL)
 
 
 def not_deployed(box: Box) -> ToolkitError:
-    return ToolkitError(f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", code=ExitCode.UNFIT)
+    return ToolkitError(f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", exit_code=ExitCode.UNFIT)
 
 
 def last_lines(text: str) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from rich.cells import cell_len
 
 from jobs.events import RawEvent, parsed
-from jobs.formatting import STEPS, duration, money, one_line, size
+from jobs.formatting import duration, money, one_line, size
 from jobs.state import State, state_of
+from jobs.steps import STEPS
 from jobs.views.panel import Card, cards_text
 from jobs.views.plain import time_of
 from remote.runs.job_state import Job
@@ -216,11 +217,11 @@ def card(run: RunThere, now: float, price_per_hour: float | None, currency: str)
         facts.append(("time", duration(seconds)))
     if (paid := spent(run, now, price_per_hour)) is not None:
         facts.append(("spent", f"{money(paid, currency)} ({money(price_per_hour or 0.0, currency)}/h)"))
-    facts.append(("steps done", ", ".join(f"{step} ({STEPS[step]})" for step in run.complete if step in STEPS) or "none"))
+    facts.append(("steps done", ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS) or "none"))
     if run.checkpoint:
         facts.append(("checkpoint", f"step {run.checkpoint[0]}, update {run.checkpoint[1]}"))
     if run.size_bytes is not None:
         facts.append(("size", size(run.size_bytes)))
     if run.last is not None and run.last["kind"] == "error":
-        facts += [("error", one_line(run.last.get("message"))), ("why", one_line(run.last.get("why") or ""))]
+        facts += [("error", one_line(run.last.get("what"))), ("why", one_line(run.last.get("why") or ""))]
     return [(label, text) for label, text in facts if text]

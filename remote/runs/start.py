@@ -57,9 +57,9 @@ def start(line: Line, deployed: Deployed, request: Request, secrets: Mapping[str
         answer = line.do(start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False)
         words = _answer(answer.out, ("started", "already", "withdrawn", "busy", "refused"))
         if words is None and answer.code in (0, 255) and not answer.out.strip():
-            raise ToolkitError("the line broke before the box answered", why=one_line(answer.err), code=ExitCode.UNREACHABLE)
+            raise ToolkitError("the line broke before the box answered", why=one_line(answer.err), exit_code=ExitCode.UNREACHABLE)
     except ToolkitError as error:
-        if error.code != ExitCode.UNREACHABLE:
+        if error.exit_code != ExitCode.UNREACHABLE:
             raise
         return _settle(line, deployed, request, error, say)
     if words is None:
@@ -73,7 +73,7 @@ def _started(host: str, request: Request, words: Sequence[str]) -> Started:
         return Started(request.id, again=words[0] == "already")
     if words[0] == "busy":
         raise busy(host, words[1] if len(words) > 1 else "?")
-    raise ToolkitError(f"`{host}` did not start the job", why=" ".join(words[1:]) or words[0], code=ExitCode.UNFIT)
+    raise ToolkitError(f"`{host}` did not start the job", why=" ".join(words[1:]) or words[0], exit_code=ExitCode.UNFIT)
 
 
 def busy(host: str, run: str) -> ToolkitError:
@@ -81,7 +81,7 @@ def busy(host: str, run: str) -> ToolkitError:
         f"`{host}` is busy: run `{run}` is being trained there",
         why="a box runs one job at a time",
         hint=f"watch it with `fab logs --follow --host {host} --run {run}`, end it with `fab cancel --host {host} --run {run}`",
-        code=ExitCode.BUSY,
+        exit_code=ExitCode.BUSY,
     )
 
 
@@ -93,13 +93,13 @@ def _settle(line: Line, deployed: Deployed, request: Request, broke: ToolkitErro
         try:
             answer = line.do(deployed.supervisor("withdraw", request.id), timeout_s=20.0, check=False)
         except ToolkitError as error:
-            if error.code != ExitCode.UNREACHABLE:
+            if error.exit_code != ExitCode.UNREACHABLE:
                 raise
             continue
         words = _answer(answer.out, ("started", "not_run", "busy", "refused"))
         if words and words[0] == "not_run":
             what = "the job was not started, and will not be"
-            raise ToolkitError(what, why=broke.what, hint="the same command again is safe", code=ExitCode.UNREACHABLE)
+            raise ToolkitError(what, why=broke.what, hint="the same command again is safe", exit_code=ExitCode.UNREACHABLE)
         if words:
             started = _started(line.box.name, request, words)
             say("it was started")
@@ -108,7 +108,7 @@ def _settle(line: Line, deployed: Deployed, request: Request, broke: ToolkitErro
         f"it is uncertain whether the job was started on `{line.box.name}`",
         why=f"the line broke while it was being started, and the box has not answered since: {broke.what}",
         hint=f"`fab ps --host {line.box.name}` when it is back; a second `fab train` cannot start it twice: a box runs one job at a time",
-        code=ExitCode.UNCERTAIN,
+        exit_code=ExitCode.UNCERTAIN,
     )
 
 

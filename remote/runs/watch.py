@@ -179,11 +179,11 @@ class _Watch:
             raise ToolkitError(f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.said))
         if self.job is None and self._limits.first_tries is not None and failures >= self._limits.first_tries:
             hint = f"fab doctor --host {shlex.quote(self._where.host)} looks at the line by itself"
-            raise ToolkitError(f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, code=ExitCode.UNREACHABLE)
+            raise ToolkitError(f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE)
         tries = self._limits.tries
         if tries is not None and failures >= tries:
             what = f"the line to `{self._where.host}` broke {plural(failures, 'times')} in a row"
-            raise ToolkitError(what, why=visible(why), hint="the job is not touched by it; try again", code=ExitCode.UNREACHABLE)
+            raise ToolkitError(what, why=visible(why), hint="the job is not touched by it; try again", exit_code=ExitCode.UNREACHABLE)
 
     def _away(self, why: str) -> None:
         if self._away_since is None:

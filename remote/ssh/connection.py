@@ -45,7 +45,7 @@ class CommandFailed(ToolkitError):
     def __init__(self, host: str, argv: Sequence[str], answer: Answer) -> None:
         lines = (answer.err.strip() or answer.out.strip()).splitlines()[-LAST_LINES:]
         super().__init__(
-            f"a command failed on `{host}` with exit code {answer.code}", why="\n".join([shlex.join(argv), *lines]), code=ExitCode.INTERNAL
+            f"a command failed on `{host}` with exit code {answer.code}", why="\n".join([shlex.join(argv), *lines]), exit_code=ExitCode.INTERNAL
         )
         self.answer = answer
 
@@ -149,7 +149,7 @@ class Line:
             f"the line to `{self.box.name}` broke",
             why=f"{why or 'the connection ended'}, while this was on its way: {short(argv)}",
             hint="the same command goes on when the box is back",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
 
     # --- OpenSSH
@@ -613,7 +613,10 @@ class _Keys:
         elif self._unusable:
             lines.append(f"cannot be read as a private key: {', '.join(map(str, self._unusable))}")
         return KeyRefused(
-            f"{self._resolved.user}@{self._resolved.host} takes none of your keys", why="\n".join(lines), hint=first + hint, code=ExitCode.UNREACHABLE
+            f"{self._resolved.user}@{self._resolved.host} takes none of your keys",
+            why="\n".join(lines),
+            hint=first + hint,
+            exit_code=ExitCode.UNREACHABLE,
         )
 
 

@@ -36,7 +36,7 @@ class KeyRefused(ToolkitError):
 
 
 def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
-    return ToolkitError(what, why=why, hint=hint, code=ExitCode.UNREACHABLE)
+    return ToolkitError(what, why=why, hint=hint, exit_code=ExitCode.UNREACHABLE)
 
 
 # --- host keys --------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def changed(name: str, offered: HostKey, known: Sequence[HostKey]) -> HostKeyCha
         why=f"it shows {offered.fingerprint} ({offered.sort}), and {', '.join(key.fingerprint for key in known)} was trusted",
         hint=f"if the box was made anew or its address now leads to another of yours: fab trust --host {shlex.quote(name)} --replace\n"
         "else somebody is in between: do not go on",
-        code=ExitCode.UNREACHABLE,
+        exit_code=ExitCode.UNREACHABLE,
     )
 
 
@@ -142,7 +142,7 @@ def trust(line: Line, *, replace: bool = False, host_key: str = "") -> Trusted:
             f"`{line.box.name}` shows another host key than {host_key}",
             why=f"it shows {offered.fingerprint} ({offered.sort})",
             hint="look at address and port; if they are right, somebody is in between: do not go on",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
     if offered in known:
         return Trusted("known", offered)
@@ -213,7 +213,7 @@ def install_key(line: Line, public_key: Path | None = None) -> Installed:
             f"cannot put your key on `{line.box.name}`: there is no terminal to ask for its password on",
             why="it takes no key of yours yet, and ssh asks on a terminal",
             hint=f"the same command in a terminal, once; or {by_hand}",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
     argv = line.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
     answer = line.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
@@ -224,7 +224,7 @@ def install_key(line: Line, public_key: Path | None = None) -> Installed:
             f"cannot put your key on `{line.box.name}`",
             why=answer.err or f"ssh ended with exit code {answer.code}",
             hint=f"the password stands on the rental page; or {by_hand}",
-            code=ExitCode.UNREACHABLE,
+            exit_code=ExitCode.UNREACHABLE,
         )
     line.connect()  # a box that does not read that file says so here
     return Installed("installed", str(file))

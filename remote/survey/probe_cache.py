@@ -74,7 +74,7 @@ def probe(line: Line, box: Box, providers: Mapping[str, Provider]) -> Known:
     answer = line.ask(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
     known = Known(asked, answer.out, sent, time.time())
     if not known.facts.complete:
-        raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", code=ExitCode.UNREACHABLE)
+        raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", exit_code=ExitCode.UNREACHABLE)
     return known
 
 

@@ -40,7 +40,9 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
     if code:
         hint = "the same command opens it again"
-        raise ToolkitError(f"the tunnel to `{line.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, code=ExitCode.UNREACHABLE)
+        raise ToolkitError(
+            f"the tunnel to `{line.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, exit_code=ExitCode.UNREACHABLE
+        )
     return ExitCode.OK
 
 

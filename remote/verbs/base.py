@@ -109,7 +109,7 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
                 if flags.get("json_"):
                     Sayer().data(to_json(error_as_json(error)))
                 Sayer()(error)
-                code = error.code
+                code = error.exit_code
             except BrokenPipeError:
                 code = ExitCode.OK
             except OSError as error:
@@ -149,7 +149,7 @@ def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int],
         if as_json:
             say.data(to_json({"host": name, **error_as_json(failed)}))
         mine(failed)
-        return failed.code
+        return failed.exit_code
 
     with ThreadPoolExecutor(len(names)) as pool:
         codes = list(pool.map(guarded, names))
@@ -157,7 +157,7 @@ def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int],
 
 
 def error_as_json(error: ToolkitError) -> dict[str, Any]:
-    return {"error": error.what, "why": error.why, "hint": error.hint, "exit": int(error.code)}
+    return {"what": error.what, "why": error.why, "hint": error.hint, "exit_code": int(error.exit_code)}
 
 
 def to_json(value: Any) -> str:

@@ -106,9 +106,11 @@ def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
             return not_deployed(box)
         if code == 255 and ("Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said):
             hint = f"if the box was made anew, `fab trust --host {box.name} --replace`; else do not go on: somebody is in between"
-            return ToolkitError(f"`{box.name}` shows another host key", why=said.strip(), hint=hint, code=ExitCode.UNREACHABLE)
+            return ToolkitError(f"`{box.name}` shows another host key", why=said.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE)
         if code == 255 and "Permission denied" in said:
-            return ToolkitError(f"`{box.name}` refuses your key", why=said.strip(), hint=f"fab trust --host {box.name}", code=ExitCode.UNREACHABLE)
+            return ToolkitError(
+                f"`{box.name}` refuses your key", why=said.strip(), hint=f"fab trust --host {box.name}", exit_code=ExitCode.UNREACHABLE
+            )
         return None
 
     return judge

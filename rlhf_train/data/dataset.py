@@ -32,10 +32,10 @@ from tokenizers import Tokenizer
 import jobs.errors
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Data
+from jobs.steps import STEPS
 
 REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
-LEARNED = {1: ("prompt", "response"), 2: ("prompt", "chosen", "rejected"), 3: ("prompt",)}  # columns, by step
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
 MISTAKES_SHOWN = 10  # of a file
@@ -108,7 +108,7 @@ class Table:
     def digest(self, step: int) -> str:
         """sha256 of the tokens that the step learns from, in its order."""
         digest = hashlib.sha256()
-        for column in LEARNED[step]:
+        for column in STEPS[step].columns:
             tokens: Ragged = getattr(self, column)
             picked = tokens.pick(self.step_rows[step], np.iinfo(np.int64).max)
             digest.update(picked.offsets.tobytes())
@@ -393,7 +393,7 @@ def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         hint = "free some disk space, or let the cache be in a folder that you may write to"
-        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, code=ExitCode.UNFIT) from None
+        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT) from None
 
 
 def _read_chunk(file: Path) -> dict[str, Ragged] | None:
@@ -403,7 +403,7 @@ def _read_chunk(file: Path) -> dict[str, Ragged] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), code=ExitCode.UNFIT) from None
+        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), exit_code=ExitCode.UNFIT) from None
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         return None
     arrays = np.load(io.BytesIO(content[32:]))
@@ -472,7 +472,7 @@ def _table(
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
     fates = {"rows": len(rows), **{fate: int(mask.sum()) for fate, mask in masks.items()}}
-    usable = {1: kept, 2: kept & ~identical, 3: kept}
+    usable = {step: kept & ~identical if step == 2 else kept for step in orders}  # a pair of equals says nothing
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}
     for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
         counts = ", ".join(f"{fate} {count}" for fate, count in fates.items())

@@ -378,7 +378,7 @@ def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
         hint = "the hub or a proxy on the way sends wrong bytes: set HF_ENDPOINT to another mirror"
     else:
         hint = "set HF_ENDPOINT to a mirror that can be reached from here; the same command goes on with what has come"
-    return ToolkitError(what, why=why, hint=hint, code=code)
+    return ToolkitError(what, why=why, hint=hint, exit_code=code)
 
 
 def _say(text: str) -> None:

@@ -136,7 +136,7 @@ class Checkpointer:
                 why=f"{_free(free, inodes)} at {run}; a checkpoint has {size(self.size_bytes)},\n"
                 f"a new one is written before the old one goes, and the model has {size(model_bytes)}",
                 hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
-                code=ExitCode.UNFIT,
+                exit_code=ExitCode.UNFIT,
             )
 
     def resume(self) -> dict[str, Any] | None:

@@ -213,7 +213,7 @@ class Engine:
                 "the longest rows give numbers that are not finite, before anything was learned",
                 why=f"the gradient norm of 0 times their loss is {norm}",
                 hint="look at the model that training starts from; in float16, try hardware.precision: bfloat16 or float32",
-                code=ExitCode.TRAINING,
+                exit_code=ExitCode.TRAINING,
             )
         if self.zero_stage in (1, 2):
             # DeepSpeed links parameters with their moments after the step of the first group of parameters, when the second has none yet.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Event, Warning
 from jobs.formatting import plural
+from jobs.steps import STEPS
 
 if TYPE_CHECKING:
     from rlhf_train.engine.deepspeed_engine import Engine
 
 # So many skipped updates in a row, or in a step, are no accident any more.
 MOST_SKIPPED_IN_A_ROW, MOST_SKIPPED = 5, 50
-PARTS = {1: "sft", 2: "reward", 3: "ppo"}
 
 
 @dataclass
@@ -100,11 +100,11 @@ class Divergence:
 
 def diverged(step: int, update: int, why: str, last_good: str) -> ToolkitError:
     """Make the error that ends a run whose numbers went wrong; last_good: a sentence about the last checkpoint."""
-    part = PARTS[step]
+    part = STEPS[step].section
     settings = f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates"
     return ToolkitError(
         f"step {step} diverged at update {update}",
         why=why,
         hint=f"{settings}, or look for broken rows in the data\n{last_good}",
-        code=ExitCode.TRAINING,
+        exit_code=ExitCode.TRAINING,
     )

@@ -118,7 +118,7 @@ class Rollouts:
                         "out of memory in a rollout with one prompt at once",
                         why=str(error).splitlines()[0],
                         hint="actor.lora, a smaller critic.model, or ZeRO 3 on more GPUs leave more room; shorter data.max_response_tokens need less",
-                        code=ExitCode.TRAINING,
+                        exit_code=ExitCode.TRAINING,
                     ) from None
             # Not in the handler, whose traceback holds on to the tensors.
             self._decoder = None

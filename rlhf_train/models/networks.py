@@ -137,7 +137,7 @@ def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "config.json, model.safetensors and tokenizer.json belong there"
         hint = f"look into the folder: {hint}" if hub.local(source) else f"choose another model: {hint}"
-        raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, code=ExitCode.USAGE) from error
+        raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, exit_code=ExitCode.USAGE) from error
     loaded.name_or_path = source
     return loaded
 

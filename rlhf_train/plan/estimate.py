@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.formatting import STEPS, plural
+from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
+from jobs.steps import STEPS
 from jobs.yaml12 import dump_yaml
 from rlhf_train.disk import size_of
 from rlhf_train.plan.placement import GIB, Placement
@@ -97,7 +98,7 @@ def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], 
     lines.append(f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}")
     for step in wanted:
         state = "to do" if step in todo else "complete"
-        lines.append(f"step {step} ({STEPS[step]}): {state}; global batch {placement.batch_plan(job, step)}")
+        lines.append(f"step {step} ({STEPS[step].title}): {state}; global batch {placement.batch_plan(job, step)}")
         if step == 3:
             updates = job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
             lines.append(f"  {job.ppo.rollout_batch} prompts a rollout, {plural(updates, 'updates')} each")
@@ -120,9 +121,11 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
     critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
     frozen = frozen_bytes(actor, critic, placement.precision, placement.actor_zero_stage)
-    memory = {1: actor_bytes, 2: critic_bytes, 3: actor_bytes + critic_bytes + frozen}
+    memory = {"actor": actor_bytes, "critic": critic_bytes}
     lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
-    lines += [f"memory, step {step}: {_amount(memory[step])} a rank, and activations" for step in todo]
+    for step in todo:
+        needed = sum(memory[network] for network in STEPS[step].networks) + (frozen if step == 3 else 0)
+        lines.append(f"memory, step {step}: {_amount(needed)} a rank, and activations")
     need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
     lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them" + ("; too little" if need > free else ""))
     return lines
@@ -135,7 +138,7 @@ def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight
         model = (critic if step == 2 else actor).all * weight_bytes
         models = model * (2 if step == 3 and job.ppo.ema_decay else 1)
         best = model if job.checkpoint.best_every_updates else 0
-        trained = {1: actor.trained, 2: critic.trained, 3: actor.trained + critic.trained}[step]
+        trained = sum({"actor": actor, "critic": critic}[network].trained for network in STEPS[step].networks)
         checkpoint = 12 * trained + (4 * actor.trained if step == 3 and job.ppo.ema_decay else 0)
         most = max(most, kept + best + checkpoint + max(checkpoint, models))
         kept += best + models
@@ -162,7 +165,7 @@ def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement
             f"the disk is too small for the models and checkpoints of {'step' if len(steps) == 1 else 'steps'} {numbers}",
             why=f"they need {_amount(need)} at once, and {_amount(free)} are free for them at {run.path}",
             hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
 
 
@@ -174,7 +177,7 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with what a rank then needs."""
     where, hardware = placement, job.hardware
     stages = {"actor": where.actor_zero_stage, "critic": where.critic_zero_stage}
-    parts = {1: ["actor"], 2: ["critic"], 3: ["actor", "critic"]}[step]
+    networks = STEPS[step].networks
     with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
     critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
@@ -184,8 +187,8 @@ def relief(job: Job, step: int, placement: Placement) -> str:
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
 
     def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> int:
-        stage = {part: 3 if zero_3 else stages[part] for part in parts}
-        total = sum(training_bytes(sizes[part], where.precision, stage[part], ranks) for part in parts)
+        stage = {network: 3 if zero_3 else stages[network] for network in networks}
+        total = sum(training_bytes(sizes[network], where.precision, stage[network], ranks) for network in networks)
         return total + (frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0)
 
     sizes = plain if job.actor.lora is None else adapted
@@ -196,9 +199,9 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     if job.actor.lora is None and needed(adapted) < now:  # adapters of a tiny model are larger than itself
         then = _amount(needed(adapted))
         lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}")
-    if any(stages[part] < 3 for part in parts):
+    if any(stages[network] < 3 for network in networks):
         ranks = max(2, where.ranks)
-        which = ", ".join(f"hardware.{part}_zero_stage: 3" for part in parts)
+        which = ", ".join(f"hardware.{network}_zero_stage: 3" for network in networks)
         less = needed(sizes, zero_3=True, ranks=ranks)
         if less < ZERO_3_WORTH * now:
             lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(less)}, for more traffic between them")

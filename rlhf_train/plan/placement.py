@@ -11,6 +11,7 @@ import torch
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import plural
 from jobs.spec import Job
+from jobs.steps import STEPS
 from rlhf_train.data.sequences import BatchPlan, largest_divisor
 
 GIB = 2**30
@@ -73,8 +74,8 @@ class Placement:
     no_peer_access: str = ""  # why the GPUs of several ranks cannot reach each other's memory
 
     def batch_plan(self, job: Job, step: int) -> BatchPlan:
-        part, name = {1: (job.sft, "sft"), 2: (job.reward, "reward"), 3: (job.ppo, "ppo")}[step]
-        return BatchPlan.of(part.global_batch, self.micro_batches[step - 1], self.ranks, name)  # type: ignore[attr-defined]
+        section = STEPS[step].section
+        return BatchPlan.of(getattr(job, section).global_batch, self.micro_batches[step - 1], self.ranks, section)
 
 
 def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
@@ -89,7 +90,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         raise ToolkitError(
             f"hardware.ranks is {ranks}, but PyTorch sees {plural(len(machine.gpus), 'GPUs')}",
             hint="lower it, or set CUDA_VISIBLE_DEVICES",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     if job.ppo.rollout_batch % ranks:
         raise ToolkitError(f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {ranks} ranks", hint=f"use a multiple of {ranks}")
@@ -101,7 +102,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             "hardware.precision is float16, but this runs on CPU",
             why="its kernels are missing or slow there",
             hint="use float32 or bfloat16",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
         # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length 2 to 4 % less.
@@ -149,7 +150,7 @@ def _device(job: Job, machine: Machine) -> tuple[str, str]:
             "hardware.device is cuda, but PyTorch sees no GPU",
             why=f"torch {torch.__version__} was built for {torch.version.cuda or 'CPU only'}",
             hint="look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set hardware.device: cpu",
-            code=ExitCode.UNFIT,
+            exit_code=ExitCode.UNFIT,
         )
     if wish == "cpu":
         return "cpu", "the job file says so"

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
-from jobs.formatting import STEPS
 from jobs.spec import Job, Lora, Scratch
+from jobs.steps import STEPS
 from rlhf_train.disk import rename, size_of, sync_files
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
 from rlhf_train.models.networks import merge_lora
@@ -85,7 +85,8 @@ def scores_of(end: End) -> dict[str, float]:
 
 def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
     """What it is, what it was made from, its scores on held-out data, and the job fields behind it."""
-    source = {1: job.actor.model, 2: "step 1" if job.critic.model == "actor" else job.critic.model, 3: "step 1"}[step]
+    is_from_step_1 = step == 3 or (step == 2 and job.critic.model == "actor")
+    source = "step 1" if is_from_step_1 else job.actor.model if step == 1 else job.critic.model
     base = "random weights from a configuration" if isinstance(source, Scratch) else f"this run's {source}" if source == "step 1" else source
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
     table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
@@ -96,7 +97,7 @@ def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
 library_name: transformers
 tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
 ---
-# {job.name}: {STEPS[step]} (step {step})
+# {job.name}: {STEPS[step].title} (step {step})
 
 Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{load}.from_pretrained`. {reading}
 

@@ -333,7 +333,7 @@ def exploded(session: Session, kl: float, update: int, last_good: str) -> Toolki
         why=f"ppo.max_kl is {session.job.ppo.max_kl:g}: the actor no longer writes what the reference could have written",
         hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
         f"`--run NEW --from {session.run.name}`; {last_good}",
-        code=ExitCode.TRAINING,
+        exit_code=ExitCode.TRAINING,
     )
 
 
@@ -424,7 +424,7 @@ def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: i
                 f"step 3's self-test failed before the first update: {what}",
                 why=f"they differ by {difference:.3g} nats a token in the worst response; {limit:g} is allowed in {session.placement.precision}",
                 hint=f"the likely cause: {cause}",
-                code=ExitCode.TRAINING,
+                exit_code=ExitCode.TRAINING,
             )
     session.emit(
         Progress(step=3, doing="self-test passed: " + ", ".join(f"{name} {d:.1e}" for name, d in zip(("ratio", "KL", "rollout"), worst, strict=True)))

@@ -23,7 +23,7 @@ def test_two_ranks_are_measured_and_end_without_their_model(tmp_path: Path) -> N
     ran = work.run(twice, Where("cpu", 1), 2)
     (plan,) = ran.events("plan", 1)
     assert (plan["ranks"], plan["global_batch"], plan["zero_stage"]) == (2, 2 * work.samples, 1)
-    assert len(ran.updates(1, scaling.WARM_UP[1])) >= 2 and ran.process_peak_bytes > 2**26
+    assert len(ran.updates(1, scaling.EXTENTS[1].warm_up)) >= 2 and ran.process_peak_bytes > 2**26
     assert not ran.run.step(1).model.exists() and not ran.run.step(1).complete.exists()
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])] == []
 

@@ -39,7 +39,7 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
     assert found.group(1) == socket.gethostname()
     assert PLENTY_S <= int(found.group(2)) < 60
     (error,) = events(run, "error")
-    assert error["exit_code"] == 4 and error["message"].startswith("rank 1 on ")
+    assert error["exit_code"] == 4 and error["what"].startswith("rank 1 on ")
     log = run.log.read_text(encoding="utf-8", errors="replace")
     stack = log[log.rindex("most recent call first") :]
     # What rank 0 waited in.

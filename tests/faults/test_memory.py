@@ -90,7 +90,7 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
     )
     assert "Traceback" not in said
     (error,) = events(base.run("none"), "error")
-    assert (error["message"], error["exit_code"]) == ("out of memory in step 1 with a micro batch of 1", 4)
+    assert (error["what"], error["exit_code"]) == ("out of memory in step 1 with a micro batch of 1", 4)
     assert warnings(base.run("none")) == [] and not base.run("none").fitted.exists()
 
 

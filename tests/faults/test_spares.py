@@ -53,7 +53,7 @@ def test_the_next_step_is_done_by_those_that_waited_and_nobody_is_left_when_it_f
     assert at_work[0].pid == waited[0]
     assert not held & {"lock", "train.log", "events.jsonl"}  # it held no lock, and wrote nothing
     assert not at_work[1].is_running() and ranks_of(os.getpid()) == []
-    assert [(event["step"], event["message"]) for event in events(run, "error", 2)] == [(2, "rank 0 was ended by SIGKILL")]
+    assert [(event["step"], event["what"]) for event in events(run, "error", 2)] == [(2, "rank 0 was ended by SIGKILL")]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from jobs.errors import ExitCode, ToolkitError
+from jobs.events import Error
 
 
 def test_three_parts_as_they_are_printed() -> None:
-    error = ToolkitError("cannot deploy", why="lin holds the lock", hint="wait", code=ExitCode.BUSY)
+    error = ToolkitError("cannot deploy", why="lin holds the lock", hint="wait", exit_code=ExitCode.BUSY)
     assert str(error) == "error: cannot deploy\n  why: lin holds the lock\n\nhint: wait"
-    assert (error.what, error.why, error.hint, error.code) == ("cannot deploy", "lin holds the lock", "wait", 5)
+    assert (error.what, error.why, error.hint, error.exit_code) == ("cannot deploy", "lin holds the lock", "wait", 5)
 
 
 def test_more_lines_stand_under_the_first() -> None:
@@ -24,7 +25,15 @@ def test_parts_that_are_not_there_leave_no_trace() -> None:
     assert str(ToolkitError("only this")) == "error: only this"
     assert str(ToolkitError("this", hint="that")) == "error: this\n\nhint: that"
     assert str(ToolkitError("this", why=" \n\n", hint="\n")) == "error: this"
-    assert ToolkitError("this").code == ExitCode.USAGE
+    assert ToolkitError("this").exit_code == ExitCode.USAGE
+
+
+def test_one_spelling_of_an_error() -> None:
+    error = ToolkitError("cannot deploy", why="lin holds the lock", hint="wait", exit_code=ExitCode.BUSY)
+    parts = {"what": "cannot deploy", "why": "lin holds the lock", "hint": "wait", "exit_code": 5}
+    event = Error(rank=0, **parts)
+    assert {name: getattr(error, name) for name in parts} == {name: getattr(event, name) for name in parts} == parts
+    assert vars(error) == parts
 
 
 def test_the_exit_codes_are_those_of_the_design() -> None:

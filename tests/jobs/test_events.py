@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 
 from jobs.events import (
     KINDS,
+    NOT_SHOWN,
+    NUMBER,
     Checkpoint,
     End,
     Error,
@@ -19,6 +22,7 @@ from jobs.events import (
     Sample,
     Warning,
     effective,
+    metric,
     parse,
     parsed,
     read_events,
@@ -36,7 +40,7 @@ ONE_OF_EACH: list[Event] = [
     Sample(step=3, when="before", prompt="two\nlines\r\u2028", response="\x1b[31m 你好", reward=-0.5, good=False),
     Checkpoint(step=1, update=2, path="runs/a b/step1", size_bytes=12, seconds=0.25),
     Warning(message="no step"),
-    Error(rank=1, message="bad", why="because", hint="do", exit_code=4),
+    Error(rank=1, what="bad", why="because", hint="do", exit_code=4),
     Resumed(step=1, from_update=1),
     End(step=1, updates=2, seconds=3.5, model="runs/a/step1/model", perplexity_before=31.25, perplexity_after=8.5),
 ]  # fmt: skip
@@ -69,6 +73,27 @@ def test_a_line_is_one_json_object_with_number_time_and_no_nones(path: Path) -> 
     assert json.loads(second)["seq"] == 1
 
 
+def test_a_metric_that_does_not_say_how_it_is_shown_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class More(Metrics):
+        tokens_lost: float | None = field(default=None, metadata=metric(".0f", "tokens lost", NUMBER))
+        tokens_found: float | None = field(default=None, metadata=NOT_SHOWN)
+
+    assert [each.name for each in fields(More)][-2:] == ["tokens_lost", "tokens_found"]
+    with pytest.raises(TypeError, match=r"Bare\.tokens_lost needs metadata"):
+
+        class Bare(Metrics):
+            tokens_lost: float | None = None
+
+    with pytest.raises(TypeError, match=r"Required\.tokens_lost needs metadata"):
+
+        class Required(Metrics):
+            tokens_lost: float
+
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'label' and 'place'"):
+        metric(".0f")  # type: ignore[call-arg]
+
+
 def test_the_writer_returns_the_line_that_it_wrote(path: Path) -> None:
     returned = [EventWriter(path)(event) for event in ONE_OF_EACH[:1]]
     assert returned == read_events(path)[0]
@@ -85,10 +110,22 @@ def test_a_number_that_is_not_finite_is_a_word_and_the_line_is_json(path: Path) 
     assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
 
 
+def test_an_error_of_an_older_run_is_read_with_the_names_of_today(path: Path) -> None:
+    old = {"schema": 1, "seq": 0, "time": "2025-01-05T12:00:00Z", "kind": "error", "step": 3, "rank": 1, "exit_code": 4}
+    path.parent.mkdir()
+    path.write_text(json.dumps(old | {"message": "boom"}) + "\n", encoding="utf-8")
+    (event,), _ = read_events(path)
+    assert event == old | {"what": "boom"} and parse(event) == Error(step=3, rank=1, what="boom", exit_code=4)
+    both = old | {"what": "new", "message": "more"}
+    assert parsed(json.dumps(both).encode()) == both
+    warning = {"kind": "warning", "message": "hot"}
+    assert parsed(json.dumps(warning).encode()) == warning
+
+
 def test_a_path_that_is_not_utf8_can_be_reported(path: Path) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")  # as os.listdir gives it
-    write(path, Error(rank=0, message=name, exit_code=2))
-    assert read_events(path)[0][0]["message"] == name
+    write(path, Error(rank=0, what=name, exit_code=2))
+    assert read_events(path)[0][0]["what"] == name
 
 
 def test_a_reader_waits_for_a_torn_line(path: Path) -> None:

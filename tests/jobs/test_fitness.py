@@ -395,7 +395,7 @@ def test_all_findings_come_together_a_line_each() -> None:
     findings = judge(facts, LIMITS)
     assert [finding.level for finding in findings] == ["unfit", "unfit", "warning", "unfit", "unfit", "unfit"]
     error = error_of(findings)
-    assert error is not None and (error.what, error.code, error.hint) == ("this machine is not fit for the job", ExitCode.UNFIT, "")
+    assert error is not None and (error.what, error.exit_code, error.hint) == ("this machine is not fit for the job", ExitCode.UNFIT, "")
     lines = error.why.split("\n")
     assert [line.split()[0] for line in lines] == ["NVIDIA", "/dev/shm", "0", "0", "'cache"] and "\x1b" not in error.why
 

@@ -36,7 +36,7 @@ def small(*settings: str) -> Job:
 def mistakes(*settings: str, text: str = SMALL) -> list[str]:
     with pytest.raises(ToolkitError) as caught:
         parse_job(text, "small.yaml", settings)
-    assert caught.value.code == ExitCode.USAGE
+    assert caught.value.exit_code == ExitCode.USAGE
     return caught.value.why.splitlines()
 
 

@@ -38,7 +38,7 @@ def boxes(folder: Path, text: str) -> dict[str, Box]:
 def mistakes(folder: Path, text: str) -> list[str]:
     with pytest.raises(ToolkitError) as raised:
         boxes(folder, text)
-    assert raised.value.code == ExitCode.USAGE
+    assert raised.value.exit_code == ExitCode.USAGE
     return raised.value.why.splitlines()
 
 

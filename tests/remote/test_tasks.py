@@ -192,9 +192,9 @@ def test_bad_input_is_one_clear_error(place: Place, words: list[str], code: int,
 
 def test_errors_are_json_for_programs(place: Place) -> None:
     said = json.loads(place.laptop.fab("ps", "--host", "second", "--json", code=3).stdout)
-    assert said == {"error": "nothing is deployed on `second`", "why": "", "hint": "fab deploy --host second", "exit": 3}
+    assert said == {"what": "nothing is deployed on `second`", "why": "", "hint": "fab deploy --host second", "exit_code": 3}
     several = [json.loads(line) for line in place.laptop.fab("ps", "--host", "gone,second,gpu-box", "--json", code=8).stdout.splitlines()]
-    assert {each["host"]: each.get("exit") for each in several} == {"gone": 8, "second": 3, "gpu-box": None}
+    assert {each["host"]: each.get("exit_code") for each in several} == {"gone": 8, "second": 3, "gpu-box": None}
 
 
 def test_one_failure_hides_no_other_result(place: Place) -> None:

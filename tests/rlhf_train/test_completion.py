@@ -53,7 +53,7 @@ def run(tmp_path: Path) -> RunDir:
 def refused(spec: Job, run: RunDir, wanted: list[int], *, redo: bool = False) -> ToolkitError:
     with pytest.raises(ToolkitError) as caught:
         steps_to_do(spec, run, wanted, redo=redo)
-    assert caught.value.code == ExitCode.USAGE
+    assert caught.value.exit_code == ExitCode.USAGE
     return caught.value
 
 

@@ -124,7 +124,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
                 pass
         assert raised.value.why.startswith(f"process {rank.pid} (") and "rlhf_train.worker" in raised.value.why
         assert raised.value.why.endswith(f"were left by process {launcher.pid} on {socket.gethostname()}, which is gone")
-        assert (raised.value.hint, raised.value.code) == (f"kill -9 {rank.pid}", 5)
+        assert (raised.value.hint, raised.value.exit_code) == (f"kill -9 {rank.pid}", 5)
     finally:
         rank.resume()
     with launch.locked(run):
@@ -289,7 +289,7 @@ def test_a_rank_that_is_killed(run: RunDir, capsys: Said) -> None:
     assert "       step 1  supervised fine-tuning: 1000000 updates, " in error
     assert error.endswith("\n\nhint: the same command goes on with the run\n")
     (event,) = events(run, "error")
-    assert (event["step"], event["rank"], event["message"], event["exit_code"]) == (1, 0, "rank 0 was ended by SIGKILL", 4)
+    assert (event["step"], event["rank"], event["what"], event["exit_code"]) == (1, 0, "rank 0 was ended by SIGKILL", 4)
     assert ranks_of(os.getpid()) == {}
 
 
@@ -359,7 +359,7 @@ def test_a_bad_row(run: RunDir, tmp_path: Path, capsys: Said) -> None:
         "hint: every row needs the texts prompt, chosen and rejected, and may have response\n"
     )
     (event,) = events(run, "error")
-    assert (event["rank"], event["message"], event["exit_code"]) == (0, f"bad rows in {rows}", 2)
+    assert (event["rank"], event["what"], event["exit_code"]) == (0, f"bad rows in {rows}", 2)
     assert "Traceback" not in err and "Traceback" in run.log.read_text(encoding="utf-8")
 
 
@@ -373,7 +373,7 @@ def ended(last_words: str) -> subprocess.Popen[bytes]:
 
 def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
     def words(what: str, at_s: float) -> str:
-        return json.dumps(asdict(LastWords(what=what, why="", hint="", code=4, at_s=at_s)))
+        return json.dumps(asdict(LastWords(what=what, why="", hint="", exit_code=4, at_s=at_s)))
 
     run.path.mkdir(parents=True)
     run.log.write_text("the last line\n", encoding="utf-8")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.events import RawEvent
+from jobs.events import SHOWN, RawEvent
+from jobs.formatting import number
+from jobs.steps import STEPS, Step
 from jobs.views.panel import Board, BoxView, Card, Live, cards_text, sparkline
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, ROLLOUTS, SFT, event, sample, squeezed
 
@@ -55,6 +57,19 @@ def test_panel_of_step_2() -> None:
     ]
 
 
+@pytest.mark.parametrize("is_far", [False, True])
+@pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.section)
+def test_each_metric_that_is_shown_can_be_drawn(step: Step, is_far: bool) -> None:
+    numbers = dict.fromkeys(SHOWN, 0.5)
+    board = Board()
+    if is_far:
+        board.feed_box(BoxView("gpu-box"))
+    board.feed(event("metrics", step.number, update=1, updates=9, elapsed_s=1.0, **numbers), 0.0)
+    drawn = " ".join(" ".join(line.plain for line in board.lines(200, 0.0)).split())
+    for name in step.panel:
+        assert f"{SHOWN[name].label} {number(0.5, SHOWN[name].spec)}" in drawn
+
+
 def test_a_plan_without_updates_yet() -> None:
     assert squeezed(shown([PLAN], 79)) == ["▸ step 3 PPO 0 of 480 0%", "─" * 77]
 
@@ -80,7 +95,7 @@ def test_the_last_checkpoint_stays_in_sight() -> None:
 
 
 def test_a_failed_step_says_so() -> None:
-    lines = squeezed(shown([PPO, event("error", rank=0, message="out of\nmemory", exit_code=4)], 79))
+    lines = squeezed(shown([PPO, event("error", rank=0, what="out of\nmemory", exit_code=4)], 79))
     assert lines[0].startswith("✗ step 3 PPO 120 of 480") and "eta" not in lines[0] and lines[-1] == "failed: out of memory"
 
 
@@ -246,7 +261,7 @@ ETA_288 = "¥12.00 so far, about ¥12.96"  # 288 s left at ¥12/h: 96 cents
         ([PPO | {"step": 1}], {"steps": (1,)}, f"{ETA_288} when the job ends, at ¥12.00/h"),
         ([PPO | {"step": 1}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 1, then steps 2 and 3"),  # the time of those is not known
         ([PPO | {"step": 2}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 2, then step 3"),
-        ([PPO, event("error", 3, message="boom")], {}, "¥12.00 so far, at ¥12.00/h"),
+        ([PPO, event("error", 3, what="boom")], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO, END_3], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO], {"ended_at": -1800.0}, "¥6.00 for this job, ¥12.00/h until the box is stopped"),
         ([PPO], {"currency": "EUR", "started_at": -3.0, "ended_at": -1.0}, "0.0067 EUR for this job, 12.00 EUR/h until the box is stopped"),
@@ -309,7 +324,7 @@ def test_live_takes_old_events_by_their_time_and_quiet_ones_in_silence() -> None
     with Live(screen, clock=lambda: 100.0) as live:
         live.feed(event("warning", 3, message="of old"), quiet=True)
         live.feed(PPO, at=90.0)
-        live.feed(event("error", 3, rank=0, message="boom", exit_code=4))
+        live.feed(event("error", 3, rank=0, what="boom", exit_code=4))
         live.feed(event("resumed", 3, from_update=120))
         live.feed(PPO | {"update": 121}, at=95.0)
         live.note("a \x1b[2J note")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from jobs.events import RawEvent
+from jobs.events import RawEvent, parsed
 from jobs.views.console import console_on
 from jobs.views.plain import Plain
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, SFT, event, sample
@@ -62,10 +62,10 @@ LINES = [
     (event("warning", 3, message="KL is 41.2\nnats", hint="lower it"), ["step 3  warning: KL is 41.2 nats  hint: lower it"]),
     (event("warning", message="slow disk"), ["warning: slow disk"]),
     (
-        event("error", 3, rank=1, message="out of memory", why="tried\nto \x1b[2J allocate", hint="lower hardware.micro_batch", exit_code=4),
+        event("error", 3, rank=1, what="out of memory", why="tried\nto \x1b[2J allocate", hint="lower hardware.micro_batch", exit_code=4),
         ["error: step 3, rank 1: out of memory", "  why: tried", "       to \\x1b[2J allocate", "", "hint: lower hardware.micro_batch"],
     ),
-    (event("error", rank=0, message="no", exit_code=1), ["error: rank 0: no"]),
+    (event("error", rank=0, what="no", exit_code=1), ["error: rank 0: no"]),
     (event("resumed", 3, from_update=200), ["step 3  resumed after update 200"]),
     (event("resumed", 3, from_update=0), ["step 3  starts anew"]),
     (END_1, ["step 1  done in 1m02s  perplexity 31.20 -> 8.41  model runs/demo/step1/model"]),
@@ -122,8 +122,13 @@ def test_each_step_shows_its_first_update() -> None:
 
 
 def test_the_last_update_before_an_error_is_shown() -> None:
-    lines = plain([*curve(9)[:5], event("error", rank=0, message="boom", exit_code=4)])
+    lines = plain([*curve(9)[:5], event("error", rank=0, what="boom", exit_code=4)])
     assert updates_shown(lines) == ["1/9", "5/9"] and lines[-1] == "error: rank 0: boom"
+
+
+def test_an_error_of_an_older_run_is_shown() -> None:
+    old = parsed(b'{"kind": "error", "rank": 1, "message": "boom", "why": "hot", "exit_code": 4}')
+    assert old is not None and plain([old]) == ["error: rank 1: boom", "  why: hot"]
 
 
 def test_the_last_update_of_a_stream_that_stops_is_shown() -> None:

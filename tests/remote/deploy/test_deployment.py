@@ -359,7 +359,7 @@ def test_two_deployers_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(deploying, "probe", lambda *words: answer)
     with pytest.raises(ToolkitError) as busy:
         scene.deploy(fresh=True)
-    assert busy.value.code == ExitCode.BUSY and "(fab deploy)" in busy.value.why
+    assert busy.value.exit_code == ExitCode.BUSY and "(fab deploy)" in busy.value.why
     assert [text for text in scene.said if text.startswith("note: ")] == []
     assert process.wait(60) == 0
     process.communicate()
@@ -383,7 +383,7 @@ def test_the_line_is_cut_in_sync(own_scene: Scene) -> None:
     with pytest.raises(ToolkitError) as broke:
         scene.deploy()
     cutter.join()
-    assert broke.value.code == ExitCode.UNREACHABLE and "broke while" in broke.value.what
+    assert broke.value.exit_code == ExitCode.UNREACHABLE and "broke while" in broke.value.what
     assert scene.deployed() == before
     done = scene.deploy()
     assert done.changed and scene.deployed()["code"] == done.plan.code
@@ -402,7 +402,7 @@ def test_one_who_lost_the_lock_changes_nothing(scene: Scene, monkeypatch: pytest
     monkeypatch.setattr(deploying.sync, "send", while_another_takes_over)
     with pytest.raises(ToolkitError, match="not ours any more") as lost:
         scene.deploy()
-    assert lost.value.code == ExitCode.BUSY and "lin@desk" in lost.value.why
+    assert lost.value.exit_code == ExitCode.BUSY and "lin@desk" in lost.value.why
     assert not (scene.root / "deployed").exists()
     assert [name for name in scene.whole_code() if "." not in name] == []
     with scene.sshd.line(scene.state) as line:
@@ -418,7 +418,7 @@ def test_an_environment_that_fails_leaves_what_was_there(scene: Scene) -> None:
     scene.knows(probed(scene.disk, python="/no/such/python"))
     with pytest.raises(ToolkitError) as failed:
         scene.deploy()
-    assert failed.value.code == ExitCode.UNFIT and "cannot make the environment: a virtual environment" in failed.value.what
+    assert failed.value.exit_code == ExitCode.UNFIT and "cannot make the environment: a virtual environment" in failed.value.what
     assert "/no/such/python" in failed.value.why
     assert scene.deployed() == before and not (scene.root / "lock").exists()
 
@@ -435,7 +435,7 @@ def test_a_disk_that_fills_up(scene: Scene) -> None:
         (scene.checkout / "large").write_bytes(os.urandom(6_000_000))
         with pytest.raises(ToolkitError, match="is full") as full:
             scene.deploy(limits=ROOMY.model_copy(update={"disk": LIMITS.disk.model_copy(update={"bytes_min": 1})}))
-        assert full.value.code == ExitCode.UNFIT
+        assert full.value.exit_code == ExitCode.UNFIT
         assert scene.deployed() == before and not (scene.root / "lock").exists()
         with pytest.raises(ToolkitError, match="not fit to be deployed to") as unfit:
             scene.deploy()
@@ -529,7 +529,7 @@ def test_docker_where_it_is(planned: Any) -> None:
     assert planned(*docker, box={"runtime": "bare"}).runtime == "bare"
     with pytest.raises(ToolkitError, match="cannot run Docker: no Docker") as unfit:
         planned(box={"runtime": "docker"})
-    assert unfit.value.code == ExitCode.UNFIT
+    assert unfit.value.exit_code == ExitCode.UNFIT
 
 
 def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Path) -> None:
@@ -566,7 +566,7 @@ def test_what_deploy_itself_needs(planned: Any, sshd: Any, more: tuple[str, ...]
     found = replace(There(root="none", tools=frozenset({"rsync", "tar"})), **there)
     with pytest.raises(ToolkitError) as unfit:
         check_fit(facts, plan, found, sshd.box(data_folder="/data"), LIMITS, PROVIDERS["generic"])
-    assert unfit.value.code == ExitCode.UNFIT and why in unfit.value.why and unfit.value.hint
+    assert unfit.value.exit_code == ExitCode.UNFIT and why in unfit.value.why and unfit.value.hint
 
 
 def test_what_only_a_job_needs_does_not_stop_a_deploy(planned: Any, sshd: Any) -> None:
@@ -607,5 +607,5 @@ def test_an_answer_that_broke_off_is_no_answer() -> None:
     assert parse_look("root ours\ncode here\nend\n").code
     with pytest.raises(ToolkitError) as broke:
         parse_look("root ours\ncode here\n")
-    assert broke.value.code == ExitCode.UNREACHABLE
+    assert broke.value.exit_code == ExitCode.UNREACHABLE
     assert parse_look("root what\nend\n") == There() and BoxFacts()

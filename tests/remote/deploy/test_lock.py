@@ -55,7 +55,7 @@ def test_a_second_deployer_is_told_who_has_it(line: Any, root: str) -> None:
     rewritten(root, who="lin@desk", when=int(time.time()) - 240)
     with pytest.raises(ToolkitError) as busy:
         take(line, root, CODE, why="mine", laptop="here")
-    assert busy.value.code == ExitCode.BUSY
+    assert busy.value.exit_code == ExitCode.BUSY
     assert str(busy.value).startswith(
         "error: cannot deploy to `gpu-box`: another deploy holds the lock\n  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
     )
@@ -71,7 +71,7 @@ def test_of_ten_at_once_one_gets_it(sshd: Any, tmp_path: Path, root: str) -> Non
                 take(line, root, CODE, why="race", laptop="here")
                 said.append("got")
             except ToolkitError as error:
-                said.append(error.code.name)
+                said.append(error.exit_code.name)
 
     threads = [threading.Thread(target=one) for _ in range(10)]
     for thread in threads:
@@ -105,7 +105,7 @@ def test_a_sign_of_life_from_the_box_keeps_it(line: Any, root: str) -> None:
     (Path(root) / "lock/renewed").write_text(f"{int(time.time()) + 60}\n")
     with pytest.raises(ToolkitError) as busy:
         take(line, root, CODE, why="mine", laptop="here")
-    assert busy.value.code == ExitCode.BUSY and "it expires in" in busy.value.why
+    assert busy.value.exit_code == ExitCode.BUSY and "it expires in" in busy.value.why
 
 
 def test_a_killed_deploy_of_this_laptop_is_taken_over_at_once_and_its_work_ended(line: Any, root: str) -> None:
@@ -139,7 +139,7 @@ def test_one_without_an_owner_is_somebody_who_is_just_taking_it(line: Any, root:
     bare.mkdir()
     with pytest.raises(ToolkitError) as busy:
         take(line, root, CODE, why="x", laptop="here")
-    assert busy.value.code == ExitCode.BUSY
+    assert busy.value.exit_code == ExitCode.BUSY
     os.utime(bare, (1, 1))
     assert "nobody wrote down" in take(line, root, CODE, why="x", laptop="here").took_over
 
@@ -159,7 +159,7 @@ def test_a_folder_of_somebody_else_is_left_alone(line: Any, root: str) -> None:
     (Path(root) / "code/mine.partial").write_text("")
     with pytest.raises(ToolkitError, match="is there, and is not ours") as refused:
         take(line, root, CODE, why="x", laptop="here")
-    assert refused.value.code == ExitCode.UNFIT
+    assert refused.value.exit_code == ExitCode.UNFIT
     assert unlock(line, root) is None
     assert (Path(root) / "lock").is_dir() and (Path(root) / "code/mine.partial").exists()
 

@@ -291,7 +291,7 @@ def test_a_line_that_breaks_leaves_nothing_whole_and_the_next_call_goes_on(own_s
             threading.Thread(target=cut_once_files_travel, args=(Path(f"{folder}.partial"), own_sshd), daemon=True).start()
             with pytest.raises(ToolkitError) as broke:
                 send_whole(line, tree, str(folder), rsync=rsync)
-        assert broke.value.code == ExitCode.UNREACHABLE, broke.value
+        assert broke.value.exit_code == ExitCode.UNREACHABLE, broke.value
         assert not folder.exists()
         with own_sshd.line(tmp_path / "state") as line:
             send_whole(line, tree, str(folder), rsync=rsync)
@@ -310,7 +310,7 @@ def test_a_full_disk_is_named(tmp_path: Path, line: Any, rsync: str) -> None:
         (tmp_path / "large").write_bytes(os.urandom(6_000_000))
         with pytest.raises(ToolkitError) as full:
             send_whole(line, tree_of(tmp_path, ["large"]), f"{disk}/x", rsync=rsync)
-        assert full.value.code == ExitCode.UNFIT
+        assert full.value.exit_code == ExitCode.UNFIT
         assert "is full" in full.value.what and str(disk) in full.value.why
         assert not (disk / "x").exists()
     finally:

@@ -96,7 +96,7 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     ):  # fmt: skip
         (docker / folder / name).write_text(text)
     error = refused(far, tmp_path, box.root)
-    assert error.code == ExitCode.UNFIT and "the models of step 1" in error.why and "fab fetch" in error.hint and box.root.exists()
+    assert error.exit_code == ExitCode.UNFIT and "the models of step 1" in error.why and "fab fetch" in error.hint and box.root.exists()
     found = purged(far, tmp_path, box.root)
     assert found.is_clean and [proof.name for proof in found.proofs] == ["folder", "processes", "docker"]
     assert found.removed == ("container odd", "container rlhf-box-1", str(box.root), "image rlhf-box:x", "volume v", "network n")
@@ -118,7 +118,7 @@ def test_what_is_left_is_said(far: Sshd, docker: Path, box: BoxFolder, tmp_path:
     finally:
         process.kill()
         process.wait()
-    assert error.code == ExitCode.UNFIT and "rlhf-box:x" in error.why and f"{process.pid} " in error.why and not box.root.exists()
+    assert error.exit_code == ExitCode.UNFIT and "rlhf-box:x" in error.why and f"{process.pid} " in error.why and not box.root.exists()
     (docker / "stuck").unlink()
     assert purged(far, tmp_path, box.root).is_clean
 
@@ -129,23 +129,23 @@ def test_a_job_of_another_folder_goes_on(far: Sshd, docker: Path, box: BoxFolder
         (docker / "containers" / name).write_text("rlhf-box:x|Up 3 hours")
     (box.root / "requests" / "request-1").mkdir()
     error = refused(far, tmp_path, box.root, yes=True)
-    assert error.code == ExitCode.UNFIT and error.why == "rlhf-box-request-2"
+    assert error.exit_code == ExitCode.UNFIT and error.why == "rlhf-box-request-2"
     assert [path.name for path in (docker / "containers").iterdir()] == ["rlhf-box-request-2"]
 
 
 def test_not_while_a_job_runs_or_a_deploy(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:
     box.run()
     box.job("tiny", "request-1", os.getpid())
-    assert refused(far, tmp_path, box.root, yes=True).code == ExitCode.BUSY
+    assert refused(far, tmp_path, box.root, yes=True).exit_code == ExitCode.BUSY
     assert b"refused busy tiny request-1" in ask("purge", str(box.root))  # the box itself refuses, too
     shutil.rmtree(box.root / "slot")
     (docker / "running" / "rlhf-box-request-1").touch()
-    assert refused(far, tmp_path, box.root, yes=True).code == ExitCode.BUSY
+    assert refused(far, tmp_path, box.root, yes=True).exit_code == ExitCode.BUSY
     (docker / "running" / "rlhf-box-request-1").rename(docker / "running" / "rlhf-box-request-2")  # of another folder
     (box.root / "lock").mkdir()
     (box.root / "lock" / "owner").write_text(f"who lin@laptop\nexpires {int(time.time()) + 60}\n")
     error = refused(far, tmp_path, box.root, yes=True)
-    assert error.code == ExitCode.BUSY and "lin@laptop" in error.why and box.root.exists()
+    assert error.exit_code == ExitCode.BUSY and "lin@laptop" in error.why and box.root.exists()
     (box.root / "lock" / "owner").write_text(f"who lin@laptop\nexpires {int(time.time()) - 60}\n")
     assert purged(far, tmp_path, box.root).is_clean
 
@@ -245,7 +245,7 @@ def test_an_answer_that_is_cut_short_proves_nothing() -> None:
     for text in ("", "proof folder ok gone\n", "end\n"):
         with pytest.raises(ToolkitError) as caught:
             parse(text, "box", "/r")
-        assert caught.value.code == ExitCode.UNCERTAIN
+        assert caught.value.exit_code == ExitCode.UNCERTAIN
 
 
 def test_a_dry_run_lists_what_would_go_and_removes_nothing(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ def test_which_folder_survives(provider: str, root: str, fate: str, meter: str) 
 def test_nothing_is_stopped_while_something_would_be_lost() -> None:
     may_stop(card())
     error = refusal(card(fetched={}))
-    assert error.code == ExitCode.UNFIT and "2 GB" in error.why and "they survive a stop, for 15 days" in error.why
+    assert error.exit_code == ExitCode.UNFIT and "2 GB" in error.why and "they survive a stop, for 15 days" in error.why
     assert error.hint == "fab fetch --host box --run tiny\nor --yes, to stop it all the same"
     assert "a stop destroys them" in refusal(card("runpod", fetched={})).why and "is not known" in refusal(card("generic", fetched={})).why
     error = refusal(card(running="tiny"))
-    assert error.code == ExitCode.BUSY and "run `tiny`" in error.why
+    assert error.exit_code == ExitCode.BUSY and "run `tiny`" in error.why
     may_stop(card(running="tiny", fetched={}), yes=True)
 
 
@@ -94,7 +94,7 @@ def test_a_box_whose_meter_goes_on_is_not_shut_down() -> None:
     for shown in (card("lambda"), replace(card("lambda"), command=("shutdown", "now"))):
         with pytest.raises(ToolkitError) as caught:
             stop_command(shown)
-        assert caught.value.code == ExitCode.UNFIT and "does not stop its meter" in caught.value.what and "Terminate" in caught.value.hint
+        assert caught.value.exit_code == ExitCode.UNFIT and "does not stop its meter" in caught.value.what and "Terminate" in caught.value.hint
     with pytest.raises(ToolkitError, match="cannot stop itself") as caught:
         stop_command(card("generic"))
     assert "page where the box was rented" in caught.value.hint
@@ -153,7 +153,7 @@ def test_a_box_that_goes_down_takes_the_line_with_it(own_sshd: Sshd, tmp_path: P
     assert stopped.broke
     with own_sshd.line(tmp_path / "state") as line, pytest.raises(ToolkitError) as caught:  # it was down before
         stop(line, own(["true"]))
-    assert caught.value.code == ExitCode.UNREACHABLE
+    assert caught.value.exit_code == ExitCode.UNREACHABLE
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_checkpoints_that_are_replaced_faster_than_they_come(laptop: Laptop, box
             box.checkpoint(run, 1, int(newest.name[7:]) + 1, size=3_000_000)
 
     error = laptop.refused(progress=replace)
-    assert error.code == ExitCode.BUSY and "faster than" in error.what and "checkpoint.every_minutes" in error.hint
+    assert error.exit_code == ExitCode.BUSY and "faster than" in error.what and "checkpoint.every_minutes" in error.hint
     assert "step2/complete.json" in laptop.here and not any("checkpoints" in name for name in laptop.here)
 
 
@@ -214,7 +214,7 @@ def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: Run
             fragile.sshd.stop()
 
     error = fragile.refused(progress=stop)
-    assert error.code == ExitCode.UNREACHABLE and "goes on at that byte" in error.hint and "refused" in error.why
+    assert error.exit_code == ExitCode.UNREACHABLE and "goes on at that byte" in error.hint and "refused" in error.why
     assert fragile.here == before  # the old model stands until the new one is whole
     fragile.sshd.start()
     assert 0 < fragile.fetch().moved_bytes < 12_000_000
@@ -245,7 +245,7 @@ with Line(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop.sshd.fol
     other = laptop.refused()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert other.code == ExitCode.BUSY
+    assert other.exit_code == ExitCode.BUSY
     assert not any(name.startswith("step1/model") for name in laptop.here) and "step1/complete.json" not in laptop.here
     assert laptop.fetch().moved_bytes < 26_000_000 and laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 40_000_000)
 
@@ -258,7 +258,7 @@ def test_stopped_between_two_renames(laptop: Laptop, box: BoxFolder, run: RunDir
     staging.mkdir()
     shutil.move(laptop.runs / "tiny" / "step1" / "model", staging / "old-step1%2Fmodel")
     shutil.move(box.root / "runs", box.root / "gone")
-    assert laptop.refused().code == ExitCode.LOST
+    assert laptop.refused().exit_code == ExitCode.LOST
     assert {name.removeprefix("step1/model/") for name in laptop.here if "/model/" in name} == MODEL
 
 
@@ -289,7 +289,7 @@ def test_damage_on_the_box_is_not_taken_for_a_checkpoint(laptop: Laptop, box: Bo
     shard = folder / "tensors-001.safetensors"
     shard.write_bytes(b"\0" * shard.stat().st_size)
     error = laptop.refused()
-    assert error.code == ExitCode.UNFIT and "step1/checkpoints/update-5/tensors-001.safetensors" in error.why
+    assert error.exit_code == ExitCode.UNFIT and "step1/checkpoints/update-5/tensors-001.safetensors" in error.why
     assert not any("checkpoints" in name for name in laptop.here) and "step2/complete.json" in laptop.here
     known = recall(laptop.state, "gpu-box")["tiny"]
     assert known.steps.keys() == {2} and known.checkpoints == {}
@@ -363,9 +363,9 @@ def test_the_disk_here_is_full(small_disk: Callable[[int], Path], sshd: Sshd, bo
 
 def test_the_folder_or_the_run_is_gone(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     error = laptop.refused("other")
-    assert error.code == ExitCode.USAGE and "it has: tiny" in error.why
+    assert error.exit_code == ExitCode.USAGE and "it has: tiny" in error.why
     error = laptop.refused(root=f"{box.root}-2")
-    assert error.code == ExitCode.LOST and "not mounted" in error.why
+    assert error.exit_code == ExitCode.LOST and "not mounted" in error.why
     for name in ("", "..", ".", "a/b", "../../etc", "a\nb"):
         assert "cannot be the name of a run" in laptop.refused(name).what
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+
+import pytest
 
 from remote.runs import listing
 
@@ -58,3 +61,13 @@ def test_one_run_in_full() -> None:
     card = dict(listing.card(run, 5000.0, 3.6, "¥"))
     assert card["spent"] == "¥1.00 (¥3.60/h)" and card["last event"] == "metrics, 20s ago" and card["checkpoint"] == "step 2, update 40"
     assert "nobody looks after it" in card[""]
+
+
+@pytest.mark.parametrize("name", ["what", "message"])  # of today, and of an older run
+def test_the_error_that_ended_a_run_is_told(name: str) -> None:
+    error = {"kind": "error", "rank": 0, name: "out of\nmemory", "why": "too large", "exit_code": 4}
+    ended = "run r request=a alive=0 training=0 exit=4 started=900 ended=910"
+    run = listing.parse(f"{ended}\nlast r {json.dumps(error)}\nbeat 5000\n").run("r")
+    assert run is not None
+    card = dict(listing.card(run, 5000.0, 3.6, "¥"))
+    assert (card["error"], card["why"]) == ("out of memory", "too large")

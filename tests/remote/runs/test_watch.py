@@ -377,7 +377,7 @@ def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(fa
     far.say("refuse", "255 ssh: connect to host gpu-box: \x1b[2JNo route")
     with pytest.raises(ToolkitError) as caught:
         watched(far, JsonLines(io.BytesIO()), Limits(first_pause_s=0.01, longest_pause_s=0.02, tries=4))
-    assert caught.value.code == ExitCode.UNREACHABLE and "broke 4 times in a row" in str(caught.value)
+    assert caught.value.exit_code == ExitCode.UNREACHABLE and "broke 4 times in a row" in str(caught.value)
     assert len(far.processes) == 4
     assert capsys.readouterr().err == "the line is away: ssh: connect to host gpu-box: \\x1b[2JNo route; trying again\n"
 
@@ -387,7 +387,7 @@ def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(far: Far, ca
     limits = Limits(silence_s=5, connect_s=10, first_pause_s=0.01, longest_pause_s=0.02, first_tries=2)
     with pytest.raises(ToolkitError, match="cannot reach `gpu-box`") as caught:
         watched(far, JsonLines(io.BytesIO()), limits)
-    assert caught.value.code == ExitCode.UNREACHABLE and len(far.processes) == 2
+    assert caught.value.exit_code == ExitCode.UNREACHABLE and len(far.processes) == 2
     (far.folder / "refuse").unlink()
     out = io.BytesIO()
 

@@ -51,7 +51,7 @@ HOSTILE = [
 def code_of(line: Line) -> ExitCode:
     with pytest.raises(ToolkitError) as raised:
         line.ask(["true"])
-    return raised.value.code
+    return raised.value.exit_code
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def test_a_failed_command_says_all(line: Line) -> None:
         line.do(["sh", "-c", "seq 30 >&2; exit 3", "a b"])
     assert raised.value.what == "a command failed on `gpu-box` with exit code 3"
     assert raised.value.why.splitlines() == ["sh -c 'seq 30 >&2; exit 3' 'a b'", *map(str, range(21, 31))]
-    assert (raised.value.code, raised.value.answer.code) == (ExitCode.INTERNAL, 3)
+    assert (raised.value.exit_code, raised.value.answer.code) == (ExitCode.INTERNAL, 3)
 
 
 @pytest.mark.parametrize("way", ["fabric", "openssh"])
@@ -171,7 +171,7 @@ def test_a_changed_host_key_stops_all(own_sshd: Sshd, tmp_path: Path, other: str
     with own_sshd.line(tmp_path, ssh_config=careless) as line:
         with pytest.raises(HostKeyChanged) as raised:
             line.do(["touch", str(tmp_path / "was there")])
-        assert (raised.value.what, raised.value.code) == ("the host key of `gpu-box` has changed", ExitCode.UNREACHABLE)
+        assert (raised.value.what, raised.value.exit_code) == ("the host key of `gpu-box` has changed", ExitCode.UNREACHABLE)
         assert own_sshd.host_key("one") in raised.value.why and own_sshd.host_key(other) in raised.value.why
         assert "fab trust --host gpu-box --replace" in raised.value.hint
         assert (line.link.host_key, line.link.reached, line.link.fingerprint) == ("changed", False, own_sshd.host_key(other))
@@ -278,7 +278,7 @@ def test_through_a_jump_host(sshd: Sshd, own_sshd: Sshd, tmp_path: Path) -> None
     with sshd.line(tmp_path, box=find("inner", {}), ssh_config=file) as line:
         with pytest.raises(ToolkitError, match=r"`bastion`") as refused:
             line.ask(["true"])
-        assert (refused.value.code, "refuses" in refused.value.why) == (ExitCode.UNREACHABLE, True)
+        assert (refused.value.exit_code, "refuses" in refused.value.why) == (ExitCode.UNREACHABLE, True)
 
 
 def test_through_two_jump_hosts(sshd: Sshd, hop: Sshd, own_sshd: Sshd, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_proxy_command_that_fails(sshd: Sshd, tmp_path: Path) -> None:
     file = config(tmp_path, host("inner", sshd, "ProxyCommand echo no way there >&2; exit 9"))
     with sshd.line(tmp_path, box=find("inner", {}), ssh_config=file) as line, pytest.raises(ToolkitError) as raised:
         line.ask(["true"])
-    assert (raised.value.code, "no way there" in raised.value.why) == (ExitCode.UNREACHABLE, True)
+    assert (raised.value.exit_code, "no way there" in raised.value.why) == (ExitCode.UNREACHABLE, True)
 
 
 # --- keys
@@ -376,7 +376,7 @@ def test_a_locked_key_without_an_agent(sshd: Sshd, tmp_path: Path) -> None:
     key = locked_key(sshd, tmp_path)
     with sshd.line(tmp_path, box=sshd.box(key=str(key))) as line, pytest.raises(KeyRefused) as raised:
         line.ask(["true"])
-    assert raised.value.code == ExitCode.UNREACHABLE
+    assert raised.value.exit_code == ExitCode.UNREACHABLE
     assert raised.value.hint.startswith(f"ssh-add '{key}'")
 
 
@@ -443,7 +443,7 @@ def test_other_sorts_of_keys(sshd: Sshd, tmp_path: Path) -> None:
 def test_nobody_listens(sshd: Sshd, tmp_path: Path) -> None:
     with sshd.line(tmp_path, box=sshd.box(port=free_port())) as line, pytest.raises(ToolkitError) as raised:
         line.ask(["true"])
-    assert raised.value.code == ExitCode.UNREACHABLE
+    assert raised.value.exit_code == ExitCode.UNREACHABLE
     assert "refuses connections" in raised.value.why and "SSH port" in raised.value.hint
 
 
@@ -451,7 +451,7 @@ def test_there_is_no_such_host(sshd: Sshd, tmp_path: Path) -> None:
     with sshd.line(tmp_path, box=Box(name="gone", address="no-such-host.invalid")) as line:
         with pytest.raises(ToolkitError, match="no-such-host") as raised:
             line.ask(["true"])
-        assert (line.link.reached, raised.value.code) == (False, ExitCode.UNREACHABLE)
+        assert (line.link.reached, raised.value.exit_code) == (False, ExitCode.UNREACHABLE)
 
 
 def test_a_frozen_server(own_sshd: Sshd, tmp_path: Path) -> None:
@@ -480,7 +480,7 @@ def test_a_command_that_takes_too_long(line: Line) -> None:
     started = time.monotonic()
     with pytest.raises(ToolkitError, match=r"no answer within 0\.5 s") as raised:
         line.do(["sleep", "30"], timeout_s=0.5)
-    assert (raised.value.code, time.monotonic() - started < 5) == (ExitCode.UNREACHABLE, True)
+    assert (raised.value.exit_code, time.monotonic() - started < 5) == (ExitCode.UNREACHABLE, True)
     assert line.ask(["echo", "again"]).out == "again\n"
 
 
@@ -504,7 +504,7 @@ def test_a_server_that_dies_in_a_command(own_sshd: Sshd, tmp_path: Path) -> None
         started = time.monotonic()
         with pytest.raises(ToolkitError, match="the line to `gpu-box` broke") as raised:
             line.do(["sleep", "30"])
-        assert (raised.value.code, time.monotonic() - started < 10) == (ExitCode.UNREACHABLE, True)
+        assert (raised.value.exit_code, time.monotonic() - started < 10) == (ExitCode.UNREACHABLE, True)
         assert "sleep 30" in raised.value.why
 
 
@@ -574,7 +574,7 @@ def test_one_dropped_connection_means_nothing(sshd: Sshd, tmp_path: Path) -> Non
     with dropping(2, sshd.port) as port, sshd.line(tmp_path, box=sshd.box(port=port)) as line:
         with pytest.raises(ToolkitError, match="cannot reach `gpu-box`") as raised:
             line.ask(["true"])
-        assert (raised.value.code, "twice" in raised.value.why) == (ExitCode.UNREACHABLE, True)
+        assert (raised.value.exit_code, "twice" in raised.value.why) == (ExitCode.UNREACHABLE, True)
 
 
 def test_what_speaks_is_no_ssh(sshd: Sshd, tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_local_command_ends_in_time_with_its_children(line: Line, tmp_path: Pa
     started = time.monotonic()
     with pytest.raises(ToolkitError, match="did not end") as raised:
         line.local(["sh", "-c", f"sleep 60 & echo $! >'{tmp_path}/pid'; wait"], changes=True, timeout_s=0.5)
-    assert (raised.value.code, time.monotonic() - started < 10) == (ExitCode.UNREACHABLE, True)
+    assert (raised.value.exit_code, time.monotonic() - started < 10) == (ExitCode.UNREACHABLE, True)
     with pytest.raises(ProcessLookupError):
         for _ in range(500):
             os.kill(int((tmp_path / "pid").read_text()), 0)

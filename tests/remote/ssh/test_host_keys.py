@@ -122,7 +122,7 @@ def test_a_key_may_be_known_before(sshd: Sshd, tmp_path: Path) -> None:
     with sshd.line(tmp_path) as line:
         with pytest.raises(HostKeyChanged) as raised:
             trust(line, host_key=f"SHA256:{'x' * 43}")
-        assert (raised.value.code, line.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
+        assert (raised.value.exit_code, line.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
         with pytest.raises(ToolkitError, match="is no fingerprint"):
             trust(line, host_key="MD5:1234")
         assert trust(line, host_key=sshd.host_key()).status == "new"
@@ -262,7 +262,7 @@ def test_a_wrong_password_is_asked_for_once(sshd: Sshd, tmp_path: Path, person: 
         box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
         with sshd.line(tmp_path, box=box) as line, pytest.raises(ToolkitError) as raised:
             install_key(line)
-    assert raised.value.code == ExitCode.UNREACHABLE
+    assert raised.value.exit_code == ExitCode.UNREACHABLE
     assert Path(f"{mine}.pub").read_text().strip() in raised.value.hint
     assert (home / "asked").read_text() == "wrong\n"
     assert not (home / ".ssh").exists()

@@ -142,7 +142,7 @@ def test_a_bad_line_is_named_by_file_line_and_column(tmp_path: Path, line: bytes
     file.write_bytes(b"\n".join([GOOD, GOOD, line, GOOD]))
     with pytest.raises(ToolkitError) as caught:
         dataset.read_rows("a.jsonl", [tmp_path])
-    assert (caught.value.what, caught.value.code) == (f"bad rows in {file}", ExitCode.USAGE)
+    assert (caught.value.what, caught.value.exit_code) == (f"bad rows in {file}", ExitCode.USAGE)
     assert [_without_recursion(line) for line in caught.value.why.splitlines()] == [f"line 3, {_without_recursion(mistake)}" for mistake in mistakes]
 
 
@@ -547,7 +547,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(ToolkitError) as caught:
         prepared(spec_for(folder), tokenizer, tmp_path)
     assert caught.value.what.startswith(f"cannot write the token cache {tmp_path}/cache/tokens/")
-    assert (caught.value.code, caught.value.hint) == (ExitCode.UNFIT, "free some disk space, or let the cache be in a folder that you may write to")
+    assert (caught.value.exit_code, caught.value.hint) == (
+        ExitCode.UNFIT,
+        "free some disk space, or let the cache be in a folder that you may write to",
+    )
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -630,7 +633,7 @@ for name in names:
     try:
         print(json.dumps([[list(row) for row in part] for part in dataset.read_rows(name, [Path.cwd()])]))
     except ToolkitError as error:
-        print(json.dumps([error.what, error.why, error.hint, error.code]))
+        print(json.dumps([error.what, error.why, error.hint, error.exit_code]))
 """
 
 

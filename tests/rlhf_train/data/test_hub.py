@@ -45,7 +45,7 @@ for line in sys.stdin:
     try:
         answer = eval(line)
     except ToolkitError as error:
-        answer = {"what": error.what, "why": error.why, "hint": error.hint, "code": error.code}
+        answer = {"what": error.what, "why": error.why, "hint": error.hint, "code": error.exit_code}
     print(json.dumps(answer), flush=True)
     print("end of", line, file=sys.stderr, flush=True)
 """

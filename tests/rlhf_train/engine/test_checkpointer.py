@@ -146,7 +146,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_start(run: RunDir, monke
     monkeypatch.setattr(checkpointer, "room", lambda folder: (40, 10_000))
     with pytest.raises(ToolkitError, match="the disk is too small") as raised:
         Step(run, {})
-    assert raised.value.code == 3
+    assert raised.value.exit_code == 3
     monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 10))
     with pytest.raises(ToolkitError, match="the disk is too small"):
         Step(run, {})

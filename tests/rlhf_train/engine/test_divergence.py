@@ -28,7 +28,7 @@ def test_updates_that_are_left_out(run: RunDir) -> None:
     assert warnings == [f"update {number} is left out: its loss is not finite ({number - 1} so far)" for number in range(2, 6)]
     with pytest.raises(ToolkitError, match="step 1 diverged at update 6") as raised:
         step.divergence.skip(6, "its loss is not finite")
-    assert raised.value.why == "its loss is not finite; 5 updates in a row were left out" and raised.value.code == 4
+    assert raised.value.why == "its loss is not finite; 5 updates in a row were left out" and raised.value.exit_code == 4
     assert raised.value.hint.endswith("the last good checkpoint is that of update 1")
 
 

@@ -116,19 +116,19 @@ def test_micro_batches_divide_the_batch() -> None:
 
 def test_more_ranks_than_gpus() -> None:
     error = refused(opt("hardware.ranks=2"), RTX_4090)
-    assert (error.what, error.code) == ("hardware.ranks is 2, but PyTorch sees 1 GPU", ExitCode.UNFIT)
+    assert (error.what, error.exit_code) == ("hardware.ranks is 2, but PyTorch sees 1 GPU", ExitCode.UNFIT)
     assert refused(opt("hardware.ranks=4"), TWO_4090).what == "hardware.ranks is 4, but PyTorch sees 2 GPUs"
 
 
 def test_cuda_without_a_gpu() -> None:
     error = refused(opt("hardware.device=cuda"), CPU)
-    assert (error.what, error.code) == ("hardware.device is cuda, but PyTorch sees no GPU", ExitCode.UNFIT)
+    assert (error.what, error.exit_code) == ("hardware.device is cuda, but PyTorch sees no GPU", ExitCode.UNFIT)
     assert "nvidia-smi" in error.hint
 
 
 def test_float16_on_a_cpu() -> None:
     error = refused(opt("hardware.precision=float16"), CPU)
-    assert (error.what, error.code) == ("hardware.precision is float16, but this runs on CPU", ExitCode.UNFIT)
+    assert (error.what, error.exit_code) == ("hardware.precision is float16, but this runs on CPU", ExitCode.UNFIT)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_float16_on_a_cpu() -> None:
 )
 def test_batches_that_do_not_divide(settings: list[str], what: str, hint: str) -> None:
     error = refused(opt(*settings), TWO_4090)
-    assert error.what == what and hint in error.hint and error.code == ExitCode.USAGE
+    assert error.what == what and hint in error.hint and error.exit_code == ExitCode.USAGE
 
 
 def test_a_placement_travels_as_json() -> None:

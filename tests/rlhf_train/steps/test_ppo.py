@@ -187,7 +187,7 @@ def test_each_illness_has_its_name(start: Callable[..., Start], illness: Callabl
     assert caught.value.what.endswith(name[0])
     assert name[1] in caught.value.hint
     assert "nats a token" in caught.value.why
-    assert caught.value.code == ExitCode.TRAINING
+    assert caught.value.exit_code == ExitCode.TRAINING
     assert ill.events == []
 
 

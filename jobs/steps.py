@@ -1,0 +1,102 @@
+"""Say each fact about the three steps once: what a step is called, learns from, trains and shows.
+
+Whatever another file knows by a step's number it reads from here; a test of the house refuses tables of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.events import SHOWN, Curve
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the report: two fields of an `end` event, and how they are written."""
+
+    short: str
+    long: str
+    before: str
+    after: str
+    spec: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """The facts about one step of RLHF."""
+
+    number: int  # as in `--step`
+    section: str  # of the job file; also the module of rlhf_train/steps that trains it
+    title: str
+    rows_noun: str  # what a row of its data is called, many of them
+    columns: tuple[str, ...]  # of the data that it learns from
+    networks: tuple[str, ...]  # that it trains
+    starts_from: tuple[int, ...]  # steps whose models it starts from
+    depends_on: tuple[str, ...]  # parts of the job file that decide what it learns
+    line: tuple[str, ...]  # metrics of a line of plain text
+    panel: tuple[str, ...]  # metrics of the panel, in order: its curves, then its numbers
+    outcomes: tuple[Outcome, ...]  # on held-out data, before and after
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.line, *self.panel} - SHOWN.keys():
+            raise ValueError(f"step {self.number} shows {', '.join(sorted(unknown))}: no metric of jobs/events.py")
+
+    def curves(self, *, far: bool) -> dict[str, Curve]:
+        """Find the metrics that are drawn as curves; `far`: where a run is watched from another machine."""
+        places = ((name, SHOWN[name].place) for name in self.panel)
+        curves = {name: place for name, place in places if isinstance(place, Curve)}
+        return {name: curve for name, curve in curves.items() if far or not curve.only_far}
+
+
+SFT = Step(
+    number=1,
+    section="sft",
+    title="supervised fine-tuning",
+    rows_noun="rows",
+    columns=("prompt", "response"),
+    networks=("actor",),
+    starts_from=(),
+    depends_on=("seed", "actor", "data", "sft"),
+    line=("loss", "learning_rate", "grad_norm"),
+    panel=("loss", "learning_rate", "grad_norm", "tokens_per_s"),
+    outcomes=(Outcome("perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f"),),
+)
+
+REWARD = Step(
+    number=2,
+    section="reward",
+    title="reward model",
+    rows_noun="pairs",
+    columns=("prompt", "chosen", "rejected"),
+    networks=("critic",),
+    starts_from=(1,),  # where critic.model is `actor`
+    depends_on=("seed", "critic", "data", "reward"),
+    line=("loss", "lm_loss", "accuracy", "margin"),
+    panel=("loss", "accuracy", "margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
+    outcomes=(Outcome("accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%"),),
+)
+
+PPO = Step(
+    number=3,
+    section="ppo",
+    title="PPO",
+    rows_noun="prompts",
+    columns=("prompt",),
+    networks=("actor", "critic"),
+    starts_from=(1, 2),
+    depends_on=("seed", "actor", "critic", "data", "sft", "reward", "ppo"),
+    line=("policy_loss", "value_loss", "kl", "mean_reward"),
+    panel=(
+        "mean_reward", "kl", "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
+        "grad_norm", "learning_rate", "tokens_per_s",
+    ),
+    outcomes=(
+        Outcome("good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%"),
+        Outcome("reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f"),
+        Outcome("kl", "KL to the reference", "kl_before", "kl", ".3f"),
+        Outcome("length", "response length, tokens", "response_length_before", "response_length_after", ".1f"),
+        Outcome("eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%"),
+    ),
+)  # fmt: skip
+
+STEPS = {step.number: step for step in (SFT, REWARD, PPO)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+FORMAT = 1  # of a run folder; raised when older code can no longer go on with what newer code has written
+
 
 @dataclass(frozen=True)
 class StepDir:
@@ -65,6 +67,11 @@ class RunDir:
     def job_file(self) -> Path:
         """The resolved job."""
         return self.path / "job.yaml"
+
+    @property
+    def format(self) -> Path:
+        """The number of this folder's format (JSON). Absent: it was begun before there was one, and is of format 1."""
+        return self.path / "format"
 
     @property
     def events(self) -> Path:

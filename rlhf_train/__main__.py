@@ -145,6 +145,7 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
             for folder in completion.leftovers(run):
                 shutil.rmtree(folder, ignore_errors=True)
             taken, todo = look()  # again: another process may have ended here while torch was imported
+            completion.begin_run(run)
             if source:
                 completion.take_over(source, run, taken)
                 say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))

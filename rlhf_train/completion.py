@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import ToolkitError
 from jobs.events import End, EventWriter, effective, parse, read_events
-from jobs.run_dir import RunDir
+from jobs.run_dir import FORMAT, RunDir
 from jobs.spec import Job, difference
 from jobs.steps import STEPS
 from rlhf_train.disk import read_json, write_json
@@ -23,6 +23,35 @@ def needed_by(job: Job, step: int) -> list[int]:
     if step == 2 and job.critic.model != "actor":
         return []
     return list(STEPS[step].starts_from)
+
+
+def is_too_new(run: RunDir) -> bool:
+    """Find out whether a newer version has written this run folder, in a format that is not known here."""
+    found = read_json(run.format)
+    return found is not None and found not in range(1, FORMAT + 1)
+
+
+def _begun(run: RunDir) -> list[int]:
+    return [step for step in STEPS if run.step(step).path.exists()]
+
+
+def _too_new(run: RunDir, hint: str) -> ToolkitError:
+    return ToolkitError(
+        f"run `{run.name}` was written by a newer version",
+        why=f"{run.format} says format {read_json(run.format)}; this version knows formats up to {FORMAT}",
+        hint=hint,
+    )
+
+
+def begin_run(run: RunDir) -> None:
+    """Write the format number. What a newer version has left goes: all of it is done again, see `steps_to_do`."""
+    if is_too_new(run):
+        for folder in (*(run.step(step).path for step in _begun(run)), run.tokenizer):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (run.fitted, run.redo):
+            file.unlink(missing_ok=True)
+    if read_json(run.format) != FORMAT:
+        write_json(run.format, FORMAT)
 
 
 def is_complete(run: RunDir, step: int) -> bool:
@@ -39,7 +68,12 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     def complete(step: int) -> bool:
         return step in taken or is_complete(run, step)
 
-    left = read_json(run.redo) if redo else None
+    is_new = is_too_new(run)
+    if is_new and not (redo and set(_begun(run)) <= {*wanted}):
+        steps = ",".join(map(str, sorted({*_begun(run), *wanted})))
+        ways = f"`--run NEW` for a run of its own;\nor `--redo --step {steps}` to do all of it again here"
+        raise _too_new(run, f"use that version; or {ways}")
+    left = read_json(run.redo) if redo and not is_new else None
     again = left if left is not None and set(left) <= {*wanted} else list(wanted)
     todo = [step for step in wanted if not complete(step) or (redo and step in again)]
     for step in todo:
@@ -51,7 +85,7 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     changed = {
         step: lines
         for step in sorted({*wanted, *(n for s in todo for n in needed_by(job, s))})
-        if (lines := _changed(job, run, step)) and not (redo and step in todo)
+        if not is_new and (lines := _changed(job, run, step)) and not (redo and step in todo)
     }
     if changed:
         step, lines = next(iter(changed.items()))
@@ -140,6 +174,8 @@ def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
         raise ToolkitError(
             f"there is no run `{source.name}`", why=f"{source.path} does not exist", hint="`--from` names a run folder beside this one"
         )
+    if is_too_new(source):
+        raise _too_new(source, "use that version; or start without --from")
     taken = [n for n in (1, 2, 3) if is_complete(source, n) and not _changed(job, source, n) and not run.step(n).path.exists()]
     if not taken and not any(is_complete(run, n) for n in (1, 2, 3)):
         raise ToolkitError(

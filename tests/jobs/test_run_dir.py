@@ -10,6 +10,7 @@ def test_every_path_of_a_run() -> None:
     assert run.name == "my run"
     assert {name: str(getattr(run, name)) for name, value in vars(RunDir).items() if isinstance(value, property) and name != "name"} == {
         "job_file": "runs/my run/job.yaml",
+        "format": "runs/my run/format",
         "events": "runs/my run/events.jsonl",
         "log": "runs/my run/train.log",
         "tokenizer": "runs/my run/tokenizer",

@@ -11,11 +11,12 @@ import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter, Resumed, Sample, read_events
-from jobs.run_dir import RunDir
+from jobs.run_dir import FORMAT, RunDir
 from jobs.spec import Job, load_job
 from rlhf_train import completion
 from rlhf_train.completion import (
     begin_redo,
+    begin_run,
     begin_step,
     complete_step,
     goes_on_from,
@@ -26,7 +27,7 @@ from rlhf_train.completion import (
     steps_to_take_over,
     take_over,
 )
-from rlhf_train.disk import write_json
+from rlhf_train.disk import read_json, write_json
 
 ALL = [1, 2, 3]
 
@@ -78,6 +79,68 @@ def test_complete_steps_are_skipped(run: RunDir) -> None:
     assert steps_to_do(job(), run, [3], redo=False) == [3]
     do(job(), run, 3)
     assert steps_to_do(job(), run, ALL, redo=False) == []
+
+
+def newer(run: RunDir, number: object = FORMAT + 1) -> None:
+    """Make it a folder of a version to come, which has written other things into its files."""
+    write_json(run.format, number)
+    for step in ALL:
+        if run.step(step).path.exists():
+            write_json(run.step(step).fields, [step])
+
+
+def test_a_run_that_begins_has_a_format_number(run: RunDir) -> None:
+    run.path.mkdir(parents=True)
+    begin_run(run)
+    assert run.format.read_text(encoding="utf-8") == "1\n" and FORMAT == 1
+    begin_run(run)
+    assert [path.name for path in run.path.iterdir()] == ["format"]
+
+
+def test_a_run_without_a_format_number_resumes(run: RunDir) -> None:
+    do(job(), run, 1)
+    begin_step(job(), run, 2)
+    half = run.step(2).checkpoint(4)
+    half.mkdir(parents=True)
+    assert not run.format.exists() and steps_to_do(job(), run, ALL, redo=False) == [2, 3]
+    begin_run(run)
+    assert read_json(run.format) == 1 and is_complete(run, 1) and half.exists() and begin_step(job(), run, 2)
+    assert steps_to_do(job(), run, ALL, redo=False) == [2, 3]
+
+
+@pytest.mark.parametrize("number", [2, 99, 0, "new", [1]])
+def test_a_run_of_an_unknown_format_is_refused(run: RunDir, number: object) -> None:
+    do(job(), run, 1)
+    newer(run, number)
+    error = refused(job(), run, [2, 3])
+    assert error.what == "run `one` was written by a newer version"
+    assert error.why == f"{run.format} says format {number}; this version knows formats up to 1"
+    assert "`--run NEW`" in error.hint and "`--redo --step 1,2,3`" in error.hint
+    assert refused(job(), run, [2, 3], redo=True).what == error.what  # step 1 would stay as it is
+
+
+def test_to_do_all_of_a_newer_run_again_leaves_nothing_of_it(run: RunDir) -> None:
+    do(job(), run, 1)
+    begin_step(job(), run, 2)
+    run.step(2).checkpoint(4).mkdir(parents=True)
+    run.tokenizer.mkdir()
+    begin_redo(run, ALL)
+    write_json(run.redo, {"all": True})
+    newer(run)
+    assert steps_to_do(job(), run, ALL, redo=True) == ALL
+    assert is_complete(run, 1) and run.step(2).checkpoint(4).exists()  # only looked at
+    begin_run(run)
+    assert sorted(path.name for path in run.path.iterdir()) == ["events.jsonl", "format", "job"]
+    assert read_json(run.format) == FORMAT
+    assert list((run.path / "job").iterdir()) == [] and steps_to_do(job(), run, ALL, redo=True) == ALL
+
+
+def test_nothing_is_taken_over_from_a_newer_run(run: RunDir, tmp_path: Path) -> None:
+    do(job(), run, 1)
+    newer(run)
+    with pytest.raises(ToolkitError, match="newer version") as caught:
+        steps_to_take_over(job(), run, RunDir(tmp_path / "runs" / "two"))
+    assert caught.value.exit_code == ExitCode.USAGE and "without --from" in caught.value.hint
 
 
 def test_redo_does_what_is_wanted_and_nothing_else(run: RunDir) -> None:

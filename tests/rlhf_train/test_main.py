@@ -235,6 +235,19 @@ def test_a_job_for_the_cpu_does_not_touch_the_gpus(monkeypatch: pytest.MonkeyPat
     assert asked == [looked] and blind == [("cpu", 1)]
 
 
+def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[str, int]], capsys: Said) -> None:
+    file = tmp_path / "runs" / "demo" / "format"
+    assert main(["--job", "demo"]) == 0 and file.read_text(encoding="utf-8") == "1\n"
+    file.write_text("2\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(["--job", "demo"]) == 2 and blind == [("cpu", 1)]
+    said = capsys.readouterr().err
+    assert "--redo" in said and "--run NEW" in said and file.read_text(encoding="utf-8") == "2\n"
+    assert main(["--job", "demo", "--redo", "--dry-run"]) == 0 and file.read_text(encoding="utf-8") == "2\n"
+    assert main(["--job", "demo", "--redo"]) == 0 and blind == [("cpu", 1)] * 2
+    assert file.read_text(encoding="utf-8") == "1\n"
+
+
 def test_a_dry_run_says_it_and_goes_on(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
     assert main([*ON_AUTO, "--dry-run"]) == 0
     printed = capsys.readouterr()

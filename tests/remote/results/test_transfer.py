@@ -115,6 +115,15 @@ def test_that_there_is_no_checkpoint_yet_is_said(laptop: Laptop, box: BoxFolder,
     assert laptop.fetch().left == ()
 
 
+@pytest.mark.parametrize("number", ["1\n", "2\n"])  # of today, and of a version to come
+def test_the_format_number_of_a_run_comes_along(laptop: Laptop, box: BoxFolder, run: RunDir, number: str) -> None:
+    box.step(run, 1)
+    run.format.write_text(number)
+    fetched = laptop.fetch()
+    assert "format" in fetched.placed and fetched.steps == (1,) and laptop.here["format"] == number.encode()
+    assert laptop.here == {name: data for name, data in files_of(run.path).items() if not name.startswith("job/")}
+
+
 def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     run.log.write_bytes(content("log", 400_000))
     box.event(run, "progress", end="")

@@ -36,11 +36,10 @@ class ToolkitError(Exception):
         why: str = "",
         hint: str = "",
         exit_code: ExitCode = ExitCode.USAGE,
-        code: ExitCode | None = None,  # the name of exit_code until steps/ppo.py and engine/checkpointer.py say it too
     ) -> None:
         super().__init__(what)
         self.what, self.why, self.hint = what, why.strip(), hint.strip()
-        self.exit_code = exit_code if code is None else code
+        self.exit_code = exit_code
 
     def __str__(self) -> str:
         lines = [f"error: {self.what}"]

@@ -78,14 +78,14 @@ def main() -> int:
     told: SimpleQueue[Told] = SimpleQueue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
     failure = _import_all(sys.argv[1:])
-    line, log, pulse = told.get()
+    line, log, heartbeat = told.get()
     _write_to(log)
     order = Order(**json.loads(line))
     run = RunDir(Path(order.run))
     try:
         if failure is not None:
             raise failure
-        return _train(order, run, pulse)
+        return _train(order, run, heartbeat)
     except Exception as error:  # the process ends here: say why, for the launcher to show
         report = explain(error)
         # While models are loaded, a smaller micro batch would not help.
@@ -104,8 +104,8 @@ def _listen(told: SimpleQueue[Told]) -> None:
     _, files, _, _ = socket.recv_fds(launcher, 1, 3)
     line = launcher.makefile("r", encoding="utf-8").readline()
     if line.endswith("\n"):
-        log, pulse, _ = files  # the third is the run's lock: to have it open is to hold it
-        told.put((line, log, pulse))
+        log, heartbeat, _ = files  # the third is the run's lock: to have it open is to hold it
+        told.put((line, log, heartbeat))
         launcher.recv(1)
     os._exit(ExitCode.CANCELLED)
 
@@ -138,7 +138,7 @@ def _write_to(log: int) -> None:
         os.dup2(log, stream)
 
 
-def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
+def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     import torch
     import torch.distributed as dist
 
@@ -148,9 +148,9 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     from rlhf_train.plan.estimate import check_room
     from rlhf_train.plan.placement import Placement
     from rlhf_train.ranks.collectives import World
-    from rlhf_train.ranks.heartbeat import Pulse
+    from rlhf_train.ranks.heartbeat import Heartbeat
     from rlhf_train.steps import ppo, reward, sft
-    from rlhf_train.steps.context import Session, Stop, Stopped
+    from rlhf_train.steps.context import StepContext, Stop, Stopped
 
     stop = Stop()
     signal.signal(signal.SIGTERM, stop.ask)
@@ -163,14 +163,14 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
     else:
         torch.set_num_threads(placement.cpu_threads)
     device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
-    pulse = Pulse.of_rank(pulse_file, order.rank, placement.ranks)
+    heartbeat = Heartbeat.of_rank(heartbeat_file, order.rank, placement.ranks)
     store = dist.TCPStore("127.0.0.1", order.store_port, placement.ranks, is_master=False) if placement.ranks > 1 else dist.HashStore()
     dist.init_process_group(
         "nccl" if placement.device == "cuda" else "gloo", store=store, rank=order.rank, world_size=placement.ranks, timeout=COLLECTIVE_TIMEOUT
     )
     needs_hosts = placement.device == "cuda" and placement.ranks > 1
     hosts = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if needs_hosts else None
-    world = World(order.rank, placement.ranks, device, pulse.meet, hosts)
+    world = World(order.rank, placement.ranks, device, heartbeat.meet, hosts)
     connect(world, order.rank)
 
     emit = _emitter(run, world.is_main)
@@ -181,7 +181,7 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         goes_on = completion.begin_step(job, run, order.step)
         saved = None
         if goes_on:
-            saved = checkpoint_files.latest(run.step(order.step), complaints.append, inputs, pulse.beat)
+            saved = checkpoint_files.latest(run.step(order.step), complaints.append, inputs, heartbeat.beat)
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
             emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
         for message in (*complaints, *placement.notes):
@@ -189,23 +189,23 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         chosen = str(saved.path) if saved else ""
     chosen = world.gather(chosen)[0]
     saved = checkpoint_files.Saved(Path(chosen)) if chosen else None
-    session = Session(job, run, world, placement, Path(order.cache), emit, pulse, stop, saved, inputs)
+    context = StepContext(job, run, world, placement, Path(order.cache), emit, heartbeat, stop, saved, inputs)
     failure: Exception | None = None
-    pulse.is_patient = True  # until all is loaded: see Checkpointer
-    pulse.beat()  # which tells it: the hub, asked next, may be slow
+    heartbeat.is_patient = True  # until all is loaded: see Checkpointer
+    heartbeat.beat()  # which tells it: the hub, asked next, may be slow
     try:
         if world.is_main:
             check_room(job, run, order.left, placement)
         train = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[STEPS[order.step].section]
-        end = train(session)
+        end = train(context)
     except Stopped:
         return ExitCode.PREEMPTED
     except Exception as error:
         error.at_s = time.monotonic()  # type: ignore[attr-defined]
         if is_out_of_memory(error):
-            error.while_training = not pulse.is_patient  # type: ignore[attr-defined]
+            error.while_training = not heartbeat.is_patient  # type: ignore[attr-defined]
         if world.size > 1 or not is_out_of_memory(error):
-            session.stop.finish_writing()
+            context.stop.finish_writing()
             raise
         failure = error.with_traceback(None)  # whose frames hold on to the tensors
         failure.__context__ = failure.__cause__ = None
@@ -213,12 +213,12 @@ def _train(order: Order, run: RunDir, pulse_file: int) -> ExitCode:
         # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
         compat.free_gpu_memory()
         try:
-            session.stop.leave(None)
+            context.stop.leave(None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         raise failure
-    session.emit(end)
+    context.emit(end)
     if world.is_main:
         completion.complete_step(run, order.step, asdict(end))
     dist.destroy_process_group()

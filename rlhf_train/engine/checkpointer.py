@@ -32,7 +32,7 @@ from rlhf_train.engine.checkpoint_files import Saved, random_states, remove_othe
 from rlhf_train.engine.divergence import Skips
 from rlhf_train.host import free_memory_bytes
 from rlhf_train.ranks.collectives import World
-from rlhf_train.ranks.heartbeat import Pulse
+from rlhf_train.ranks.heartbeat import Heartbeat
 
 MOST_COST = 0.01  # of the training time that timed checkpoints may take
 COPIED_A_SECOND = 1.2e9  # bytes from the GPU into new memory; seen: 1.3e9 to 3e9 (one H200, OPT-1.3b's shape)
@@ -59,7 +59,7 @@ class Surroundings:
     settings: spec.Checkpoint
     world: World
     emit: Callable[[Event], None]
-    pulse: Pulse
+    heartbeat: Heartbeat
     stop_if_asked: Callable[[], None]  # all ranks; raises to end the run, after a checkpoint if there is time for it
     saved: Saved | None  # the checkpoint to resume from
     inputs: Mapping[str, str]  # what the step starts from: hashes of the steps before it
@@ -117,7 +117,7 @@ class Checkpointer:
         self._is_abandoned = False
         self._has_warned = False
         self.loop_tensors: dict[str, Tensor] = {}  # of the step's loop, from the checkpoint
-        around.pulse.is_patient = False  # all that may take long without a sign is over
+        around.heartbeat.is_patient = False  # all that may take long without a sign is over
         if around.world.is_main:
             remove_others(self.folder, around.saved.path if around.saved is not None else None)
             self._check_room(model_bytes)
@@ -159,7 +159,7 @@ class Checkpointer:
             )
 
         def read(name: str) -> Tensor:
-            self.around.pulse.beat()  # a slow disk takes minutes for all of them
+            self.around.heartbeat.beat()  # a slow disk takes minutes for all of them
             return saved.tensor(name)
 
         for name, part in self.parts.items():
@@ -173,7 +173,7 @@ class Checkpointer:
         self._saved_update, self._seconds = saved.update, saved.state["seconds"]
         self.loop_tensors = saved.tensors("loop")
         saved.close()
-        self.around.pulse.has_trained = True
+        self.around.heartbeat.has_trained = True
         return saved.state["loop"]
 
     def after(self, update: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -182,7 +182,7 @@ class Checkpointer:
         state, tensors: of the step's loop. Raises what `stop_if_asked` raises, and what a save failed of.
         """
         self._now = _Now(update, state, tensors or {}, random_states(self.around.world.device))
-        self.around.pulse.has_trained = True
+        self.around.heartbeat.has_trained = True
         self.around.stop_if_asked()
         self._collect()
         if self.skips.in_a_row == 0 and self._is_due(update):
@@ -208,12 +208,12 @@ class Checkpointer:
 
         Raises InterruptedError if the checkpoint was given up.
         """
-        self.around.pulse.beat()
+        self.around.heartbeat.beat()
         if self._is_abandoned:
             raise InterruptedError
 
     def _doing(self, what: str) -> None:
-        self.around.pulse.beat(what)
+        self.around.heartbeat.beat(what)
         self.around.emit(Progress(step=self.step, doing=what))
 
     # --- saving ---
@@ -228,12 +228,12 @@ class Checkpointer:
         now, start = self._now, time.perf_counter()
         self._wait()
         world = self.around.world
-        self.around.pulse.beat(f"update {now.update}, checkpoint")
+        self.around.heartbeat.beat(f"update {now.update}, checkpoint")
         randoms = world.gather(now.random)
         tensors = self._tensors(now)
         if not world.is_main:
             for _ in tensors:
-                self.around.pulse.beat()
+                self.around.heartbeat.beat()
             return
         state = {
             "update": now.update,
@@ -315,8 +315,8 @@ class Checkpointer:
             self._tell_of_saving(False)
 
     def _tell_of_saving(self, is_saving: bool) -> None:
-        self.around.pulse.is_saving = is_saving
-        self.around.pulse.beat()
+        self.around.heartbeat.is_saving = is_saving
+        self.around.heartbeat.beat()
 
     def _make_room(self) -> None:
         if not self._fits(*room(self.around.run.path)):
@@ -338,7 +338,7 @@ class Checkpointer:
 
     def _wait(self) -> None:
         if self._writing is not None:
-            self.around.pulse.beat("waiting for the disk")
+            self.around.heartbeat.beat("waiting for the disk")
             while self._writing.is_alive():
                 self._writing.join(1.0)
         self._collect()

@@ -205,8 +205,8 @@ class Engine:
                 for group in kept:
                     kept[group] = None
 
-    def _rehearse_step(self, scaler: Mapping[str, Any]) -> None:
-        """Learning rate 0 and gradients of 0: nothing moves. Raises ToolkitError if the loss was not finite."""
+    def _trial_step(self, scaler: Mapping[str, Any]) -> None:
+        """Make a step that moves nothing: learning rate 0, gradients of 0. Raises ToolkitError if the loss was not finite."""
         norm = self._step(0.0)
         if not math.isfinite(norm):
             raise ToolkitError(
@@ -232,8 +232,9 @@ class Engine:
         return {"update": self.update, "adamw_steps": self._adamw_steps(), "loss_scale": self._scaler_state()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 tensor) of every trained parameter and of its moments, one at a time, after `rehearse`; all ranks take part.
+        """Yield (name, whole float32 tensor) of every trained parameter and of its moments, after `trial_update`.
 
+        One at a time; all ranks take part.
         The tensor may be the live one: copy it before the next update.
         """
         self.settle()
@@ -253,7 +254,10 @@ class Engine:
         return sum(12 * getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
 
     def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
-        """The state of `tensors` and `numbers`, after `rehearse`. Bits are kept; another ZeRO stage or number of ranks is fine."""
+        """Set the state of `tensors` and `numbers`, after `trial_update`.
+
+        Bits are kept; another ZeRO stage or number of ranks is fine.
+        """
         self.settle()
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
@@ -327,8 +331,11 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[floa
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU)
 
 
-def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
-    """Updates that change nothing, of engines that learn together: each one's forward pass (any scalar) and backward, then their steps.
+def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
+    """Make updates that change nothing, to prove that training fits into memory.
+
+    updates: engines that learn together, each with its forward pass (any scalar). Each goes forward and backward, then
+    all make their steps.
 
     What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored. There are
     two updates, since passes and steps have to fit beside these states: a step's gradients in float32 were 2.5 GiB for OPT-1.3b on two GPUs.
@@ -338,7 +345,7 @@ def rehearse(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
         for engine, forward in updates:
             engine.backward(forward() * 0.0, last=True)
         for (engine, _), scaler in zip(updates, scalers, strict=True):
-            engine._rehearse_step(scaler)
+            engine._trial_step(scaler)
 
 
 def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

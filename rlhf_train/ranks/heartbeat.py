@@ -30,8 +30,8 @@ class Sign:
     phase: str
 
 
-class Pulse:
-    """One rank's slot."""
+class Heartbeat:
+    """One rank's slot, which it writes its signs of life to."""
 
     def __init__(self, memory: Any, rank: int) -> None:
         self._memory, self._offset = memory, rank * SLOT_BYTES
@@ -40,17 +40,17 @@ class Pulse:
         self.beat()
 
     @classmethod
-    def unseen(cls) -> Pulse:
-        """Of a process that nobody watches."""
+    def unseen(cls) -> Heartbeat:
+        """Make one that nobody watches."""
         return cls(bytearray(SLOT_BYTES), 0)
 
     @classmethod
-    def of_rank(cls, file: int, rank: int, ranks: int) -> Pulse:
-        """file: the launcher's, inherited."""
+    def of_rank(cls, file: int, rank: int, ranks: int) -> Heartbeat:
+        """Make the heartbeat of a rank. file: the launcher's, inherited."""
         return cls(mmap.mmap(file, ranks * SLOT_BYTES), rank)
 
     def beat(self, phase: str | None = None) -> None:
-        """Still alive; doing `phase` from now on, if it is given."""
+        """Give a sign of life; the rank does `phase` from now on, if it is given."""
         self._count += 1
         self._phase = self._phase if phase is None else phase
         words = self._phase.encode(errors="replace")[:108]
@@ -59,19 +59,19 @@ class Pulse:
         self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(self._count, self._meetings, *flags, words)
 
     def meet(self) -> None:
-        """About to wait for the other ranks."""
+        """Give a sign of life before waiting for the other ranks."""
         self._meetings += 1
         self.beat()
 
 
 def sign_in(memory: Any, rank: int = 0) -> Sign:
-    """What a rank said last; count 0: it has not begun."""
+    """Read what a rank said last; count 0: it has not begun."""
     count, meetings, has_trained, is_patient, is_saving, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
     return Sign(count, meetings, has_trained, is_patient, is_saving, words.rstrip(b"\0").decode(errors="replace"))
 
 
 class Watch:
-    """The launcher's side."""
+    """Reads the signs of life of all ranks, for the launcher."""
 
     def __init__(self, ranks: int) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the ranks live)
@@ -83,7 +83,7 @@ class Watch:
         return self._file.fileno()
 
     def signs(self) -> list[Sign]:
-        """In the order of ranks."""
+        """Read what each rank said last, in the order of ranks."""
         return [sign_in(self._memory, rank) for rank in range(self._ranks)]
 
     def close(self) -> None:

@@ -112,10 +112,10 @@ class Rank(subprocess.Popen[bytes]):
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which then ends the ranks in order
             )
 
-    def tell(self, order: str, log: int, pulse: int, lock: int) -> None:
+    def tell(self, order: str, log: int, heartbeat: int, lock: int) -> None:
         """What to do: one line of JSON, and the open files that it is to have."""
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, and will be found so
-            socket.send_fds(self._link, [b"\0"], [log, pulse, lock])
+            socket.send_fds(self._link, [b"\0"], [log, heartbeat, lock])
             self._link.sendall(order.encode() + b"\n")
 
     def early_words(self) -> bytes:

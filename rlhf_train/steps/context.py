@@ -23,7 +23,7 @@ from rlhf_train.engine.divergence import Divergence
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.ranks.heartbeat import Pulse
+from rlhf_train.ranks.heartbeat import Heartbeat
 
 
 class Stopped(Exception):
@@ -62,7 +62,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Session:
+class StepContext:
     """What every step is given."""
 
     job: Job
@@ -71,7 +71,7 @@ class Session:
     placement: Placement
     cache: Path
     emit: Callable[[Event], None]  # rank 0 writes; others are silent
-    pulse: Pulse = field(default_factory=Pulse.unseen)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat.unseen)
     stop: Stop = field(default_factory=Stop)
     saved: Saved | None = None  # the checkpoint that the step resumes from
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the step starts from: hashes of the steps before it
@@ -81,7 +81,7 @@ class Session:
         return DTYPES[self.placement.precision]
 
     def doing(self, step: int, what: str) -> None:
-        self.pulse.beat(what)
+        self.heartbeat.beat(what)
         self.emit(Progress(step=step, doing=what))
 
     def stop_if_asked(self) -> None:
@@ -111,30 +111,30 @@ class Session:
         )
 
 
-def actor_tokenizer(session: Session) -> Any:
+def actor_tokenizer(context: StepContext) -> Any:
     """The tokenizer of `actor.model`; for a model from a config, trained once on the job's training rows."""
-    model = session.job.actor.model
+    model = context.job.actor.model
     if not isinstance(model, Scratch):
         return load_tokenizer(model)
-    folder = session.run.tokenizer
-    if session.world.is_main and not (folder / "tokenizer.json").exists():
-        session.doing(1, "training a tokenizer on the job's rows")
+    folder = context.run.tokenizer
+    if context.world.is_main and not (folder / "tokenizer.json").exists():
+        context.doing(1, "training a tokenizer on the job's rows")
         partial = folder.with_name("tokenizer.partial")
-        train_tokenizer(dataset.texts(session.job.data), session.job.actor.tokenizer_vocabulary).save_pretrained(str(partial))
+        train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary).save_pretrained(str(partial))
         sync_files(partial)
         rename(partial, folder)
-    session.world.barrier()
+    context.world.barrier()
     return load_tokenizer(str(folder))
 
 
-def corpus(session: Session, step: int, spec: Data, tokenizer: Any) -> dataset.Corpus:
+def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> dataset.Corpus:
     return dataset.prepare(
-        spec, tokenizer, cache=session.cache, rank=session.world.rank, world_size=session.world.size, say=lambda what: session.doing(step, what)
+        spec, tokenizer, cache=context.cache, rank=context.world.rank, world_size=context.world.size, say=lambda what: context.doing(step, what)
     )
 
 
 def start_checkpoints(
-    session: Session,
+    context: StepContext,
     step: int,
     updates: int,
     parts: Mapping[str, Part],
@@ -142,24 +142,24 @@ def start_checkpoints(
     rows: str,
     model_bytes: int,
 ) -> tuple[Checkpointer, Divergence]:
-    """Make what saves a step and what applies its updates, and tell `session.stop` to save before leaving.
+    """Make what saves a step and what applies its updates, and tell `context.stop` to save before leaving.
 
     updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk is too small.
     """
     around = Surroundings(
         step,
-        session.run,
-        session.job.checkpoint,
-        session.world,
-        session.emit,
-        session.pulse,
-        session.stop_if_asked,
-        session.saved,
-        session.inputs,
+        context.run,
+        context.job.checkpoint,
+        context.world,
+        context.emit,
+        context.heartbeat,
+        context.stop_if_asked,
+        context.saved,
+        context.inputs,
     )
     checkpointer = Checkpointer(around, updates, parts, rows=rows, model_bytes=model_bytes)
-    session.stop.on_leaving(checkpointer.leave, checkpointer.finish_writing)
-    divergence = Divergence(step, updates, checkpointer.skips, emit=session.emit, last_good=checkpointer.last_good)
+    context.stop.on_leaving(checkpointer.leave, checkpointer.finish_writing)
+    divergence = Divergence(step, updates, checkpointer.skips, emit=context.emit, last_good=checkpointer.last_good)
     return checkpointer, divergence
 
 

@@ -19,11 +19,11 @@ from jobs.steps import STEPS
 from rlhf_train.disk import rename, size_of, sync_files
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
 from rlhf_train.models.networks import merge_lora
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 
 
 def save_model(
-    session: Session,
+    context: StepContext,
     step: int,
     update: int,
     engine: Engine,
@@ -39,12 +39,12 @@ def save_model(
     scores: for the model card; best: the metric and its value for which these weights are kept.
     """
     start = time.perf_counter()
-    session.pulse.is_patient = True  # transformers writes it in one go
-    session.doing(step, f"saving {folder}")
+    context.heartbeat.is_patient = True  # transformers writes it in one go
+    context.doing(step, f"saving {folder}")
     engine.settle()
     model: Any = engine.module.model
-    state = full_state(model, keep=session.world.is_main)
-    if session.world.is_main:
+    state = full_state(model, keep=context.world.is_main)
+    if context.world.is_main:
         if lora is not None:
             state = merge_lora(state, lora)
         partial = folder.with_name(folder.name + ".partial")
@@ -53,15 +53,15 @@ def save_model(
         partial.mkdir()  # not its parents: a disk that went away must not be made anew in the folder that it was mounted on
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
-        generation_config(session.job, tokenizer).save_pretrained(str(partial))
-        (partial / "README.md").write_text(model_card(session.job, step, scores), encoding="utf-8")
+        generation_config(context.job, tokenizer).save_pretrained(str(partial))
+        (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
         sync_files(partial)
         rename(partial, folder)
         metric, value = best or (None, None)
         written, seconds = size_of(folder), time.perf_counter() - start
-        session.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
-    session.world.barrier()
-    session.pulse.is_patient = False
+        context.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
+    context.world.barrier()
+    context.heartbeat.is_patient = False
 
 
 def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:

@@ -1,4 +1,4 @@
-"""Prompts that are not trained on: answers to them, what the frozen networks and the independent rule say, and means."""
+"""Prompts that are not trained on: answers to them, their scores by the frozen networks and by the rule, and means."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.rule import Rule
-from rlhf_train.steps.scoring import Judges
+from rlhf_train.steps.scoring import Scorer
 
 SAMPLES = 3  # prompts shown with their answers
 
@@ -42,31 +42,32 @@ class Summary:
 class HeldOut:
     """Prompts that are not trained on, answered with the same random numbers each time."""
 
-    def __init__(self, session: Session, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
-        self.session, self.prompts, self.tokenizer, self.rule, self.seed = session, prompts, tokenizer, rule, seed
+    def __init__(self, context: StepContext, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
+        self.context, self.prompts, self.tokenizer, self.rule, self.seed = context, prompts, tokenizer, rule, seed
 
-    def answers(self, sampling: Rollouts, judges: Judges) -> list[Answer]:
+    def answers(self, sampling: Rollouts, scorer: Scorer) -> list[Answer]:
         """One answer a prompt, in order; ranks share the work."""
-        world = self.session.world
-        mine = np.arange(len(self.prompts))[world.rank :: world.size]
-        prompts = [self.prompts[i] for i in mine]
-        made = sampling.generate(prompts, seed=self.seed, row_ids=mine.tolist())
-        self.session.stop_if_asked()
-        told, _ = judges.ask(prompts, made)
+        world = self.context.world
+        places = np.arange(len(self.prompts))[world.rank :: world.size]
+        prompts = [self.prompts[i] for i in places]
+        made = sampling.generate(prompts, seed=self.seed, row_ids=places.tolist())
+        self.context.stop_if_asked()
+        scored, _ = scorer.score(prompts, made)
         answers: list[tuple[int, Answer]] = []
-        for row, said in enumerate(told):
+        for row, numbers in enumerate(scored):
             ended = bool(made.ended[row])
             prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
             response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
             good = self.rule(prompt, response, ended) if self.rule is not None else None
-            kl = float((made.log_probs[row] - said["ref_log_probs"]).sum())
-            answers.append((int(mine[row]), Answer(prompt, response, ended, len(made.tokens[row]), said["score"], kl, good)))
-        everyone = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
-        return [answer for _, answer in everyone]
+            kl = float((made.log_probs[row] - numbers["ref_log_probs"]).sum())
+            answer = Answer(prompt, response, ended, len(made.tokens[row]), numbers["score"], kl, good)
+            answers.append((int(places[row]), answer))
+        of_all_ranks = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
+        return [answer for _, answer in of_all_ranks]
 
     def show(self, answers: Sequence[Answer], when: str) -> None:
         for answer in answers[:SAMPLES]:
-            self.session.emit(Sample(step=3, when=when, prompt=answer.prompt, response=answer.response, reward=answer.score, good=answer.good))
+            self.context.emit(Sample(step=3, when=when, prompt=answer.prompt, response=answer.response, reward=answer.score, good=answer.good))
 
     def summary(self, answers: Sequence[Answer]) -> Summary:
         def mean(numbers: Sequence[float]) -> float:

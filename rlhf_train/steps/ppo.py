@@ -24,7 +24,7 @@ from rlhf_train.engine.divergence import Divergence
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
-from rlhf_train.steps.context import Clock, Session, start_checkpoints
+from rlhf_train.steps.context import Clock, StepContext, start_checkpoints
 from rlhf_train.steps.experience import Experience, Pass, Scored, response_values, targets_of, whiten_update
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.held_out import Summary
@@ -37,43 +37,43 @@ from rlhf_train.steps.scoring import mean_entropies
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
-def run(session: Session) -> End:
+def run(context: StepContext) -> End:
     """Train the actor and the critic, and save the actor."""
-    spec = session.job.ppo
+    spec = context.job.ppo
 
     # 1. Load the four networks, and what samples, scores and measures with them.
     clock = Clock()
-    setup = set_up(session)
+    setup = set_up(context)
     actor, updates = setup.actor, setup.updates
 
     # 2. Show that the longest update fits, and resume from the last checkpoint, if there is one.
     rows, model_bytes = setup.tokens.train.digest(3), setup.model_bytes
-    checkpointer, divergence = start_checkpoints(session, 3, updates, setup.parts, rows=rows, model_bytes=model_bytes)
-    try_the_longest(session, setup)
+    checkpointer, divergence = start_checkpoints(context, 3, updates, setup.parts, rows=rows, model_bytes=model_bytes)
+    try_the_longest(context, setup)
     saved = checkpointer.resume()
     if saved is not None:
-        state = LoopState.read(saved, checkpointer.loop_tensors, session.placement.rollout_micro_batch)
-        set_reward_scale(session, setup, state.shift, state.scale)
+        state = LoopState.read(saved, checkpointer.loop_tensors, context.placement.rollout_micro_batch)
+        set_reward_scale(context, setup, state.shift, state.scale)
     else:
-        state = start(session, setup, clock)
+        state = start(context, setup, clock)
 
     for update in range(actor.update, updates):
         # 3. Keep the weights that are best on held-out prompts.
         if checkpointer.wants_best(update):
-            offer_best(session, setup, checkpointer, update)
+            offer_best(context, setup, checkpointer, update)
 
         # 4. Collect a rollout, unless the last one still has updates to learn from it.
         if state.experience is None:
-            collect(session, setup, state, update)
-            end_if_exploded(session, setup, state, checkpointer, update)
+            collect(context, setup, state, update)
+            end_if_exploded(context, setup, state, checkpointer, update)
 
         # 5. Learn from a part of it: one update of actor and critic.
-        learn(session, setup, state, divergence, update)
+        learn(context, setup, state, divergence, update)
 
         # 6. After the rollout's last update, tell its numbers and adapt the KL coefficient.
         if (update + 1) % setup.updates_per_rollout == 0 or update == updates - 1:
             if state.tally.trained_updates:
-                emit_metrics(session, setup, state, update)
+                emit_metrics(context, setup, state, update)
             state.kl_coef = next_kl_coef(spec, state.kl_coef, mean_kl(state))
             state.end_rollout()
 
@@ -81,27 +81,27 @@ def run(session: Session) -> End:
         checkpointer.after(update + 1, state.numbers(), state.tensors())
 
     # 8. Measure on the held-out prompts again, and save the actor.
-    after = measure(session, setup, "after")
+    after = measure(context, setup, "after")
     divergence.check({"mean reward": after.reward, "KL": after.kl})
-    folder = session.run.step(3).model
-    end = result(session, setup, state, after)
-    save_model(session, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores=scores_of(end))
+    folder = context.run.step(3).model
+    end = result(context, setup, state, after)
+    save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores=scores_of(end))
     if setup.ema is not None:
-        folder = session.run.step(3).model_ema
+        folder = context.run.step(3).model_ema
         with setup.ema.applied():
-            save_model(session, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores={})
+            save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores={})
     checkpointer.close()
     return end
 
 
-def start(session: Session, setup: Setup, clock: Clock) -> LoopState:
+def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
     """Set the scale of the rewards, and measure the actor before it learns. clock: of the whole step."""
-    spec, reward_model = session.job.ppo, setup.reward_model
+    spec, reward_model = context.job.ppo, setup.reward_model
     shift, scale = reward_model.shift, reward_model.scale
     if spec.normalize_rewards:
-        shift, scale = measure_reward_scale(session, setup)
-    set_reward_scale(session, setup, shift, scale)
-    before = measure(session, setup, "before")
+        shift, scale = measure_reward_scale(context, setup)
+    set_reward_scale(context, setup, shift, scale)
+    before = measure(context, setup, "before")
     return LoopState(
         before=before,
         kl_coef=spec.kl_coef,
@@ -109,19 +109,19 @@ def start(session: Session, setup: Setup, clock: Clock) -> LoopState:
         scale=scale,
         clock=clock,
         training=Clock(),
-        rollout_micro_batch=session.placement.rollout_micro_batch,
+        rollout_micro_batch=context.placement.rollout_micro_batch,
     )
 
 
-def measure(session: Session, setup: Setup, when: str) -> Summary:
+def measure(context: StepContext, setup: Setup, when: str) -> Summary:
     """Answer the held-out prompts and show a few of the answers. when: before or after training."""
-    session.doing(3, f"answers to {len(setup.held_out.prompts)} held-out prompts, {when}")
+    context.doing(3, f"answers to {len(setup.held_out.prompts)} held-out prompts, {when}")
     answers = setup.held_out_answers()
     setup.held_out.show(answers, when)
     return setup.held_out.summary(answers)
 
 
-def offer_best(session: Session, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
+def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
     """Measure the weights of `update` on the held-out prompts, and keep them if they are the best so far."""
     value = setup.held_out.summary(setup.held_out_answers()).reward
     checkpointer.offer(
@@ -130,7 +130,7 @@ def offer_best(session: Session, setup: Setup, checkpointer: Checkpointer, updat
         value,
         lower_is_better=False,
         save=lambda folder: save_model(
-            session,
+            context,
             3,
             update,
             setup.actor,
@@ -143,34 +143,34 @@ def offer_best(session: Session, setup: Setup, checkpointer: Checkpointer, updat
     )
 
 
-def collect(session: Session, setup: Setup, state: LoopState, update: int) -> None:
+def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -> None:
     """Sample and score the rollout that begins with `update`, and leave it in `state`.
 
     All ranks share the work, and each has the whole rollout in the end. Raises ToolkitError if the self-test before the
     first update fails.
     """
-    spec, world, rows, tally = session.job.ppo, session.world, setup.rows, state.tally
+    spec, world, rows, tally = context.job.ppo, context.world, setup.rows, state.tally
 
     # 1. Sample a response to each prompt of this rank.
     rollout_clock = Clock()
-    session.pulse.beat(f"update {update + 1}, rollout")
+    context.heartbeat.beat(f"update {update + 1}, rollout")
     rollout = update // setup.updates_per_rollout
-    chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (session.job.seed, 3))]
+    chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (context.job.seed, 3))]
     prompts = [setup.tokens.train.prompt[i] for i in chosen]
     places = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
     own_prompts = [prompts[i] for i in places]
     row_ids = [rollout * spec.rollout_batch + int(i) for i in places]
     setup.refresh_rollouts()
-    responses = setup.rollouts.generate(own_prompts, seed=session.job.seed, row_ids=row_ids)
-    session.stop_if_asked()
-    state.rollout_micro_batch = use_the_smallest_batch(session, setup.rollouts, state.rollout_micro_batch)
+    responses = setup.rollouts.generate(own_prompts, seed=context.job.seed, row_ids=row_ids)
+    context.stop_if_asked()
+    state.rollout_micro_batch = use_the_smallest_batch(context, setup.rollouts, state.rollout_micro_batch)
     tally.rollout_s = rollout_clock()
 
     # 2. Score them. On-policy, actor and critic are asked for the self-test alone.
     score_clock = Clock()
-    session.pulse.beat(f"update {update + 1}, scoring")
+    context.heartbeat.beat(f"update {update + 1}, scoring")
     trainer = (setup.actor, setup.critic) if not setup.on_policy or update == 0 else None
-    scored, computed = setup.scorer.score(own_prompts, responses, trainer)
+    scored, computed = setup.scorer.score_rollout(own_prompts, responses, trainer)
 
     # 3. Put the rows of all ranks in the order of the prompts, and make the rewards of them.
     shares = world.gather((list(zip(places, scored, strict=True)), computed))
@@ -186,13 +186,13 @@ def collect(session: Session, setup: Setup, state: LoopState, update: int) -> No
 
     # 4. Look for what must not be.
     if update == 0:
-        self_test(session, scored, setup.actor, setup.pad_id)
-    warn_of_odd_answers(session, experience, session.job.data.max_response_tokens)
+        self_test(context, scored, setup.actor, setup.pad_id)
+    warn_of_odd_answers(context, experience, context.job.data.max_response_tokens)
 
 
-def learn(session: Session, setup: Setup, state: LoopState, divergence: Divergence, update: int) -> None:
+def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Divergence, update: int) -> None:
     """Make one update of actor and critic, on one minibatch of the rollout."""
-    spec, world, actor, critic = session.job.ppo, session.world, setup.actor, setup.critic
+    spec, world, actor, critic = context.job.ppo, context.world, setup.actor, setup.critic
     experience, tally = state.experience, state.tally
     assert experience is not None, "a rollout is collected before anything is learned from it"
 
@@ -200,11 +200,11 @@ def learn(session: Session, setup: Setup, state: LoopState, divergence: Divergen
     train_clock = Clock()
     rollout, place = divmod(update, setup.updates_per_rollout)
     epoch, number = divmod(place, spec.rollout_batch // spec.global_batch)
-    shuffled = np.random.RandomState([session.job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
+    shuffled = np.random.RandomState([context.job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
     minibatch = shuffled.reshape(-1, spec.global_batch)[number]
 
     # 2. Deal it to ranks and passes.
-    session.pulse.beat(f"update {update + 1}")
+    context.heartbeat.beat(f"update {update + 1}")
     lengths, packed = experience.lengths[minibatch], setup.pad_id is None
     dealt = deal(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
     passes = [experience.cut(minibatch[micro], setup.pad_id, world.device) for micro in dealt]
@@ -212,7 +212,7 @@ def learn(session: Session, setup: Setup, state: LoopState, divergence: Divergen
 
     # 3. Go forward and backward through both networks.
     total = accumulate_gradients(
-        session,
+        context,
         passes,
         response_tokens,
         on_policy=setup.on_policy,
@@ -239,7 +239,7 @@ def mean_kl(state: LoopState) -> float:
     return float(state.experience.kl.mean())
 
 
-def emit_metrics(session: Session, setup: Setup, state: LoopState, update: int) -> None:
+def emit_metrics(context: StepContext, setup: Setup, state: LoopState, update: int) -> None:
     """Emit the numbers of the rollout and of what was learned from it, up to `update`."""
     assert state.experience is not None
     metrics = state.tally.metrics(
@@ -250,11 +250,11 @@ def emit_metrics(session: Session, setup: Setup, state: LoopState, update: int) 
         kl_coef=state.kl_coef,
         engine=setup.actor,
     )
-    session.emit(metrics)
+    context.emit(metrics)
 
 
 def end_if_exploded(
-    session: Session,
+    context: StepContext,
     setup: Setup,
     state: LoopState,
     checkpointer: Checkpointer,
@@ -265,19 +265,19 @@ def end_if_exploded(
     Nothing is learned from the rollout then, so no checkpoint holds it.
     """
     kl = mean_kl(state)
-    if kl > session.job.ppo.max_kl:
-        emit_metrics(session, setup, state, update)
-        raise exploded(session, kl, update + 1, checkpointer.last_good())
+    if kl > context.job.ppo.max_kl:
+        emit_metrics(context, setup, state, update)
+        raise exploded(context, kl, update + 1, checkpointer.last_good())
 
 
-def result(session: Session, setup: Setup, state: LoopState, after: Summary) -> End:
+def result(context: StepContext, setup: Setup, state: LoopState, after: Summary) -> End:
     """Compare the held-out answers before and after training."""
     before = state.before
     return End(
         step=3,
         updates=setup.updates,
         seconds=state.clock(),
-        model=str(session.run.step(3).model),
+        model=str(context.run.step(3).model),
         mean_reward_before=before.reward,
         mean_reward_after=after.reward,
         good_share_before=before.good,
@@ -293,24 +293,24 @@ def result(session: Session, setup: Setup, state: LoopState, after: Summary) -> 
     )
 
 
-def use_the_smallest_batch(session: Session, sampling: Rollouts, known: int) -> int:
+def use_the_smallest_batch(context: StepContext, sampling: Rollouts, known: int) -> int:
     """Let all ranks generate as few prompts at once as the rank with least memory, and return how many.
 
     If they are fewer than `known`, the run remembers it.
     """
-    sampling.batch = min(session.world.gather(sampling.batch))
-    if sampling.batch < known and session.world.is_main:
-        memory_fit.remember(session.job, session.run, replace(session.placement, rollout_micro_batch=sampling.batch))
+    sampling.batch = min(context.world.gather(sampling.batch))
+    if sampling.batch < known and context.world.is_main:
+        memory_fit.remember(context.job, context.run, replace(context.placement, rollout_micro_batch=sampling.batch))
         message = f"out of memory in a rollout with {known} prompts at once: goes on with {sampling.batch}"
-        session.emit(Warning(step=3, message=message, hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try"))
+        context.emit(Warning(step=3, message=message, hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try"))
     return sampling.batch
 
 
-def warn_of_odd_answers(session: Session, experience: Experience, limit: int) -> None:
+def warn_of_odd_answers(context: StepContext, experience: Experience, limit: int) -> None:
     """Warn of a rollout that teaches little: its answers are all empty, or all cut. The hint says the usual cause."""
     lengths = experience.mask.sum(1)
     if bool((experience.ended & (lengths == 1)).all()):
-        session.emit(
+        context.emit(
             Warning(
                 step=3,
                 message=f"all {len(lengths)} answers of this rollout are empty: the first token is the EOS",
@@ -318,7 +318,7 @@ def warn_of_odd_answers(session: Session, experience: Experience, limit: int) ->
             )
         )
     if bool((~experience.ended & (lengths == limit)).all()):
-        session.emit(
+        context.emit(
             Warning(
                 step=3,
                 message=f"all {len(lengths)} answers of this rollout ran to the limit of {limit} tokens: none ended with an EOS",
@@ -327,12 +327,12 @@ def warn_of_odd_answers(session: Session, experience: Experience, limit: int) ->
         )
 
 
-def exploded(session: Session, kl: float, update: int, last_good: str) -> ToolkitError:
+def exploded(context: StepContext, kl: float, update: int, last_good: str) -> ToolkitError:
     return ToolkitError(
         f"step 3's KL to the reference exploded: {kl:.4g} nats a response before update {update}",
-        why=f"ppo.max_kl is {session.job.ppo.max_kl:g}: the actor no longer writes what the reference could have written",
+        why=f"ppo.max_kl is {context.job.ppo.max_kl:g}: the actor no longer writes what the reference could have written",
         hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
-        f"`--run NEW --from {session.run.name}`; {last_good}",
+        f"`--run NEW --from {context.run.name}`; {last_good}",
         exit_code=ExitCode.TRAINING,
     )
 
@@ -349,14 +349,14 @@ def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
 
 
 def accumulate_gradients(
-    session: Session, passes: Sequence[Pass], response_tokens: int, *, on_policy: bool, actor: Engine, critic: Engine
+    context: StepContext, passes: Sequence[Pass], response_tokens: int, *, on_policy: bool, actor: Engine, critic: Engine
 ) -> dict[str, float]:
     """Go forward and backward through one update's passes, in both engines, and return SUMS over passes and ranks.
 
     The critic goes first: on-policy the advantages are made of its values, and whitened over all passes before the
     actor sees one.
     """
-    spec = session.job.ppo
+    spec = context.job.ppo
     sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
 
     def add(**numbers: torch.Tensor | float) -> None:
@@ -364,7 +364,7 @@ def accumulate_gradients(
             sums[name] = sums[name] + value
 
     for one in passes:
-        session.pulse.beat()
+        context.heartbeat.beat()
         batch, mask = one.batch, one.mask
         values = response_values(critic, batch)
         if on_policy:
@@ -376,10 +376,10 @@ def accumulate_gradients(
         add(value_loss=loss.detach(), value_clipped=value_clipped)
 
     if on_policy and spec.whiten_advantages:
-        whiten_update(passes, session.world)
+        whiten_update(passes, context.world)
 
     for one in passes:
-        session.pulse.beat()
+        context.heartbeat.beat()
         batch, mask = one.batch, one.mask
         flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
         log_probs = batch.spread(flat)
@@ -392,19 +392,19 @@ def accumulate_gradients(
         if entropies is not None:
             add(entropy=mean_entropies(entropies, batch).sum())
         add(tokens=mask.sum(), trained=batch.lengths.sum(), computed=batch.input_ids.numel())
-    return session.world.sum(sums)
+    return context.world.sum(sums)
 
 
-def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
+def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
     """Check before the first update that ratio is 1, KL 0, and the rollout's log-probs the trainer's.
 
     Raises ToolkitError.
     """
-    batch_rows = rows[: session.placement.micro_batches[2]]
-    batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, session.world.device)
-    log_probs = batch.spread(actor(batch, temperature=session.job.ppo.temperature)[0]).detach().float().cpu().numpy()
+    batch_rows = rows[: context.placement.micro_batches[2]]
+    batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, context.world.device)
+    log_probs = batch.spread(actor(batch, temperature=context.job.ppo.temperature)[0]).detach().float().cpu().numpy()
     again = [log_probs[place, : len(row.response)] for place, row in enumerate(batch_rows)]
-    limit = SELF_TEST_TOLERANCE[session.placement.precision]
+    limit = SELF_TEST_TOLERANCE[context.placement.precision]
     old = [row.trainer.log_probs for row in rows if row.trainer is not None]
     checks = {
         "the ratio of new to old log-probs is not 1": (old[: len(again)], again),
@@ -422,10 +422,10 @@ def self_test(session: Session, rows: Sequence[Scored], actor: Engine, pad_id: i
         if not difference <= limit:
             raise ToolkitError(
                 f"step 3's self-test failed before the first update: {what}",
-                why=f"they differ by {difference:.3g} nats a token in the worst response; {limit:g} is allowed in {session.placement.precision}",
+                why=f"they differ by {difference:.3g} nats a token in the worst response; {limit:g} is allowed in {context.placement.precision}",
                 hint=f"the likely cause: {cause}",
                 exit_code=ExitCode.TRAINING,
             )
-    session.emit(
+    context.emit(
         Progress(step=3, doing="self-test passed: " + ", ".join(f"{name} {d:.1e}" for name, d in zip(("ratio", "KL", "rollout"), worst, strict=True)))
     )

@@ -14,7 +14,7 @@ from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
 from rlhf_train.disk import write_json
 from rlhf_train.engine.checkpointer import Part
-from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, rehearse
+from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, trial_update
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.networks import (
     ActorForward,
@@ -28,11 +28,11 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
-from rlhf_train.steps.context import Session, corpus
+from rlhf_train.steps.context import StepContext, corpus
 from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import Answer, HeldOut
 from rlhf_train.steps.rule import load_rule
-from rlhf_train.steps.scoring import Judges, WithoutAdapters
+from rlhf_train.steps.scoring import Scorer, WithoutAdapters
 
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
@@ -59,7 +59,7 @@ class Setup:
     ema: Ema | None  # of the actor's weights
     rollout_copy: ActorForward | None  # what rollouts read, where the engine has no plain, whole weights
     rollouts: Rollouts
-    scorer: Judges
+    scorer: Scorer
     held_out: HeldOut
     longest: Sequences  # one micro batch
 
@@ -97,39 +97,39 @@ class Setup:
         return self.held_out.answers(self.rollouts, self.scorer)
 
 
-def set_up(session: Session) -> Setup:
+def set_up(context: StepContext) -> Setup:
     """Load and build all that step 3 works with. Raises ToolkitError if parts of it do not fit together."""
-    job, spec, world, where = session.job, session.job.ppo, session.world, session.placement
+    job, spec, world, where = context.job, context.job.ppo, context.world, context.placement
 
     # 1. Read the prompts, and count the updates.
-    actor_source, critic_source = str(session.run.step(1).model), str(session.run.step(2).model)
+    actor_source, critic_source = str(context.run.step(1).model), str(context.run.step(2).model)
     tokenizer = load_tokenizer(actor_source)
     check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
-    tokens = corpus(session, 3, job.data, tokenizer)
+    tokens = corpus(context, 3, job.data, tokenizer)
     rows = tokens.train.step_rows[3]
     plan = where.batch_plan(job, 3)
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
     possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
     stage, fates = where.actor_zero_stage, tokens.train.fates
-    session.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, fates=fates)
+    context.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, fates=fates)
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
-    session.doing(3, "loading actor, reference, critic and reward model")
-    scorer_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    context.doing(3, "loading actor, reference, critic and reward model")
+    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
     reward_model = ScoreForward(eval_model(scorer_model))
-    actor_model = load_causal(actor_source, tokenizer, session.dtype, job.seed).to(world.device)
+    actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
     for model in (actor_model, reward_model.model):
         check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
     if job.actor.lora is not None and isinstance(reference, ActorForward):
         why = "ZeRO 3 has no whole weights"
-        session.doing(3, f"the reference is a copy of the actor, not the actor with its adapters off: {why}")
+        context.doing(3, f"the reference is a copy of the actor, not the actor with its adapters off: {why}")
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(actor_model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
-    critic_model = load_scorer(critic_source, tokenizer, session.dtype, job.seed).to(world.device)
+    critic_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(critic_model)
     pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
@@ -169,9 +169,9 @@ def set_up(session: Session) -> Setup:
         top_p=spec.top_p,
         batch=where.rollout_micro_batch,
         device=world.device,
-        warn=lambda message: session.emit(Warning(step=3, message=message)),
-        beat=session.pulse.beat,
-        is_asked_to_stop=lambda: session.stop.asked_at is not None,
+        warn=lambda message: context.emit(Warning(step=3, message=message)),
+        beat=context.heartbeat.beat,
+        is_asked_to_stop=lambda: context.stop.asked_at is not None,
     )
 
     # 5. Score with the frozen networks, in passes as large as the longest of training.
@@ -179,11 +179,11 @@ def set_up(session: Session) -> Setup:
     response = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
     longest = Sequences.of([prompt] * plan.micro_batch, [response] * plan.micro_batch, pad_id, world.device)
     pass_tokens = plan.micro_batch * (len(prompt) + len(response))
-    scorer = Judges(session, reference, reward_model, pad_id, pass_tokens)
+    scorer = Scorer(context, reference, reward_model, pad_id, pass_tokens)
 
     # 6. Measure on prompts that are not trained on.
     prompts = [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]]
-    held_out = HeldOut(session, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
+    held_out = HeldOut(context, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
     return Setup(
         tokenizer=tokenizer,
         lora=job.actor.lora,
@@ -229,35 +229,35 @@ def frozen_copies(
     return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
 
 
-def try_the_longest(session: Session, setup: Setup) -> None:
+def try_the_longest(context: StepContext, setup: Setup) -> None:
     """Make updates that change nothing on the longest sequences: what training needs is then known to fit."""
-    actor, critic, temperature = setup.actor, setup.critic, session.job.ppo.temperature
-    session.doing(3, f"trying the longest sequences, {setup.plan.micro_batch} at once")
-    rehearse(
+    actor, critic, temperature = setup.actor, setup.critic, context.job.ppo.temperature
+    context.doing(3, f"trying the longest sequences, {setup.plan.micro_batch} at once")
+    trial_update(
         # All tokens asked of: short prompts leave a pass nearly as many of answers.
         (actor, lambda: actor(setup.longest, from_prompt=True, temperature=temperature)[0].sum()),
         (critic, lambda: critic(setup.longest)[0].sum()),
     )
 
 
-def measure_reward_scale(session: Session, setup: Setup) -> tuple[float, float]:
+def measure_reward_scale(context: StepContext, setup: Setup) -> tuple[float, float]:
     """Return the mean and the standard deviation of the scores of the reference's answers.
 
     Call it before the actor has learned anything: its answers are the reference's then.
     """
     rows = setup.rows[:NORMALIZATION_PROMPTS]
-    session.doing(3, f"scale of the rewards on {len(rows)} answers of the reference")
+    context.doing(3, f"scale of the rewards on {len(rows)} answers of the reference")
     prompts = [setup.tokens.train.prompt[i] for i in rows]
-    view = HeldOut(session, prompts, setup.tokenizer, None, seed=session.job.seed + NORMALIZATION_SEED)
+    view = HeldOut(context, prompts, setup.tokenizer, None, seed=context.job.seed + NORMALIZATION_SEED)
     setup.refresh_rollouts()
     scores = np.array([answer.score for answer in view.answers(setup.rollouts, setup.scorer)])
     return float(scores.mean()), max(float(scores.std()), LEAST_SCALE)
 
 
-def set_reward_scale(session: Session, setup: Setup, shift: float, scale: float) -> None:
+def set_reward_scale(context: StepContext, setup: Setup, shift: float, scale: float) -> None:
     """Make every reward of this run (logit - shift) / scale. The critic learns to predict these."""
     for network in (setup.reward_model, setup.critic.module):
         network.shift, network.scale = shift, scale  # type: ignore[assignment]
-    if session.job.ppo.normalize_rewards and session.world.is_main:  # the scale belongs to the reward model
+    if context.job.ppo.normalize_rewards and context.world.is_main:  # the scale belongs to the reward model
         numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
-        write_json(session.run.step(2).reward_scale, numbers)
+        write_json(context.run.step(2).reward_scale, numbers)

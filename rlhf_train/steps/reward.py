@@ -16,30 +16,30 @@ from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.deepspeed_engine import Engine, rehearse
+from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
+from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
 
 
-def run(session: Session) -> End:
+def run(context: StepContext) -> End:
     """Train the reward model on the data's pairs, and save it."""
-    job, spec, world = session.job, session.job.reward, session.world
+    job, spec, world = context.job, context.job.reward, context.world
 
     # 1. Read the pairs, and count the updates.
     clock = Clock()
-    plan = session.placement.batch_plan(job, 2)
-    source = str(session.run.step(1).model) if job.critic.model == "actor" else job.critic.model
-    tokenizer = load_tokenizer(source) if isinstance(source, str) else actor_tokenizer(session)
-    tokens = corpus(session, 2, job.data, tokenizer)
+    plan = context.placement.batch_plan(job, 2)
+    source = str(context.run.step(1).model) if job.critic.model == "actor" else job.critic.model
+    tokenizer = load_tokenizer(source) if isinstance(source, str) else actor_tokenizer(context)
+    tokens = corpus(context, 2, job.data, tokenizer)
     rows = tokens.train.step_rows[2]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    session.plan(2, plan, updates=updates, rows=len(rows), zero_stage=session.placement.critic_zero_stage, fates=tokens.train.fates)
+    context.plan(2, plan, updates=updates, rows=len(rows), zero_stage=context.placement.critic_zero_stage, fates=tokens.train.fates)
 
     # 2. Load the reward model, and give it an engine.
-    session.doing(2, "loading the reward model")
-    model = load_scorer(source, tokenizer, session.dtype, job.seed).to(world.device)
+    context.doing(2, "loading the reward model")
+    model = load_scorer(source, tokenizer, context.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
@@ -50,8 +50,8 @@ def run(session: Session) -> End:
         spec.learning_rate,
         updates,
         plan,
-        precision=session.placement.precision,
-        zero_stage=session.placement.critic_zero_stage,
+        precision=context.placement.precision,
+        zero_stage=context.placement.critic_zero_stage,
         world=world,
     )
 
@@ -60,20 +60,20 @@ def run(session: Session) -> End:
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
     checkpointer, divergence = start_checkpoints(
-        session, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes()
+        context, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes()
     )
-    session.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
+    context.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 
     def longest_pass() -> Tensor:
-        scores, _, lm_log_probs = ask(engine, spec, longest)
+        scores, _, lm_log_probs = score_pairs(engine, spec, longest)
         return scores.sum() if lm_log_probs is None else scores.sum() + lm_log_probs.sum()
 
-    rehearse((engine, longest_pass))
+    trial_update((engine, longest_pass))
     saved = checkpointer.resume()
     if saved is None:
-        session.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
-        before = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+        context.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
+        before = accuracy(context, engine, tokens.held_out, held_out, pad_id)
     else:
         before, clock = saved["before"], Clock(saved["seconds"])
 
@@ -81,13 +81,13 @@ def run(session: Session) -> End:
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out pairs.
         if checkpointer.wants_best(update):
-            best = ("reward_accuracy", accuracy(session, engine, tokens.held_out, held_out, pad_id))
+            best = ("reward_accuracy", accuracy(context, engine, tokens.held_out, held_out, pad_id))
             checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=False,
                 save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
+                    context, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
                 ),
             )
 
@@ -102,9 +102,9 @@ def run(session: Session) -> End:
 
         # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):
-            session.pulse.beat(f"update {update + 1}")
+            context.heartbeat.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
-            scores, in_the_end, lm_log_probs = ask(engine, spec, batch)
+            scores, in_the_end, lm_log_probs = score_pairs(engine, spec, batch)
             pair_loss = preference(spec, scores, in_the_end, batch) * len(micro) / spec.global_batch
             lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
             last = place == len(passes)
@@ -123,7 +123,7 @@ def run(session: Session) -> End:
         # 7. Apply the update, or skip it if its loss went wrong.
         if math.isfinite(total["loss"] + total["lm_loss"]):
             (grad_norm,) = divergence.apply(engine)
-            session.emit(
+            context.emit(
                 Metrics(
                     step=2,
                     update=update + 1,
@@ -147,12 +147,12 @@ def run(session: Session) -> End:
         checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     # 9. Measure again, and save the reward model.
-    session.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
-    after = accuracy(session, engine, tokens.held_out, held_out, pad_id)
+    context.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
+    after = accuracy(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"accuracy": after})
-    folder = session.run.step(2).model
+    folder = context.run.step(2).model
     end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
-    save_model(session, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
+    save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
     checkpointer.close()
     return end
 
@@ -168,7 +168,7 @@ def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.devi
     return Sequences.of([table.prompt[i] for i in rows] * 2, answers, pad_id, device)
 
 
-def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
+def score_pairs(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the scores that the loss needs, those after the last token, and log-probs.
 
     After the last token of each sequence: (2n,). The log-probs are those of the chosen, for `lm_coef`; None without.
@@ -183,7 +183,7 @@ def ask(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor,
 def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequences) -> Tensor:
     """Return the pair loss that the job chooses, mean over the pairs of this batch.
 
-    scores, in_the_end: as `ask` returns them.
+    scores, in_the_end: as `score_pairs` returns them.
     """
     if spec.loss == "last_token":
         return preference_loss(*in_the_end.chunk(2))
@@ -203,15 +203,15 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
+def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
     """Return the share of pairs whose chosen answer scores higher at its last token; NaN if a score is not finite."""
     correct = 0.0
-    share = (session.placement.micro_batches[1], session.world.size, session.world.rank)
+    share = (context.placement.micro_batches[1], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
-        session.pulse.beat()
-        session.stop_if_asked()
-        batch = pairs(table, rows[micro], pad_id, session.world.device)
+        context.heartbeat.beat()
+        context.stop_if_asked()
+        batch = pairs(table, rows[micro], pad_id, context.world.device)
         scores, _ = engine(batch, batch.last())
         chosen, rejected = scores.chunk(2)
         correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if bool(torch.isfinite(scores).all()) else math.nan
-    return session.world.sum({"correct": correct})["correct"] / len(rows)
+    return context.world.sum({"correct": correct})["correct"] / len(rows)

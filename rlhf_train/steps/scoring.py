@@ -1,4 +1,4 @@
-"""The networks that say something of answers: what they are asked, and how answers are put before them."""
+"""Score responses with the frozen networks: reference log-probs and reward-model scores, in length-sorted batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_train.data.sequences import Sequences, cut
 from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.generation.rollout import Responses
 from rlhf_train.models.networks import ActorForward
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored, TrainerView, response_values
 
 # Passes of training that a GPU scores at once: without gradients nothing is kept from layer to layer; where training itself keeps
@@ -23,67 +23,80 @@ GPU_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Judges:
-    """The two frozen networks, and how rows come before them: alike in length, in few passes, as many on each rank."""
+class Scorer:
+    """Scores responses with the two frozen networks, in few passes of rows alike in length, as many on each rank."""
 
-    session: Session
+    context: StepContext
     reference: Forward
     reward_model: Forward
     pad_id: int | None  # None: rows are packed
     pass_tokens: int  # that a pass of training computes at most
 
-    def ask(
+    def score(
         self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None
     ) -> tuple[list[dict[str, Any]], int]:
-        """What they say of each response, in order: `judge`'s numbers, and `trainer_view`'s of actor and critic if these are asked too.
-        (tokens,) arrays, or numbers. Besides, how many tokens were computed for it.
+        """Return the networks' numbers for each response, in order, and how many tokens were computed for them.
+
+        trainer: actor and critic, to score the responses too. The numbers are those of `score_batch`, and of
+        `trainer_view` with `trainer`: (tokens,) arrays, or floats.
         """
-        world, temperature = self.session.world, self.session.job.ppo.temperature
+        world, temperature = self.context.world, self.context.job.ppo.temperature
         lengths = np.array([len(p) for p in prompts], dtype=np.int64) + responses.lengths
         order = np.argsort(-lengths, kind="stable")
-        said: list[tuple[np.ndarray, dict[str, Tensor]]] = []
+        batches: list[tuple[np.ndarray, dict[str, Tensor]]] = []
         computed = 0
-        at_once = 1 if world.device.type == "cpu" or self.session.job.hardware.gradient_checkpointing else GPU_AT_ONCE
+        at_once = 1 if world.device.type == "cpu" or self.context.job.hardware.gradient_checkpointing else GPU_AT_ONCE
         for part in passes_of_all(world.gather(lengths[order]), at_once * self.pass_tokens, packed=self.pad_id is None):
             rows = order[part]
             if not len(rows):  # other ranks have one more
                 continue
-            self.session.pulse.beat()
+            self.context.heartbeat.beat()
             batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], self.pad_id, world.device)
             computed += batch.input_ids.numel()
-            numbers = judge(batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature)
+            numbers = score_batch(batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature)
             if trainer is not None:
                 numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
-            said.append((rows, numbers))
+            batches.append((rows, numbers))
         of_row: dict[int, dict[str, Any]] = {}
-        for rows, numbers in said:  # only now does the host wait for a GPU
+        for rows, numbers in batches:  # only now does the host wait for a GPU
             arrays = to_host(numbers)
             for place, row in enumerate(rows):
                 count = len(responses.tokens[row])
                 of_row[int(row)] = {name: array[place, :count] if array.ndim == 2 else float(array[place]) for name, array in arrays.items()}
         return [of_row[row] for row in range(len(prompts))], computed
 
-    def score(self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None) -> tuple[list[Scored], int]:
-        """As `ask`, with what the rollout said."""
-        told, computed = self.ask(prompts, responses, trainer)
+    def score_rollout(
+        self,
+        prompts: Sequence[np.ndarray],
+        responses: Responses,
+        trainer: tuple[Engine, Engine] | None = None,
+    ) -> tuple[list[Scored], int]:
+        """Score responses as `score` does, and put the rollout's own numbers next to them."""
+        found, computed = self.score(prompts, responses, trainer)
         scored = [
             Scored(
                 prompt=prompt,
                 response=responses.tokens[row],
                 ended=bool(responses.ended[row]),
                 rollout_log_probs=responses.log_probs[row],
-                ref_log_probs=one["ref_log_probs"],
-                score=one["score"],
-                trainer=TrainerView(one["log_probs"], one["values"], one["entropy"]) if trainer is not None else None,
+                ref_log_probs=numbers["ref_log_probs"],
+                score=numbers["score"],
+                trainer=trainer_of(numbers) if trainer is not None else None,
             )
-            for row, (prompt, one) in enumerate(zip(prompts, told, strict=True))
+            for row, (prompt, numbers) in enumerate(zip(prompts, found, strict=True))
         ]
         return scored, computed
 
 
-def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
-    """How each rank cuts its rows, longest first, into passes of at most `tokens`: by the longest on any rank, so all make as many passes.
+def trainer_of(numbers: Mapping[str, Any]) -> TrainerView:
+    """Take what actor and critic said out of a response's numbers."""
+    return TrainerView(numbers["log_probs"], numbers["values"], numbers["entropy"])
 
+
+def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
+    """Cut each rank's rows, longest first, into passes of at most `tokens`, so that all ranks make as many passes.
+
+    The longest row on any rank counts.
     Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may have fewer rows, and then none in the end.
     """
     most = max(len(each) for each in lengths)
@@ -94,7 +107,7 @@ Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class WithoutAdapters:
-    """The actor as it was before LoRA taught it anything: the reference, without weights of its own. Called as an ActorForward is."""
+    """The actor with its adapters off: the reference, without weights of its own. Called as an ActorForward is."""
 
     def __init__(self, actor: ActorForward) -> None:
         self._actor = actor
@@ -118,19 +131,19 @@ class WithoutAdapters:
 
 
 @torch.no_grad()
-def judge(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
-    """What the two frozen networks say of one micro batch: (B, R) log-probs of the reference, (B,) scores."""
+def score_batch(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
+    """Score one micro batch with the two frozen networks: (B, R) log-probs of the reference, (B,) scores."""
     ref_log_probs, _ = reference(batch, temperature=temperature)
     return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
 
 
 def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
-    """Of response tokens, (N,) in the order of `predicted()` -> means over each response, (B,)."""
+    """Average the entropies of response tokens, (N,) in the order of `predicted()`, over each response: (B,)."""
     return batch.spread(entropies).sum(1) / batch.response_lengths
 
 
 def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """(B,) and (B, R) tensors in float32, all in one copy from the device."""
+    """Copy (B,) and (B, R) tensors to the host in float32, all in one copy."""
     columns = [tensor.float().unsqueeze(1) if tensor.ndim == 1 else tensor.float() for tensor in numbers.values()]
     whole = torch.cat(columns, dim=1).cpu().numpy()
     parts = np.split(whole, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
@@ -139,7 +152,7 @@ def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
-    """What the two networks in training say of it: (B, R) log-probs and values, (B,) mean entropy per token."""
+    """Score one micro batch with the two networks in training: (B, R) log-probs and values, (B,) mean entropy per token."""
     log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
     assert entropies is not None
     return {

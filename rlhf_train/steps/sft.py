@@ -15,7 +15,7 @@ from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.data.dataset import Table
 from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
-from rlhf_train.engine.deepspeed_engine import Engine, rehearse
+from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import (
     ActorForward,
     add_lora,
@@ -26,29 +26,29 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
-from rlhf_train.steps.context import Clock, Session, actor_tokenizer, corpus, start_checkpoints
+from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 
 
-def run(session: Session) -> End:
+def run(context: StepContext) -> End:
     """Train the actor on the data's responses, and save it."""
-    job, spec, world = session.job, session.job.sft, session.world
+    job, spec, world = context.job, context.job.sft, context.world
 
     # 1. Read the rows, and count the updates.
     clock = Clock()
-    plan = session.placement.batch_plan(job, 1)
-    tokenizer = actor_tokenizer(session)
-    tokens = corpus(session, 1, job.data, tokenizer)
+    plan = context.placement.batch_plan(job, 1)
+    tokenizer = actor_tokenizer(context)
+    tokens = corpus(context, 1, job.data, tokenizer)
     rows = tokens.train.step_rows[1]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    session.plan(1, plan, updates=updates, rows=len(rows), zero_stage=session.placement.actor_zero_stage, fates=tokens.train.fates)
+    context.plan(1, plan, updates=updates, rows=len(rows), zero_stage=context.placement.actor_zero_stage, fates=tokens.train.fates)
 
     if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
 
     # 2. Load the actor, and give it an engine.
-    session.doing(1, "loading the actor")
-    model = load_causal(job.actor.model, tokenizer, session.dtype, job.seed).to(world.device)
+    context.doing(1, "loading the actor")
+    model = load_causal(job.actor.model, tokenizer, context.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
@@ -61,8 +61,8 @@ def run(session: Session) -> End:
         spec.learning_rate,
         updates,
         plan,
-        precision=session.placement.precision,
-        zero_stage=session.placement.actor_zero_stage,
+        precision=context.placement.precision,
+        zero_stage=context.placement.actor_zero_stage,
         world=world,
     )
 
@@ -71,16 +71,16 @@ def run(session: Session) -> End:
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     checkpointer, divergence = start_checkpoints(
-        session, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
+        context, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
     )
-    session.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
+    context.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
     # From the prompt: short prompts leave a pass nearly as many tokens of answers.
-    rehearse((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
+    trial_update((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
     saved = checkpointer.resume()
     if saved is None:
-        session.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
-        before = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+        context.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
+        before = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     else:
         before, clock = saved["before"], Clock(saved["seconds"])
 
@@ -88,13 +88,13 @@ def run(session: Session) -> End:
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
-            best = ("perplexity", perplexity(session, engine, tokens.held_out, held_out, pad_id))
+            best = ("perplexity", perplexity(context, engine, tokens.held_out, held_out, pad_id))
             checkpointer.offer(
                 update,
                 *best,
                 lower_is_better=True,
                 save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    session, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                    context, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
                 ),
             )
 
@@ -107,7 +107,7 @@ def run(session: Session) -> End:
 
         # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):
-            session.pulse.beat(f"update {update + 1}")
+            context.heartbeat.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
             log_probs, _ = engine(batch, from_prompt=spec.loss_on_prompt)
             loss = -log_probs.sum() / counted
@@ -119,7 +119,7 @@ def run(session: Session) -> End:
         # 7. Apply the update, or skip it if its loss went wrong.
         if math.isfinite(total["loss"]):
             (grad_norm,) = divergence.apply(engine)
-            session.emit(
+            context.emit(
                 Metrics(
                     step=1,
                     update=update + 1,
@@ -140,12 +140,12 @@ def run(session: Session) -> End:
         checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     # 9. Measure again, and save the actor.
-    session.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
-    after = perplexity(session, engine, tokens.held_out, held_out, pad_id)
+    context.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
+    after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
-    folder = session.run.step(1).model
+    folder = context.run.step(1).model
     end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
-    save_model(session, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
+    save_model(context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
     checkpointer.close()
     return end
 
@@ -161,18 +161,18 @@ def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def perplexity(session: Session, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
+def perplexity(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
     """Return exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
     nll = count = 0.0
-    share = (session.placement.micro_batches[0], session.world.size, session.world.rank)
+    share = (context.placement.micro_batches[0], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(lengths, *share, packed=pad_id is None):
-        session.pulse.beat()
-        session.stop_if_asked()
-        batch = sequences(table, rows[micro], pad_id, session.world.device)
-        log_probs, _ = engine(batch, from_prompt=session.job.sft.loss_on_prompt)
-        per_row = np.repeat(real, loss_tokens(session.job, table, rows[micro]))
+        context.heartbeat.beat()
+        context.stop_if_asked()
+        batch = sequences(table, rows[micro], pad_id, context.world.device)
+        log_probs, _ = engine(batch, from_prompt=context.job.sft.loss_on_prompt)
+        per_row = np.repeat(real, loss_tokens(context.job, table, rows[micro]))
         nll -= float((log_probs * torch.from_numpy(per_row).to(log_probs.device)).sum())
         count += int(per_row.sum())
-    total = session.world.sum({"nll": nll, "count": count})
+    total = context.world.sum({"nll": nll, "count": count})
     return math.exp(min(total["nll"] / total["count"], 700.0))

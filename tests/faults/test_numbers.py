@@ -15,7 +15,7 @@ from jobs.spec import Job
 from rlhf_train.engine import checkpoint_files
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Experience, Scored, TrainerView
 from rlhf_train.steps.ppo import warn_of_odd_answers
 from tests import tiny
@@ -113,7 +113,7 @@ def test_odd_answers_are_told(kinds: list[tuple[list[int], bool]], message: str 
     told: list[Event] = []
     job = Job.model_validate(tiny.job(Path("rows")))
     place = Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 64, 1)
-    session = Session(job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), told.append)
-    warn_of_odd_answers(session, answers(*kinds), LIMIT)
+    context = StepContext(job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), told.append)
+    warn_of_odd_answers(context, answers(*kinds), LIMIT)
     assert [event.message for event in told if isinstance(event, Warning)] == ([message] if message else [])
     assert all(isinstance(event, Warning) and event.step == 3 and event.hint for event in told)

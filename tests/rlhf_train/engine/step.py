@@ -15,7 +15,7 @@ from rlhf_train.engine.checkpoint_files import Saved
 from rlhf_train.engine.deepspeed_engine import Ema
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import Session, start_checkpoints
+from rlhf_train.steps.context import StepContext, start_checkpoints
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -43,12 +43,12 @@ class Step:
         job = Job.model_validate(tiny.job(run.path / "rows") | {"checkpoint": settings})
         self.events: list[Event] = []
         placement = Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 8, 1)
-        self.session = Session(job, run, World(0, 1, CPU), placement, run.path, self.events.append, saved=saved)
+        self.context = StepContext(job, run, World(0, 1, CPU), placement, run.path, self.events.append, saved=saved)
         self.module = nn.Linear(2, 2)
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
         self.ema = Ema(self.module, 0.5)
-        self.checkpointer, self.divergence = start_checkpoints(self.session, 1, updates, {"ema": self.ema}, rows=rows, model_bytes=100)
+        self.checkpointer, self.divergence = start_checkpoints(self.context, 1, updates, {"ema": self.ema}, rows=rows, model_bytes=100)
         self.seen: list[float] = []
 
     def update(self, number: int) -> None:

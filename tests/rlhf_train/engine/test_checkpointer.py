@@ -69,10 +69,10 @@ def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
     assert saved is not None and saved.update == 2
     assert {name: int(tensor) for name, tensor in saved.tensors("loop").items()} == {"number": 2}
     again = Step(run, {"every_updates": 2}, saved=saved)
-    beats = again.session.pulse._count
+    beats = again.context.heartbeat._count
     state = again.checkpointer.resume()
     assert state is not None
-    assert again.session.pulse._count == beats + 3  # what it does, and each tensor: a slow disk is not taken for a hang
+    assert again.context.heartbeat._count == beats + 3  # what it does, and each tensor: a slow disk is not taken for a hang
     again.seen = state["seen"]
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
@@ -88,10 +88,10 @@ def test_without_a_checkpoint_it_starts_anew(run: RunDir) -> None:
 def test_asked_to_stop_it_saves_the_last_whole_update(run: RunDir) -> None:
     step = Step(run, {"every_minutes": None})
     step.update(1)
-    step.session.stop.ask()
-    asked_at = step.session.stop.asked_at
-    step.session.stop.ask()  # a second time: nothing changes
-    assert step.session.stop.asked_at == asked_at
+    step.context.stop.ask()
+    asked_at = step.context.stop.asked_at
+    step.context.stop.ask()  # a second time: nothing changes
+    assert step.context.stop.asked_at == asked_at
     with pytest.raises(Stopped):
         step.update(2)
     assert step.saved_updates() == [2]
@@ -102,9 +102,9 @@ def test_what_is_saved_is_not_saved_again(run: RunDir) -> None:
     step = Step(run, {"every_updates": 2})
     for number in (1, 2):
         step.update(number)
-    step.session.stop.ask()
+    step.context.stop.ask()
     with pytest.raises(Stopped):
-        step.session.stop_if_asked()
+        step.context.stop_if_asked()
     assert step.saved_updates() == [2]
 
 
@@ -113,9 +113,9 @@ def test_it_is_not_saved_when_the_time_will_not_do(run: RunDir) -> None:
     for number in (1, 2, 3):
         step.update(number)
     step.checkpointer._seconds = 6.0
-    step.session.stop.ask()
+    step.context.stop.ask()
     with pytest.raises(Stopped):
-        step.session.stop_if_asked()
+        step.context.stop_if_asked()
     assert step.saved_updates() == [2]
     (warning,) = [event for event in step.events if isinstance(event, Warning)]
     assert warning.message == "no checkpoint of update 3: 5 s are left, and the last one took 6 s"
@@ -124,9 +124,9 @@ def test_it_is_not_saved_when_the_time_will_not_do(run: RunDir) -> None:
 
 def test_before_the_first_update_there_is_nothing_to_save(run: RunDir) -> None:
     step = Step(run, {})
-    step.session.stop.ask()
+    step.context.stop.ask()
     with pytest.raises(Stopped):
-        step.session.stop_if_asked()
+        step.context.stop_if_asked()
     assert step.saved_updates() == [] and not run.step(1).checkpoints.exists()
 
 
@@ -257,7 +257,7 @@ def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
     step = Step(run, {"every_updates": 1})
     step.update(1)
     step.divergence.skip(2, "its loss is not finite")
-    step.session.stop.ask()
+    step.context.stop.ask()
     with pytest.raises(Stopped):
         step.update(2)
     assert step.saved_updates() == [1, 2]

@@ -17,7 +17,7 @@ from jobs.errors import ToolkitError
 from jobs.spec import Lora, Optimization, Scratch
 from rlhf_train import compat
 from rlhf_train.data.sequences import BatchPlan, Sequences
-from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, copy_weights, full_state, learning_rate_factor, rehearse
+from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, copy_weights, full_state, learning_rate_factor, trial_update
 from rlhf_train.models.networks import ActorForward, add_lora, load_causal, train_tokenizer
 from rlhf_train.ranks.collectives import World
 from tests import ranks, tiny
@@ -42,7 +42,7 @@ def engine(model: Any, world: World, optimization: Optimization, *, micro_batch:
 
 
 def rehearsed(trained: Engine) -> Engine:
-    rehearse((trained, lambda: trained(rows())[0].sum()))
+    trial_update((trained, lambda: trained(rows())[0].sum()))
     return trained
 
 
@@ -314,7 +314,7 @@ def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
         return trained(rows())[0].sum()
 
     trained._adamw.register_step_pre_hook(lambda *_: steps.append(moments()))
-    rehearse((trained, forward))
+    trial_update((trained, forward))
     whole = moments()  # flat parts are filled up at their end
     assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
     assert passes == [0, whole]
@@ -376,7 +376,7 @@ def test_gradients_that_are_not_finite(world: World, make_model: Callable[..., A
 def test_a_rehearsal_on_numbers_that_are_not_finite_is_refused(world: World, make_model: Callable[..., Any], stage: int) -> None:
     trained = engine(make_model(), world, spec(), stage=stage)
     with pytest.raises(ToolkitError, match="the longest rows give numbers that are not finite"):
-        rehearse((trained, lambda: trained(rows())[0].sum() * float("inf")))
+        trial_update((trained, lambda: trained(rows())[0].sum() * float("inf")))
 
 
 def test_the_loss_scale_is_restored(world: World, make_model: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_train.ranks.heartbeat import SLOT_BYTES, Pulse, Sign, Watch, sign_in
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, Heartbeat, Sign, Watch, sign_in
 from tests.tiny import CHECKOUT
 
 
@@ -23,21 +23,21 @@ def watch() -> Iterator[Watch]:
 
 def test_a_rank_counts_up_and_says_what_it_does(watch: Watch) -> None:
     assert watch.signs() == [Sign(0, 0, False, False, False, "")] * 3  # none has begun
-    pulse = Pulse.of_rank(watch.file, 1, 3)
+    heartbeat = Heartbeat.of_rank(watch.file, 1, 3)
     assert watch.signs() == [Sign(0, 0, False, False, False, ""), Sign(1, 0, False, False, False, "starting"), Sign(0, 0, False, False, False, "")]
-    pulse.beat("update 7")
-    pulse.beat()
+    heartbeat.beat("update 7")
+    heartbeat.beat()
     assert watch.signs()[1] == Sign(3, 0, False, False, False, "update 7")  # no phase: the same goes on
-    pulse.has_trained = True
-    pulse.beat("a")
+    heartbeat.has_trained = True
+    heartbeat.beat("a")
     assert watch.signs()[1] == Sign(4, 0, True, False, False, "a")  # nothing is left of the longer phase
 
 
 def test_meetings_are_counted_apart(watch: Watch) -> None:
-    pulse = Pulse.of_rank(watch.file, 1, 3)
+    heartbeat = Heartbeat.of_rank(watch.file, 1, 3)
     for _ in range(2):
-        pulse.meet()
-    pulse.beat("update 1")
+        heartbeat.meet()
+    heartbeat.beat("update 1")
     assert watch.signs()[1] == Sign(4, 2, False, False, False, "update 1")
 
 
@@ -52,16 +52,16 @@ def test_a_sign_is_written_at_once() -> None:
             super().__setitem__(*written)
 
     memory = Memory(3 * SLOT_BYTES)
-    pulse = Pulse(memory, 2)
-    pulse.beat("update 7")
+    heartbeat = Heartbeat(memory, 2)
+    heartbeat.beat("update 7")
     assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == Sign(2, 0, False, False, False, "update 7")
 
 
 def test_ranks_do_not_write_over_each_other(watch: Watch) -> None:
-    pulses = [Pulse.of_rank(watch.file, rank, 3) for rank in range(3)]
-    for rank, pulse in enumerate(pulses):
+    heartbeats = [Heartbeat.of_rank(watch.file, rank, 3) for rank in range(3)]
+    for rank, heartbeat in enumerate(heartbeats):
         for _ in range(rank):
-            pulse.beat(f"{rank}" * 200)
+            heartbeat.beat(f"{rank}" * 200)
     assert [sign.count for sign in watch.signs()] == [1, 2, 3]
     assert [set(sign.phase) for sign in watch.signs()] == [set("starting"), {"1"}, {"2"}]
 
@@ -69,7 +69,7 @@ def test_ranks_do_not_write_over_each_other(watch: Watch) -> None:
 @pytest.mark.parametrize("phase", ["x" * 500, "ä" * 500, "x" + "ä" * 500, "xx" + "雪" * 500, "xx" + "😀" * 500])
 def test_a_long_phase_is_cut(watch: Watch, phase: str) -> None:
     """Bytes are counted; a character that is cut in two is shown as one that is unknown."""
-    Pulse.of_rank(watch.file, 0, 3).beat(phase)
+    Heartbeat.of_rank(watch.file, 0, 3).beat(phase)
     (said, *others) = watch.signs()
     kept = said.phase.rstrip("\N{REPLACEMENT CHARACTER}")
     assert phase.startswith(kept) and SLOT_BYTES - 24 < len(kept.encode()) <= SLOT_BYTES
@@ -79,18 +79,18 @@ def test_a_long_phase_is_cut(watch: Watch, phase: str) -> None:
 @pytest.mark.parametrize(("phase", "read"), [("Schritt für 雪", "Schritt für 雪"), ("", ""), ("a \udcff b", "a ? b")])
 def test_any_text_is_a_phase(watch: Watch, phase: str, read: str) -> None:
     """Also one with a path that is not UTF-8."""
-    Pulse.of_rank(watch.file, 2, 3).beat(phase)
+    Heartbeat.of_rank(watch.file, 2, 3).beat(phase)
     assert watch.signs()[2].phase == read
 
 
 def test_another_process_is_seen(watch: Watch) -> None:
-    code = "import sys; from rlhf_train.ranks.heartbeat import Pulse; Pulse.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    code = "import sys; from rlhf_train.ranks.heartbeat import Heartbeat; Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
     command = [sys.executable, "-c", code, str(watch.file)]
     subprocess.run(command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
     assert watch.signs()[2] == Sign(2, 0, False, False, False, "update 1")  # also after it is gone
 
 
 def test_nobody_needs_to_watch() -> None:
-    pulse = Pulse.unseen()
-    pulse.beat("update 1")
-    pulse.beat("x" * 500)
+    heartbeat = Heartbeat.unseen()
+    heartbeat.beat("update 1")
+    heartbeat.beat("x" * 500)

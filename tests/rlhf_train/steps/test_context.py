@@ -16,7 +16,7 @@ from rlhf_train.data.dataset import Ragged, Table
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import Session, Stopped
+from rlhf_train.steps.context import StepContext, Stopped
 from rlhf_train.steps.reward import accuracy
 from rlhf_train.steps.sft import perplexity
 from tests import tiny
@@ -28,7 +28,7 @@ ROWS = 20
 @pytest.mark.parametrize(("asked_in", "batches"), [(1, 1), (3, 3), (99, 5)])
 def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(measure: Callable[..., float], asked_in: int, batches: int) -> None:
     job, place = Job.model_validate(tiny.job(Path("rows"))), Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 64, 1)
-    session = Session(job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), lambda event: None)
+    context = StepContext(job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), lambda event: None)
     tokens = Ragged.of([[5, 6]] * ROWS)
     table = Table(tokens, tokens, tokens, tokens, {}, {})
     seen: list[Sequences] = []
@@ -36,12 +36,12 @@ def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(measure: Cal
     def engine(batch: Sequences, at: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
         seen.append(batch)
         if len(seen) == asked_in:
-            session.stop.ask()
+            context.stop.ask()
         return torch.zeros(int(batch.response_lengths.sum()) if at is None else len(at)), None
 
     if asked_in == 99:
-        measure(session, engine, table, np.arange(ROWS), 0)
+        measure(context, engine, table, np.arange(ROWS), 0)
     else:
         with pytest.raises(Stopped):
-            measure(session, engine, table, np.arange(ROWS), 0)
+            measure(context, engine, table, np.arange(ROWS), 0)
     assert len(seen) == batches

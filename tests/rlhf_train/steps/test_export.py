@@ -22,7 +22,7 @@ from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
 from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, last_scores, load_causal, load_scorer, load_tokenizer, train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.export import save_model
 from tests import tiny
 from tests.ranks import on_ranks
@@ -99,10 +99,10 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
     seen = {"logits": logits, "ids": batch.input_ids, "mask": batch.attention_mask, "averages": averages, "start": start}
     placement = Placement("cpu", "", world.size, kind.precision, kind.zero_stage, kind.zero_stage, (2, 2, 2), 8, 1)
     events: list[Event] = []
-    session = Session(job, RunDir(folder), world, placement, folder, events.append)
+    context = StepContext(job, RunDir(folder), world, placement, folder, events.append)
 
     def save(target: Path) -> None:
-        save_model(session, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS)
+        save_model(context, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS)
 
     if ema is None:
         save(folder / name)

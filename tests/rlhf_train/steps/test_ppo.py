@@ -26,12 +26,12 @@ from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, padding, train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import Session
+from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Experience, Scored
 from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.ppo import accumulate_gradients, next_kl_coef, self_test
 from rlhf_train.steps.ppo_setup import frozen_copies
-from rlhf_train.steps.scoring import Judges
+from rlhf_train.steps.scoring import Scorer
 from tests import ranks, tiny
 
 EOS, PAD = 2, 1
@@ -45,20 +45,20 @@ PROMPTS = [np.array([2, 70, 80, 90]), np.array([2, 71]), np.array([2, 72, 73, 74
 class Start:
     """Step 3 just before its first update. A test makes it ill, then asks for the rollout and the self-test."""
 
-    session: Session
+    context: StepContext
     events: list[Event]
     actor_model: Any
     actor: Engine
     critic: Engine
-    judges: Judges
+    scorer: Scorer
     sampling: Rollouts
 
     def rollout(self) -> list[Scored]:
         responses = self.sampling.generate(PROMPTS, seed=0, row_ids=range(len(PROMPTS)))
-        return self.judges.score(PROMPTS, responses, (self.actor, self.critic))[0]
+        return self.scorer.score_rollout(PROMPTS, responses, (self.actor, self.critic))[0]
 
     def self_test(self) -> None:
-        self_test(self.session, self.rollout(), self.actor, PAD)
+        self_test(self.context, self.rollout(), self.actor, PAD)
 
 
 def make_start(
@@ -71,7 +71,7 @@ def make_start(
     stage = 0 if precision == "float32" else 1
     placement = Placement("cpu", "", world.size, precision, stage, stage, (plan.micro_batch,) * 3, 8, 1)
     events: list[Event] = []
-    session = Session(job, RunDir(folder), world, placement, folder, events.append)
+    context = StepContext(job, RunDir(folder), world, placement, folder, events.append)
     dtype, model = DTYPES[precision], Scratch(config=tiny.OPT)
     actor_model, critic_model = load_causal(model, tokenizer, dtype, 1), load_scorer(model, tokenizer, dtype, 2)
     if lora is not None:
@@ -81,12 +81,12 @@ def make_start(
     pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model) if packed else PAD
     how: dict[str, Any] = {"precision": precision, "zero_stage": stage, "world": world}
     return Start(
-        session,
+        context,
         events,
         actor_model,
         Engine(ActorForward(actor_model), job.ppo, 1e-3, 4, plan, **how),
         Engine(ScoreForward(critic_model), job.ppo, 1e-3, 4, plan, **how),
-        Judges(session, reference, reward_model, pad_id, pass_tokens=plan.micro_batch * 22),
+        Scorer(context, reference, reward_model, pad_id, pass_tokens=plan.micro_batch * 22),
         Rollouts(actor_model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=job.ppo.temperature, batch=8, device=world.device),
     )
 
@@ -148,7 +148,7 @@ def another_temperature(ill: Start) -> None:
 
 def another_reference(ill: Start) -> None:
     with torch.no_grad():
-        ill.judges.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
+        ill.scorer.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
 
 
 def an_adapter_that_is_not_zero(ill: Start) -> None:
@@ -197,7 +197,7 @@ def test_a_number_that_is_none_is_seen_in_any_row(start: Callable[..., Start], p
     rows = healthy.rollout()
     rows[place] = replace(rows[place], rollout_log_probs=np.full_like(rows[place].rollout_log_probs, np.nan))
     with pytest.raises(ToolkitError, match="the rollout and the trainer"):
-        self_test(healthy.session, rows, healthy.actor, PAD)
+        self_test(healthy.context, rows, healthy.actor, PAD)
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------------
@@ -239,16 +239,16 @@ def three_updates(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, An
     and rows are padded.
     """
     begun = make_start(world, folder, plan=plan, packed=on_policy, temperature=0.8, missing_eos_penalty=1.0, **ppo)
-    pad_id, prompts, spec = begun.judges.pad_id, [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)], begun.session.job.ppo
+    pad_id, prompts, spec = begun.scorer.pad_id, [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)], begun.context.job.ppo
     trained = (begun.actor, begun.critic)
     for update in range(3):
         mine = list(range(8))[world.rank :: world.size]
         responses = begun.sampling.generate([prompts[i] for i in mine], seed=update, row_ids=mine)
-        scored, _ = begun.judges.score([prompts[i] for i in mine], responses, None if on_policy else trained)
+        scored, _ = begun.scorer.score_rollout([prompts[i] for i in mine], responses, None if on_policy else trained)
         rows = dict(pair for part in world.gather(list(zip(mine, scored, strict=True))) for pair in part)
         experience = Experience.of([rows[i] for i in range(8)], spec, kl_coef=0.5, on_policy=on_policy)
         passes = [experience.cut(micro, pad_id, world.device) for micro in deal(experience.lengths, plan, world.rank)]
-        accumulate_gradients(begun.session, passes, int(experience.mask.sum()), on_policy=on_policy, actor=begun.actor, critic=begun.critic)
+        accumulate_gradients(begun.context, passes, int(experience.mask.sum()), on_policy=on_policy, actor=begun.actor, critic=begun.critic)
         for engine in trained:
             engine.step()
     return {f"{place}/{name}": tensor.clone() for place, engine in enumerate(trained) for name, tensor in engine.tensors()}

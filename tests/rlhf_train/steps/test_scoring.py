@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf_train.data.sequences import Sequences
-from rlhf_train.steps.scoring import judge, passes_of_all, to_host, trainer_view
+from rlhf_train.steps.scoring import passes_of_all, score_batch, to_host, trainer_view
 
 pytestmark = pytest.mark.pinned
 
@@ -16,12 +16,12 @@ def test_views_collect_what_the_networks_say():
     batch = Sequences.of([np.array([2, 5]), np.array([2])], [np.array([7, 3]), np.array([8])], 1, CPU)
     actor = lambda batch, temperature, with_entropy=False: (torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.2, 0.4, 0.9]))  # noqa: E731
     score = lambda batch, at: (torch.arange(8.0)[at], None)  # noqa: E731 (two rows of 4)
-    said = judge(batch, reference=actor, reward_model=score, temperature=1.0)
-    assert said["score"].tolist() == [3.0, 5.0]  # after the last real token
-    assert said["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
-    mine = trainer_view(batch, actor=actor, critic=score, temperature=1.0)
-    assert mine["values"].tolist() == [[1.0, 2.0], [4.0, 0.0]]
-    assert mine["entropy"].tolist() == pytest.approx([0.3, 0.9])
+    frozen = score_batch(batch, reference=actor, reward_model=score, temperature=1.0)
+    assert frozen["score"].tolist() == [3.0, 5.0]  # after the last real token
+    assert frozen["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
+    trained = trainer_view(batch, actor=actor, critic=score, temperature=1.0)
+    assert trained["values"].tolist() == [[1.0, 2.0], [4.0, 0.0]]
+    assert trained["entropy"].tolist() == pytest.approx([0.3, 0.9])
 
 
 def test_numbers_reach_the_host_as_they_were():

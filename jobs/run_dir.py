@@ -97,7 +97,7 @@ class RunDir:
         """Written before SIGTERM by who cancels the run: it is not to go on."""
         return self.path / "job" / "cancelled"
 
-    # The rest of job/ is written by remote/supervisor.sh, each file one line. Absent: not known, or the run was started by hand.
+    # The rest of job/ is written by remote/on_box/supervisor.sh, each file one line. Absent: not known, or the run was started by hand.
 
     @property
     def request(self) -> Path:

@@ -17,7 +17,7 @@ GOES_ON = {int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED)}
 
 
 class Facts(Protocol):
-    """The words of a `job` frame or of a `run` line; remote.watch.Job is one."""
+    """The words of a `job` frame or of a `run` line; remote.runs.job_state.Job is one."""
 
     @property
     def words(self) -> Mapping[str, str]:

@@ -5,16 +5,19 @@ python := .venv/bin/python
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv docs lock clean
+.PHONY: help demo test test-fast lint venv docs lock clean
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z.]*\):[^#]*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1	/p' Makefile
 
 demo: venv ## all three RLHF steps on the CPU, in minutes; SEED=n for another seed, REDO=1 to start over
 	$(python) -m rlhf_train --job demo --step all $(if $(SEED),--set seed=$(SEED) --run demo-seed-$(SEED)) $(if $(REDO),--redo)
 
 test: lint ## lint, then every test; PYTEST_ARGS='-k gae' for some
 	$(python) -m pytest $(PYTEST_ARGS)
+
+test-fast: venv ## tests that need no torch and start nothing, in under a minute: the job file, the views, most of the laptop half
+	$(python) -m pytest --fast tests/jobs tests/env tests/remote tests/test_house.py $(PYTEST_ARGS)
 
 lint: venv ## ruff and mypy
 	$(python) -m ruff check

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +21,34 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
     from rlhf_train.ranks.collectives import World
+
+
+# `make test-fast`: what runs without torch, and starts no server, shell job or environment.
+FAST_PLACES = ("jobs/", "env/", "remote/", "test_house.py")
+SLOW_FIXTURES = {"sshd_program", "far", "made", "on_box", "index", "checkout", "lock", "box", "fakes", "mirror", "python_with_old_datasets"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests that need no torch and take no time: under a minute in all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if not _is_fast(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+def _is_fast(item: pytest.Item) -> bool:
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    return place.startswith(FAST_PLACES) and SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(autouse=True)
+def _no_torch_in_fast_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.config.getoption("--fast"):
+        assert "torch" not in sys.modules, "a test of --fast has imported torch"
 
 
 @pytest.hookimpl(wrapper=True)

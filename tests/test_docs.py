@@ -99,7 +99,7 @@ def mistake_in(words: list[str]) -> str:
         words = words[1:]
     program, rest = words[0], words[1:]
     if program == "make":
-        targets = re.findall(r"^([a-z.]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        targets = re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         return ", ".join(word for word in rest if word not in targets and "=" not in word)
     if program == "fab":
         verb = VERBS_BY_NAME.get(rest[0])

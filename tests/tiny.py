@@ -11,15 +11,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from jobs.events import read_events
 from jobs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKOUT = Path(__file__).parents[1]
 WORDS = ["red", "blue", "tall", "small", "cat", "dog", "tree", "house", "runs", "sings"]
@@ -81,6 +82,8 @@ class Trained:
         return event
 
     def weights(self, step: int, folder: str = "model") -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file  # the rest of this file, which tests without torch use, too, needs none
+
         return load_file(self.dir.step(step).path / folder / "model.safetensors")
 
 

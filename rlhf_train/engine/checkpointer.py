@@ -98,7 +98,7 @@ class Checkpointer:
         self.updates = updates
         self.parts = parts
         self.rows = rows
-        self.spec = around.settings
+        self.spec: spec.Checkpoint = around.settings
         self.folder = around.run.step(around.step)
         self.size_bytes = sum(part.size_bytes() for part in parts.values())
         self.inodes = FILES + self.size_bytes // checkpoint_files.SHARD_BYTES

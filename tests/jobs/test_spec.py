@@ -421,7 +421,8 @@ class Reader(ast.NodeVisitor):
         self.visit(node.elt)
 
     def annotate(self, name: str, annotation: ast.expr | None) -> None:
-        words = {each.id for each in ast.walk(annotation) if isinstance(each, ast.Name)} if annotation else set()
+        nodes = list(ast.walk(annotation)) if annotation else []
+        words = {each.id for each in nodes if isinstance(each, ast.Name)} | {each.attr for each in nodes if isinstance(each, ast.Attribute)}
         self.known[name] = {self.named[word] for word in words & self.named.keys()}
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -481,6 +482,7 @@ def test_a_field_without_a_reader_is_found() -> None:
         ("def f(spec: Sft): return spec.epochs", True),
         ("def f(spec: Optimization): return spec.epochs", True),
         ("def f(spec: Sft | None): return g(spec.epochs + 1)", True),
+        ("def f(part: spec.Sft): return part.epochs", True),
         ("spec = session.job.sft\nspec.epochs", True),
         ("spec, other = self.job.sft, 1\nprint(spec.epochs)", True),
         ("sum(part.epochs for part in (job.reward, job.sft))", True),

@@ -471,7 +471,7 @@ def disk(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("size", ["12k", "28k"])  # pages of 4 kB: with the first, no event can be written, also none of an error
+@pytest.mark.parametrize("size", ["16k", "28k"])  # pages of 4 kB: with the first, no event can be written, also none of an error
 def test_a_disk_that_is_too_small_for_the_job(run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     monkeypatch.setattr(fitness, "judge", lambda *_: [])  # which asks for room for any run
     with disk(tmp_path / "out", f"size={size}"):

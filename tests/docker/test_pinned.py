@@ -54,7 +54,7 @@ def test_without_a_shim(in_image: InImage) -> None:
 
 
 def test_with_a_shim_for_gloo(in_image: InImage) -> None:
-    """ZeRO 1 to 3 on two ranks, which PyTorch 2.0's gloo cannot carry by itself."""
+    """ZeRO 2 and 3 on two ranks, which PyTorch 2.0's gloo cannot carry by itself."""
     done = pytest_in(in_image, "pinned_gloo", {"PYTHONPATH": "/app:/app/tests/gloo_shim"})
     counts = results(done)
     print(f"pinned stack, gloo shim: {counts}")

@@ -32,7 +32,7 @@ HOW: dict[str, dict[str, Any]] = {
     "zero 2": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 2, "critic_zero_stage": 2},
     "zero 3": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 3, "critic_zero_stage": 3, "gradient_checkpointing": "true"},
 }
-ON_PINNED = {"two ranks": [pytest.mark.pinned]} | {key: [pytest.mark.pinned_gloo] for key in ("zero 1", "zero 2", "zero 3")}
+ON_PINNED = {"two ranks": [pytest.mark.pinned], "zero 2": [pytest.mark.pinned_gloo], "zero 3": [pytest.mark.pinned_gloo]}
 OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
 SAVES = ["checkpoint.every_updates=3", "checkpoint.every_minutes=null"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}

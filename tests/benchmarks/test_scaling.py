@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +29,18 @@ def test_two_ranks_are_measured_and_end_without_their_model(tmp_path: Path) -> N
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])] == []
 
 
-def test_samples_a_second_are_set_against_those_of_one_gpu() -> None:
+def test_samples_a_second_are_set_against_those_of_one_gpu(tmp_path: Path) -> None:
     def taking(seconds: float) -> tuple[Ran, float]:
-        ran = Ran(RunDir(Path("run")), {}, 0)
-        object.__setattr__(ran, "updates", lambda step, leave_out: [{"wall_s": seconds, "gpu_peak_bytes": 2**30}])
-        return ran, 2.0 * 2**30
+        run = RunDir(tmp_path / f"{seconds}")
+        run.path.mkdir(exist_ok=True)
+        lines = [{"kind": "metrics", "step": 1, "seq": n, "update": n + 1, "elapsed_s": seconds * n, "gpu_peak_bytes": 2**30} for n in range(5)]
+        run.events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return Ran(run, dict.fromkeys(range(5), 0.0), 0), 2.0 * 2**30
 
     same, twice = scaling.TWO[0], replace(scaling.TWO[0], name="twice", times=2)
     ran = {scaling.ONE.name: taking(2.0), same.name: taking(1.25), "twice": taking(2.0)}
-    assert scaling.row_of(same, ran, 1, samples=8) == [same.name, "1.250", "6.4", "1.60x", "-", "-", "-", "1.0", "2.0"]
-    assert scaling.row_of(twice, ran, 1, samples=8)[1:4] == ["2.000", "8.0", "2.00x"]
+    assert scaling.row_of(same, ran, 1, samples=8) == [same.name, "1.250 (1.250-1.250)", "6.4", "1.60x", "-", "-", "-", "1.0", "2.0"]
+    assert scaling.row_of(twice, ran, 1, samples=8)[1:4] == ["2.000 (2.000-2.000)", "8.0", "2.00x"]
 
 
 def test_curves_are_compared_by_update() -> None:

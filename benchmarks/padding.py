@@ -36,8 +36,8 @@ def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[s
     tokenizer.save_pretrained(str(folder / "ending"))
     third = run_product(job, [3], folder / "second", where, given={1: folder / "ending", 2: models[2]})
     lines[3] = third.events("metrics", 3)
-    fates = {step: (ran if step < 3 else third).events("plan", step)[-1] for step in (1, 2, 3)}
-    rows = [[f"step {step}", f"{share(lines[step]):.1%}", str(len(lines[step])), batches(fates[step])] for step in (1, 2, 3)]
+    row_counts = {step: (ran if step < 3 else third).events("plan", step)[-1] for step in (1, 2, 3)}
+    rows = [[f"step {step}", f"{share(lines[step]):.1%}", str(len(lines[step])), batches(row_counts[step])] for step in (1, 2, 3)]
     answers = sum(line["response_length"] for line in lines[3]) / len(lines[3])
     notes = [
         f"rows: {data.name}; a tokenizer of {len(tokenizer)} tokens trained on them, whose texts are somewhat longer than by OPT's own",

@@ -1,4 +1,4 @@
-"""How long the verbs of `fab` take over a line of 100 ms, against the targets of DESIGN section 7.
+"""How long the verbs of `fab` take over a connection of 100 ms, against the targets of DESIGN section 7.
 
 `python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as the tests have it) and a long line to it, deploys (some
 minutes, once), and prints medians of whole commands, Python's own start included; near is the same box without the delay, so that
@@ -96,7 +96,7 @@ class Bench:
         until(lambda: following.out, 30, lambda: following.err)
         until(self.box.cut, 10)
         began = time.monotonic()
-        until(lambda: "the line is away" in following.err, 30)
+        until(lambda: "connection lost" in following.err, 30)
         size = len(following.out_bytes)
         until(lambda: len(following.out_bytes) > size, 60)
         seconds = time.monotonic() - began

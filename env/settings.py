@@ -169,7 +169,7 @@ class KeptFolder(_Table):
     note: str = ""
 
 
-class Stop(_Table):
+class StopRules(_Table):
     """What stopping means for the meter and for the data."""
 
     meter: Literal["off", "on", "unknown"]  # for the machine with its GPUs, once it is stopped
@@ -192,7 +192,7 @@ class Provider(_Table):
     signs: Signs = Signs()
     data_folders: Paths  # for our folder: the first of them that is there
     folders: Annotated[tuple[KeptFolder, ...], Field(strict=False)] = ()
-    stop: Stop
+    stop: StopRules
     env_files: Paths = ()  # what its own shells read and `ssh BOX COMMAND` does not: to be sourced before a job, if there
     proxy_files: Paths = ()  # sets a proxy for the way abroad; to be sourced for that alone, never together with a mirror
     mirror: str = "default"  # the file of mirrors/ that is advised there

@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     UNCERTAIN = 6
     LOST = 7
     UNREACHABLE = 8
-    PREEMPTED = 75  # the same command goes on
+    PREEMPTED = 75  # the same command resumes
     INTERRUPTED = 130  # Ctrl-C in the foreground
     CANCELLED = 143
 
@@ -56,7 +56,7 @@ def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
     return ToolkitError(
         f"the disk is full{f': {error.filename}' if error.filename else ''}" if full else f"cannot use {error.filename or 'a file of the run'}",
         why=error.strerror or str(error),
-        hint="make room or mend the path, then the same command goes on",
+        hint="make room or mend the path, then the same command resumes",
         exit_code=exit_code,
     )
 

@@ -67,7 +67,7 @@ NUMBER: Literal["number"] = "number"
 
 
 @dataclass(frozen=True)
-class Shown:
+class MetricFormat:
     """Say how a metric is written, and where it stands in the panel."""
 
     spec: str  # as format() takes it
@@ -75,12 +75,12 @@ class Shown:
     place: Curve | Literal["number"]
 
 
-def metric(spec: str, label: str, place: Curve | Literal["number"]) -> dict[str, Shown | None]:
+def metric(spec: str, label: str, place: Curve | Literal["number"]) -> dict[str, MetricFormat | None]:
     """Make the metadata of a metric's field: all that the views need to show it."""
-    return {"shown": Shown(spec, label, place)}
+    return {"shown": MetricFormat(spec, label, place)}
 
 
-NOT_SHOWN: dict[str, Shown | None] = {"shown": None}  # a metric that stands in events.jsonl only
+NOT_SHOWN: dict[str, MetricFormat | None] = {"shown": None}  # a metric that stands in events.jsonl only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class Metrics(Measured):
     train_s: float | None = field(default=None, metadata=NOT_SHOWN)
 
 
-SHOWN: dict[str, Shown] = {each.name: each.metadata["shown"] for each in fields(Metrics) if each.metadata.get("shown")}
+SHOWN: dict[str, MetricFormat] = {each.name: each.metadata["shown"] for each in fields(Metrics) if each.metadata.get("shown")}
 
 
 @dataclass(frozen=True, kw_only=True)

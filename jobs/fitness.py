@@ -23,7 +23,7 @@ ON_PURPOSE = "to train on the CPU on purpose, --set hardware.device=cpu"
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     name: str
     capability: str | None = None  # compute capability: "8.9"
 
@@ -54,7 +54,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FitnessFacts:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # hardware.device
     ranks: int | None = None  # that the job would have on GPUs
     pretrained: bool = False  # the job names models, whose weights may be gigabytes, where others come from a config
@@ -63,7 +63,7 @@ class Facts:
     gpu_error: str = ""  # why it sees none, in its own words
     visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES
     driver: str | None = None  # NVIDIA's, that the kernel has loaded
-    cards: tuple[Card, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
+    cards: tuple[Gpu, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
     peer_access: bool | None = None  # some GPU reaches another's memory
     peer_copies_wrong: bool = False  # a copy from one GPU to another was compared, and differed
     gpu_used_bytes: tuple[int | None, ...] | None = None  # before the job begins; by nvidia-smi's index, hidden cards too
@@ -88,7 +88,7 @@ class Finding:
         return one_line(f"{self.what}: {self.todo}")
 
 
-def judge(facts: Facts, limits: Limits) -> list[Finding]:
+def judge(facts: FitnessFacts, limits: Limits) -> list[Finding]:
     found: list[Finding] = []
     if wants_gpu(facts):
         found += _driver(facts, limits) or [
@@ -110,7 +110,7 @@ def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
     return ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT) if lines else None
 
 
-def no_peer_access(facts: Facts, limits: Limits) -> str:
+def no_peer_access(facts: FitnessFacts, limits: Limits) -> str:
     """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as it does on other cards."""
     if facts.peer_copies_wrong:
         return "what one GPU writes into another's memory arrives changed"
@@ -128,13 +128,13 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def wants_gpu(facts: Facts) -> bool:
+def wants_gpu(facts: FitnessFacts) -> bool:
     """With `auto`, a PyTorch that was built for CUDA wants one, unless GPUs are hidden from it on purpose."""
     hidden = facts.visible_devices is not None and facts.visible_devices.strip() in ("", "-1")
     return facts.device == "cuda" or (facts.device == "auto" and facts.cuda is not None and not hidden)
 
 
-def _cuda_limits(facts: Facts, limits: Limits) -> CudaLimits | None:
+def _cuda_limits(facts: FitnessFacts, limits: Limits) -> CudaLimits | None:
     if facts.cuda is None:
         return None
     wanted = version(facts.cuda)
@@ -142,7 +142,7 @@ def _cuda_limits(facts: Facts, limits: Limits) -> CudaLimits | None:
     return limits.cuda[max(known, key=version)] if known else None
 
 
-def _driver(facts: Facts, limits: Limits) -> list[Finding]:
+def _driver(facts: FitnessFacts, limits: Limits) -> list[Finding]:
     wanted = _cuda_limits(facts, limits)
     if wanted is None or facts.driver is None or facts.gpus or version(facts.driver) >= version(wanted.driver_min):
         return []  # where PyTorch sees a GPU, an older driver has NVIDIA's forward compatibility package
@@ -151,7 +151,7 @@ def _driver(facts: Facts, limits: Limits) -> list[Finding]:
     return [Finding("unfit", what, f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it")]
 
 
-def _no_gpu(facts: Facts) -> Iterator[Finding]:
+def _no_gpu(facts: FitnessFacts) -> Iterator[Finding]:
     if facts.cuda is None or facts.gpus or (facts.gpus is None and facts.cards != ()):
         return
     what = "PyTorch sees no GPU" if facts.gpus == 0 else "there is no GPU"
@@ -172,7 +172,7 @@ def _no_gpu(facts: Facts) -> Iterator[Finding]:
     yield Finding("unfit", what, f"{todo}; {ON_PURPOSE}")
 
 
-def _cards(facts: Facts, limits: Limits) -> Iterator[Finding]:
+def _cards(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     wanted = _cuda_limits(facts, limits)
     if wanted is None:
         return
@@ -188,7 +188,7 @@ def _cards(facts: Facts, limits: Limits) -> Iterator[Finding]:
             yield Finding("unfit", what, f"take a box with a newer card; {ON_PURPOSE}")
 
 
-def _gpu_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
+def _gpu_memory(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     for gpu, used in enumerate(facts.gpu_used_bytes or ()):
         if used is None or used <= limits.gpu_memory.used_max_bytes or not _is_visible(gpu, facts.visible_devices):
             continue
@@ -232,7 +232,7 @@ def _is_visible(gpu: int, visible_devices: str | None) -> bool:
     return gpu in map(int, takewhile(str.isdecimal, map(str.strip, visible_devices.split(","))))
 
 
-def _shared_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
+def _shared_memory(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     if facts.ranks is None or facts.ranks < 2 or facts.shared_memory_bytes is None or not facts.shared_memory_used:
         return
     needed = facts.ranks * limits.shared_memory.bytes_per_rank
@@ -246,7 +246,7 @@ def _shared_memory(facts: Facts, limits: Limits) -> Iterator[Finding]:
         )
 
 
-def _cpu_operators(facts: Facts, limits: Limits) -> Iterator[Finding]:
+def _cpu_operators(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     operators = [name for name in facts.prebuilt_operators if name in limits.cpu_operators.names]
     if not operators or facts.cpu_flags is None:
         return
@@ -257,7 +257,7 @@ def _cpu_operators(facts: Facts, limits: Limits) -> Iterator[Finding]:
         yield Finding("warning", what, "take a box with a newer CPU before the optimizer is offloaded to it; all else runs")
 
 
-def _access(folder: Folder, facts: Facts) -> list[Finding]:
+def _access(folder: Folder, facts: FitnessFacts) -> list[Finding]:
     path, found = shlex.quote(folder.path), shlex.quote(folder.found)
     elsewhere = "choose another --output-dir, or mend the path"
     if not folder.is_folder:
@@ -276,7 +276,7 @@ def _access(folder: Folder, facts: Facts) -> list[Finding]:
     return [Finding("unfit", f"{found} is write-protected", f"chmod -R u+rwX {found if folder.missing else target}")]
 
 
-def _room(folder: Folder, facts: Facts, limits: Limits) -> Iterator[Finding]:
+def _room(folder: Folder, facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     found = shlex.quote(folder.found)
     if folder.free_bytes is not None and folder.free_bytes < limits.disk.bytes_min:
         what = f"{size(folder.free_bytes)} are free at {found}, and a run needs {size(limits.disk.bytes_min)} at least"

@@ -118,7 +118,7 @@ def plural(count: object, noun: str) -> str:
     return f"{count} {noun}" if count != 1 else f"{count} {noun.removesuffix('s')}"
 
 
-def data_fates(data: object, step: int) -> str:
+def data_row_counts(data: object, step: int) -> str:
     """{"rows": 9, "empty_answer": 3, "answer_cut": 0} -> `9 rows; left out: 3 empty answers`."""
     groups: dict[str, list[str]] = {}
     for name, count in data.items() if isinstance(data, dict) else ():

@@ -243,7 +243,7 @@ class Hardware(_Strict):
     cpu_threads: AutoCount = _field("auto", "threads of one rank, on the CPU; `auto`: its share of the cores", unit="threads")
 
 
-class Checkpoint(_Strict):
+class CheckpointSchedule(_Strict):
     """What a run that is stopped, killed or preempted resumes from. A step keeps its last one."""
 
     every_minutes: Rate | None = _field(
@@ -270,7 +270,7 @@ class Job(_Strict):
     reward: Reward = _field(..., steps=(2,))
     ppo: Ppo = _field(..., steps=(3,))
     hardware: Hardware = _field(Hardware(), steps=(1, 2, 3))
-    checkpoint: Checkpoint = _field(Checkpoint(), steps=(1, 2, 3))
+    checkpoint: CheckpointSchedule = _field(CheckpointSchedule(), steps=(1, 2, 3))
 
     def dump(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, as YAML and JSON have them."""

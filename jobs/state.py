@@ -16,7 +16,7 @@ ENDED_BY_CANCEL = {int(ExitCode.CANCELLED), int(ExitCode.PREEMPTED), int(ExitCod
 GOES_ON = {int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED)}
 
 
-class Facts(Protocol):
+class JobFacts(Protocol):
     """The words of a `job` frame or of a `run` line; remote.runs.job_state.Job is one."""
 
     @property
@@ -42,7 +42,7 @@ class Facts(Protocol):
         """Seconds since 1970, by the clock that the events' times are of; None: no supervisor has started it."""
 
 
-def state_of(last_event: RawEvent | None, facts: Facts) -> State:
+def state_of(last_event: RawEvent | None, facts: JobFacts) -> State:
     """last_event: the last line of events.jsonl that is whole; None where there is none.
 
     An exit code decides. Without one, what runs is running, and what does not has been cancelled, has said its end itself, or is lost:

@@ -25,14 +25,14 @@ from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, 
 from jobs.steps import STEPS
 from jobs.views import console
 from rlhf_train import completion
-from rlhf_train.ranks.processes import Spares, likely_crew
+from rlhf_train.ranks.processes import SpareRanks, likely_crew
 from rlhf_train.steps.rule import load_rule
 
 EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
-The same command goes on with a run that stopped; steps that are complete are skipped."""
+The same command resumes a run that stopped; steps that are complete are skipped."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable")
     p.add_argument("--run", metavar="NAME", help="the run's name (default: the job's)")
     p.add_argument("--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same")
-    p.add_argument("--redo", action="store_true", help="do the steps again that are complete (one that was stopped goes on)")
+    p.add_argument("--redo", action="store_true", help="do the steps again that are complete (one that was stopped resumes)")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--deployment-type", choices=DEPLOYMENT_TYPES, help="one GPU, or all of this machine")
     p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
@@ -92,7 +92,7 @@ def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> N
         raise error
 
 
-def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
+def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     settings = Settings.from_environ(os.environ)
     wanted = steps_of(args.step)
     job = load_job(args.job, settings_of(args))
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, spares: Spares) -> ExitCode:
         if code != ExitCode.OK:
             step = next(step for step in todo if not completion.is_complete(run, step) or step in completion.left_to_redo(run))
             update = completion.goes_on_from(run, step)
-            say(f"stopped: the same command goes on in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}")
+            say(f"stopped: the same command resumes in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
     return ExitCode.OK
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.getsignal(signal.SIGTERM)
     try:
         args = parser().parse_args(argv)
-        with Spares(os.environ) as spares:
+        with SpareRanks(os.environ) as spares:
             return train(args, spares)
     except ToolkitError as error:
         console.print_error(error)

@@ -1,4 +1,4 @@
-"""Which steps of a run are to be done: the same command goes on, a changed field is refused, a redo starts anew."""
+"""Which steps of a run are to be done: the same command resumes, a changed field is refused, a redo starts anew."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
         raise ToolkitError(
             f"run `{run.name}` did step {step} with other settings",
             why="\n".join(lines),
-            hint=f"go on with the old settings; or `--run NEW{source}` for a run of its own;\n"
+            hint=f"resume with the old settings; or `--run NEW{source}` for a run of its own;\n"
             f"or `--redo --step {','.join(map(str, changed))}` to do it again here",
         )
     for step in todo:

@@ -28,8 +28,8 @@ from jobs.views import console
 from rlhf_train import completion
 from rlhf_train.plan import memory_fit
 from rlhf_train.plan.placement import Placement
-from rlhf_train.ranks.heartbeat import Sign, Watch
-from rlhf_train.ranks.processes import GRACE_S, POLL_S, Crew, Rank, Spares, end, libraries_of
+from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
+from rlhf_train.ranks.processes import GRACE_S, POLL_S, Rank, RankEnvironment, SpareRanks, end, libraries_of
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
@@ -52,10 +52,10 @@ class _Call:
     log: IO[bytes]
     view: Any
     caught: list[int]  # signals that ask to stop
-    spares: Spares
+    spares: SpareRanks
 
 
-def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: Spares) -> ExitCode:
+def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks) -> ExitCode:
     """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come. Raises ToolkitError with the first rank's error.
 
     Each step has processes of its own: DeepSpeed's engines do not give back all memory within one (seen on a GPU:
@@ -103,7 +103,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
     job, run, caught = call.job, call.run, call.caught
     port, _store = _rendezvous(placement.ranks)
     order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(call.cache), port)
-    crew, watch = crew_of(job, placement, os.environ), Watch(placement.ranks)
+    crew, watch = crew_of(job, placement, os.environ), HeartbeatReader(placement.ranks)
     offset = run.events.stat().st_size if run.events.exists() else 0
 
     def show() -> None:
@@ -185,7 +185,7 @@ def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, wo
     with suppress(OSError):  # a full disk is told by the next start
         memory_fit.remember(job, run, less)
     update = completion.goes_on_from(run, step)
-    message = f"out of memory with a micro batch of {now}: goes on with {less.micro_batches[step - 1]}, from update {update}"
+    message = f"out of memory with a micro batch of {now}: continues with {less.micro_batches[step - 1]}, from update {update}"
     with suppress(OSError):
         EventWriter(run.events)(Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it"))
     return less
@@ -194,7 +194,7 @@ def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, wo
 class _Life:
     """How long the ranks have given no sign of life."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: HeartbeatReader) -> None:
         self._watch, self._counts, self._silent_s, self._seen_at = watch, [0], 0.0, time.monotonic()
 
     def silent_s(self) -> float:
@@ -206,7 +206,7 @@ class _Life:
         return self._silent_s
 
 
-def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> ToolkitError:
+def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> ToolkitError:
     """Who keeps the others waiting: the rank that has come least far. Their stacks go to the log."""
     for rank in ranks:
         if rank.poll() is None:
@@ -223,7 +223,7 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[Sign], silent_s: float) -> Tool
         f"{names} on {host} stays away: no rank has got further for {silent_s:.0f} s",
         why="\n".join(lines),
         hint="the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
-        "the same command goes on from the last checkpoint",
+        "the same command resumes from the last checkpoint",
         exit_code=ExitCode.TRAINING,
     )
 
@@ -254,9 +254,9 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
-def crew_of(job: Job, placement: Placement, environ: Mapping[str, str]) -> Crew:
+def crew_of(job: Job, placement: Placement, environ: Mapping[str, str]) -> RankEnvironment:
     nccl = tuple(nccl_settings(placement, environ).items())
-    return Crew(placement.device, placement.ranks, placement.cpu_threads, nccl, libraries_of(job))
+    return RankEnvironment(placement.device, placement.ranks, placement.cpu_threads, nccl, libraries_of(job))
 
 
 def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
@@ -309,7 +309,7 @@ def _sudden_end(run: RunDir, number: int, code: int) -> ToolkitError:
     return ToolkitError(
         f"rank {number} was ended by {name}",
         why=f"{likely}the last lines of {run.log}:\n{_last_lines(run.log)}",
-        hint="the same command goes on with the run",
+        hint="the same command resumes the run",
         exit_code=ExitCode.TRAINING,
     )
 

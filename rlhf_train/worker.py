@@ -150,9 +150,9 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     from rlhf_train.ranks.collectives import World
     from rlhf_train.ranks.heartbeat import Heartbeat
     from rlhf_train.steps import ppo, reward, sft
-    from rlhf_train.steps.context import StepContext, Stop, Stopped
+    from rlhf_train.steps.context import StepContext, Stopped, StopRequest
 
-    stop = Stop()
+    stop = StopRequest()
     signal.signal(signal.SIGTERM, stop.ask)
 
     job = Job.model_validate(order.job)

@@ -181,6 +181,16 @@ def step_tables(source: str) -> list[int]:
     return sorted(line for line, values in keys.items() if {1, 2, 3} <= values)
 
 
+def shared_class_names(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Find the public classes that two files define. sources: file name -> Python text."""
+    places: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    return {name: files for name, files in places.items() if len(files) > 1}
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -286,6 +296,16 @@ def test_what_is_known_by_a_step_s_number_stands_in_one_file() -> None:
 )
 def test_a_table_by_step_number_is_seen(source: str, lines: list[int]) -> None:
     assert step_tables(source) == lines
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    packages = [path for path in python_files() if relative(path).split("/")[0] in {"env", "jobs", "remote", "rlhf_train"}]
+    assert shared_class_names({relative(path): path.read_text(encoding="utf-8") for path in packages}) == {}
+
+
+def test_a_shared_class_name_is_seen() -> None:
+    sources = {"a.py": "class Job: ...\nclass _Own: ...", "b.py": "class Job(Base): ...\nclass _Own: ...", "c.py": "class Jobs:\n    class Job: ..."}
+    assert shared_class_names(sources) == {"Job": ["a.py", "b.py"]}
 
 
 def test_only_named_modules_read_the_environment() -> None:

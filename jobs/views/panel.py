@@ -42,7 +42,7 @@ def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuUsage:
     """One GPU, as nvidia-smi sees it; NaN for what it does not say."""
 
     index: int
@@ -53,14 +53,14 @@ class Card:
 
 @dataclass(frozen=True)
 class BoxView:
-    """What the panel knows of the box that a run is on, from who watches it over a line. Times by the viewer's clock, in seconds."""
+    """What the panel knows of the box that a run is on, from who watches it over a connection. Times by the viewer's clock, in seconds."""
 
     name: str
     line: str = "connecting"
     is_good: bool = True  # nothing that a person has to look after
     away_at: float | None = None  # nothing has come since
     away_why: str = ""
-    cards: tuple[Card, ...] = ()
+    cards: tuple[GpuUsage, ...] = ()
     price_per_hour: float | None = None
     currency: str = ""
     started_at: float | None = None  # the job
@@ -201,7 +201,7 @@ class Board:
             label = f"answer {one_line(view.sample.get('when', ''))}"  # before, or after training
             lines += [_labelled("prompt", tail(prompt, cells)), *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer))]
         mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
-        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}, trying again: {box.away_why}"
+        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}, reconnecting: {box.away_why}"
         return [*lines, Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style))]
 
     def _cost(self, box: BoxView, view: StepView | None, now: float) -> list[str]:
@@ -233,7 +233,7 @@ class Board:
         return line
 
 
-def cards_text(cards: Sequence[Card], width: int) -> str:
+def cards_text(cards: Sequence[GpuUsage], width: int) -> str:
     """Use and memory of all cards on one line: each by itself as long as there is room, then a block each and the range."""
     each = "   ".join(
         f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jobs.errors import ToolkitError
 from jobs.events import SHOWN, RawEvent
-from jobs.formatting import Pace, data_fates, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+from jobs.formatting import Pace, data_row_counts, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
 from jobs.steps import STEPS
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def plan_lines(event: RawEvent) -> list[str]:
     )
     device = f"on {event.get('device')} ({event.get('device_reason')}), {event.get('precision')}, ZeRO {event.get('zero_stage')}"
     lines = [f"{title}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
-    if fates := data_fates(event.get("data"), event.get("step", 0)):
-        lines.append(f"data of all steps: {fates}")
+    if counts := data_row_counts(event.get("data"), event.get("step", 0)):
+        lines.append(f"data of all steps: {counts}")
     return [head(event) + one_line(line) for line in lines]
 
 

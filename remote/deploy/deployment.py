@@ -24,11 +24,11 @@ from remote.scripts import script
 from remote.ssh import commands
 from remote.survey.doctor import diagnose, peer_access_off
 from remote.survey.facts import BoxFacts, Python, home_path, place_of, provider_of, route_of, runtime_of
-from remote.survey.probe_cache import Known, arguments, hub_mirror, probe, recall, remember
+from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, probe, recall, remember
 
 if TYPE_CHECKING:
     from remote.inventory import Box
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 Say = Callable[[str], None]
 Name = Literal["probe", "look", "lock", "sync", "environment", "settle"]
@@ -43,7 +43,7 @@ SENDINGS = 3  # of a checkout that changes while it is sent
 
 
 @dataclass(frozen=True)
-class Part:
+class DeployAction:
     """One thing that was done, or with --dry-run would be."""
 
     name: Name
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DeployPlan:
     """What is to be on the box, from its facts and this checkout."""
 
     root: str
@@ -111,7 +111,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class There:
+class BoxContents:
     """land.sh's look: what is on the box."""
 
     root: Literal["ours", "none", "strange", "unknown"] = "unknown"
@@ -130,13 +130,13 @@ class There:
 
 
 @dataclass(frozen=True)
-class Deployed:
-    plan: Plan
+class DeployResult:
+    plan: DeployPlan
     facts: BoxFacts
     changed: bool  # anything at all
     time: int  # of the last deploy that changed something, by the box's clock; 0: not known
     seconds: float
-    parts: tuple[Part, ...]
+    parts: tuple[DeployAction, ...]
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
@@ -153,7 +153,7 @@ class Deployed:
 
 
 def deploy(
-    line: Line,
+    connection: BoxConnection,
     checkout: Path,
     box: Box,
     *,
@@ -165,20 +165,20 @@ def deploy(
     why: str = "fab deploy",
     fresh: bool = False,
     rsync: str = "rsync",
-) -> Deployed:
+) -> DeployResult:
     """The checkout on the box, and an environment for it. Nothing is done if it is there.
 
     say: gets each line that stays, a stage's begin and end, and notes. now: gets what is only of the moment, such as pip's last line, each in
     place of the one before, and "" when it is over. fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
     Raises ToolkitError: UNFIT, if deploy itself cannot work there; BUSY; UNREACHABLE; what git or the disk here says.
     """
-    return _Deploy(line, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
+    return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
 
 
 # --- plan: pure -----------------------------------------------------------------------------------------------------
 
 
-def plan_for(known: Known, box: Box, limits: Limits, provider: Provider, checkout: Path, code: str) -> Plan:
+def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, checkout: Path, code: str) -> DeployPlan:
     """Raises ToolkitError: UNFIT, with what deploy needs and the box has not."""
     facts = known.facts
     root = place_of(facts, provider, box.data_folder).root
@@ -194,7 +194,7 @@ def plan_for(known: Known, box: Box, limits: Limits, provider: Provider, checkou
     notes = [] if route else ["no way to the model hub was found: models and data have to come from here"]
     if why := peer_access_off(facts, limits):
         notes.append(f"cards will not copy to each other directly (NCCL_P2P_DISABLE=1): {why}")
-    return Plan(
+    return DeployPlan(
         root=root,
         code=code,
         runtime=runtime,
@@ -254,7 +254,7 @@ def _not_conda(python: Python) -> bool:
     return "conda" in python.path  # one that may be removed with an environment of somebody else's
 
 
-def check_fit(known: Known, plan: Plan, there: There, box: Box, limits: Limits, provider: Provider) -> None:
+def check_fit(known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box, limits: Limits, provider: Provider) -> None:
     """What deploy itself needs; all else is doctor's.
 
     Raises ToolkitError: UNFIT.
@@ -302,7 +302,7 @@ def check_fit(known: Known, plan: Plan, there: There, box: Box, limits: Limits, 
         )
 
 
-def parse_look(text: str) -> There:
+def parse_look(text: str) -> BoxContents:
     """Raises ToolkitError: the answer broke off."""
     said: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -319,7 +319,7 @@ def parse_look(text: str) -> There:
 
     lines = said.get("deployed", [])
     times = [line.removeprefix("time ") for line in lines if line.startswith("time ")]
-    return There(
+    return BoxContents(
         root={"ours": "ours", "none": "none", "strange": "strange"}.get(one("root"), "unknown"),  # type: ignore[arg-type]
         identity=one("identity"),
         clock=number("clock") or 0,
@@ -336,7 +336,7 @@ def parse_look(text: str) -> There:
     )
 
 
-def is_whole(plan: Plan, there: There) -> bool:
+def is_whole(plan: DeployPlan, there: BoxContents) -> bool:
     environment = there.environment if plan.runtime == "bare" else there.image
     return there.root == "ours" and there.code and environment and sorted(there.deployed) == sorted(plan.lines())
 
@@ -348,7 +348,7 @@ def is_whole(plan: Plan, there: There) -> bool:
 class _Deploy:
     """One call of `deploy`."""
 
-    line: Line
+    connection: BoxConnection
     checkout: Path
     box: Box
     limits: Limits
@@ -358,11 +358,11 @@ class _Deploy:
     now: Say
     why: str
     rsync: str
-    parts: list[Part] = field(default_factory=list)
+    parts: list[DeployAction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     are_told: bool = False  # notes: not before it is sure that there is no error instead, such as a deploy of somebody else's
 
-    def run(self, fresh: bool) -> Deployed:
+    def run(self, fresh: bool) -> DeployResult:
         started = time.monotonic()
         tree = sync.checkout_tree(self.checkout)
         for note in (sync.check_size(tree), *(f"not sent: {name} is a repository of its own" for name in tree.left_out)):
@@ -375,10 +375,10 @@ class _Deploy:
             check_fit(known, plan, there, self.box, self.limits, self._provider(known))
             plan = self._change(tree, known, plan, there)
         self._tell()
-        if not self.line.dry_run:
+        if not self.connection.dry_run:
             remember(self.state, self.box.name, replace(known, identity=there.identity, root=plan.root))
         when = 0 if changed else there.time
-        return Deployed(plan, known.facts, changed, when, time.monotonic() - started, tuple(self.parts), tuple(dict.fromkeys(self.notes)))
+        return DeployResult(plan, known.facts, changed, when, time.monotonic() - started, tuple(self.parts), tuple(dict.fromkeys(self.notes)))
 
     def _note(self, note: str) -> None:
         if note and note not in self.notes:
@@ -393,23 +393,23 @@ class _Deploy:
         self.are_told = True
 
     def _done(self, name: Name, said: str, seconds: float) -> None:
-        self.parts.append(Part(name, said, seconds))
+        self.parts.append(DeployAction(name, said, seconds))
         self.say(f"{name}: {said} ({_seconds(seconds)})")
 
     def _changed(self, name: Name, said: str, would: str, seconds: float) -> None:
         """What was done, or with --dry-run what would be."""
-        if not self.line.dry_run:
+        if not self.connection.dry_run:
             self._done(name, said, seconds)
             return
-        self.parts.append(Part(name, would, seconds))
+        self.parts.append(DeployAction(name, would, seconds))
         self.say(f"{name}: {would}")
 
-    def _provider(self, known: Known) -> Provider:
+    def _provider(self, known: CachedProbe) -> Provider:
         return provider_of(known.facts, self.providers, self.box.provider)
 
     # --- what is there
 
-    def _look(self, tree: Tree, fresh: bool) -> tuple[Known, Plan, There]:
+    def _look(self, tree: Tree, fresh: bool) -> tuple[CachedProbe, DeployPlan, BoxContents]:
         """From what is remembered, if the box is still the same; else the probe is asked."""
         known = None if fresh else recall(self.state, self.box.name)
         if known is not None and known.identity and known.asked == arguments(self.box, self.providers):
@@ -418,26 +418,26 @@ class _Deploy:
                 return known, plan, there
             self.say(f"{self.box.name} was started anew, or is another box: asking again what it is")
         began = time.monotonic()
-        known = probe(self.line, self.box, self.providers)
+        known = probe(self.connection, self.box, self.providers)
         provider = self._provider(known)
         self._done("probe", f"{provider.title}; {runtime_of(known.facts).name} ({runtime_of(known.facts).why})", time.monotonic() - began)
-        found = diagnose(known.facts, None, self.limits, provider, self.line.link, data_folder=self.box.data_folder)
+        found = diagnose(known.facts, None, self.limits, provider, self.connection.link, data_folder=self.box.data_folder)
         for check in found.checks:
             if check.status in ("unfit", "warning"):
                 self._note(f"{check.name}: {check}")
         plan, there = self._look_for(tree, known)
         return known, plan, there
 
-    def _look_for(self, tree: Tree, known: Known) -> tuple[Plan, There]:
+    def _look_for(self, tree: Tree, known: CachedProbe) -> tuple[DeployPlan, BoxContents]:
         began = time.monotonic()
         plan = plan_for(known, self.box, self.limits, self._provider(known), self.checkout, tree.key)
         if bundle := self._bundle():
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
-        answer = self.line.ask(commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh"))
+        answer = self.connection.query(commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh"))
         there = parse_look(answer.out)
         whole = is_whole(plan, there)
-        self._done("look", "nothing to do" if whole else _lacking(plan, there), time.monotonic() - began)
+        self._done("look", "already up to date" if whole else _lacking(plan, there), time.monotonic() - began)
         return plan, there
 
     def _bundle(self) -> Tree | None:
@@ -452,10 +452,10 @@ class _Deploy:
 
     # --- what is changed
 
-    def _change(self, tree: Tree, known: Known, plan: Plan, there: There) -> Plan:
+    def _change(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents) -> DeployPlan:
         began = time.monotonic()
         held = lock.take(
-            self.line,
+            self.connection,
             plan.root,
             tree.key,
             why=self.why,
@@ -473,16 +473,16 @@ class _Deploy:
             settled, plan = self._locked(tree, known, plan, there, held)
         finally:
             if not settled:
-                # If the line is dead: the next deploy from this laptop knows that this one is gone, another one waits until it expires.
+                # If the connection is dead: the next deploy from this laptop knows that this one is gone, another one waits until it expires.
                 with suppress(ToolkitError):
-                    lock.release(self.line, held)
+                    lock.release(self.connection, held)
         return plan
 
-    def _locked(self, tree: Tree, known: Known, plan: Plan, there: There, held: lock.Lock) -> tuple[bool, Plan]:
+    def _locked(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock) -> tuple[bool, DeployPlan]:
         whole = there.environment if plan.runtime == "bare" else there.image
         settled = False
         if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in there.deployed:
-            sync.send_whole(self.line, bundle, str(PurePosixPath(plan.ca_bundle).parent), rsync_there="rsync" in there.tools, rsync=self.rsync)
+            sync.send_whole(self.connection, bundle, str(PurePosixPath(plan.ca_bundle).parent), rsync_there="rsync" in there.tools, rsync=self.rsync)
         if not there.code:
             plan = self._send(tree, known, plan, there, held, plan.lines() if whole else [])
             settled = whole
@@ -491,26 +491,26 @@ class _Deploy:
         if not settled:
             began = time.monotonic()
             argv = commands.sh_script("settle", plan.root, held.token, *plan.lines())
-            answer = self.line.do(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
+            answer = self.connection.change(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
             self._settled(answer.out, answer.code)
             if answer.code:
                 raise lock.refused(self.box.name, "write what is deployed", answer)
             self._changed("settle", _settled_words(answer.out), "would write down what is deployed", time.monotonic() - began)
         return True, plan
 
-    def _send(self, tree: Tree, known: Known, plan: Plan, there: There, held: lock.Lock, lines: Sequence[str]) -> Plan:
+    def _send(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock, lines: Sequence[str]) -> DeployPlan:
         """The code, verified there; with `lines` it is also what is deployed then. -> the plan, for what the checkout was when it was sent."""
         began, compare = time.monotonic(), False
         like = f"{plan.root}/code/{there.like}" if there.like else ""
         for attempt in range(1, SENDINGS + 1):
-            self.now("" if self.line.dry_run else f"sync: {tree} ...")
+            self.now("" if self.connection.dry_run else f"sync: {tree} ...")
             try:
                 sent = sync.send(
-                    self.line, tree, plan.code_folder, like=like, rsync_there="rsync" in there.tools, rsync=self.rsync, compare=compare
+                    self.connection, tree, plan.code_folder, like=like, rsync_there="rsync" in there.tools, rsync=self.rsync, compare=compare
                 )  # fmt: skip
-                answer = sync.land(self.line, tree, plan.code_folder, plan.root, held.token, *(plan.lines() if lines else []))
+                answer = sync.land(self.connection, tree, plan.code_folder, plan.root, held.token, *(plan.lines() if lines else []))
                 break
-            except sync.Differs as differs:
+            except sync.UploadDiffers as differs:
                 if attempt == SENDINGS:
                     raise
                 now = sync.checkout_tree(self.checkout)
@@ -522,13 +522,13 @@ class _Deploy:
                     if again.environment != plan.environment:
                         raise
                     plan = replace(again, ca_bundle=plan.ca_bundle)
-                    self.line.do(commands.mkdir(f"{plan.code_folder}.partial", f"{plan.code_folder}.temp"))
+                    self.connection.change(commands.mkdir(f"{plan.code_folder}.partial", f"{plan.code_folder}.temp"))
                 else:
                     self._note(f"{differs.what}: sent again, compared by content")
             finally:
                 self.now("")
         self._settled(answer.out, answer.code)
-        how = f" by tar ({sent.why})" if sent.why else "" if self.line.dry_run else f" by {sent.how}"
+        how = f" by tar ({sent.why})" if sent.why else "" if self.connection.dry_run else f" by {sent.how}"
         words = f"{tree}{how}, verified there" + (f"; {pruned}" if (pruned := _pruned(answer.out)) else "")
         self._changed("sync", words, f"would send {tree}{how}", time.monotonic() - began)
         return plan
@@ -537,18 +537,18 @@ class _Deploy:
         if code == 5 or "lost" in said.splitlines():
             raise lock.lost(self.box.name, lock.owner_of(said.splitlines()))
 
-    def _make_environment(self, plan: Plan, held: lock.Lock) -> None:
+    def _make_environment(self, plan: DeployPlan, held: lock.Lock) -> None:
         began, said = time.monotonic(), _EnvironmentSaid(self.say, self.now)
         words = [f"arg={name}={value}" for name, value in plan.build]
         argv = [*commands.environment(plan.code_folder, plan.settings(held.token)), *words]
         try:
-            answer = self.line.local(self.line.stream(argv), changes=True, timeout_s=None, check=False, heard=said)
+            answer = self.connection.local(self.connection.stream(argv), changes=True, timeout_s=None, check=False, heard=said)
         finally:
             self.now("")
-        if not self.line.dry_run:
+        if not self.connection.dry_run:
             if answer.code == 255:
                 raise ToolkitError(
-                    f"the line to `{self.box.name}` broke while the environment was made",
+                    f"the connection to `{self.box.name}` broke while the environment was made",
                     why=answer.err.strip()[-500:],
                     hint="the same command makes it, from what is downloaded already",
                     exit_code=ExitCode.UNREACHABLE,
@@ -599,7 +599,7 @@ class _EnvironmentSaid:
             self.hint = one_line(rest)
 
 
-def _lacking(plan: Plan, there: There) -> str:
+def _lacking(plan: DeployPlan, there: BoxContents) -> str:
     whole = there.environment if plan.runtime == "bare" else there.image
     lacks = [*(["code"] if not there.code else []), *(["environment"] if not whole else [])]
     if lacks:

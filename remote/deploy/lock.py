@@ -22,10 +22,10 @@ from remote.scripts import script
 from remote.ssh import commands
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Answer, Line
+    from remote.ssh.connection import BoxConnection, CommandResult
 
 EXPIRES_S = 600  # between two signs of life
-SLOW_LINE = 50_000  # bytes a second: what is sent takes no longer than over such a line
+SLOW_LINE = 50_000  # bytes a second: what is sent takes no longer than over such a connection
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Owner:
         since = f", {duration(self.age_s)} ago" if self.when else ""
         left = self.expires - self.now
         until = f"; it expires in {duration(left)}" if left > 0 else "; it has expired"
-        return f"{self.who} ({self.why}){since}{until}{'; its work goes on there' if self.worker else ''}"
+        return f"{self.who} ({self.why}){since}{until}{'; its work continues there' if self.worker else ''}"
 
 
 def owner_of(lines: Iterable[str], now: int = 0) -> Owner | None:
@@ -118,7 +118,7 @@ class Lock:
     took_over: str = ""  # from whom, and why that could be
 
 
-def take(line: Line, root: str, code: str, *, why: str, laptop: str, seen: Owner | None = None, size_bytes: int = 0) -> Lock:
+def take(connection: BoxConnection, root: str, code: str, *, why: str, laptop: str, seen: Owner | None = None, size_bytes: int = 0) -> Lock:
     """Our folder is made with it, if it is not there yet, and an empty place for `code`. seen: who had it a moment ago.
 
     Raises ToolkitError: BUSY, if somebody else has it; UNFIT, if the folder is not ours or its disk is full.
@@ -129,12 +129,12 @@ def take(line: Line, root: str, code: str, *, why: str, laptop: str, seen: Owner
     lines = [f"who {one_line(who)}", f"why {one_line(why)}", f"laptop {laptop}", f"pid {os.getpid()}"]
     seconds = EXPIRES_S + size_bytes // SLOW_LINE
     argv = commands.sh_script("lock", root, token, dead, str(seconds), code, *lines)
-    answer = line.do(argv, stdin=script("land.sh"), timeout_s=60.0, check=False)
+    answer = connection.change(argv, stdin=script("land.sh"), timeout_s=60.0, check=False)
     said = answer.out.splitlines()
     if "busy" in said:
-        raise busy(line.box.name, owner_of(said))
-    if "locked" not in said and not line.dry_run:
-        raise refused(line.box.name, "take the lock", answer)
+        raise busy(connection.box.name, owner_of(said))
+    if "locked" not in said and not connection.dry_run:
+        raise refused(connection.box.name, "take the lock", answer)
     taken = next((text.removeprefix("took_over ") for text in said if text.startswith("took_over ")), "")
     before = owner_of(said)
     return Lock(root, token, f"{before.who if before else '?'}: {taken}" if taken else "")
@@ -147,25 +147,25 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def release(line: Line, lock: Lock) -> None:
-    """Gives it back, if it is still ours. Asked twice: the first time may be what finds out that the line is broken."""
+def release(connection: BoxConnection, lock: Lock) -> None:
+    """Gives it back, if it is still ours. Asked twice: the first time may be what finds out that the connection is broken."""
     argv = commands.sh_script("unlock", lock.root, lock.token)
     try:
-        line.do(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
+        connection.change(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
     except ToolkitError:
-        line.close()
-        line.do(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
+        connection.close()
+        connection.change(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
 
 
-def unlock(line: Line, root: str) -> Owner | None:
+def unlock(connection: BoxConnection, root: str) -> Owner | None:
     """`fab unlock`: takes it from whoever has it, and ends what works for it there. -> who had it."""
-    answer = line.do(commands.sh_script("unlock", root, "any"), stdin=script("land.sh"), timeout_s=30.0)
+    answer = connection.change(commands.sh_script("unlock", root, "any"), stdin=script("land.sh"), timeout_s=30.0)
     return owner_of(answer.out.splitlines())
 
 
-def holder(line: Line, root: str) -> Owner | None:
+def holder(connection: BoxConnection, root: str) -> Owner | None:
     """Who has it; changes nothing."""
-    answer = line.ask(commands.sh_script("look", root, "-", "-", "-"), stdin=script("land.sh"))
+    answer = connection.query(commands.sh_script("look", root, "-", "-", "-"), stdin=script("land.sh"))
     return owner_of(answer.out.splitlines())
 
 
@@ -187,7 +187,7 @@ def lost(name: str, owner: Owner | None) -> ToolkitError:
     )
 
 
-def refused(name: str, what: str, answer: Answer) -> ToolkitError:
+def refused(name: str, what: str, answer: CommandResult) -> ToolkitError:
     """land.sh's `refused` and `hint`; without them what was said last."""
     said = dict(line.partition(" ")[::2] for line in answer.out.splitlines())
     if "refused" in said:

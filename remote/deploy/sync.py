@@ -1,4 +1,4 @@
-"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as little as possible over the line, whole or not
+"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as little as possible over the connection, whole or not
 at all. They go to FOLDER.partial, the box computes the fingerprint of what lies there by itself, and only if it is ours the folder is renamed.
 
 By rsync, with equal files linked from the code that is there already; by tar where one of both sides has no rsync, or an old one here (macOS).
@@ -25,7 +25,7 @@ from remote.scripts import script
 from remote.ssh import commands
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Answer, Line
+    from remote.ssh.connection import BoxConnection, CommandResult
 
 ALWAYS = ("jobs", "env", "remote", "rlhf_train")  # whatever an ignore file says: some call their virtual environment `env`
 KEY_DIGITS = 16
@@ -35,7 +35,7 @@ ADVISED_BYTES, MOST_BYTES = 50_000_000, 1_000_000_000
 ADVISED_FILES, MOST_FILES = 5_000, 50_000
 
 OLDEST_RSYNC = (3, 0)  # macOS has 2.6.9 (no --protect-args), or openrsync, which calls itself 2.6.9
-# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other side (or the line broke).
+# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other side (or the connection broke).
 RSYNC_NOT_THERE = (2, 4, 12, 14, 127)
 RSYNC_CHANGED = (23, 24)  # files vanished, or could not be read
 RSYNC_LINE = (5, 10, 12, 30, 35, 255)
@@ -85,7 +85,7 @@ class Sent:
     why: str = ""  # not rsync
 
 
-class Differs(ToolkitError):
+class UploadDiffers(ToolkitError):
     """What arrived is not what was looked at before."""
 
 
@@ -227,11 +227,13 @@ def largest(tree: Tree, count: int = 8) -> list[str]:
 # --- how it is sent -------------------------------------------------------------------------------------------------
 
 
-def send(line: Line, tree: Tree, folder: str, *, like: str = "", rsync_there: bool, rsync: str = "rsync", compare: bool = False) -> Sent:
+def send(
+    connection: BoxConnection, tree: Tree, folder: str, *, like: str = "", rsync_there: bool, rsync: str = "rsync", compare: bool = False
+) -> Sent:
     """Into FOLDER.partial on the box; it and FOLDER.temp are there already. `land` makes it whole.
 
     like: a whole folder there with much the same files. rsync: the local program; "" if there is none.
-    Raises ToolkitError: the line broke, the disk there is full; Differs: files changed here meanwhile.
+    Raises ToolkitError: the connection broke, the disk there is full; Differs: files changed here meanwhile.
     """
     started = time.monotonic()
     why = "" if rsync_there else "no rsync on the box"
@@ -241,60 +243,62 @@ def send(line: Line, tree: Tree, folder: str, *, like: str = "", rsync_there: bo
             names.write(names_of(tree.files))
             names.flush()
             argv = commands.rsync(
-                line.rsync_shell(), line.target, str(tree.base.absolute()), names.name, f"{folder}.partial",
+                connection.rsync_shell(), connection.target, str(tree.base.absolute()), names.name, f"{folder}.partial",
                 temporary=f"{folder}.temp", like=like, compare=compare, program=rsync,
             )  # fmt: skip
-            answer = line.local(argv, changes=True, timeout_s=None, check=False)
+            answer = connection.local(argv, changes=True, timeout_s=None, check=False)
         if not answer.code:
-            return Sent("shown" if line.dry_run else "rsync", time.monotonic() - started)
-        why = _rsync_failed(line, folder, answer)
+            return Sent("shown" if connection.dry_run else "rsync", time.monotonic() - started)
+        why = _rsync_failed(connection, folder, answer)
     with tempfile.NamedTemporaryFile(prefix="rlhf-box-", suffix=".tar.gz") as packed:
-        if not line.dry_run:
+        if not connection.dry_run:
             pack(tree, Path(packed.name))
-        argv = commands.with_input(packed.name, line.stream(commands.tar_extract(f"{folder}.partial")))
-        answer = line.local(argv, changes=True, timeout_s=None, check=False)
+        argv = commands.with_input(packed.name, connection.stream(commands.tar_extract(f"{folder}.partial")))
+        answer = connection.local(argv, changes=True, timeout_s=None, check=False)
     if answer.code:
-        raise _not_sent(line, folder, answer, "tar", answer.code == 255)
-    return Sent("shown" if line.dry_run else "tar", time.monotonic() - started, why)
+        raise _not_sent(connection, folder, answer, "tar", answer.code == 255)
+    return Sent("shown" if connection.dry_run else "tar", time.monotonic() - started, why)
 
 
-def _rsync_failed(line: Line, folder: str, answer: Answer) -> str:
+def _rsync_failed(connection: BoxConnection, folder: str, answer: CommandResult) -> str:
     """Why tar is to be tried, or raises what cannot be mended by it."""
-    if answer.code in RSYNC_CHANGED and not _is_full(line, folder):
-        raise Differs(
+    if answer.code in RSYNC_CHANGED and not _is_full(connection, folder):
+        raise UploadDiffers(
             "files of the checkout could not be read, or went while they were sent",
             why=_last(answer),
             hint="the same command sends what is there now",
         )
-    # 12 is also what a broken line looks like: then tar fails, too, and says so.
-    if answer.code in RSYNC_NOT_THERE and not _is_full(line, folder):
+    # 12 is also what a broken connection looks like: then tar fails, too, and says so.
+    if answer.code in RSYNC_NOT_THERE and not _is_full(connection, folder):
         return f"rsync ended with {answer.code}: {_last(answer, 1)}"
-    raise _not_sent(line, folder, answer, "rsync", answer.code in RSYNC_LINE)
+    raise _not_sent(connection, folder, answer, "rsync", answer.code in RSYNC_LINE)
 
 
-def _not_sent(line: Line, folder: str, answer: Answer, program: str, broken: bool) -> ToolkitError:
-    again = "the same command goes on; what was there before is as it was"
-    if not broken and _is_full(line, folder):
+def _not_sent(connection: BoxConnection, folder: str, answer: CommandResult, program: str, broken: bool) -> ToolkitError:
+    again = "the same command resumes; what was there before is as it was"
+    if not broken and _is_full(connection, folder):
         return ToolkitError(
-            f"the disk of `{line.box.name}` is full",
+            f"the disk of `{connection.box.name}` is full",
             why=f"at {folder}: {_last(answer, 1)}",
             hint=f"make room there; {again}",
             exit_code=ExitCode.UNFIT,
         )
     if broken:
-        return ToolkitError(f"the line to `{line.box.name}` broke while code was sent", why=_last(answer), hint=again, exit_code=ExitCode.UNREACHABLE)
+        return ToolkitError(
+            f"the connection to `{connection.box.name}` broke while code was sent", why=_last(answer), hint=again, exit_code=ExitCode.UNREACHABLE
+        )
     return ToolkitError(
-        f"{program} ended with {answer.code} on the way to `{line.box.name}`", why=_last(answer), hint=again, exit_code=ExitCode.INTERNAL
+        f"{program} ended with {answer.code} on the way to `{connection.box.name}`", why=_last(answer), hint=again, exit_code=ExitCode.INTERNAL
     )
 
 
-def _last(answer: Answer, count: int = 10) -> str:
+def _last(answer: CommandResult, count: int = 10) -> str:
     return "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-count:])
 
 
-def _is_full(line: Line, folder: str) -> bool:
+def _is_full(connection: BoxConnection, folder: str) -> bool:
     """The disk of a folder on the box, of bytes or of inodes; no, if it cannot be said."""
-    said = line.ask(commands.df(str(PurePosixPath(folder).parent)), check=False)
+    said = connection.query(commands.df(str(PurePosixPath(folder).parent)), check=False)
     rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", said.out) if not said.code else []
     return any(int(total) and int(free) <= least for (total, free), least in zip(rows, (1024, 0), strict=False))
 
@@ -324,7 +328,7 @@ def pack(tree: Tree, archive: Path) -> None:
                     entry.mtime, entry.size = int(os.fstat(content.fileno()).st_mtime), file.size_bytes
                     tar.addfile(entry, content)
             except OSError as error:  # gone, or shorter than it was
-                raise Differs(
+                raise UploadDiffers(
                     f"{one_line(file.name)} changed while it was sent", why=str(error), hint="the same command sends what is there now"
                 ) from None
 
@@ -332,17 +336,17 @@ def pack(tree: Tree, archive: Path) -> None:
 # --- what arrived ---------------------------------------------------------------------------------------------------
 
 
-def land(line: Line, tree: Tree, folder: str, *more: str, check: bool = True) -> Answer:
+def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True) -> CommandResult:
     """FOLDER.partial is looked at by the box, and becomes FOLDER if it is the tree. more: ROOT, TOKEN and lines of `deployed` (land.sh).
 
     Raises Differs: it is not.
     """
-    answer = line.do(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=script("land.sh"), timeout_s=600.0, check=False)
+    answer = connection.change(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=script("land.sh"), timeout_s=600.0, check=False)
     if "differs" in answer.out.split():
-        raise Differs("what arrived is not what was sent", why=f"its fingerprint is not {tree.key}", hint="the same command sends it again")
+        raise UploadDiffers("what arrived is not what was sent", why=f"its fingerprint is not {tree.key}", hint="the same command sends it again")
     if answer.code and check and "lost" not in answer.out.split():
         raise ToolkitError(
-            f"cannot put the files in their place on `{line.box.name}`",
+            f"cannot put the files in their place on `{connection.box.name}`",
             why=_last(answer),
             hint="see that its disk is there and not full",
             exit_code=ExitCode.UNFIT,
@@ -350,17 +354,17 @@ def land(line: Line, tree: Tree, folder: str, *more: str, check: bool = True) ->
     return answer
 
 
-def send_whole(line: Line, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync") -> Sent:
+def send_whole(connection: BoxConnection, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync") -> Sent:
     """A folder of its own, named by its content, for what a job brings: whole or absent. What an earlier call left half is gone on with.
 
     Raises ToolkitError: as `send` and `land`.
     """
-    line.do(commands.mkdir(f"{folder}.partial", f"{folder}.temp"))
-    sent = send(line, tree, folder, rsync_there=rsync_there, rsync=rsync)
+    connection.change(commands.mkdir(f"{folder}.partial", f"{folder}.temp"))
+    sent = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync)
     try:
-        land(line, tree, folder)
-    except Differs:  # of an earlier call, or changed within a second: by content, then
-        again = send(line, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=True)
-        land(line, tree, folder)
+        land(connection, tree, folder)
+    except UploadDiffers:  # of an earlier call, or changed within a second: by content, then
+        again = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=True)
+        land(connection, tree, folder)
         return Sent(again.how, sent.seconds + again.seconds, again.why)
     return sent

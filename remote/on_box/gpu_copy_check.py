@@ -40,7 +40,7 @@ def pattern(source: int, target: int) -> bytes:
     return (one * (SIZE // len(one) + 1))[:SIZE]
 
 
-class Card:
+class CudaDevice:
     """One card with its primary context and one buffer."""
 
     def __init__(self, cuda: Cuda, index: int) -> None:
@@ -54,13 +54,13 @@ class Card:
     def enter(self) -> None:
         self.cuda("cuCtxSetCurrent", self.context)
 
-    def reaches(self, other: "Card") -> int:
+    def reaches(self, other: "CudaDevice") -> int:
         can = ctypes.c_int()
         self.cuda("cuDeviceCanAccessPeer", ctypes.byref(can), self.device, other.device)
         return int(bool(can.value))
 
 
-def copied_right(cuda: Cuda, source: Card, target: Card, access: int) -> bool:
+def copied_right(cuda: Cuda, source: CudaDevice, target: CudaDevice, access: int) -> bool:
     if access:
         source.enter()
         try:
@@ -82,7 +82,7 @@ def copied_right(cuda: Cuda, source: Card, target: Card, access: int) -> bool:
     return received.raw == sent
 
 
-def try_pair(cuda: Cuda, source: Card, target: Card) -> None:
+def try_pair(cuda: Cuda, source: CudaDevice, target: CudaDevice) -> None:
     access: Any = ""
     try:
         access = source.reaches(target)
@@ -101,10 +101,10 @@ def main() -> None:
         if count.value < 2:
             say("peers", f"{count.value} cards")
             return
-        cards: List[Card] = []  # noqa: UP006 (3.6 has no list[Card])
+        cards: List[CudaDevice] = []  # noqa: UP006 (3.6 has no list[Card])
         # A context takes some tenths of a second: pairs are tried as soon as both cards have theirs.
         for index in range(count.value):
-            card = Card(cuda, index)
+            card = CudaDevice(cuda, index)
             for other in cards:
                 try_pair(cuda, other, card)
                 try_pair(cuda, card, other)

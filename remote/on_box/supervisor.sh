@@ -184,7 +184,7 @@ refuse() { give_up refused "$(printf %s "$1" | tr '\n' ' ')"; }
 no_room() { refuse "cannot write in $root: $(free_kb "$root") KB are free there"; }
 
 receive() { # standard input, to its end; secrets stay in variables until all of it is known to be whole
-    torn='the line broke before all of the job was here'
+    torn='the connection broke before all of the job was here'
     IFS=' ' read -r word count rest || refuse "$torn"
     [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'what came is no job: it must begin with `secrets N`'
     index=0

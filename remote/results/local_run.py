@@ -13,14 +13,14 @@ from typing import IO, Any
 from urllib.parse import quote, unquote
 
 from jobs.errors import ToolkitError
-from remote.results.manifest import FileThere, Unit
+from remote.results.manifest import RemoteFile, Unit
 from remote.results.run_contents import write_json
 
 BLOCK = 1 << 20
 _CHECKPOINT, _OLD = "checkpoint-", "old-"
 
 
-class Shelf:
+class LocalRun:
     """`target` is the run folder; what is on its way lies beside it, on the same file system, so that a rename is enough."""
 
     def __init__(self, target: Path) -> None:
@@ -69,7 +69,7 @@ class Shelf:
                 raise ToolkitError(
                     f"{self.target / path} is not what was fetched",
                     why="it was changed here, or something else has put it there; it is not overwritten",
-                    hint="move it away, then the same command goes on",
+                    hint="move it away, then the same command resumes",
                 )
 
     def place(self, unit: Unit, parts: Mapping[str, Path]) -> None:
@@ -157,14 +157,14 @@ class Shelf:
 
     # --- parts ---
 
-    def part(self, file: FileThere) -> Path:
+    def part(self, file: RemoteFile) -> Path:
         """Where it is put together. By its hash, so that what is there can only be its beginning; of one that grows, by its name."""
         if file.grows:
             return self.staging / f"growing-{file.path}"
         name = hashlib.sha256(file.path.encode()).hexdigest()[:8]  # the same content may be wanted twice
         return self.staging / f"{_CHECKPOINT if '/checkpoints/' in file.path else ''}{file.sha256}-{name}"
 
-    def begin(self, file: FileThere, *, afresh: bool = False) -> int:
+    def begin(self, file: RemoteFile, *, afresh: bool = False) -> int:
         """-> the byte to go on from. What was fetched of a growing file is its beginning, unless it was begun anew."""
         part, place = self.part(file), self.target / file.path
         if afresh:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO
 
-from remote.results.run_contents import SHA256, Checkpoint
+from remote.results.run_contents import SHA256, NewestCheckpoint
 
 NAME_BYTES = 255  # of a file's name, as file systems have it
 MODELS = ("model", "model_ema", "best")
@@ -24,7 +24,7 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 
 @dataclass(frozen=True)
-class FileThere:
+class RemoteFile:
     path: str  # below the run folder, with `/`
     size_bytes: int
     sha256: str  # of its first `size_bytes`
@@ -37,7 +37,7 @@ class Unit:
     """What gets its name here in one rename: a file, or a folder with all that is in it."""
 
     path: str
-    files: tuple[FileThere, ...]
+    files: tuple[RemoteFile, ...]
 
     @property
     def is_folder(self) -> bool:
@@ -48,9 +48,9 @@ class Unit:
 class Manifest:
     """What the box has of a run. All of a step or of a checkpoint is in it, or nothing."""
 
-    files: tuple[FileThere, ...] = ()
+    files: tuple[RemoteFile, ...] = ()
     steps: Mapping[int, str] = field(default_factory=dict)  # complete: the hash of complete.json
-    checkpoints: Mapping[int, Checkpoint] = field(default_factory=dict)
+    checkpoints: Mapping[int, NewestCheckpoint] = field(default_factory=dict)
     changed: tuple[int, ...] = ()  # steps that were written to meanwhile
     odd: int = 0  # files whose names hold control characters
     others: tuple[str, ...] = ()  # runs that are there
@@ -58,7 +58,7 @@ class Manifest:
 
     def units(self) -> list[Unit]:
         """In the order in which they come: what is small, then each step, its mark last."""
-        folders: dict[str, list[FileThere]] = {}
+        folders: dict[str, list[RemoteFile]] = {}
         for file in self.files:
             folders.setdefault(_unit_of(file.path), []).append(file)
         units = [Unit(path, tuple(files)) for path, files in folders.items()]
@@ -93,15 +93,15 @@ class ManifestReader:
 
     def __init__(self, stream: IO[bytes], progress: Progress = silent) -> None:
         self._stream, self._progress = stream, progress
-        self._files: dict[str, FileThere] = {}
+        self._files: dict[str, RemoteFile] = {}
         self._steps: dict[int, str] = {}
-        self._checkpoints: dict[int, Checkpoint] = {}
+        self._checkpoints: dict[int, NewestCheckpoint] = {}
         self._changed: list[int] = []
         self._others: list[str] = []
         self._problem, self._odd = "", 0
 
     def read(self) -> Manifest | None:
-        """None: the line ended before the answer."""
+        """None: the connection ended before the answer."""
         while line := self._stream.readline():
             if not line.endswith(b"\n"):
                 return None
@@ -115,15 +115,15 @@ class ManifestReader:
         if word == "hashing":
             self._progress(0, 0, rest.partition(" ")[2])
         elif word in ("file", "grown") and (found := re.fullmatch(r"([0-9]{1,15}) ([0-9a-f]{64}) (.+)", rest)):
-            self._add(FileThere(found[3], int(found[1]), found[2], grows=word == "grown"))
+            self._add(RemoteFile(found[3], int(found[1]), found[2], grows=word == "grown"))
         elif word == "text" and (found := re.fullmatch(r"([0-9]{1,9}) (.+)", rest)):
             data = self._stream.read(int(found[1]))
-            self._add(FileThere(found[2], len(data), hashlib.sha256(data).hexdigest(), content=data))
+            self._add(RemoteFile(found[2], len(data), hashlib.sha256(data).hexdigest(), content=data))
             self._of_checkpoint(found[2], data)
         elif word == "step" and (found := re.fullmatch(r"([123]) ([0-9a-f]{64})", rest)):
             self._steps[int(found[1])] = found[2]
         elif word == "checkpoint" and (found := re.fullmatch(r"([123]) ([0-9]{1,15}) ([0-9a-f]{64}) ([0-9]{1,15})", rest)):
-            self._checkpoints[int(found[1])] = Checkpoint(int(found[2]), found[3], int(found[4]))
+            self._checkpoints[int(found[1])] = NewestCheckpoint(int(found[2]), found[3], int(found[4]))
         elif word == "changed" and rest in ("1", "2", "3"):
             self._changed.append(int(rest))
         elif word in ("no_root", "no_run"):
@@ -133,7 +133,7 @@ class ManifestReader:
         elif word == "odd" and rest.isdigit():
             self._odd += int(rest)
 
-    def _add(self, file: FileThere) -> None:
+    def _add(self, file: RemoteFile) -> None:
         if is_safe(file.path):
             self._files[file.path] = file
         else:
@@ -153,10 +153,10 @@ class ManifestReader:
             self._odd += 1
             return
         for name, bytes_, sha in files:
-            self._add(FileThere(f"{path.rpartition('/')[0]}/{name}", bytes_, sha))
+            self._add(RemoteFile(f"{path.rpartition('/')[0]}/{name}", bytes_, sha))
 
     def _manifest(self) -> Manifest:
-        def is_whole(file: FileThere) -> bool:
+        def is_whole(file: RemoteFile) -> bool:
             step = int(file.path[4]) if file.path.startswith("step") else 0
             return not step or step in self._steps or (step in self._checkpoints and step not in self._changed)
 

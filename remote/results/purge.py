@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import size
-from remote.results.run_contents import FetchedRun, how_to_fetch, look, unfetched
+from remote.results.run_contents import FetchedRun, how_to_fetch, read_results, unfetched
 from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 COUNT_S = 600.0  # to add up what they take
 PURGE_S = 1800.0  # an environment has some 100,000 files, and a network disk takes its time
@@ -52,20 +52,20 @@ REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
 }
 
 
-def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
+def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
     """Removes ROOT, and the containers, images and volumes of ours; then proves it. Twice does no harm. With the line's dry_run it is only
     asked what would go, and what would be lost is a note.
 
     fetched: what is safe on the laptop. Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
     ours, something could not be removed.
     """
-    host, found = line.box.name, look(line, root)
+    host, found = connection.box.name, read_results(connection, root)
     if found.running is not None:
         raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], exit_code=ExitCode.BUSY)
     lost = unfetched(found, fetched)
-    if line.dry_run:
-        line.do(sh_script("purge", root), stdin=script("results.sh"))  # shown
-        answer = line.ask(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
+    if connection.dry_run:
+        connection.change(sh_script("purge", root), stdin=script("results.sh"))  # shown
+        answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
         would = parse(answer.out, host, root, is_proof_needed=False)
         return replace(would, notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes))
     if lost and not yes:
@@ -75,13 +75,13 @@ def purge(line: Line, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool
             hint=f"{how_to_fetch(host, lost)}\nor --yes, to lose them",
             exit_code=ExitCode.UNFIT,
         )
-    answer = line.do(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
+    answer = connection.change(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
     purged = parse(answer.out, host, root)
     if not purged.is_clean:
         raise ToolkitError(
             f"not all of it could be removed from {host}",
             why="\n".join(proof.text for proof in purged.proofs if not proof.ok),
-            hint="what holds it is named above; the same command goes on with what is left",
+            hint="what holds it is named above; the same command continues with what is left",
             exit_code=ExitCode.UNFIT,
         )
     return purged
@@ -108,7 +108,7 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
             proofs.append(Proof(name, state == "ok", said))
     if not lines or lines[-1] != "end" or (is_proof_needed and not proofs):
         raise ToolkitError(
-            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command goes on", exit_code=ExitCode.UNCERTAIN
+            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command resumes", exit_code=ExitCode.UNCERTAIN
         )
     return Purged(tuple(removed), tuple(notes), tuple(proofs), tuple(would))
 

@@ -18,7 +18,7 @@ from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SCHEMA = 1
@@ -34,7 +34,7 @@ def is_run_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class NewestCheckpoint:
     """A step's newest complete checkpoint."""
 
     update: int
@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Step:
+class FinishedStep:
     """A step whose model is whole."""
 
     complete: str  # sha256 of its complete.json, which tells one training of it from another
@@ -54,8 +54,8 @@ class Step:
 class Run:
     name: str
     events_bytes: int = 0
-    steps: Mapping[int, Step] = field(default_factory=dict)
-    checkpoints: Mapping[int, Checkpoint] = field(default_factory=dict)  # by step
+    steps: Mapping[int, FinishedStep] = field(default_factory=dict)
+    checkpoints: Mapping[int, NewestCheckpoint] = field(default_factory=dict)  # by step
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Results:
     runs: tuple[Run, ...] = ()
 
 
-def look(line: Line, root: str) -> Results:
+def read_results(connection: BoxConnection, root: str) -> Results:
     """One round trip. Raises ToolkitError: the answer is not whole, so nothing can be said."""
-    answer = line.ask(sh_script("look", root), stdin=script("results.sh"), timeout_s=LOOK_S)
+    answer = connection.query(sh_script("look", root), stdin=script("results.sh"), timeout_s=LOOK_S)
     lines = answer.out.splitlines()
     if not lines or lines[-1] != "end":
         raise ToolkitError(
-            f"cannot tell what lies on {line.box.name}",
+            f"cannot tell what lies on {connection.box.name}",
             why=f"the answer stopped after {len(lines)} lines",
             hint="the same command tries again",
             exit_code=ExitCode.UNREACHABLE,
@@ -107,9 +107,9 @@ def _with(run: Run, word: str, words: list[str]) -> Run:
     if word == "events" and len(numbers) == 1:
         return replace(run, events_bytes=numbers[0])
     if word == "step" and len(numbers) == 2 and hashes:
-        return replace(run, steps={**run.steps, numbers[0]: Step(hashes[0], numbers[1])})
+        return replace(run, steps={**run.steps, numbers[0]: FinishedStep(hashes[0], numbers[1])})
     if word == "checkpoint" and len(numbers) == 3 and hashes:
-        return replace(run, checkpoints={**run.checkpoints, numbers[0]: Checkpoint(numbers[1], hashes[0], numbers[2])})
+        return replace(run, checkpoints={**run.checkpoints, numbers[0]: NewestCheckpoint(numbers[1], hashes[0], numbers[2])})
     return run
 
 

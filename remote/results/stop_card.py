@@ -18,7 +18,7 @@ from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 FIRST_PROCESS = "/proc/1/environ"
 STOP_S = 60.0
@@ -194,25 +194,25 @@ def stop_command(card: StopCard) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class StopOutcome:
     said: str  # by the command
-    broke: bool  # the line went down with the box
+    broke: bool  # the connection closed with the box
 
 
-def stop(line: Line, card: StopCard, *, yes: bool = False) -> Stopped:
+def stop(connection: BoxConnection, card: StopCard, *, yes: bool = False) -> StopOutcome:
     """Stops the box. Raises ToolkitError: it may not be stopped, cannot stop itself, or its command failed.
 
     The command's variables (a key of the account among them) are read on the box from its first process, and stand in no argument of ours.
     """
     may_stop(card, yes=yes)
     argv = stop_command(card)
-    line.connect()  # from here on, a line that breaks is the box going down
+    connection.connect()  # from here on, a connection that breaks is the box going down
     try:
-        answer = line.do(argv, stdin=script("results.sh"), timeout_s=STOP_S, check=False)
+        answer = connection.change(argv, stdin=script("results.sh"), timeout_s=STOP_S, check=False)
     except ToolkitError as error:
         if error.exit_code != ExitCode.UNREACHABLE:
             raise
-        return Stopped("", broke=True)
+        return StopOutcome("", broke=True)
     said = " ".join(word for word in (answer.out + answer.err).split() if word != "begin")
     if answer.code and answer.code != 255:  # as a connection says it that ended with the box
         raise ToolkitError(
@@ -221,4 +221,4 @@ def stop(line: Line, card: StopCard, *, yes: bool = False) -> Stopped:
             hint=card.by_hand,
             exit_code=ExitCode.UNFIT,
         )
-    return Stopped(said, broke=bool(answer.code))
+    return StopOutcome(said, broke=bool(answer.code))

@@ -26,18 +26,18 @@ from typing import IO, TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.formatting import plural, size
-from remote.results.local_run import BLOCK, Shelf
-from remote.results.manifest import MODELS, FileThere, Manifest, ManifestReader, Progress, Unit, silent
+from remote.results.local_run import BLOCK, LocalRun
+from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, silent
 from remote.results.run_contents import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember
 from remote.scripts import script
 from remote.ssh.commands import sh_script
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 ROUNDS = 4  # manifests, where what they list changes under our hands
-RECONNECTS = 3  # after a line that broke, if some bytes had come
-LAST_WORDS_S = 2.0  # for what ssh says of a line that broke
+RECONNECTS = 3  # after a connection that broke, if some bytes had come
+LAST_WORDS_S = 2.0  # for what ssh says of a connection that broke
 GREETING_LINES = 1000  # that a login may say
 MOST_ARGUMENTS = 64 * 1024  # bytes of one command, well below what a shell takes as one word
 SPARE_BYTES = 64 << 20  # that stay free here
@@ -46,16 +46,16 @@ SPARE_BYTES = 64 << 20  # that stay free here
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-class Cut(Exception):
-    """The line ended before all was said."""
+class TransferCut(Exception):
+    """The connection ended before all was said."""
 
 
 @contextmanager
-def _said(line: Line, argv: Sequence[str]) -> Iterator[IO[bytes]]:
+def _said(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]:
     """What results.sh says there, as it comes. Raises Cut; ToolkitError where the box cannot be reached at all."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            line.stream(list(argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            connection.stream(list(argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )  # its own session: Ctrl-C is ours alone
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -63,46 +63,46 @@ def _said(line: Line, argv: Sequence[str]) -> Iterator[IO[bytes]]:
                 process.stdin.write(script("results.sh"))
                 process.stdin.close()
             yield process.stdout
-        except Cut as cut:
+        except TransferCut as cut:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LAST_WORDS_S)
             errors.seek(0)
             words = errors.read().decode("utf-8", "replace").strip().splitlines()
-            raise Cut(words[-1] if words else str(cut) or "nothing more came") from None
+            raise TransferCut(words[-1] if words else str(cut) or "nothing more came") from None
         finally:
             process.kill()
             process.wait()
             process.stdout.close()
 
 
-def _cut(line: Line, why: object, done: str) -> ToolkitError:
+def _cut(connection: BoxConnection, why: object, done: str) -> ToolkitError:
     return ToolkitError(
-        f"the line to {line.box.name} broke while results came",
+        f"the connection to {connection.box.name} broke while results came",
         why=f"{why}; {done}",
-        hint="the same command goes on at that byte; the job, if one runs, does not notice",
+        hint="the same command resumes at that byte; the job, if one runs, does not notice",
         exit_code=ExitCode.UNREACHABLE,
     )
 
 
-def ask_manifest(line: Line, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent) -> Manifest:
-    """One round trip. Raises ToolkitError: no such run, our folder is gone, the line broke."""
+def ask_manifest(connection: BoxConnection, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent) -> Manifest:
+    """One round trip. Raises ToolkitError: no such run, our folder is gone, the connection broke."""
     argv = sh_script("manifest", root, run, *(["checkpoints"] if checkpoints else []))
     try:
-        with _said(line, argv) as stream:
+        with _said(connection, argv) as stream:
             manifest = ManifestReader(stream, progress).read()
             if manifest is None:
-                raise Cut
-    except Cut as cut:
-        raise _cut(line, cut, "nothing was fetched yet") from None
+                raise TransferCut
+    except TransferCut as cut:
+        raise _cut(connection, cut, "nothing was fetched yet") from None
     if manifest.problem == "no_root":
         raise ToolkitError(
-            f"our folder is gone on {line.box.name}",
+            f"our folder is gone on {connection.box.name}",
             why=f"{root} is not there, or has lost its mark: its disk is not mounted, or the box was made anew",
             hint="look at the box's page; what was fetched before is untouched",
             exit_code=ExitCode.LOST,
         )
     if manifest.problem == "no_run":
-        raise ToolkitError(f"there is no run `{run}` on {line.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}")
+        raise ToolkitError(f"there is no run `{run}` on {connection.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}")
     return manifest
 
 
@@ -110,7 +110,7 @@ def ask_manifest(line: Line, root: str, run: str, *, checkpoints: bool = False, 
 
 
 @dataclass(frozen=True)
-class What:
+class FetchSelection:
     models: bool = True
     checkpoints: bool = False
 
@@ -121,7 +121,7 @@ class Fetched:
     folder: Path
     placed: tuple[str, ...] = ()  # what is new here: files, and folders that came whole
     same: tuple[str, ...] = ()  # what was here already
-    moved_bytes: int = 0  # that came over the line
+    moved_bytes: int = 0  # that came over the connection
     total_bytes: int = 0  # of all that is here now
     seconds: float = 0.0
     steps: tuple[int, ...] = ()  # complete ones, whose models are here
@@ -133,11 +133,11 @@ class Fetched:
 class _Call:
     """One call of `fetch`, over all its rounds."""
 
-    line: Line
+    connection: BoxConnection
     root: str
     run: str
-    here: Shelf
-    what: What
+    here: LocalRun
+    what: FetchSelection
     progress: Progress
     placed: dict[str, None] = field(default_factory=dict)
     moved_bytes: int = 0
@@ -147,37 +147,39 @@ class _Call:
     changed: list[str] = field(default_factory=list)  # of this round: gone there, or not what was listed
 
 
-def fetch(line: Line, root: str, run: str, target: Path, *, state: Path, what: What = What(), progress: Progress = silent) -> Fetched:
+def fetch(
+    connection: BoxConnection, root: str, run: str, target: Path, *, state: Path, what: FetchSelection = FetchSelection(), progress: Progress = silent
+) -> Fetched:
     """Bring what is complete of ROOT/runs/RUN to `target`, and remember it in `state`.
 
     Raises ToolkitError; what had come by then stays, and the next call goes on from there.
     """
     try:
-        return _fetch(line, root, run, target, state, what, progress)
+        return _fetch(connection, root, run, target, state, what, progress)
     except OSError as error:
         raise system_error(error, ExitCode.USAGE) from None
 
 
-def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: What, progress: Progress) -> Fetched:
+def _fetch(connection: BoxConnection, root: str, run: str, target: Path, state: Path, what: FetchSelection, progress: Progress) -> Fetched:
     if not is_run_name(run):
         raise ToolkitError(f"`{run}` cannot be the name of a run", hint="fab ps lists those that are there")
     start = time.monotonic()
-    if line.dry_run:
-        line.say.command(line.box.name, sh_script("manifest", root, run), script("results.sh"))
-        here, manifest = Shelf(target), ask_manifest(line, root, run, checkpoints=what.checkpoints, progress=progress)
+    if connection.dry_run:
+        connection.say.command(connection.box.name, sh_script("manifest", root, run), script("results.sh"))
+        here, manifest = LocalRun(target), ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
         units = _wanted(manifest, what)
         coming = [unit.path for unit in units if not here.has(unit)]
         same = [unit.path for unit in units if unit.path not in coming]
         return Fetched(run, target, same=tuple(same), would=tuple(coming), left=tuple(_left(manifest, what)))
-    with _lock(state, line.box.name):
-        call = _Call(line, root, run, Shelf(target), what, progress)
+    with _lock(state, connection.box.name):
+        call = _Call(connection, root, run, LocalRun(target), what, progress)
         call.here.put_back()
         for number in range(ROUNDS):
-            manifest = ask_manifest(line, root, run, checkpoints=what.checkpoints, progress=progress)
+            manifest = ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
             try:
                 _bring(call, manifest)
             finally:  # what has its name by now is known, whatever stopped the rest
-                _remember(call.here, manifest, state, line.box.name, run)
+                _remember(call.here, manifest, state, connection.box.name, run)
             if not call.changed and not manifest.changed:
                 break
             if number + 1 == ROUNDS:
@@ -191,7 +193,7 @@ def _fetch(line: Line, root: str, run: str, target: Path, state: Path, what: Wha
     units = _wanted(manifest, what)
     if call.damaged:
         raise ToolkitError(
-            f"{plural(len(call.damaged), 'files')} on {line.box.name} cannot be trusted",
+            f"{plural(len(call.damaged), 'files')} on {connection.box.name} cannot be trusted",
             why="twice they came with other bytes than their hash says: " + ", ".join(call.damaged),
             hint="its disk or its memory is broken, or the file was written to; all else was fetched",
             exit_code=ExitCode.UNFIT,
@@ -222,7 +224,7 @@ def _lock(state: Path, box: str) -> Iterator[None]:
         yield
 
 
-def _wanted(manifest: Manifest, what: What) -> list[Unit]:
+def _wanted(manifest: Manifest, what: FetchSelection) -> list[Unit]:
     def is_wanted(unit: Unit) -> bool:
         if "/checkpoints/" in unit.path:
             return what.checkpoints
@@ -232,7 +234,7 @@ def _wanted(manifest: Manifest, what: What) -> list[Unit]:
     return [unit for unit in manifest.units() if is_wanted(unit)]
 
 
-def _left(manifest: Manifest, what: What) -> Iterator[str]:
+def _left(manifest: Manifest, what: FetchSelection) -> Iterator[str]:
     if what.checkpoints and not manifest.checkpoints and not manifest.changed:
         yield "there is no checkpoint now: a step that is complete keeps none" if manifest.steps else "there is no checkpoint yet"
     for step, saved in sorted(manifest.checkpoints.items()):
@@ -244,7 +246,7 @@ def _left(manifest: Manifest, what: What) -> Iterator[str]:
         yield f"{plural(manifest.odd, 'files')} whose names or marks are not those of a run"
 
 
-def _tidy(here: Shelf, manifest: Manifest) -> None:
+def _tidy(here: LocalRun, manifest: Manifest) -> None:
     """What was fetched earlier and the box itself has no more: models of an earlier training, checkpoints that nothing goes on from."""
     there = {unit.path for unit in manifest.units()}
     for step in manifest.steps:
@@ -258,7 +260,7 @@ def _tidy(here: Shelf, manifest: Manifest) -> None:
             here.drop_checkpoints(step, keep=saved.update)
 
 
-def _remember(here: Shelf, manifest: Manifest, state: Path, box: str, run: str) -> None:
+def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: str) -> None:
     """Only what is here, every byte verified."""
     whole = [unit for unit in manifest.units() if here.has(unit)]
     paths = {unit.path for unit in whole}
@@ -282,12 +284,12 @@ class _Move:
     """One file on its way."""
 
     unit: Unit
-    file: FileThere
+    file: RemoteFile
     offset: int  # the byte to go on from
 
 
 def _bring(call: _Call, manifest: Manifest) -> None:
-    """All units that are not here yet, each put in its place when it is whole. Raises ToolkitError when the line breaks, the disk is full,
+    """All units that are not here yet, each put in its place when it is whole. Raises ToolkitError when the connection breaks, the disk is full,
     or a place is taken."""
     here, call.changed = call.here, []
     missing = [unit for unit in _wanted(manifest, call.what) if not here.has(unit)]
@@ -335,7 +337,7 @@ def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path
     call.placed[unit.path] = None
 
 
-def _check_room(here: Shelf, moves: Sequence[_Move]) -> None:
+def _check_room(here: LocalRun, moves: Sequence[_Move]) -> None:
     needed = sum(move.file.size_bytes - move.offset for move in moves if move.file.content is None)
     free = shutil.disk_usage(here.staging).free
     if needed and needed + SPARE_BYTES > free:
@@ -351,7 +353,7 @@ class _Counter:
     progress: Progress
     done: int  # bytes that are here
     total: int
-    come: int = 0  # over the line
+    come: int = 0  # over the connection
 
     def add(self, count: int, what: str) -> None:
         self.done, self.come = self.done + count, self.come + count
@@ -359,16 +361,16 @@ class _Counter:
 
 
 def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None]) -> None:
-    """All of them, over a line that may break: again and again, as long as it brings something."""
+    """All of them, over a connection that may break: again and again, as long as it brings something."""
     counter = _Counter(call.progress, sum(move.offset for move in moves), sum(move.file.size_bytes for move in moves))
     left, tries = deque(moves), RECONNECTS
     while left:
         before = counter.come
         try:
             _receive_some(call, left, arrive, counter)
-        except Cut as cut:
+        except TransferCut as cut:
             if counter.come == before or not tries:
-                raise _cut(call.line, cut, f"{size(counter.done)} of {size(counter.total)} are here") from None
+                raise _cut(call.connection, cut, f"{size(counter.done)} of {size(counter.total)} are here") from None
             tries -= 1
         finally:
             call.moved_bytes += counter.come - before
@@ -384,19 +386,19 @@ def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], Non
             break
         batch.append(move)
         words += more
-    with _said(call.line, sh_script("send", call.root, call.run, *words)) as stream:
+    with _said(call.connection, sh_script("send", call.root, call.run, *words)) as stream:
         _skip_greeting(stream)
         for index, move in enumerate(batch):
             header = stream.readline().decode("utf-8", "replace")
             if header == f"gone {index}\n":
                 call.changed.append(move.file.path)
             elif header != f"bytes {index} {move.file.size_bytes - move.offset}\n":
-                raise Cut("what came was not what had been asked for" if header.endswith("\n") else "nothing more came")
+                raise TransferCut("what came was not what had been asked for" if header.endswith("\n") else "nothing more came")
             else:
                 _take(call, move, stream, counter, arrive)
             left.popleft()
         if stream.readline() != b"end\n":
-            raise Cut("the answer had no end")
+            raise TransferCut("the answer had no end")
 
 
 def _skip_greeting(stream: IO[bytes]) -> None:
@@ -406,7 +408,7 @@ def _skip_greeting(stream: IO[bytes]) -> None:
             return
         if not line:
             break
-    raise Cut("nothing came")
+    raise TransferCut("nothing came")
 
 
 def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive: Callable[[_Move], None]) -> None:
@@ -419,7 +421,7 @@ def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive
         while move.offset < file.size_bytes:
             block = stream.read(min(BLOCK, file.size_bytes - move.offset))
             if not block:
-                raise Cut("nothing more came")
+                raise TransferCut("nothing more came")
             part.write(block)
             part.flush()  # else a full disk is noticed too late to say how much is here
             digest.update(block)

@@ -10,8 +10,8 @@ from typing import Literal
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import one_line
-from remote.runs.deployed import check, last_lines, there
-from remote.ssh.connection import Line
+from remote.runs.deployed import check, dispatch, last_lines
+from remote.ssh.connection import BoxConnection
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Cancelled:
         return "\n".join([ended[self.how], *(proof or ["nothing of it is left, and no process of its holds GPU memory"])])
 
 
-def cancel(line: Line, providers: Mapping[str, Provider], run: str, grace_s: str, say: Callable[[str], None]) -> Cancelled:
+def cancel(connection: BoxConnection, providers: Mapping[str, Provider], run: str, grace_s: str, say: Callable[[str], None]) -> Cancelled:
     """TERM, time for a checkpoint, KILL, and the proof that nothing of it is left. run, grace_s: `-` for the job's own.
 
-    Raises ToolkitError: nothing deployed, no such run; UNCERTAIN if the line broke before the end was seen.
+    Raises ToolkitError: nothing deployed, no such run; UNCERTAIN if the connection broke before the end was seen.
     """
-    argv = there(line.box, providers, "cancel", run, grace_s)
+    argv = dispatch(connection.box, providers, "cancel", run, grace_s)
     said: list[str] = []
 
     def heard(text: str) -> None:
@@ -47,21 +47,23 @@ def cancel(line: Line, providers: Mapping[str, Provider], run: str, grace_s: str
         if text.strip() in ("term", "kill"):
             say("asked it to end" if text.strip() == "term" else "its time is over: killing it")
 
-    line.connect()  # with our own words for what is wrong with the line; what follows takes as long as the job does
-    answer = line.local(line.stream(argv), changes=True, check=False, heard=heard)
-    if line.dry_run:
+    connection.connect()  # with our own words for what is wrong with the connection; what follows takes as long as the job does
+    answer = connection.local(connection.stream(argv), changes=True, check=False, heard=heard)
+    if connection.dry_run:
         return Cancelled("not running")
     ended = read_cancel("\n".join(said))
     if ended is None and answer.code == 255:
         raise ToolkitError(
-            f"the line to `{line.box.name}` broke while the job was ending",
+            f"the connection to `{connection.box.name}` broke while the job was ending",
             why=one_line(answer.err),
             hint="the same command again is safe, and says how it ended",
             exit_code=ExitCode.UNCERTAIN,
         )
     if ended is None:
-        check(line.box, answer)
-        raise ToolkitError(f"`{line.box.name}` did not say how the job ended", why=last_lines(answer.err or answer.out), exit_code=ExitCode.UNCERTAIN)
+        check(connection.box, answer)
+        raise ToolkitError(
+            f"`{connection.box.name}` did not say how the job ended", why=last_lines(answer.err or answer.out), exit_code=ExitCode.UNCERTAIN
+        )
     return ended
 
 

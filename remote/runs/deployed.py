@@ -10,7 +10,7 @@ from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.scripts import dispatch_script
-from remote.ssh.connection import Answer, Line
+from remote.ssh.connection import BoxConnection, CommandResult
 from remote.survey.facts import OUR_FOLDER
 
 NOT_DEPLOYED = 3
@@ -26,13 +26,13 @@ def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
     return [*dict.fromkeys(f"{folder.rstrip('/')}/{OUR_FOLDER}" for folder in folders)]
 
 
-def there(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
+def dispatch(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
     """`supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
     return ["sh", "-c", dispatch_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
 
 
 @dataclass(frozen=True)
-class Deployed:
+class Deployment:
     root: str
     facts: Mapping[str, str] = field(default_factory=dict)  # the lines of ROOT/deployed
     inputs: frozenset[str] = frozenset()  # hashes that are there
@@ -46,36 +46,36 @@ class Deployed:
         return ["sh", f"{self.root}/code/{self.code}/remote/on_box/supervisor.sh", verb, self.root, *arguments]
 
 
-def where(line: Line, providers: Mapping[str, Provider]) -> Deployed:
+def find_deployment(connection: BoxConnection, providers: Mapping[str, Provider]) -> Deployment:
     """One round trip. Raises ToolkitError: nothing is deployed."""
-    answer = line.ask(there(line.box, providers, "where"), check=False)
-    check(line.box, answer)
+    answer = connection.query(dispatch(connection.box, providers, "where"), check=False)
+    check(connection.box, answer)
     lines = [text.partition(" ") for text in answer.out.splitlines()]
     facts = {key: value for key, _, value in lines if key not in ("root", "input", "slot")}
     named = {key: value for key, _, value in lines if key in ("root", "slot")}
-    return Deployed(named.get("root", ""), facts, frozenset(value for key, _, value in lines if key == "input"), named.get("slot", ""))
+    return Deployment(named.get("root", ""), facts, frozenset(value for key, _, value in lines if key == "input"), named.get("slot", ""))
 
 
-def our_root(line: Line, providers: Mapping[str, Provider]) -> tuple[str, bool]:
+def our_root(connection: BoxConnection, providers: Mapping[str, Provider]) -> tuple[str, bool]:
     """-> (our folder on the box, whether it is there), also where a deploy has not come to its end."""
-    answer = line.ask(there(line.box, providers, "root"))
+    answer = connection.query(dispatch(connection.box, providers, "root"))
     found = next((text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None)
     if found is None:
-        raise ToolkitError(f"`{line.box.name}` did not say where our folder is", why=answer.out[-300:], exit_code=ExitCode.INTERNAL)
+        raise ToolkitError(f"`{connection.box.name}` did not say where our folder is", why=answer.out[-300:], exit_code=ExitCode.INTERNAL)
     return found[2], found[0] == "root"
 
 
-def open_stream(line: Line, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
+def open_stream(connection: BoxConnection, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
     """For remote.runs.watch.follow. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
 
     def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
-        argv = line.stream(there(line.box, providers, "follow", run or "-", file, str(offset)))
+        argv = connection.stream(dispatch(connection.box, providers, "follow", run or "-", file, str(offset)))
         return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     return opened
 
 
-def check(box: Box, answer: Answer) -> None:
+def check(box: Box, answer: CommandResult) -> None:
     """Raises ToolkitError if nothing is deployed, or the command failed."""
     if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
         raise not_deployed(box)

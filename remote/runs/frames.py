@@ -22,10 +22,10 @@ PROGRESS = {"bytes", "beat", "done"}  # `job` is said before anything is read
 
 
 @dataclass(frozen=True)
-class Limits:
+class StreamTimeouts:
     silence_s: float = 10.0  # `beat` comes each second
     connect_s: float = 30.0  # until the first byte of a connection: jump hosts and far lines take their time
-    first_pause_s: float = 0.1  # a line that broke most often comes back at once
+    first_pause_s: float = 0.1  # a connection that broke most often comes back at once
     longest_pause_s: float = 15.0
     tries: int | None = None  # connections in a row that brought nothing; None: for ever
     first_tries: int | None = None  # the same until the box has once spoken
@@ -56,7 +56,7 @@ class Framing:
             line, newline, data = data.partition(b"\n")
             self._line += line
             if len(self._line) > LONGEST_FRAME_LINE:
-                raise BrokenLine("what came is not the stream of a supervisor")
+                raise ConnectionLost("what came is not the stream of a supervisor")
             if newline:
                 words = self._line.decode("utf-8", "replace").split()
                 self._line.clear()
@@ -74,11 +74,11 @@ class Framing:
 
 def counts(word: str, args: Sequence[str], count: int) -> list[int]:
     if len(args) < count or not all(arg.isascii() and arg.isdigit() for arg in args[:count]):
-        raise BrokenLine(f"a damaged frame: {one_line(' '.join([word, *args]))[:80]}")
+        raise ConnectionLost(f"a damaged frame: {one_line(' '.join([word, *args]))[:80]}")
     return [int(arg) for arg in args[:count]]
 
 
-class BrokenLine(Exception):
+class ConnectionLost(Exception):
     """This connection is of no more use."""
 
 
@@ -133,17 +133,17 @@ def lines_of(data: bytes) -> list[bytes]:
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
-class Connection:
+class FrameStream:
     """The frames of one process, until it ends (`code` is set) or falls silent."""
 
-    def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], limits: StreamTimeouts) -> None:
         self._process, self._limits = process, limits
         self.code: int | None = None
         self.has_progress = False
         self._said = b""
 
     @property
-    def said(self) -> str:
+    def last_words(self) -> str:
         return self._said.decode("utf-8", "replace").strip()
 
     def frames(self) -> Iterator[Frame]:
@@ -164,7 +164,9 @@ class Connection:
                     if not data:
                         selector.unregister(stdout)
                         self._reap(selector)
-                        raise BrokenLine(one_line(self.said)[-200:] or ("the stream ended" if self.code is None else f"ssh ended with {self.code}"))
+                        raise ConnectionLost(
+                            one_line(self.last_words)[-200:] or ("the stream ended" if self.code is None else f"ssh ended with {self.code}")
+                        )
                     for frame in framing.feed(data):
                         self.has_progress |= frame.word in PROGRESS
                         yield frame
@@ -172,7 +174,7 @@ class Connection:
                     limit_s = self._limits.silence_s
                     deadline = time.monotonic() + limit_s
                 elif time.monotonic() >= deadline:
-                    raise BrokenLine(f"nothing came for {duration(limit_s)}")
+                    raise ConnectionLost(f"nothing came for {duration(limit_s)}")
 
     def _listen(self, stderr: IO[bytes]) -> bool:
         data = os.read(stderr.fileno(), 1 << 16)

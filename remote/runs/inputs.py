@@ -16,7 +16,7 @@ from remote.deploy.sync import ALWAYS, Tree, tree_of
 
 
 @dataclass(frozen=True)
-class Luggage:
+class JobInput:
     """A local data set or model that a job names."""
 
     name: str  # as the job says it
@@ -31,7 +31,7 @@ class Luggage:
         return f"{self.folder(root)}/{self.path.name}"
 
 
-def pack(job: Job, here: Path, checkout: Path) -> list[Luggage]:
+def pack(job: Job, here: Path, checkout: Path) -> list[JobInput]:
     """All that has to travel. Names are looked up as training looks them up: in this folder, then in the checkout.
 
     Raises ToolkitError: a path that is not there, or that cannot be read.
@@ -41,7 +41,7 @@ def pack(job: Job, here: Path, checkout: Path) -> list[Luggage]:
     return [luggage for name in names if (luggage := _luggage(name, here, checkout))]
 
 
-def _luggage(name: str, here: Path, checkout: Path) -> Luggage | None:
+def _luggage(name: str, here: Path, checkout: Path) -> JobInput | None:
     found = next((place for folder in (here, checkout) if os.path.lexists(place := folder / Path(name).expanduser())), None)
     if found is None:
         if name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json")):
@@ -49,7 +49,7 @@ def _luggage(name: str, here: Path, checkout: Path) -> Luggage | None:
         return None  # a name of the hub
     path = found.resolve()
     goes_with_the_code = Path(name).parts[:1] in {(part,) for part in ALWAYS} and path == (checkout / name).resolve()
-    return None if goes_with_the_code else Luggage(name, path, _tree(name, path))
+    return None if goes_with_the_code else JobInput(name, path, _tree(name, path))
 
 
 def _tree(name: str, path: Path) -> Tree:
@@ -70,7 +70,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def job_on_box(job: Job, luggage: Sequence[Luggage], root: str) -> bytes:
+def job_on_box(job: Job, luggage: Sequence[JobInput], root: str) -> bytes:
     """The job file that training reads there: `--set` applied, every local path as it is on the box."""
     there = {each.name: each.on_box(root) for each in luggage}
     tree = job.dump()

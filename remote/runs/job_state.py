@@ -10,19 +10,19 @@ from typing import TypeVar
 
 from jobs.errors import ExitCode
 
-EXITS = {int(ExitCode.OK): "done", int(ExitCode.PREEMPTED): "preempted, the same command goes on", int(ExitCode.CANCELLED): "cancelled"}
+EXITS = {int(ExitCode.OK): "done", int(ExitCode.PREEMPTED): "preempted, the same command resumes", int(ExitCode.CANCELLED): "cancelled"}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Job:
+class JobState:
     """A `job` frame: the supervisor's facts. `words` holds all of them, those of a newer supervisor too."""
 
     words: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> Job:
+    def of(cls, words: Sequence[str]) -> JobState:
         return cls(dict(word.split("=", 1) for word in words if "=" in word))
 
     @property
@@ -52,7 +52,7 @@ class Job:
         return number_of(self.words.get("ended", self.words.get("heartbeat", "")), None)
 
 
-def state_text(job: Job) -> tuple[str, bool]:
+def state_text(job: JobState) -> tuple[str, bool]:
     """In words, and whether nobody has to look after it."""
     if job.exit is not None:
         said = "cancelled" if job.cancelled else EXITS.get(job.exit, "failed")
@@ -60,8 +60,8 @@ def state_text(job: Job) -> tuple[str, bool]:
     if job.alive:
         return ("being cancelled" if job.cancelled else "running" if job.training else "starting"), True
     if job.training:
-        return "nobody looks after this job: its supervisor is gone", False
-    return "lost: it stopped without a word, and the same command goes on", False
+        return "the supervisor is gone; the job may still be running unattended", False
+    return "lost: it stopped without a word, and the same command resumes", False
 
 
 def number_of(text: str, otherwise: T) -> float | T:

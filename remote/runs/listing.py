@@ -13,17 +13,17 @@ from jobs.events import RawEvent, parsed
 from jobs.formatting import duration, money, one_line, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
-from jobs.views.panel import Card, cards_text
+from jobs.views.panel import GpuUsage, cards_text
 from jobs.views.plain import time_of
-from remote.runs.job_state import Job
+from remote.runs.job_state import JobState
 
 
 @dataclass(frozen=True)
-class RunThere:
+class RemoteRun:
     """One run folder of a box."""
 
     name: str
-    job: Job  # what the supervisor knows
+    job: JobState  # what the supervisor knows
     last: RawEvent | None = None
     size_bytes: int | None = None
     complete: tuple[int, ...] = ()  # steps whose model is whole
@@ -63,20 +63,20 @@ class RunThere:
 
 @dataclass(frozen=True)
 class Listing:
-    runs: tuple[RunThere, ...] = ()
-    cards: tuple[Card, ...] = ()
+    runs: tuple[RemoteRun, ...] = ()
+    cards: tuple[GpuUsage, ...] = ()
     slot: str = ""  # the run that holds the box
     disk_free_bytes: int | None = None
     clock: float | None = None  # the box's
 
-    def run(self, name: str) -> RunThere | None:
+    def run(self, name: str) -> RemoteRun | None:
         return next((run for run in self.runs if run.name == name), None)
 
     @property
-    def running(self) -> RunThere | None:
+    def running(self) -> RemoteRun | None:
         return next((run for run in self.runs if run.job.alive or run.job.training), None)
 
-    def newest(self) -> RunThere | None:
+    def newest(self) -> RemoteRun | None:
         """The one that runs, else the one that was last started."""
         return self.running or max(self.runs, key=lambda run: (run.job.started or -math.inf, run.name), default=None)
 
@@ -96,7 +96,7 @@ def parse(text: str) -> Listing:
             if event is not None:
                 last[words[0]] = event
         elif word == "gpu" and len(words) >= 4 and words[0].isdigit():
-            cards.append(Card(int(words[0]), *(_number(each) for each in words[1:4])))
+            cards.append(GpuUsage(int(words[0]), *(_number(each) for each in words[1:4])))
         elif word == "slot" and words:
             slot = words[0]
         elif word == "disk" and words and words[0].isdigit():
@@ -107,12 +107,12 @@ def parse(text: str) -> Listing:
     return Listing(there, tuple(cards), slot, disk, clock if clock is not None and math.isfinite(clock) else None)
 
 
-def _run(name: str, facts: dict[str, str], last: RawEvent | None) -> RunThere:
+def _run(name: str, facts: dict[str, str], last: RawEvent | None) -> RemoteRun:
     saved = [each.partition(":") for each in facts.get("checkpoint", "").split(",")]  # STEP:UPDATE[,STEP:UPDATE...]
     checkpoints = [(int(step), int(update)) for step, _, update in saved if step.isdigit() and update.isdigit()]
-    return RunThere(
+    return RemoteRun(
         name,
-        Job(facts),
+        JobState(facts),
         last,
         int(facts["size_kb"]) * 1024 if facts.get("size_kb", "").isdigit() else None,
         tuple(int(each) for each in facts.get("complete", "").split(",") if each.isdigit()),
@@ -127,7 +127,7 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def spent(run: RunThere, now: float, price_per_hour: float | None) -> float | None:
+def spent(run: RemoteRun, now: float, price_per_hour: float | None) -> float | None:
     seconds = run.seconds(now)
     return None if seconds is None or price_per_hour is None else price_per_hour * seconds / 3600
 
@@ -183,9 +183,9 @@ def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, 
     ]
 
 
-def _remark(run: RunThere) -> str:
+def _remark(run: RemoteRun) -> str:
     if run.is_orphan:
-        return ", nobody looks after it"
+        return ", unattended"
     return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
 
 
@@ -204,11 +204,11 @@ def box_facts(listing: Listing) -> list[tuple[str, str]]:
     return [*rows, *([("disk", f"{size(listing.disk_free_bytes)} free")] if listing.disk_free_bytes is not None else [])]
 
 
-def card(run: RunThere, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
+def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
     """All of one run, a label and a text a line."""
     facts = [("run", run.name), ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else ""))]
     if run.is_orphan:
-        facts.append(("", "nobody looks after it: its supervisor is gone. It goes on; its end shows in its events, and `fab cancel` ends it"))
+        facts.append(("", "the supervisor is gone; the job may still be running unattended: its end shows in its events, and `fab cancel` ends it"))
     if run.progress():
         facts.append(("now at", run.progress()))
     if run.last is not None and math.isfinite(at := time_of(run.last)):

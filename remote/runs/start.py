@@ -1,4 +1,4 @@
-"""Starting a job on a box exactly once, over a line that may break at any moment.
+"""Starting a job on a box exactly once, over a connection that may break at any moment.
 
 A request has an id. The box decides by making a folder of that name, so that for a start whose answer was lost one more question tells
 whether it was started, and makes sure that it never will be if it was not.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import one_line
-from remote.runs.deployed import Deployed, last_lines
-from remote.ssh.connection import Line
+from remote.runs.deployed import Deployment, last_lines
+from remote.ssh.connection import BoxConnection
 
 SETTLE_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # pauses before the box is asked what became of a start
 SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
@@ -38,7 +38,7 @@ class Started:
     again: bool = False  # it had been started before, by this very request
 
 
-def start_command(deployed: Deployed, request: Request) -> list[str]:
+def start_command(deployed: Deployment, request: Request) -> list[str]:
     return deployed.supervisor("start", request.run, request.id, deployed.code, f"{request.grace_s:g}", "--", *request.arguments)
 
 
@@ -51,21 +51,21 @@ def message(request: Request, secrets: Mapping[str, str]) -> bytes:
     return "".join(f"{line}\n" for line in [*lines, f"job {hashlib.sha256(request.job).hexdigest()[:16]}"]).encode() + request.job
 
 
-def start(line: Line, deployed: Deployed, request: Request, secrets: Mapping[str, str], say: Callable[[str], None]) -> Started:
-    """Raises ToolkitError: busy with another job (5), refused there (3), not run for want of a line (8), or not to be known (6)."""
+def start(connection: BoxConnection, deployed: Deployment, request: Request, secrets: Mapping[str, str], say: Callable[[str], None]) -> Started:
+    """Raises ToolkitError: busy with another job (5), refused there (3), not run for want of a connection (8), or not to be known (6)."""
     try:
-        answer = line.do(start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False)
+        answer = connection.change(start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False)
         words = _answer(answer.out, ("started", "already", "withdrawn", "busy", "refused"))
         if words is None and answer.code in (0, 255) and not answer.out.strip():
-            raise ToolkitError("the line broke before the box answered", why=one_line(answer.err), exit_code=ExitCode.UNREACHABLE)
+            raise ToolkitError("the connection broke before the box answered", why=one_line(answer.err), exit_code=ExitCode.UNREACHABLE)
     except ToolkitError as error:
         if error.exit_code != ExitCode.UNREACHABLE:
             raise
-        return _settle(line, deployed, request, error, say)
+        return _settle(connection, deployed, request, error, say)
     if words is None:
-        host = line.box.name
+        host = connection.box.name
         raise ToolkitError(f"`{host}` did not start the job", why=last_lines(answer.err or answer.out), hint=f"fab deploy --host {host}")
-    return _started(line.box.name, request, words)
+    return _started(connection.box.name, request, words)
 
 
 def _started(host: str, request: Request, words: Sequence[str]) -> Started:
@@ -85,13 +85,13 @@ def busy(host: str, run: str) -> ToolkitError:
     )
 
 
-def _settle(line: Line, deployed: Deployed, request: Request, broke: ToolkitError, say: Callable[[str], None]) -> Started:
-    """The line broke in the middle of a start: was it started? If not, it is made sure that it never will be."""
-    say(f"the line broke while the job was being started ({broke.what}); asking the box what became of it")
+def _settle(connection: BoxConnection, deployed: Deployment, request: Request, broke: ToolkitError, say: Callable[[str], None]) -> Started:
+    """The connection broke in the middle of a start: was it started? If not, it is made sure that it never will be."""
+    say(f"the connection broke while the job was being started ({broke.what}); asking the box what became of it")
     for pause_s in SETTLE_S:
         time.sleep(pause_s)
         try:
-            answer = line.do(deployed.supervisor("withdraw", request.id), timeout_s=20.0, check=False)
+            answer = connection.change(deployed.supervisor("withdraw", request.id), timeout_s=20.0, check=False)
         except ToolkitError as error:
             if error.exit_code != ExitCode.UNREACHABLE:
                 raise
@@ -101,13 +101,13 @@ def _settle(line: Line, deployed: Deployed, request: Request, broke: ToolkitErro
             what = "the job was not started, and will not be"
             raise ToolkitError(what, why=broke.what, hint="the same command again is safe", exit_code=ExitCode.UNREACHABLE)
         if words:
-            started = _started(line.box.name, request, words)
+            started = _started(connection.box.name, request, words)
             say("it was started")
             return started
     raise ToolkitError(
-        f"it is uncertain whether the job was started on `{line.box.name}`",
-        why=f"the line broke while it was being started, and the box has not answered since: {broke.what}",
-        hint=f"`fab ps --host {line.box.name}` when it is back; a second `fab train` cannot start it twice: a box runs one job at a time",
+        f"it is uncertain whether the job was started on `{connection.box.name}`",
+        why=f"the connection broke while it was being started, and the box has not answered since: {broke.what}",
+        hint=f"`fab ps --host {connection.box.name}` when it is back; a second `fab train` cannot start it twice: a box runs one job at a time",
         exit_code=ExitCode.UNCERTAIN,
     )
 

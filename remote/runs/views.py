@@ -19,10 +19,10 @@ from jobs.errors import ToolkitError
 from jobs.events import RawEvent, parsed
 from jobs.formatting import encodable, one_line, visible
 from jobs.views import console
-from jobs.views.panel import BoxView, Card, Live
+from jobs.views.panel import BoxView, GpuUsage, Live
 from jobs.views.plain import Plain, time_of
 from remote.runs.frames import lines_of
-from remote.runs.job_state import Job, state_text
+from remote.runs.job_state import JobState, state_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +31,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
-class Where:
+class WatchedRun:
     """The run that is watched, as the user names it, and what its box costs."""
 
     host: str
@@ -41,7 +41,7 @@ class Where:
     steps: tuple[int, ...] = ()  # what the job is to do; (): not known
 
 
-def named(where: Where, job: Job | None) -> Where:
+def named(where: WatchedRun, job: JobState | None) -> WatchedRun:
     """With the run's name as the box has it, where none was asked for."""
     return replace(where, run=where.run or (job.words.get("run", "") if job else ""))
 
@@ -61,11 +61,11 @@ class View(Protocol):
     def beat(self, epoch: float) -> None:
         """The box's clock."""
 
-    def job(self, job: Job) -> None: ...
+    def job(self, job: JobState) -> None: ...
 
-    def card(self, card: Card) -> None: ...
+    def card(self, card: GpuUsage) -> None: ...
 
-    def away(self, why: str, since: float) -> None:
+    def connection_lost(self, why: str, since: float) -> None:
         """Nothing comes from the box, since a time of our clock. Again, if there is another reason."""
 
     def back(self) -> None: ...
@@ -79,7 +79,7 @@ def note(text: str) -> None:
 
 
 def _away_text(why: str) -> str:
-    return f"the line is away: {one_line(why)}; trying again"
+    return f"connection lost: {one_line(why)}; reconnecting"
 
 
 class _Quiet:
@@ -94,13 +94,13 @@ class _Quiet:
     def beat(self, epoch: float) -> None:
         return
 
-    def job(self, job: Job) -> None:
+    def job(self, job: JobState) -> None:
         return
 
-    def card(self, card: Card) -> None:
+    def card(self, card: GpuUsage) -> None:
         return
 
-    def away(self, why: str, since: float) -> None:
+    def connection_lost(self, why: str, since: float) -> None:
         self.note(_away_text(why))
 
     def back(self) -> None:
@@ -170,7 +170,7 @@ class Gate:
         self._held: bytearray | None = bytearray() if holds else None
         self._first = -math.inf if since is None else since.first(wall())
 
-    def ours(self, epoch: float | None) -> float | None:
+    def viewer_time(self, epoch: float | None) -> float | None:
         """From the box's clock to ours. What has been is never in the future."""
         return None if epoch is None or not math.isfinite(epoch) else min(epoch - self._ahead_s, self._wall())
 
@@ -194,17 +194,17 @@ class Gate:
         return time_of(event) < self._first
 
 
-class Drawn:
-    """The live panel, or plain lines: the same views as on the box itself, fed over the line."""
+class PanelView:
+    """The live panel, or plain lines: the same views as on the box itself, fed over the connection."""
 
     file = "events"
 
-    def __init__(self, view: Plain | Live, where: Where, since: Since | None = None) -> None:
+    def __init__(self, view: Plain | Live, where: WatchedRun, since: Since | None = None) -> None:
         self._view, self._where = view, where
         self._gate = Gate(since, holds=isinstance(view, Live) or (since is not None and since.is_relative))
         self._box = BoxView(name=where.host, price_per_hour=where.price_per_hour, currency=where.currency, steps=where.steps)
-        self._cards: dict[int, Card] = {}
-        self._job: Job | None = None
+        self._cards: dict[int, GpuUsage] = {}
+        self._job: JobState | None = None
         self._first_event: float | None = None  # for the box that does not say when the job has begun
         self._is_worried = False
 
@@ -230,7 +230,7 @@ class Drawn:
             # What a view cannot take (text for a number) says less than the next event: watching goes on.
             with contextlib.suppress(TypeError, ValueError, AttributeError):
                 if isinstance(self._view, Live):
-                    self._view.feed(event, at=self._gate.ours(time_of(event)), quiet=self._gate.is_early(event))
+                    self._view.feed(event, at=self._gate.viewer_time(time_of(event)), quiet=self._gate.is_early(event))
                 else:
                     self._view.feed(event, quiet=self._gate.is_early(event))
 
@@ -239,7 +239,7 @@ class Drawn:
         self._set_times()
         self._show_box()
 
-    def job(self, job: Job) -> None:
+    def job(self, job: JobState) -> None:
         self._job = job
         said, is_good = state_text(job)
         self._where = named(self._where, job)
@@ -252,19 +252,19 @@ class Drawn:
 
     def _set_times(self) -> None:
         """When the job began and ended, by our clock."""
-        job = self._job or Job({"alive": "1"})
+        job = self._job or JobState({"alive": "1"})
         started = job.started or self._first_event
         ended = None if job.alive or job.training else job.ended
-        self._box = replace(self._box, started_at=self._gate.ours(started), ended_at=self._gate.ours(ended))
+        self._box = replace(self._box, started_at=self._gate.viewer_time(started), ended_at=self._gate.viewer_time(ended))
 
-    def card(self, card: Card) -> None:
+    def card(self, card: GpuUsage) -> None:
         self._cards[card.index] = card
         self._box = replace(self._box, cards=tuple(self._cards[index] for index in sorted(self._cards)))
         self._show_box()
 
-    def away(self, why: str, since: float) -> None:
+    def connection_lost(self, why: str, since: float) -> None:
         if isinstance(self._view, Live):
-            self._box = replace(self._box, line=f"run {self._where.run}, line away", away_at=since, away_why=one_line(why))
+            self._box = replace(self._box, line=f"run {self._where.run}, connection lost", away_at=since, away_why=one_line(why))
             self._show_box()
         else:
             self.note(_away_text(why))
@@ -310,7 +310,7 @@ def parse_since(text: str) -> Since:
 
 
 def view_of(
-    where: Where, *, as_json: bool = False, raw: bool = False, live: bool = True, since: Since | None = None, out: TextIO | None = None
+    where: WatchedRun, *, as_json: bool = False, raw: bool = False, live: bool = True, since: Since | None = None, out: TextIO | None = None
 ) -> View:
     """The form that was asked for, on standard output unless `out` is given. `live`: a panel if it is a terminal that can draw one."""
     out = out or sys.stdout
@@ -322,5 +322,5 @@ def view_of(
         return RawLog(out)
     if as_json:
         return JsonLines(out.buffer, since)
-    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job goes on.
-    return Drawn(console.view(out, time.time) if live else Plain(console.console_on(out)), where, since)
+    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job keeps running.
+    return PanelView(console.view(out, time.time) if live else Plain(console.console_on(out)), where, since)

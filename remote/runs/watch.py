@@ -1,4 +1,4 @@
-"""Watching a run over a line that breaks: `follow` reads the framed stream of `supervisor.sh follow`, feeds a view, and goes on
+"""Watching a run over a connection that breaks: `follow` reads the framed stream of `supervisor.sh follow`, feeds a view, and goes on
 at the exact byte by itself. What is watched goes on in any case: the job is nobody's child.
 """
 
@@ -21,16 +21,16 @@ from typing import TextIO
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import RawEvent, parsed
 from jobs.formatting import duration, plural, size, visible
-from jobs.views.panel import Card
-from remote.runs.frames import BrokenLine, Connection, Limits, Reread, Tail, counts, lines_of
-from remote.runs.job_state import Job, number_of
-from remote.runs.views import View, Where, named, note
+from jobs.views.panel import GpuUsage
+from remote.runs.frames import ConnectionLost, FrameStream, Reread, StreamTimeouts, Tail, counts, lines_of
+from remote.runs.job_state import JobState, number_of
+from remote.runs.views import View, WatchedRun, named, note
 
 # Run ("": the one that runs, else the last), file ("events", "log" or "output"), byte offset.
 OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
 Refused = Callable[[int, str], "ToolkitError | None"]  # exit code and last words of the ssh process: is there no use in trying again?
 
-LIMITS = Limits()
+LIMITS = StreamTimeouts()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Watched:
 
     done: bool
     stopped: bool  # by Ctrl-C, or nobody reads any more
-    job: Job | None  # None: the box has said nothing
+    job: JobState | None  # None: the box has said nothing
     last: RawEvent | None  # of the events that were read
     offset: int  # the first byte that was not shown
 
@@ -51,14 +51,14 @@ class Watched:
 def follow(
     open_stream: OpenStream,
     view: View,
-    where: Where,
+    where: WatchedRun,
     *,
     once: bool = False,
     refused: Refused = lambda code, said: None,
-    limits: Limits = LIMITS,
+    limits: StreamTimeouts = LIMITS,
     offset: int = 0,
 ) -> Watched:
-    """Show the run until it has ended, through every break of the line, or until Ctrl-C, which ends nothing but this.
+    """Show the run until it has ended, through every break of the connection, or until Ctrl-C, which ends nothing but this.
 
     once: only what is there now. refused: whether a connection that ended is the last (a changed host key, a refused login).
     Raises ToolkitError: the box refuses us, or `limits.tries` are used up.
@@ -85,10 +85,10 @@ def follow(
     return Watched(watch.is_done, stopped, watch.job, watch.last, watch.tail.offset)
 
 
-def _stopped_text(where: Where, job: Job | None) -> str:
+def _stopped_text(where: WatchedRun, job: JobState | None) -> str:
     if job is not None and not job.alive and not job.training:
         return "stopped watching; the job is not running"
-    said = "stopped watching; the job goes on" if job else "stopped watching; a job would not notice"
+    said = "stopped watching; the job keeps running" if job else "stopped watching; a job would not notice"
     target = f"--host {shlex.quote(where.host)}" + (f" --run {shlex.quote(where.run)}" if where.run else "")
     return f"{said}: fab logs --follow {target}\nto cancel it: fab cancel {target}"
 
@@ -133,10 +133,10 @@ def _polled(stream: TextIO, events: int) -> int:
 class _Watch:
     """One `follow`, over all its connections."""
 
-    def __init__(self, view: View, once: bool, refused: Refused, limits: Limits, offset: int, where: Where) -> None:
+    def __init__(self, view: View, once: bool, refused: Refused, limits: StreamTimeouts, offset: int, where: WatchedRun) -> None:
         self._view, self._once, self._refused, self._limits, self._where = view, once, refused, limits, where
         self.tail = Tail(by_lines=view.file == "events", offset=offset)
-        self.job: Job | None = None
+        self.job: JobState | None = None
         self.last: RawEvent | None = None
         self.is_done = False
         self._heard_at = time.time()  # the monotonic clock stands still while a laptop sleeps
@@ -151,13 +151,13 @@ class _Watch:
         while True:
             # By the name that was heard: another run may be the newest by now, and the offset is this one's.
             run = named(self._where, self.job).run
-            connection = Connection(open_stream(run, self._view.file, self.tail.offset), self._limits)
+            connection = FrameStream(open_stream(run, self._view.file, self.tail.offset), self._limits)
             try:
                 self._read(connection)
                 return
             except Reread:
                 continue
-            except BrokenLine as broken:
+            except ConnectionLost as broken:
                 why = str(broken)
             finally:
                 connection.close()
@@ -169,20 +169,22 @@ class _Watch:
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, self._limits.longest_pause_s)
 
-    def _judge(self, connection: Connection, why: str, failures: int) -> None:
+    def _judge(self, connection: FrameStream, why: str, failures: int) -> None:
         """Raises ToolkitError if there is no use in trying again."""
         code = connection.code
-        if code is not None and (error := self._refused(code, connection.said)):
+        if code is not None and (error := self._refused(code, connection.last_words)):
             raise error
         # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose, instead of a stream.
         if code is not None and 0 < code < 128 and not connection.has_progress:
-            raise ToolkitError(f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.said))
+            raise ToolkitError(
+                f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.last_words)
+            )
         if self.job is None and self._limits.first_tries is not None and failures >= self._limits.first_tries:
-            hint = f"fab doctor --host {shlex.quote(self._where.host)} looks at the line by itself"
+            hint = f"fab doctor --host {shlex.quote(self._where.host)} checks the connection by itself"
             raise ToolkitError(f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE)
         tries = self._limits.tries
         if tries is not None and failures >= tries:
-            what = f"the line to `{self._where.host}` broke {plural(failures, 'times')} in a row"
+            what = f"the connection to `{self._where.host}` broke {plural(failures, 'times')} in a row"
             raise ToolkitError(what, why=visible(why), hint="the job is not touched by it; try again", exit_code=ExitCode.UNREACHABLE)
 
     def _away(self, why: str) -> None:
@@ -190,9 +192,9 @@ class _Watch:
             self._away_since, self._missed = self._heard_at, 0
         if why != self._away_why:
             self._away_why = why
-            self._view.away(why, self._away_since)
+            self._view.connection_lost(why, self._away_since)
 
-    def _read(self, connection: Connection) -> None:
+    def _read(self, connection: FrameStream) -> None:
         """Until the job has ended and all is shown; `once`: until what is there now is shown."""
         is_new, has_data, beats = True, False, 0
         for frame in connection.frames():
@@ -206,10 +208,10 @@ class _Watch:
             elif frame.word == "shrunk":
                 self.tail.cut(*counts(frame.word, frame.args, 1))
             elif frame.word == "job":
-                self.job = Job.of(frame.args)
+                self.job = JobState.of(frame.args)
                 self._view.job(self.job)
             elif frame.word == "gpu" and len(frame.args) >= 4 and frame.args[0].isdigit():
-                self._view.card(Card(int(frame.args[0]), *(number_of(arg, math.nan) for arg in frame.args[1:4])))
+                self._view.card(GpuUsage(int(frame.args[0]), *(number_of(arg, math.nan) for arg in frame.args[1:4])))
             elif frame.word == "beat" and frame.args and (epoch := number_of(frame.args[0], None)) is not None:
                 self._view.beat(epoch)
                 self.tail.beat()
@@ -228,7 +230,7 @@ class _Watch:
 
     def _bytes(self, offset: int, data: bytes) -> None:
         if offset != self.tail.next:
-            raise BrokenLine(f"byte {offset} came, byte {self.tail.next} was due")
+            raise ConnectionLost(f"byte {offset} came, byte {self.tail.next} was due")
         data = self.tail.take(data)
         if not data:
             return
@@ -245,5 +247,5 @@ class _Watch:
             away_s, self._away_since = max(self._back_at - self._away_since, 0.0), None
             missed = plural(self._missed, "events") if self.tail.by_lines else size(self._missed)
             if self._has_heard:
-                self._view.note(f"the line was away for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile")
+                self._view.note(f"the connection was lost for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile")
         self._has_heard = True

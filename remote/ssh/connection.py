@@ -31,7 +31,7 @@ from remote.inventory import Box
 from remote.output import Sayer
 from remote.ssh.host_keys import HostKey, HostKeyChanged, KeyRefused, KnownHosts, changed, unreachable
 from remote.ssh.link import Link
-from remote.ssh.local import LAST_LINES, LINGER_S, TAKES, Answer, Proxy, run_here, short
+from remote.ssh.local import LAST_LINES, LINGER_S, TAKES, CommandResult, Proxy, run_here, short
 from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KEEPALIVE_S = 15
 
 
 class CommandFailed(ToolkitError):
-    def __init__(self, host: str, argv: Sequence[str], answer: Answer) -> None:
+    def __init__(self, host: str, argv: Sequence[str], answer: CommandResult) -> None:
         lines = (answer.err.strip() or answer.out.strip()).splitlines()[-LAST_LINES:]
         super().__init__(
             f"a command failed on `{host}` with exit code {answer.code}", why="\n".join([shlex.join(argv), *lines]), exit_code=ExitCode.INTERNAL
@@ -50,7 +50,7 @@ class CommandFailed(ToolkitError):
         self.answer = answer
 
 
-class Line:
+class BoxConnection:
     """The line to one box. Opened when first needed, opened again if it broke, closed at the end of a `with`. For one thread."""
 
     def __init__(
@@ -81,8 +81,8 @@ class Line:
 
     # --- commands there
 
-    def ask(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True) -> Answer:
-        """Runs what changes nothing there, with --dry-run too. Once more if a line that stood before turns out to be broken.
+    def query(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True) -> CommandResult:
+        """Runs what changes nothing there, with --dry-run too. Once more if a connection that stood before turns out to be broken.
 
         Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an exit code other than 0.
         """
@@ -97,19 +97,19 @@ class Line:
             answer = self._run(argv, stdin, timeout_s)
         return self._checked(argv, answer, check)
 
-    def do(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True) -> Answer:
+    def change(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True) -> CommandResult:
         """Runs what changes something there; --dry-run only shows it. Never tried twice."""
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
-            return Answer(0, "", "", 0.0)
+            return CommandResult(0, "", "", 0.0)
         return self._checked(argv, self._run(argv, stdin, timeout_s), check)
 
-    def _checked(self, argv: Sequence[str], answer: Answer, check: bool) -> Answer:
+    def _checked(self, argv: Sequence[str], answer: CommandResult, check: bool) -> CommandResult:
         if check and answer.code:
             raise CommandFailed(self.box.name, argv, answer)
         return answer
 
-    def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> Answer:
+    def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> CommandResult:
         self.connect()
         assert self._connection is not None
         started, late = time.monotonic(), threading.Event()
@@ -135,7 +135,7 @@ class Line:
             self.close()
             raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, "the connection ended")
         seconds = time.monotonic() - started
-        return Answer(code, out.decode(errors="replace"), err.decode(errors="replace"), seconds)
+        return CommandResult(code, out.decode(errors="replace"), err.decode(errors="replace"), seconds)
 
     def _late(self, argv: Sequence[str], timeout_s: float) -> ToolkitError:
         return unreachable(
@@ -146,16 +146,16 @@ class Line:
 
     def _broke(self, argv: Sequence[str], why: str) -> _Broke:
         return _Broke(
-            f"the line to `{self.box.name}` broke",
+            f"the connection to `{self.box.name}` broke",
             why=f"{why or 'the connection ended'}, while this was on its way: {short(argv)}",
-            hint="the same command goes on when the box is back",
+            hint="the same command resumes when the box is back",
             exit_code=ExitCode.UNREACHABLE,
         )
 
     # --- OpenSSH
 
     def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
-        """Local argv of an OpenSSH client that runs `argv` there. For logs, tunnels, a shell: it ends by itself if the line breaks.
+        """Local argv of an OpenSSH client that runs `argv` there. For logs, tunnels, a shell: it ends by itself if the connection breaks.
 
         argv: empty for the user's shell, or with `forward` for nothing. forward: `[address:]port:host:port` each, as for `ssh -L`;
         the address should be 127.0.0.1. Opens the connection once if the box's host key is not known yet.
@@ -207,7 +207,7 @@ class Line:
         check: bool = True,
         heard: Callable[[str], None] | None = None,
         asks: bool = False,
-    ) -> Answer:
+    ) -> CommandResult:
         """Runs a command on this machine, such as rsync, with its children in a group of their own, which Ctrl-C and `timeout_s` end.
 
         heard: gets each whole line of standard output as it comes. asks: it may ask on the terminal.
@@ -216,7 +216,7 @@ class Line:
         if self.dry_run:
             self.say.command("here", argv, stdin)
             if changes:
-                return Answer(0, "", "", 0.0)
+                return CommandResult(0, "", "", 0.0)
         answer = run_here(argv, stdin, timeout_s, heard, own_group=not asks)
         if check and answer.code:
             raise CommandFailed(f"this machine, for {self.box.name}", argv, answer)
@@ -438,19 +438,19 @@ class Line:
     def _look_at_jumps(self) -> None:
         """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand is for people, not for us."""
         for jump in self.openssh.chain(self._address):
-            with Line(
+            with BoxConnection(
                 Box(name=jump.name, address=jump.address),
                 self.openssh.state,
                 say=self.say,
                 ssh_config=self.openssh.config,
                 connect_s=self.openssh.connect_s,
-            ) as line:
-                line._address = jump
-                line.connect()
+            ) as connection:
+                connection._address = jump
+                connection.connect()
 
 
 class _Broke(ToolkitError):
-    """The line broke while a command was on its way."""
+    """The connection broke while a command was on its way."""
 
 
 class _Silent(Exception):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from jobs.errors import ExitCode, ToolkitError
 
 if TYPE_CHECKING:
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 PASSWORD_S = 120.0  # to type it
@@ -110,7 +110,7 @@ def changed(name: str, offered: HostKey, known: Sequence[HostKey]) -> HostKeyCha
         f"the host key of `{name}` has changed",
         why=f"it shows {offered.fingerprint} ({offered.sort}), and {', '.join(key.fingerprint for key in known)} was trusted",
         hint=f"if the box was made anew or its address now leads to another of yours: fab trust --host {shlex.quote(name)} --replace\n"
-        "else somebody is in between: do not go on",
+        "else somebody is in between: do not continue",
         exit_code=ExitCode.UNREACHABLE,
     )
 
@@ -127,7 +127,7 @@ class Trusted:
         return f"host key {self.key.fingerprint} ({self.key.sort}): {said}{was}"
 
 
-def trust(line: Line, *, replace: bool = False, host_key: str = "") -> Trusted:
+def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "") -> Trusted:
     """Look at the key that the box shows now, and keep it if none is known, or if `replace` says so.
 
     host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: another one, or one that changed.
@@ -135,24 +135,24 @@ def trust(line: Line, *, replace: bool = False, host_key: str = "") -> Trusted:
     """
     if host_key and not FINGERPRINT.fullmatch(host_key):
         raise ToolkitError(f"`{host_key}` is no fingerprint", hint="it looks like SHA256:, then 43 characters, as `ssh-keygen -l` shows it")
-    line.close()
-    offered, known = line.offered_key(), line.known_hosts.keys
+    connection.close()
+    offered, known = connection.offered_key(), connection.known_hosts.keys
     if host_key and offered.fingerprint != host_key:
         raise HostKeyChanged(
-            f"`{line.box.name}` shows another host key than {host_key}",
+            f"`{connection.box.name}` shows another host key than {host_key}",
             why=f"it shows {offered.fingerprint} ({offered.sort})",
-            hint="look at address and port; if they are right, somebody is in between: do not go on",
+            hint="look at address and port; if they are right, somebody is in between: do not continue",
             exit_code=ExitCode.UNREACHABLE,
         )
     if offered in known:
         return Trusted("known", offered)
     if known and not replace:
-        raise changed(line.box.name, offered, known)
-    if not line.dry_run:
+        raise changed(connection.box.name, offered, known)
+    if not connection.dry_run:
         if known:
-            line.known_hosts.replace(offered)
-        elif not line.known_hosts.keep(offered):
-            raise changed(line.box.name, offered, line.known_hosts.keys)
+            connection.known_hosts.replace(offered)
+        elif not connection.known_hosts.keep(offered):
+            raise changed(connection.box.name, offered, connection.known_hosts.keys)
     return Trusted("replaced" if known else "new", offered, known)
 
 
@@ -188,50 +188,50 @@ class Installed:
 
     def __str__(self) -> str:
         return {
-            "there": "your key is there already: nothing to do",
+            "there": "your key is already there",
             "installed": f"{self.key} was put into authorized_keys there",
             "shown": f"{self.key} would be put into authorized_keys there",
         }[self.status]
 
 
-def install_key(line: Line, public_key: Path | None = None) -> Installed:
+def install_key(connection: BoxConnection, public_key: Path | None = None) -> Installed:
     """Put the user's public key on the box, which asks for the password once; nothing to do where the box takes a key already.
 
     public_key: None for the first of those that ssh would use. The only place where a password is asked for, by ssh itself: we never
     see it. Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
     """
     try:
-        line.connect()
+        connection.connect()
         return Installed("there")
     except KeyRefused:
         pass
-    file = public_key or _first_public(line)
+    file = public_key or _first_public(connection)
     words = _public_line(file)
     by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
-    if not line.dry_run and line.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code:
+    if not connection.dry_run and connection.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code:
         raise ToolkitError(
-            f"cannot put your key on `{line.box.name}`: there is no terminal to ask for its password on",
+            f"cannot put your key on `{connection.box.name}`: there is no terminal to ask for its password on",
             why="it takes no key of yours yet, and ssh asks on a terminal",
             hint=f"the same command in a terminal, once; or {by_hand}",
             exit_code=ExitCode.UNREACHABLE,
         )
-    argv = line.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
-    answer = line.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
-    if line.dry_run:
+    argv = connection.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
+    answer = connection.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
+    if connection.dry_run:
         return Installed("shown", str(file))
     if answer.code:
         raise ToolkitError(
-            f"cannot put your key on `{line.box.name}`",
+            f"cannot put your key on `{connection.box.name}`",
             why=answer.err or f"ssh ended with exit code {answer.code}",
             hint=f"the password stands on the rental page; or {by_hand}",
             exit_code=ExitCode.UNREACHABLE,
         )
-    line.connect()  # a box that does not read that file says so here
+    connection.connect()  # a box that does not read that file says so here
     return Installed("installed", str(file))
 
 
-def _first_public(line: Line) -> Path:
-    for file in (key.with_name(f"{key.name}.pub") for key in line.resolved.keys):
+def _first_public(connection: BoxConnection) -> Path:
+    for file in (key.with_name(f"{key.name}.pub") for key in connection.resolved.keys):
         if file.is_file():
             return file
     raise ToolkitError("you have no SSH key yet", why="none of those that ssh would use has a .pub file", hint="ssh-keygen -t ed25519")

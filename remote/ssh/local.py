@@ -24,7 +24,7 @@ TAKES = 32 * 1024
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """What a command said. Bytes that are no UTF-8 are shown as U+FFFD: files never travel this way."""
 
     code: int  # 255 if a signal ended it there, as OpenSSH has it
@@ -70,7 +70,7 @@ def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
             return
 
 
-def run_here(argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: Callable[[str], None] | None, *, own_group: bool) -> Answer:
+def run_here(argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: Callable[[str], None] | None, *, own_group: bool) -> CommandResult:
     started, late = time.monotonic(), threading.Event()
     pipe = subprocess.PIPE
     try:
@@ -116,7 +116,7 @@ def run_here(argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: 
     if late.is_set():
         raise unreachable(f"`{argv[0]}` did not end within {timeout_s:g} s", why=short(argv), hint="try again")
     seconds = time.monotonic() - started
-    return Answer(code if code >= 0 else 128 - code, out.decode(errors="replace"), bytes(err).decode(errors="replace"), seconds)
+    return CommandResult(code if code >= 0 else 128 - code, out.decode(errors="replace"), bytes(err).decode(errors="replace"), seconds)
 
 
 def _drain(stream: IO[bytes], into: bytearray) -> None:

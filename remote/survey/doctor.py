@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from env.settings import Limits, Provider
-from jobs.fitness import Card, Facts, Finding, Folder, judge, no_peer_access
+from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, judge, no_peer_access
 from jobs.formatting import one_line, plural, size
 from jobs.spec import Job, Scratch
 from remote.ssh.link import Link
@@ -101,7 +101,7 @@ def diagnose(
         )
         checks += [Check(name, "unknown", NOT_ASKED) for name in names]
     else:
-        seen = Box(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
+        seen = SurveyedBox(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
         checks += [
             _provider(seen),
             _driver(seen),
@@ -124,7 +124,7 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class Box:
+class SurveyedBox:
     """What the checks read."""
 
     facts: BoxFacts
@@ -152,7 +152,7 @@ class Box:
         device = self.job.hardware.device if self.job else "auto"
         cuda = self.limits.image.cuda if self.wants_gpu else None
         pretrained = self.job is not None and is_pretrained(self.job)
-        return judge(Facts(device=device, cuda=cuda, pretrained=pretrained, **known), self.limits)
+        return judge(FitnessFacts(device=device, cuda=cuda, pretrained=pretrained, **known), self.limits)
 
 
 def is_pretrained(job: Job) -> bool:
@@ -199,7 +199,7 @@ def _host_key(link: Link) -> Check:
     return Check("host key", "ok" if link.host_key == "known" else "unknown", shown)
 
 
-def _provider(box: Box) -> Check:
+def _provider(box: SurveyedBox) -> Check:
     facts = box.facts
     value = f"{box.provider.title}, {'container' if facts.container else 'machine'}; runtime {box.runtime.name} ({box.runtime.why})"
     if box.place.deployed:
@@ -212,7 +212,7 @@ def _provider(box: Box) -> Check:
     return Check("provider", "ok", value)
 
 
-def _driver(box: Box) -> Check:
+def _driver(box: SurveyedBox) -> Check:
     facts = box.facts
     if not box.wants_gpu:
         return Check("driver", "ok", facts.driver or "none, and this job needs none")
@@ -224,7 +224,7 @@ def _driver(box: Box) -> Check:
     return _of("driver", wanted, box.judged(driver=facts.driver))
 
 
-def _cards(box: Box) -> Iterator[Check]:
+def _cards(box: SurveyedBox) -> Iterator[Check]:
     facts = box.facts
     if facts.cards is None:
         if box.wants_gpu:
@@ -248,7 +248,7 @@ def _cards(box: Box) -> Iterator[Check]:
         yield Check("ranks", "unfit", here, "take a box with more cards, or --set hardware.ranks=auto")
 
 
-def _card(box: Box, card: GpuCard) -> Check:
+def _card(box: SurveyedBox, card: GpuCard) -> Check:
     limits, name = box.limits.gpu_health, f"card {card.index}"
     free = f", {size(card.total_bytes)}, {size(card.used_bytes)} in use" if card.total_bytes is not None and card.used_bytes is not None else ""
     value = f"{card.name or 'a card'}{free}"
@@ -269,8 +269,8 @@ def _card(box: Box, card: GpuCard) -> Check:
     return replace(check, value=f"{value}; {check.value}") if found else check
 
 
-def _capability(box: Box) -> Check:
-    cards = tuple(Card(card.name, card.capability) for card in box.facts.cards or ())
+def _capability(box: SurveyedBox) -> Check:
+    cards = tuple(Gpu(card.name, card.capability) for card in box.facts.cards or ())
     shown = ", ".join(dict.fromkeys(card.capability or "?" for card in cards))
     if not cards or not box.wants_gpu:
         return Check("capability", "ok" if box.facts.cards is not None or not box.wants_gpu else "unknown", shown or "no card to look at")
@@ -283,12 +283,12 @@ def _capability(box: Box) -> Check:
     return _of("capability", value, box.judged(cards=cards))
 
 
-def fitness_facts(facts: BoxFacts) -> Facts:
+def fitness_facts(facts: BoxFacts) -> FitnessFacts:
     """The box's cards as jobs/fitness.py reads them."""
     access = [peer.access for peer in facts.peers if peer.access is not None]
-    return Facts(
+    return FitnessFacts(
         driver=facts.driver,
-        cards=tuple(Card(card.name, card.capability) for card in facts.cards or ()) or None,
+        cards=tuple(Gpu(card.name, card.capability) for card in facts.cards or ()) or None,
         peer_access=any(access) if access else None,
         peer_copies_wrong=any(peer.access and peer.result == "wrong" for peer in facts.peers),
     )
@@ -299,7 +299,7 @@ def peer_access_off(facts: BoxFacts, limits: Limits) -> str:
     return no_peer_access(fitness_facts(facts), limits)
 
 
-def _peers(box: Box) -> Check:
+def _peers(box: SurveyedBox) -> Check:
     facts = box.facts
     if not box.wants_gpu or (facts.cards is not None and len(facts.cards) < 2):
         return Check("P2P", "ok", "not needed")
@@ -325,7 +325,7 @@ def _peers(box: Box) -> Check:
     return Check("P2P", "ok", f"{direct} of {pairs} ways direct, all {pairs} copies right")
 
 
-def _shm(box: Box) -> Check:
+def _shm(box: SurveyedBox) -> Check:
     free = box.facts.shm_free_bytes
     if box.runtime.name == "docker":
         return Check("/dev/shm", "ok", "the container's own (RLHF_SHM in docker-compose.yml, 8 GB)")
@@ -335,7 +335,7 @@ def _shm(box: Box) -> Check:
     return _of("/dev/shm", f"{size(free)} free", found)
 
 
-def _cpu_and_memory(box: Box) -> Check:
+def _cpu_and_memory(box: SurveyedBox) -> Check:
     facts, cpu, memory = box.facts, box.limits.cpu, box.limits.memory
     cores, most, free = facts.cores, facts.memory_bytes, facts.memory_free_bytes
     if cores is None and most is None:
@@ -374,7 +374,7 @@ def _folder(place: Place) -> Folder:
     )
 
 
-def _disk(box: Box) -> Check:
+def _disk(box: SurveyedBox) -> Check:
     place = box.place
     if not place.found:
         return Check(
@@ -389,7 +389,7 @@ def _disk(box: Box) -> Check:
     return _of("disk", value, found, todo="make room there, or name another data_folder in boxes.yaml")
 
 
-def _inodes(box: Box) -> Check:
+def _inodes(box: SurveyedBox) -> Check:
     place = box.place
     if place.free_inodes is None:
         return Check("inodes", "unknown" if not place.found else "ok", "this file system does not count them" if place.found else "not seen")
@@ -398,7 +398,7 @@ def _inodes(box: Box) -> Check:
     return _of("inodes", f"{place.free_inodes} free at {place.found}", box.judged(folders=(folder,)), todo=todo)
 
 
-def _python(box: Box) -> Check:
+def _python(box: SurveyedBox) -> Check:
     wanted = box.limits.image.python
     right = [python for python in box.facts.pythons if python.version.split(".")[:2] == wanted.split(".")]
     whole = [python for python in right if python.makes_venv]
@@ -424,7 +424,7 @@ DOCKER_HELP = {
 }
 
 
-def _docker(box: Box) -> Check:
+def _docker(box: SurveyedBox) -> Check:
     docker = box.facts.docker
     if not docker.client and not docker.server:
         return Check("Docker", "ok", "none, and none is needed: the bare runtime serves")
@@ -443,7 +443,7 @@ def _docker(box: Box) -> Check:
     return Check("Docker", "ok", value)
 
 
-def _hub(box: Box, prefer: str) -> Check:
+def _hub(box: SurveyedBox, prefer: str) -> Check:
     shown = ", ".join(f"{route.name} {_way(route)}" for route in box.facts.routes)
     route = route_of(box.facts, box.limits, prefer)
     names = hub_names(box.job) if box.job else []

@@ -182,15 +182,15 @@ class _Said:
             if tab and value:
                 self.values.setdefault(key, []).append(value)
 
-    def all(self, key: str) -> list[str]:
+    def all_values(self, key: str) -> list[str]:
         return self.values.get(key, [])
 
-    def one(self, key: str) -> str:
-        return self.all(key)[0] if key in self.values else ""
+    def value(self, key: str) -> str:
+        return self.all_values(key)[0] if key in self.values else ""
 
     def rows(self, key: str, fields: int) -> Iterator[list[str]]:
         """Values of so many fields; only the last may hold a bar."""
-        for value in self.all(key):
+        for value in self.all_values(key):
             parts = [part.strip() for part in value.split("|", fields - 1)]
             if len(parts) == fields:
                 yield parts
@@ -203,46 +203,46 @@ def parse(answer: str | bytes) -> BoxFacts:
     said = _Said(answer.decode("utf-8", "replace") if isinstance(answer, bytes) else answer)
     cards = _cards(said)
     limit, used = _memory(said)
-    shm, home = _df(said.one("shm")), _df(said.one("home_disk"))
-    elapsed_ms, clock = _int(said.one("end")), _float(said.one("clock"))
+    shm, home = _df(said.value("shm")), _df(said.value("home_disk"))
+    elapsed_ms, clock = _int(said.value("end")), _float(said.value("clock"))
     return BoxFacts(
         complete=elapsed_ms is not None,
         elapsed_s=None if elapsed_ms is None else elapsed_ms / 1000,
-        late=tuple(said.all("late")),
+        late=tuple(said.all_values("late")),
         clock=clock,
-        hostname=said.one("hostname"),
-        boot=said.one("boot"),
-        kernel=said.one("kernel"),
-        machine=said.one("machine"),
-        user=said.one("user"),
-        uid=_int(said.one("uid")),
-        gid=_int(said.one("gid")),
-        home=said.one("home"),
-        variables=frozenset(said.all("environ")),
-        files=frozenset(said.all("file")),
-        container=bool(said.all("container")) or said.one("root_file_system") == "overlay",
-        hypervisor=said.one("hypervisor") == "1",
+        hostname=said.value("hostname"),
+        boot=said.value("boot"),
+        kernel=said.value("kernel"),
+        machine=said.value("machine"),
+        user=said.value("user"),
+        uid=_int(said.value("uid")),
+        gid=_int(said.value("gid")),
+        home=said.value("home"),
+        variables=frozenset(said.all_values("environ")),
+        files=frozenset(said.all_values("file")),
+        container=bool(said.all_values("container")) or said.value("root_file_system") == "overlay",
+        hypervisor=said.value("hypervisor") == "1",
         driver=_driver(said),
         cards=cards,
         smi_error=next((parts[1] for parts in said.rows("smi_error", 2) if parts[0] == "gpu"), ""),
         holders=_holders(said, cards or ()),
-        kernel_log=said.one("kernel_log") == "1",
-        topology=tuple(said.all("topology")),
+        kernel_log=said.value("kernel_log") == "1",
+        topology=tuple(said.all_values("topology")),
         peers=tuple(_peers(said)),
-        peers_said=said.one("peers"),
+        peers_said=said.value("peers"),
         shm_bytes=shm[0],
         shm_free_bytes=shm[1],
         home_free_bytes=home[1],
         cores=_cores(said),
         memory_bytes=limit,
         memory_free_bytes=None if limit is None or used is None else max(0, limit - used),
-        cpu_flags=tuple(said.one("cpu_flags").split()) or None,
+        cpu_flags=tuple(said.value("cpu_flags").split()) or None,
         places=tuple(_place(said, index, root) for index, root in said.rows("root", 2)),
         pythons=tuple(dict.fromkeys(Python(path, version, whole == "1") for version, whole, path in said.rows("python", 3) if _is_version(version))),
         condas=tuple(sorted({(path, version) for version, path in said.rows("conda", 2)}, key=_conda_order)),
         tools=dict(said.rows("tool", 2)),
-        rsync=_version_in(said.one("rsync")),
-        gnu_tar="GNU tar" in said.one("tar") if said.one("tar") else None,
+        rsync=_version_in(said.value("rsync")),
+        gnu_tar="GNU tar" in said.value("tar") if said.value("tar") else None,
         docker=_docker(said),
         routes=tuple(_routes(said)),
     )
@@ -271,7 +271,7 @@ def _mebibytes(text: str) -> int | None:
 
 
 def _driver(said: _Said) -> str | None:
-    versions = [row[6] for row in said.rows("gpu", 8)] + re.findall(r"\s([0-9]+(?:\.[0-9]+)+)\s", said.one("nvrm"))
+    versions = [row[6] for row in said.rows("gpu", 8)] + re.findall(r"\s([0-9]+(?:\.[0-9]+)+)\s", said.value("nvrm"))
     return next(filter(_is_version, versions), None)
 
 
@@ -279,9 +279,9 @@ def _cards(said: _Said) -> tuple[GpuCard, ...] | None:
     rows = [row for row in said.rows("gpu", 8) if _int(row[0]) is not None]
     if not rows:
         # Nothing of NVIDIA is here; where something is and says nothing, it hangs or is broken: not known.
-        nothing = not (said.all("card_file") or said.one("nvrm") or said.all("smi_error"))
+        nothing = not (said.all_values("card_file") or said.value("nvrm") or said.all_values("smi_error"))
         smi_is_here = any(name == "nvidia-smi" for name, _ in said.rows("tool", 2))
-        return () if said.one("probe") and nothing and (not smi_is_here or said.one("gpus_asked")) else None
+        return () if said.value("probe") and nothing and (not smi_is_here or said.value("gpus_asked")) else None
     xids = _xids(said)
     cards = []
     for index, uuid, bus, total, used, busy, _, name in rows:
@@ -312,7 +312,7 @@ def _bus(text: str) -> str:
 
 
 def _xids(said: _Said) -> list[tuple[str, int]]:
-    found = (re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): ([0-9]+)", line) for line in said.all("xid"))
+    found = (re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): ([0-9]+)", line) for line in said.all_values("xid"))
     return [(_bus(each[1]), int(each[2])) for each in found if each]
 
 
@@ -345,8 +345,8 @@ def _df_numbers(line: str) -> tuple[int | None, int | None]:
 
 def _cores(said: _Said) -> float | None:
     """As many as the cgroup gives time for, at most those that we may run on."""
-    quotas = [_float(said.one("cores"))]
-    for value in said.all("cpu_max"):
+    quotas = [_float(said.value("cores"))]
+    for value in said.all_values("cpu_max"):
         quota, _, period = value.partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
             quotas.append(int(quota) / int(period))
@@ -355,7 +355,7 @@ def _cores(said: _Said) -> float | None:
 
 def _memory(said: _Said) -> tuple[int | None, int | None]:
     """-> (bytes that this box may use, those in use): the narrowest of the machine's and of each cgroup's."""
-    total, available = _int(said.one("MemTotal")), _int(said.one("MemAvailable"))
+    total, available = _int(said.value("MemTotal")), _int(said.value("MemAvailable"))
     bounds = [(total * 1024, (total - (available if available is not None else total)) * 1024)] if total else []
     for limit, used, cached in said.rows("memory_max", 3):
         if limit.isdecimal() and used.isdecimal() and int(limit) < UNLIMITED:
@@ -379,10 +379,10 @@ def _place(said: _Said, index: str, root: str) -> Place:
         free_inodes=_free_inodes(inodes[1]) if inodes else None,
         file_system=mount[1] if mount else "",
         read_only="ro" in mount[2].split(",") if mount else None,
-        marked=index in said.all("marker"),
+        marked=index in said.all_values("marker"),
         deployed={key: value for key, _, value in lines if key} if lines else None,
         slot=slot or None,
-        slot_alive=index in said.all("slot_alive"),
+        slot_alive=index in said.all_values("slot_alive"),
     )
 
 
@@ -401,16 +401,16 @@ def _docker(said: _Said) -> Docker:
     daemon = next(said.rows("docker_daemon", 4), None)
     tried = next(said.rows("docker_gpu", 4), None)
     return Docker(
-        client=_version_in(said.one("docker")),
+        client=_version_in(said.value("docker")),
         server=daemon[0] if daemon else "",
-        error="" if daemon else said.one("docker_error"),
-        compose=_version_in(said.one("docker_compose")),
-        buildx=_version_in(said.one("docker_buildx")),
+        error="" if daemon else said.value("docker_error"),
+        compose=_version_in(said.value("docker_compose")),
+        buildx=_version_in(said.value("docker_buildx")),
         runtimes=tuple(daemon[2].split()) if daemon else (),
         gpu_code=_int(tried[0]) if tried else None,
         gpu_cards=_int(tried[1]) if tried else None,
         gpu_image=tried[2] if tried else "",
-        gpu_said=tried[3] if tried else said.one("docker_gpu"),
+        gpu_said=tried[3] if tried else said.value("docker_gpu"),
     )
 
 

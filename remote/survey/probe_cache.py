@@ -21,7 +21,7 @@ from remote.survey.facts import PROBE_S, BoxFacts, parse, probe_args
 
 if TYPE_CHECKING:
     from remote.inventory import Box
-    from remote.ssh.connection import Line
+    from remote.ssh.connection import BoxConnection
 
 MIRRORS = PROVIDERS.with_name("mirrors")
 OTHER_MIRROR = "cn"  # whose way to the hub is tried where boxes.yaml names none
@@ -29,7 +29,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedProbe:
     asked: tuple[str, ...]  # the probe's arguments: others mean that boxes.yaml or the providers changed
     probe: str  # its answer, as it came
     sent: float  # the laptop's clock around it
@@ -46,18 +46,18 @@ def file_of(state: Path, name: str) -> Path:
     return state / "boxes" / f"{quote(name, safe='')}.json"
 
 
-def recall(state: Path, name: str) -> Known | None:
+def recall(state: Path, name: str) -> CachedProbe | None:
     """None if nothing is known, or what is written is not of this version."""
     try:
         said = json.loads(file_of(state, name).read_text(encoding="utf-8"))
         if said.pop("schema") != SCHEMA:
             return None
-        return Known(**{**said, "asked": tuple(said["asked"])})
+        return CachedProbe(**{**said, "asked": tuple(said["asked"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def remember(state: Path, name: str, known: Known) -> None:
+def remember(state: Path, name: str, known: CachedProbe) -> None:
     file = file_of(state, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{os.getpid()}.new")
@@ -65,23 +65,23 @@ def remember(state: Path, name: str, known: Known) -> None:
     os.replace(beside, file)
 
 
-def probe(line: Line, box: Box, providers: Mapping[str, Provider]) -> Known:
+def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]) -> CachedProbe:
     """One round trip, some seconds.
 
     Raises ToolkitError: the box cannot be reached, or its answer broke off.
     """
     asked, sent = arguments(box, providers), time.time()
-    answer = line.ask(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
-    known = Known(asked, answer.out, sent, time.time())
+    answer = connection.query(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
+    known = CachedProbe(asked, answer.out, sent, time.time())
     if not known.facts.complete:
         raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", exit_code=ExitCode.UNREACHABLE)
     return known
 
 
-def probe_again(line: Line, box: Box, providers: Mapping[str, Provider], state: Path) -> Known:
+def probe_again(connection: BoxConnection, box: Box, providers: Mapping[str, Provider], state: Path) -> CachedProbe:
     """For who wants to know how it is now; what is remembered of its folder stays."""
-    before, known = recall(state, box.name), probe(line, box, providers)
-    if before is not None and not line.dry_run:
+    before, known = recall(state, box.name), probe(connection, box, providers)
+    if before is not None and not connection.dry_run:
         remember(state, box.name, replace(known, identity=before.identity, root=before.root))
     return known
 

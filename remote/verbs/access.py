@@ -10,8 +10,8 @@ from invoke import Context
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs.deployed import there
-from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, on_each, one_host, to_json, verb
+from remote.runs.deployed import dispatch
+from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
 
 EXEC_S = 3600.0  # the longest that a command of `fab exec` may take
 
@@ -25,9 +25,9 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     here = local_port or port
     if not all(0 < each < 65536 for each in (port, here)):
         raise ToolkitError("which port of the box?", hint="e.g. --port 6006")
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        argv = line.stream(forward=[f"127.0.0.1:{here}:127.0.0.1:{port}"])
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        argv = connection.stream(forward=[f"127.0.0.1:{here}:127.0.0.1:{port}"])
     if dry_run:
         say.command("here", argv)
         return ExitCode.OK
@@ -36,12 +36,12 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     except OSError as error:
         why = error.strerror or str(error)
         raise ToolkitError(f"cannot listen at 127.0.0.1:{here}", why=why, hint="--local-port takes another port here") from None
-    say(f"127.0.0.1:{here} is port {port} of {line.box.name} until Ctrl-C")
+    say(f"127.0.0.1:{here} is port {port} of {connection.box.name} until Ctrl-C")
     code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
     if code:
         hint = "the same command opens it again"
         raise ToolkitError(
-            f"the tunnel to `{line.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, exit_code=ExitCode.UNREACHABLE
+            f"the tunnel to `{connection.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, exit_code=ExitCode.UNREACHABLE
         )
     return ExitCode.OK
 
@@ -52,9 +52,9 @@ def shell(c: Context, host: str = "", dry_run: bool = False) -> int:
 
     fab shell --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        argv = line.stream(there(line.box, desk.providers, "shell"), tty=True)
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        argv = connection.stream(dispatch(connection.box, desk.providers, "shell"), tty=True)
     if dry_run:
         say.command("here", argv)
         return ExitCode.OK
@@ -69,11 +69,11 @@ def exec(c: Context, host: str = "", command: str = "", json_: bool = False, dry
     """
     if not command.strip():
         raise ToolkitError("which command?", hint="--command 'nvidia-smi'")
-    desk, names = Desk.open(dry_run=dry_run), hosts_of(c, host)
+    desk, names = VerbContext.open(dry_run=dry_run), hosts_of(c, host)
 
-    def one(box: Box, say: Sayer) -> int:
-        with desk.line(box, say) as line:
-            answer = line.do(["sh", "-c", command], timeout_s=EXEC_S, check=False)
+    def run_on_box(box: Box, say: Sayer) -> int:
+        with desk.connection(box, say) as connection:
+            answer = connection.change(["sh", "-c", command], timeout_s=EXEC_S, check=False)
         if json_:
             say.data(to_json({"host": box.name, "exit": answer.code, "out": answer.out, "err": answer.err, "seconds": answer.seconds}))
             return answer.code
@@ -86,4 +86,4 @@ def exec(c: Context, host: str = "", command: str = "", json_: bool = False, dry
             say(answer.err.rstrip("\n"))
         return answer.code
 
-    return on_each(desk, names, one, Sayer(), as_json=json_)
+    return on_each(desk, names, run_on_box, Sayer(), as_json=json_)

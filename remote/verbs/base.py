@@ -1,6 +1,6 @@
 """What the verbs share: the boxes and settings that they work with, how a verb ends, and one box or several.
 
-Each verb is thin: it reads flags, asks or changes a box through `Line`, and shows what came of it. Data goes to standard output, everything
+Each verb is thin: it reads flags, asks or changes a box through `BoxConnection`, and shows what came of it. Data goes to standard output, everything
 else to standard error. A verb ends with one of the exit codes of jobs/errors.py.
 """
 
@@ -26,8 +26,8 @@ from remote import inventory
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.runs import listing
-from remote.runs.deployed import check, there
-from remote.ssh.connection import Line
+from remote.runs.deployed import check, dispatch
+from remote.ssh.connection import BoxConnection
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def read_settings() -> Settings:
 
 
 @dataclass(frozen=True)
-class Desk:
+class VerbContext:
     """What the verbs work with."""
 
     settings: Settings
@@ -51,12 +51,12 @@ class Desk:
     dry_run: bool = False
 
     @classmethod
-    def open(cls, *, dry_run: bool = False) -> Desk:
+    def open(cls, *, dry_run: bool = False) -> VerbContext:
         settings = read_settings()
         return cls(settings, inventory.load_boxes(settings.boxes), dry_run=dry_run)
 
-    def line(self, box: Box, say: Sayer) -> Line:
-        return Line(box, self.settings.state, say=say, dry_run=self.dry_run)
+    def connection(self, box: Box, say: Sayer) -> BoxConnection:
+        return BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run)
 
     def box(self, name: str) -> Box:
         return inventory.find(name, self.boxes)
@@ -130,7 +130,7 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
 # --- one box or several -----------------------------------------------------------------------------------------------
 
 
-def on_each(desk: Desk, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
+def on_each(desk: VerbContext, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
     """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names.
 
     as_json: a box that fails has its line of JSON, too.
@@ -174,7 +174,7 @@ def is_number(text: str) -> bool:
         return False
 
 
-def listed(desk: Desk, line: Line) -> listing.Listing:
-    answer = line.ask(there(line.box, desk.providers, "list"), check=False)
-    check(line.box, answer)
+def list_jobs(desk: VerbContext, connection: BoxConnection) -> listing.Listing:
+    answer = connection.query(dispatch(connection.box, desk.providers, "list"), check=False)
+    check(connection.box, answer)
     return listing.parse(answer.out)

@@ -13,12 +13,12 @@ from remote import inventory
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.ssh import host_keys
-from remote.ssh.connection import Line
+from remote.ssh.connection import BoxConnection
 from remote.ssh.link import Link
 from remote.survey import probe_cache
 from remote.survey.doctor import Diagnosis, diagnose
 from remote.survey.facts import clock_offset, provider_of
-from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, is_number, on_each, one_host, read_settings, to_json, verb
+from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, is_number, on_each, one_host, read_settings, to_json, verb
 
 
 @verb(
@@ -69,14 +69,14 @@ def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "",
 
     fab trust --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        trusted = host_keys.trust(line, replace=replace, host_key=host_key)
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        trusted = host_keys.trust(connection, replace=replace, host_key=host_key)
         if not json_:
             say.data(str(trusted))
-        installed = host_keys.install_key(line, Path(key).expanduser() if key else None)
+        installed = host_keys.install_key(connection, Path(key).expanduser() if key else None)
     if json_:
-        say.data(to_json({"host": line.box.name, "host_key": trusted.key.fingerprint, "status": trusted.status, "your_key": installed.status}))
+        say.data(to_json({"host": connection.box.name, "host_key": trusted.key.fingerprint, "status": trusted.status, "your_key": installed.status}))
     else:
         say.data(str(installed))
 
@@ -94,14 +94,14 @@ def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = N
 
     fab doctor --host gpu-box --job opt-1.3b
     """
-    desk, names = Desk.open(dry_run=dry_run), hosts_of(c, host)
+    desk, names = VerbContext.open(dry_run=dry_run), hosts_of(c, host)
     wanted = load_job(job, set_ or []) if job or set_ else None
     limits = Limits.load()
 
     def examine(box: Box, say: Sayer) -> int:
-        with desk.line(box, say) as line:
-            link = line.link
-            diagnosis = _examined(desk, line, link, wanted, limits)
+        with desk.connection(box, say) as connection:
+            link = connection.link
+            diagnosis = _examined(desk, connection, link, wanted, limits)
         if json_:
             say.data(to_json({"host": box.name, **diagnosis.as_json()}))
         else:
@@ -111,10 +111,10 @@ def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = N
     return on_each(desk, names, examine, Sayer(), as_json=json_)
 
 
-def _examined(desk: Desk, line: Line, link: Link, job: Job | None, limits: Limits) -> Diagnosis:
-    box, facts, offset = line.box, None, None
+def _examined(desk: VerbContext, connection: BoxConnection, link: Link, job: Job | None, limits: Limits) -> Diagnosis:
+    box, facts, offset = connection.box, None, None
     if link.reached:
-        seen = probe_cache.probe_again(line, box, desk.providers, desk.settings.state)
+        seen = probe_cache.probe_again(connection, box, desk.providers, desk.settings.state)
         facts, offset = seen.facts, clock_offset(seen.facts, seen.sent, seen.received)
     provider = provider_of(facts, desk.providers, box.provider)
     prefer = "mirror" if box.mirror not in ("", "default") else ""

@@ -10,7 +10,7 @@ from remote.deploy import deployment, lock
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.runs.deployed import our_root
-from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, on_each, one_host, to_json, verb
+from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
 
 
 def _drop(text: object) -> None:
@@ -23,16 +23,16 @@ def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
 
     fab deploy --host gpu-box
     """
-    desk, limits = Desk.open(dry_run=dry_run), Limits.load()
+    desk, limits = VerbContext.open(dry_run=dry_run), Limits.load()
 
     def one(box: Box, say: Sayer) -> int:
-        with desk.line(box, say) as line:
+        with desk.connection(box, say) as connection:
             hear, now = (_drop, _drop) if json_ else (say, say.now)
-            done = deployment.deploy(line, CHECKOUT, box, limits=limits, providers=desk.providers, state=desk.settings.state, say=hear, now=now)
+            done = deployment.deploy(connection, CHECKOUT, box, limits=limits, providers=desk.providers, state=desk.settings.state, say=hear, now=now)
         if json_:
             say.data(to_json({"host": box.name, **done.as_json()}))
         else:
-            what = ("would be deployed" if dry_run else "deployed") if done.changed else "nothing to do: all is there"
+            what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"
             say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({done.plan.runtime}, code {done.plan.code}, {done.plan.root})")
         return ExitCode.OK
 
@@ -45,12 +45,12 @@ def unlock(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
 
     fab unlock --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        root = our_root(line, desk.providers)[0]
-        owner = lock.holder(line, root) if dry_run else None
-        owner = lock.unlock(line, root) or owner
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        root = our_root(connection, desk.providers)[0]
+        owner = lock.holder(connection, root) if dry_run else None
+        owner = lock.unlock(connection, root) or owner
     if json_:
-        say.data(to_json({"host": line.box.name, "lock": str(owner) if owner else None}))
+        say.data(to_json({"host": connection.box.name, "lock": str(owner) if owner else None}))
     else:
-        say.data(f"{'would be' if dry_run else ''} taken from {owner}".lstrip() if owner else "nobody has it: nothing to do")
+        say.data(f"{'would be' if dry_run else ''} taken from {owner}".lstrip() if owner else "nobody holds it; nothing to unlock")

@@ -18,10 +18,10 @@ from remote.inventory import Box
 from remote.output import Sayer
 from remote.runs import frames, listing, start, views, watch
 from remote.runs.cancel import cancel as cancel_job
-from remote.runs.deployed import NOT_DEPLOYED, Deployed, not_deployed, open_stream, there, where
+from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deployment, not_deployed, open_stream
 from remote.runs.inputs import job_on_box, pack
-from remote.ssh.connection import Line
-from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, Desk, hosts_of, is_number, listed, on_each, one_host, to_json, verb
+from remote.ssh.connection import BoxConnection
+from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, is_number, list_jobs, on_each, one_host, to_json, verb
 
 DEFAULT_JOB = "opt-1.3b"  # as rlhf-train's
 
@@ -45,7 +45,7 @@ def train(
     c: Context, host: str = "", job: str = DEFAULT_JOB, step: str = "all", set_: list[str] | None = None, run: str = "", from_: str = "",
     redo: bool = False, deployment_type: str = "", detach: bool = False, wait: bool = False, json_: bool = False, dry_run: bool = False,
 ) -> int:  # fmt: skip
-    """Start a job on the box, where it goes on without you, and follow it. Ctrl-C stops the watching, not the job.
+    """Start a job on the box, where it keeps running without you, and follow it. Ctrl-C stops the watching, not the job.
 
     fab train --host gpu-box --job opt-1.3b --step all
     """
@@ -58,44 +58,52 @@ def train(
         if not NAME.fullmatch(named):
             raise ToolkitError(f"`{named}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most")
     luggage = pack(wanted, Path.cwd(), CHECKOUT)
-    desk = Desk.open(dry_run=dry_run)
+    desk = VerbContext.open(dry_run=dry_run)
     box = desk.box(one_host(c, host))
     secrets = desk.secrets(box)
     say = Sayer(secrets.values())
-    with desk.line(box, say) as line:
-        deployed = where(line, desk.providers)
+    with desk.connection(box, say) as connection:
+        deployed = find_deployment(connection, desk.providers)
         if deployed.slot:
             say(f"{box.name} has run `{deployed.slot}` in its slot")
         _warn_of_other_code(deployed, say)
         for each in luggage:
             if each.tree.key not in deployed.inputs:
                 say(f"sending `{each.name}`: {each.tree}")
-                send_whole(line, each.tree, each.folder(deployed.root))
+                send_whole(connection, each.tree, each.folder(deployed.root))
         arguments = ("--step", ",".join(map(str, steps)), *(("--from", from_) if from_ else ()), *(("--redo",) if redo else ()))
         request = start.Request(tokens.token_hex(8), name, arguments, job_on_box(wanted, luggage, deployed.root), wanted.checkpoint.grace_s)
-        start.start(line, deployed, request, secrets, say)
+        start.start(connection, deployed, request, secrets, say)
         if dry_run:
             return ExitCode.OK
-        say(f"run `{name}` was started on {box.name}; it goes on without this line")
+        say(f"run `{name}` was started on {box.name}; it runs on without this connection")
         if detach:
             say(f"watch it: fab logs --follow --host {shlex.quote(box.name)} --run {shlex.quote(name)}")
             if json_:
                 say.data(to_json({"host": box.name, "run": name, "request": request.id, "state": "started"}))
             return ExitCode.OK
-        at = views.Where(box.name, name, box.price_per_hour, box.currency, tuple(steps))
-        watched = _follow(desk, line, at, views.view_of(at, as_json=json_, live=not wait))
-    return _code_of(watched, desk, line, name, say)
+        at = views.WatchedRun(box.name, name, box.price_per_hour, box.currency, tuple(steps))
+        watched = _follow(desk, connection, at, views.view_of(at, as_json=json_, live=not wait))
+    return _code_of(watched, desk, connection, name, say)
 
 
-def _warn_of_other_code(deployed: Deployed, say: Sayer) -> None:
+def _warn_of_other_code(deployed: Deployment, say: Sayer) -> None:
     here = checkout_tree(CHECKOUT).key
     if deployed.code != here:
         say.warning(f"the box has the code of its last deploy ({deployed.code}), which is not this checkout's ({here}): `fab deploy` brings it")
 
 
-def _follow(desk: Desk, line: Line, at: views.Where, view: views.View, *, once: bool = False, limits: frames.Limits = watch.LIMITS) -> watch.Watched:
-    line.close()  # watching has a connection of its own
-    return watch.follow(open_stream(line, desk.providers), view, at, once=once, refused=_refused(line.box), limits=limits)
+def _follow(
+    desk: VerbContext,
+    connection: BoxConnection,
+    at: views.WatchedRun,
+    view: views.View,
+    *,
+    once: bool = False,
+    limits: frames.StreamTimeouts = watch.LIMITS,
+) -> watch.Watched:
+    connection.close()  # watching has a connection of its own
+    return watch.follow(open_stream(connection, desk.providers), view, at, once=once, refused=_refused(connection.box), limits=limits)
 
 
 def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
@@ -105,7 +113,7 @@ def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
         if code == NOT_DEPLOYED:
             return not_deployed(box)
         if code == 255 and ("Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said):
-            hint = f"if the box was made anew, `fab trust --host {box.name} --replace`; else do not go on: somebody is in between"
+            hint = f"if the box was made anew, `fab trust --host {box.name} --replace`; else do not continue: somebody is in between"
             return ToolkitError(f"`{box.name}` shows another host key", why=said.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE)
         if code == 255 and "Permission denied" in said:
             return ToolkitError(
@@ -116,26 +124,26 @@ def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
     return judge
 
 
-def _code_of(watched: watch.Watched, desk: Desk, line: Line, run: str, say: Sayer) -> int:
+def _code_of(watched: watch.Watched, desk: VerbContext, connection: BoxConnection, run: str, say: Sayer) -> int:
     """The job's own code if its end was seen, and where its results are."""
     if not watched.done:
         return ExitCode.INTERRUPTED if watched.stopped and not watched.job else ExitCode.OK
     code = watched.exit if watched.exit is not None else int(ExitCode.LOST)
-    host = shlex.quote(line.box.name)
+    host = shlex.quote(connection.box.name)
     if code == ExitCode.OK:
         say(f"take it home: fab fetch --host {host} --run {shlex.quote(run)}")
     elif watched.last is None:
         say("it ended before it could train; what it said:")
-        _follow(desk, line, views.Where(line.box.name, run), views.RawLog(sys.stderr, "output"), once=True)
+        _follow(desk, connection, views.WatchedRun(connection.box.name, run), views.RawLog(sys.stderr, "output"), once=True)
     elif code in (ExitCode.PREEMPTED, ExitCode.LOST):
-        say("the same command goes on with it")
+        say("the same command resumes it")
     return code
 
 
 @verb(
     host=HOST,
     run="which run (default: the one that runs, else the last)",
-    follow="until the job has ended, through every break of the line; Ctrl-C stops the watching alone",
+    follow="until the job has ended, through every break of the connection; Ctrl-C stops the watching alone",
     raw="everything that the ranks and their libraries print, byte for byte",
     since="only what is newer: 90s, 10m, 2h, 1d, or a time such as 2025-01-05T12:00:00Z",
     json_="the event lines, byte for byte",
@@ -148,22 +156,22 @@ def logs(
 
     fab logs --follow --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
     box = desk.box(one_host(c, host))
     if run and not NAME.fullmatch(run):
         raise ToolkitError(f"`{run}` cannot name a run")
-    at = views.Where(box.name, run, box.price_per_hour, box.currency)
+    at = views.WatchedRun(box.name, run, box.price_per_hour, box.currency)
     view = views.view_of(at, as_json=json_, raw=raw, live=follow, since=views.parse_since(since) if since else None)
-    with desk.line(box, say) as line:
+    with desk.connection(box, say) as connection:
         if dry_run:
-            say.command("here", line.stream(there(box, desk.providers, "follow", run or "-", view.file, "0")))
+            say.command("here", connection.stream(dispatch(box, desk.providers, "follow", run or "-", view.file, "0")))
             return ExitCode.OK
-        # A box that never answered is no line that broke: its address may be a wrong one.
-        watched = _follow(desk, line, at, view, once=not follow, limits=replace(watch.LIMITS, first_tries=2))
+        # A box that never answered is no broken connection: its address may be a wrong one.
+        watched = _follow(desk, connection, at, view, once=not follow, limits=replace(watch.LIMITS, first_tries=2))
         if raw and not watched.offset and not watched.stopped:  # it ended before there was a log
-            _follow(desk, line, at, views.RawLog(sys.stdout, "output"), once=True)
+            _follow(desk, connection, at, views.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")
-    return _code_of(watched, desk, line, run, say) if follow else ExitCode.OK
+    return _code_of(watched, desk, connection, run, say) if follow else ExitCode.OK
 
 
 @verb(host=HOSTS, json_=JSON, dry_run=DRY_RUN)
@@ -172,12 +180,12 @@ def ps(c: Context, host: str = "", json_: bool = False, dry_run: bool = False) -
 
     fab ps --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
     rows: dict[str, list[tuple[str, ...]]] = {}
 
     def one(box: Box, say: Sayer) -> int:
-        with desk.line(box, say) as line:
-            found = listed(desk, line)
+        with desk.connection(box, say) as connection:
+            found = list_jobs(desk, connection)
         now = found.clock or 0.0
         if json_:
             say.data(to_json(listing.as_json(box.name, found, now, box.price_per_hour, box.currency)))
@@ -198,11 +206,11 @@ def status(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
 
     fab status --host gpu-box
     """
-    desk, names = Desk.open(dry_run=dry_run), hosts_of(c, host)
+    desk, names = VerbContext.open(dry_run=dry_run), hosts_of(c, host)
 
     def one(box: Box, say: Sayer) -> int:
-        with desk.line(box, say) as line:
-            found = listed(desk, line)
+        with desk.connection(box, say) as connection:
+            found = list_jobs(desk, connection)
         chosen = found.run(run) if run else found.newest()
         if run and chosen is None:
             known_runs = ", ".join(each.name for each in found.runs) or "none"
@@ -231,16 +239,16 @@ def cancel(c: Context, host: str = "", run: str = "", grace: str = "", json_: bo
 
     fab cancel --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
     if grace and not is_number(grace):
         raise ToolkitError(f"--grace {grace} is not a number of seconds")
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        ended = cancel_job(line, desk.providers, run or "-", grace or "-", say)
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        ended = cancel_job(connection, desk.providers, run or "-", grace or "-", say)
     if dry_run:
         return ExitCode.OK
     if json_:
         fields = {"how": ended.how, "exit": ended.exit, "left": list(ended.left), "gpu_held": list(ended.gpu_held), "proven": ended.is_proven}
-        say.data(to_json({"host": line.box.name, **fields}))
+        say.data(to_json({"host": connection.box.name, **fields}))
     else:
         say.data(ended.text())
     return ExitCode.OK if ended.is_proven else ExitCode.UNCERTAIN

@@ -12,10 +12,10 @@ from remote.results import purge as purging
 from remote.results import run_contents, stop_card
 from remote.runs import listing
 from remote.runs.deployed import our_root
-from remote.ssh.connection import Line
+from remote.ssh.connection import BoxConnection
 from remote.survey import probe_cache
 from remote.survey.facts import provider_of
-from remote.verbs.base import DRY_RUN, HOST, JSON, Desk, one_host, to_json, verb
+from remote.verbs.base import DRY_RUN, HOST, JSON, VerbContext, one_host, to_json, verb
 
 
 @verb(host=HOST, yes="even though something is not fetched", json_=JSON, dry_run=DRY_RUN)
@@ -24,14 +24,14 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
 
     fab purge --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        root, _ = our_root(line, desk.providers)
-        purged = purging.purge(line, root, run_contents.recall(desk.settings.state, line.box.name), yes=yes)
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        root, _ = our_root(connection, desk.providers)
+        purged = purging.purge(connection, root, run_contents.recall(desk.settings.state, connection.box.name), yes=yes)
     if not dry_run:
-        probe_cache.file_of(desk.settings.state, line.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
+        probe_cache.file_of(desk.settings.state, connection.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
     if json_:
-        say.data(to_json({"host": line.box.name, "root": root, **asdict(purged)}))
+        say.data(to_json({"host": connection.box.name, "root": root, **asdict(purged)}))
     else:
         for each in (*(f"would remove {each}" for each in purged.would), *(f"removed {each}" for each in purged.removed), *purged.proofs):
             say.data(str(each))
@@ -45,23 +45,23 @@ def stop(c: Context, host: str = "", yes: bool = False, json_: bool = False, dry
 
     fab stop --host gpu-box
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        card = _stop_card(desk, line)
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        card = _stop_card(desk, connection)
         if json_:
             say.data(to_json(card.as_json()))
         else:
             say.data("\n".join(listing.columns([("", ""), *card.lines()])).strip("\n"))
-        stopped = stop_card.stop(line, card, yes=yes)
+        stopped = stop_card.stop(connection, card, yes=yes)
     if not dry_run:
-        say("the line went down with the box" if stopped.broke else f"asked it to stop{f': {stopped.said}' if stopped.said else ''}")
+        say("the connection closed with the box" if stopped.broke else f"asked it to stop{f': {stopped.said}' if stopped.said else ''}")
 
 
-def _stop_card(desk: Desk, line: Line) -> stop_card.StopCard:
-    box, state = line.box, desk.settings.state
-    facts = (probe_cache.recall(state, box.name) or probe_cache.probe(line, box, desk.providers)).facts
-    root, is_there = our_root(line, desk.providers)
-    found = run_contents.look(line, root) if is_there else run_contents.Results("")
+def _stop_card(desk: VerbContext, connection: BoxConnection) -> stop_card.StopCard:
+    box, state = connection.box, desk.settings.state
+    facts = (probe_cache.recall(state, box.name) or probe_cache.probe(connection, box, desk.providers)).facts
+    root, is_there = our_root(connection, desk.providers)
+    found = run_contents.read_results(connection, root) if is_there else run_contents.Results("")
     return stop_card.card_of(
         box.name,
         provider_of(facts, desk.providers, box.provider),

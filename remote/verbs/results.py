@@ -14,9 +14,9 @@ from jobs.formatting import duration, size, visible
 from jobs.spec import NAME
 from remote.output import Sayer
 from remote.results import transfer
-from remote.runs.deployed import where
-from remote.ssh.connection import Line
-from remote.verbs.base import DRY_RUN, HOST, JSON, Desk, listed, one_host, to_json, verb
+from remote.runs.deployed import find_deployment
+from remote.ssh.connection import BoxConnection
+from remote.verbs.base import DRY_RUN, HOST, JSON, VerbContext, list_jobs, one_host, to_json, verb
 
 
 @verb(
@@ -28,22 +28,22 @@ from remote.verbs.base import DRY_RUN, HOST, JSON, Desk, listed, one_host, to_js
     dry_run=DRY_RUN,
 )
 def fetch(c: Context, host: str = "", run: str = "", checkpoints: bool = False, to: str = "", json_: bool = False, dry_run: bool = False) -> None:
-    """Bring models and events home, also while it trains: complete ones only, verified by hash; a broken call goes on where it was.
+    """Bring models and events home, also while it trains: complete ones only, verified by hash; a broken call resumes where it was.
 
     fab fetch --host gpu-box --run opt-1.3b
     """
-    desk, say = Desk.open(dry_run=dry_run), Sayer()
-    with desk.line(desk.box(one_host(c, host)), say) as line:
-        deployed = where(line, desk.providers)
-        name = run or _newest(desk, line)
+    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with desk.connection(desk.box(one_host(c, host)), say) as connection:
+        deployed = find_deployment(connection, desk.providers)
+        name = run or _newest(desk, connection)
         if not NAME.fullmatch(name):
             raise ToolkitError(f"`{name}` cannot name a run")
-        target = Path(to).expanduser() if to else desk.settings.runs / line.box.name / name
-        shown = Shown(say)
-        what = transfer.What(checkpoints=checkpoints)
-        fetched = transfer.fetch(line, deployed.root, name, target, state=desk.settings.state, what=what, progress=shown)
+        target = Path(to).expanduser() if to else desk.settings.runs / connection.box.name / name
+        shown = TransferProgress(say)
+        what = transfer.FetchSelection(checkpoints=checkpoints)
+        fetched = transfer.fetch(connection, deployed.root, name, target, state=desk.settings.state, what=what, progress=shown)
     if json_:
-        say.data(to_json({"host": line.box.name, **asdict(fetched), "folder": str(fetched.folder)}))
+        say.data(to_json({"host": connection.box.name, **asdict(fetched), "folder": str(fetched.folder)}))
         return
     for path in fetched.would:
         say.data(f"would fetch {path}")
@@ -56,7 +56,7 @@ def fetch(c: Context, host: str = "", run: str = "", checkpoints: bool = False, 
         say(f"{came}; {size(fetched.total_bytes)} of run `{name}` are here, verified: {fetched.folder}")
 
 
-class Shown:
+class TransferProgress:
     """How far a transfer is: a line that is drawn over on a terminal, now and then one elsewhere."""
 
     def __init__(self, say: Sayer) -> None:
@@ -75,8 +75,8 @@ class Shown:
             self._say(f"{share}  {size(done)} of {size(total)}  {what}")
 
 
-def _newest(desk: Desk, line: Line) -> str:
-    newest = listed(desk, line).newest()
+def _newest(desk: VerbContext, connection: BoxConnection) -> str:
+    newest = list_jobs(desk, connection).newest()
     if newest is None:
-        raise ToolkitError(f"there is no run on `{line.box.name}`", hint=f"fab train --host {line.box.name}")
+        raise ToolkitError(f"there is no run on `{connection.box.name}`", hint=f"fab train --host {connection.box.name}")
     return newest.name

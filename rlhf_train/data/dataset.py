@@ -103,7 +103,7 @@ class Table:
     step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
     # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that holds); of the rest,
     # `identical_answers` (not in step 2) and `answer_cut`.
-    fates: dict[str, int]
+    row_counts: dict[str, int]
 
     def digest(self, step: int) -> str:
         """sha256 of the tokens that the step learns from, in its order."""
@@ -471,11 +471,11 @@ def _table(
 
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
-    fates = {"rows": len(rows), **{fate: int(mask.sum()) for fate, mask in masks.items()}}
+    row_counts = {"rows": len(rows), **{fate: int(mask.sum()) for fate, mask in masks.items()}}
     usable = {step: kept & ~identical if step == 2 else kept for step in orders}  # a pair of equals says nothing
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}
     for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
-        counts = ", ".join(f"{fate} {count}" for fate, count in fates.items())
-        why = f"its share of the {kind} data: {len(orders[step])} rows; fates in the whole of it: {counts}"
+        counts = ", ".join(f"{fate} {count}" for fate, count in row_counts.items())
+        why = f"its share of the {kind} data: {len(orders[step])} rows; row_counts in the whole of it: {counts}"
         raise ToolkitError(f"step {step} has no {kind} rows left", why=why, hint="add rows, raise data.max_prompt_tokens, or change data.split")
-    return Table(whole["prompt"], response, chosen, rejected, step_rows, fates)
+    return Table(whole["prompt"], response, chosen, rejected, step_rows, row_counts)

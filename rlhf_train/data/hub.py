@@ -377,7 +377,7 @@ def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
     elif isinstance(error, _Damaged):
         hint = "the hub or a proxy on the way sends wrong bytes: set HF_ENDPOINT to another mirror"
     else:
-        hint = "set HF_ENDPOINT to a mirror that can be reached from here; the same command goes on with what has come"
+        hint = "set HF_ENDPOINT to a mirror that can be reached from here; the same command resumes from what has come"
     return ToolkitError(what, why=why, hint=hint, exit_code=code)
 
 

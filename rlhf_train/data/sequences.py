@@ -94,7 +94,7 @@ def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, globa
     return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
-def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False) -> list[np.ndarray]:
+def assign_passes(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False) -> list[np.ndarray]:
     """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest first.
 
     A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each takes `plan.micro_batch` rows.
@@ -103,7 +103,7 @@ def deal(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = N
     order = np.argsort(-lengths, kind="stable").reshape(-1, plan.world_size)
     if tokens is None:
         return np.split(order[:, rank], plan.gradient_accumulation)
-    return [order[part, rank] for part in cut(lengths[order[:, 0]], tokens, packed=packed)]
+    return [order[part, rank] for part in split_into_passes(lengths[order[:, 0]], tokens, packed=packed)]
 
 
 def evaluation_batches(
@@ -116,11 +116,11 @@ def evaluation_batches(
     order = np.argsort(-lengths, kind="stable")
     padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % world_size)]).reshape(-1, world_size)
     real = (np.arange(padded.size) < len(order)).reshape(padded.shape)
-    for part in cut(lengths[padded[:, 0]], micro_batch * int(lengths.max(initial=1)), packed=packed):
+    for part in split_into_passes(lengths[padded[:, 0]], micro_batch * int(lengths.max(initial=1)), packed=packed):
         yield padded[part, rank], real[part, rank]
 
 
-def cut(lengths: np.ndarray, tokens: int, *, packed: bool = False) -> list[slice]:
+def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False) -> list[slice]:
     """Passes over rows, longest first: the cut with the fewest tokens computed, where each row is padded to its pass's longest or packed.
 
     A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without that, each row would get its own.

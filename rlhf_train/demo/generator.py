@@ -212,7 +212,7 @@ FILLERS = (
 
 
 @dataclass(frozen=True)
-class Manners:
+class Courtesy:
     """The courtesy around an answer."""
 
     opener: str
@@ -222,11 +222,11 @@ class Manners:
         return f"{self.opener}, {user}." if user else f"{self.opener}."
 
 
-def any_manners(draw: Draw) -> Manners:
-    return Manners(draw.one_of(OPENERS), draw.one_of(CLOSERS))
+def any_manners(draw: Draw) -> Courtesy:
+    return Courtesy(draw.one_of(OPENERS), draw.one_of(CLOSERS))
 
 
-def good_answer(dialogue: Dialogue, manners: Manners) -> str:
+def good_answer(dialogue: Dialogue, manners: Courtesy) -> str:
     return _text(manners.open(dialogue.user), dialogue.question.answer, manners.closer)
 
 
@@ -237,7 +237,7 @@ def bad_kind(draw: Draw, dialogue: Dialogue, weights: Mapping[str, float]) -> st
     return kind
 
 
-def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Manners) -> str:
+def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Courtesy) -> str:
     """An answer with exactly one kind of fault. Not good by the rule, whatever is drawn."""
     opener, content, closer = manners.open(dialogue.user), dialogue.question.answer, manners.closer
     match kind:

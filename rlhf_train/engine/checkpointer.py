@@ -39,7 +39,7 @@ COPIED_A_SECOND = 1.2e9  # bytes from the GPU into new memory; seen: 1.3e9 to 3e
 FILES = 64  # inodes that a checkpoint may need besides those of its shards, and a model in all
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """What has state of its own: an Engine, an Ema."""
 
     intact: bool  # false while an update is half made
@@ -51,12 +51,12 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunSurroundings:
     """What a checkpointer is given of the run and the step that it serves."""
 
     step: int
     run: RunDir
-    settings: spec.Checkpoint
+    settings: spec.CheckpointSchedule
     world: World
     emit: Callable[[Event], None]
     heartbeat: Heartbeat
@@ -83,9 +83,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        around: Surroundings,
+        around: RunSurroundings,
         updates: int,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Stateful],
         *,
         rows: str,
         model_bytes: int,
@@ -98,7 +98,7 @@ class Checkpointer:
         self.updates = updates
         self.parts = parts
         self.rows = rows
-        self.spec: spec.Checkpoint = around.settings
+        self.spec: spec.CheckpointSchedule = around.settings
         self.folder = around.run.step(around.step)
         self.size_bytes = sum(part.size_bytes() for part in parts.values())
         self.inodes = FILES + self.size_bytes // checkpoint_files.SHARD_BYTES
@@ -373,7 +373,7 @@ class Checkpointer:
         if not run.is_dir():
             plain.what = f"the run folder {run} is gone"
             plain.why = "was its disk unmounted, or the folder moved or removed?"
-            plain.hint = "bring it back; the same command goes on with it from its last checkpoint"
+            plain.hint = "bring it back; the same command resumes it from its last checkpoint"
             return plain
         with suppress(OSError):
             plain.why += f"; {size(room(run)[0])} are free at {run}, and a checkpoint has {size(self.size_bytes)}"

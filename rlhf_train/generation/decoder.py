@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_train import compat
-from rlhf_train.data.sequences import cut, sent
+from rlhf_train.data.sequences import sent, split_into_passes
 from rlhf_train.kernels import decode_step, fused_layers
 from rlhf_train.kernels.decoder_weights import Layer, Network, Norm
 
@@ -77,43 +77,43 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
 @dataclass
 class State:
-    """Of S slots and n rows (prompts) with up to R tokens each. What is written for a slot that is done goes to column R, which nobody reads."""
+    """Of S slots and n rows (prompts) with up to R tokens each. What is written for a slot that is finished goes to column R, which nobody reads."""
 
     row: Tensor  # (S,) the prompt that a slot answers
     token: Tensor  # (S,) sampled and not yet fed
     length: Tensor  # (S,) tokens in the cache
     step: Tensor  # (S,) tokens sampled
-    done: Tensor  # (S,) int32
-    numbers: Tensor  # (n, R + 1) float64
+    finished: Tensor  # (S,) int32
+    uniforms: Tensor  # (n, R + 1) float64
     tokens: Tensor  # (n, R + 1)
     log_probs: Tensor  # (n, R + 1) float32
 
     @classmethod
     def of(cls, slots: int, rows: int, limit: int, device: torch.device) -> State:
         row, token, length, step = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4))
-        done = torch.ones(slots, dtype=torch.int32, device=device)
-        numbers = torch.zeros(rows, limit + 1, dtype=torch.float64, device=device)
-        tokens, log_probs = torch.zeros_like(numbers, dtype=torch.int64), torch.zeros_like(numbers, dtype=torch.float32)
-        return cls(row, token, length, step, done, numbers, tokens, log_probs)
+        finished = torch.ones(slots, dtype=torch.int32, device=device)
+        uniforms = torch.zeros(rows, limit + 1, dtype=torch.float64, device=device)
+        tokens, log_probs = torch.zeros_like(uniforms, dtype=torch.int64), torch.zeros_like(uniforms, dtype=torch.float32)
+        return cls(row, token, length, step, finished, uniforms, tokens, log_probs)
 
     def record(self, slots: Tensor | slice, logits: Tensor, sampling: Sampling, eos_id: int) -> None:
         """The next token of these slots and all its book-keeping, after the tokens before it were fed. logits: (n, V)."""
         limit = self.tokens.shape[1] - 1
-        row, step, live = self.row[slots], self.step[slots], self.done[slots] == 0
+        row, step, live = self.row[slots], self.step[slots], self.finished[slots] == 0
         at = torch.where(live, step, limit)
-        token, log_prob = draw(logits, self.numbers[row, at], sampling)
+        token, log_prob = draw(logits, self.uniforms[row, at], sampling)
         self.tokens[row, at] = token
         self.log_probs[row, at] = log_prob
         self.token[slots] = torch.where(live, token, self.token[slots])
-        self.done[slots] = (~live | (token == eos_id) | (step + 1 >= limit)).to(torch.int32)
+        self.finished[slots] = (~live | (token == eos_id) | (step + 1 >= limit)).to(torch.int32)
         self.length[slots] += live
         self.step[slots] += live
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """What stands in the slots `source` now also stands in `target`; they are done where they were."""
-        for tensor in (self.row, self.token, self.length, self.step, self.done):
+        """What stands in the slots `source` now also stands in `target`; they are finished where they were."""
+        for tensor in (self.row, self.token, self.length, self.step, self.finished):
             tensor[target] = tensor[source]
-        self.done[source] = 1
+        self.finished[source] = 1
 
 
 class Decoder:
@@ -137,7 +137,7 @@ class Decoder:
         self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = network, slots, width, rows, sampling, eos_id
         self.device = weights.device
         on_gpu = self.device.type == "cuda"
-        self.use_kernels = (on_gpu and decode_step.take(network) and decode_step.work(warn)) if use_kernels is None else use_kernels
+        self.use_kernels = (on_gpu and decode_step.network_supported(network) and decode_step.work(warn)) if use_kernels is None else use_kernels
         self._add_norm = decode_step.add_norm if self.use_kernels else _add_norm
         self.state = State.of(slots, rows, limit, self.device)
         shape = (len(network.layers), slots, network.heads, width, network.head_size)
@@ -154,16 +154,16 @@ class Decoder:
 
     # --- prompts ---
 
-    def begin(self, numbers: Tensor) -> None:
-        """numbers: (n, R), of the rows of this call. All slots become free."""
-        self.state.numbers[: len(numbers), : numbers.shape[1]] = numbers.to(self.device)
-        self.state.done.fill_(1)
+    def begin(self, uniforms: Tensor) -> None:
+        """uniforms: (n, R), of the rows of this call. All slots become free."""
+        self.state.uniforms[: len(uniforms), : uniforms.shape[1]] = uniforms.to(self.device)
+        self.state.finished.fill_(1)
 
-    def admit(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
+    def prefill(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
         """Feed these prompts into free slots, and sample the first token of each: in passes where the fewest tokens are computed."""
         lengths = np.array([len(prompt) for prompt in prompts])
         order = np.argsort(-lengths, kind="stable")
-        for part in cut(lengths[order], PREFILL_TOKENS):
+        for part in split_into_passes(lengths[order], PREFILL_TOKENS):
             chosen = np.sort(order[part])  # consecutive slots, in most passes
             self._admit([slots[i] for i in chosen], [rows[i] for i in chosen], [prompts[i] for i in chosen])
 
@@ -174,7 +174,7 @@ class Decoder:
             ids[place, : len(prompt)] = prompt
         slot, row, length, inputs = (self._sent(array) for array in (slots, rows, lengths, ids))
         state = self.state
-        state.row[slot], state.step[slot], state.done[slot] = row, 0, 0
+        state.row[slot], state.step[slot], state.finished[slot] = row, 0, 0
         state.length[slot] = length - 1  # `record` counts the token that was fed last
         run = range(slots[0], slots[0] + len(slots))
         where = slice(run.start, run.stop) if list(slots) == list(run) else slot  # by an index, keys and values took an H200 36 ms, so 20
@@ -223,9 +223,9 @@ class Decoder:
         return self._graphs[count, reach].replay
 
     def _capture(self, step: Callable[[], None]) -> Any:
-        """With all slots done, a step changes nothing that is read later: so may a warm-up."""
-        kept = self.state.done.clone()
-        self.state.done.fill_(1)
+        """With all slots finished, a step changes nothing that is read later: so may a warm-up."""
+        kept = self.state.finished.clone()
+        self.state.finished.fill_(1)
         try:
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
@@ -237,12 +237,12 @@ class Decoder:
             with torch.cuda.graph(graph, pool=self._pool, **compat.capture_arguments()):
                 step()
         finally:  # a step that cannot be captured goes on as it is
-            self.state.done.copy_(kept)
+            self.state.finished.copy_(kept)
         return graph
 
     def _step(self, count: int, width: int) -> None:
         network, state = self.network, self.state
-        length, done = state.length[:count], state.done[:count]
+        length, finished = state.length[:count], state.finished[:count]
         everyone = torch.arange(count, device=self.device)
         if not self.use_kernels:
             unseen = (torch.arange(width, device=self.device) > length[:, None])[:, None, None]  # the new token is at `length`
@@ -252,7 +252,7 @@ class Decoder:
             query, key, value = layer.query_key_value(y)
             keys, values = self.keys[number], self.values[number]
             if self.use_kernels:
-                return decode_step.attend(query, key, value, keys, values, length, done, **attention_tiles(count))
+                return decode_step.attend(query, key, value, keys, values, length, finished, **attention_tiles(count))
             query, key, value = (part.view(count, network.heads, network.head_size) for part in (query, key, value))
             keys[everyone, :, length] = key
             values[everyone, :, length] = value
@@ -261,8 +261,8 @@ class Decoder:
         hidden = _through(network, embed(network, state.token[:count], length), attend, self._add_norm)
         logits = _logits(network, hidden)
         if self.use_kernels and self.sampling.is_plain:
-            decode_step.pick(
-                logits, state.numbers, state.row, state.token, state.length, state.step, state.done, state.tokens, state.log_probs,
+            decode_step.sample(
+                logits, state.uniforms, state.row, state.token, state.length, state.step, state.finished, state.tokens, state.log_probs,
                 temperature=self.sampling.temperature, greedy=self.sampling.is_greedy, eos_id=self.eos_id,
             )  # fmt: skip
         else:

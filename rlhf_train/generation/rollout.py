@@ -41,12 +41,12 @@ class Responses:
         return np.array([len(t) for t in self.tokens], dtype=np.int64)
 
 
-def uniforms(seed: int, row_ids: Sequence[int], count: int) -> Tensor:
+def draw_uniforms(seed: int, row_ids: Sequence[int], count: int) -> Tensor:
     """(n, count) in [0, 1): row i depends on (seed, row_ids[i]) alone."""
-    numbers = np.empty((len(row_ids), count))
+    uniforms = np.empty((len(row_ids), count))
     for place, row in enumerate(row_ids):
-        numbers[place] = np.random.Generator(np.random.Philox(key=[seed, row])).random(count)
-    return torch.from_numpy(numbers)
+        uniforms[place] = np.random.Generator(np.random.Philox(key=[seed, row])).random(count)
+    return torch.from_numpy(uniforms)
 
 
 class Rollouts:
@@ -92,10 +92,10 @@ class Rollouts:
         """One response a prompt, in their order. Prompts of like length are generated together."""
         if not prompts:  # a rank without one
             return Responses([], [], np.zeros(0, bool))
-        numbers = uniforms(seed, row_ids, self.max_tokens)
+        uniforms = draw_uniforms(seed, row_ids, self.max_tokens)
         order = np.argsort([len(p) for p in prompts], kind="stable")
         generate = self._generate_static if self.is_static else self._generate_eagerly
-        made, scored = self._fitting(lambda: generate([prompts[i] for i in order], numbers[order]), len(prompts))
+        made, scored = self._fitting(lambda: generate([prompts[i] for i in order], uniforms[order]), len(prompts))
         tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
         log_probs, ended = list(tokens), np.zeros(len(prompts), bool)
         for place, row in enumerate(order):
@@ -127,21 +127,21 @@ class Rollouts:
 
     # --- the static decoder ---
 
-    def _generate_static(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _generate_static(self, prompts: list[np.ndarray], uniforms: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """-> tokens and log-probs (n, max_tokens), in the order of the prompts; what follows a row's EOS has no meaning."""
         decoder = self._decoder_for(prompts)
-        decoder.begin(numbers)
+        decoder.begin(uniforms)
         decoder.state.tokens.fill_(self.eos_id)
         on_gpu, most_steps = self.device.type == "cuda", STEPS[self.device.type]
         waiting = list(range(len(prompts)))
         slots = Slots(min(decoder.slots, len(prompts)), self.max_tokens)
-        looks = Looks(decoder.state.done)
+        looks = FinishedSlots(decoder.state.finished)
         while (waiting or slots.live) and not self._is_asked_to_stop():
             self._beat()
             if waiting and (len(slots.free) >= max(1, slots.count // 8) or not slots.live):
                 taken, rows = slots.free[: len(waiting)], waiting[: len(slots.free)]
                 waiting = waiting[len(taken) :]
-                decoder.admit(taken, rows, [prompts[row] for row in rows])
+                decoder.prefill(taken, rows, [prompts[row] for row in rows])
                 slots.take(taken, [len(prompts[row]) for row in rows], looks.made)
             elif not waiting and (fewer := fewer_slots(len(slots.live), slots.count, on_gpu)) < slots.count:
                 source, target = slots.shrink(fewer, looks.made)
@@ -150,7 +150,7 @@ class Rollouts:
             steps = min(most_steps, slots.longest_left)
             if steps:
                 decoder.advance(slots.count, slots.grow(steps), steps)
-            slots.release(*looks.look(slots.count))
+            slots.release(*looks.check(slots.count))
         state = decoder.state
         tokens, log_probs = (tensor[: len(prompts), : self.max_tokens].cpu().numpy().copy() for tensor in (state.tokens, state.log_probs))
         return tokens, log_probs
@@ -186,7 +186,7 @@ class Rollouts:
 
     # --- the model's own forward ---
 
-    def _generate_eagerly(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _generate_eagerly(self, prompts: list[np.ndarray], uniforms: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """As `_generate_static`, `batch` prompts after `batch` prompts."""
         tokens = np.full((len(prompts), self.max_tokens), self.eos_id)
         log_probs = np.zeros((len(prompts), self.max_tokens), dtype=np.float32)
@@ -197,20 +197,20 @@ class Rollouts:
                 if self._is_asked_to_stop():
                     break
                 rows = slice(first, first + self.batch)
-                made, scored = self._generate_batch(prompts[rows], numbers[rows])
+                made, scored = self._generate_batch(prompts[rows], uniforms[rows])
                 tokens[rows, : made.shape[1]], log_probs[rows, : made.shape[1]] = made, scored
         finally:
             self.model.train(was_training)
         return tokens, log_probs
 
-    def _generate_batch(self, prompts: list[np.ndarray], numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _generate_batch(self, prompts: list[np.ndarray], uniforms: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """-> tokens and log-probs (n, <= max_tokens). Padded on the left; rows leave as they end."""
         width = max(len(p) for p in prompts)
         ids = np.full((len(prompts), width), self.pad_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
         mask = torch.from_numpy((np.arange(width) >= width - np.array([len(p) for p in prompts])[:, None]).astype(np.int64)).to(self.device)
-        inputs, numbers = torch.from_numpy(ids).to(self.device), numbers.to(self.device)
+        inputs, uniforms = torch.from_numpy(ids).to(self.device), uniforms.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
 
         tokens = torch.full((len(prompts), self.max_tokens), self.eos_id, device=self.device)
@@ -225,7 +225,7 @@ class Rollouts:
             out = self.model.base_model(input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
             cache = out.past_key_values
             logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
-            token, log_prob = draw(logits, numbers[live, t], self.sampling)
+            token, log_prob = draw(logits, uniforms[live, t], self.sampling)
             tokens[live, t], log_probs[live, t] = token, log_prob
             unfinished &= token != self.eos_id
             left = int(unfinished.sum())
@@ -306,30 +306,30 @@ class Slots:
         self.count = count
         return source, target
 
-    def release(self, look: int, done: Sequence[bool]) -> None:
+    def release(self, look: int, finished: Sequence[bool]) -> None:
         """What look number `look` said of each slot."""
-        for slot, is_done in enumerate(done[: self.count]):
-            if is_done and self._length[slot] and look >= self._since[slot]:
+        for slot, is_finished in enumerate(finished[: self.count]):
+            if is_finished and self._length[slot] and look >= self._since[slot]:
                 self._length[slot] = self._left[slot] = 0
 
 
-class Looks:
-    """Which slots are done, without waiting for the GPU: each look asks anew, and returns what the one before was told."""
+class FinishedSlots:
+    """Which slots are finished, without waiting for the GPU: each look asks anew, and returns what the one before was told."""
 
-    def __init__(self, done: Tensor) -> None:
-        self._done, self.made = done, 0
+    def __init__(self, finished: Tensor) -> None:
+        self._finished, self.made = finished, 0
         self._asked: list[tuple[int, Tensor, Any]] = []
 
-    def look(self, count: int) -> tuple[int, list[bool]]:
-        """-> (number of the look that was answered, done by slot)."""
-        if self._done.is_cuda:
-            answer = torch.empty(len(self._done), dtype=self._done.dtype, pin_memory=True)
-            answer[:count].copy_(self._done[:count], non_blocking=True)
+    def check(self, count: int) -> tuple[int, list[bool]]:
+        """-> (number of the look that was answered, finished by slot)."""
+        if self._finished.is_cuda:
+            answer = torch.empty(len(self._finished), dtype=self._finished.dtype, pin_memory=True)
+            answer[:count].copy_(self._finished[:count], non_blocking=True)
             answer[count:] = 0
             event = torch.cuda.Event()
             event.record()
         else:
-            answer, event = self._done[:count], None
+            answer, event = self._finished[:count], None
         self._asked.append((self.made, answer, event))
         self.made += 1
         if event is None:

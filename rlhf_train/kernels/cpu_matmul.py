@@ -24,11 +24,11 @@ def use_in(model: Any) -> Any:
     if is_quicker_by_onednn():
         for module in model.base_model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = Linear
+                module.__class__ = CpuLinear
     return model
 
 
-class Linear(nn.Linear):
+class CpuLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

@@ -42,12 +42,12 @@ if IS_THERE:
 
     @triton.jit
     def _attend(
-        query, key, value, keys, values, length, done, out, scale, query_stride, key_stride, value_stride, capacity,
+        query, key, value, keys, values, length, finished, out, scale, query_stride, key_stride, value_stride, capacity,
         HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         d = tl.arange(0, SIZE)
-        live = tl.where(tl.load(done + row) != 0, 0, tl.load(length + row)).to(tl.int32)
+        live = tl.where(tl.load(finished + row) != 0, 0, tl.load(length + row)).to(tl.int32)
         q = (tl.load(query + row * query_stride + head * SIZE + d).to(tl.float32) * scale).to(out.dtype.element_ty).to(tl.float32)
         new_key = tl.load(key + row * key_stride + head * SIZE + d)
         new_value = tl.load(value + row * value_stride + head * SIZE + d)
@@ -84,11 +84,11 @@ if IS_THERE:
 
     @triton.jit
     def _pick(
-        logits, maxima, sums, numbers, row_of, token_of, length, step, done, tokens, log_probs, per_temperature, eos, limit,
+        logits, maxima, sums, uniforms, row_of, token_of, length, step, finished, tokens, log_probs, per_temperature, eos, limit,
         VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PADDED_BLOCKS: tl.constexpr, GREEDY: tl.constexpr,
     ):  # fmt: skip
         slot = tl.program_id(0).to(tl.int64)
-        if tl.load(done + slot) == 0:
+        if tl.load(finished + slot) == 0:
             row, at = tl.load(row_of + slot), tl.load(step + slot)
             part = tl.arange(0, PADDED_BLOCKS)
             inside = part < BLOCKS
@@ -102,7 +102,7 @@ if IS_THERE:
                 before = 0.0
                 wanted = total
             else:
-                wanted = tl.load(numbers + row * (limit + 1) + at) * total
+                wanted = tl.load(uniforms + row * (limit + 1) + at) * total
                 ends = tl.cumsum(mass, 0)
                 chosen_block = tl.minimum(tl.sum((inside & (ends <= wanted)).to(tl.int32), 0), BLOCKS - 1)
                 before = tl.sum(tl.where(part < chosen_block, mass, 0.0), 0)
@@ -123,10 +123,10 @@ if IS_THERE:
             tl.store(token_of + slot, chosen.to(tl.int64))
             tl.store(length + slot, tl.load(length + slot) + 1)
             tl.store(step + slot, at + 1)
-            tl.store(done + slot, ((chosen == eos) | (at + 1 >= limit)).to(tl.int32))
+            tl.store(finished + slot, ((chosen == eos) | (at + 1 >= limit)).to(tl.int32))
 
 
-def take(network: Network) -> bool:
+def network_supported(network: Network) -> bool:
     """Whether the attention kernel can: its tiles are powers of two, and OPT-2.7b's heads have 80 numbers."""
     return network.head_size >= 16 and network.head_size & (network.head_size - 1) == 0
 
@@ -166,31 +166,31 @@ def add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, done: Tensor, *, block: int, warps: int, stages: int
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, finished: Tensor, *, block: int, warps: int, stages: int
 ) -> Tensor:
     """One new token a slot: its key and value go into the cache, its query over all that is live there. Reads nothing else.
 
-    query, key, value: (n, H D), rows may lie apart; keys, values: (slots, H, T, D); length, done: (n,). Returns (n, H D).
+    query, key, value: (n, H D), rows may lie apart; keys, values: (slots, H, T, D); length, finished: (n,). Returns (n, H D).
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _, heads, capacity, size = keys.shape
     _attend[(len(query), heads)](
-        query, key, value, keys, values, length, done, out, size**-0.5, query.stride(0), key.stride(0), value.stride(0), capacity,
+        query, key, value, keys, values, length, finished, out, size**-0.5, query.stride(0), key.stride(0), value.stride(0), capacity,
         HEADS=heads, SIZE=size, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def pick(
-    logits: Tensor, numbers: Tensor, row_of: Tensor, token_of: Tensor, length: Tensor, step: Tensor, done: Tensor, tokens: Tensor, log_probs: Tensor,
+def sample(
+    logits: Tensor, uniforms: Tensor, row_of: Tensor, token_of: Tensor, length: Tensor, step: Tensor, finished: Tensor, tokens: Tensor, log_probs: Tensor,
     *, temperature: float, greedy: bool, eos_id: int,
 ) -> None:  # fmt: skip
-    """The next token of each slot that is not done, and all its book-keeping. logits: (n, V); numbers, tokens, log_probs: (rows, limit + 1)."""
+    """The next token of each slot that is not finished, and all its book-keeping. logits: (n, V); uniforms, tokens, log_probs: (rows, limit + 1)."""
     count, vocabulary = logits.shape
     blocks = triton.cdiv(vocabulary, VOCABULARY_BLOCK)
     maxima, sums = (torch.empty(count, blocks, dtype=torch.float32, device=logits.device) for _ in range(2))
     _masses[(count, blocks)](logits, maxima, sums, 1 / temperature, VOCABULARY=vocabulary, BLOCKS=blocks, BLOCK=VOCABULARY_BLOCK, num_warps=8)
     _pick[(count,)](
-        logits, maxima, sums, numbers, row_of, token_of, length, step, done, tokens, log_probs, 1 / temperature, eos_id, tokens.shape[1] - 1,
+        logits, maxima, sums, uniforms, row_of, token_of, length, step, finished, tokens, log_probs, 1 / temperature, eos_id, tokens.shape[1] - 1,
         VOCABULARY=vocabulary, BLOCKS=blocks, BLOCK=VOCABULARY_BLOCK, PADDED_BLOCKS=triton.next_power_of_2(blocks), GREEDY=greedy, num_warps=8,
     )  # fmt: skip

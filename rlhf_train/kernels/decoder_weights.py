@@ -13,7 +13,7 @@ from rlhf_train.kernels import cpu_matmul
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearWeights:
     weight: Tensor  # (out, in)
     bias: Tensor | None
 
@@ -33,14 +33,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    query: Linear
-    key: Linear
-    value: Linear
-    joined: Linear | None  # key, value and query as one product, where they lie so in memory
-    output: Linear
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    joined: LinearWeights | None  # key, value and query as one product, where they lie so in memory
+    output: LinearWeights
     after_attention: Norm  # of the sum with the residual
-    up: Linear  # then ReLU
-    down: Linear
+    up: LinearWeights  # then ReLU
+    down: LinearWeights
     after_mlp: Norm | None
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,12 +58,12 @@ class Network:
     token_embedding: Tensor  # (V, e)
     position_embedding: Tensor
     position_offset: int  # row of the first token
-    project_in: Linear | None  # (e -> d)
+    project_in: LinearWeights | None  # (e -> d)
     first_norm: Norm | None
     norm_first: bool  # what a layer reads is normed, and its residual is not
     layers: tuple[Layer, ...]
-    project_out: Linear | None
-    head: Linear
+    project_out: LinearWeights | None
+    head: LinearWeights
     heads: int
 
     @property

@@ -79,7 +79,7 @@ def join_relu(layer: Any) -> None:
 
     After adapters are added: one that is put on a LinearRelu would come after the ReLU.
     """
-    if type(layer.fc1) in (nn.Linear, cpu_matmul.Linear):
+    if type(layer.fc1) in (nn.Linear, cpu_matmul.CpuLinear):
         layer.fc1.__class__, layer.activation_fn = LinearRelu, nn.Identity()
     else:
         layer.activation_fn.inplace = True

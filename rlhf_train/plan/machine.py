@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.fitness import Card, Facts, Folder, Holder, wants_gpu
+from jobs.fitness import FitnessFacts, Folder, Gpu, Holder, wants_gpu
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Scratch
 from rlhf_train.host import cpu_flags, cpu_text, read
@@ -25,10 +25,10 @@ GPU_FILE = re.compile("/dev/nvidia[0-9]+")  # one for each card
 NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without persistence mode
 
 
-def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> Facts:
+def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> FitnessFacts:
     wish, runs = job.hardware, run_folder(run.path)
     models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"]
-    facts = Facts(
+    facts = FitnessFacts(
         device=wish.device,
         ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,
         pretrained=bool(models),
@@ -45,8 +45,8 @@ def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapp
     return _with_gpus(facts, machine, environ) if wants_gpu(facts) else facts
 
 
-def _with_gpus(facts: Facts, machine: Machine, environ: Mapping[str, str]) -> Facts:
-    driver, cards = driver_version(read(DRIVER)), tuple(map(Card, machine.gpus, machine.capabilities)) or None
+def _with_gpus(facts: FitnessFacts, machine: Machine, environ: Mapping[str, str]) -> FitnessFacts:
+    driver, cards = driver_version(read(DRIVER)), tuple(map(Gpu, machine.gpus, machine.capabilities)) or None
     if cards is None:
         listed, cards = nvidia_smi()
         driver = driver or listed  # WSL has no /proc/driver/nvidia
@@ -74,7 +74,7 @@ def driver_version(text: str) -> str | None:
     return found[1] if found else None
 
 
-def nvidia_smi() -> tuple[str | None, tuple[Card, ...] | None]:
+def nvidia_smi() -> tuple[str | None, tuple[Gpu, ...] | None]:
     """-> (driver, cards); None where there is no nvidia-smi, or it does not say."""
     for fields in ("driver_version,name,compute_cap", "driver_version,name"):  # drivers of before 2022 do not know the last
         said = _run_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader")
@@ -100,13 +100,13 @@ def _run_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str] | None:
         return None
 
 
-def listed_cards(text: str) -> tuple[str | None, tuple[Card, ...]]:
+def listed_cards(text: str) -> tuple[str | None, tuple[Gpu, ...]]:
     """Lines of `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or `No devices were found`."""
     driver, cards = None, []
     for line in text.splitlines():
         if found := re.fullmatch(r"([0-9.]+), (.+?)(?:, ([0-9]+\.[0-9]+|\[.*\]))?", line.strip()):
             driver, name, capability = found.groups()
-            cards.append(Card(name, None if capability is None or capability.startswith("[") else capability))
+            cards.append(Gpu(name, None if capability is None or capability.startswith("[") else capability))
     return driver, tuple(cards)
 
 

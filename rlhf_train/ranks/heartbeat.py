@@ -19,7 +19,7 @@ SLOT_BYTES = 128
 
 
 @dataclass(frozen=True)
-class Sign:
+class RankSign:
     """What a rank said last."""
 
     count: int
@@ -64,13 +64,13 @@ class Heartbeat:
         self.beat()
 
 
-def sign_in(memory: Any, rank: int = 0) -> Sign:
+def sign_in(memory: Any, rank: int = 0) -> RankSign:
     """Read what a rank said last; count 0: it has not begun."""
     count, meetings, has_trained, is_patient, is_saving, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
-    return Sign(count, meetings, has_trained, is_patient, is_saving, words.rstrip(b"\0").decode(errors="replace"))
+    return RankSign(count, meetings, has_trained, is_patient, is_saving, words.rstrip(b"\0").decode(errors="replace"))
 
 
-class Watch:
+class HeartbeatReader:
     """Reads the signs of life of all ranks, for the launcher."""
 
     def __init__(self, ranks: int) -> None:
@@ -82,7 +82,7 @@ class Watch:
     def file(self) -> int:
         return self._file.fileno()
 
-    def signs(self) -> list[Sign]:
+    def signs(self) -> list[RankSign]:
         """Read what each rank said last, in the order of ranks."""
         return [sign_in(self._memory, rank) for rank in range(self._ranks)]
 

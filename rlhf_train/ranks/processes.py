@@ -28,7 +28,7 @@ GPU_FILES = (Path("/dev"), "nvidia[0-9]*")  # one for each card
 
 
 @dataclass(frozen=True)
-class Crew:
+class RankEnvironment:
     """What the ranks' processes are told when they start, since libraries read it only then."""
 
     device: str
@@ -70,7 +70,7 @@ class Crew:
         return environment
 
 
-def likely_crew(job: Job, environ: Mapping[str, str]) -> Crew:
+def likely_crew(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
     """What placement.place will choose, as far as that can be told without PyTorch. A wrong guess only costs the time that a right one saves."""
     wish = job.hardware
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -79,7 +79,7 @@ def likely_crew(job: Job, environ: Mapping[str, str]) -> Crew:
     ranks = wish.ranks if wish.ranks != "auto" else max(1, cards) if device == "cuda" else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = wish.cpu_threads if wish.cpu_threads != "auto" else max(1, cores // ranks)
-    return Crew(device, ranks, threads, libraries=libraries_of(job))
+    return RankEnvironment(device, ranks, threads, libraries=libraries_of(job))
 
 
 def libraries_of(job: Job) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def loopback() -> str:
 class Rank(subprocess.Popen[bytes]):
     """One process, `python -m rlhf_train.worker LIBRARY...`. It imports what every step needs, and waits to be told."""
 
-    def __init__(self, number: int, crew: Crew, environ: Mapping[str, str]) -> None:
+    def __init__(self, number: int, crew: RankEnvironment, environ: Mapping[str, str]) -> None:
         self._link, theirs = socket.socketpair()
         self._early = tempfile.TemporaryFile()  # noqa: SIM115 (what it says before it knows the log; open as long as it lives)
         with theirs:
@@ -123,27 +123,27 @@ class Rank(subprocess.Popen[bytes]):
         return os.pread(self._early.fileno(), 2**20, 0)
 
 
-class Spares:
+class SpareRanks:
     """Ranks that wait for the next step, or for the first, while something else goes on. None is left when the block ends."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        self._crew: Crew | None = None
+        self._crew: RankEnvironment | None = None
         self._ranks: list[Rank] = []
 
-    def __enter__(self) -> Spares:
+    def __enter__(self) -> SpareRanks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end()
 
-    def start(self, crew: Crew) -> None:
+    def start(self, crew: RankEnvironment) -> None:
         """If there are none yet, and the machine lets us: what needs them starts them, else, and says why not."""
         if not self._ranks:
             with suppress(OSError):
                 self._start(crew)
 
-    def take(self, crew: Crew) -> list[Rank]:
+    def take(self, crew: RankEnvironment) -> list[Rank]:
         """The ranks of such a crew, in their order: those that wait, else new ones. They are the caller's to end."""
         if self._crew != crew or any(rank.poll() is not None for rank in self._ranks):
             self.end()
@@ -152,7 +152,7 @@ class Spares:
         ranks, self._ranks = self._ranks, []
         return ranks
 
-    def _start(self, crew: Crew) -> None:
+    def _start(self, crew: RankEnvironment) -> None:
         self._crew = crew
         try:
             for number in range(crew.ranks):

@@ -17,7 +17,7 @@ from rlhf_train.data import dataset
 from rlhf_train.data.sequences import BatchPlan
 from rlhf_train.disk import rename, sync_files
 from rlhf_train.engine.checkpoint_files import Saved
-from rlhf_train.engine.checkpointer import Checkpointer, Part, Surroundings
+from rlhf_train.engine.checkpointer import Checkpointer, RunSurroundings, Stateful
 from rlhf_train.engine.deepspeed_engine import DTYPES
 from rlhf_train.engine.divergence import Divergence
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
@@ -30,7 +30,7 @@ class Stopped(Exception):
     """Raised on all ranks together when the run was asked to end (SIGTERM); its state is saved if there was time."""
 
 
-class Stop:
+class StopRequest:
     """Knows whether this process was asked to end, and what to do before it leaves."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class StepContext:
     cache: Path
     emit: Callable[[Event], None]  # rank 0 writes; others are silent
     heartbeat: Heartbeat = field(default_factory=Heartbeat.unseen)
-    stop: Stop = field(default_factory=Stop)
+    stop: StopRequest = field(default_factory=StopRequest)
     saved: Saved | None = None  # the checkpoint that the step resumes from
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the step starts from: hashes of the steps before it
 
@@ -91,7 +91,7 @@ class StepContext:
             self.stop.leave(self.job.checkpoint.grace_s - waited_s)
             raise Stopped
 
-    def plan(self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, fates: dict[str, int]) -> None:
+    def plan(self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, row_counts: dict[str, int]) -> None:
         where = self.placement
         self.emit(
             Plan(
@@ -106,7 +106,7 @@ class StepContext:
                 micro_batch=plan.micro_batch,
                 gradient_accumulation=plan.gradient_accumulation,
                 zero_stage=zero_stage,
-                data=fates,
+                data=row_counts,
             )
         )
 
@@ -137,7 +137,7 @@ def start_checkpoints(
     context: StepContext,
     step: int,
     updates: int,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, Stateful],
     *,
     rows: str,
     model_bytes: int,
@@ -146,7 +146,7 @@ def start_checkpoints(
 
     updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk is too small.
     """
-    around = Surroundings(
+    around = RunSurroundings(
         step,
         context.run,
         context.job.checkpoint,

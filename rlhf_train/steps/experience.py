@@ -105,7 +105,7 @@ class Experience:
         """To the reference, (B,): sum of log pi - log pi_ref over each response (the k1 estimate), in nats."""
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
-    def cut(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
+    def make_pass(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
         """One micro batch."""
         batch = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
         mask = batch.response_mask()

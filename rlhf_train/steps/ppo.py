@@ -17,7 +17,7 @@ import torch
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Progress, Warning
 from jobs.spec import Ppo
-from rlhf_train.data.sequences import Sequences, deal, rows_of_update
+from rlhf_train.data.sequences import Sequences, assign_passes, rows_of_update
 from rlhf_train.engine.checkpointer import Checkpointer
 from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.engine.divergence import Divergence
@@ -206,8 +206,8 @@ def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Dive
     # 2. Deal it to ranks and passes.
     context.heartbeat.beat(f"update {update + 1}")
     lengths, packed = experience.lengths[minibatch], setup.pad_id is None
-    dealt = deal(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
-    passes = [experience.cut(minibatch[micro], setup.pad_id, world.device) for micro in dealt]
+    dealt = assign_passes(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
+    passes = [experience.make_pass(minibatch[micro], setup.pad_id, world.device) for micro in dealt]
     response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
 
     # 3. Go forward and backward through both networks.
@@ -301,7 +301,7 @@ def use_the_smallest_batch(context: StepContext, sampling: Rollouts, known: int)
     sampling.batch = min(context.world.gather(sampling.batch))
     if sampling.batch < known and context.world.is_main:
         memory_fit.remember(context.job, context.run, replace(context.placement, rollout_micro_batch=sampling.batch))
-        message = f"out of memory in a rollout with {known} prompts at once: goes on with {sampling.batch}"
+        message = f"out of memory in a rollout with {known} prompts at once: continues with {sampling.batch}"
         context.emit(Warning(step=3, message=message, hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try"))
     return sampling.batch
 

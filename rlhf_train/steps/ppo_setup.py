@@ -13,7 +13,7 @@ from jobs.spec import Lora
 from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
 from rlhf_train.disk import write_json
-from rlhf_train.engine.checkpointer import Part
+from rlhf_train.engine.checkpointer import Stateful
 from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, trial_update
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.networks import (
@@ -74,9 +74,9 @@ class Setup:
         return self.updates_per_rollout == 1
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Stateful]:
         """What has state that a checkpoint must hold."""
-        parts: dict[str, Part] = {"actor": self.actor, "critic": self.critic}
+        parts: dict[str, Stateful] = {"actor": self.actor, "critic": self.critic}
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
@@ -111,8 +111,8 @@ def set_up(context: StepContext) -> Setup:
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
     possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
-    stage, fates = where.actor_zero_stage, tokens.train.fates
-    context.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, fates=fates)
+    stage, row_counts = where.actor_zero_stage, tokens.train.row_counts
+    context.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, row_counts=row_counts)
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
     context.doing(3, "loading actor, reference, critic and reward model")

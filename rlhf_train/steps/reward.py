@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.data.dataset import Table
-from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data.sequences import Sequences, assign_passes, count_updates, evaluation_batches, grouped_rows_of_update
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
@@ -35,7 +35,7 @@ def run(context: StepContext) -> End:
     tokens = corpus(context, 2, job.data, tokenizer)
     rows = tokens.train.step_rows[2]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    context.plan(2, plan, updates=updates, rows=len(rows), zero_stage=context.placement.critic_zero_stage, fates=tokens.train.fates)
+    context.plan(2, plan, updates=updates, rows=len(rows), zero_stage=context.placement.critic_zero_stage, row_counts=tokens.train.row_counts)
 
     # 2. Load the reward model, and give it an engine.
     context.doing(2, "loading the reward model")
@@ -98,7 +98,7 @@ def run(context: StepContext) -> End:
         real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
-        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+        passes = assign_passes(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
 
         # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):

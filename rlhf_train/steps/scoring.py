@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_train.data.sequences import Sequences, cut
+from rlhf_train.data.sequences import Sequences, split_into_passes
 from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.generation.rollout import Responses
 from rlhf_train.models.networks import ActorForward
@@ -100,7 +100,7 @@ def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -
     Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may have fewer rows, and then none in the end.
     """
     most = max(len(each) for each in lengths)
-    return cut(np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed)
+    return split_into_passes(np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed)
 
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]

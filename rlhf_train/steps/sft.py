@@ -14,7 +14,7 @@ import torch
 from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.data.dataset import Table
-from rlhf_train.data.sequences import Sequences, count_updates, deal, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data.sequences import Sequences, assign_passes, count_updates, evaluation_batches, grouped_rows_of_update
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import (
     ActorForward,
@@ -41,7 +41,7 @@ def run(context: StepContext) -> End:
     tokens = corpus(context, 1, job.data, tokenizer)
     rows = tokens.train.step_rows[1]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    context.plan(1, plan, updates=updates, rows=len(rows), zero_stage=context.placement.actor_zero_stage, fates=tokens.train.fates)
+    context.plan(1, plan, updates=updates, rows=len(rows), zero_stage=context.placement.actor_zero_stage, row_counts=tokens.train.row_counts)
 
     if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
@@ -103,7 +103,7 @@ def run(context: StepContext) -> End:
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
-        passes = deal(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
+        passes = assign_passes(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
 
         # 6. Go forward and backward.
         for place, micro in enumerate(passes, start=1):

@@ -133,7 +133,7 @@ def test_a_folder_that_is_not_there_is_not_made_for_root(built: Box) -> None:
 
 
 def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(built: Box, job: str) -> None:
-    """75: preempted, the same command goes on."""
+    """75: preempted, the same command resumes."""
     endless = ["--run", "stopped", "--job", job, "--set", "sft.epochs=999", "--set", "sft.max_updates=100000"]
     started = built.compose("run", "--detach", "--name", "rlhf-box-stopped", "train", *endless)
     assert started.returncode == 0
@@ -152,7 +152,7 @@ def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(buil
     assert "is being trained by another process" in busy.stdout
     assert code == "75"
     (saved,) = [event for event in map(json.loads, events.read_text().splitlines()) if event["kind"] == "checkpoint"]
-    assert f"stopped: the same command goes on in runs/stopped, from update {saved['update']} of step 1" in said
+    assert f"stopped: the same command resumes in runs/stopped, from update {saved['update']} of step 1" in said
     assert (built.checkout / saved["path"] / "complete.json").exists()
 
 

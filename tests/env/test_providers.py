@@ -49,8 +49,8 @@ def test_where_our_folder_lies_is_said_to_outlive_a_stop_or_not() -> None:
     """The card of `fab stop` finds the folder by the longest path that holds it."""
     for provider in KNOWN.values():
         for data_folder in provider.data_folders:
-            fates = {folder.path: folder.on_stop for folder in provider.folders}
-            assert any(data_folder == path or path == "/" for path in fates), (provider.name, data_folder)
+            row_counts = {folder.path: folder.on_stop for folder in provider.folders}
+            assert any(data_folder == path or path == "/" for path in row_counts), (provider.name, data_folder)
     assert {folder.path: folder.on_stop for folder in KNOWN["runpod"].folders} == {"/workspace": "kept", "/": "lost"}
 
 

@@ -111,7 +111,7 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
     assert re.fullmatch(
         "error: the checkpoint of update 3 could not be written: the disk is full\n"
         f"  why: No space left on device; [0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
-        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command goes on\n",
+        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n",
         error_of(said),
     ), error_of(said)
     assert "Traceback" not in said
@@ -145,7 +145,7 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
     partial = run.step(1).checkpoint(3).with_name("update-3.partial")
     assert code == 4
     assert error_of(said).startswith(f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; ")
-    assert error_of(said).endswith("hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command goes on\n")
+    assert error_of(said).endswith("hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n")
     assert "Traceback" not in said
     the_last_is_good(run)
 
@@ -153,12 +153,12 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
 GONE = (
     "error: the run folder {run} is gone\n"
     "  why: was its disk unmounted, or the folder moved or removed?\n\n"
-    "hint: bring it back; the same command goes on with it from its last checkpoint\n"
+    "hint: bring it back; the same command resumes it from its last checkpoint\n"
 )
 NOT_THERE = (
     "error: cannot use {run}/step1/model.partial\n"
     "  why: No such file or directory\n\n"
-    "hint: make room or mend the path, then the same command goes on\n"
+    "hint: make room or mend the path, then the same command resumes\n"
 )
 
 

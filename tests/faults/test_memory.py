@@ -25,7 +25,7 @@ def test_the_rehearsal_finds_it_before_the_first_update(base: Scene, untroubled:
     run, met = base.run("rehearsed"), fault("no memory", rows=4)
     assert base.train("rehearsed", "hardware.micro_batch=auto", met=met) == 0
     assert micro_batches(base, "rehearsed") == [(8, 8), (4, 8)]
-    message = "out of memory with a micro batch of 8: goes on with 4, from update 0"
+    message = "out of memory with a micro batch of 8: continues with 4, from update 0"
     assert warnings(run) == [message]
     assert [event["from_update"] for event in events(run, "resumed")] == [0]
     assert read_json(run.fitted)["micro_batches"] == [4, 8, 8]  # of the steps; the others have not tried yet
@@ -41,7 +41,7 @@ def test_in_the_midst_of_an_update_no_update_is_lost(base: Scene, untroubled: Tr
     run = base.run("amid")
     assert base.train("amid", met=fault("no memory", rows=2, first=8)) == 0  # the second pass of update 3
     assert micro_batches(base, "amid") == [(4, 8), (2, 8)]
-    assert warnings(run) == ["out of memory with a micro batch of 4: goes on with 2, from update 2"]
+    assert warnings(run) == ["out of memory with a micro batch of 4: continues with 2, from update 2"]
     assert [event["from_update"] for event in events(run, "resumed")] == [2]
     assert [event["update"] for event in events(run, "metrics")] == [1, 2, 3, 4]  # none twice
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
@@ -55,7 +55,7 @@ def test_once_more_while_it_saves(base: Scene, untroubled: Trained) -> None:
     """What was not saved is done again; the run does not end for it."""
     run = base.run("amid-and-saving")
     assert base.train(run.name, met=fault("no memory", rows=2, first=8, saving_too=True)) == 0
-    assert warnings(run) == ["out of memory with a micro batch of 4: goes on with 2, from update 0"]
+    assert warnings(run) == ["out of memory with a micro batch of 4: continues with 2, from update 0"]
     assert events(run, "error") == []
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
 
@@ -67,7 +67,7 @@ def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
     assert micro_batches(base, "one-of-two") == [(4, 8), (2, 8)]
     (resumed,) = events(run, "resumed")
     assert resumed["from_update"] in (1, 2)  # that of update 2 was being written
-    assert warnings(run) == [f"out of memory with a micro batch of 4: goes on with 2, from update {resumed['from_update']}"]
+    assert warnings(run) == [f"out of memory with a micro batch of 4: continues with 2, from update {resumed['from_update']}"]
     assert events(run, "error") == []
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
 
@@ -103,7 +103,7 @@ def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained
     assert base.train(plenty.name, step="3", more=("--from", "untroubled")) == 0
     assert base.train(run.name, step="3", met=fault("no memory", "generating", rows=10), more=("--from", "untroubled")) == 0
     # 64 are allowed, halved until they fit, at the first rollout: that for the scale of the rewards.
-    assert warnings(run, 3) == ["out of memory in a rollout with 64 prompts at once: goes on with 8"]
+    assert warnings(run, 3) == ["out of memory in a rollout with 64 prompts at once: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8
     assert len(samples(run)) == 6 and samples(run) == samples(plenty)

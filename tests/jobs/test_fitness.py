@@ -7,7 +7,7 @@ import pytest
 
 from env.settings import Limits
 from jobs.errors import ExitCode
-from jobs.fitness import Card, Facts, Finding, Folder, Holder, error_of, judge, no_peer_access, version, wants_gpu
+from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, Holder, error_of, judge, no_peer_access, version, wants_gpu
 
 MIB, GIB = 2**20, 2**30
 # Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a test to stand at the edge.
@@ -33,13 +33,13 @@ LIMITS = Limits.model_validate(
         "peer_access": {"broken_cards": ["RTX 40"], "mended_driver": "550.40.07"},
     }
 )
-RTX_4090 = Card("NVIDIA GeForce RTX 4090", "8.9")
-RTX_5090 = Card("NVIDIA GeForce RTX 5090", "12.0")
-H100 = Card("NVIDIA H100 80GB HBM3", "9.0")
-P100 = Card("Tesla P100-PCIE-16GB", "6.0")
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", "8.9")
+RTX_5090 = Gpu("NVIDIA GeForce RTX 5090", "12.0")
+H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0")
+P100 = Gpu("Tesla P100-PCIE-16GB", "6.0")
 OURS = Folder("runs/demo", "runs/demo", writable=True, read_only=False, uid=1000, free_bytes=5_000_000, free_inodes=100)
 # A box that is fit, at the edge of each threshold.
-FIT = Facts(
+FIT = FitnessFacts(
     ranks=2,
     pretrained=True,
     cuda="11.8",
@@ -59,7 +59,7 @@ NO_GPU = replace(FIT, gpus=0, cards=None, driver=None)
 ON_PURPOSE = "; to train on the CPU on purpose, --set hardware.device=cpu"
 
 
-def said(facts: Facts) -> list[str]:
+def said(facts: FitnessFacts) -> list[str]:
     return [f"{finding.level}: {finding}" for finding in judge(facts, LIMITS)]
 
 
@@ -68,8 +68,8 @@ def test_a_fit_machine() -> None:
 
 
 def test_nothing_known_nothing_said() -> None:
-    assert said(Facts()) == [] and said(Facts(device="cuda", cuda="11.8")) == []
-    assert said(Facts(device="cuda", cuda="11.8", ranks=8, cards=(Card("A"),), folders=(Folder("a", "."),))) == []
+    assert said(FitnessFacts()) == [] and said(FitnessFacts(device="cuda", cuda="11.8")) == []
+    assert said(FitnessFacts(device="cuda", cuda="11.8", ranks=8, cards=(Gpu("A"),), folders=(Folder("a", "."),))) == []
 
 
 # --- driver ---------------------------------------------------------------------------------------------------------
@@ -139,24 +139,24 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
         ),
     ],
 )
-def test_no_gpu(facts: Facts, line: str) -> None:
+def test_no_gpu(facts: FitnessFacts, line: str) -> None:
     assert said(facts) == [f"unfit: {line}{ON_PURPOSE}"]
 
 
 @pytest.mark.parametrize(
     ("facts", "wanted"),
     [
-        (Facts(device="auto", cuda="11.8"), True),
-        (Facts(device="auto", cuda=None), False),  # a PyTorch for the CPU only
-        (Facts(device="auto", cuda="11.8", visible_devices=""), False),
-        (Facts(device="auto", cuda="11.8", visible_devices="-1"), False),
-        (Facts(device="auto", cuda="11.8", visible_devices="0"), True),
-        (Facts(device="cpu", cuda="11.8"), False),
-        (Facts(device="cuda", cuda=None), True),
-        (Facts(device="cuda", cuda="11.8", visible_devices=""), True),
+        (FitnessFacts(device="auto", cuda="11.8"), True),
+        (FitnessFacts(device="auto", cuda=None), False),  # a PyTorch for the CPU only
+        (FitnessFacts(device="auto", cuda="11.8", visible_devices=""), False),
+        (FitnessFacts(device="auto", cuda="11.8", visible_devices="-1"), False),
+        (FitnessFacts(device="auto", cuda="11.8", visible_devices="0"), True),
+        (FitnessFacts(device="cpu", cuda="11.8"), False),
+        (FitnessFacts(device="cuda", cuda=None), True),
+        (FitnessFacts(device="cuda", cuda="11.8", visible_devices=""), True),
     ],
 )
-def test_who_wants_a_gpu(facts: Facts, wanted: bool) -> None:
+def test_who_wants_a_gpu(facts: FitnessFacts, wanted: bool) -> None:
     assert wants_gpu(facts) is wanted
 
 
@@ -180,15 +180,15 @@ TOO_OLD = (
 @pytest.mark.parametrize(
     ("cuda", "cards", "lines"),
     [
-        ("11.8", (H100, Card("Tesla V100-SXM2-32GB", "7.0")), []),
+        ("11.8", (H100, Gpu("Tesla V100-SXM2-32GB", "7.0")), []),
         ("11.8", (RTX_5090, RTX_5090), [TOO_NEW]),  # once
         ("11.8", (P100, H100, RTX_5090), [TOO_OLD, TOO_NEW]),
-        ("11.8", (Card("NVIDIA B200", None),), []),
+        ("11.8", (Gpu("NVIDIA B200", None),), []),
         ("12.8", (RTX_5090, P100), []),  # left to PyTorch
         ("11.7", (RTX_5090,), []),
     ],
 )
-def test_cards(cuda: str, cards: tuple[Card, ...], lines: list[str]) -> None:
+def test_cards(cuda: str, cards: tuple[Gpu, ...], lines: list[str]) -> None:
     assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards)) == lines
     assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards, gpus=None)) == lines  # as the doctor sees it
 
@@ -406,15 +406,15 @@ def test_warnings_alone_are_no_error() -> None:
 
 def test_facts_travel_as_json() -> None:
     again = json.loads(json.dumps(asdict(replace(FIT, gpu_holders=(Holder(0, 7, 1_000_000, "python"),)))))
-    again["cards"] = tuple(Card(**card) for card in again["cards"])
+    again["cards"] = tuple(Gpu(**card) for card in again["cards"])
     again["gpu_holders"] = tuple(Holder(**holder) for holder in again["gpu_holders"])
     again["folders"] = tuple(Folder(**folder) for folder in again["folders"])
-    assert said(Facts(**again)) == [] and again["driver"] == "450.80.02"
+    assert said(FitnessFacts(**again)) == [] and again["driver"] == "450.80.02"
 
 
 # --- peer access ----------------------------------------------------------------------------------------------------
 
-RTX_3090 = Card("NVIDIA GeForce RTX 3090", "8.6")
+RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", "8.6")
 
 
 @pytest.mark.parametrize(
@@ -431,13 +431,13 @@ RTX_3090 = Card("NVIDIA GeForce RTX 3090", "8.6")
         ),
         ((RTX_4090, RTX_4090), True, None, "the peer access that driver unknown offers on NVIDIA GeForce RTX 4090 does not work"),
         ((RTX_4090, RTX_4090), True, "550.40.07", ""),
-        ((Card("NVIDIA A10", "8.6"),) * 2, False, "535.129.03", ""),  # NCCL finds out by itself
-        ((Card("NVIDIA RTX 4000 Ada Generation", "8.9"),) * 2, True, "535.129.03", ""),
+        ((Gpu("NVIDIA A10", "8.6"),) * 2, False, "535.129.03", ""),  # NCCL finds out by itself
+        ((Gpu("NVIDIA RTX 4000 Ada Generation", "8.9"),) * 2, True, "535.129.03", ""),
         ((RTX_3090,), None, "535.129.03", ""),
         (None, None, None, ""),
     ],
 )
-def test_geforce_cards_without_peer_access(cards: tuple[Card, ...] | None, peer_access: bool | None, driver: str | None, why: str) -> None:
+def test_geforce_cards_without_peer_access(cards: tuple[Gpu, ...] | None, peer_access: bool | None, driver: str | None, why: str) -> None:
     assert no_peer_access(replace(FIT, cards=cards, peer_access=peer_access, driver=driver), LIMITS) == why
 
 

@@ -116,11 +116,11 @@ class Sshd:
     def box(self, name: str = "gpu-box", **fields: Any) -> Box:
         return Box(**{"name": name, "address": "127.0.0.1", "port": self.port, "user": self.user, "key": str(self.key), **fields})
 
-    def line(self, state: Path, *, box: Box | None = None, **options: Any) -> Any:
-        """A remote.ssh.connection.Line to it, not yet opened."""
-        from remote.ssh.connection import Line  # fabric takes its time, and not every test here needs it
+    def connection(self, state: Path, *, box: Box | None = None, **options: Any) -> Any:
+        """A remote.ssh.connection.BoxConnection to it, not yet opened."""
+        from remote.ssh.connection import BoxConnection  # fabric takes its time, and not every test here needs it
 
-        return Line(box or self.box(), state, **{"say": Sayer(), "ssh_config": self.folder / "config", **options})
+        return BoxConnection(box or self.box(), state, **{"say": Sayer(), "ssh_config": self.folder / "config", **options})
 
 
 def make_key(file: Path, sort: str = "ed25519", passphrase: str = "") -> None:

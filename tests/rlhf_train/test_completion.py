@@ -285,7 +285,7 @@ def test_a_changed_field_is_refused_with_the_difference(run: RunDir) -> None:
         "  why: sft.epochs: 1.0 -> 2.0\n"
         "       sft.max_updates: not set -> 7\n"
         "\n"
-        "hint: go on with the old settings; or `--run NEW --from one` for a run of its own;\n"
+        "hint: resume with the old settings; or `--run NEW --from one` for a run of its own;\n"
         "      or `--redo --step 1,3` to do it again here"
     )
     assert refused(job("ppo.kl_coef=0.5"), run, ALL).why == "ppo.kl_coef: 0.1 -> 0.5"
@@ -443,7 +443,7 @@ def test_nothing_to_take_over(run: RunDir, new: RunDir) -> None:
     do(job(), run, 1)
     with pytest.raises(ToolkitError, match="nothing of run `one` can be taken over"):
         steps_to_take_over(job("seed=7"), run, new)
-    do(job("seed=7"), new, 1)  # once it has steps of its own, the same command goes on
+    do(job("seed=7"), new, 1)  # once it has steps of its own, the same command resumes
     assert steps_to_take_over(job("seed=7"), run, new) == []
 
 

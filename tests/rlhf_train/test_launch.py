@@ -29,7 +29,7 @@ from jobs.spec import load_job
 from rlhf_train import launch
 from rlhf_train.__main__ import main
 from rlhf_train.plan.placement import Machine, Placement, place
-from rlhf_train.ranks.processes import Spares
+from rlhf_train.ranks.processes import SpareRanks
 from rlhf_train.worker import LastWords
 from tests.faults.scene import fault
 from tests.tiny import CHECKOUT, job, write_rows
@@ -163,7 +163,7 @@ def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
     (saved,) = events(run, "checkpoint")
     last = events(run, "metrics")[-1]["update"]
     assert saved["update"] == last and Path(saved["path"], "complete.json").exists()
-    assert err.splitlines()[-1] == f"stopped: the same command goes on in out/tiny, from update {last} of step 1"
+    assert err.splitlines()[-1] == f"stopped: the same command resumes in out/tiny, from update {last} of step 1"
     assert events(run, "error") == [] and "Traceback" not in err
 
 
@@ -177,7 +177,7 @@ def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
     assert code == 75 and gone(rank)
     starting, stopped = err.splitlines()
     assert starting == "step 1  starting 1 rank"
-    assert stopped == "stopped: the same command goes on in out/tiny, from the start of step 1"
+    assert stopped == "stopped: the same command resumes in out/tiny, from the start of step 1"
 
 
 def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
@@ -287,7 +287,7 @@ def test_a_rank_that_is_killed(run: RunDir, capsys: Said) -> None:
         "       the last lines of out/tiny/train.log:\n"
     )
     assert "       step 1  supervised fine-tuning: 1000000 updates, " in error
-    assert error.endswith("\n\nhint: the same command goes on with the run\n")
+    assert error.endswith("\n\nhint: the same command resumes the run\n")
     (event,) = events(run, "error")
     assert (event["step"], event["rank"], event["what"], event["exit_code"]) == (1, 0, "rank 0 was ended by SIGKILL", 4)
     assert ranks_of(os.getpid()) == {}
@@ -450,7 +450,7 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
     for name in BOTH:
         monkeypatch.delenv(name, raising=False)
     placement = replace(place(load_job("own.yaml"), Machine(cores=1)), notes=("a note",), no_peer_access=why)
-    with launch.locked(run) as lock, Spares(os.environ) as spares:
+    with launch.locked(run) as lock, SpareRanks(os.environ) as spares:
         assert launch.launch(load_job("own.yaml"), run, [1], placement, Path("cache"), lock, spares) == 0
     assert [event["message"] for event in events(run, "warning")] == notes
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_train.kernels.decoder_weights import Layer, Linear, Network, Norm
+from rlhf_train.kernels.decoder_weights import Layer, LinearWeights, Network, Norm
 
 
 def network_of(model: Any) -> Network | None:
@@ -66,18 +66,18 @@ def opt(model: Any) -> Network:
     )
 
 
-def _linear(module: nn.Linear) -> Linear:
-    return Linear(module.weight.data, module.bias.data if module.bias is not None else None)
+def _linear(module: nn.Linear) -> LinearWeights:
+    return LinearWeights(module.weight.data, module.bias.data if module.bias is not None else None)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight.data, module.bias.data, module.eps)
 
 
-def _joined(parts: Sequence[Linear]) -> Linear | None:
+def _joined(parts: Sequence[LinearWeights]) -> LinearWeights | None:
     """One product for several, if their weights and their biases follow each other in memory, as DeepSpeed's flat 16-bit buffers have them."""
     weight, bias = _adjacent([part.weight for part in parts]), _adjacent([part.bias for part in parts])
-    return Linear(weight, bias) if weight is not None and bias is not None else None
+    return LinearWeights(weight, bias) if weight is not None and bias is not None else None
 
 
 def _adjacent(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -77,9 +77,9 @@ def _leaves_no_job(request: pytest.FixtureRequest, laptop: Laptop) -> Iterator[N
 
 
 @pytest.fixture(scope="session")
-def line(network: Network) -> Iterator[FarLine]:
-    with rig.line_through(network) as line:
-        yield line
+def connection(network: Network) -> Iterator[FarLine]:
+    with rig.line_through(network) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="session")

@@ -451,8 +451,8 @@ def network(docker: Docker) -> Iterator[Network]:
 
 @contextlib.contextmanager
 def line_through(network: Network) -> Iterator[FarLine]:
-    with far_line(network.name, IPv4Interface(f"{network.address(3)}/{network.subnet.prefixlen}"), f"far{os.getpid()}") as line:
-        yield line
+    with far_line(network.name, IPv4Interface(f"{network.address(3)}/{network.subnet.prefixlen}"), f"far{os.getpid()}") as connection:
+        yield connection
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

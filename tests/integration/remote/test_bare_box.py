@@ -1,4 +1,4 @@
-"""A box that is a container with Python 3.10 and sshd, without Docker, without rsync; over a line of 100 ms."""
+"""A box that is a container with Python 3.10 and sshd, without Docker, without rsync; over a connection of 100 ms."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rsync_serves_where_it_comes_later(deployed: BareBox, laptop: Laptop) ->
 
 
 def test_the_same_command_goes_on_and_its_events_are_one_story(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
-    """TERM is a preemption only for a provider; `cancel` keeps a checkpoint, and the same command goes on from it."""
+    """TERM is a preemption only for a provider; `cancel` keeps a checkpoint, and the same command resumes from it."""
     host, train = ("--host", deployed.name), ("--job", str(long_job), "--step", "2", "--run", "goes-on")
     laptop.fab("train", *host, *train, "--detach")
     until(lambda: re.search(r"checkpoint at update \d+", laptop.fab("logs", *host, "--run", "goes-on").out), 90)

@@ -236,7 +236,7 @@ def test_a_view_is_exact_over_every_break_of_the_line(running: str, deployed: Ba
         until(lambda: all(len(view.out_bytes) > sizes[name] for name, view in views.items()), 60, lambda: str([view.err for view in views.values()]))
 
     def away(times: int) -> None:
-        until(lambda: all(view.err.count("the line is away") >= times for view in views.values()), 60)
+        until(lambda: all(view.err.count("connection lost") >= times for view in views.values()), 60)
 
     grow()
     assert deployed.cut() >= 2
@@ -307,7 +307,7 @@ def test_a_box_that_was_restarted_has_lost_its_job_and_the_same_command_goes_on(
     first.says("checkpoint at update", 90)
     deployed.restart()
     done = first.wait(90)
-    assert done.code == 7 and "the same command goes on" in done.err, done.all
+    assert done.code == 7 and "the same command resumes" in done.err, done.all
     assert runs_of(laptop, deployed.name)["restarted"]["state"] == "lost"
     second = laptop.start(*train)
     second.says("resumed after update", 90)

@@ -11,7 +11,7 @@ from rich.console import Console
 from jobs.events import SHOWN, RawEvent
 from jobs.formatting import number
 from jobs.steps import STEPS, Step
-from jobs.views.panel import Board, BoxView, Card, Live, cards_text, sparkline
+from jobs.views.panel import Board, BoxView, GpuUsage, Live, cards_text, sparkline
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, ROLLOUTS, SFT, event, sample, squeezed
 
 
@@ -196,7 +196,9 @@ def test_a_narrower_terminal_has_folded_the_old_lines() -> None:
 
 # --- a run on another machine
 
-BOX = BoxView(name="gpu-box", line="run demo, connected", cards=(Card(0, 41_984, 81_920, 97),), price_per_hour=12.0, currency="¥", started_at=-3600.0)
+BOX = BoxView(
+    name="gpu-box", line="run demo, connected", cards=(GpuUsage(0, 41_984, 81_920, 97),), price_per_hour=12.0, currency="¥", started_at=-3600.0
+)
 
 
 def far(events: Iterable[RawEvent], box: BoxView = BOX, width: int = 79, height: int | None = None, now: float = 0.0) -> list[str]:
@@ -296,11 +298,11 @@ def test_a_run_that_is_over_has_no_time_left_and_grows_no_older() -> None:
 
 
 def test_a_line_that_is_away_says_for_how_long_and_why() -> None:
-    away = far([PPO], replace(BOX, line="run demo, line away", away_at=-75.0, away_why="no route"))
-    assert away[-1] == "  ○ gpu-box       run demo, line away for 1m15s, trying again: no route"
+    away = far([PPO], replace(BOX, line="run demo, connection lost", away_at=-75.0, away_why="no route"))
+    assert away[-1] == "  ○ gpu-box       run demo, connection lost for 1m15s, reconnecting: no route"
 
 
-EIGHT = [Card(i, 1024.0 * i, 81_920, 100.0 / 7 * i) for i in range(8)]
+EIGHT = [GpuUsage(i, 1024.0 * i, 81_920, 100.0 / 7 * i) for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -311,11 +313,11 @@ EIGHT = [Card(i, 1024.0 * i, 81_920, 100.0 / 7 * i) for i in range(8)]
         (EIGHT[:2], 40, "▁▂  0 to 14% busy, 0 to 1 of 80 GiB each"),
         (EIGHT, 61, "▁▂▃▄▅▆▇█  0 to 100% busy, 0 to 7 of 80 GiB each"),
         ([EIGHT[1]] * 8, 61, "▂▂▂▂▂▂▂▂  14% busy, 1 of 80 GiB each"),
-        ([Card(0, math.nan, 81_920, math.nan)], 60, "?% busy, ? of 80.0 GiB"),
-        ([EIGHT[0], Card(1, math.nan, 40_960, math.nan)], 20, "▁?  ?% busy, ? of 40 to 80 GiB each"),
+        ([GpuUsage(0, math.nan, 81_920, math.nan)], 60, "?% busy, ? of 80.0 GiB"),
+        ([EIGHT[0], GpuUsage(1, math.nan, 40_960, math.nan)], 20, "▁?  ?% busy, ? of 40 to 80 GiB each"),
     ],
 )
-def test_cards(cards: list[Card], width: int, text: str) -> None:
+def test_cards(cards: list[GpuUsage], width: int, text: str) -> None:
     assert cards_text(cards, width) == text
 
 

@@ -20,12 +20,12 @@ import pytest
 from env.settings import Limits, Provider
 from jobs.errors import ExitCode, ToolkitError
 from remote.deploy import deployment as deploying
-from remote.deploy.deployment import Deployed, There, check_fit, deploy, environment_key, parse_look, plan_for
+from remote.deploy.deployment import BoxContents, DeployResult, check_fit, deploy, environment_key, parse_look, plan_for
 from remote.deploy.lock import holder
 from remote.deploy.sync import checkout_tree
 from remote.scripts import script
 from remote.survey.facts import BoxFacts
-from remote.survey.probe_cache import Known, arguments, hub_mirror, mirror_values, recall, remember
+from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, mirror_values, recall, remember
 from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, make_checkout, make_index, write
 
@@ -64,13 +64,13 @@ class Scene:
         if not identity:
             said = subprocess.run(["sh", "-s", "--", "look", self.root, "-", "-", "-"], input=script("land.sh"), capture_output=True, check=True)
             identity = parse_look(said.stdout.decode()).identity
-        remember(self.state, self.box.name, Known(arguments(self.box, PROVIDERS), probe, 0.0, 0.0, identity, str(self.root)))
+        remember(self.state, self.box.name, CachedProbe(arguments(self.box, PROVIDERS), probe, 0.0, 0.0, identity, str(self.root)))
 
-    def deploy(self, **more: Any) -> Deployed:
-        line = more.pop("line", None) or self.sshd.line(self.state, box=self.box)
-        with line:
+    def deploy(self, **more: Any) -> DeployResult:
+        connection = more.pop("connection", None) or self.sshd.connection(self.state, box=self.box)
+        with connection:
             return deploy(
-                line, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY), providers=PROVIDERS, state=self.state,
+                connection, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY), providers=PROVIDERS, state=self.state,
                 say=self.said.append, now=self.moments.append, **more,
             )  # fmt: skip
 
@@ -93,12 +93,12 @@ class Counting:
     """A line that counts what goes over it."""
 
     def __init__(self, line: Any) -> None:
-        self.line = line
+        self.connection = line
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.line, name)
-        if name not in ("ask", "do", "local"):
+        value = getattr(self.connection, name)
+        if name not in ("query", "change", "local"):
             return value
 
         def counted(*words: Any, **options: Any) -> Any:
@@ -108,11 +108,11 @@ class Counting:
         return counted
 
     def __enter__(self) -> Counting:
-        self.line.__enter__()
+        self.connection.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.line.__exit__(*error)
+        self.connection.__exit__(*error)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +145,17 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
         for each in [PROVIDERS["generic"]]
     }
     providers = {**PROVIDERS, "generic": known["python3.10"]}
-    line = Counting(scene.sshd.line(scene.state, box=scene.box))
-    with line:
+    connection = Counting(scene.sshd.connection(scene.state, box=scene.box))
+    with connection:
         first = deploy(
-            line, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state, say=scene.said.append, now=scene.moments.append
+            connection,
+            scene.checkout,
+            scene.box,
+            limits=ROOMY,
+            providers=providers,
+            state=scene.state,
+            say=scene.said.append,
+            now=scene.moments.append,
         )  # type: ignore[arg-type]
     assert [part.name for part in first.parts] == ["probe", "look", "lock", "sync", "environment", "settle"]
     assert first.changed and "3 packages as locked" in " ".join(first.notes)
@@ -167,19 +174,19 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
     assert scene.moments[0].startswith("sync: ") and scene.moments[-1] == ""
     assert json.loads(json.dumps(first.as_json()))["environment"] == first.plan.environment
 
-    def again() -> tuple[Deployed, list[str]]:
-        with Counting(scene.sshd.line(scene.state, box=scene.box)) as line:
-            return deploy(line, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state), line.calls  # type: ignore[arg-type]
+    def again() -> tuple[DeployResult, list[str]]:
+        with Counting(scene.sshd.connection(scene.state, box=scene.box)) as connection:
+            return deploy(connection, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state), connection.calls  # type: ignore[arg-type]
 
     before = (scene.root / "deployed").stat()
     second, calls = again()
-    assert (second.changed, calls, [part.said for part in second.parts]) == (False, ["ask"], ["nothing to do"])
+    assert (second.changed, calls, [part.said for part in second.parts]) == (False, ["query"], ["already up to date"])
     assert (scene.root / "deployed").stat().st_mtime_ns == before.st_mtime_ns
     assert second.time == int(written["time"])
 
     write(scene.checkout / "rlhf_train/main.py", "print('changed')\n")
     third, calls = again()
-    assert (third.changed, calls) == (True, ["ask", "do", "local", "do"])
+    assert (third.changed, calls) == (True, ["query", "change", "local", "change"])
     assert [part.name for part in third.parts] == ["look", "lock", "sync"]
     new = third.plan.code
     assert scene.deployed()["code"] == new != tree.key
@@ -266,13 +273,13 @@ def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(scene: S
 
 
 def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    done = scene.deploy(line=scene.sshd.line(scene.state, box=scene.box, dry_run=True))
+    done = scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True))
     assert done.changed and not scene.root.exists()
     shown = capsys.readouterr().err
     tree = checkout_tree(scene.checkout)
     said = ["lock: would be taken", f"sync: would send {tree}", f"environment: would make a virtual environment, {done.plan.environment}"]
     assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [*said, "settle: would write down what is deployed"]
-    assert scene.deploy(line=scene.sshd.line(scene.state, box=scene.box, dry_run=True), rsync="").parts[2].said == (
+    assert scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True), rsync="").parts[2].said == (
         f"would send {tree} by tar (no rsync here, or an old one)"
     )
     for command in ("sh -s -- look", "sh -s -- lock", "rsync --recursive", "environment.sh", "sh -s -- settle"):
@@ -286,14 +293,14 @@ DEPLOYER = """
 import sys
 from pathlib import Path
 from env.settings import Limits, Provider
-from remote.ssh.connection import Line
+from remote.ssh.connection import BoxConnection
 from remote.deploy.deployment import deploy
 from remote.inventory import Box
 state, checkout, config, fields = sys.argv[1:]
 box = Box.model_validate_json(fields)
 limits = Limits.load()
 limits = limits.model_copy(update={"environment": limits.environment.model_copy(update={"bytes_cpu": 1})})
-with Line(box, Path(state), ssh_config=Path(config)) as line:
+with BoxConnection(box, Path(state), ssh_config=Path(config)) as line:
     deploy(line, Path(checkout), box, limits=limits, providers=Provider.load_all(), state=Path(state), say=lambda text: print(text, flush=True))
 """
 
@@ -355,7 +362,7 @@ def test_two_deployers_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
     process = deployer(scene)
     wait_for((scene.root / "lock/owner").exists)
     old_driver = probed(scene.disk, GPU.replace("535", "400"), python=sys.executable)  # to be noted, if there were no error instead
-    answer = Known(arguments(scene.box, PROVIDERS), old_driver, 0.0, 0.0)
+    answer = CachedProbe(arguments(scene.box, PROVIDERS), old_driver, 0.0, 0.0)
     monkeypatch.setattr(deploying, "probe", lambda *words: answer)
     with pytest.raises(ToolkitError) as busy:
         scene.deploy(fresh=True)
@@ -405,8 +412,8 @@ def test_one_who_lost_the_lock_changes_nothing(scene: Scene, monkeypatch: pytest
     assert lost.value.exit_code == ExitCode.BUSY and "lin@desk" in lost.value.why
     assert not (scene.root / "deployed").exists()
     assert [name for name in scene.whole_code() if "." not in name] == []
-    with scene.sshd.line(scene.state) as line:
-        owner = holder(line, str(scene.root))
+    with scene.sshd.connection(scene.state) as connection:
+        owner = holder(connection, str(scene.root))
     assert owner is not None and owner.token == "another"
 
 
@@ -449,9 +456,9 @@ def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatc
     scene.knows(probed(scene.disk, GPU, python=sys.executable), identity="another boot")
     asked = []
 
-    def ask(*words: Any) -> Known:
+    def ask(*words: Any) -> CachedProbe:
         asked.append(1)
-        return Known(arguments(scene.box, PROVIDERS), probed(scene.disk, python=sys.executable), 0.0, 0.0)
+        return CachedProbe(arguments(scene.box, PROVIDERS), probed(scene.disk, python=sys.executable), 0.0, 0.0)
 
     monkeypatch.setattr(deploying, "probe", ask)
     assert scene.deploy().plan.device == "cpu"  # the card that is remembered is gone
@@ -466,8 +473,8 @@ def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatc
 # --- pure
 
 
-def known(text: str) -> Known:
-    return Known((), text, 0.0, 0.0)
+def known(text: str) -> CachedProbe:
+    return CachedProbe((), text, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -563,7 +570,7 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
 def test_what_deploy_itself_needs(planned: Any, sshd: Any, more: tuple[str, ...], options: dict[str, Any], there: dict[str, Any], why: str) -> None:
     options = {"python": "/usr/bin/python3.10", **options}
     plan, facts = planned(*more, **options), known(probed(Path("/data"), *more, **options))
-    found = replace(There(root="none", tools=frozenset({"rsync", "tar"})), **there)
+    found = replace(BoxContents(root="none", tools=frozenset({"rsync", "tar"})), **there)
     with pytest.raises(ToolkitError) as unfit:
         check_fit(facts, plan, found, sshd.box(data_folder="/data"), LIMITS, PROVIDERS["generic"])
     assert unfit.value.exit_code == ExitCode.UNFIT and why in unfit.value.why and unfit.value.hint
@@ -576,7 +583,7 @@ def test_what_only_a_job_needs_does_not_stop_a_deploy(planned: Any, sshd: Any) -
     check_fit(
         facts,
         planned(blackwell, python="/p"),
-        There(root="none", tools=frozenset({"tar"})),
+        BoxContents(root="none", tools=frozenset({"tar"})),
         sshd.box(data_folder="/data"),
         LIMITS,
         PROVIDERS["generic"],
@@ -584,7 +591,7 @@ def test_what_only_a_job_needs_does_not_stop_a_deploy(planned: Any, sshd: Any) -
 
 
 def test_what_is_remembered_comes_back_or_not_at_all(tmp_path: Path) -> None:
-    kept = Known(("a", "b"), probed(tmp_path), 1.0, 2.0, "boot", "/root")
+    kept = CachedProbe(("a", "b"), probed(tmp_path), 1.0, 2.0, "boot", "/root")
     for name in ("gpu-box", "user@[::1]:22/../x", "a b"):
         remember(tmp_path, name, kept)
         assert recall(tmp_path, name) == kept
@@ -608,4 +615,4 @@ def test_an_answer_that_broke_off_is_no_answer() -> None:
     with pytest.raises(ToolkitError) as broke:
         parse_look("root ours\ncode here\n")
     assert broke.value.exit_code == ExitCode.UNREACHABLE
-    assert parse_look("root what\nend\n") == There() and BoxFacts()
+    assert parse_look("root what\nend\n") == BoxContents() and BoxFacts()

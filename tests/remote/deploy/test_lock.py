@@ -21,9 +21,9 @@ CODE = "0123456789abcdef"
 
 
 @pytest.fixture
-def line(sshd: Any, tmp_path: Path) -> Iterator[Any]:
-    with sshd.line(tmp_path / "state") as line:
-        yield line
+def connection(sshd: Any, tmp_path: Path) -> Iterator[Any]:
+    with sshd.connection(tmp_path / "state") as connection:
+        yield connection
 
 
 @pytest.fixture
@@ -38,23 +38,23 @@ def rewritten(root: str, **values: object) -> None:
     owner.write_text("".join(f"{line}\n" for line in (*lines, *(f"{key} {value}" for key, value in values.items()))))
 
 
-def test_it_is_taken_with_our_folder_and_given_back(line: Any, root: str) -> None:
-    held = take(line, root, CODE, why="a 'test'\nof two lines; $(touch owned)", laptop="here")
+def test_it_is_taken_with_our_folder_and_given_back(connection: Any, root: str) -> None:
+    held = take(connection, root, CODE, why="a 'test'\nof two lines; $(touch owned)", laptop="here")
     assert (Path(root) / ".rlhf-box").is_file() and (Path(root) / f"code/{CODE}.partial").is_dir()
     assert (Path(root) / "secrets").stat().st_mode & 0o777 == 0o700
-    owner = lock.holder(line, root)
+    owner = lock.holder(connection, root)
     assert owner is not None
     assert (owner.why, owner.laptop, owner.pid, owner.token) == ("a 'test' of two lines; $(touch owned)", "here", os.getpid(), held.token)
     assert abs(owner.expires - time.time() - EXPIRES_S) < 5 and abs(owner.when - time.time()) < 5
-    release(line, held)
-    assert lock.holder(line, root) is None and not (Path(root) / "lock").exists()
+    release(connection, held)
+    assert lock.holder(connection, root) is None and not (Path(root) / "lock").exists()
 
 
-def test_a_second_deployer_is_told_who_has_it(line: Any, root: str) -> None:
-    take(line, root, CODE, why="run ppo-0412", laptop="theirs")
+def test_a_second_deployer_is_told_who_has_it(connection: Any, root: str) -> None:
+    take(connection, root, CODE, why="run ppo-0412", laptop="theirs")
     rewritten(root, who="lin@desk", when=int(time.time()) - 240)
     with pytest.raises(ToolkitError) as busy:
-        take(line, root, CODE, why="mine", laptop="here")
+        take(connection, root, CODE, why="mine", laptop="here")
     assert busy.value.exit_code == ExitCode.BUSY
     assert str(busy.value).startswith(
         "error: cannot deploy to `gpu-box`: another deploy holds the lock\n  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
@@ -66,9 +66,9 @@ def test_of_ten_at_once_one_gets_it(sshd: Any, tmp_path: Path, root: str) -> Non
     said: list[str] = []
 
     def one() -> None:
-        with sshd.line(tmp_path / "state") as line:
+        with sshd.connection(tmp_path / "state") as connection:
             try:
-                take(line, root, CODE, why="race", laptop="here")
+                take(connection, root, CODE, why="race", laptop="here")
                 said.append("got")
             except ToolkitError as error:
                 said.append(error.exit_code.name)
@@ -88,87 +88,87 @@ def test_of_ten_at_once_one_gets_it(sshd: Any, tmp_path: Path, root: str) -> Non
         ({"box": "another boot"}, "the box was started anew since"),
     ],
 )
-def test_a_stale_one_is_taken_over_and_said(line: Any, root: str, values: dict[str, object], why: str) -> None:
-    before = take(line, root, CODE, why="dead", laptop="theirs")
+def test_a_stale_one_is_taken_over_and_said(connection: Any, root: str, values: dict[str, object], why: str) -> None:
+    before = take(connection, root, CODE, why="dead", laptop="theirs")
     rewritten(root, who="lin@desk", **values)
-    held = take(line, root, CODE, why="alive", laptop="here")
+    held = take(connection, root, CODE, why="alive", laptop="here")
     assert held.took_over == f"lin@desk: {why}"
-    release(line, before)  # the dead one wakes up: it is not his any more
-    owner = lock.holder(line, root)
+    release(connection, before)  # the dead one wakes up: it is not his any more
+    owner = lock.holder(connection, root)
     assert owner is not None and owner.token == held.token
     assert [path.name for path in Path(root).glob("lock*")] == ["lock"]
 
 
-def test_a_sign_of_life_from_the_box_keeps_it(line: Any, root: str) -> None:
-    take(line, root, CODE, why="makes the environment", laptop="theirs")
+def test_a_sign_of_life_from_the_box_keeps_it(connection: Any, root: str) -> None:
+    take(connection, root, CODE, why="makes the environment", laptop="theirs")
     rewritten(root, expires=1)
     (Path(root) / "lock/renewed").write_text(f"{int(time.time()) + 60}\n")
     with pytest.raises(ToolkitError) as busy:
-        take(line, root, CODE, why="mine", laptop="here")
+        take(connection, root, CODE, why="mine", laptop="here")
     assert busy.value.exit_code == ExitCode.BUSY and "it expires in" in busy.value.why
 
 
-def test_a_killed_deploy_of_this_laptop_is_taken_over_at_once_and_its_work_ended(line: Any, root: str) -> None:
+def test_a_killed_deploy_of_this_laptop_is_taken_over_at_once_and_its_work_ended(connection: Any, root: str) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    take(line, root, CODE, why="killed", laptop="here")
+    take(connection, root, CODE, why="killed", laptop="here")
     rewritten(root, pid=gone.pid)
     with subprocess.Popen(["sleep", "60"]) as worker:
         start = Path(f"/proc/{worker.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
         (Path(root) / "lock/worker").write_text(f"{worker.pid} {start}\n")
-        seen = lock.holder(line, root)
+        seen = lock.holder(connection, root)
         assert seen is not None and seen.worker == worker.pid and is_gone(seen, "here") and not is_gone(seen, "another laptop")
-        held = take(line, root, CODE, why="again", laptop="here", seen=seen)
+        held = take(connection, root, CODE, why="again", laptop="here", seen=seen)
         assert held.took_over.endswith(": its deploy was killed")
         assert worker.wait(5) == -15
 
 
-def test_a_number_that_is_another_process_now_is_not_ended(line: Any, root: str) -> None:
-    take(line, root, CODE, why="x", laptop="here")
+def test_a_number_that_is_another_process_now_is_not_ended(connection: Any, root: str) -> None:
+    take(connection, root, CODE, why="x", laptop="here")
     with subprocess.Popen(["sleep", "60"]) as innocent:
         (Path(root) / "lock/worker").write_text(f"{innocent.pid} 1\n")
-        owner = unlock(line, root)
+        owner = unlock(connection, root)
         assert owner is not None and owner.worker == 0
         assert innocent.poll() is None
         innocent.kill()
 
 
-def test_one_without_an_owner_is_somebody_who_is_just_taking_it(line: Any, root: str) -> None:
-    release(line, take(line, root, CODE, why="x", laptop="here"))
+def test_one_without_an_owner_is_somebody_who_is_just_taking_it(connection: Any, root: str) -> None:
+    release(connection, take(connection, root, CODE, why="x", laptop="here"))
     bare = Path(root) / "lock"
     bare.mkdir()
     with pytest.raises(ToolkitError) as busy:
-        take(line, root, CODE, why="x", laptop="here")
+        take(connection, root, CODE, why="x", laptop="here")
     assert busy.value.exit_code == ExitCode.BUSY
     os.utime(bare, (1, 1))
-    assert "nobody wrote down" in take(line, root, CODE, why="x", laptop="here").took_over
+    assert "nobody wrote down" in take(connection, root, CODE, why="x", laptop="here").took_over
 
 
-def test_unlock_shows_whose_it_was(line: Any, root: str) -> None:
-    assert unlock(line, root) is None
-    take(line, root, CODE, why="stuck", laptop="theirs")
-    owner = unlock(line, root)
+def test_unlock_shows_whose_it_was(connection: Any, root: str) -> None:
+    assert unlock(connection, root) is None
+    take(connection, root, CODE, why="stuck", laptop="theirs")
+    owner = unlock(connection, root)
     assert owner is not None and str(owner).endswith("(stuck)")
-    assert unlock(line, root) is None
+    assert unlock(connection, root) is None
     assert Path(root).is_dir()
 
 
-def test_a_folder_of_somebody_else_is_left_alone(line: Any, root: str) -> None:
+def test_a_folder_of_somebody_else_is_left_alone(connection: Any, root: str) -> None:
     (Path(root) / "lock").mkdir(parents=True)
     (Path(root) / "code").mkdir()
     (Path(root) / "code/mine.partial").write_text("")
     with pytest.raises(ToolkitError, match="is there, and is not ours") as refused:
-        take(line, root, CODE, why="x", laptop="here")
+        take(connection, root, CODE, why="x", laptop="here")
     assert refused.value.exit_code == ExitCode.UNFIT
-    assert unlock(line, root) is None
+    assert unlock(connection, root) is None
     assert (Path(root) / "lock").is_dir() and (Path(root) / "code/mine.partial").exists()
 
 
-def test_what_a_dead_deploy_left_half_goes_with_the_next(line: Any, root: str) -> None:
-    held = take(line, root, "f" * 16, why="x", laptop="here")
-    release(line, held)
+def test_what_a_dead_deploy_left_half_goes_with_the_next(connection: Any, root: str) -> None:
+    held = take(connection, root, "f" * 16, why="x", laptop="here")
+    release(connection, held)
     (Path(root) / f"code/{'f' * 16}.partial/file").write_text("")
-    take(line, root, CODE, why="x", laptop="here")
+    take(connection, root, CODE, why="x", laptop="here")
     assert sorted(path.name for path in (Path(root) / "code").iterdir()) == [f"{CODE}.partial", f"{CODE}.temp"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from remote.deploy import sync
-from remote.deploy.sync import Differs, Tree, checkout_tree, land, send, send_whole, tree_of
+from remote.deploy.sync import Tree, UploadDiffers, checkout_tree, land, send, send_whole, tree_of
 from remote.scripts import script
 from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, git, make_checkout, make_index, write
@@ -34,9 +34,9 @@ def checkout(tmp_path: Path, index: Path) -> Path:
 
 
 @pytest.fixture
-def line(sshd: Any, tmp_path: Path) -> Iterator[Any]:
-    with sshd.line(tmp_path / "state") as line:
-        yield line
+def connection(sshd: Any, tmp_path: Path) -> Iterator[Any]:
+    with sshd.connection(tmp_path / "state") as connection:
+        yield connection
 
 
 def names(tree: Tree) -> set[str]:
@@ -213,10 +213,10 @@ def test_the_box_computes_the_same_fingerprint(tmp_path: Path, shell: list[str])
 
 
 @pytest.mark.parametrize("how", ["rsync", "tar", "no rsync there"])
-def test_hostile_names_arrive_as_they_are(tmp_path: Path, line: Any, how: str) -> None:
+def test_hostile_names_arrive_as_they_are(tmp_path: Path, connection: Any, how: str) -> None:
     tree = hostile_tree(tmp_path / "it's here")
     folder = tmp_path / "on the $(box)" / "what's there"
-    sent = send_whole(line, tree, str(folder), rsync_there=how != "no rsync there", rsync="" if how == "tar" else "rsync")
+    sent = send_whole(connection, tree, str(folder), rsync_there=how != "no rsync there", rsync="" if how == "tar" else "rsync")
     assert sent.how == ("rsync" if how == "rsync" else "tar")
     expected = seen(tmp_path / "it's here")
     assert seen(folder) == expected and len(expected) == len(tree.files)
@@ -225,9 +225,9 @@ def test_hostile_names_arrive_as_they_are(tmp_path: Path, line: Any, how: str) -
     assert modes == {0o644, 0o755}
 
 
-def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path, tmp_path: Path, line: Any) -> None:
+def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path, tmp_path: Path, connection: Any) -> None:
     old = tmp_path / "old"
-    send_whole(line, checkout_tree(checkout), str(old))
+    send_whole(connection, checkout_tree(checkout), str(old))
     before = seen(old)
     (checkout / "jobs/spec.py").write_text("x = 22\n")
     (checkout / "tool.sh").chmod(0o644)
@@ -235,8 +235,8 @@ def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path
     tree = checkout_tree(checkout)
     for each in ("new.partial", "new.temp"):
         (tmp_path / each).mkdir()
-    assert send(line, tree, str(tmp_path / "new"), like=str(old), rsync_there=True).how == "rsync"
-    land(line, tree, str(tmp_path / "new"))
+    assert send(connection, tree, str(tmp_path / "new"), like=str(old), rsync_there=True).how == "rsync"
+    land(connection, tree, str(tmp_path / "new"))
     assert seen(old) == before
     changed = {name for name, what in seen(tmp_path / "new").items() if before.get(name) != what}
     assert changed == {"jobs/spec.py", "tool.sh", "rlhf_train/renamed.py"}
@@ -244,10 +244,10 @@ def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path
     assert not (tmp_path / "new/tool.sh").samefile(old / "tool.sh")
 
 
-def test_a_change_that_size_and_time_hide_is_found_and_mended(checkout: Path, tmp_path: Path, line: Any) -> None:
+def test_a_change_that_size_and_time_hide_is_found_and_mended(checkout: Path, tmp_path: Path, connection: Any) -> None:
     """Nothing wrong is ever landed, and comparing by content mends it without touching the folder that was linked from."""
     old, new = tmp_path / "old", tmp_path / "new"
-    send_whole(line, checkout_tree(checkout), str(old))
+    send_whole(connection, checkout_tree(checkout), str(old))
     spec = checkout / "jobs/spec.py"
     status = spec.stat()
     spec.write_text("x = 2\n")
@@ -255,12 +255,12 @@ def test_a_change_that_size_and_time_hide_is_found_and_mended(checkout: Path, tm
     tree = checkout_tree(checkout)
     for each in ("new.partial", "new.temp"):
         (tmp_path / each).mkdir()
-    send(line, tree, str(new), like=str(old), rsync_there=True)
-    with pytest.raises(Differs):
-        land(line, tree, str(new))
+    send(connection, tree, str(new), like=str(old), rsync_there=True)
+    with pytest.raises(UploadDiffers):
+        land(connection, tree, str(new))
     assert not new.exists()
-    send(line, tree, str(new), like=str(old), rsync_there=True, compare=True)
-    land(line, tree, str(new))
+    send(connection, tree, str(new), like=str(old), rsync_there=True, compare=True)
+    land(connection, tree, str(new))
     assert ((new / "jobs/spec.py").read_text(), (old / "jobs/spec.py").read_text()) == ("x = 2\n", "x = 1\n")
 
 
@@ -268,7 +268,7 @@ def test_a_file_that_shrinks_while_it_is_packed_is_not_sent(tmp_path: Path) -> N
     write(tmp_path / "a", "xxxx")
     tree = tree_of(tmp_path, ["a"])
     write(tmp_path / "a", "x")
-    with pytest.raises(Differs, match="a changed while it was sent"):
+    with pytest.raises(UploadDiffers, match="a changed while it was sent"):
         sync.pack(tree, tmp_path / "packed")
 
 
@@ -287,20 +287,20 @@ def test_a_line_that_breaks_leaves_nothing_whole_and_the_next_call_goes_on(own_s
     tree = tree_of(tmp_path / "here", [str(number) for number in range(16)])
     for rsync in ("rsync", ""):
         folder = tmp_path / f"there{rsync}"
-        with own_sshd.line(tmp_path / "state") as line:
+        with own_sshd.connection(tmp_path / "state") as connection:
             threading.Thread(target=cut_once_files_travel, args=(Path(f"{folder}.partial"), own_sshd), daemon=True).start()
             with pytest.raises(ToolkitError) as broke:
-                send_whole(line, tree, str(folder), rsync=rsync)
+                send_whole(connection, tree, str(folder), rsync=rsync)
         assert broke.value.exit_code == ExitCode.UNREACHABLE, broke.value
         assert not folder.exists()
-        with own_sshd.line(tmp_path / "state") as line:
-            send_whole(line, tree, str(folder), rsync=rsync)
+        with own_sshd.connection(tmp_path / "state") as connection:
+            send_whole(connection, tree, str(folder), rsync=rsync)
         assert seen(folder) == seen(tmp_path / "here")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a disk of its own")
 @pytest.mark.parametrize("rsync", ["rsync", ""])
-def test_a_full_disk_is_named(tmp_path: Path, line: Any, rsync: str) -> None:
+def test_a_full_disk_is_named(tmp_path: Path, connection: Any, rsync: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, check=False)
@@ -309,7 +309,7 @@ def test_a_full_disk_is_named(tmp_path: Path, line: Any, rsync: str) -> None:
     try:
         (tmp_path / "large").write_bytes(os.urandom(6_000_000))
         with pytest.raises(ToolkitError) as full:
-            send_whole(line, tree_of(tmp_path, ["large"]), f"{disk}/x", rsync=rsync)
+            send_whole(connection, tree_of(tmp_path, ["large"]), f"{disk}/x", rsync=rsync)
         assert full.value.exit_code == ExitCode.UNFIT
         assert "is full" in full.value.what and str(disk) in full.value.why
         assert not (disk / "x").exists()

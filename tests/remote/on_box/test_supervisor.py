@@ -26,10 +26,10 @@ import yaml
 from jobs.events import read_events
 from jobs.run_dir import RunDir
 from jobs.state import state_of
-from jobs.views.panel import Card
-from remote.runs.frames import Framing, Limits
-from remote.runs.job_state import Job
-from remote.runs.views import View, Where
+from jobs.views.panel import GpuUsage
+from remote.runs.frames import Framing, StreamTimeouts
+from remote.runs.job_state import JobState
+from remote.runs.views import View, WatchedRun
 from remote.runs.watch import Watched, follow
 
 CHECKOUT = Path(__file__).parents[3]
@@ -112,11 +112,11 @@ class Box:
         path = self.run(run).output
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def job(self, run: str = "run-1") -> Job:
+    def job(self, run: str = "run-1") -> JobState:
         """As `list` tells it."""
-        return next(Job.of(line.split()[2:]) for line in self.ask("list") if line.startswith(f"run {run} "))
+        return next(JobState.of(line.split()[2:]) for line in self.ask("list") if line.startswith(f"run {run} "))
 
-    def ended(self, run: str = "run-1") -> Job:
+    def ended(self, run: str = "run-1") -> JobState:
         until(lambda: self.run(run).exit.exists() and not (self.root / "slot").exists() and not self.job(run).alive)
         return self.job(run)
 
@@ -132,7 +132,9 @@ class Box:
 
     def watch(self, file: str, offset: int = 0, **more: Any) -> tuple[Watched, Seen]:
         view = Seen(file)
-        return follow(self.stream, view, Where("box", "run-1"), limits=Limits(silence_s=5, first_pause_s=0.05), offset=offset, **more), view
+        return follow(
+            self.stream, view, WatchedRun("box", "run-1"), limits=StreamTimeouts(silence_s=5, first_pause_s=0.05), offset=offset, **more
+        ), view
 
     def stream(self, run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
         argv = self.argv("follow", run, file, str(offset))
@@ -159,8 +161,8 @@ class Seen:
     """What a view is given."""
 
     def __init__(self, file: str) -> None:
-        self.file, self.bytes, self.jobs, self.notes = file, bytearray(), list[Job](), list[str]()
-        self.cards, self.beats, self.aways = list[Card](), list[float](), 0
+        self.file, self.bytes, self.jobs, self.notes = file, bytearray(), list[JobState](), list[str]()
+        self.cards, self.beats, self.aways = list[GpuUsage](), list[float](), 0
         self.at = list[float]()  # when data came
 
     def __enter__(self) -> Seen:
@@ -176,10 +178,10 @@ class Seen:
     def beat(self, epoch: float) -> None:
         self.beats.append(epoch)
 
-    def job(self, job: Job) -> None:
+    def job(self, job: JobState) -> None:
         self.jobs.append(job)
 
-    def card(self, card: Card) -> None:
+    def card(self, card: GpuUsage) -> None:
         self.cards.append(card)
 
     def away(self, why: str, since: float) -> None:
@@ -272,7 +274,7 @@ def test_the_heartbeat_beats_and_the_cards_are_asked(box: Box) -> None:
     first = box.job().words["heartbeat"]
     until(lambda: int(box.job().words["heartbeat"]) >= int(first) + 2)
     view = Seen("output")
-    follow(box.stream, view, Where("box", "run-1"), once=True)
+    follow(box.stream, view, WatchedRun("box", "run-1"), once=True)
     assert [(card.index, card.used_mib, card.total_mib) for card in view.cards] == [(0, 1024, 24564), (1, 0, 24564)]
     assert "gpu 0 1024 24564 98" in box.ask("list")
 
@@ -431,11 +433,11 @@ def _cmdline(process: psutil.Process) -> list[str]:
 @pytest.mark.parametrize(
     ("stdin", "said"),
     [
-        (b"", "the line broke before all of the job was here"),
-        (b"secrets 2\nHF_TOKEN=x\n", "the line broke before all of the job was here"),
-        (b"secrets 1\nHF_TOKEN=x", "the line broke before all of the job was here"),
-        (sent("HF_TOKEN=x")[:-1], "the line broke before all of the job was here"),
-        (sent() + b"more", "the line broke before all of the job was here"),
+        (b"", "the connection broke before all of the job was here"),
+        (b"secrets 2\nHF_TOKEN=x\n", "the connection broke before all of the job was here"),
+        (b"secrets 1\nHF_TOKEN=x", "the connection broke before all of the job was here"),
+        (sent("HF_TOKEN=x")[:-1], "the connection broke before all of the job was here"),
+        (sent() + b"more", "the connection broke before all of the job was here"),
         (b"job 123\n", "what came is no job"),
         (sent("hf_token=x"), "secret 1 does not name a variable"),
         (sent("HF_TOKEN"), "secret 1 has no value"),
@@ -669,7 +671,7 @@ def test_a_torn_event_is_read_whole_over_a_line_that_breaks(box: Box) -> None:
         return cut
 
     seen = Seen("events")
-    watched = follow(opened, seen, Where("box", "run-1"), limits=Limits(silence_s=3, first_pause_s=0.02))
+    watched = follow(opened, seen, WatchedRun("box", "run-1"), limits=StreamTimeouts(silence_s=3, first_pause_s=0.02))
     assert watched.done and bytes(seen.bytes) == b"".join(lines) and count > 4
 
 
@@ -1112,7 +1114,7 @@ def test_a_real_job_trains_and_goes_on_after_a_cancel(box: Box, tmp_path: Path) 
     assert state_of(None, box.job("tiny")) == "cancelled"
     assert box.start("tiny", "req-2", "--step", "1", stdin=sent(job=job)).startswith("started")
     seen = Seen("events")
-    watched = follow(box.stream, seen, Where("box", "tiny"), limits=Limits(silence_s=10))
+    watched = follow(box.stream, seen, WatchedRun("box", "tiny"), limits=StreamTimeouts(silence_s=10))
     assert watched.done and watched.exit == 0 and bytes(seen.bytes) == run.events.read_bytes(), box.output("tiny")
     assert watched.last is not None and watched.last["kind"] == "end" and run.step(1).complete.exists()
     job_now = box.job("tiny")

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.errors import ExitCode, ToolkitError
 from remote.results.purge import Purged, parse, purge
-from remote.results.run_contents import look
+from remote.results.run_contents import read_results
 from remote.scripts import script
 from tests.disks import unmount
 from tests.remote.box_folder import HOSTILE, BoxFolder
@@ -72,14 +72,14 @@ def far(make_sshd: Callable[..., Sshd], docker: Path, tmp_path: Path) -> Sshd:
 
 
 def refused(far: Sshd, folder: Path, root: object, **options: bool) -> ToolkitError:
-    with far.line(folder / "state") as line, pytest.raises(ToolkitError) as caught:
-        purge(line, str(root), {}, **options)
+    with far.connection(folder / "state") as connection, pytest.raises(ToolkitError) as caught:
+        purge(connection, str(root), {}, **options)
     return caught.value
 
 
 def purged(far: Sshd, folder: Path, root: object) -> Purged:
-    with far.line(folder / "state") as line:
-        return purge(line, str(root), {}, yes=True)
+    with far.connection(folder / "state") as connection:
+        return purge(connection, str(root), {}, yes=True)
 
 
 def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:
@@ -252,15 +252,15 @@ def test_a_dry_run_lists_what_would_go_and_removes_nothing(far: Sshd, docker: Pa
     box.step(box.run(), 1, size=3_000_000)
     for folder, name, text in (("containers", "rlhf-box-1", "rlhf-box:x|Exited (0) 3 hours ago"), ("images", "x", ""), ("volumes", "v", "")):
         (docker / folder / name).write_text(text)
-    with far.line(tmp_path / "state", dry_run=True) as line:
-        found = purge(line, str(box.root), {}, yes=True)
-        assert found == Purged(notes=found.notes, would=found.would) and look(line, str(box.root)).marked
+    with far.connection(tmp_path / "state", dry_run=True) as connection:
+        found = purge(connection, str(box.root), {}, yes=True)
+        assert found == Purged(notes=found.notes, would=found.would) and read_results(connection, str(box.root)).marked
         assert found.would[0] == "container rlhf-box-1" and found.would[2:] == ("image rlhf-box:x", "volume v")
         assert found.would[1].startswith(f"{box.root}, 3.") and found.would[1].endswith(" MB") and "builder prune" in found.notes[-1]
-        assert "only --yes removes it: run `tiny`: the models of step 1" in purge(line, str(box.root), {}).notes[0]
+        assert "only --yes removes it: run `tiny`: the models of step 1" in purge(connection, str(box.root), {}).notes[0]
         assert (docker / "images" / "x").exists() and box.root.exists()
         shutil.rmtree(box.root)
-        assert str(box.root) not in "".join(purge(line, str(box.root), {}).would)
+        assert str(box.root) not in "".join(purge(connection, str(box.root), {}).would)
         box.root.mkdir()
         with pytest.raises(ToolkitError, match="not a folder of ours"):
-            purge(line, str(box.root), {})
+            purge(connection, str(box.root), {})

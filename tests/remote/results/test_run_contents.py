@@ -13,13 +13,13 @@ import pytest
 
 from remote.results.manifest import ManifestReader, is_safe
 from remote.results.run_contents import (
-    Checkpoint,
     FetchedCheckpoint,
     FetchedRun,
     FetchedStep,
+    FinishedStep,
+    NewestCheckpoint,
     Results,
     Run,
-    Step,
     Unfetched,
     how_to_fetch,
     parse_look,
@@ -66,8 +66,8 @@ def test_look(shell: list[str], box: BoxFolder) -> None:
     tiny = Run(
         "tiny",
         event,
-        {1: Step(sha(run.step(1).complete), 2006)},
-        {2: Checkpoint(11, sha(newest / "complete.json"), sum(path.stat().st_size for path in newest.iterdir()))},
+        {1: FinishedStep(sha(run.step(1).complete), 2006)},
+        {2: NewestCheckpoint(11, sha(newest / "complete.json"), sum(path.stat().st_size for path in newest.iterdir()))},
     )
     assert found == Results(str(box.root), True, None, (Run("other", event), tiny))
     assert ask("look", f"{box.root}-not", shell=shell) == b"end\n"
@@ -198,17 +198,17 @@ def test_what_was_fetched_is_remembered(tmp_path: Path) -> None:
         (Run("r", 10), FetchedRun(events_bytes=10), []),
         (Run("r", 10), FetchedRun(events_bytes=4), ["events that were written since, 6 bytes"]),
         (Run("r", 3), FetchedRun(events_bytes=4), ["events that were written since, 3 bytes"]),
-        (Run("r", 0, {1: Step(A, 2000)}), None, ["the models of step 1 (supervised fine-tuning), 2 kB"]),
-        (Run("r", 0, {1: Step(A, 2000)}), FetchedRun(steps={1: FetchedStep(A, B)}), []),
+        (Run("r", 0, {1: FinishedStep(A, 2000)}), None, ["the models of step 1 (supervised fine-tuning), 2 kB"]),
+        (Run("r", 0, {1: FinishedStep(A, 2000)}), FetchedRun(steps={1: FetchedStep(A, B)}), []),
         (
-            Run("r", 0, {3: Step(A, 2)}),
+            Run("r", 0, {3: FinishedStep(A, 2)}),
             FetchedRun(steps={3: FetchedStep(B, B)}),
             ["the models of step 3 (PPO), trained again since it was fetched, 2 bytes"],
         ),
-        (Run("r", 0, {}, {2: Checkpoint(9, A, 5)}), None, ["the checkpoint of step 2, update 9, 5 bytes"]),
-        (Run("r", 0, {}, {2: Checkpoint(9, A, 5)}), FetchedRun(checkpoints={2: FetchedCheckpoint(9, A)}), []),
+        (Run("r", 0, {}, {2: NewestCheckpoint(9, A, 5)}), None, ["the checkpoint of step 2, update 9, 5 bytes"]),
+        (Run("r", 0, {}, {2: NewestCheckpoint(9, A, 5)}), FetchedRun(checkpoints={2: FetchedCheckpoint(9, A)}), []),
         (
-            Run("r", 0, {}, {2: Checkpoint(9, A, 5)}),
+            Run("r", 0, {}, {2: NewestCheckpoint(9, A, 5)}),
             FetchedRun(checkpoints={2: FetchedCheckpoint(7, B)}),
             ["the checkpoint of step 2, update 9 (fetched: update 7), 5 bytes"],
         ),

@@ -14,7 +14,7 @@ import pytest
 
 from env.settings import Provider
 from jobs.errors import ExitCode, ToolkitError
-from remote.results.run_contents import Checkpoint, FetchedRun, FetchedStep, Results, Run, Step
+from remote.results.run_contents import FetchedRun, FetchedStep, FinishedStep, NewestCheckpoint, Results, Run
 from remote.results.stop_card import StopCard, card_of, fate_of, may_stop, stop, stop_command
 from remote.scripts import script
 
@@ -25,7 +25,7 @@ KNOWN = Provider.load_all()
 A, B = "a" * 64, "b" * 64
 NOW = 1_764_000_000.0  # 2025-11-24
 SAFE = {"tiny": FetchedRun("", 0, 10, {1: FetchedStep(A, B)})}
-TINY = Run("tiny", 10, {1: Step(A, 2_000_000_000)})
+TINY = Run("tiny", 10, {1: FinishedStep(A, 2_000_000_000)})
 
 
 def card(provider: str = "autodl", root: str = "", *, running: str | None = None, runs: tuple[Run, ...] = (TINY,), fetched: Any = SAFE) -> StopCard:
@@ -40,7 +40,7 @@ def refusal(shown: StopCard, *, yes: bool = False) -> ToolkitError:
 
 
 def test_a_card_says_all_that_matters() -> None:
-    rows = card(runs=(TINY, Run("other", 5, {}, {2: Checkpoint(40, A, 14_000_000_000)})), fetched=SAFE).lines()
+    rows = card(runs=(TINY, Run("other", 5, {}, {2: NewestCheckpoint(40, A, 14_000_000_000)})), fetched=SAFE).lines()
     text = [f"{label}: {said}" for label, said in rows]
     assert text == [
         "box: box, AutoDL",
@@ -124,17 +124,17 @@ def own(command: list[str], variables: tuple[str, ...] = ()) -> StopCard:
 
 def test_stop_runs_the_command_in_the_box(sshd: Sshd, tmp_path: Path) -> None:
     file = tmp_path / "a b"
-    with sshd.line(tmp_path / "state") as line:
-        assert stop(line, own(["sh", "-c", 'echo "$1" >"$1"; echo going down', "sh", str(file)])).said == "going down"
+    with sshd.connection(tmp_path / "state") as connection:
+        assert stop(connection, own(["sh", "-c", 'echo "$1" >"$1"; echo going down', "sh", str(file)])).said == "going down"
         assert file.exists()
         with pytest.raises(ToolkitError, match="was not stopped") as caught:
-            stop(line, own(["sh", "-c", "echo no such client; exit 127"]))
+            stop(connection, own(["sh", "-c", "echo no such client; exit 127"]))
         assert "exit code 127: no such client" in caught.value.why and "关机" in caught.value.hint
         file.unlink()
         with pytest.raises(ToolkitError, match="nowhere else"):
-            stop(line, replace(own(["touch", str(file)]), unfetched=card(fetched={}).unfetched))
-    with sshd.line(tmp_path / "state", dry_run=True) as line:
-        stop(line, own(["touch", str(file)]))
+            stop(connection, replace(own(["touch", str(file)]), unfetched=card(fetched={}).unfetched))
+    with sshd.connection(tmp_path / "state", dry_run=True) as connection:
+        stop(connection, own(["touch", str(file)]))
     assert not file.exists()
 
 
@@ -147,12 +147,12 @@ def test_a_box_that_goes_down_takes_the_line_with_it(own_sshd: Sshd, tmp_path: P
 
     thread = threading.Thread(target=go_down)
     thread.start()
-    with own_sshd.line(tmp_path / "state") as line:
-        stopped = stop(line, own(["sh", "-c", 'touch "$1"; sleep 30', "sh", str(down)]))
+    with own_sshd.connection(tmp_path / "state") as connection:
+        stopped = stop(connection, own(["sh", "-c", 'touch "$1"; sleep 30', "sh", str(down)]))
     thread.join()
     assert stopped.broke
-    with own_sshd.line(tmp_path / "state") as line, pytest.raises(ToolkitError) as caught:  # it was down before
-        stop(line, own(["true"]))
+    with own_sshd.connection(tmp_path / "state") as connection, pytest.raises(ToolkitError) as caught:  # it was down before
+        stop(connection, own(["true"]))
     assert caught.value.exit_code == ExitCode.UNREACHABLE
 
 

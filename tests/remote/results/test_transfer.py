@@ -20,13 +20,13 @@ from jobs.run_dir import RunDir
 from remote.results import transfer as fetching
 from remote.results.manifest import silent
 from remote.results.run_contents import recall
-from remote.results.transfer import Fetched, What, fetch
+from remote.results.transfer import Fetched, FetchSelection, fetch
 from tests.remote.box_folder import HOSTILE, BoxFolder, content, files_of
 
 if TYPE_CHECKING:
     from tests.remote.conftest import Sshd
 
-EVERYTHING = What(checkpoints=True)
+EVERYTHING = FetchSelection(checkpoints=True)
 MODEL = {"config.json", "model.safetensors", "sub/empty"}
 
 
@@ -36,9 +36,11 @@ class Laptop:
     def __init__(self, folder: Path, sshd: Sshd, box: BoxFolder) -> None:
         self.sshd, self.box, self.state, self.runs = sshd, box, folder / "state", folder / "my runs" / "gpu-box"
 
-    def fetch(self, run: str = "tiny", what: What = EVERYTHING, *, root: str = "", dry_run: bool = False, progress: object = silent) -> Fetched:
-        with self.sshd.line(self.state, dry_run=dry_run) as line:
-            return fetch(line, root or str(self.box.root), run, self.runs / run, state=self.state, what=what, progress=progress)  # type: ignore[arg-type]
+    def fetch(
+        self, run: str = "tiny", what: FetchSelection = EVERYTHING, *, root: str = "", dry_run: bool = False, progress: object = silent
+    ) -> Fetched:
+        with self.sshd.connection(self.state, dry_run=dry_run) as connection:
+            return fetch(connection, root or str(self.box.root), run, self.runs / run, state=self.state, what=what, progress=progress)  # type: ignore[arg-type]
 
     def refused(self, *arguments: object, **options: object) -> ToolkitError:
         with pytest.raises(ToolkitError) as caught:
@@ -97,18 +99,18 @@ def test_all_that_is_complete_comes_home_and_is_remembered(laptop: Laptop, box: 
 def test_what_was_not_asked_for_is_named(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     box.step(run, 1)
     box.checkpoint(run, 2, 7)
-    fetched = laptop.fetch(what=What())
+    fetched = laptop.fetch(what=FetchSelection())
     assert not any("checkpoints" in name for name in laptop.here) and "step1/model/config.json" in laptop.here
     assert [text.partition(",")[0] for text in fetched.left] == ["the checkpoint of step 2"] and "--checkpoints" in fetched.left[0]
     assert recall(laptop.state, "gpu-box")["tiny"].checkpoints == {}
-    events = laptop.fetch(what=What(models=False))
+    events = laptop.fetch(what=FetchSelection(models=False))
     assert events.left[-1] == "the models of step 1: they were not asked for" and events.steps == ()
 
 
 def test_that_there_is_no_checkpoint_yet_is_said(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     box.checkpoint(run, 1, 10, complete=False)
     assert laptop.fetch().left == laptop.fetch(dry_run=True).left == ("there is no checkpoint yet",)
-    assert laptop.fetch(what=What()).left == ()
+    assert laptop.fetch(what=FetchSelection()).left == ()
     box.step(run, 1)
     assert laptop.fetch().left == ("there is no checkpoint now: a step that is complete keeps none",)
     box.checkpoint(run, 2, 10)
@@ -223,7 +225,7 @@ def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: Run
             fragile.sshd.stop()
 
     error = fragile.refused(progress=stop)
-    assert error.exit_code == ExitCode.UNREACHABLE and "goes on at that byte" in error.hint and "refused" in error.why
+    assert error.exit_code == ExitCode.UNREACHABLE and "resumes at that byte" in error.hint and "refused" in error.why
     assert fragile.here == before  # the old model stands until the new one is whole
     fragile.sshd.start()
     assert 0 < fragile.fetch().moved_bytes < 12_000_000
@@ -237,14 +239,14 @@ def test_a_fetch_that_is_killed_goes_on(laptop: Laptop, box: BoxFolder, run: Run
 import sys, time
 from pathlib import Path
 from remote.results.transfer import fetch
-from remote.ssh.connection import Line
+from remote.ssh.connection import BoxConnection
 from remote.inventory import Box
 def wait(done, total, what):
     if done > 15_000_000:
         Path({str(ready)!r}).touch()
         time.sleep(60)
 box = Box.model_validate_json({laptop.sshd.box().model_dump_json()!r})
-with Line(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop.sshd.folder / "config")!r})) as line:
+with BoxConnection(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop.sshd.folder / "config")!r})) as line:
     fetch(line, {str(box.root)!r}, "tiny", Path({str(laptop.runs / "tiny")!r}), state=Path({str(laptop.state)!r}), progress=wait)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])

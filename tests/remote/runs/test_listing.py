@@ -41,7 +41,7 @@ def test_a_line_for_each_run() -> None:
     assert [re.sub(r" {2,}", " | ", line) for line in lines] == [
         "box | run | state | now at | steps done | time | spent | size",
         "gpu-box | done | done | step 3, complete | 1,2,3 | 1h00m | ¥3.60 | 2.1 MB",
-        "gpu-box | orphan | running, nobody looks after it | step 2, update 40/100 | 1 | 16m40s | ¥1.00",
+        "gpu-box | orphan | running, unattended | step 2, update 40/100 | 1 | 16m40s | ¥1.00",
         "gpu-box | torn | failed (4) | 10s | ¥0.01",
     ]
     assert {line.index(word) for line, word in zip(lines, ("state", "done     ", "running", "failed"), strict=True)} == {lines[0].index("state")}
@@ -60,7 +60,7 @@ def test_one_run_in_full() -> None:
     assert run is not None
     card = dict(listing.card(run, 5000.0, 3.6, "¥"))
     assert card["spent"] == "¥1.00 (¥3.60/h)" and card["last event"] == "metrics, 20s ago" and card["checkpoint"] == "step 2, update 40"
-    assert "nobody looks after it" in card[""]
+    assert "unattended" in card[""]
 
 
 @pytest.mark.parametrize("name", ["what", "message"])  # of today, and of an older run

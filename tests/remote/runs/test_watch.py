@@ -31,14 +31,14 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.views.console import console_on
 from jobs.views.panel import Live
 from jobs.views.plain import Plain
-from remote.runs.frames import BrokenLine, Frame, Framing, Limits, Reread, Tail
-from remote.runs.job_state import Job, state_text
-from remote.runs.views import Drawn, JsonLines, RawLog, Since, View, Where, named, parse_since, view_of
+from remote.runs.frames import ConnectionLost, Frame, Framing, Reread, StreamTimeouts, Tail
+from remote.runs.job_state import JobState, state_text
+from remote.runs.views import JsonLines, PanelView, RawLog, Since, View, WatchedRun, named, parse_since, view_of
 from remote.runs.watch import Watched, follow
 
 FAR_END = Path(__file__).parents[1] / "far_end.py"
-WHERE = Where("gpu-box", "demo")
-LIMITS = Limits(silence_s=0.5, connect_s=10.0, first_pause_s=0.01, longest_pause_s=0.05)
+WHERE = WatchedRun("gpu-box", "demo")
+LIMITS = StreamTimeouts(silence_s=0.5, connect_s=10.0, first_pause_s=0.01, longest_pause_s=0.05)
 PATIENT = replace(LIMITS, silence_s=5.0)
 RUNNING, ENDED = "run=demo alive=1 training=1", "run=demo alive=0 training=0 exit=0"
 
@@ -176,7 +176,7 @@ def test_frames_are_the_same_wherever_the_stream_is_cut() -> None:
 
 @pytest.mark.parametrize("damaged", [b"bytes 1\n", b"bytes -1 4\n", b"bytes 1 four\n", b"bytes \xd9\xa1 4\n", b"x" * 70_000])
 def test_a_stream_that_is_none_breaks_the_line(damaged: bytes) -> None:
-    with pytest.raises(BrokenLine):
+    with pytest.raises(ConnectionLost):
         list(Framing().feed(damaged))
 
 
@@ -215,7 +215,7 @@ def test_a_file_that_was_cut(size: int, offset: int, after: int) -> None:
 # --- byte for byte
 
 
-def watched(far: Far, view: View, limits: Limits = LIMITS, **others: Any) -> Watched:
+def watched(far: Far, view: View, limits: StreamTimeouts = LIMITS, **others: Any) -> Watched:
     return follow(far.open, view, WHERE, limits=limits, **others)
 
 
@@ -242,8 +242,8 @@ def test_events_come_byte_for_byte_through_kills_and_freezes(far: Far, capsys: p
     assert end.done and not end.stopped and end.exit == 0 and end.last is not None and end.last["seq"] == 39
     assert len(far.processes) >= 6 and all(process.poll() is not None for process in far.processes)
     said = capsys.readouterr().err
-    assert "the line is away: nothing came for 0s; trying again" in said
-    assert len(re.findall(r"the line was away for \d+s; (\d+ events?|nothing new) meanwhile", said)) >= 5
+    assert "connection lost: nothing came for 0s; reconnecting" in said
+    assert len(re.findall(r"the connection was lost for \d+s; (\d+ events?|nothing new) meanwhile", said)) >= 5
 
 
 def test_a_log_comes_byte_for_byte_through_kills(far: Far, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_once_shows_what_is_there_and_ends(far: Far, data: bytes | None) -> None
     out = io.BytesIO()
     end = watched(far, JsonLines(out), once=True)
     whole = (data or b"")[: (data or b"").rfind(b"\n") + 1]
-    assert out.getvalue() == whole and not end.done and not end.stopped and end.job == Job.of(RUNNING.split())
+    assert out.getvalue() == whole and not end.done and not end.stopped and end.job == JobState.of(RUNNING.split())
 
 
 # --- a line that is no use
@@ -376,15 +376,15 @@ def test_what_was_said_there_instead_of_a_stream_is_an_error(first: str) -> None
 def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
     far.say("refuse", "255 ssh: connect to host gpu-box: \x1b[2JNo route")
     with pytest.raises(ToolkitError) as caught:
-        watched(far, JsonLines(io.BytesIO()), Limits(first_pause_s=0.01, longest_pause_s=0.02, tries=4))
+        watched(far, JsonLines(io.BytesIO()), StreamTimeouts(first_pause_s=0.01, longest_pause_s=0.02, tries=4))
     assert caught.value.exit_code == ExitCode.UNREACHABLE and "broke 4 times in a row" in str(caught.value)
     assert len(far.processes) == 4
-    assert capsys.readouterr().err == "the line is away: ssh: connect to host gpu-box: \\x1b[2JNo route; trying again\n"
+    assert capsys.readouterr().err == "connection lost: ssh: connect to host gpu-box: \\x1b[2JNo route; reconnecting\n"
 
 
 def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
     far.say("refuse", "255 ssh: connect to host gpu-box: No route")
-    limits = Limits(silence_s=5, connect_s=10, first_pause_s=0.01, longest_pause_s=0.02, first_tries=2)
+    limits = StreamTimeouts(silence_s=5, connect_s=10, first_pause_s=0.01, longest_pause_s=0.02, first_tries=2)
     with pytest.raises(ToolkitError, match="cannot reach `gpu-box`") as caught:
         watched(far, JsonLines(io.BytesIO()), limits)
     assert caught.value.exit_code == ExitCode.UNREACHABLE and len(far.processes) == 2
@@ -407,7 +407,7 @@ def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(far: Far, ca
 def test_a_run_without_a_name_stays_the_same_one_over_a_break(far: Far) -> None:
     """By then another may be the newest."""
     out = io.BytesIO()
-    where = Where("gpu-box", "")
+    where = WatchedRun("gpu-box", "")
 
     def work() -> None:
         far.write(line(0))
@@ -432,7 +432,7 @@ def test_one_tick_of_life_starts_the_count_of_tries_anew(far: Far) -> None:
         far.say("job", ENDED)
 
     with meanwhile(work):
-        assert watched(far, JsonLines(out), Limits(silence_s=5, connect_s=10, first_pause_s=0.01, tries=2)).done
+        assert watched(far, JsonLines(out), StreamTimeouts(silence_s=5, connect_s=10, first_pause_s=0.01, tries=2)).done
 
 
 # --- forms
@@ -514,11 +514,11 @@ def test_forms_that_exclude_each_other() -> None:
     [
         ("alive=1 training=1", "running", True),
         ("alive=1 cancelled=1", "being cancelled", True),
-        ("alive=0 training=1", "nobody looks after this job: its supervisor is gone", False),
-        ("alive=0 training=0", "lost: it stopped without a word, and the same command goes on", False),
+        ("alive=0 training=1", "the supervisor is gone; the job may still be running unattended", False),
+        ("alive=0 training=0", "lost: it stopped without a word, and the same command resumes", False),
         ("alive=0 exit=0", "ended with exit code 0 (done)", True),
         ("alive=0 exit=4", "ended with exit code 4 (failed)", False),
-        ("exit=75", "ended with exit code 75 (preempted, the same command goes on)", False),
+        ("exit=75", "ended with exit code 75 (preempted, the same command resumes)", False),
         ("exit=143 cancelled=1", "ended with exit code 143 (cancelled)", True),
         ("exit=137 cancelled=1 mood=odd", "ended with exit code 137 (cancelled)", True),
         ("exit=-9", "ended with exit code -9 (failed)", False),
@@ -526,18 +526,18 @@ def test_forms_that_exclude_each_other() -> None:
     ],
 )
 def test_state_in_words(words: str, said: str, is_good: bool) -> None:
-    assert state_text(Job.of(words.split())) == (said, is_good)
+    assert state_text(JobState.of(words.split())) == (said, is_good)
 
 
 # --- the panel
 
 
-def drawn(where: Where, clock: Callable[[], float] = time.time) -> tuple[Console, Drawn]:
+def drawn(where: WatchedRun, clock: Callable[[], float] = time.time) -> tuple[Console, PanelView]:
     screen = Console(
         file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None, markup=False, highlight=False, emoji=False,
         legacy_windows=False, _environ={"TERM": "xterm"},
     )  # fmt: skip
-    return screen, Drawn(Live(screen, clock), where)
+    return screen, PanelView(Live(screen, clock), where)
 
 
 def lines_on(screen: Console) -> list[str]:
@@ -550,7 +550,7 @@ def has(screen: Console, pattern: str) -> bool:
 
 
 def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
-    screen, view = drawn(Where("gpu-box", "demo", price_per_hour=3600.0, currency="¥"))
+    screen, view = drawn(WatchedRun("gpu-box", "demo", price_per_hour=3600.0, currency="¥"))
     now = time.time() + 7200  # a clock that is off
     far.say("ahead", "7200")
     far.say("gpu", "0 1024 81920 50\n1 [N/A] 81920 [N/A]\n")
@@ -562,29 +562,29 @@ def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
         until(lambda: has(screen, "cost"))
         far.say("refuse", "255 no route")
         far.processes[-1].kill()
-        until(lambda: has(screen, "line away .* no route"))
+        until(lambda: has(screen, "connection lost .* no route"))
         (far.folder / "refuse").unlink()
-        until(lambda: has(screen, "the line was away"))
+        until(lambda: has(screen, "the connection was lost"))
         far.say("job", f"run=demo alive=0 exit=75 started={now - 100:.3f} ended={now:.3f}")
 
     with meanwhile(work):
-        end = watched(far, view, Limits(silence_s=5, connect_s=10, first_pause_s=0.6, longest_pause_s=0.6))
+        end = watched(far, view, StreamTimeouts(silence_s=5, connect_s=10, first_pause_s=0.6, longest_pause_s=0.6))
     assert end.done and end.exit == 75
     # Updated 20 s ago after 50 s; 30 updates to go at 5 s each, less the 20 s.
     assert has(screen, r"step 1 .* 10 of 40 +25% +1m1\ds +eta 2m(10|0\d)s")
     assert has(screen, r"2 gpus +50% busy, 1.0 of 80.0 GiB   \?% busy, \? of 80.0 GiB")
     assert has(screen, r"cost +¥10\d\.\d\d so far, about ¥2\d\d\.\d\d after step 1, at ¥3600.00/h")
-    assert has(screen, r"○ gpu-box +run demo, line away for \ds, trying again: no route")
-    assert has(screen, r"the line was away for \ds; nothing new meanwhile") and has(screen, "warning: hot")
+    assert has(screen, r"○ gpu-box +run demo, connection lost for \ds, reconnecting: no route")
+    assert has(screen, r"the connection was lost for \ds; nothing new meanwhile") and has(screen, "warning: hot")
     last = [text.rstrip() for text in lines_on(screen) if text.strip()][-1]
-    assert last == "  ○ gpu-box       run demo, ended with exit code 75 (preempted, the same command goes on)"
+    assert last == "  ○ gpu-box       run demo, ended with exit code 75 (preempted, the same command resumes)"
     assert has(screen, "¥100.00 for this job, ¥3600.00/h until the box is stopped")
 
 
 def test_last_words_name_the_run_that_the_box_chose() -> None:
     from remote.runs.watch import _stopped_text
 
-    running, unnamed = Job.of(RUNNING.split()), Where("gpu-box", "")
+    running, unnamed = JobState.of(RUNNING.split()), WatchedRun("gpu-box", "")
     assert "--run demo\n" in _stopped_text(named(unnamed, running), running)
     assert "--run" not in _stopped_text(unnamed, None)
 
@@ -599,8 +599,8 @@ def test_plain_lines_tell_of_a_job_that_needs_somebody(far: Far, capsys: pytest.
         far.say("job", ENDED)
 
     with meanwhile(work):
-        assert watched(far, Drawn(Plain(console_on(io.StringIO())), WHERE)).done
-    assert capsys.readouterr().err == "run demo: nobody looks after this job: its supervisor is gone\n"
+        assert watched(far, PanelView(Plain(console_on(io.StringIO())), WHERE)).done
+    assert capsys.readouterr().err == "run demo: the supervisor is gone; the job may still be running unattended\n"
 
 
 # --- Ctrl-C, and readers that go away: a process of its own
@@ -619,7 +619,9 @@ where = Where("gpu box", "demo")
 end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=Limits(silence_s=60, connect_s=60, first_pause_s=60))
 print("watched", end.done, end.stopped, file=sys.stderr)
 """
-STOPPED = "stopped watching; the job goes on: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
+STOPPED = (
+    "stopped watching; the job keeps running: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
+)
 
 
 def watcher(far: Far, form: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
@@ -744,7 +746,7 @@ def test_a_panel_goes_by_the_wall_clock() -> None:
             patch.setenv("TERM", "xterm-256color")
             patch.delenv("TTY_COMPATIBLE", raising=False)
             view = view_of(WHERE, out=out)
-            assert isinstance(view, Drawn) and isinstance(view._view, Live) and abs(view._view._clock() - time.time()) < 60
+            assert isinstance(view, PanelView) and isinstance(view._view, Live) and abs(view._view._clock() - time.time()) < 60
     finally:
         os.close(master)
     assert not math.isclose(time.time(), time.monotonic(), abs_tol=60)

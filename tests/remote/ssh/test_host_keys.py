@@ -67,7 +67,7 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_that_of_ssh_keygen(tmp_path: Path, sshd: Sshd) -> None:
-    offered = sshd.line(tmp_path).offered_key()
+    offered = sshd.connection(tmp_path).offered_key()
     assert offered.fingerprint == sshd.host_key()
     known = KnownHosts(tmp_path / "file", "x")
     known.keep(offered)
@@ -79,65 +79,65 @@ def test_a_fingerprint_is_that_of_ssh_keygen(tmp_path: Path, sshd: Sshd) -> None
 
 def test_trust(own_sshd: Sshd, tmp_path: Path) -> None:
     one, two = own_sshd.host_key("one"), own_sshd.host_key("two")
-    with own_sshd.line(tmp_path) as line:
-        assert str(trust(line)) == f"host key {one} (ssh-ed25519): new, kept from now on"
-        assert str(trust(line)) == f"host key {one} (ssh-ed25519): known"
+    with own_sshd.connection(tmp_path) as connection:
+        assert str(trust(connection)) == f"host key {one} (ssh-ed25519): new, kept from now on"
+        assert str(trust(connection)) == f"host key {one} (ssh-ed25519): known"
         own_sshd.start(host_key="two")
         with pytest.raises(HostKeyChanged, match="has changed"):
-            trust(line)
+            trust(connection)
         with pytest.raises(HostKeyChanged, match="shows another host key"):
-            trust(line, replace=True, host_key=one)
+            trust(connection, replace=True, host_key=one)
         with pytest.raises(HostKeyChanged):
-            trust(line, host_key=two)  # to know it is not to say that the old one may go
-        assert [each.fingerprint for each in line.known_hosts.keys] == [one]
-        assert str(trust(line, replace=True, host_key=two)) == f"host key {two} (ssh-ed25519): replaced (was {one})"
-        line.ask(["true"])
-        assert trust(line, replace=True).status == "known"
+            trust(connection, host_key=two)  # to know it is not to say that the old one may go
+        assert [each.fingerprint for each in connection.known_hosts.keys] == [one]
+        assert str(trust(connection, replace=True, host_key=two)) == f"host key {two} (ssh-ed25519): replaced (was {one})"
+        connection.query(["true"])
+        assert trust(connection, replace=True).status == "known"
 
 
 def test_another_sort_of_key_is_replaced_too(own_sshd: Sshd, tmp_path: Path) -> None:
-    with own_sshd.line(tmp_path) as line:
-        trust(line)
+    with own_sshd.connection(tmp_path) as connection:
+        trust(connection)
         own_sshd.start(host_key="other")
         with pytest.raises(HostKeyChanged):
-            trust(line)
-        assert trust(line, replace=True).status == "replaced"
-        assert subprocess.run(line.stream(["true"]), check=False).returncode == 0
+            trust(connection)
+        assert trust(connection, replace=True).status == "replaced"
+        assert subprocess.run(connection.stream(["true"]), check=False).returncode == 0
 
 
 def test_of_several_keys_the_known_one_is_asked_for(own_sshd: Sshd, tmp_path: Path) -> None:
     own_sshd.start(host_key="other")
-    with own_sshd.line(tmp_path) as line:
-        trust(line)
+    with own_sshd.connection(tmp_path) as connection:
+        trust(connection)
     own_sshd.stop()
     own_sshd._settings = (f'HostKey "{own_sshd.folder}/host_one"',)
     own_sshd.start(host_key="other")
-    with own_sshd.line(tmp_path) as line:
-        assert trust(line).status == "known"
-        line.ask(["true"])
-        assert subprocess.run(line.stream(["true"]), check=False).returncode == 0
+    with own_sshd.connection(tmp_path) as connection:
+        assert trust(connection).status == "known"
+        connection.query(["true"])
+        assert subprocess.run(connection.stream(["true"]), check=False).returncode == 0
 
 
 def test_a_key_may_be_known_before(sshd: Sshd, tmp_path: Path) -> None:
-    with sshd.line(tmp_path) as line:
+    with sshd.connection(tmp_path) as connection:
         with pytest.raises(HostKeyChanged) as raised:
-            trust(line, host_key=f"SHA256:{'x' * 43}")
-        assert (raised.value.exit_code, line.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
+            trust(connection, host_key=f"SHA256:{'x' * 43}")
+        assert (raised.value.exit_code, connection.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
         with pytest.raises(ToolkitError, match="is no fingerprint"):
-            trust(line, host_key="MD5:1234")
-        assert trust(line, host_key=sshd.host_key()).status == "new"
+            trust(connection, host_key="MD5:1234")
+        assert trust(connection, host_key=sshd.host_key()).status == "new"
 
 
 def test_dry_run_keeps_nothing(own_sshd: Sshd, tmp_path: Path) -> None:
-    with own_sshd.line(tmp_path, dry_run=True) as line:
-        assert trust(line).status == "new"
-        assert line.known_hosts.keys == ()
-    with own_sshd.line(tmp_path) as line:
-        trust(line)
+    with own_sshd.connection(tmp_path, dry_run=True) as connection:
+        assert trust(connection).status == "new"
+        assert connection.known_hosts.keys == ()
+    with own_sshd.connection(tmp_path) as connection:
+        trust(connection)
     own_sshd.start(host_key="two")
-    with own_sshd.line(tmp_path, dry_run=True) as line:
-        assert trust(line, replace=True).status == "replaced"
-        assert [each.fingerprint for each in line.known_hosts.keys] == [own_sshd.host_key("one")]
+    with own_sshd.connection(tmp_path, dry_run=True) as connection:
+        assert trust(connection, replace=True).status == "replaced"
+        assert [each.fingerprint for each in connection.known_hosts.keys] == [own_sshd.host_key("one")]
 
 
 def test_a_jump_host_is_trusted_by_its_own_name(sshd: Sshd, own_sshd: Sshd, tmp_path: Path) -> None:
@@ -146,15 +146,15 @@ def test_a_jump_host_is_trusted_by_its_own_name(sshd: Sshd, own_sshd: Sshd, tmp_
         f'Host bastion\n  HostName 127.0.0.1\n  Port {own_sshd.port}\n  IdentityFile "{own_sshd.key}"\n'
         f'Host inner\n  HostName 127.0.0.1\n  Port {sshd.port}\n  IdentityFile "{sshd.key}"\n  ProxyJump bastion\n'
     )
-    with sshd.line(tmp_path, box=find("inner", {}), ssh_config=file) as line:
-        assert trust(line).key.fingerprint == sshd.host_key()
+    with sshd.connection(tmp_path, box=find("inner", {}), ssh_config=file) as connection:
+        assert trust(connection).key.fingerprint == sshd.host_key()
         own_sshd.start(host_key="two")
         with pytest.raises(HostKeyChanged, match="`bastion`"):
-            trust(line, replace=True)  # told for `inner` alone
-    with sshd.line(tmp_path, box=find("bastion", {}), ssh_config=file) as line:
-        assert trust(line, replace=True).status == "replaced"
-    with sshd.line(tmp_path, box=find("inner", {}), ssh_config=file) as line:
-        line.ask(["true"])
+            trust(connection, replace=True)  # told for `inner` alone
+    with sshd.connection(tmp_path, box=find("bastion", {}), ssh_config=file) as connection:
+        assert trust(connection, replace=True).status == "replaced"
+    with sshd.connection(tmp_path, box=find("inner", {}), ssh_config=file) as connection:
+        connection.query(["true"])
 
 
 # --- the user's key
@@ -240,13 +240,13 @@ def test_the_users_key_is_installed_after_one_password(sshd: Sshd, tmp_path: Pat
     spoken = io.StringIO()
     with password_server(home) as port:
         box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
-        with sshd.line(tmp_path, box=box, say=Sayer(err=spoken), dry_run=True) as line:
-            assert install_key(line).status == "shown"
+        with sshd.connection(tmp_path, box=box, say=Sayer(err=spoken), dry_run=True) as connection:
+            assert install_key(connection).status == "shown"
             assert not (home / "asked").exists() and "ssh -F" in spoken.getvalue()
-        with sshd.line(tmp_path, box=box) as line:
-            assert str(install_key(line)) == f"{mine}.pub was put into authorized_keys there"
-            assert line.ask(["echo", "in"]).out == "in\n"
-            assert install_key(line).status == "there"
+        with sshd.connection(tmp_path, box=box) as connection:
+            assert str(install_key(connection)) == f"{mine}.pub was put into authorized_keys there"
+            assert connection.query(["echo", "in"]).out == "in\n"
+            assert install_key(connection).status == "there"
     public = Path(f"{mine}.pub").read_text()
     assert authorized.read_text() == f"ssh-ed25519 AAAAsomebody else's\n{public}"
     assert (home / "asked").read_text() == "right $(word)\n"
@@ -260,8 +260,8 @@ def test_a_wrong_password_is_asked_for_once(sshd: Sshd, tmp_path: Path, person: 
     make_key(mine)
     with password_server(home) as port:
         box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
-        with sshd.line(tmp_path, box=box) as line, pytest.raises(ToolkitError) as raised:
-            install_key(line)
+        with sshd.connection(tmp_path, box=box) as connection, pytest.raises(ToolkitError) as raised:
+            install_key(connection)
     assert raised.value.exit_code == ExitCode.UNREACHABLE
     assert Path(f"{mine}.pub").read_text().strip() in raised.value.hint
     assert (home / "asked").read_text() == "wrong\n"
@@ -271,10 +271,10 @@ def test_a_wrong_password_is_asked_for_once(sshd: Sshd, tmp_path: Path, person: 
 WITHOUT_A_TERMINAL = """
 import sys
 from pathlib import Path
-from remote.ssh.connection import Line
+from remote.ssh.connection import BoxConnection
 from remote.inventory import Box
 from remote.ssh.host_keys import install_key
-with Line(Box.model_validate_json(sys.argv[2]), Path(sys.argv[1]), ssh_config=Path(sys.argv[3])) as line:
+with BoxConnection(Box.model_validate_json(sys.argv[2]), Path(sys.argv[1]), ssh_config=Path(sys.argv[3])) as line:
     install_key(line)
 """
 
@@ -301,18 +301,18 @@ def test_only_trust_asks_for_a_password(sshd: Sshd, tmp_path: Path, person: Path
     make_key(mine)
     with password_server(home) as port:
         box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
-        with sshd.line(tmp_path, box=box) as line:
+        with sshd.connection(tmp_path, box=box) as connection:
             with pytest.raises(ToolkitError):
-                line.ask(["true"])
-            assert subprocess.run(line.stream(["true"]), capture_output=True, check=False).returncode == 255
-            assert subprocess.run([*line.rsync_shell(), "127.0.0.1", "true"], capture_output=True, check=False).returncode == 255
+                connection.query(["true"])
+            assert subprocess.run(connection.stream(["true"]), capture_output=True, check=False).returncode == 255
+            assert subprocess.run([*connection.rsync_shell(), "127.0.0.1", "true"], capture_output=True, check=False).returncode == 255
     assert not (home / "asked").exists() and not (tmp_path / "prompts").exists()
 
 
 def test_a_key_that_is_there_already(sshd: Sshd, tmp_path: Path) -> None:
     before = (sshd.folder / "authorized_keys").read_text()
-    with sshd.line(tmp_path) as line:
-        assert install_key(line).status == "there"
+    with sshd.connection(tmp_path) as connection:
+        assert install_key(connection).status == "there"
     assert (sshd.folder / "authorized_keys").read_text() == before
 
 
@@ -320,12 +320,12 @@ def test_there_is_no_key_to_install(sshd: Sshd, tmp_path: Path) -> None:
     make_key(tmp_path / "mine")
     private = (tmp_path / "mine").read_text()
     (tmp_path / "mine.pub").unlink()
-    with sshd.line(tmp_path, box=sshd.box(key=str(tmp_path / "mine"))) as line:
+    with sshd.connection(tmp_path, box=sshd.box(key=str(tmp_path / "mine"))) as connection:
         with pytest.raises(ToolkitError, match="no SSH key yet") as raised:
-            install_key(line)
+            install_key(connection)
         assert "ssh-keygen" in raised.value.hint
         with pytest.raises(ToolkitError, match="is not a public key") as private_one:
-            install_key(line, tmp_path / "mine")
+            install_key(connection, tmp_path / "mine")
     assert private.splitlines()[1] not in str(private_one.value)
 
 

@@ -321,8 +321,8 @@ def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, 
     with pytest.raises(ToolkitError) as caught:
         prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
     assert caught.value.what == "step 2 has no training rows left"
-    fates = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
-    assert caught.value.why == f"its share of the training data: 2 rows; fates in the whole of it: {fates}"
+    row_counts = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
+    assert caught.value.why == f"its share of the training data: 2 rows; row_counts in the whole of it: {row_counts}"
     with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
         prepared(spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])), tokenizer, tmp_path)
 
@@ -349,7 +349,7 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
     assert differ(seed=99) == [1, 2, 3]
 
 
-# --- fates ------------------------------------------------------------------------------------------------------------
+# --- row_counts ------------------------------------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9
 # In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6 and 10.
@@ -375,8 +375,8 @@ FATES: list[tuple[dict[str, Any], str]] = [
 def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     folder = folder_of(tmp_path / "d", [row for row, _ in FATES], numbered(3))
     table = prepared(spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
-    counted = Counter(fate for _, fates in FATES for fate in fates.split(" and ") if fate != "fits")
-    assert table.fates == {"rows": 15, **counted}
+    counted = Counter(fate for _, row_counts in FATES for fate in row_counts.split(" and ") if fate != "fits")
+    assert table.row_counts == {"rows": 15, **counted}
     left_out = {i for i, (_, fate) in enumerate(FATES) if fate in ("empty_prompt", "empty_answer", "prompt_too_long")}
     assert sorted(table.step_rows[1].tolist()) == [i for i in range(15) if i not in left_out]
     pairs = prepared(spec_for(folder, split=(0.0, 1.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
@@ -715,10 +715,10 @@ def test_real_preference_data(tmp_path: Path, tokenizer: Any) -> None:
     spec = spec_for(HH_RM_MINI, split=(2.0, 4.0, 4.0), max_prompt_tokens=2000, max_response_tokens=300)
     corpus = prepared(spec, tokenizer, tmp_path)
     lines = [json.loads(line) for line in (HH_RM_MINI / "train.jsonl").read_bytes().splitlines()]
-    assert corpus.train.fates["rows"] == len(lines) == 1500
+    assert corpus.train.row_counts["rows"] == len(lines) == 1500
     # Bytes are tokens here, so the lengths can be counted without the tokenizer.
     blank = [not all(line[column].strip() for column in dataset.Row._fields) for line in lines]
-    assert corpus.train.fates["prompt_too_long"] == sum(
+    assert corpus.train.row_counts["prompt_too_long"] == sum(
         len(line["prompt"].encode()) + 1 > 2000 for line, none in zip(lines, blank, strict=True) if not none
     )
     assert corpus.train.chosen.lengths.tolist() == [min(len(line["chosen"].encode()) + 1, 300) for line in lines]

@@ -11,13 +11,13 @@ from rlhf_train.data import sequences as batch_module
 from rlhf_train.data.sequences import (
     BatchPlan,
     Sequences,
+    assign_passes,
     count_updates,
-    cut,
-    deal,
     evaluation_batches,
     grouped_rows_of_update,
     largest_divisor,
     rows_of_update,
+    split_into_passes,
 )
 
 pytestmark = pytest.mark.pinned
@@ -78,7 +78,7 @@ def test_updates_pass_over_every_row_once_an_epoch():
 def test_deal_gives_every_row_to_one_rank_once(micro_batch, ranks):
     lengths = np.array([5, 9, 1, 7, 7, 2, 8, 3])
     plan = BatchPlan.of(8, micro_batch, ranks, "sft")
-    dealt = [deal(lengths, plan, rank) for rank in range(ranks)]
+    dealt = [assign_passes(lengths, plan, rank) for rank in range(ranks)]
     assert sorted(int(i) for part in dealt for micro in part for i in micro) == list(range(8))
     assert all(len(part) == plan.gradient_accumulation for part in dealt)
     assert all(len(micro) == micro_batch for part in dealt for micro in part)
@@ -114,13 +114,13 @@ def test_the_cut_computes_the_fewest_tokens_of_all_cuts(monkeypatch, tokens, pas
         parts = [slice(*pair) for pair in pairwise(edges)]
         if all(len(lengths[p]) == 1 or len(lengths[p]) * lengths[p][0] <= tokens for p in parts):
             every.append(parts)
-    found = cut(lengths, tokens)
+    found = split_into_passes(lengths, tokens)
     assert found in every
     assert cost(lengths, found, pass_tokens) == min(cost(lengths, parts, pass_tokens) for parts in every)
 
 
 def test_nothing_is_cut_into_no_passes():
-    assert cut(np.array([], dtype=int), 10) == []
+    assert split_into_passes(np.array([], dtype=int), 10) == []
     assert list(evaluation_batches(np.array([], dtype=int), 4, 2, 1)) == []
 
 
@@ -128,7 +128,7 @@ def test_short_rows_go_many_at_a_time_and_ranks_stay_in_step():
     """Two rows of 60 fill a pass, or many of 5 that share its cost."""
     lengths = np.array([60, 5, 60, 5, 60, 5, 60, 5, 5, 5, 5, 5])
     plan = BatchPlan.of(12, 1, 2, "sft")
-    dealt = [deal(lengths, plan, rank, tokens=120) for rank in range(2)]
+    dealt = [assign_passes(lengths, plan, rank, tokens=120) for rank in range(2)]
     assert [[lengths[rows].tolist() for rows in part] for part in dealt] == [[[60, 60], [5, 5, 5, 5]]] * 2
     assert sorted(int(i) for part in dealt for rows in part for i in rows) == list(range(12))
 
@@ -186,8 +186,8 @@ def test_packed_rows_are_found_in_flat_numbers():
 def test_packed_rows_fill_passes():
     """9, 6 and 5 tokens are 20; padded to the longest they would be 27."""
     lengths = np.array([9, 6, 5])
-    assert [lengths[part].tolist() for part in cut(lengths, 20, packed=True)] == [[9, 6, 5]]
-    assert [lengths[part].tolist() for part in cut(lengths, 20)] == [[9], [6, 5]]
+    assert [lengths[part].tolist() for part in split_into_passes(lengths, 20, packed=True)] == [[9, 6, 5]]
+    assert [lengths[part].tolist() for part in split_into_passes(lengths, 20)] == [[9], [6, 5]]
 
 
 def test_rows_and_their_last_tokens_are_found_in_flat_numbers():

@@ -9,7 +9,7 @@ from rlhf_train.generation import decoder as decoder_module
 from rlhf_train.generation import rollout
 from rlhf_train.generation.decoder import Decoder, Sampling, State, draw
 from rlhf_train.generation.families.opt import network_of
-from rlhf_train.generation.rollout import Looks, Rollouts, Slots, fewer_slots, uniforms
+from rlhf_train.generation.rollout import FinishedSlots, Rollouts, Slots, draw_uniforms, fewer_slots
 from rlhf_train.kernels import decode_step
 
 pytestmark = pytest.mark.pinned
@@ -44,8 +44,8 @@ def decoder(model, **others):
 def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
     """All prompts at once, without a scheduler."""
     made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, eos_id=eos_id, **others)
-    made.begin(uniforms(7, range(len(prompts)), limit))
-    made.admit(range(len(prompts)), range(len(prompts)), prompts)
+    made.begin(draw_uniforms(7, range(len(prompts)), limit))
+    made.prefill(range(len(prompts)), range(len(prompts)), prompts)
     for step in range(limit - 1):
         made.advance(len(prompts), max(map(len, prompts)) + step + 1, 1)
     return made.state
@@ -102,7 +102,7 @@ def test_a_prompt_does_not_wait_for_the_longest_answer():
         assert np.array_equal(alone.tokens[0], together.tokens[place])
 
 
-class Late(Looks):
+class Late(FinishedSlots):
     """As on a GPU: each look is answered with what the one before it saw."""
 
     def look(self, count):
@@ -166,10 +166,10 @@ def test_an_answer_at_its_limit_is_over_without_a_look():
 
 def test_looks_on_a_cpu_are_of_now():
     done = torch.tensor([0, 1, 1], dtype=torch.int32)
-    looks = Looks(done)
-    assert looks.look(2) == (0, [False, True])
+    looks = FinishedSlots(done)
+    assert looks.check(2) == (0, [False, True])
     done[0] = 1
-    assert looks.look(3) == (1, [True, True, True])
+    assert looks.check(3) == (1, [True, True, True])
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     model, prompts, said = opt(), some_prompts(), []
     expected = answers(model, prompts)
     made = decoder(model, slots=7, warn=said.append)
-    made.begin(uniforms(7, range(7), 12))
-    made.admit(range(7), range(7), prompts)
+    made.begin(draw_uniforms(7, range(7), 12))
+    made.prefill(range(7), range(7), prompts)
     made._graphs = {}
     monkeypatch.setattr(torch.cuda, "Stream", NoStream(RuntimeError("operation not permitted when stream is capturing\nmore")))
     for step in range(11):
@@ -239,15 +239,15 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
 
 
 def test_heads_that_are_no_power_of_two_go_without_kernels():
-    assert decode_step.take(network_of(opt()))
-    assert not decode_step.take(network_of(opt(hidden_size=48, word_embed_proj_dim=48)))  # 24 numbers; OPT-2.7b's have 80
+    assert decode_step.network_supported(network_of(opt()))
+    assert not decode_step.network_supported(network_of(opt(hidden_size=48, word_embed_proj_dim=48)))  # 24 numbers; OPT-2.7b's have 80
 
 
 def test_a_step_changes_nothing_of_a_slot_that_is_done():
     """What a warm-up before a capture relies on."""
     made = decoder(opt(), slots=4, rows=4)
-    made.begin(uniforms(7, range(4), 12))
-    made.admit(range(4), range(4), some_prompts(4))
+    made.begin(draw_uniforms(7, range(4), 12))
+    made.prefill(range(4), range(4), some_prompts(4))
     made.state.done.fill_(1)
     kept = {name: getattr(made.state, name).clone() for name in State.__dataclass_fields__}
     made.advance(4, 20, 3)
@@ -282,8 +282,8 @@ def test_prompts_go_into_the_slots_that_are_named(slots):
     made = decoder(model, slots=5)
     made.keys.fill_(7.0)
     for one, places in ((expected, [0, 1, 2]), (made, slots)):
-        one.begin(uniforms(7, range(3), 12))
-        one.admit(places, range(3), prompts)
+        one.begin(draw_uniforms(7, range(3), 12))
+        one.prefill(places, range(3), prompts)
     for row, slot in enumerate(slots):
         length = len(prompts[row])
         for cache, wanted in ((made.keys, expected.keys), (made.values, expected.values)):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from jobs.errors import ToolkitError
 from rlhf_train.generation import rollout
 from rlhf_train.generation.decoder import Decoder, Sampling, draw
-from rlhf_train.generation.rollout import Rollouts, uniforms
+from rlhf_train.generation.rollout import Rollouts, draw_uniforms
 
 pytestmark = pytest.mark.pinned
 
@@ -108,21 +108,21 @@ def test_samples_follow_the_softmax():
     """Chi-square over 50,000 draws from a 12-token distribution: below the 0.999 quantile of 11 degrees of freedom."""
     torch.manual_seed(0)
     logits, draws = torch.randn(12), 50_000
-    numbers = uniforms(5, range(draws), 1)[:, 0]
+    numbers = draw_uniforms(5, range(draws), 1)[:, 0]
     counts = torch.bincount(sample(logits.expand(draws, -1), numbers), minlength=12).double()
     expected = logits.double().softmax(-1) * draws
     assert ((counts - expected).square() / expected).sum().item() < 31.26
 
 
 def test_numbers_belong_to_seed_row_and_position():
-    ours = uniforms(7, [4, 9], 5)
-    assert torch.equal(ours[1], uniforms(7, [9], 5)[0])
-    assert torch.equal(ours[:, :3], uniforms(7, [4, 9], 3))
+    ours = draw_uniforms(7, [4, 9], 5)
+    assert torch.equal(ours[1], draw_uniforms(7, [9], 5)[0])
+    assert torch.equal(ours[:, :3], draw_uniforms(7, [4, 9], 3))
     assert not torch.equal(ours[0], ours[1])
-    assert not torch.equal(ours, uniforms(8, [4, 9], 5))
+    assert not torch.equal(ours, draw_uniforms(8, [4, 9], 5))
     assert ours.min() >= 0
     assert ours.max() < 1
-    assert uniforms(7, [], 5).shape == (0, 5)  # a rank without a prompt
+    assert draw_uniforms(7, [], 5).shape == (0, 5)  # a rank without a prompt
 
 
 class SmallGpu:

@@ -5,7 +5,7 @@ import torch
 
 from rlhf_train.generation.decoder import Sampling
 from rlhf_train.generation.families.opt import network_of
-from rlhf_train.generation.rollout import uniforms
+from rlhf_train.generation.rollout import draw_uniforms
 from rlhf_train.kernels import decode_step
 from tests.rlhf_train.generation.test_decoder import answers, decoder, opt, some_prompts
 
@@ -69,8 +69,8 @@ def test_a_gpu_feeds_prompts_by_the_kernel_of_sum_and_norm(monkeypatch):
     monkeypatch.setattr(decode_step, "add_norm", lambda x, *others: rows.append(len(x)) or add_norm(x, *others))
     quick = decoder(model, use_kernels=True)
     for one in (plain, quick):
-        one.begin(uniforms(7, range(3), 12))
-        one.admit(range(3), range(3), prompts)
+        one.begin(draw_uniforms(7, range(3), 12))
+        one.prefill(range(3), range(3), prompts)
     assert rows == [3 * max(map(len, prompts))] * 2 + [3, 3]  # of the last layer, the last tokens alone
     torch.testing.assert_close(quick.keys, plain.keys)
     assert torch.equal(quick.state.tokens, plain.state.tokens)

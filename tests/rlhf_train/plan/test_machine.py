@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from env.settings import Limits
-from jobs.fitness import Card, Facts, Folder, Holder, judge
+from jobs.fitness import FitnessFacts, Folder, Gpu, Holder, judge
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job
 from rlhf_train import host
@@ -53,20 +53,20 @@ def test_driver_version(text: str, driver: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "driver", "cards"),
     [
-        ("580.159.04, NVIDIA H200, 9.0\n", "580.159.04", [Card("NVIDIA H200", "9.0")]),
+        ("580.159.04, NVIDIA H200, 9.0\n", "580.159.04", [Gpu("NVIDIA H200", "9.0")]),
         (
             "535.129.03, NVIDIA GeForce RTX 4090, 8.9\n535.129.03, NVIDIA GeForce RTX 3090, 8.6\n",
             "535.129.03",
-            [Card("NVIDIA GeForce RTX 4090", "8.9"), Card("NVIDIA GeForce RTX 3090", "8.6")],
+            [Gpu("NVIDIA GeForce RTX 4090", "8.9"), Gpu("NVIDIA GeForce RTX 3090", "8.6")],
         ),
-        ("440.118.02, Tesla V100-SXM2-32GB\n", "440.118.02", [Card("Tesla V100-SXM2-32GB")]),
-        ("470.256.02, Tesla K80, [N/A]\n", "470.256.02", [Card("Tesla K80")]),
-        ("580.65.06, NVIDIA GeForce RTX 5090, 12.0\r\n", "580.65.06", [Card("NVIDIA GeForce RTX 5090", "12.0")]),
+        ("440.118.02, Tesla V100-SXM2-32GB\n", "440.118.02", [Gpu("Tesla V100-SXM2-32GB")]),
+        ("470.256.02, Tesla K80, [N/A]\n", "470.256.02", [Gpu("Tesla K80")]),
+        ("580.65.06, NVIDIA GeForce RTX 5090, 12.0\r\n", "580.65.06", [Gpu("NVIDIA GeForce RTX 5090", "12.0")]),
         ("No devices were found\n", None, []),
         ("", None, []),
     ],
 )
-def test_listed_cards(text: str, driver: str | None, cards: list[Card]) -> None:
+def test_listed_cards(text: str, driver: str | None, cards: list[Gpu]) -> None:
     assert machine.listed_cards(text) == (driver, tuple(cards))
 
 
@@ -132,12 +132,12 @@ echo '440.118.02, Tesla V100-SXM2-32GB'"""
 @pytest.mark.parametrize(
     ("script", "found"),
     [
-        ("echo '580.159.04, NVIDIA H200, 9.0'", ("580.159.04", (Card("NVIDIA H200", "9.0"),))),
-        (OLD, ("440.118.02", (Card("Tesla V100-SXM2-32GB"),))),
+        ("echo '580.159.04, NVIDIA H200, 9.0'", ("580.159.04", (Gpu("NVIDIA H200", "9.0"),))),
+        (OLD, ("440.118.02", (Gpu("Tesla V100-SXM2-32GB"),))),
         ("echo 'No devices were found'", (None, ())),
         ('echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver."; exit 9', (None, None)),
-        ('[ "$#" = 2 ] && [ "$2" = --format=csv,noheader ] && echo "1.2, A, 3.4"', ("1.2", (Card("A", "3.4"),))),
-        ("printf '1.2, \\377, 3.4\\n'", ("1.2", (Card("�", "3.4"),))),
+        ('[ "$#" = 2 ] && [ "$2" = --format=csv,noheader ] && echo "1.2, A, 3.4"', ("1.2", (Gpu("A", "3.4"),))),
+        ("printf '1.2, \\377, 3.4\\n'", ("1.2", (Gpu("�", "3.4"),))),
     ],
 )
 def test_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, found: object) -> None:
@@ -327,7 +327,7 @@ def test_root_may_write_to_anybodys_folder(tmp_path: Path) -> None:
 # --- all ------------------------------------------------------------------------------------------------------------
 
 
-def facts(job: Job, seen: Machine, environ: dict[str, str] | None = None) -> Facts:
+def facts(job: Job, seen: Machine, environ: dict[str, str] | None = None) -> FitnessFacts:
     return machine.facts_of(job, RunDir(Path("runs/x")), Path("cache"), seen, environ or {})
 
 
@@ -350,7 +350,7 @@ def test_gpus_that_pytorch_sees(no_driver: Path, monkeypatch: pytest.MonkeyPatch
     seen = facts(load_job("opt-1.3b"), TWO, {"CUDA_VISIBLE_DEVICES": "0,1"})
     assert (seen.device, seen.cuda, seen.gpus, seen.ranks, seen.pretrained) == ("auto", "11.8", 2, 2, True)
     assert (seen.driver, seen.peer_access, seen.visible_devices, seen.shared_memory_used) == ("515.65.01", False, "0,1", True)
-    assert seen.cards == (Card("NVIDIA GeForce RTX 4090", "8.9"), Card("NVIDIA H100", "9.0"))
+    assert seen.cards == (Gpu("NVIDIA GeForce RTX 4090", "8.9"), Gpu("NVIDIA H100", "9.0"))
     assert [(folder.path, folder.missing) for folder in seen.folders] == [("runs", "runs"), ("cache", "cache")]
     assert seen.folders[0].free_bytes and seen.folders[1].free_bytes is None and seen.folders[1].free_inodes is None
     room = os.statvfs("/dev/shm")
@@ -379,8 +379,8 @@ def test_ranks_and_nccls_shared_memory(no_driver: Path, environ: dict[str, str],
     [
         (None, (None, None), None, None),
         ("535.1", (None, None), "535.1", None),
-        ("535.1", ("536.1", (Card("A", "8.0"),)), "535.1", (Card("A", "8.0"),)),
-        (None, ("536.1", (Card("A", "8.0"),)), "536.1", (Card("A", "8.0"),)),
+        ("535.1", ("536.1", (Gpu("A", "8.0"),)), "535.1", (Gpu("A", "8.0"),)),
+        (None, ("536.1", (Gpu("A", "8.0"),)), "536.1", (Gpu("A", "8.0"),)),
     ],
 )
 def test_gpus_that_pytorch_does_not_see(

@@ -18,19 +18,19 @@ from jobs.spec import Job, load_job
 from rlhf_train import launch
 from rlhf_train.plan.placement import Machine, place
 from rlhf_train.ranks import processes
-from rlhf_train.ranks.heartbeat import Watch
-from rlhf_train.ranks.processes import Crew, Rank, Spares, likely_crew
+from rlhf_train.ranks.heartbeat import HeartbeatReader
+from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_crew
 from rlhf_train.worker import Order
 from tests import tiny
 from tests.faults.scene import PATIENCE_S, ranks_here, until
 from tests.tiny import CHECKOUT
 
-CREW = Crew("cpu", 1, 1)
+CREW = RankEnvironment("cpu", 1, 1)
 
 
 @pytest.fixture
-def spares() -> Iterator[Spares]:
-    with Spares(os.environ) as spares:
+def spares() -> Iterator[SpareRanks]:
+    with SpareRanks(os.environ) as spares:
         yield spares
     assert ranks_here() == []
 
@@ -38,10 +38,10 @@ def spares() -> Iterator[Spares]:
 # --- what waits, and for whom -----------------------------------------------------------------------------------------
 
 
-def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: Spares) -> None:
+def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: SpareRanks) -> None:
     spares.start(CREW)
     (waiting,) = ranks_here()
-    spares.start(Crew("cpu", 2, 1))  # there are some already
+    spares.start(RankEnvironment("cpu", 2, 1))  # there are some already
     assert ranks_here() == [waiting]
     (taken,) = spares.take(CREW)
     assert taken.pid == waiting.pid
@@ -50,17 +50,17 @@ def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: Spares) ->
     processes.end([taken, other])
 
 
-def test_others_are_ended_and_made_anew(spares: Spares) -> None:
+def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
     spares.start(CREW)
     first = spares._ranks
-    two = spares.take(Crew("cpu", 2, 1))
+    two = spares.take(RankEnvironment("cpu", 2, 1))
     assert first[0].returncode == -signal.SIGKILL and len({rank.pid for rank in two}) == 2
     assert [psutil.Process(rank.pid).environ()["RANK"] for rank in two] == ["0", "1"]
     processes.end(two)
-    spares.start(Crew("cpu", 2, 1))
+    spares.start(RankEnvironment("cpu", 2, 1))
     spares._ranks[1].kill()  # while it waited, for want of memory, say
     spares._ranks[1].wait()
-    again = spares.take(Crew("cpu", 2, 1))
+    again = spares.take(RankEnvironment("cpu", 2, 1))
     assert [rank.poll() for rank in again] == [None, None]
     processes.end(again)
 
@@ -90,7 +90,7 @@ def test_a_guess_where_there_are_gpus(
         (tmp_path / name).touch()
     monkeypatch.setattr(processes, "GPU_FILES", (tmp_path, "nvidia[0-9]*"))
     job = load_job("demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"])
-    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == Crew(device, count, 4)
+    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(device, count, 4)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_reads_the_rows_is_imported_too(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     job = load_job("demo", [f"data.datasets={json.dumps(names)}"])
     assert processes.libraries_of(job) == libraries
-    (rank,) = Spares(os.environ).take(Crew("cpu", 1, 1, libraries=libraries))
+    (rank,) = SpareRanks(os.environ).take(RankEnvironment("cpu", 1, 1, libraries=libraries))
     assert psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries]
     processes.end([rank])
 
@@ -134,7 +134,7 @@ def test_one_that_waits_leaves_with_the_launcher() -> None:
 def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> None:
     """What it printed before is in the log, too."""
     (tmp_path / "transformers.py").write_text("print('a warning')\nraise ImportError('no such library')\n", encoding="utf-8")
-    watch = Watch(1)
+    watch = HeartbeatReader(1)
     rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
     until(lambda: rank.early_words() == b"a warning\n")
     assert rank.poll() is None

@@ -72,7 +72,7 @@ def test_whitened_rewards_keep_their_mean():
 
 def test_cut_takes_rows_and_trims_to_their_longest_response():
     made = Experience.of(ROWS, ppo(), kl_coef=0.1, on_policy=False)
-    one = made.cut(np.array([1]), 1, CPU)
+    one = made.make_pass(np.array([1]), 1, CPU)
     assert one.batch.input_ids.tolist() == [[2, 5, 8]]
     assert one.mask.tolist() == [[True]]
     assert one.old_log_probs.tolist() == [[-0.5]]
@@ -87,7 +87,7 @@ def test_on_policy_the_numbers_are_the_rollouts_and_the_targets_come_later():
     torch.testing.assert_close(made.kl, torch.tensor([0.0, 0.25]))
     torch.testing.assert_close(made.targets["rewards"], torch.tensor([[-0.075, 2.075], [4.975, 0.0]]))
     assert list(made.targets) == ["rewards"]
-    one = made.cut(np.array([0]), 1, CPU)
+    one = made.make_pass(np.array([0]), 1, CPU)
     one.targets = targets_of(one.targets["rewards"], torch.tensor([[0.5, 1.0]]), one.mask, spec)
     torch.testing.assert_close(one.targets["returns"], torch.tensor([[2.0, 2.075]]))
     torch.testing.assert_close(one.targets["advantages"], torch.tensor([[1.5, 1.075]]))
@@ -95,7 +95,7 @@ def test_on_policy_the_numbers_are_the_rollouts_and_the_targets_come_later():
 
 def test_the_advantages_of_an_update_are_whitened_over_its_passes():
     made = Experience.of(ROWS, ppo(missing_eos_penalty=1.0), kl_coef=0.1, on_policy=False)
-    passes = [made.cut(np.array([row]), 1, CPU) for row in (0, 1)]
+    passes = [made.make_pass(np.array([row]), 1, CPU) for row in (0, 1)]
     whiten_update(passes, World(0, 1, CPU))
     raw = [1.55, 1.1, 4.75]
     mean, std = np.mean(raw), np.std(raw)

@@ -20,7 +20,7 @@ from jobs.events import Event, Progress
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Ppo, Scratch
 from rlhf_train import compat
-from rlhf_train.data.sequences import BatchPlan, Sequences, deal
+from rlhf_train.data.sequences import BatchPlan, Sequences, assign_passes
 from rlhf_train.engine.deepspeed_engine import DTYPES, Engine, copy_weights
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, padding, train_tokenizer
@@ -247,7 +247,7 @@ def three_updates(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, An
         scored, _ = begun.scorer.score_rollout([prompts[i] for i in mine], responses, None if on_policy else trained)
         rows = dict(pair for part in world.gather(list(zip(mine, scored, strict=True))) for pair in part)
         experience = Experience.of([rows[i] for i in range(8)], spec, kl_coef=0.5, on_policy=on_policy)
-        passes = [experience.cut(micro, pad_id, world.device) for micro in deal(experience.lengths, plan, world.rank)]
+        passes = [experience.make_pass(micro, pad_id, world.device) for micro in assign_passes(experience.lengths, plan, world.rank)]
         accumulate_gradients(begun.context, passes, int(experience.mask.sum()), on_policy=on_policy, actor=begun.actor, critic=begun.critic)
         for engine in trained:
             engine.step()

@@ -1,4 +1,7 @@
-"""What the machine can do at best: products of matrices, and copies. Every share and floor is taken of these."""
+"""What the machine can do at best: products of matrices, and copies.
+
+Every share and floor is taken of these.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,19 @@ from benchmarks.machine import Where
 from rlhf_train.kernels.cpu_matmul import product
 
 REPEATS = 7
-TRAINING_SHAPES = ((16384, 6144, 2048), (16384, 8192, 2048), (16384, 2048, 8192), (16384, 50272, 2048))  # rows, out, in: OPT-1.3b, 32 x 512 tokens
+TRAINING_SHAPES = (
+    (16384, 6144, 2048),
+    (16384, 8192, 2048),
+    (16384, 2048, 8192),
+    (16384, 50272, 2048),
+)  # rows, out, in: OPT-1.3b, 32 x 512 tokens
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """flops: per second; copy: bytes per second, read and written together on a GPU, of what is read on a CPU."""
+    """flops: per second; copy: bytes per second, read and written together on a GPU, of what is
+    read on a CPU.
+    """
 
     flops: Spread  # back to back for a second: what training is held against
     burst: Spread  # one product after a pause
@@ -93,8 +103,14 @@ def table(found: Ceilings, where: Where) -> Table:
     rows = [
         [f"matmul, {kind}, back to back", f"{scaled(found.flops, 1e9):.0f} GFLOP/s"],
         [f"matmul, {kind}, one after a pause", f"{scaled(found.burst, 1e9):.0f} GFLOP/s"],
-        *([f"matmul, bfloat16 {shape}, back to back", f"{rate / 1e9:.0f} GFLOP/s"] for shape, rate in found.shapes.items()),
-        ["copy, read + write" if device == "cuda" else "copy into kept memory, bytes copied", f"{scaled(found.copy, 1e9):.1f} GB/s"],
+        *(
+            [f"matmul, bfloat16 {shape}, back to back", f"{rate / 1e9:.0f} GFLOP/s"]
+            for shape, rate in found.shapes.items()
+        ),
+        [
+            "copy, read + write" if device == "cuda" else "copy into kept memory, bytes copied",
+            f"{scaled(found.copy, 1e9):.1f} GB/s",
+        ],
     ]
     return Table("ceilings", ["", "median (least-most)"], rows, [f"by {clock_of(where)}"], found)
 

@@ -1,4 +1,6 @@
-"""Rollouts of the product: seconds a decode step against the floor that the measured bandwidth (and, on a CPU, arithmetic) sets."""
+"""Rollouts of the product: seconds a decode step against the floor that the measured bandwidth
+(and, on a CPU, arithmetic) sets.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,32 @@ from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts
 from rlhf_train.generation.rollout import Rollouts
 
 TARGETS = {16: 1.6, 64: 1.3, 256: 1.15}  # of the floor, on a GPU
-COLUMNS = ["batch", "floor ms/step", "measured ms/step", "of the floor", "target", "decode tokens/s", "prefill ms", "whole s", "tokens/s"]
+COLUMNS = [
+    "batch",
+    "floor ms/step",
+    "measured ms/step",
+    "of the floor",
+    "target",
+    "decode tokens/s",
+    "prefill ms",
+    "whole s",
+    "tokens/s",
+]
 
 
 def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
-    """Of whole calls with answers of so many tokens; the first, which may capture or compile, does not count."""
-    rollouts = Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=tokens, temperature=1.0, batch=len(prompts), device=torch.device(device))
+    """Of whole calls with answers of so many tokens; the first, which may capture or compile, does
+    not count.
+    """
+    rollouts = Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=tokens,
+        temperature=1.0,
+        batch=len(prompts),
+        device=torch.device(device),
+    )
     taken = []
     for number in range(repeats + 1):
         began = now(device)
@@ -31,8 +53,12 @@ def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str
     return taken[1:]
 
 
-def measure(model: Any, size: Size, batch: int, device: str, repeats: int, seed: int, ceiling: Ceilings) -> dict[str, Any]:
-    """A step from the difference of two lengths; what is left of the shorter one, prefill and all that is done once."""
+def measure(
+    model: Any, size: Size, batch: int, device: str, repeats: int, seed: int, ceiling: Ceilings
+) -> dict[str, Any]:
+    """A step from the difference of two lengths; what is left of the shorter one, prefill and all
+    that is done once.
+    """
     prompts = [np.array(ids) for ids in prompts_of(size, seed, real_lengths=False, count=batch).ids]
     long, short = size.response_tokens, max(2, size.response_tokens // 8)
     longer, shorter = (Spread.of(generation_s(model, prompts, tokens, device, repeats)) for tokens in (long, short))
@@ -51,11 +77,21 @@ def measure(model: Any, size: Size, batch: int, device: str, repeats: int, seed:
         ceiling.flops.median,
     )
     prefill_s = shorter.median - (short - 1) * step_s
-    return {"batch": batch, "floor_s": floor_s, "step_s": step_s, "prefill_s": prefill_s, "whole_s": longer.median, "longer": longer, "tokens": long}
+    return {
+        "batch": batch,
+        "floor_s": floor_s,
+        "step_s": step_s,
+        "prefill_s": prefill_s,
+        "whole_s": longer.median,
+        "longer": longer,
+        "tokens": long,
+    }
 
 
 def lay_flat(model: Any) -> None:
-    """All matrices in one tensor, and all vectors in another, as DeepSpeed's 16-bit engine has them: keys, values and queries are one product."""
+    """All matrices in one tensor, and all vectors in another, as DeepSpeed's 16-bit engine has
+    them: keys, values and queries are one product.
+    """
     for is_matrix in (True, False):
         parts = [parameter for parameter in model.parameters() if (parameter.ndim >= 2) == is_matrix]
         vector_to_parameters(parameters_to_vector(parts).detach(), parts)

@@ -1,10 +1,13 @@
-"""Kills training runs at random moments, goes on by the same command, and compares them with runs that nobody touched.
+"""Kills training runs at random moments, goes on by the same command, and compares them with runs
+that nobody touched.
 
-`python benchmarks/faults.py` prints a table: what was hit, how often, how often the run went on, how many updates had to
-be done again, and whether the weights and the curve are, bit for bit, those of the unbroken run. Exit code 1 if not all is.
+`python benchmarks/faults.py` prints a table: what was hit, how often, how often the run went on,
+how many updates had to be done again, and whether the weights and the curve are, bit for bit, those
+of the unbroken run. Exit code 1 if not all is.
 
-Where a run is, it says itself: in the memory that its ranks share with their launcher (rlhf_train/ranks/heartbeat.py), which we
-open beside them and read once more when they are dead. A kill is counted where it hit, not where it was aimed at.
+Where a run is, it says itself: in the memory that its ranks share with their launcher
+(rlhf_train/ranks/heartbeat.py), which we open beside them and read once more when they are dead. A
+kill is counted where it hit, not where it was aimed at.
 """
 
 from __future__ import annotations
@@ -72,7 +75,14 @@ BETWEEN, STARTING, UPDATE, ROLLOUT, SAVE, ENDING = (
     "measuring, writing the model",
 )
 ORDER = {BETWEEN: 0, STARTING: 1, UPDATE: 2, ROLLOUT: 2, SAVE: 2, ENDING: 3}
-LATER_S = {BETWEEN: 4.0, STARTING: 1.5, UPDATE: 0.15, ROLLOUT: 0.3, SAVE: 0.05, ENDING: 0.6}  # a kill comes up to so much later
+LATER_S = {
+    BETWEEN: 4.0,
+    STARTING: 1.5,
+    UPDATE: 0.15,
+    ROLLOUT: 0.3,
+    SAVE: 0.05,
+    ENDING: 0.6,
+}  # a kill comes up to so much later
 KILLED, ASKED = "SIGKILL", "SIGTERM"
 
 # Of an event: what two runs that learn the same need not share.
@@ -113,14 +123,28 @@ def write_rows(folder: Path) -> Path:
 
 
 def job_of(data: Path, seed: int, ranks: int, zero_stage: int) -> dict[str, Any]:
-    """Saves every ten updates; step 3 has four updates a rollout, so that kills and saves also fall between two of them."""
+    """Saves every ten updates; step 3 has four updates a rollout, so that kills and saves also fall
+    between two of them.
+    """
     return {
         "name": "faults",
         "seed": seed,
         "actor": {"model": {"config": OPT}, "tokenizer_vocabulary": 320},
         "critic": {"model": "actor"},
-        "data": {"datasets": [str(data)], "split": [1, 1, 1], "max_prompt_tokens": 64, "max_response_tokens": 16, "eval_rows": 64},
-        "sft": {"global_batch": 16, "learning_rate": 2e-3, "epochs": 10, "max_updates": UPDATES[1], "warmup_updates": 5},
+        "data": {
+            "datasets": [str(data)],
+            "split": [1, 1, 1],
+            "max_prompt_tokens": 64,
+            "max_response_tokens": 16,
+            "eval_rows": 64,
+        },
+        "sft": {
+            "global_batch": 16,
+            "learning_rate": 2e-3,
+            "epochs": 10,
+            "max_updates": UPDATES[1],
+            "warmup_updates": 5,
+        },
         "reward": {"global_batch": 16, "learning_rate": 1e-3, "epochs": 10, "max_updates": UPDATES[2]},
         "ppo": {
             "rollout_batch": 32,
@@ -173,7 +197,12 @@ class Trainer:
         self._update: int | None = None
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                command, cwd=CHECKOUT, env=os.environ | {"RLHF_CACHE": str(cache)}, stdout=file, stderr=file, start_new_session=True
+                command,
+                cwd=CHECKOUT,
+                env=os.environ | {"RLHF_CACHE": str(cache)},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
 
     def look(self) -> Seen:
@@ -209,7 +238,11 @@ class Trainer:
         return STARTING
 
     def _phase(self) -> str:
-        """What rank 0 said last; "" before that. Each step's ranks have a file of their own, without a name, as long as the launcher holds it."""
+        """What rank 0 said last; "" before that.
+
+        Each step's ranks have a file of their own, without a name, as long as the launcher holds
+        it.
+        """
         with suppress(OSError):  # the launcher, or the file, may go at any moment
             if self._pulse is None or not _is_same(self._pulse, self._pulse_at):
                 self._find_pulse()
@@ -219,7 +252,10 @@ class Trainer:
 
     def _find_pulse(self) -> None:
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            if str(link.readlink()).endswith("(deleted)") and 0 < link.stat().st_size == link.stat().st_size // SLOT_BYTES * SLOT_BYTES:
+            if (
+                str(link.readlink()).endswith("(deleted)")
+                and 0 < link.stat().st_size == link.stat().st_size // SLOT_BYTES * SLOT_BYTES
+            ):
                 self.close()
                 self._pulse, self._pulse_at = os.open(link, os.O_RDONLY), str(link)
                 return
@@ -240,7 +276,9 @@ class Trainer:
             return []
 
     def kill(self) -> None:
-        """Launcher and ranks at once (ranks have sessions of their own); they are gone when this returns."""
+        """Launcher and ranks at once (ranks have sessions of their own); they are gone when this
+        returns.
+        """
         family = self.family()
         for process in family:
             with suppress(psutil.NoSuchProcess):
@@ -267,7 +305,9 @@ def _is_same(descriptor: int, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Wish:
-    """When a run is to be hit: in `step`, once it has made `update` updates and is doing `doing`, and `later_s` after that."""
+    """When a run is to be hit: in `step`, once it has made `update` updates and is doing `doing`,
+    and `later_s` after that.
+    """
 
     step: int
     doing: str
@@ -292,7 +332,8 @@ class Fault:
     update: int | None
     went_on: bool = False
     lost: int = 0  # updates that were done again
-    back_s: float | None = None  # from the start of the same command to the first update after it; None: it was hit again before
+    # from the start of the same command to the first update after it; None: it was hit again before
+    back_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -305,12 +346,16 @@ def wishes_of(dice: random.Random, kills: int, terms: int) -> list[Wish]:
     for number in range(kills + terms):
         is_kill = number < kills
         step = 1 + number * 3 // kills if is_kill else dice.choice([1, 2, 3])
-        doing = dice.choice([STARTING, UPDATE, SAVE, *([BETWEEN] if step > 1 else []), *([ROLLOUT, ROLLOUT] if step == 3 else [ENDING])])
+        doing = dice.choice(
+            [STARTING, UPDATE, SAVE, *([BETWEEN] if step > 1 else []), *([ROLLOUT, ROLLOUT] if step == 3 else [ENDING])]
+        )
         doing = doing if is_kill else UPDATE
         update = dice.randrange(UPDATES[step] * 3 // 4)  # of the last step, too: the run must not end before it is hit
         place = {BETWEEN: -1.0, ENDING: UPDATES[step] + 1.0}.get(doing, float(update))
         at = update if ORDER[doing] == ORDER[UPDATE] else 0
-        wishes.append((step, place, Wish(step, doing, at, dice.uniform(0, LATER_S[doing]), KILLED if is_kill else ASKED)))
+        wishes.append(
+            (step, place, Wish(step, doing, at, dice.uniform(0, LATER_S[doing]), KILLED if is_kill else ASKED))
+        )
     return [wish for _, _, wish in sorted(wishes, key=lambda placed: placed[:2])]
 
 
@@ -331,14 +376,18 @@ def hit(trainer: Trainer, wish: Wish) -> Fault | None:
     if wish.signal == KILLED:
         trainer.kill()
         seen = trainer.look()
-        return Fault(KILLED, seen.step, seen.doing, seen.update) if trainer.process.returncode == -signal.SIGKILL else None
+        return (
+            Fault(KILLED, seen.step, seen.doing, seen.update) if trainer.process.returncode == -signal.SIGKILL else None
+        )
     asked_while = trainer.look().doing
     trainer.process.terminate()
     while trainer.process.poll() is None:
         _refuse_to_wait_longer(trainer)
         time.sleep(POLL_S)
         seen = trainer.look()  # it may end an update first
-    return Fault(ASKED, seen.step, asked_while, seen.update) if trainer.process.returncode == ExitCode.PREEMPTED else None
+    return (
+        Fault(ASKED, seen.step, asked_while, seen.update) if trainer.process.returncode == ExitCode.PREEMPTED else None
+    )
 
 
 def _refuse_to_wait_longer(trainer: Trainer) -> None:
@@ -373,7 +422,10 @@ class Bench:
     def start(self, name: str, seed: int) -> Trainer:
         job = self.folder / f"seed-{seed}.yaml"
         if not job.exists():
-            job.write_text(yaml.safe_dump(job_of(self.folder / "rows", seed, self.options.ranks, self.options.zero)), encoding="utf-8")
+            job.write_text(
+                yaml.safe_dump(job_of(self.folder / "rows", seed, self.options.ranks, self.options.zero)),
+                encoding="utf-8",
+            )
         words = ["--job", str(job), "--step", "all", "--run", name, "--output-dir", str(self.folder / "runs")]
         command = [sys.executable, "-m", "rlhf_train", *words]
         return Trainer(command, self.run(name), self.folder / f"{name}.cache", self.folder / f"{name}.out")
@@ -398,7 +450,9 @@ class Bench:
         finally:
             trainer.kill()
         if code:
-            raise RuntimeError(f"the unbroken run of seed {seed} ended with {code}:\n{self.last_lines(f'unbroken-{seed}')}")
+            raise RuntimeError(
+                f"the unbroken run of seed {seed} ended with {code}:\n{self.last_lines(f'unbroken-{seed}')}"
+            )
         return time.monotonic() - start
 
     def last_lines(self, name: str) -> str:
@@ -432,7 +486,9 @@ class Bench:
 
 
 def settle(faults: Sequence[Fault], trainer: Trainer, *, failed: bool) -> list[Fault]:
-    """What the run that was started after `faults` says of them; returns those that it does not settle, since it was hit too early."""
+    """What the run that was started after `faults` says of them; returns those that it does not
+    settle, since it was hit too early.
+    """
     resumed = {event["step"]: event["from_update"] for event in trainer.events if event["kind"] == "resumed"}
     for fault in faults:
         fault.went_on = bool(trainer.events or trainer.process.returncode == 0) and not failed
@@ -466,7 +522,11 @@ def difference(one: RunDir, other: RunDir) -> str:
     for mine_event, their_event in zip(*curves, strict=True):
         if mine_event != their_event:
             return f"the curve: {mine_event} and {their_event}"
-    left = [str(path.relative_to(one.path)) for path in one.path.rglob("*") if path.name.endswith(".partial") or path.name == "checkpoints"]
+    left = [
+        str(path.relative_to(one.path))
+        for path in one.path.rglob("*")
+        if path.name.endswith(".partial") or path.name == "checkpoints"
+    ]
     return f"left over: {', '.join(left)}" if left else ""
 
 
@@ -476,7 +536,10 @@ def cost_of(run: RunDir) -> dict[str, float]:
     saves = [event for event in events if event["kind"] == "checkpoint" and "held_up_s" in event]
     return {
         "saves": len(saves),
-        "training_s": sum(max(event["elapsed_s"] for event in events if event["kind"] == "metrics" and event["step"] == step) for step in (1, 2, 3)),
+        "training_s": sum(
+            max(event["elapsed_s"] for event in events if event["kind"] == "metrics" and event["step"] == step)
+            for step in (1, 2, 3)
+        ),
         "held_up_s": sum(event["held_up_s"] for event in saves),
         "median_save_s": median(event["seconds"] for event in saves),
         "largest_bytes": max(event["size_bytes"] for event in saves),
@@ -488,7 +551,9 @@ def cost_of(run: RunDir) -> dict[str, float]:
 
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     return f"{model}, {plural(os.cpu_count() or 1, 'cores')}; Python {platform.python_version()}, {libraries}"
 
@@ -498,7 +563,9 @@ def table_of(runs: Sequence[Broken]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("fault", "injected", "went on", "updates lost", "at most", "trains again", "bit-identical"):
         table.add_column(name, justify="left" if name == "fault" else "right")
-    names = [f"{sent} {doing}" for sent in (KILLED, ASKED) for doing in (STARTING, UPDATE, ROLLOUT, SAVE, ENDING, BETWEEN)]
+    names = [
+        f"{sent} {doing}" for sent in (KILLED, ASKED) for doing in (STARTING, UPDATE, ROLLOUT, SAVE, ENDING, BETWEEN)
+    ]
     for name in names:
         hit_runs = [run for run in runs if any(fault.name == name for fault in run.faults)]
         faults = [fault for run in hit_runs for fault in run.faults if fault.name == name]
@@ -536,21 +603,27 @@ def summary(runs: Sequence[Broken], kills: int) -> tuple[list[str], bool]:
     if len(killed) < wanted:
         lines.append(f"only {len(killed)} of {plural(wanted, 'kills')} hit a run that was alive")
     lines += [f"seed {run.seed} differs: {run.differs}" for run in runs if run.differs]
-    lines.append(f"{went_on} of {wanted} went on; {same} of {len(runs)} ended with the weights and the curve of the unbroken run")
+    lines.append(
+        f"{went_on} of {wanted} went on; {same} of {len(runs)} ended with the weights and the curve of the unbroken run"
+    )
     asked = [fault for run in runs for fault in run.faults if fault.signal == ASKED]
     return lines, went_on == wanted and same == len(runs) and all(fault.went_on for fault in asked)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="broken runs, each with a seed of its own and an unbroken twin")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="broken runs, each with a seed of its own and an unbroken twin"
+    )
     parser.add_argument("--kills", type=int, default=10, help="SIGKILLs a run")
     parser.add_argument("--terms", type=int, default=1, help="SIGTERMs a run, besides")
     parser.add_argument("--seed", type=int, default=0, help="of the first run; also of its kills")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--zero", type=int, default=0, choices=[0, 1, 2, 3], help="ZeRO stage of all engines")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the runs here (default: a folder that is removed)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="keep the runs here (default: a folder that is removed)"
+    )
     return parser.parse_args()
 
 

@@ -27,8 +27,12 @@ class Spread:
         return f"{whole} ({format(self.least, spec)}-{format(self.most, spec)})" if self.count > 1 else whole
 
 
-def decode_floor_s(weight_bytes: float, kv_bytes: float, copy_bytes_s: float, flops: float = 0.0, matmul_flops_s: float = float("inf")) -> float:
-    """Seconds that a decode step cannot do without: all weights and live keys and values are read once, or (on a CPU) computed with."""
+def decode_floor_s(
+    weight_bytes: float, kv_bytes: float, copy_bytes_s: float, flops: float = 0.0, matmul_flops_s: float = float("inf")
+) -> float:
+    """Seconds that a decode step cannot do without: all weights and live keys and values are read
+    once, or (on a CPU) computed with.
+    """
     return max((weight_bytes + kv_bytes) / copy_bytes_s, flops / matmul_flops_s)
 
 

@@ -1,4 +1,6 @@
-"""How step 3's cost grows: with the length of answers, the batch, the size of the models, and over 1 and 2 ranks."""
+"""How step 3's cost grows: with the length of answers, the batch, the size of the models, and over
+1 and 2 ranks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def variants(size: Size, ranks: int) -> Iterator[tuple[str, Size, int]]:
         yield f"ranks {count}", size, count
 
 
-def table(size: Size, folder: Path, where: Where, updates: int, seed: int, ranks: int, say: Callable[[str], None]) -> Table:
+def table(
+    size: Size, folder: Path, where: Where, updates: int, seed: int, ranks: int, say: Callable[[str], None]
+) -> Table:
     rows: list[list[str]] = []
     numbers = {}
     first: dict[str, float] = {}  # of each group: what its first line took

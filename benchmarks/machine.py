@@ -1,4 +1,7 @@
-"""The machine that is measured on: its name, and what measured processes may take of it. Imports nothing that takes long."""
+"""The machine that is measured on: its name, and what measured processes may take of it.
+
+Imports nothing that takes long.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "triton")
-# glibc gives large blocks back to the kernel and faults them in anew: 9 to 17 % of an update. The same for every side, and for this process.
+# glibc gives large blocks back to the kernel and faults them in anew: 9 to 17 % of an update. The
+# same for every side, and for this process.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
 
@@ -38,7 +42,11 @@ def machine(where: Where) -> str:
     import torch
 
     parts = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if where.device == "cuda" else []
-    parts += [f"{os.cpu_count()} CPUs ({processor()})", f"threads {where.threads}", f"{platform.system()} {platform.release()}"]
+    parts += [
+        f"{os.cpu_count()} CPUs ({processor()})",
+        f"threads {where.threads}",
+        f"{platform.system()} {platform.release()}",
+    ]
     return ", ".join([*parts, f"load {os.getloadavg()[0]:.1f}"])
 
 
@@ -62,7 +70,9 @@ def versions() -> str:
 
 @contextmanager
 def beside(cores: frozenset[int]) -> Iterator[None]:
-    """This process on the other of `cores`, if there are any: off those that it was on, and that what it has started stays on."""
+    """This process on the other of `cores`, if there are any: off those that it was on, and that
+    what it has started stays on.
+    """
     measured = os.sched_getaffinity(0) if cores else cores
     if cores - measured:
         os.sched_setaffinity(0, cores - measured)
@@ -77,7 +87,11 @@ def quietest_cores(cores: set[int], count: int) -> set[int]:
     """Those of `cores` that idle most during half a second."""
 
     def idle() -> dict[int, int]:
-        rows = [line.split() for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines() if line.startswith("cpu")]
+        rows = [
+            line.split()
+            for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+            if line.startswith("cpu")
+        ]
         return {int(row[0][3:]): int(row[4]) for row in rows if row[0] != "cpu"}
 
     before = idle()

@@ -1,4 +1,6 @@
-"""The most memory that each step of the product takes: on a GPU of its tensors, on a CPU of its largest process."""
+"""The most memory that each step of the product takes: on a GPU of its tensors, on a CPU of its
+largest process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from benchmarks.work import Size
 
 
 def peak_bytes(ran: Ran, step: int) -> int:
-    return max((line["gpu_peak_bytes"] for line in ran.events("metrics", step) if line.get("gpu_peak_bytes")), default=ran.process_peak_bytes)
+    return max(
+        (line["gpu_peak_bytes"] for line in ran.events("metrics", step) if line.get("gpu_peak_bytes")),
+        default=ran.process_peak_bytes,
+    )
 
 
 def table(size: Size, folder: Path, where: Where, seed: int, say: Callable[[str], None]) -> Table:
@@ -30,6 +35,12 @@ def table(size: Size, folder: Path, where: Where, seed: int, say: Callable[[str]
     name = f"step 3, {size.batch} prompts of {size.prompt_tokens} tokens, answers of {size.response_tokens}"
     runs[name] = (3, ppo.run(size, folder / "ppo", where, 1))
     rows = [[name, f"{peak_bytes(ran, step) / 2**30:.2f} GiB"] for name, (step, ran) in runs.items()]
-    kind = "the tensors of rank 0 on its GPU" if where.device == "cuda" else "the resident set of the largest process, libraries included"
+    kind = (
+        "the tensors of rank 0 on its GPU"
+        if where.device == "cuda"
+        else "the resident set of the largest process, libraries included"
+    )
     note = f"at the peak, {kind}; all weights in training, {size.precision}, micro batch as the product chooses it"
-    return Table("memory", ["", "peak"], rows, [note], {name: peak_bytes(ran, step) for name, (step, ran) in runs.items()})
+    return Table(
+        "memory", ["", "peak"], rows, [note], {name: peak_bytes(ran, step) for name, (step, ran) in runs.items()}
+    )

@@ -1,4 +1,6 @@
-"""The share of real tokens among those computed, in the three steps, on the user's own rows at default settings."""
+"""The share of real tokens among those computed, in the three steps, on the user's own rows at
+default settings.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ TARGETS = "targets: 80 % by buckets, 95 % where packed"
 
 
 def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[str], None]) -> Table:
-    """A model so small that only lengths matter, which begins untrained; in step 3 one whose answers end as often as real ones."""
+    """A model so small that only lengths matter, which begins untrained; in step 3 one whose
+    answers end as often as real ones.
+    """
     fields = opt(32, 1, 2, 0, 512)
     shape = {name: value for name, value in fields.items() if name != "vocab_size"}
     job = job_of(shape, data, where, updates)
@@ -37,7 +41,10 @@ def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[s
     third = run_product(job, [3], folder / "second", where, given={1: folder / "ending", 2: models[2]})
     lines[3] = third.events("metrics", 3)
     row_counts = {step: (ran if step < 3 else third).events("plan", step)[-1] for step in (1, 2, 3)}
-    rows = [[f"step {step}", f"{share(lines[step]):.1%}", str(len(lines[step])), batches(row_counts[step])] for step in (1, 2, 3)]
+    rows = [
+        [f"step {step}", f"{share(lines[step]):.1%}", str(len(lines[step])), batches(row_counts[step])]
+        for step in (1, 2, 3)
+    ]
     answers = sum(line["response_length"] for line in lines[3]) / len(lines[3])
     notes = [
         f"rows: {data.name}; a tokenizer of {len(tokenizer)} tokens trained on them, whose texts are somewhat longer than by OPT's own",
@@ -50,7 +57,11 @@ def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[s
 def job_of(shape: Mapping[str, Any], data: Path, where: Where, updates: int) -> dict[str, Any]:
     """The defaults of jobs/opt-1.3b.yaml with another model and these rows."""
     job = load_job("opt-1.3b").dump()
-    job |= {"name": "benchmark", "actor": {"model": {"config": dict(shape)}, "tokenizer_vocabulary": 8192}, "critic": {"model": "actor"}}
+    job |= {
+        "name": "benchmark",
+        "actor": {"model": {"config": dict(shape)}, "tokenizer_vocabulary": 8192},
+        "critic": {"model": "actor"},
+    }
     job["data"] |= {"datasets": [str(data.resolve())], "eval_rows": 1}
     for part in ("sft", "reward", "ppo"):
         job[part] |= {"max_updates": updates, "epochs": 20.0}

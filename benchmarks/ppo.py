@@ -1,4 +1,6 @@
-"""Step 3 of the product: seconds of its phases and samples a second, at fixed full length and at lengths drawn after real ones."""
+"""Step 3 of the product: seconds of its phases and samples a second, at fixed full length and at
+lengths drawn after real ones.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,17 @@ def write_work(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> Pr
 
 def lengths_of(size: Size, real_lengths: bool) -> Size:
     """The same work where prompts and answers may be as long as real ones."""
-    return replace(size, prompt_tokens=size.real_prompt_tokens, response_tokens=size.real_response_tokens) if real_lengths else size
+    return (
+        replace(size, prompt_tokens=size.real_prompt_tokens, response_tokens=size.real_response_tokens)
+        if real_lengths
+        else size
+    )
 
 
 def run(size: Size, work: Path, where: Where, updates: int, **parts: Mapping[str, Any]) -> Ran:
-    """The product's step 3 on what `write_work` has written into `work`; `updates` besides those that do not count."""
+    """The product's step 3 on what `write_work` has written into `work`; `updates` besides those
+    that do not count.
+    """
     total = updates + WARM_UP
     ppo = {"max_updates": total, "epochs": float(total), **parts.pop("ppo", {})}
     job = job_of(size, str(work / "actor"), str(work / "critic"), work / "rows", where, ppo=ppo, **parts)
@@ -45,14 +53,26 @@ def run(size: Size, work: Path, where: Where, updates: int, **parts: Mapping[str
 
 
 def repeats_of(ran: Ran, prompts: Prompts) -> list[dict[str, Any]]:
-    """One update each, in the words that the peers use. Raises AssertionError when it was not the work that was asked for."""
+    """One update each, in the words that the peers use.
+
+    Raises AssertionError when it was not the work that was asked for.
+    """
     repeats = []
     for update in ran.updates(3, WARM_UP):
         answer_tokens = round(update["response_length"] * len(prompts.ids))
-        assert answer_tokens == prompts.answer_tokens, f"{answer_tokens} tokens were answered, not {prompts.answer_tokens}"
+        assert answer_tokens == prompts.answer_tokens, (
+            f"{answer_tokens} tokens were answered, not {prompts.answer_tokens}"
+        )
         times = {ours: update[theirs] for ours, theirs in PHASES.items()}
         counts = {"prompt_tokens": prompts.prompt_tokens, "answer_tokens": answer_tokens}
-        repeats.append({**times, **counts, "real_token_share": update["real_token_share"], "peak_bytes": update.get("gpu_peak_bytes")})
+        repeats.append(
+            {
+                **times,
+                **counts,
+                "real_token_share": update["real_token_share"],
+                "peak_bytes": update.get("gpu_peak_bytes"),
+            }
+        )
     return repeats
 
 
@@ -61,16 +81,31 @@ def row(name: str, repeats: Sequence[Mapping[str, Any]], samples: int) -> list[s
     cells = [name]
     for phase in PHASES:
         cells.append(f"{Spread.of([repeat[phase] for repeat in repeats]):.2f}" if phase in repeats[0] else "-")
-    cells.append(f"{samples / Spread.of([repeat['total_s'] for repeat in repeats]).median:.2f}" if "total_s" in repeats[0] else "-")
+    cells.append(
+        f"{samples / Spread.of([repeat['total_s'] for repeat in repeats]).median:.2f}"
+        if "total_s" in repeats[0]
+        else "-"
+    )
     tokens = repeats[0]["answer_tokens"]
     cells.append(f"{tokens / Spread.of([repeat['generation_s'] for repeat in repeats]).median:,.0f}")
     return cells
 
 
-COLUMNS = ["seconds, median (least-most)", "generation", "scoring", "training", "whole update", "CPU", "samples/s", "answer tokens/s"]
+COLUMNS = [
+    "seconds, median (least-most)",
+    "generation",
+    "scoring",
+    "training",
+    "whole update",
+    "CPU",
+    "samples/s",
+    "answer tokens/s",
+]
 
 
-def table(size: Size, folder: Path, where: Where, updates: int, seed: int, lengths: str, say: Callable[[str], None]) -> Table:
+def table(
+    size: Size, folder: Path, where: Where, updates: int, seed: int, lengths: str, say: Callable[[str], None]
+) -> Table:
     """lengths: full, real or both."""
     rows, notes, numbers = [], [], {}
     for real_lengths, name in LENGTHS.items():
@@ -80,9 +115,13 @@ def table(size: Size, folder: Path, where: Where, updates: int, seed: int, lengt
         prompts = write_work(size, folder / name.split()[0], seed, real_lengths=real_lengths)
         repeats = repeats_of(run(lengths_of(size, real_lengths), folder / name.split()[0], where, updates), prompts)
         rows.append(row(name, repeats, size.batch))
-        notes.append(f"{name}: {described(prompts)}; {repeats[0]['real_token_share']:.1%} of the tokens computed in training are real")
+        notes.append(
+            f"{name}: {described(prompts)}; {repeats[0]['real_token_share']:.1%} of the tokens computed in training are real"
+        )
         numbers[name] = repeats
-    notes.append(f"first {WARM_UP} of {WARM_UP + updates} updates left out; no answer of the full length ends with an EOS")
+    notes.append(
+        f"first {WARM_UP} of {WARM_UP + updates} updates left out; no answer of the full length ends with an EOS"
+    )
     return Table("ppo", COLUMNS, rows, notes, numbers)
 
 

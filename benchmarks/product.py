@@ -1,4 +1,6 @@
-"""Runs of the product itself, `python -m rlhf_train`, on generated work; what they took is read from their events."""
+"""Runs of the product itself, `python -m rlhf_train`, on generated work; what they took is read
+from their events.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ GONE_S = 60.0  # for ranks to be gone after their launcher; a GPU's memory takes
 
 
 def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:
-    """A job for these models, by folder or by config. parts: fields of sft, reward, ppo, data and hardware that differ."""
+    """A job for these models, by folder or by config. parts: fields of sft, reward, ppo, data and
+    hardware that differ.
+    """
     job: dict[str, dict[str, Any]] = {
         "actor": {"model": actor},
         "critic": {"model": critic},
@@ -46,9 +50,16 @@ def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **part
             "actor_learning_rate": 1e-6,
             "critic_learning_rate": 1e-6,
             "schedule": "constant",
-            "normalize_rewards": False,  # its answers of the reference come before the first update, and are not what is measured
+            # its answers of the reference come before the first update, and are not what is
+            # measured
+            "normalize_rewards": False,
         },
-        "hardware": {"ranks": where.ranks, "device": where.device, "precision": size.precision, "cpu_threads": where.threads},
+        "hardware": {
+            "ranks": where.ranks,
+            "device": where.device,
+            "precision": size.precision,
+            "cpu_threads": where.threads,
+        },
         "checkpoint": {"every_minutes": None},
     }
     return {"name": "benchmark"} | {name: {**fields, **parts.get(name, {})} for name, fields in job.items()}
@@ -63,13 +74,17 @@ class Ran:
     process_peak_bytes: int  # the resident set of its largest process: of a rank
 
     def events(self, kind: str, step: int) -> list[RawEvent]:
-        return [event for event in read_events(self.run.events)[0] if event["kind"] == kind and event.get("step") == step]
+        return [
+            event for event in read_events(self.run.events)[0] if event["kind"] == kind and event.get("step") == step
+        ]
 
     def updates(self, step: int, leave_out: int = 1) -> list[RawEvent]:
-        """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before it, all that comes between them included;
-        and `cpu_s`, those of the processors in that time.
+        """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before
+        it, all that comes between them included; and `cpu_s`, those of the processors in that time.
         """
-        seen = [event for event in self.events("metrics", step) if event["seq"] in self.cpu_s]  # a killed run may have written more
+        seen = [
+            event for event in self.events("metrics", step) if event["seq"] in self.cpu_s
+        ]  # a killed run may have written more
         lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in seen]
         timed = [
             {**event, "wall_s": event["elapsed_s"] - before["elapsed_s"], "cpu_s": event["cpu_s"] - before["cpu_s"]}
@@ -87,8 +102,9 @@ def run_product(
     given: Mapping[int, Path] | None = None,
     until: int | None = None,
 ) -> Ran:
-    """`python -m rlhf_train --step ...` in `folder`. given: models (folders) of steps that are to count as done. until: kill the run after
-    this update of its last step, which spares the time of a last checkpoint and of the model.
+    """`python -m rlhf_train --step ...` in `folder`. given: models (folders) of steps that are to
+    count as done. until: kill the run after this update of its last step, which spares the time of
+    a last checkpoint and of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "job.yaml"
@@ -104,7 +120,9 @@ def run_product(
     words = ["--job", str(file), "--step", *map(str, steps), "--output-dir", str(folder / "runs")]
     environment = where.environment | {"RLHF_CACHE": str(folder / "cache")}
     with (folder / "output").open("w+") as output:
-        process = subprocess.Popen([sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, stdout=output, stderr=output
+        )
         ended, cpu, offset = 0, dict[int, float](), 0
         with beside(where.cores):  # looking takes some of a core
             while not ended:
@@ -113,11 +131,15 @@ def run_product(
                 cpu |= dict.fromkeys([event["seq"] for event in events], cpu_seconds(process.pid))
                 if until is not None and any(_has_come_to(event, steps[-1], until) for event in events):
                     return Ran(run, cpu, killed(process))
-                ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of the launcher and of all that it has waited for
+                ended, status, used = os.wait4(
+                    process.pid, os.WNOHANG
+                )  # of the launcher and of all that it has waited for
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         if process.returncode:
-            raise RuntimeError(f"python -m rlhf_train {' '.join(words)} ended with {process.returncode}:\n{output.read()}")
+            raise RuntimeError(
+                f"python -m rlhf_train {' '.join(words)} ended with {process.returncode}:\n{output.read()}"
+            )
     return Ran(run, cpu, used.ru_maxrss * 1024)
 
 
@@ -126,7 +148,9 @@ def _has_come_to(event: RawEvent, step: int, update: int) -> bool:
 
 
 def killed(launcher: subprocess.Popen[Any]) -> int:
-    """The launcher and its ranks are gone when this returns, and have let go of their GPUs -> the resident set of the largest rank, in bytes."""
+    """The launcher and its ranks are gone when this returns, and have let go of their GPUs -> the
+    resident set of the largest rank, in bytes.
+    """
     ranks = children(launcher.pid)
     most = max((resident_bytes(rank) for rank in ranks), default=0)
     launcher.kill()
@@ -149,7 +173,9 @@ def lives(process: int) -> bool:
 
 def children(process: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()]
+        return [
+            int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
+        ]
     except OSError:
         return []
 
@@ -162,7 +188,9 @@ def resident_bytes(process: int) -> int:
 
 
 def cpu_seconds(process: int) -> float:
-    """That a process and its children have taken so far, those that have ended included; 0 where there is no /proc."""
+    """That a process and its children have taken so far, those that have ended included; 0 where
+    there is no /proc.
+    """
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,10 @@
-"""How long the verbs of `fab` take over a connection of 100 ms, against the targets of DESIGN section 7.
+"""How long the verbs of `fab` take over a connection of 100 ms, against the targets of DESIGN
+section 7.
 
-`python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as the tests have it) and a long line to it, deploys (some
-minutes, once), and prints medians of whole commands, Python's own start included; near is the same box without the delay, so that
-the difference, in round trips, is what the line costs. Needs root on Linux, and Docker, or Debian to install it on.
+`python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as the tests have
+it) and a long line to it, deploys (some minutes, once), and prints medians of whole commands,
+Python's own start included; near is the same box without the delay, so that the difference, in
+round trips, is what the line costs. Needs root on Linux, and Docker, or Debian to install it on.
 """
 
 from __future__ import annotations
@@ -57,7 +59,15 @@ class Row:
         far_s, near_s = median(self.far_s), median(self.near_s)
         spread = f"{min(self.far_s):.2f} to {max(self.far_s):.2f}"
         trips = f"{(far_s - near_s) / round_trip_s:.1f}" if round_trip_s else ""
-        return [self.what, f"{far_s:.2f} s", spread, f"{near_s:.2f} s", trips, f"{self.target_s:g} s", "met" if self.is_met else "MISSED"]
+        return [
+            self.what,
+            f"{far_s:.2f} s",
+            spread,
+            f"{near_s:.2f} s",
+            trips,
+            f"{self.target_s:g} s",
+            "met" if self.is_met else "MISSED",
+        ]
 
 
 @dataclass
@@ -91,7 +101,9 @@ class Bench:
         return seconds
 
     def attach_again(self, laptop: Laptop) -> float:
-        """From the break of a line to the first byte behind it, while the box goes on writing: by `--json`, since events come often."""
+        """From the break of a line to the first byte behind it, while the box goes on writing: by
+        `--json`, since events come often.
+        """
         following = laptop.start("logs", *self.host, "--follow", "--json")
         until(lambda: following.out, 30, lambda: following.err)
         until(self.box.cut, 10)
@@ -133,7 +145,13 @@ class Bench:
         self.count += 1
         run = f"bench-{self.count}"
         self.laptop.fab("train", *self.host, "--job", str(self.job), "--step", "1", "--run", run, "--detach")
-        until(lambda: '"kind": "metrics"' in self.laptop.fab("logs", *self.host, "--run", run, "--json").out.replace('":"', '": "'), 180)
+        until(
+            lambda: (
+                '"kind": "metrics"'
+                in self.laptop.fab("logs", *self.host, "--run", run, "--json").out.replace('":"', '": "')
+            ),
+            180,
+        )
         return run
 
     @contextmanager
@@ -160,7 +178,10 @@ def measure(bench: Bench, line: FarLine, delay_s: float, times: int, say: Callab
         say(f"  {what}: {median(measured.far_s):.2f} s")
         return measured
 
-    rows = [row("deploy, nothing changed", 3, bench.deploy_unchanged), row("deploy, one file changed (by tar)", 5, bench.deploy_changed)]
+    rows = [
+        row("deploy, nothing changed", 3, bench.deploy_unchanged),
+        row("deploy, one file changed (by tar)", 5, bench.deploy_changed),
+    ]
     bench.box.sh(RSYNC)
     bench.laptop.fab("doctor", *bench.host, code=None)
     rows.append(row("deploy, one file changed (by rsync)", 5, bench.deploy_changed))
@@ -182,7 +203,12 @@ def make_bench(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> tu
     (folder / "laptop").mkdir(parents=True)
     laptop = Laptop.make(folder / "laptop")
     network = stack.enter_context(rig.network(docker))
-    trusted = Path(os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or os.devnull)
+    trusted = Path(
+        os.environ.get("PIP_CERT")
+        or os.environ.get("SSL_CERT_FILE")
+        or ssl.get_default_verify_paths().cafile
+        or os.devnull
+    )
     box = stack.enter_context(rig.bare_box(docker, folder / "bare-box", laptop, base, network, trusted))
     line = stack.enter_context(rig.line_through(network))
     laptop.add(box.name, box.entry)
@@ -212,7 +238,9 @@ def main() -> int:
     out = console_on(sys.stdout)
     out.width = TABLE_WIDTH
     out.print(f"$ python {shlex.join(sys.argv)}\n{machine()}\n")
-    table = Table("", f"{options.round_trip * 1000:g} ms line", "from, to", "near", "round trips", "target", "", box=boxes.SIMPLE)
+    table = Table(
+        "", f"{options.round_trip * 1000:g} ms line", "from, to", "near", "round trips", "target", "", box=boxes.SIMPLE
+    )
     for row in rows:
         table.add_row(*row.cells(options.round_trip))
     out.print(table, soft_wrap=False, crop=False)

@@ -1,7 +1,8 @@
-"""What the product's speed is, against what the machine can do and beside its peers: one table a NAME, JSON beside.
+"""What the product's speed is, against what the machine can do and beside its peers: one table a
+NAME, JSON beside.
 
-`python benchmarks/run.py --list` says the names. A number is a median of several repeats, with the least and the most; the
-foot of a table names the machine, the versions and the command.
+`python benchmarks/run.py --list` says the names. A number is a median of several repeats, with the
+least and the most; the foot of a table names the machine, the versions and the command.
 """
 
 from __future__ import annotations
@@ -50,20 +51,37 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to measure; --list says which")
     parser.add_argument("--list", action="store_true", help="say the names")
-    parser.add_argument("--size", choices=list(SIZES), help="of the models (default: small on a CPU, opt-1.3b on a GPU)")
+    parser.add_argument(
+        "--size", choices=list(SIZES), help="of the models (default: small on a CPU, opt-1.3b on a GPU)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where PyTorch sees a GPU")
     parser.add_argument("--threads", type=int, help="of a rank, and of a peer (default: 1, on a GPU 8)")
-    parser.add_argument("--repeats", type=int, default=5, help="that count, of each measurement (updates of a process in ppo and peers)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="that count, of each measurement (updates of a process in ppo and peers)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of peers: processes of each side, in turn")
     parser.add_argument("--lengths", choices=["both", "full", "real"], default="both", help="of ppo and peers")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="rows for padding, curves and killed-rank, in the columns of Dahoas/rm-static")
-    parser.add_argument("--deepspeed-chat", type=Path, metavar="PATH", help="a checkout of DeepSpeedExamples, for peers")
-    parser.add_argument("--python-of-peers", metavar="PATH", help="an interpreter that has their packages (default: environments made for them)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="rows for padding, curves and killed-rank, in the columns of Dahoas/rm-static",
+    )
+    parser.add_argument(
+        "--deepspeed-chat", type=Path, metavar="PATH", help="a checkout of DeepSpeedExamples, for peers"
+    )
+    parser.add_argument(
+        "--python-of-peers",
+        metavar="PATH",
+        help="an interpreter that has their packages (default: environments made for them)",
+    )
     parser.add_argument("--peers-here", action="store_true", help="their packages can be imported by this interpreter")
     parser.add_argument("--go-on", action="store_true", help="leave out a peer that fails, and say so below the table")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, metavar="FILE", help="the numbers (default: benchmarks/results/)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep models and runs here (default: a folder that is removed)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="keep models and runs here (default: a folder that is removed)"
+    )
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in NAMES]
     if unknown or not (options.names or options.list):
@@ -96,7 +114,12 @@ def main() -> int:
     written, cores = dict[str, Any](), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     try:
         for name in options.names:
-            bench = Bench(options, SHAPES[options.size], Where(options.device, options.threads, cores=frozenset(cores)), folder / name)
+            bench = Bench(
+                options,
+                SHAPES[options.size],
+                Where(options.device, options.threads, cores=frozenset(cores)),
+                folder / name,
+            )
             shutil.rmtree(bench.folder, ignore_errors=True)
             bench.folder.mkdir(parents=True)
             bench.say(f"{name}:")
@@ -111,7 +134,10 @@ def main() -> int:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
         if written:
-            file = options.output or RESULTS / f"{'-'.join(written)}-{options.size}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.json"
+            file = (
+                options.output
+                or RESULTS / f"{'-'.join(written)}-{options.size}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.json"
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(written, indent=1), encoding="utf-8")
             print(f"\nnumbers: {file}", file=sys.stderr)

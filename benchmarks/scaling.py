@@ -1,4 +1,6 @@
-"""The three steps on one GPU and on two: samples a second and memory by ZeRO stage, with LoRA, and where GPUs do not reach each other."""
+"""The three steps on one GPU and on two: samples a second and memory by ZeRO stage, with LoRA, and
+where GPUs do not reach each other.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from benchmarks import steps
 from benchmarks.figures import Spread, Table
 from benchmarks.machine import Where
 from benchmarks.product import Ran, children, job_of, run_product
-from benchmarks.work import Size, actor_of, critic_of, matmul_parameters, prompt_rows, prompts_of, write_model, write_rows
+from benchmarks.work import (
+    Size,
+    actor_of,
+    critic_of,
+    matmul_parameters,
+    prompt_rows,
+    prompts_of,
+    write_model,
+    write_rows,
+)
 from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import Data, load_job
@@ -65,7 +76,11 @@ class Variant:
     times: int = 1  # the samples of an update, against those of the others
 
     def hardware(self) -> dict[str, Any]:
-        stages = {} if self.zero_stage is None else {"actor_zero_stage": self.zero_stage, "critic_zero_stage": self.zero_stage}
+        stages = (
+            {}
+            if self.zero_stage is None
+            else {"actor_zero_stage": self.zero_stage, "critic_zero_stage": self.zero_stage}
+        )
         return {"ranks": self.ranks, **stages, **dict(self.more)}
 
     def actor(self, model: Path) -> dict[str, Any]:
@@ -112,7 +127,9 @@ class Work:
         data = {"split": [int(self.step == n) for n in (1, 2, 3)], "eval_rows": 2}
         sized = replace(self.size, batch=samples)
         parts = {STEPS[self.step].section: part, "data": data, "hardware": variant.hardware()}
-        job = job_of(sized, "", str(self.folder / "critic"), self.folder / "rows", where, **parts) | {"actor": variant.actor(self.folder / "actor")}
+        job = job_of(sized, "", str(self.folder / "critic"), self.folder / "rows", where, **parts) | {
+            "actor": variant.actor(self.folder / "actor")
+        }
         given = {1: self.folder / "actor", 2: self.folder / "critic"} if self.step == 3 else None
         return run_product(job, [self.step], self.folder / slug(variant.name), where, given=given, until=total - 1)
 
@@ -135,7 +152,9 @@ def write_work(step: int, size: Size, folder: Path, device: str, seed: int, mode
 
 
 def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
-    """`actor/` and `critic/` in the precision of training, made on the GPU: a CPU takes half a minute for OPT-1.3b."""
+    """`actor/` and `critic/` in the precision of training, made on the GPU: a CPU takes half a
+    minute for OPT-1.3b.
+    """
     dtype = getattr(torch, size.precision)
     with torch.device(device):
         write_model(actor_of(size.actor, seed).to(dtype), size.vocabulary, folder / "actor")
@@ -143,7 +162,9 @@ def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
     return folder
 
 
-def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, models: Path, say: Callable[[str], None]) -> Table:
+def speed(
+    name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, models: Path, say: Callable[[str], None]
+) -> Table:
     """name: sft, reward or ppo. The runs on one GPU go side by side, each on a GPU of its own."""
     step = next(step.number for step in STEPS.values() if step.section == name)
     work = write_work(step, size, folder, where.device, seed, models)
@@ -157,7 +178,10 @@ def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed:
         say(f"  {variant.name}: {seconds_of(done, step):.3f} s ({time.monotonic() - began:.0f} s in all)")
 
     alone = [variant for variant in variants_of(step) if variant.ranks == 1]
-    on = [replace(where, variables=(("CUDA_VISIBLE_DEVICES", str(gpu)),)) if where.device == "cuda" else where for gpu in range(len(alone))]
+    on = [
+        replace(where, variables=(("CUDA_VISIBLE_DEVICES", str(gpu)),)) if where.device == "cuda" else where
+        for gpu in range(len(alone))
+    ]
     with ThreadPoolExecutor(len(alone) if where.device == "cuda" else 1) as pool:
         list(pool.map(measure, alone, on))
     for variant in variants_of(step):
@@ -170,8 +194,21 @@ def speed(name: str, size: Size, folder: Path, where: Where, updates: int, seed:
         f"{updates} updates after {EXTENTS[step].warm_up} that do not count; {matmul_parameters(fields, with_head=with_head) / 1e6:.0f} M weights",
         "GiB: tensors of rank 0 at the peak, and in use on its card at most as nvidia-smi has it (libraries and caches included)",
     ]
-    numbers = {name: {"updates": done.updates(step, EXTENTS[step].warm_up), "card_bytes": card} for name, (done, card) in ran.items()}
-    columns = ["", "seconds an update", "samples/s", "against 1 GPU", "rollouts", "scoring", "training", "tensors, GiB", "card, GiB"]
+    numbers = {
+        name: {"updates": done.updates(step, EXTENTS[step].warm_up), "card_bytes": card}
+        for name, (done, card) in ran.items()
+    }
+    columns = [
+        "",
+        "seconds an update",
+        "samples/s",
+        "against 1 GPU",
+        "rollouts",
+        "scoring",
+        "training",
+        "tensors, GiB",
+        "card, GiB",
+    ]
     return Table(f"scaling-{name}", columns, rows, notes, numbers)
 
 
@@ -185,7 +222,8 @@ def row_of(variant: Variant, ran: Mapping[str, tuple[Ran, float]], step: int, sa
     alone = seconds_of(ran[(ONE_LORA if variant.lora else ONE).name][0], step)
     updates = done.updates(step, EXTENTS[step].warm_up)
     phases = [
-        f"{Spread.of([u[p] for u in updates]).median:.2f}" if updates[0].get(p) is not None else "-" for p in ("rollout_s", "score_s", "train_s")
+        f"{Spread.of([u[p] for u in updates]).median:.2f}" if updates[0].get(p) is not None else "-"
+        for p in ("rollout_s", "score_s", "train_s")
     ]
     peak = max((update.get("gpu_peak_bytes") or 0 for update in updates), default=0)
     memory = [f"{peak / GIB:.1f}", f"{card / GIB:.1f}"]
@@ -200,7 +238,9 @@ def gpus_of(where: Where) -> list[int]:
 
 
 class CardMemory:
-    """Bytes in use on each card, sampled while something runs; nothing where there is no nvidia-smi."""
+    """Bytes in use on each card, sampled while something runs; nothing where there is no
+    nvidia-smi.
+    """
 
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
@@ -221,7 +261,9 @@ class CardMemory:
         command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
         while not self._ended.wait(SAMPLE_S):
             try:
-                lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+                lines = subprocess.run(
+                    command, capture_output=True, text=True, check=True, timeout=20
+                ).stdout.splitlines()
             except (OSError, subprocess.SubprocessError):
                 return
             for index, used in (map(int, line.split(",")) for line in lines):
@@ -244,13 +286,24 @@ AT_ONCE = 4  # runs that share the two cards, when only their numbers count
 
 
 def curve_job(data: Path, models: Path, variant: Variant, where: Where) -> dict[str, Any]:
-    """The recipe of jobs/opt-1.3b.yaml with fewer tokens a row, on models with random weights and this data."""
+    """The recipe of jobs/opt-1.3b.yaml with fewer tokens a row, on models with random weights and
+    this data.
+    """
     job = load_job("opt-1.3b").dump()
     job["name"] = "benchmark"
-    job["data"] |= {"datasets": [str(data.resolve())], "max_prompt_tokens": 192, "max_response_tokens": 64, "eval_rows": 32}
+    job["data"] |= {
+        "datasets": [str(data.resolve())],
+        "max_prompt_tokens": 192,
+        "max_response_tokens": 64,
+        "eval_rows": 32,
+    }
     job["sft"] |= {"global_batch": 64, "learning_rate": 1e-4}
     for step in STEPS.values():
-        job[step.section] |= {"max_updates": EXTENTS[step.number].curve_updates + 1, "epochs": 20.0, "schedule": "constant"}
+        job[step.section] |= {
+            "max_updates": EXTENTS[step.number].curve_updates + 1,
+            "epochs": 20.0,
+            "schedule": "constant",
+        }
     job["hardware"] |= {"device": where.device, "cpu_threads": where.threads, "micro_batch": 8, **variant.hardware()}
     job["actor"] = variant.actor(models / "actor")
     job["critic"] = {"model": str(models / "critic")}
@@ -259,14 +312,16 @@ def curve_job(data: Path, models: Path, variant: Variant, where: Where) -> dict[
 
 
 def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: Callable[[str], None]) -> Table:
-    """Each step by each variant, several at once: at the same global batch the curves of 1 and 2 GPUs differ by rounding. What rounding
-    does is shown by one GPU with smaller passes.
+    """Each step by each variant, several at once: at the same global batch the curves of 1 and 2
+    GPUs differ by rounding. What rounding does is shown by one GPU with smaller passes.
     """
     tokenizer = train_tokenizer(texts(Data(datasets=(str(data.resolve()),))), 8192)
     models = folder / "models"
     with torch.device(where.device):
         for name, fields, make in (("actor", size.actor, actor_of), ("critic", size.critic, critic_of)):
-            make({**fields, "vocab_size": len(tokenizer)}, seed).to(getattr(torch, size.precision)).save_pretrained(str(models / name))
+            make({**fields, "vocab_size": len(tokenizer)}, seed).to(getattr(torch, size.precision)).save_pretrained(
+                str(models / name)
+            )
             tokenizer.save_pretrained(str(models / name))
     other_passes = Variant("1 GPU, passes of 4", 1, more=(("micro_batch", 4),))
     runs = [
@@ -283,25 +338,39 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
         there = replace(where, ranks=variant.ranks, variables=tuple(gpu.items()))
         given = {1: models / "actor", 2: models / "critic"} if step == 3 else None
         job = curve_job(data, models, variant, there)
-        ran = run_product(job, [step], folder / f"{step}-{slug(variant.name)}", there, given=given, until=EXTENTS[step].curve_updates)
+        ran = run_product(
+            job, [step], folder / f"{step}-{slug(variant.name)}", there, given=given, until=EXTENTS[step].curve_updates
+        )
         found[step, variant.name] = ran.events("metrics", step)[: EXTENTS[step].curve_updates]
-        say(f"  step {step}, {variant.name}: {' '.join(f'{event[EXTENTS[step].curve_numbers[0]]:.4f}' for event in found[step, variant.name])}")
+        say(
+            f"  step {step}, {variant.name}: {' '.join(f'{event[EXTENTS[step].curve_numbers[0]]:.4f}' for event in found[step, variant.name])}"
+        )
 
     with ThreadPoolExecutor(AT_ONCE if where.device == "cuda" else 1) as pool:
         list(pool.map(measure, range(len(runs))))
     rows = []
     for step, variant in sorted(runs, key=lambda run: run[0]):
         first = found[step, (ONE_LORA if variant.lora else ONE).name]
-        rows.append([f"step {step}, {variant.name}", *(difference(first, found[step, variant.name], name) for name in EXTENTS[step].curve_numbers)])
+        rows.append(
+            [
+                f"step {step}, {variant.name}",
+                *(difference(first, found[step, variant.name], name) for name in EXTENTS[step].curve_numbers),
+            ]
+        )
     most = max(map(len, rows))
     columns = ["difference to 1 GPU: first update / largest", *(f"number {n}" for n in range(1, most))]
-    notes = [f"numbers of step {step}: {', '.join(extent.curve_numbers)}; {extent.curve_updates} updates" for step, extent in EXTENTS.items()]
+    notes = [
+        f"numbers of step {step}: {', '.join(extent.curve_numbers)}; {extent.curve_updates} updates"
+        for step, extent in EXTENTS.items()
+    ]
     numbers = {f"step {step}, {name}": events for (step, name), events in found.items()}
     return Table("curves", columns, [row + [""] * (most - len(row)) for row in rows], notes, numbers)
 
 
 def difference(one: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
-    """Of the first update, and the largest of all: relative, but for mean reward and KL, which are about 0."""
+    """Of the first update, and the largest of all: relative, but for mean reward and KL, which are
+    about 0.
+    """
     share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in one]
     apart = [abs(a[name] - b[name]) / part for a, b, part in zip(one, other, share, strict=True)]
     return f"{apart[0]:.1e} / {max(apart):.1e}"
@@ -310,21 +379,45 @@ def difference(one: Sequence[RawEvent], other: Sequence[RawEvent], name: str) ->
 # --- a rank that is killed -----------------------------------------------------------------------------------------
 
 
-SMALL = {"model_type": "opt", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "ffn_dim": 2048, "word_embed_proj_dim": 512}
+SMALL = {
+    "model_type": "opt",
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "ffn_dim": 2048,
+    "word_embed_proj_dim": 512,
+}
 KILLED_AFTER = 12  # updates of step 3
 
 
 def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], None]) -> Table:
-    """All three steps of a small OPT on two ranks; in step 3 rank 1 is killed, and the same command is given again."""
+    """All three steps of a small OPT on two ranks; in step 3 rank 1 is killed, and the same command
+    is given again.
+    """
     job = load_job("opt-1.3b").dump()
     job |= {"name": "benchmark", "actor": {"model": {"config": SMALL}}, "critic": {"model": "actor"}}
-    job["data"] |= {"datasets": [str(data.resolve())], "max_prompt_tokens": 192, "max_response_tokens": 64, "eval_rows": 64}
+    job["data"] |= {
+        "datasets": [str(data.resolve())],
+        "max_prompt_tokens": 192,
+        "max_response_tokens": 64,
+        "eval_rows": 64,
+    }
     for step in STEPS.values():
         job[step.section] |= {"max_updates": 30, "epochs": 20.0}
     job["hardware"] |= {"device": where.device, "cpu_threads": where.threads, "ranks": 2}
     job["checkpoint"] |= {"every_updates": 5}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
-    command = [sys.executable, "-m", "rlhf_train", "--job", str(folder / "job.yaml"), "--step", "all", "--output-dir", str(folder / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf_train",
+        "--job",
+        str(folder / "job.yaml"),
+        "--step",
+        "all",
+        "--output-dir",
+        str(folder / "runs"),
+    ]
     environment = where.environment | {"RLHF_CACHE": str(folder / "cache")}
     run = RunDir(folder / "runs" / "benchmark")
 
@@ -335,7 +428,9 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
         while not any(_has_come_to(event) for event in read_events(run.events)[0]):
             if launcher.poll() is not None or time.monotonic() > deadline:
                 launcher.kill()
-                raise RuntimeError(f"the run came to no update {KILLED_AFTER} of step 3:\n{output.read_text(encoding='utf-8')}")
+                raise RuntimeError(
+                    f"the run came to no update {KILLED_AFTER} of step 3:\n{output.read_text(encoding='utf-8')}"
+                )
             time.sleep(SAMPLE_S)
         victim = next(rank for rank in children(launcher.pid) if "RANK=1" in environment_of(rank).split("\0"))
         os.kill(victim, signal.SIGKILL)
@@ -343,7 +438,9 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
         launcher.wait(timeout=300)
     said = output.read_text(encoding="utf-8")
     ended_s, code = time.monotonic() - began, launcher.returncode
-    named = next((line.strip() for line in said.splitlines() if "rank 1" in line), f"rank 1 is not named: {said[-1500:]}")
+    named = next(
+        (line.strip() for line in said.splitlines() if "rank 1" in line), f"rank 1 is not named: {said[-1500:]}"
+    )
 
     began = time.monotonic()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
@@ -354,7 +451,14 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
         f"the same command again: exit code {again.returncode} after {again_s:.1f} s, resumed after update {resumed}",
         *([] if again.returncode == 0 else [(again.stdout + again.stderr)[-1500:]]),
     ]
-    numbers = {"ended_s": ended_s, "code": code, "named": named, "again": again.returncode, "again_s": again_s, "resumed": resumed}
+    numbers = {
+        "ended_s": ended_s,
+        "code": code,
+        "named": named,
+        "again": again.returncode,
+        "again_s": again_s,
+        "resumed": resumed,
+    }
     return Table("killed-rank", [], [], notes, numbers)
 
 
@@ -386,7 +490,9 @@ sys.stdin.read()
 @contextmanager
 def only_free(free_bytes: int) -> Iterator[list[int]]:
     """So many bytes are free on each card inside the block; what is really free, card by card."""
-    hog = subprocess.Popen([sys.executable, "-c", HOG.format(free=free_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hog = subprocess.Popen(
+        [sys.executable, "-c", HOG.format(free=free_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert hog.stdin is not None and hog.stdout is not None
     try:
         yield [int(word) for word in hog.stdout.readline().split()]
@@ -396,7 +502,9 @@ def only_free(free_bytes: int) -> Iterator[list[int]]:
 
 
 def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: Callable[[str], None]) -> Table:
-    """The two recipes of OPT-1.3b on two cards with as much memory free as an RTX 4090 has, each step on rows as long as they may be."""
+    """The two recipes of OPT-1.3b on two cards with as much memory free as an RTX 4090 has, each
+    step on rows as long as they may be.
+    """
     full = Variant("opt-1.3b", 2, more=(("micro_batch", 8),))  # what `auto` begins with on such a card
     spared = replace(full, name="opt-1.3b, gradient checkpointing", more=(*full.more, ("gradient_checkpointing", True)))
     lora = replace(spared, name="opt-1.3b-lora", lora=True, more=(("micro_batch", 4), ("gradient_checkpointing", True)))
@@ -409,7 +517,9 @@ def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: C
         for step, variant in tries:
             samples = 128 if step == 1 else 64  # of the recipes
             place = folder / f"{step}-{slug(variant.name)}"
-            work = replace(write_work(step, replace(size, batch=64), place, where.device, seed, models), samples=samples)
+            work = replace(
+                write_work(step, replace(size, batch=64), place, where.device, seed, models), samples=samples
+            )
             with card_memory() as memory:
                 try:
                     seconds, failed = f"{seconds_of(work.run(variant, where, 2), step):.2f}", ""
@@ -418,11 +528,27 @@ def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: C
                         raise
                     seconds, failed = "does not fit", str(error)
             events = read_events(RunDir(place / slug(variant.name) / "runs" / "benchmark").events)[0]
-            peak = max((event.get("gpu_peak_bytes") or 0 for event in events if event["kind"] == "metrics"), default=0) / GIB
+            peak = (
+                max((event.get("gpu_peak_bytes") or 0 for event in events if event["kind"] == "metrics"), default=0)
+                / GIB
+            )
             used = (memory.most_bytes(gpus_of(where)) - taken) / GIB
             warned = [event["message"] for event in events if event["kind"] == "warning"]
             rows.append([f"step {step}, {variant.name}", seconds, f"{peak:.1f}", f"{used:.1f}"])
-            numbers[f"step {step}, {variant.name}"] = {"failed": failed, "warned": warned, "used_gib": used, "peak_gib": peak}
-            say("\n".join([f"  step {step}, {variant.name}: {seconds}", *(f"    {message}" for message in warned), *failed[-1500:].splitlines()]))
+            numbers[f"step {step}, {variant.name}"] = {
+                "failed": failed,
+                "warned": warned,
+                "used_gib": used,
+                "peak_gib": peak,
+            }
+            say(
+                "\n".join(
+                    [
+                        f"  step {step}, {variant.name}: {seconds}",
+                        *(f"    {message}" for message in warned),
+                        *failed[-1500:].splitlines(),
+                    ]
+                )
+            )
     notes = [f"{FREE_BYTES / GIB:.1f} GiB left free on each card; rows of 512 tokens, global batches of the recipes"]
     return Table("fits-24gb", ["", "seconds an update", "tensors, GiB", "in use, GiB"], rows, notes, numbers)

@@ -1,7 +1,9 @@
-"""Step 3 beside its peers, in one run and in turn: ours, TRL's PPO, DeepSpeed-Chat's classes, Hugging Face's generate.
+"""Step 3 beside its peers, in one run and in turn: ours, TRL's PPO, DeepSpeed-Chat's classes,
+Hugging Face's generate.
 
-Each peer has an environment of its own, made once from a list of pinned packages beside its script; the torch build is ours. All load the
-same model folders, are given the same prompts, and must have generated the same number of tokens.
+Each peer has an environment of its own, made once from a list of pinned packages beside its script;
+the torch build is ours. All load the same model folders, are given the same prompts, and must have
+generated the same number of tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ DIFFERENCES = (
 
 
 def python_of(peer: Peer, here: str | None, say: Callable[[str], None]) -> str:
-    """The interpreter that has the peer's packages: `here` if given, else an environment's that is made at the first call."""
+    """The interpreter that has the peer's packages: `here` if given, else an environment's that is
+    made at the first call.
+    """
     if here:
         return here
     wanted = (HERE / f"{peer.script}.txt").read_text(encoding="utf-8")
@@ -69,13 +73,26 @@ def python_of(peer: Peer, here: str | None, say: Callable[[str], None]) -> str:
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(folder)],
-            [*pip, "--retries", "1", "--timeout", "30", "--extra-index-url", f"{TORCH_BUILDS}/{build}", f"torch=={torch.__version__}"],
+            [
+                *pip,
+                "--retries",
+                "1",
+                "--timeout",
+                "30",
+                "--extra-index-url",
+                f"{TORCH_BUILDS}/{build}",
+                f"torch=={torch.__version__}",
+            ],
             [*pip, "setuptools", "wheel"],
             [*pip, "--no-build-isolation", "-r", str(HERE / f"{peer.script}.txt")],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "DS_BUILD_OPS": "0"})
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, "DS_BUILD_OPS": "0"}
+            )
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+                raise RuntimeError(
+                    f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+                )
         (folder / "whole").touch()
     return str(python)
 
@@ -100,7 +117,9 @@ def missing(peer: Peer, checkout: Path | None, here: str | None) -> str:
     return ""
 
 
-def work_of(size: Size, folder: Path, prompts: Prompts, where: Where, updates: int, seed: int, checkout: Path | None) -> dict[str, Any]:
+def work_of(
+    size: Size, folder: Path, prompts: Prompts, where: Where, updates: int, seed: int, checkout: Path | None
+) -> dict[str, Any]:
     """What a peer's script is given, as JSON. Its first update does not count."""
     micro_batch = size.micro_batch or size.batch
     return {
@@ -131,23 +150,46 @@ def run(peer: Peer, python: str, work: dict[str, Any], folder: Path, where: Wher
         work = {**work, **dict(peer.extra), "port": free.getsockname()[1]}
     file = folder / f"{peer.script}.json"
     file.write_text(json.dumps(work), encoding="utf-8")
-    done = subprocess.run([python, str(HERE / f"{peer.script}.py"), str(file)], capture_output=True, text=True, check=False, env=where.environment)
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    done = subprocess.run(
+        [python, str(HERE / f"{peer.script}.py"), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=where.environment,
+    )
+    lines = [
+        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     if done.returncode or len(lines) != work["updates"]:
-        raise RuntimeError(f"{peer.name} ended with {done.returncode} after {len(lines)} repeats:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{peer.name} ended with {done.returncode} after {len(lines)} repeats:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        )
     return lines[ppo.WARM_UP :]
 
 
 def check(name: str, repeats: Sequence[dict[str, Any]], prompts: Prompts) -> None:
     for repeat in repeats:
-        counted, wanted = (repeat["prompt_tokens"], repeat["answer_tokens"]), (prompts.prompt_tokens, prompts.answer_tokens)
+        counted, wanted = (
+            (repeat["prompt_tokens"], repeat["answer_tokens"]),
+            (prompts.prompt_tokens, prompts.answer_tokens),
+        )
         assert counted == wanted, f"{name} counted {counted} tokens of prompts and answers, not {wanted}"
 
 
 def measure(
-    size: Size, folder: Path, where: Where, rounds: int, updates: int, seed: int, *, real_lengths: bool, options: Any, say: Callable[[str], None]
+    size: Size,
+    folder: Path,
+    where: Where,
+    rounds: int,
+    updates: int,
+    seed: int,
+    *,
+    real_lengths: bool,
+    options: Any,
+    say: Callable[[str], None],
 ) -> tuple[Prompts, dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """-> the prompts, every side's repeats in the order of the rounds, and why a peer is not among them.
+    """-> the prompts, every side's repeats in the order of the rounds, and why a peer is not among
+    them.
 
     At real lengths generate alone is left out: the peers' own rollouts are by it.
     """
@@ -155,7 +197,11 @@ def measure(
     shaped = ppo.lengths_of(size, real_lengths)
     peers = {peer.name: peer for peer in PEERS if peer.is_whole or not real_lengths}
     pythons = {name: python for name, python in prepare(options, say).items() if name in peers}
-    absent = {name: missing(peer, options.deepspeed_chat, interpreter(options)) for name, peer in peers.items() if name not in pythons}
+    absent = {
+        name: missing(peer, options.deepspeed_chat, interpreter(options))
+        for name, peer in peers.items()
+        if name not in pythons
+    }
     checkout = chat_folder(options.deepspeed_chat)
     work = work_of(shaped, folder, prompts, where, updates, seed, checkout)
     sides: dict[str, list[dict[str, Any]]] = {}
@@ -191,9 +237,15 @@ def chat_folder(checkout: Path | None) -> Path | None:
 
 
 def verdict(sides: dict[str, list[dict[str, Any]]], target: float, *, by_cpu: bool) -> str:
-    """Ours against the faster peer, by medians. by_cpu: one thread each, on processors that others may share."""
+    """Ours against the faster peer, by medians. by_cpu: one thread each, on processors that others
+    may share.
+    """
     clock, cpu = (
-        {name: Spread.of([repeat[key] for repeat in repeats]).median for name, repeats in sides.items() if "total_s" in repeats[0]}
+        {
+            name: Spread.of([repeat[key] for repeat in repeats]).median
+            for name, repeats in sides.items()
+            if "total_s" in repeats[0]
+        }
         for key in ("total_s", "cpu_s")
     )
     judged = cpu if by_cpu else clock
@@ -218,12 +270,20 @@ def table(size: Size, folder: Path, where: Where, options: Any, seed: int, say: 
     for real_lengths, name in ppo.LENGTHS.items():
         if options.lengths not in ("both", name.split()[0]):
             continue
-        rounds, updates = (options.rounds, options.repeats) if not real_lengths else (max(1, options.rounds - 1), max(1, options.repeats - 2))
+        rounds, updates = (
+            (options.rounds, options.repeats)
+            if not real_lengths
+            else (max(1, options.rounds - 1), max(1, options.repeats - 2))
+        )
         say(f"  {name}: {rounds} rounds of {updates} updates")
         place = folder / name.split()[0]
-        prompts, sides, absent = measure(size, place, where, rounds, updates, seed, real_lengths=real_lengths, options=options, say=say)
+        prompts, sides, absent = measure(
+            size, place, where, rounds, updates, seed, real_lengths=real_lengths, options=options, say=say
+        )
         rows += [ppo.row(f"{name}, {side}", repeats, size.batch) for side, repeats in sides.items()]
-        notes.append(f"{name}: {ppo.described(prompts)}, counted and the same for all; {rounds} rounds in turn, {updates} updates each after one")
+        notes.append(
+            f"{name}: {ppo.described(prompts)}, counted and the same for all; {rounds} rounds in turn, {updates} updates each after one"
+        )
         notes.append(f"  {verdict(sides, TARGETS[real_lengths], by_cpu=where.device == 'cpu')}")
         notes += [f"  {peer} did not run: {why}" for peer, why in absent.items()]
         numbers[name] = sides

@@ -1,8 +1,11 @@
-"""How long it takes from a command to its first update, and from the end of a step to the first update of the next.
+"""How long it takes from a command to its first update, and from the end of a step to the first
+update of the next.
 
-`python benchmarks/start_up.py` trains the demo for a few updates a step and prints medians: cold, with nothing of ours in the caches, and
-warm, as a second run finds them. What is cold of the disk itself depends on what ran before. `--rows FOLDER` trains on other rows, `--set`
-changes the job as for rlhf-train: hardware.device=cuda, say. All times but the imports are of the events that a run writes.
+`python benchmarks/start_up.py` trains the demo for a few updates a step and prints medians: cold,
+with nothing of ours in the caches, and warm, as a second run finds them. What is cold of the disk
+itself depends on what ran before. `--rows FOLDER` trains on other rows, `--set` changes the job as
+for rlhf-train: hardware.device=cuda, say. All times but the imports are of the events that a run
+writes.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from jobs.events import RawEvent, read_events  # noqa: E402
 from jobs.run_dir import RunDir  # noqa: E402
 from jobs.views.console import console_on  # noqa: E402
 
-# Some seconds of training a step, since what a step does for the next one takes time as well. Four are what step 3 does with one rollout.
+# Some seconds of training a step, since what a step does for the next one takes time as well. Four
+# are what step 3 does with one rollout.
 FEW = ["sft.max_updates=120", "reward.max_updates=80", "ppo.max_updates=4", "ppo.warmup_updates=1", "data.eval_rows=64"]
 # Rows of real chats are longer than the demo's.
 LONGER = ["data.max_prompt_tokens=256", "data.max_response_tokens=64", "actor.model.config.max_position_embeddings=512"]
@@ -75,13 +79,18 @@ class Row:
     phases: dict[str, list[float]] = field(default_factory=dict)
 
     def cells(self) -> list[str]:
-        phases = [f"{median(self.phases[name]):.2f}" if name in self.phases else "-" for name in (STARTING, ROWS, MODELS, TRYING, BEFORE)]
+        phases = [
+            f"{median(self.phases[name]):.2f}" if name in self.phases else "-"
+            for name in (STARTING, ROWS, MODELS, TRYING, BEFORE)
+        ]
         spread = f"{min(self.seconds):.2f} to {max(self.seconds):.2f}"
         return [self.what, self.caches, f"{median(self.seconds):.2f}", spread, *phases]
 
 
 def measure(repeats: int, settings: Sequence[str] = (), rows: Path | None = None, job: str = "demo") -> list[Row]:
-    """A row for each wait before a first update, and one for the whole command, with cold and warm caches in turn."""
+    """A row for each wait before a first update, and one for the whole command, with cold and warm
+    caches in turn.
+    """
     found: dict[tuple[str, str], Row] = {}
     with tempfile.TemporaryDirectory(prefix="start-up-") as name:
         folder = Path(name)
@@ -138,14 +147,18 @@ def phases_of(events: Sequence[RawEvent], since: float) -> dict[str, float]:
 
 
 def imports(repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of what each process imports, in seconds by package (`python -X importtime`, which itself slows it a little)."""
+    """Medians of what each process imports, in seconds by package (`python -X importtime`, which
+    itself slows it a little).
+    """
     found: dict[str, dict[str, float]] = {}
     for process, statement in IMPORTS.items():
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(repeats):
             said = run_python("-X", "importtime", "-c", statement).stderr
             spent: Counter[str] = Counter()
-            for micros, module in re.findall(r"^import time:\s+([0-9]+) \|\s+[0-9]+ \|\s+(\S+)", said, flags=re.MULTILINE):
+            for micros, module in re.findall(
+                r"^import time:\s+([0-9]+) \|\s+[0-9]+ \|\s+(\S+)", said, flags=re.MULTILINE
+            ):
                 package = module.split(".")[0]
                 spent[package if package in LIBRARIES else "other"] += int(micros)
             for package in (*LIBRARIES, "other"):
@@ -158,14 +171,25 @@ def imports(repeats: int) -> dict[str, dict[str, float]]:
 
 def run_python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], cwd=CHECKOUT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=True
+        [sys.executable, *words],
+        cwd=CHECKOUT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
 
 def container_s(repeats: int) -> list[float] | str:
     """`docker compose run` up to Python's first line; or why it is not measured."""
     try:
-        image = subprocess.run(["docker", "compose", "images", "--quiet", "train"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+        image = subprocess.run(
+            ["docker", "compose", "images", "--quiet", "train"],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         engine = subprocess.run(["docker", "version"], capture_output=True, text=True, check=False)
     except OSError:
         return "there is no Docker here"
@@ -206,7 +230,10 @@ def table_of_imports(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 def named_machine() -> str:
     gpu = subprocess.run(
-        ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null"], capture_output=True, text=True, check=False
+        ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.split("\n")
     gpus = [name for name in gpu if name]
     return machine() + (f"; {len(gpus)} x {gpus[0]}" if gpus else "; no GPU") + f"; load {os.getloadavg()[0]:.1f}"
@@ -217,7 +244,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="runs with cold caches, and as many with warm ones")
     parser.add_argument("--job", default="demo", help="as for rlhf-train; of each step a few updates are done")
     parser.add_argument("--rows", type=Path, metavar="FOLDER", help="train on these rows")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     options, before = parser.parse_args(), named_machine()
     rows = measure(options.repeats, options.set, options.rows and options.rows.resolve(), options.job)
@@ -231,7 +260,13 @@ def main() -> int:
     said = container if isinstance(container, str) else f"{median(container):.2f} s"
     out.print(f"\n`docker compose run train` to Python's first line: {said}")
     if options.json:
-        numbers = {"machine": before, "command": sys.argv, "rows": [asdict(row) for row in rows], "imports": found, "container": container}
+        numbers = {
+            "machine": before,
+            "command": sys.argv,
+            "rows": [asdict(row) for row in rows],
+            "imports": found,
+            "container": container,
+        }
         options.json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     return 0
 

@@ -1,4 +1,6 @@
-"""Steps 1 and 2 of the product on rows of exactly known length: samples and tokens a second, and the share of the measured matmul rate."""
+"""Steps 1 and 2 of the product on rows of exactly known length: samples and tokens a second, and
+the share of the measured matmul rate.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Step:
 
 
 def steps_of(size: Size, name: str) -> Step:
-    """The shapes of the published measurements: 16 x 128 on a CPU, 32 x 512 and 16 pairs x 512 on a GPU."""
+    """The shapes of the published measurements: 16 x 128 on a CPU, 32 x 512 and 16 pairs x 512 on a
+    GPU.
+    """
     tokens = size.prompt_tokens + size.response_tokens
     if name == "sft":
         return Step(1, "step 1", "sft", 32 if tokens >= 512 else min(16, size.batch), tokens)
@@ -48,7 +52,9 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
         return text(dice.randint(len(SPECIAL), size.vocabulary, tokens).tolist())
 
     answer = size.response_tokens - 1
-    return [{"prompt": words(size.prompt_tokens), "chosen": words(answer), "rejected": words(answer)} for _ in range(count)]
+    return [
+        {"prompt": words(size.prompt_tokens), "chosen": words(answer), "rejected": words(answer)} for _ in range(count)
+    ]
 
 
 def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> Ran:
@@ -60,17 +66,37 @@ def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: 
     data = {"split": [int(step.number == n) for n in (1, 2, 3)]}
     part = {"global_batch": step.batch, "max_updates": total, "epochs": float(total)}
     sized = replace(size, batch=step.batch)
-    job = job_of(sized, str(folder / "model"), str(folder / "model"), folder / "rows", where, data=data, **{step.part: part}, **parts)
+    job = job_of(
+        sized,
+        str(folder / "model"),
+        str(folder / "model"),
+        folder / "rows",
+        where,
+        data=data,
+        **{step.part: part},
+        **parts,
+    )
     return run_product(job, [step.number], folder, where)
 
 
-def table(name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
+def table(
+    name: str,
+    size: Size,
+    folder: Path,
+    where: Where,
+    updates: int,
+    seed: int,
+    ceiling: Ceilings,
+    say: Callable[[str], None],
+) -> Table:
     step = steps_of(size, name)
     say(f"  {step.sequences} sequences of {step.tokens} tokens")
     lines = run(step, size, folder, where, updates, seed).updates(step.number, WARM_UP)
     key = "cpu_s" if clock_of(where).startswith("seconds of the CPU") else "wall_s"
     fields, with_head = (size.actor, True) if step.number == 1 else (size.critic, False)
-    row, numbers = row_of(step, [line[key] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median)
+    row, numbers = row_of(
+        step, [line[key] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median
+    )
     row.append(f"{Spread.of([line['real_token_share'] for line in lines]).median:.1%}")
     notes = [
         f"{step.sequences} sequences of {step.tokens} tokens an update, none padded; {updates} updates after {WARM_UP} that do not count",
@@ -85,6 +111,17 @@ def row_of(step: Step, seconds: Sequence[float], parameters: int, flops_s: float
     taken = Spread.of(seconds)
     tokens_s = step.sequences * step.tokens / taken.median
     share = matmul_share(parameters, tokens_s, flops_s)
-    numbers = {"parameters": parameters, "tokens_s": tokens_s, "matmul_share": share, "samples_s": step.batch / taken.median}
+    numbers = {
+        "parameters": parameters,
+        "tokens_s": tokens_s,
+        "matmul_share": share,
+        "samples_s": step.batch / taken.median,
+    }
     kind = "pairs" if step.number == 2 else "rows"
-    return [f"{step.name}, {step.batch} {kind}", f"{taken:.3f}", f"{step.batch / taken.median:.1f}", f"{tokens_s:,.0f}", f"{share:.1%}"], numbers
+    return [
+        f"{step.name}, {step.batch} {kind}",
+        f"{taken:.3f}",
+        f"{step.batch / taken.median:.1f}",
+        f"{tokens_s:,.0f}",
+        f"{share:.1%}",
+    ], numbers

@@ -1,4 +1,6 @@
-"""Each NAME of benchmarks/run.py with the measurement that makes its table, and what stands at the foot of all of them."""
+"""Each NAME of benchmarks/run.py with the measurement that makes its table, and what stands at the
+foot of all of them.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,32 @@ def do_ceilings(bench: Bench) -> Table:
 
 def do_decode(bench: Bench) -> Table:
     device, repeats = bench.where.device, bench.options.repeats
-    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say)
+    return decode.table(
+        bench.size, bench.where, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say
+    )
 
 
 def do_step(name: str) -> Callable[[Bench], Table]:
     def do(bench: Bench) -> Table:
         device, repeats = bench.where.device, bench.options.repeats
         ceiling = ceilings.measure(device, repeats)
-        return steps.table(name, bench.size, bench.folder, bench.where, 2 * repeats, bench.options.seed, ceiling, bench.say)
+        return steps.table(
+            name, bench.size, bench.folder, bench.where, 2 * repeats, bench.options.seed, ceiling, bench.say
+        )
 
     return do
 
 
 def do_ppo(bench: Bench) -> Table:
-    return ppo.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, bench.options.lengths, bench.say)
+    return ppo.table(
+        bench.size,
+        bench.folder,
+        bench.where,
+        bench.options.repeats,
+        bench.options.seed,
+        bench.options.lengths,
+        bench.say,
+    )
 
 
 def do_peers(bench: Bench) -> Table:
@@ -77,13 +91,17 @@ def do_memory(bench: Bench) -> Table:
 
 def do_growth(bench: Bench) -> Table:
     ranks = most_ranks("growth", bench.where.device)
-    return growth.table(bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say)
+    return growth.table(
+        bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say
+    )
 
 
 def do_scaling(name: str) -> Callable[[Bench], Table]:
     def do(bench: Bench) -> Table:
         updates = bench.options.repeats if name == "ppo" else 2 * bench.options.repeats
-        return scaling.speed(name, bench.size, bench.folder, bench.where, updates, bench.options.seed, _models(bench), bench.say)
+        return scaling.speed(
+            name, bench.size, bench.folder, bench.where, updates, bench.options.seed, _models(bench), bench.say
+        )
 
     return do
 
@@ -91,7 +109,9 @@ def do_scaling(name: str) -> Callable[[Bench], Table]:
 def _models(bench: Bench) -> Path:
     """Of random weights, written once for all that is measured in one call."""
     folder = bench.folder.parent / "models"
-    return folder if folder.exists() else scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
+    return (
+        folder if folder.exists() else scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
+    )
 
 
 def do_curves(bench: Bench) -> Table:
@@ -109,7 +129,13 @@ def do_fits(bench: Bench) -> Table:
 def do_start_up(bench: Bench) -> Table:
     """What benchmarks/start_up.py prints and writes."""
     file = bench.folder / "start_up.json"
-    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file), "--repeats", str(min(3, bench.options.repeats))]
+    words = [
+        str(Path(__file__).parent / "start_up.py"),
+        "--json",
+        str(file),
+        "--repeats",
+        str(min(3, bench.options.repeats)),
+    ]
     words += ["--set", f"hardware.device={bench.where.device}"]
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
     return Table("start-up", [], [], done.stdout.strip().splitlines(), json.loads(file.read_text(encoding="utf-8")))
@@ -143,5 +169,10 @@ def most_ranks(name: str, device: str) -> int:
 
 def foot(bench: Bench, seconds: float) -> list[str]:
     malloc = " ".join(f"{name}={value}" for name, value in MALLOC.items())
-    lines = [f"$ python {shlex.join(sys.argv)}", machine(bench.where), versions(), f"{malloc} for every measured process"]
+    lines = [
+        f"$ python {shlex.join(sys.argv)}",
+        machine(bench.where),
+        versions(),
+        f"{malloc} for every measured process",
+    ]
     return [*lines, f"size {bench.options.size}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s"]

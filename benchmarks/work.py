@@ -1,7 +1,9 @@
-"""Work of exactly known size for every measured side: model folders with random weights, their tokenizer, prompts, rows of text.
+"""Work of exactly known size for every measured side: model folders with random weights, their
+tokenizer, prompts, rows of text.
 
-What ends an answer is in the weights, so that whoever loads the folder samples answers of the same lengths: never a special token;
-or, with a countdown, as many tokens as the prompt's last word says; or an EOS with the same probability at every token.
+What ends an answer is in the weights, so that whoever loads the folder samples answers of the same
+lengths: never a special token; or, with a countdown, as many tokens as the prompt's last word says;
+or an EOS with the same probability at every token.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, EOS = 1, 2
-PUSH = 10.0  # the final layer norm's bias, and minus the unembedding, along the one direction that keeps special tokens away
+# the final layer norm's bias, and minus the unembedding, along the one direction that keeps special
+# tokens away
+PUSH = 10.0
 CHAIN_NORM = 8.0  # of the countdown's embeddings
 CALM = 0.02  # of what the countdown's layers add to the residual stream, so that the token's own embedding stands out
-THRESHOLD, LOUD = 0.6, 100.0  # cosine at which a token of the countdown is recognised, and how loudly the next one is said
+THRESHOLD, LOUD = (
+    0.6,
+    100.0,
+)  # cosine at which a token of the countdown is recognised, and how loudly the next one is said
 
-# Means before what is too long is drawn again, as shares of the most: 130 and 50 tokens of 256 are left, as in hh-rlhf (median 127 and 36).
+# Means before what is too long is drawn again, as shares of the most: 130 and 50 tokens of 256 are
+# left, as in hh-rlhf (median 127 and 36).
 MEAN_PROMPT, MEAN_ANSWER = 200 / 256, 50 / 256
 
 
@@ -67,7 +75,16 @@ OPT_350M = opt(1024, 24, 16, 50272, 2048, word_embed_proj_dim=512, do_layer_norm
 SIZES = {
     "tiny": Size(opt(64, 2, 4, 256, 64), opt(32, 2, 2, 256, 64), 8, 8, 6, 24, 16, decode_batches=(2,)),
     "small": Size(opt(256, 4, 8, 2048, 512), opt(128, 4, 4, 2048, 512), 64, 64, 64),
-    "opt-1.3b": Size(opt(2048, 24, 32, 50272, 2048), OPT_350M, 256, 256, 256, precision="bfloat16", micro_batch=64, decode_batches=(16, 64, 256)),
+    "opt-1.3b": Size(
+        opt(2048, 24, 32, 50272, 2048),
+        OPT_350M,
+        256,
+        256,
+        256,
+        precision="bfloat16",
+        micro_batch=64,
+        decode_batches=(16, 64, 256),
+    ),
 }
 
 
@@ -76,7 +93,9 @@ SIZES = {
 
 def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
     """`w17` is token 17, and each word one token."""
-    words = {word: number for number, word in enumerate([*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), vocabulary))])}
+    words = {
+        word: number for number, word in enumerate([*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), vocabulary))])
+    }
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -91,7 +110,15 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def _config(fields: dict[str, Any], **more: Any) -> Any:
-    fields = {**fields, "dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS, **more}
+    fields = {
+        **fields,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pad_token_id": PAD,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        **more,
+    }
     return AutoConfig.for_model(**fields)
 
 
@@ -99,13 +126,16 @@ def _config(fields: dict[str, Any], **more: Any) -> Any:
 def actor_of(fields: dict[str, Any], seed: int, *, countdown: int = 0, end_probability: float = 0.0) -> Any:
     """OPT with the head tied to the embedding; its answers do not end.
 
-    countdown: they do, after as many tokens as the prompt's last word says: see `countdown_word`; the most that it can say.
-    end_probability: they do with this probability at every token. What else is said does not depend on what was said.
+    countdown: they do, after as many tokens as the prompt's last word says: see `countdown_word`;
+    the most that it can say.
+    end_probability: they do with this probability at every token. What else is said does not depend
+    on what was said.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(fields))
     decoder, embedding = model.model.decoder, model.get_input_embeddings().weight
-    # The last direction is one of final layer norm and head alone: a constant there, which special tokens answer with -PUSH^2.
+    # The last direction is one of final layer norm and head alone: a constant there, which special
+    # tokens answer with -PUSH^2.
     embedding[:, -1] = 0
     embedding[: len(SPECIAL), -1] = -PUSH
     decoder.final_layer_norm.weight[-1], decoder.final_layer_norm.bias[-1] = 0, PUSH
@@ -125,7 +155,9 @@ def countdown_word(tokens: int) -> int:
 
 
 def _count_down(decoder: Any, embedding: torch.Tensor, longest: int) -> None:
-    """Neuron k of the last layer recognises `countdown_word(k)` and says the one before it; the first says EOS."""
+    """Neuron k of the last layer recognises `countdown_word(k)` and says the one before it; the
+    first says EOS.
+    """
     chain = [EOS, *map(countdown_word, range(1, longest + 1))]
     vectors = embedding[chain]
     vectors[:, -1] = 0
@@ -156,7 +188,9 @@ def write_model(model: Any, vocabulary: int, folder: Path) -> Path:
 def write_models(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> tuple[Path, Path]:
     """-> folders of the actor and of the critic, which the reward model is too."""
     actor = actor_of(size.actor, seed, countdown=size.real_response_tokens if real_lengths else 0)
-    return write_model(actor, size.vocabulary, folder / "actor"), write_model(critic_of(size.critic, seed), size.vocabulary, folder / "critic")
+    return write_model(actor, size.vocabulary, folder / "actor"), write_model(
+        critic_of(size.critic, seed), size.vocabulary, folder / "critic"
+    )
 
 
 def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
@@ -170,7 +204,9 @@ def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
 
 
 def weight_bytes_of_decoding(fields: dict[str, Any], bytes_each: int) -> int:
-    """What a decode step reads of the weights: those of the matrix products, and their biases and norms."""
+    """What a decode step reads of the weights: those of the matrix products, and their biases and
+    norms.
+    """
     width, feed = fields["hidden_size"], fields["ffn_dim"]
     small = fields["num_hidden_layers"] * (4 * width + feed + width + 4 * width) + 2 * width
     return (matmul_parameters(fields, with_head=True) + small) * bytes_each
@@ -179,7 +215,9 @@ def weight_bytes_of_decoding(fields: dict[str, Any], bytes_each: int) -> int:
 # --- prompts and rows ----------------------------------------------------------------------------------------------
 
 
-def drawn_lengths(dice: np.random.RandomState, count: int, mean: float, shape: float, least: int, most: int) -> np.ndarray:
+def drawn_lengths(
+    dice: np.random.RandomState, count: int, mean: float, shape: float, least: int, most: int
+) -> np.ndarray:
     """Whole numbers after a gamma distribution of this mean, those beyond the limits drawn again."""
     lengths: list[int] = []
     while len(lengths) < count:
@@ -214,7 +252,10 @@ def prompts_of(size: Size, seed: int, *, real_lengths: bool, count: int | None =
         return Prompts(rows.tolist(), [size.response_tokens] * count)
     lengths = drawn_lengths(dice, count, MEAN_PROMPT * size.real_prompt_tokens, 2.0, 4, size.real_prompt_tokens)
     answers = drawn_lengths(dice, count, MEAN_ANSWER * size.real_response_tokens, 1.0, 2, size.real_response_tokens)
-    ids = [[*dice.randint(first, size.vocabulary, n - 1).tolist(), countdown_word(int(a))] for n, a in zip(lengths, answers, strict=True)]
+    ids = [
+        [*dice.randint(first, size.vocabulary, n - 1).tolist(), countdown_word(int(a))]
+        for n, a in zip(lengths, answers, strict=True)
+    ]
     return Prompts(ids, answers.tolist())
 
 

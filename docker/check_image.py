@@ -1,9 +1,11 @@
-"""The image checks itself when it is built: versions as locked, PyTorch's CUDA, DeepSpeed's operators. No GPU is needed.
+"""The image checks itself when it is built: versions as locked, PyTorch's CUDA, DeepSpeed's
+operators. No GPU is needed.
 
     python check_image.py image.txt torch-cu118.txt "7.0 7.5 8.0 8.6 8.9 9.0"
 
-The last argument is the compute capabilities that the operators were compiled for; empty: there are none. Every mistake is a
-line on stderr, and the exit status is 1. What depends on the machine that runs the image is checked at start, by rlhf_train.
+The last argument is the compute capabilities that the operators were compiled for; empty: there are
+none. Every mistake is a line on stderr, and the exit status is 1. What depends on the machine that
+runs the image is checked at start, by rlhf_train.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def name(distribution: importlib.metadata.Distribution) -> str:
 
 
 def cuda(torch_version: str) -> Iterator[str]:
-    """2.0.1+cu118 was built for CUDA 11.8, 2.0.1+cpu for none; the package index's 2.0.1 says nothing."""
+    """2.0.1+cu118 was built for CUDA 11.8, 2.0.1+cpu for none; the package index's 2.0.1 says
+    nothing.
+    """
     import torch
 
     tag = torch_version.partition("+")[2]
@@ -48,7 +52,9 @@ def cuda(torch_version: str) -> Iterator[str]:
 
 
 def operators(capabilities: Sequence[str]) -> Iterator[str]:
-    """DeepSpeed finds them compiled (so that nothing compiles at first start), they load, and they are for these cards and any CPU."""
+    """DeepSpeed finds them compiled (so that nothing compiles at first start), they load, and they
+    are for these cards and any CPU.
+    """
     os.environ["DS_ACCELERATOR"] = "cuda" if capabilities else "cpu"  # that they were built for, though here is no card
     from deepspeed.git_version_info import installed_ops
 

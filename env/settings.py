@@ -1,5 +1,6 @@
-"""What the environment decides, read in one place: where caches and runs lie, and whether this is continuous integration;
-what a machine must have (limits.toml); and what is known of those who rent machines out (providers/).
+"""What the environment decides, read in one place: where caches and runs lie, and whether this is
+continuous integration; what a machine must have (limits.toml); and what is known of those who rent
+machines out (providers/).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Settings:
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
         """An empty variable counts as unset, as the XDG specification has it."""
         return cls(
-            cache=Path(environ["RLHF_CACHE"]) if environ.get("RLHF_CACHE") else _user_folder(environ, "XDG_CACHE_HOME", ".cache") / "rlhf-box",
+            cache=Path(environ["RLHF_CACHE"])
+            if environ.get("RLHF_CACHE")
+            else _user_folder(environ, "XDG_CACHE_HOME", ".cache") / "rlhf-box",
             runs=Path(environ.get("RLHF_RUNS") or "runs"),
             ci=environ.get("RLHF_CI") == "1",
             boxes=Path(environ.get("RLHF_BOXES") or "boxes.yaml"),
@@ -42,7 +45,9 @@ class Settings:
 
 
 def _user_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
-    """XDG_CACHE_HOME and its like, which the specification says to ignore unless they are absolute; else ~/.cache."""
+    """XDG_CACHE_HOME and its like, which the specification says to ignore unless they are absolute;
+    else ~/.cache.
+    """
     chosen = Path(environ.get(variable, ""))
     return chosen if chosen.is_absolute() else Path(environ.get("HOME") or Path.home()) / default
 
@@ -125,7 +130,10 @@ class ClockLimits(_Table):
 
 
 class Limits(_Table):
-    """limits.toml: every threshold that decides whether a machine is fit. A key too many or too few is an error."""
+    """limits.toml: every threshold that decides whether a machine is fit.
+
+    A key too many or too few is an error.
+    """
 
     image: ImageLimits
     cuda: dict[Version, CudaLimits]
@@ -147,7 +155,9 @@ class Limits(_Table):
 
 
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-Paths = Annotated[tuple[Annotated[str, Field(pattern=r"^(/|\$HOME(/|$))")], ...], Field(strict=False)]  # `$HOME` is the box's, of its user
+Paths = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^(/|\$HOME(/|$))")], ...], Field(strict=False)
+]  # `$HOME` is the box's, of its user
 Fate = Literal["kept", "lost", "unknown"]
 
 
@@ -155,7 +165,9 @@ class Signs(_Table):
     """How a box is recognised: by any one of these."""
 
     hostnames: Words = ()  # regular expressions for the whole name
-    variables: Annotated[tuple[Names, ...], Field(strict=False)] = ()  # groups of names, of process 1; all of a group must be there
+    variables: Annotated[
+        tuple[Names, ...], Field(strict=False)
+    ] = ()  # groups of names, of process 1; all of a group must be there
     files: Paths = ()
 
 
@@ -184,7 +196,10 @@ class StopRules(_Table):
 
 
 class Provider(_Table):
-    """providers/NAME.toml: what is known of one who rents boxes out. Facts only: code decides by them, not by the name."""
+    """providers/NAME.toml: what is known of one who rents boxes out.
+
+    Facts only: code decides by them, not by the name.
+    """
 
     name: str
     title: str
@@ -193,8 +208,10 @@ class Provider(_Table):
     data_folders: Paths  # for our folder: the first of them that is there
     folders: Annotated[tuple[KeptFolder, ...], Field(strict=False)] = ()
     stop: StopRules
-    env_files: Paths = ()  # what its own shells read and `ssh BOX COMMAND` does not: to be sourced before a job, if there
-    proxy_files: Paths = ()  # sets a proxy for the way abroad; to be sourced for that alone, never together with a mirror
+    # what its own shells read and `ssh BOX COMMAND` does not: to be sourced before a job, if there
+    env_files: Paths = ()
+    # sets a proxy for the way abroad; to be sourced for that alone, never together with a mirror
+    proxy_files: Paths = ()
     mirror: str = "default"  # the file of mirrors/ that is advised there
     pythons: Paths = ()  # interpreters that a non-interactive shell does not find
     condas: Paths = ()

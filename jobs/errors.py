@@ -26,7 +26,8 @@ class ExitCode(IntEnum):
 class ToolkitError(Exception):
     """Say what happened, why, and what to do next; printed as it stands, without a traceback.
 
-    `what`, `why`, `hint`, `exit_code`: these names also in the error event, in `--json` and in a rank's last words.
+    `what`, `why`, `hint`, `exit_code`: these names also in the error event, in `--json` and in a
+    rank's last words.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
     """What the system refused: no space, no permission, not a folder."""
     full = error.errno == errno.ENOSPC
     return ToolkitError(
-        f"the disk is full{f': {error.filename}' if error.filename else ''}" if full else f"cannot use {error.filename or 'a file of the run'}",
+        f"the disk is full{f': {error.filename}' if error.filename else ''}"
+        if full
+        else f"cannot use {error.filename or 'a file of the run'}",
         why=error.strerror or str(error),
         hint="make room or mend the path, then the same command resumes",
         exit_code=exit_code,

@@ -1,8 +1,9 @@
-"""`events.jsonl`, the truth of a training run: one JSON object a line, written by rank 0 and flushed.
+"""`events.jsonl`, the truth of a training run: one JSON object a line, written by rank 0 and
+flushed.
 
-Every line has `schema`, `seq`, `time` (UTC) and `kind`; the other fields of each kind are the dataclasses below.
-Fields that are None are left out; numbers that are not finite are the words nan, inf and -inf. Terminal, SSH view and
-report are views of these lines and of nothing else.
+Every line has `schema`, `seq`, `time` (UTC) and `kind`; the other fields of each kind are the
+dataclasses below. Fields that are None are left out; numbers that are not finite are the words nan,
+inf and -inf. Terminal, SSH view and report are views of these lines and of nothing else.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ class Measured(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Measured):
-    """Numbers after `update` of `updates`. Step 3 writes one line a rollout, averaged over its updates."""
+    """Numbers after `update` of `updates`.
+
+    Step 3 writes one line a rollout, averaged over its updates.
+    """
 
     kind = "metrics"
     learning_rate: float = field(metadata=metric(".3g", "learning_rate", NUMBER))
@@ -151,7 +155,9 @@ class Metrics(Measured):
     train_s: float | None = field(default=None, metadata=NOT_SHOWN)
 
 
-SHOWN: dict[str, MetricFormat] = {each.name: each.metadata["shown"] for each in fields(Metrics) if each.metadata.get("shown")}
+SHOWN: dict[str, MetricFormat] = {
+    each.name: each.metadata["shown"] for each in fields(Metrics) if each.metadata.get("shown")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +175,9 @@ class Sample(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Event):
-    """A folder is complete on disk: what the step can go on from, or a model in Hugging Face format."""
+    """A folder is complete on disk: what the step can go on from, or a model in Hugging Face
+    format.
+    """
 
     kind = "checkpoint"
     step: int
@@ -237,7 +245,9 @@ class End(Event):
     reward_scale: float | None = None
 
 
-KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in (Plan, Progress, Metrics, Sample, Checkpoint, Warning, Error, Resumed, End)}
+KINDS: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (Plan, Progress, Metrics, Sample, Checkpoint, Warning, Error, Resumed, End)
+}
 
 
 class EventWriter:
@@ -246,7 +256,8 @@ class EventWriter:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._seq = _cut_torn_line(path)
-        # A lone surrogate (a path that is not UTF-8, in an error) becomes its own JSON escape and reads back the same.
+        # A lone surrogate (a path that is not UTF-8, in an error) becomes its own JSON escape and
+        # reads back the same.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def __call__(self, event: Event) -> RawEvent:
@@ -277,7 +288,9 @@ def _cut_torn_line(path: Path) -> int:
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
-    """Whole lines from byte `offset` on -> (parsed events, offset to read on from). A torn last line waits; one that a loss of power
+    """Whole lines from byte `offset` on -> (parsed events, offset to read on from).
+
+    A torn last line waits; one that a loss of power
     has damaged is left out.
     """
     if not path.exists():
@@ -290,7 +303,10 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
 
 
 def parsed(line: bytes) -> RawEvent | None:
-    """Read one line; None for what is no event. An error of an older run is given today's field names."""
+    """Read one line; None for what is no event.
+
+    An error of an older run is given today's field names.
+    """
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,7 +1,8 @@
 """Whether a machine is fit for a job: facts in, findings out, each one line with what to do.
 
-The facts are plain values, collected by rlhf_train/plan/machine.py at each start, and from afar by a shell probe; a fact that
-is None is not known, and what depends on it is not judged. The thresholds stand in env/limits.toml.
+The facts are plain values, collected by rlhf_train/plan/machine.py at each start, and from afar by
+a shell probe; a fact that is None is not known, and what depends on it is not judged. The
+thresholds stand in env/limits.toml.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Holder:
     gpu: int | None  # nvidia-smi's index; None: it is not known on which card, or whether at all
     pid: int
     used_bytes: int | None = None
-    command: str = ""  # "" if it cannot be seen from here: in a container, nvidia-smi may name processes by the host's pids
+    # "" if it cannot be seen from here: in a container, nvidia-smi may name processes by the host's
+    # pids
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class FitnessFacts:
     cards: tuple[Gpu, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
     peer_access: bool | None = None  # some GPU reaches another's memory
     peer_copies_wrong: bool = False  # a copy from one GPU to another was compared, and differed
-    gpu_used_bytes: tuple[int | None, ...] | None = None  # before the job begins; by nvidia-smi's index, hidden cards too
+    # before the job begins; by nvidia-smi's index, hidden cards too
+    gpu_used_bytes: tuple[int | None, ...] | None = None
     gpu_holders: tuple[Holder, ...] = ()
     shared_memory_bytes: int | None = None  # free in /dev/shm
     shared_memory_used: bool = True  # NCCL_SHM_DISABLE is not 1
@@ -75,7 +79,9 @@ class FitnessFacts:
     uid: int | None = None  # ours
     gid: int | None = None
     folders: tuple[Folder, ...] = ()
-    hub_cache: Folder | None = None  # where models will be fetched to; None too if there are none to fetch, or it is on the run's disk
+    # where models will be fetched to; None too if there are none to fetch, or it is on the run's
+    # disk
+    hub_cache: Folder | None = None
 
 
 @dataclass(frozen=True)
@@ -107,18 +113,31 @@ def judge(facts: FitnessFacts, limits: Limits) -> list[Finding]:
 def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
     """What makes the machine unfit, all together; None if nothing does."""
     lines = [str(finding) for finding in findings if finding.level == "unfit"]
-    return ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT) if lines else None
+    return (
+        ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT)
+        if lines
+        else None
+    )
 
 
 def no_peer_access(facts: FitnessFacts, limits: Limits) -> str:
-    """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as it does on other cards."""
+    """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as
+    it does on other cards.
+    """
     if facts.peer_copies_wrong:
         return "what one GPU writes into another's memory arrives changed"
     name = next((card.name for card in facts.cards or () if "GeForce" in card.name), "")
-    broken = next((card.name for card in facts.cards or () if any(part in card.name for part in limits.peer_access.broken_cards)), "")
+    broken = next(
+        (card.name for card in facts.cards or () if any(part in card.name for part in limits.peer_access.broken_cards)),
+        "",
+    )
     if name and facts.peer_access is False:
         return f"{name} has no peer access here"
-    if broken and "GeForce" in broken and (facts.driver is None or version(facts.driver) < version(limits.peer_access.mended_driver)):
+    if (
+        broken
+        and "GeForce" in broken
+        and (facts.driver is None or version(facts.driver) < version(limits.peer_access.mended_driver))
+    ):
         return f"the peer access that driver {facts.driver or 'unknown'} offers on {broken} does not work"
     return ""
 
@@ -129,7 +148,9 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def wants_gpu(facts: FitnessFacts) -> bool:
-    """With `auto`, a PyTorch that was built for CUDA wants one, unless GPUs are hidden from it on purpose."""
+    """With `auto`, a PyTorch that was built for CUDA wants one, unless GPUs are hidden from it on
+    purpose.
+    """
     hidden = facts.visible_devices is not None and facts.visible_devices.strip() in ("", "-1")
     return facts.device == "cuda" or (facts.device == "auto" and facts.cuda is not None and not hidden)
 
@@ -148,7 +169,13 @@ def _driver(facts: FitnessFacts, limits: Limits) -> list[Finding]:
         return []  # where PyTorch sees a GPU, an older driver has NVIDIA's forward compatibility package
     what = f"the NVIDIA driver {facts.driver} is too old for CUDA {facts.cuda}"
     least = "" if wanted.driver_advised == wanted.driver_min else f" ({wanted.driver_min} at least)"
-    return [Finding("unfit", what, f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it")]
+    return [
+        Finding(
+            "unfit",
+            what,
+            f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it",
+        )
+    ]
 
 
 def _no_gpu(facts: FitnessFacts) -> Iterator[Finding]:
@@ -182,7 +209,9 @@ def _cards(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
             continue
         if wanted.capability_max and version(card.capability) > version(wanted.capability_max):
             what += f" is too new for CUDA {facts.cuda}, which drives up to {wanted.capability_max}"
-            yield Finding("unfit", what, "take a box with an older card, or a PyTorch for a newer CUDA without the image")
+            yield Finding(
+                "unfit", what, "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+            )
         if wanted.capability_min and version(card.capability) < version(wanted.capability_min):
             what += f" is too old for this build for CUDA {facts.cuda}, which begins at {wanted.capability_min}"
             yield Finding("unfit", what, f"take a box with a newer card; {ON_PURPOSE}")
@@ -209,11 +238,16 @@ def _freed(seen: list[Holder]) -> str:
     ways = []
     ours = " ".join(str(holder.pid) for holder in seen if "rlhf_train" in holder.command)
     if ours:
-        # A rank answers SIGTERM with a checkpoint; one that waits for others, or in a CUDA call, does not answer.
+        # A rank answers SIGTERM with a checkpoint; one that waits for others, or in a CUDA call,
+        # does not answer.
         ways.append(f"`kill {ours}` if an earlier run left it behind (`kill -9 {ours}` if it stays)")
     if not seen:
-        ways.append("look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop)")
-    return "; ".join([*ways, f"{'else ' if ours else ''}wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"])
+        ways.append(
+            "look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop)"
+        )
+    return "; ".join(
+        [*ways, f"{'else ' if ours else ''}wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"]
+    )
 
 
 def _named(holder: Holder) -> str:
@@ -226,7 +260,9 @@ def _named(holder: Holder) -> str:
 
 
 def _is_visible(gpu: int, visible_devices: str | None) -> bool:
-    """CUDA_VISIBLE_DEVICES counts up to its first number that is none; of UUIDs (`GPU-...`, `MIG-...`) we do not know the index."""
+    """CUDA_VISIBLE_DEVICES counts up to its first number that is none; of UUIDs (`GPU-...`,
+    `MIG-...`) we do not know the index.
+    """
     if visible_devices is None or re.search("[A-Za-z]", visible_devices):
         return True
     return gpu in map(int, takewhile(str.isdecimal, map(str.strip, visible_devices.split(","))))
@@ -254,7 +290,9 @@ def _cpu_operators(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     if lacking:
         # A warning: no job uses them yet (they serve optimizers that are offloaded to the CPU).
         what = f"this CPU lacks {', '.join(lacking)}, for which DeepSpeed's {', '.join(operators)} was compiled"
-        yield Finding("warning", what, "take a box with a newer CPU before the optimizer is offloaded to it; all else runs")
+        yield Finding(
+            "warning", what, "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
+        )
 
 
 def _access(folder: Folder, facts: FitnessFacts) -> list[Finding]:
@@ -286,12 +324,18 @@ def _room(folder: Folder, facts: FitnessFacts, limits: Limits) -> Iterator[Findi
         yield Finding("warning", what, "see what this job needs with --dry-run, and make room")
     if folder.free_inodes is not None and folder.free_inodes < limits.disk.inodes_min:
         what = f"{plural(folder.free_inodes, 'inodes')} are free at {found}, and a run needs {limits.disk.inodes_min} at least"
-        yield Finding("unfit", what, "remove many small files (`df -i` and `du --inodes` show where), or choose an --output-dir on another disk")
+        yield Finding(
+            "unfit",
+            what,
+            "remove many small files (`df -i` and `du --inodes` show where), or choose an --output-dir on another disk",
+        )
 
 
 def _hub_room(folder: Folder | None, limits: Limits) -> Iterator[Finding]:
     if folder is not None and folder.free_bytes is not None and folder.free_bytes < limits.hub.bytes_advised:
-        what = f"only {size(folder.free_bytes)} are free at {shlex.quote(folder.found)}, where models of the hub are kept,"
+        what = (
+            f"only {size(folder.free_bytes)} are free at {shlex.quote(folder.found)}, where models of the hub are kept,"
+        )
         what += f" and those of OPT-1.3b have about {size(limits.hub.bytes_advised)}"
         yield Finding("warning", what, "make room, or choose another HF_HOME")
 

@@ -1,5 +1,5 @@
-"""Numbers and texts as a person reads them: `1h02m`, `2.63 GB`, what became of the rows, the time left.
-Text from a model is shown, never obeyed: see `visible`.
+"""Numbers and texts as a person reads them: `1h02m`, `2.63 GB`, what became of the rows, the time
+left. Text from a model is shown, never obeyed: see `visible`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FATES = {
     "answer_cut": ("cut", "overlong answers"),
 }
 
-# Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline and tab may stay.
+# Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline
+# and tab may stay.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -98,7 +99,10 @@ def tail(text: str, cells: int) -> str:
 
 
 def fold(text: str, cells: int, most: int) -> list[str]:
-    """One to `most` lines, none wider than its place; what is left out shows as `…`. `text`: one line."""
+    """One to `most` lines, none wider than its place; what is left out shows as `…`.
+
+    `text`: one line.
+    """
     lines = [""]
     for word in text.split(" "):
         if not lines[-1]:
@@ -157,11 +161,15 @@ class Pace:
     def feed(self, event: RawEvent) -> None:
         step = event.get("step")
         if event["kind"] == "resumed":
-            # After a resume, elapsed_s may go on or begin anew: measure from the first update that follows.
+            # After a resume, elapsed_s may go on or begin anew: measure from the first update that
+            # follows.
             self._step, self._latest = step, (event.get("from_update", 0), 0.0)
             self._start = None if self._latest[0] else (0, 0.0)
         elif event["kind"] == "metrics":
-            now, updates = (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan))), int(event.get("updates", 0))
+            now, updates = (
+                (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan))),
+                int(event.get("updates", 0)),
+            )
             if step != self._step or now[0] < self._latest[0]:
                 self._step, self._start = step, (0, 0.0)
             self._start, self._latest, self._updates = self._start or now, now, updates
@@ -170,5 +178,7 @@ class Pace:
     def eta_s(self) -> float | None:
         if self._start is None or self._latest[0] <= self._start[0] or self._latest[0] >= self._updates:
             return None
-        seconds = (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0]) * (self._updates - self._latest[0])
+        seconds = (
+            (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0]) * (self._updates - self._latest[0])
+        )
         return seconds if math.isfinite(seconds) else None

@@ -1,4 +1,6 @@
-"""Print docs/job-file.md from the fields of jobs/spec.py: `make docs` writes it, and a test keeps the two equal."""
+"""Print docs/job-file.md from the fields of jobs/spec.py: `make docs` writes it, and a test keeps
+the two equal.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ class StepDir:
 
     @property
     def best(self) -> Path:
-        """With `checkpoint.best_every_updates`: the weights that did best on held-out data, as `model`."""
+        """With `checkpoint.best_every_updates`: the weights that did best on held-out data, as
+        `model`.
+        """
         return self.path / "best"
 
 
@@ -70,7 +72,10 @@ class RunDir:
 
     @property
     def format(self) -> Path:
-        """The number of this folder's format (JSON). Absent: it was begun before there was one, and is of format 1."""
+        """The number of this folder's format (JSON).
+
+        Absent: it was begun before there was one, and is of format 1.
+        """
         return self.path / "format"
 
     @property
@@ -97,7 +102,8 @@ class RunDir:
         """Written before SIGTERM by who cancels the run: it is not to go on."""
         return self.path / "job" / "cancelled"
 
-    # The rest of job/ is written by remote/on_box/supervisor.sh, each file one line. Absent: not known, or the run was started by hand.
+    # The rest of job/ is written by remote/on_box/supervisor.sh, each file one line. Absent: not
+    # known, or the run was started by hand.
 
     @property
     def request(self) -> Path:
@@ -106,7 +112,9 @@ class RunDir:
 
     @property
     def supervisor(self) -> Path:
-        """Its process; `start` (in ticks since the boot) and `boot` beside it tell it from a later one with the same number."""
+        """Its process; `start` (in ticks since the boot) and `boot` beside it tell it from a later
+        one with the same number.
+        """
         return self.path / "job" / "pid"
 
     @property

@@ -1,8 +1,9 @@
 """The job file: one YAML file for all three steps, checked whole before anything runs.
 
-Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what does not change
-learning. Each field stands with its meaning and unit, from which docs/job-file.md is made (jobs/job_file_page.py). A
-field without a meaning fails a test, and so does one without a reader.
+Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what
+does not change learning. Each field stands with its meaning and unit, from which docs/job-file.md
+is made (jobs/job_file_page.py). A field without a meaning fails a test, and so does one without a
+reader.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def _wants(wanted: str, is_right: Callable[[Any], object]) -> BeforeValidator:
 
 
 def _field(default: Any, meaning: str = "", *, unit: str = "", steps: Sequence[int] = ()) -> Any:
-    """A field of the job file. default: `...` where the file must have it. meaning: a section's stands in its docstring.
+    """A field of the job file. default: `...` where the file must have it. meaning: a section's
+    stands in its docstring.
     steps: those that read the field, where they are not its section's.
     """
     return Field(default, description=meaning, json_schema_extra={"unit": unit, "steps": list(steps)})
@@ -56,12 +58,18 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False), _wants("a list of at least one name", _is_list)]
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(strict=False),
+    _wants("a list of at least one name", _is_list),
+]
 AutoCount = Annotated[
-    Literal["auto"] | int, _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0))
+    Literal["auto"] | int,
+    _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0)),
 ]
 ZeroStage = Annotated[
-    Literal["auto", 0, 1, 2, 3], _wants("'auto', 0, 1, 2 or 3", lambda value: value == "auto" or (_is_integer(value) and 0 <= value <= 3))
+    Literal["auto", 0, 1, 2, 3],
+    _wants("'auto', 0, 1, 2 or 3", lambda value: value == "auto" or (_is_integer(value) and 0 <= value <= 3)),
 ]
 
 
@@ -72,7 +80,9 @@ class _Strict(BaseModel):
 class Scratch(_Strict):
     """A model with random weights, from a configuration."""
 
-    config: dict[str, Any] = _field(..., "`model_type`, e.g. `opt`, and what transformers' `AutoConfig.for_model` takes for it")
+    config: dict[str, Any] = _field(
+        ..., "`model_type`, e.g. `opt`, and what transformers' `AutoConfig.for_model` takes for it"
+    )
 
     @model_validator(mode="after")
     def _has_type(self) -> Scratch:
@@ -90,19 +100,27 @@ def _kind_of_model(value: Any) -> str:
 
 # A hub name, a local folder, or a configuration to start from random weights.
 Model = Annotated[
-    Annotated[str, _wants("a model's name, a folder or a config", lambda value: value and isinstance(value, str)), Tag(KINDS_OF_MODEL[0])]
+    Annotated[
+        str,
+        _wants("a model's name, a folder or a config", lambda value: value and isinstance(value, str)),
+        Tag(KINDS_OF_MODEL[0]),
+    ]
     | Annotated[Scratch, Tag(KINDS_OF_MODEL[1])],
     Discriminator(_kind_of_model),
 ]
 
 
 class Lora(_Strict):
-    """Low-rank adapters (PEFT) instead of all weights. They are merged into the weights in every model that is saved."""
+    """Low-rank adapters (PEFT) instead of all weights.
+
+    They are merged into the weights in every model that is saved.
+    """
 
     rank: Positive = _field(64, "rank of the two small matrices")
     alpha: Rate = _field(64.0, "the adapter's product is scaled by alpha / rank")
     target_modules: Names = _field(
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "the linear layers that get an adapter, by the last part of their names"
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "the linear layers that get an adapter, by the last part of their names",
     )
 
 
@@ -111,7 +129,9 @@ class Actor(_Strict):
 
     model: Model = _field(..., "hub name, local folder, or a `config` for random weights")
     tokenizer_vocabulary: Positive = _field(
-        4096, "with a `config`: the largest vocabulary of the tokenizer that is trained on the job's rows", unit="tokens"
+        4096,
+        "with a `config`: the largest vocabulary of the tokenizer that is trained on the job's rows",
+        unit="tokens",
     )
     lora: Lora | None = _field(None, "set: train low-rank adapters instead of all weights")
 
@@ -127,11 +147,15 @@ class Data(_Strict):
 
     datasets: Names = _field(..., "hub names, local folders, JSONL files")
     split: Annotated[
-        tuple[NonNegative, NonNegative, NonNegative], Field(strict=False), _wants("a list of 3 shares", lambda value: _is_list(value, 3))
+        tuple[NonNegative, NonNegative, NonNegative],
+        Field(strict=False),
+        _wants("a list of 3 shares", lambda value: _is_list(value, 3)),
     ] = _field((2, 4, 4), "shares of the rows that steps 1, 2 and 3 get", unit="shares")
     seed: Seed = _field(1234, "decides which rows go to which step")
     max_prompt_tokens: Positive = _field(256, "rows with a longer prompt are left out, and counted", unit="tokens")
-    max_response_tokens: Positive = _field(256, "longer answers are cut, and counted; also the longest rollout", unit="tokens")
+    max_response_tokens: Positive = _field(
+        256, "longer answers are cut, and counted; also the longest rollout", unit="tokens"
+    )
     eval_rows: Positive = _field(512, "held-out rows that each evaluation uses, at most", unit="rows")
 
     @model_validator(mode="after")
@@ -146,12 +170,16 @@ class Optimization(_Strict):
 
     epochs: Rate = _field(1.0, "passes over the step's rows; may be a fraction", unit="passes")
     max_updates: Positive | None = _field(None, "set: end after this many updates", unit="updates")
-    schedule: Literal["cosine", "linear", "constant"] = _field("cosine", "how the learning rate falls after the warm-up")
-    final_learning_rate: Share = _field(0.0, "where the schedule ends", unit="share of the learning rate")
-    warmup_updates: Annotated[int, Field(ge=0)] = _field(0, "the learning rate rises for so long, then the schedule begins", unit="updates")
-    betas: Annotated[tuple[Share, Share], Field(strict=False), _wants("a list of 2 numbers", lambda value: _is_list(value, 2))] = _field(
-        (0.9, 0.95), "AdamW's two averages: how much of the old value stays"
+    schedule: Literal["cosine", "linear", "constant"] = _field(
+        "cosine", "how the learning rate falls after the warm-up"
     )
+    final_learning_rate: Share = _field(0.0, "where the schedule ends", unit="share of the learning rate")
+    warmup_updates: Annotated[int, Field(ge=0)] = _field(
+        0, "the learning rate rises for so long, then the schedule begins", unit="updates"
+    )
+    betas: Annotated[
+        tuple[Share, Share], Field(strict=False), _wants("a list of 2 numbers", lambda value: _is_list(value, 2))
+    ] = _field((0.9, 0.95), "AdamW's two averages: how much of the old value stays")
     weight_decay: NonNegative = _field(0.0, "AdamW's decay of the weights")
     max_grad_norm: Rate = _field(1.0, "gradients with a larger norm are scaled down to it")
 
@@ -179,43 +207,70 @@ class Reward(Optimization):
 class Ppo(Optimization):
     """Step 3, PPO. `epochs` counts passes over the prompts."""
 
-    rollout_batch: Positive = _field(..., "prompts of one rollout, over all ranks; a multiple of `global_batch`", unit="prompts")
+    rollout_batch: Positive = _field(
+        ..., "prompts of one rollout, over all ranks; a multiple of `global_batch`", unit="prompts"
+    )
     global_batch: Positive = _field(..., "batch of one update, over all ranks", unit="sequences")
     ppo_epochs: Positive = _field(1, "passes over each rollout", unit="passes")
     actor_learning_rate: Rate = _field(..., "the actor's highest learning rate")
     critic_learning_rate: Rate = _field(..., "the critic's highest learning rate")
     kl_coef: NonNegative = _field(0.1, "weight of the KL penalty in the rewards")
-    kl_target: Rate | None = _field(None, "set: `kl_coef` adapts, so that the KL to the reference comes near this", unit="nats a response")
+    kl_target: Rate | None = _field(
+        None, "set: `kl_coef` adapts, so that the KL to the reference comes near this", unit="nats a response"
+    )
     kl_horizon: Rate = _field(10_000.0, "how slowly `kl_coef` adapts", unit="samples")
     clip_range: Rate = _field(0.2, "the policy loss clips the ratio to 1 plus or minus this")
     value_clip_range: Rate = _field(0.2, "the value loss clips the change of a value to this")
     gamma: Share = _field(1.0, "discount of later rewards")
     lam: Share = _field(0.95, "GAE's λ: 1 trusts the rewards, 0 the critic")
     temperature: Rate = _field(1.0, "of sampling: lower is closer to greedy")
-    # Tokens that a rollout may not draw keep their probability in log-probs and KL, whose estimates are then biased.
+    # Tokens that a rollout may not draw keep their probability in log-probs and KL, whose estimates
+    # are then biased.
     top_k: Positive | None = _field(
-        None, "set: draw from only so many of the likeliest tokens (1: greedy); the KL's estimate is then biased", unit="tokens"
+        None,
+        "set: draw from only so many of the likeliest tokens (1: greedy); the KL's estimate is then biased",
+        unit="tokens",
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = _field(
-        None, "set: draw from only the fewest tokens that have this share of the probability; the KL's estimate is then biased", unit="share"
+        None,
+        "set: draw from only the fewest tokens that have this share of the probability; the KL's estimate is then biased",
+        unit="share",
     )
-    normalize_rewards: bool = _field(True, "shift and scale scores to mean 0 and standard deviation 1 on the reference's answers")
+    normalize_rewards: bool = _field(
+        True, "shift and scale scores to mean 0 and standard deviation 1 on the reference's answers"
+    )
     reward_clip: Rate = _field(5.0, "scores are clipped to plus or minus this")
-    max_kl: Rate = _field(200.0, "a rollout whose mean KL is beyond this ends the run: the actor is lost", unit="nats a response")
-    missing_eos_penalty: NonNegative = _field(0.0, "taken from the score of an answer that did not end, before the clip")
-    whiten_rewards: bool = _field(False, "scale rewards to standard deviation 1 over all ranks; their mean stays")
-    whiten_advantages: bool = _field(True, "shift and scale advantages to mean 0 and standard deviation 1 over all ranks")
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = _field(
-        None, "set: also save `step3/model_ema`, a moving average of the actor's weights; how much of the old average stays at each update"
+    max_kl: Rate = _field(
+        200.0, "a rollout whose mean KL is beyond this ends the run: the actor is lost", unit="nats a response"
     )
-    rule: Annotated[str, _wants("module:function", lambda value: isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", value))] | None = _field(
-        None, "`module:function`; `function(prompt, response, ended)` says whether an answer is good. Only reported: nothing learns from it"
+    missing_eos_penalty: NonNegative = _field(
+        0.0, "taken from the score of an answer that did not end, before the clip"
+    )
+    whiten_rewards: bool = _field(False, "scale rewards to standard deviation 1 over all ranks; their mean stays")
+    whiten_advantages: bool = _field(
+        True, "shift and scale advantages to mean 0 and standard deviation 1 over all ranks"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = _field(
+        None,
+        "set: also save `step3/model_ema`, a moving average of the actor's weights; how much of the old average stays at each update",
+    )
+    rule: (
+        Annotated[
+            str,
+            _wants("module:function", lambda value: isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", value)),
+        ]
+        | None
+    ) = _field(
+        None,
+        "`module:function`; `function(prompt, response, ended)` says whether an answer is good. Only reported: nothing learns from it",
     )
 
     @model_validator(mode="after")
     def _whole_updates(self) -> Ppo:
         if self.rollout_batch % self.global_batch:
-            raise ValueError(f"rollout_batch {self.rollout_batch} is not a multiple of global_batch {self.global_batch}")
+            raise ValueError(
+                f"rollout_batch {self.rollout_batch} is not a multiple of global_batch {self.global_batch}"
+            )
         return self
 
 
@@ -227,9 +282,13 @@ class Hardware(_Strict):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = _field(
         "auto", "`auto`: `float32` on the CPU; `bfloat16` where all GPUs compute in it, else `float16`"
     )
-    actor_zero_stage: ZeroStage = _field("auto", "DeepSpeed ZeRO stage of the actor; `auto`: 1 on several GPUs without LoRA, else 0", steps=(1, 3))
+    actor_zero_stage: ZeroStage = _field(
+        "auto", "DeepSpeed ZeRO stage of the actor; `auto`: 1 on several GPUs without LoRA, else 0", steps=(1, 3)
+    )
     critic_zero_stage: ZeroStage = _field(
-        "auto", "DeepSpeed ZeRO stage of the reward model and the critic; `auto`: 1 on several GPUs, else 0", steps=(2, 3)
+        "auto",
+        "DeepSpeed ZeRO stage of the reward model and the critic; `auto`: 1 on several GPUs, else 0",
+        steps=(2, 3),
     )
     micro_batch: AutoCount = _field(
         "auto",
@@ -237,21 +296,32 @@ class Hardware(_Strict):
         unit="sequences (step 2: pairs)",
     )
     rollout_micro_batch: AutoCount = _field(
-        "auto", "prompts that one rank answers concurrently; `auto`: by the GPU's free memory, 64 on the CPU", unit="prompts", steps=(3,)
+        "auto",
+        "prompts that one rank answers concurrently; `auto`: by the GPU's free memory, 64 on the CPU",
+        unit="prompts",
+        steps=(3,),
     )
-    gradient_checkpointing: bool = _field(False, "compute activations again in the backward pass: less memory, more time")
-    cpu_threads: AutoCount = _field("auto", "threads of one rank, on the CPU; `auto`: its share of the cores", unit="threads")
+    gradient_checkpointing: bool = _field(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    cpu_threads: AutoCount = _field(
+        "auto", "threads of one rank, on the CPU; `auto`: its share of the cores", unit="threads"
+    )
 
 
 class CheckpointSchedule(_Strict):
     """What a run that is stopped, killed or preempted resumes from. A step keeps its last one."""
 
     every_minutes: Rate | None = _field(
-        10.0, "time between checkpoints; more where saving would cost more than 1 % of the training time; `null`: none by time", unit="minutes"
+        10.0,
+        "time between checkpoints; more where saving would cost more than 1 % of the training time; `null`: none by time",
+        unit="minutes",
     )
     every_updates: Positive | None = _field(None, "set: a checkpoint also after each so many updates", unit="updates")
     grace_s: Rate = _field(
-        60.0, "time from SIGTERM to the end; a checkpoint is made if the last one was quicker than what is left of it", unit="seconds"
+        60.0,
+        "time from SIGTERM to the end; a checkpoint is made if the last one was quicker than what is left of it",
+        unit="seconds",
     )
     best_every_updates: Positive | None = _field(
         None, "set: measure on held-out data so often, and keep the best weights in `stepN/best/`", unit="updates"
@@ -260,7 +330,11 @@ class CheckpointSchedule(_Strict):
 
 class Job(_Strict):
     name: Annotated[
-        str, _wants("letters, digits, dots, dashes and underscores, 64 at most", lambda value: isinstance(value, str) and NAME.fullmatch(value))
+        str,
+        _wants(
+            "letters, digits, dots, dashes and underscores, 64 at most",
+            lambda value: isinstance(value, str) and NAME.fullmatch(value),
+        ),
     ] = _field(..., "names the run's folder, unless `--run` does", steps=(1, 2, 3))
     seed: Seed = _field(1234, "of weights from a config, of the order of rows, of sampling", steps=(1, 2, 3))
     actor: Actor = _field(..., steps=(1, 3))
@@ -277,7 +351,10 @@ class Job(_Strict):
         return self.model_dump(mode="json")
 
     def fields_of_step(self, step: int) -> dict[str, Any]:
-        """The fields that decide what `step` learns, by dotted path. Changed: the step's old result no longer counts."""
+        """The fields that decide what `step` learns, by dotted path.
+
+        Changed: the step's old result no longer counts.
+        """
         whole = self.model_dump(mode="json", exclude_none=True)  # None: not set; only a field that is set can differ
         parts = list(STEPS[step].depends_on)
         if step == 2 and self.critic.model == "actor":
@@ -336,7 +413,9 @@ def load_job(name_or_file: str, settings: Sequence[str] = ()) -> Job:
 def parse_job(text: str, source: str, settings: Sequence[str] = ()) -> Job:
     tree = load_yaml(text, source)
     if not isinstance(tree, dict):
-        raise ToolkitError(f"{source} is not a job file", why=f"it holds {type(tree).__name__}, not a mapping of fields")
+        raise ToolkitError(
+            f"{source} is not a job file", why=f"it holds {type(tree).__name__}, not a mapping of fields"
+        )
     for setting in settings:
         _apply(tree, setting)
     try:
@@ -392,12 +471,18 @@ def _explain(mistake: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1)
-        return f"{path}: unknown field; " + (f"did you mean {near[0]}? " if near else "") + f"valid here: {', '.join(valid)}"
+        return (
+            f"{path}: unknown field; "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"valid here: {', '.join(valid)}"
+        )
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg'].removeprefix('Value error, ')}"
-    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()}
+    limits = {
+        name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()
+    }
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
 
 

@@ -11,7 +11,8 @@ from jobs.events import RawEvent
 
 State = Literal["queued", "running", "done", "failed", "cancelled", "preempted", "lost"]
 
-# How a job ends that was asked to: by its own code, before it could answer, or by SIGKILL when the grace was over.
+# How a job ends that was asked to: by its own code, before it could answer, or by SIGKILL when the
+# grace was over.
 ENDED_BY_CANCEL = {int(ExitCode.CANCELLED), int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED), 137}
 GOES_ON = {int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED)}
 
@@ -39,14 +40,16 @@ class JobFacts(Protocol):
 
     @property
     def started(self) -> float | None:
-        """Seconds since 1970, by the clock that the events' times are of; None: no supervisor has started it."""
+        """Seconds since 1970, by the clock that the events' times are of; None: no supervisor has
+        started it.
+        """
 
 
 def state_of(last_event: RawEvent | None, facts: JobFacts) -> State:
     """last_event: the last line of events.jsonl that is whole; None where there is none.
 
-    An exit code decides. Without one, what runs is running, and what does not has been cancelled, has said its end itself, or is lost:
-    its supervisor was killed, or the box with it.
+    An exit code decides. Without one, what runs is running, and what does not has been cancelled,
+    has said its end itself, or is lost: its supervisor was killed, or the box with it.
     """
     if facts.exit is not None:
         return _ended(facts.exit, facts.cancelled)
@@ -79,7 +82,10 @@ def _last_step(words: Mapping[str, str]) -> int:
 
 
 def _is_of_this_job(event: RawEvent, started: float | None) -> bool:
-    """Not of an earlier call with the same run. An event without a time that can be read is taken for one of this."""
+    """Not of an earlier call with the same run.
+
+    An event without a time that can be read is taken for one of this.
+    """
     if started is None:
         return True
     try:

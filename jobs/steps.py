@@ -1,6 +1,7 @@
 """Say each fact about the three steps once: what a step is called, learns from, trains and shows.
 
-Whatever another file knows by a step's number it reads from here; a test of the house refuses tables of its own.
+Whatever another file knows by a step's number it reads from here; a test of the house refuses
+tables of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Step:
             raise ValueError(f"step {self.number} shows {', '.join(sorted(unknown))}: no metric of jobs/events.py")
 
     def curves(self, *, far: bool) -> dict[str, Curve]:
-        """Find the metrics that are drawn as curves; `far`: where a run is watched from another machine."""
+        """Find the metrics that are drawn as curves; `far`: where a run is watched from another
+        machine.
+        """
         places = ((name, SHOWN[name].place) for name in self.panel)
         curves = {name: place for name, place in places if isinstance(place, Curve)}
         return {name: curve for name, curve in curves.items() if far or not curve.only_far}

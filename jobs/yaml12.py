@@ -1,4 +1,5 @@
-"""YAML by the core rules of 1.2, where PyYAML has those of 1.1: `1e-6` is a number, `on` and `22:22` are words, 010 is ten.
+"""YAML by the core rules of 1.2, where PyYAML has those of 1.1: `1e-6` is a number, `on` and
+`22:22` are words, 010 is ten.
 
 A key is text and stands once. No other tags: neither Python objects nor timestamps.
 """
@@ -19,7 +20,10 @@ PLAIN = {  # tag -> what a word without quotes must look like, and its first cha
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?[0-9]+", list("-+0123456789")),
-    "float": (r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 }
 
 
@@ -29,7 +33,9 @@ def load_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ToolkitError(
-            f"{source} is not valid YAML", why=str(error).replace('in "<unicode string>", ', "at "), hint="mend the line that is named"
+            f"{source} is not valid YAML",
+            why=str(error).replace('in "<unicode string>", ', "at "),
+            hint="mend the line that is named",
         ) from None
     except RecursionError:
         raise ToolkitError(f"{source} cannot be read", why="it is nested too deeply") from None

@@ -6,7 +6,8 @@
       user: root
       price_per_hour: 1.98
 
-A name that is not in it is given to ssh as it stands, with all that the user's own configuration says of it.
+A name that is not in it is given to ssh as it stands, with all that the user's own configuration
+says of it.
 """
 
 from __future__ import annotations
@@ -75,11 +76,16 @@ class Box(BaseModel):
     provider: Annotated[str, _one_of(PROVIDERS, ".toml")] = ""  # a file of env/providers; "": seen by the probe
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     currency: str = ""  # `¥`, or `EUR`
-    data_folder: Annotated[str, AfterValidator(_absolute)] = ""  # where our folder goes on the box; "": as its provider has it
+    # where our folder goes on the box; "": as its provider has it
+    data_folder: Annotated[str, AfterValidator(_absolute)] = ""
     mirror: Annotated[str, _one_of(MIRRORS, ".env")] = ""  # a file of env/mirrors; "": measured
     runtime: Literal["auto", "docker", "bare"] = "auto"
-    build: Mapping[BuildArgument, str] = Field(default_factory=dict)  # arguments of the image's build, and of the bare environment's
-    secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = ("HF_TOKEN",)  # names of those that a job there gets
+    build: Mapping[BuildArgument, str] = Field(
+        default_factory=dict
+    )  # arguments of the image's build, and of the bare environment's
+    secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = (
+        "HF_TOKEN",
+    )  # names of those that a job there gets
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -103,7 +109,9 @@ def parse_boxes(text: str, path: Path) -> dict[str, Box]:
         return {}
     if not isinstance(tree, dict):
         raise ToolkitError(
-            f"{path} is not a list of boxes", why=f"it holds {type(tree).__name__}, not names with fields", hint="see remote/inventory.py"
+            f"{path} is not a list of boxes",
+            why=f"it holds {type(tree).__name__}, not names with fields",
+            hint="see remote/inventory.py",
         )
     boxes, mistakes = {}, []
     for name, fields in tree.items():
@@ -120,7 +128,11 @@ def parse_boxes(text: str, path: Path) -> dict[str, Box]:
                 mistakes += [f"{name}.{_explain(mistake)}" for mistake in error.errors()]
     if mistakes:
         count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ToolkitError(f"{count} in {path}", why="\n".join(mistakes), hint="every field stands with its meaning in remote/inventory.py")
+        raise ToolkitError(
+            f"{count} in {path}",
+            why="\n".join(mistakes),
+            hint="every field stands with its meaning in remote/inventory.py",
+        )
     return boxes
 
 
@@ -157,12 +169,18 @@ def _explain(mistake: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         valid = [field for field in Box.model_fields if field != "name"]
         near = difflib.get_close_matches(location[-1], valid, n=1)
-        return f"{path}: unknown field; " + (f"did you mean {near[0]}? " if near else "") + f"valid here: {', '.join(valid)}"
+        return (
+            f"{path}: unknown field; "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"valid here: {', '.join(valid)}"
+        )
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg']}"
-    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()}
+    limits = {
+        name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()
+    }
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
 
 
@@ -172,7 +190,10 @@ def _shown(value: Any) -> str:
 
 
 def find(name: str, boxes: Mapping[str, Box]) -> Box:
-    """The entry of that name, else what ssh makes of the name. Raises ToolkitError: ssh would take it for an option."""
+    """The entry of that name, else what ssh makes of the name.
+
+    Raises ToolkitError: ssh would take it for an option.
+    """
     if name in boxes:
         return boxes[name]
     try:
@@ -183,17 +204,23 @@ def find(name: str, boxes: Mapping[str, Box]) -> Box:
 
 
 def _known(boxes: Mapping[str, Box]) -> str:
-    return f"boxes.yaml knows: {', '.join(sorted(boxes))}" if boxes else "fab add NAME 'ssh -p PORT USER@HOST', as the rental page shows it"
+    return (
+        f"boxes.yaml knows: {', '.join(sorted(boxes))}"
+        if boxes
+        else "fab add NAME 'ssh -p PORT USER@HOST', as the rental page shows it"
+    )
 
 
 # --- adding -----------------------------------------------------------------------------------------------------------
 
 
 def parse_ssh_command(text: str) -> dict[str, Any]:
-    """`ssh -p 41022 -i k root@h`, as a rental page shows it -> address, port, user, key. `ssh` itself may be left out.
+    """`ssh -p 41022 -i k root@h`, as a rental page shows it -> address, port, user, key.
 
-    What only forwards ports or asks for less safety (`-o StrictHostKeyChecking=no`) is left out. Raises ToolkitError: no address,
-    or what boxes.yaml has no field for.
+    `ssh` itself may be left out.
+
+    What only forwards ports or asks for less safety (`-o StrictHostKeyChecking=no`) is left out.
+    Raises ToolkitError: no address, or what boxes.yaml has no field for.
     """
     try:
         words = shlex.split(text.strip().removeprefix("$ "))
@@ -226,7 +253,9 @@ LEFT_OUT_WORDS = {
     "identitiesonly", "connecttimeout", "forwardagent", "checkhostip", "updatehostkeys", "batchmode", "tcpkeepalive", "compression",
     "preferredauthentications", "passwordauthentication", "pubkeyauthentication", "requesttty", "localforward", "exitonforwardfailure",
 }  # fmt: skip
-TO_CONFIG = "give it a Host entry in ~/.ssh/config, and use that name: fab add NAME 'ssh THAT-HOST', or --host THAT-HOST alone"
+TO_CONFIG = (
+    "give it a Host entry in ~/.ssh/config, and use that name: fab add NAME 'ssh THAT-HOST', or --host THAT-HOST alone"
+)
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -285,12 +314,16 @@ class Added:
 
 
 def add_box(path: Path, name: str, command: str, *, dry_run: bool = False, **more: Any) -> Added:
-    """Writes the entry to the end of boxes.yaml, which keeps its comments. more: fields of Box that the user gave; None is not given.
+    """Writes the entry to the end of boxes.yaml, which keeps its comments. more: fields of Box that
+    the user gave; None is not given.
 
-    Raises ToolkitError: the name is taken or no name, a mistake in what is there or in what is to be written.
+    Raises ToolkitError: the name is taken or no name, a mistake in what is there or in what is to
+    be written.
     """
     if not NAME.fullmatch(name):
-        raise ToolkitError(f"{name!r} cannot be a box's name", why=f"it is {NAME_RULE}, 63 characters at most", hint=PASTE)
+        raise ToolkitError(
+            f"{name!r} cannot be a box's name", why=f"it is {NAME_RULE}, 63 characters at most", hint=PASTE
+        )
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     known = parse_boxes(old, path)
     if name in known:
@@ -318,7 +351,11 @@ def _of_text(new: str, text: str, path: Path, known: Mapping[str, Box], name: st
     except ToolkitError:
         boxes = {}
     if boxes != {**known, **alone}:
-        raise ToolkitError(f"cannot add to {path} without changing it", why="its end is not that of a plain mapping", hint=f"add by hand:\n{text}")
+        raise ToolkitError(
+            f"cannot add to {path} without changing it",
+            why="its end is not that of a plain mapping",
+            hint=f"add by hand:\n{text}",
+        )
     return boxes[name]
 
 

@@ -1,6 +1,8 @@
-"""The one place that prints what the verbs say: to standard error, or data to standard output, and never a secret's value.
+"""The one place that prints what the verbs say: to standard error, or data to standard output, and
+never a secret's value.
 
-A value is found by itself, not by its name, also where it was quoted, escaped or split: what surrounds it is often somebody else's text.
+A value is found by itself, not by its name, also where it was quoted, escaped or split: what
+surrounds it is often somebody else's text.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from remote.scripts import dispatch_script
 ERASE = "\r\x1b[2K"  # the line of a terminal
 HIDDEN = "[hidden]"
 SHORT = 6  # characters; a shorter value is hidden only where it stands as a word: `1` is in everything
-# What shlex, repr, JSON, YAML and URLs put between two characters of a quoted value; and what may stand for its white space,
-# also `', '`, where the value was split into words.
+# What shlex, repr, JSON, YAML and URLs put between two characters of a quoted value; and what may
+# stand for its white space, also `', '`, where the value was split into words.
 _QUOTES = r"""(?:['"\\]|%(?i:22|27|5c))*"""
 _GAP = r"""(?:[\s'"\\,+]|(?<=\\)[nrt]|%(?i:22|27|5c|20|09|0a|0d))*"""
 _SAFE = re.compile(r"[A-Za-z0-9_.-]")
@@ -36,14 +38,20 @@ class Redaction:
     def add(self, *values: str) -> None:
         self._values |= {value.strip() for value in values if value.strip()}
         forms = {form for value in self._values for form in _forms(value)}
-        self._pattern = re.compile("|".join(_loose(form) for form in sorted(forms, key=lambda form: (-len(form), form)))) if forms else None
+        self._pattern = (
+            re.compile("|".join(_loose(form) for form in sorted(forms, key=lambda form: (-len(form), form))))
+            if forms
+            else None
+        )
 
     def __call__(self, text: object) -> str:
         return self._pattern.sub(HIDDEN, str(text)) if self._pattern else str(text)
 
 
 def _forms(value: str) -> Iterator[str]:
-    """The value, the long lines of one that has several (a private key), and what HTTP's basic authentication makes of it."""
+    """The value, the long lines of one that has several (a private key), and what HTTP's basic
+    authentication makes of it.
+    """
     yield value
     yield from (line.strip() for line in value.splitlines() if len(line.strip()) > SHORT)
     if len(value) >= SHORT:
@@ -51,7 +59,9 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _loose(value: str) -> str:
-    """A pattern for the value as it stands, as shlex, repr, JSON and URLs write it, however often, and split at its white space."""
+    """A pattern for the value as it stands, as shlex, repr, JSON and URLs write it, however often,
+    and split at its white space.
+    """
     words = [_QUOTES.join(map(_character, re.sub(r"""['"\\]""", "", word))) for word in value.split()]
     pattern = _GAP.join(word for word in words if word)
     if not pattern:
@@ -73,7 +83,10 @@ def _character(char: str) -> str:
 
 
 class Sayer:
-    """Lines for a person, each in one piece, also out of several threads. Called with a text, it says it."""
+    """Lines for a person, each in one piece, also out of several threads.
+
+    Called with a text, it says it.
+    """
 
     def __init__(
         self,
@@ -85,7 +98,9 @@ class Sayer:
         redacted: Redaction | None = None,
         lock: threading.RLock | None = None,
     ) -> None:
-        """err, out: None for those of sys at the time of speaking. host: stands before each line on standard error."""
+        """err, out: None for those of sys at the time of speaking. host: stands before each line on
+        standard error.
+        """
         self.redacted = redacted or Redaction()
         self._err, self._out, self._host, self._lock = err, out, host, lock or threading.RLock()
         self._is_drawn = False
@@ -105,7 +120,9 @@ class Sayer:
         self._print(text, self._err or sys.stderr, f"{self._host}: " if self._host else "")
 
     def now(self, text: object) -> None:
-        """What is only of the moment: on a terminal a line that the next one takes the place of, elsewhere nothing. "": it is over."""
+        """What is only of the moment: on a terminal a line that the next one takes the place of,
+        elsewhere nothing. "": it is over.
+        """
         from jobs.views.console import console_on  # with the panel and all; most of what is said needs none of it
 
         stream = self._err or sys.stderr
@@ -123,7 +140,9 @@ class Sayer:
         self(f"warning: {text}")
 
     def command(self, where: str, argv: Sequence[str], stdin: bytes = b"") -> None:
-        """A command as it could be typed; of its input the size alone, and dispatch.sh by its name: fifty lines would hide the rest."""
+        """A command as it could be typed; of its input the size alone, and dispatch.sh by its name:
+        fifty lines would hide the rest.
+        """
         shown, script = shlex.join(argv), shlex.quote(dispatch_script())
         for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and inside of what an ssh here is given
             shown = shown.replace(quoted, '"$(cat remote/on_box/dispatch.sh)"')

@@ -1,6 +1,8 @@
-"""Read the scripts of remote/on_box as they are sent: each whole, since nothing of ours need be on the box yet.
+"""Read the scripts of remote/on_box as they are sent: each whole, since nothing of ours need be on
+the box yet.
 
-supervisor.sh and environment.sh are not sent by themselves. They lie on the box in the folder of our code, and read lib.sh next to them.
+supervisor.sh and environment.sh are not sent by themselves. They lie on the box in the folder of
+our code, and read lib.sh next to them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ GPU_COPY_CHECK = "@GPU_COPY_CHECK@\n"  # the line of probe.sh that gpu_copy_chec
 
 
 def script(name: str) -> bytes:
-    """Read one script, with lib.sh in it, and probe.sh also with the program that copies between cards."""
+    """Read one script, with lib.sh in it, and probe.sh also with the program that copies between
+    cards.
+    """
     return _text(name).replace(READS_LIB, _text("lib.sh")).replace(GPU_COPY_CHECK, _text("gpu_copy_check.py")).encode()
 
 

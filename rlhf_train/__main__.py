@@ -1,4 +1,6 @@
-"""`python -m rlhf_train` (script `rlhf-train`): one command for the three steps, with DeepSpeed-Chat's words."""
+"""`python -m rlhf_train` (script `rlhf-train`): one command for the three steps, with
+DeepSpeed-Chat's words.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--step", nargs="+", default=["all"], metavar="1|2|3|all", help="steps to do, in order (default: all)")
-    p.add_argument("--job", default="opt-1.3b", metavar="NAME|FILE", help="a job of jobs/ or a YAML file (default: opt-1.3b)")
+    p.add_argument(
+        "--step", nargs="+", default=["all"], metavar="1|2|3|all", help="steps to do, in order (default: all)"
+    )
+    p.add_argument(
+        "--job", default="opt-1.3b", metavar="NAME|FILE", help="a job of jobs/ or a YAML file (default: opt-1.3b)"
+    )
     p.add_argument("--set", action="append", default=[], metavar="a.b=v", help="change a field of the job; repeatable")
     p.add_argument("--run", metavar="NAME", help="the run's name (default: the job's)")
-    p.add_argument("--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same")
-    p.add_argument("--redo", action="store_true", help="do the steps again that are complete (one that was stopped resumes)")
+    p.add_argument(
+        "--from", dest="source", metavar="RUN", help="take over the steps of RUN whose settings are the same"
+    )
+    p.add_argument(
+        "--redo", action="store_true", help="do the steps again that are complete (one that was stopped resumes)"
+    )
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--deployment-type", choices=DEPLOYMENT_TYPES, help="one GPU, or all of this machine")
     p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
@@ -65,8 +75,13 @@ def settings_of(args: argparse.Namespace) -> list[str]:
     for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
         if value:
             name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value
-            settings.append(f"{field}={json.dumps(name, ensure_ascii=False)}")  # quoted: it is a name, whatever it looks like
-    for field, value in (("hardware.actor_zero_stage", args.actor_zero_stage), ("hardware.critic_zero_stage", args.reward_zero_stage)):
+            settings.append(
+                f"{field}={json.dumps(name, ensure_ascii=False)}"
+            )  # quoted: it is a name, whatever it looks like
+    for field, value in (
+        ("hardware.actor_zero_stage", args.actor_zero_stage),
+        ("hardware.critic_zero_stage", args.reward_zero_stage),
+    ):
         if value:
             settings.append(f"{field}={value}")
     return settings + args.set
@@ -74,7 +89,9 @@ def settings_of(args: argparse.Namespace) -> list[str]:
 
 def run_named(name: str, folder: Path) -> RunDir:
     if not NAME.fullmatch(name):
-        raise ToolkitError(f"`{name}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most")
+        raise ToolkitError(
+            f"`{name}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most"
+        )
     return RunDir(folder / name)
 
 
@@ -83,7 +100,9 @@ def say(text: str) -> None:
 
 
 def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> None:
-    """Raises ToolkitError with all that makes the machine unfit, a line each; `only_say`: shows them all."""
+    """Raises ToolkitError with all that makes the machine unfit, a line each; `only_say`: shows
+    them all.
+    """
     for finding in findings:
         if only_say or finding.level == "warning":
             say(f"{finding.level}: {finding}")
@@ -148,14 +167,21 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             completion.begin_run(run)
             if source:
                 completion.take_over(source, run, taken)
-                say(f"from run {source.name}: " + (", ".join(f"step {step}" for step in taken) or "nothing more to take over"))
+                say(
+                    f"from run {source.name}: "
+                    + (", ".join(f"step {step}" for step in taken) or "nothing more to take over")
+                )
             if args.redo:
                 completion.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
         if code != ExitCode.OK:
-            step = next(step for step in todo if not completion.is_complete(run, step) or step in completion.left_to_redo(run))
+            step = next(
+                step for step in todo if not completion.is_complete(run, step) or step in completion.left_to_redo(run)
+            )
             update = completion.goes_on_from(run, step)
-            say(f"stopped: the same command resumes in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}")
+            say(
+                f"stopped: the same command resumes in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}"
+            )
             return code
     console.print_report(read_events(run.events)[0])
     return ExitCode.OK

@@ -1,4 +1,6 @@
-"""All that differs between the library versions we run on: PyTorch 2.0 with transformers 4.x, and today's."""
+"""All that differs between the library versions we run on: PyTorch 2.0 with transformers 4.x, and
+today's.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,19 @@ KNOWS_DTYPE_OF_NORMS = _TORCH >= (2, 4)  # torch._foreach_norm(..., dtype=)
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
-    """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default follows the file."""
+    """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default
+    follows the file.
+    """
     return {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
 
 
 @contextmanager
 def no_gpu_in_sight() -> Iterator[None]:
-    """For `import deepspeed`: where it sees a GPU it runs nvcc for every operator that it could compile, and 0.15 fails without one.
+    """For `import deepspeed`: where it sees a GPU it runs nvcc for every operator that it could
+    compile, and 0.15 fails without one.
 
-    Nothing is to be compiled here: what was is used, and else PyTorch's own. Neither the image nor a rented box has nvcc.
+    Nothing is to be compiled here: what was is used, and else PyTorch's own. Neither the image nor
+    a rented box has nvcc.
     """
     is_available = torch.cuda.is_available
     torch.cuda.is_available = lambda: False
@@ -39,7 +45,9 @@ def no_gpu_in_sight() -> Iterator[None]:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """For imports of what says `@torch.compile` and is not used here: the functions stay as they are written."""
+    """For imports of what says `@torch.compile` and is not used here: the functions stay as they
+    are written.
+    """
     compiler = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -58,18 +66,24 @@ def has_onednn_linear() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b by oneDNN, in float32 on a CPU, without a gradient. x: (n, k), weight: (m, k), in any order; bias: (m,), contiguous."""
+    """x W^T + b by oneDNN, in float32 on a CPU, without a gradient. x: (n, k), weight: (m, k), in
+    any order; bias: (m,), contiguous.
+    """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
 def checkpointing_arguments() -> dict[str, Any]:
-    """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds partitioned weights (size 0)."""
+    """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds
+    partitioned weights (size 0).
+    """
     return {"use_reentrant": _TORCH < (2, 1)}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch 2.0 has the class in torch.cuda only; cuBLAS and cuDNN say it in words of their own, as RuntimeError."""
+    """PyTorch 2.0 has the class in torch.cuda only; cuBLAS and cuDNN say it in words of their own,
+    as RuntimeError.
+    """
     words = str(error)
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and ("CUBLAS_STATUS_ALLOC_FAILED" in words or "out of memory" in words)
@@ -89,18 +103,29 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 
 def without_cudnn_attention() -> None:
-    """cuDNN's attention (PyTorch 2.5 on) builds a plan for each new length, and our batches have many."""
+    """cuDNN's attention (PyTorch 2.5 on) builds a plan for each new length, and our batches have
+    many.
+    """
     if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def capture_arguments() -> dict[str, Any]:
-    """For torch.cuda.graph: another thread, such as a checkpoint's, may call CUDA meanwhile. PyTorch 2.0 knows no such argument."""
-    return {"capture_error_mode": "thread_local"} if "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters else {}
+    """For torch.cuda.graph: another thread, such as a checkpoint's, may call CUDA meanwhile.
+
+    PyTorch 2.0 knows no such argument.
+    """
+    return (
+        {"capture_error_mode": "thread_local"}
+        if "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters
+        else {}
+    )
 
 
 def keep_rows(cache: Any, rows: Tensor) -> Any:
-    """The key-value cache with only these rows: tuples of tensors (transformers 4), or a Cache object."""
+    """The key-value cache with only these rows: tuples of tensors (transformers 4), or a Cache
+    object.
+    """
     if hasattr(cache, "batch_select_indices"):
         cache.batch_select_indices(rows)
         return cache
@@ -108,7 +133,9 @@ def keep_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def takes_own_attention() -> bool:
-    """Whether transformers lets us register an attention function that its decoders hand keywords to."""
+    """Whether transformers lets us register an attention function that its decoders hand keywords
+    to.
+    """
     return _MAJOR >= 5
 
 
@@ -127,7 +154,9 @@ def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def has_varlen_attention() -> bool:
-    """Flash attention over rows of any lengths, which needs Ampere; with `scale` and `window_size` from PyTorch 2.11 on."""
+    """Flash attention over rows of any lengths, which needs Ampere; with `scale` and `window_size`
+    from PyTorch 2.11 on.
+    """
     if _TORCH < (2, 11) or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -136,7 +165,9 @@ def has_varlen_attention() -> bool:
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
-    """As `packed_attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B + 1,), from 0: cumulated lengths."""
+    """As `packed_attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B +
+    1,), from 0: cumulated lengths.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     found: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))

@@ -1,4 +1,6 @@
-"""Which steps of a run are to be done: the same command resumes, a changed field is refused, a redo starts anew."""
+"""Which steps of a run are to be done: the same command resumes, a changed field is refused, a redo
+starts anew.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def needed_by(job: Job, step: int) -> list[int]:
 
 
 def is_too_new(run: RunDir) -> bool:
-    """Find out whether a newer version has written this run folder, in a format that is not known here."""
+    """Find out whether a newer version has written this run folder, in a format that is not known
+    here.
+    """
     found = read_json(run.format)
     return found is not None and found not in range(1, FORMAT + 1)
 
@@ -44,7 +48,10 @@ def _too_new(run: RunDir, hint: str) -> ToolkitError:
 
 
 def begin_run(run: RunDir) -> None:
-    """Write the format number. What a newer version has left goes: all of it is done again, see `steps_to_do`."""
+    """Write the format number.
+
+    What a newer version has left goes: all of it is done again, see `steps_to_do`.
+    """
     if is_too_new(run):
         for folder in (*(run.step(step).path for step in _begun(run)), run.tokenizer):
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +87,9 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
         if not job.data.split[step - 1]:
             shares = ", ".join(f"{share:g}" for share in job.data.split)
             raise ToolkitError(
-                f"step {step} ({STEPS[step].title}) has no data", why=f"data.split is {shares}", hint="give it a share, or leave the step out"
+                f"step {step} ({STEPS[step].title}) has no data",
+                why=f"data.split is {shares}",
+                hint="give it a share, or leave the step out",
             )
     changed = {
         step: lines
@@ -118,7 +127,10 @@ def _changed(job: Job, run: RunDir, step: int) -> list[str]:
 
 
 def begin_step(job: Job, run: RunDir, step: int) -> bool:
-    """Whether `step` was stopped and goes on. Else an earlier result of it is forgotten, and the fields are recorded that it now depends on."""
+    """Whether `step` was stopped and goes on.
+
+    Else an earlier result of it is forgotten, and the fields are recorded that it now depends on.
+    """
     folder = run.step(step)
     if not is_complete(run, step) and read_json(folder.fields) is not None and not _changed(job, run, step):
         return True
@@ -148,13 +160,19 @@ def leftovers(run: RunDir) -> list[Path]:
 
 
 def inputs_of(job: Job, run: RunDir, step: int) -> dict[str, str]:
-    """By step, what tells the results apart that `step` starts from: a checkpoint made from others is not gone on with."""
+    """By step, what tells the results apart that `step` starts from: a checkpoint made from others
+    is not gone on with.
+    """
     return {str(n): hashlib.sha256(run.step(n).complete.read_bytes()).hexdigest() for n in needed_by(job, step)}
 
 
 def goes_on_from(run: RunDir, step: int) -> int:
     """The update of the step's newest checkpoint; 0: it starts anew. Nothing is verified."""
-    names = [folder.name.removeprefix("update-") for folder in run.step(step).checkpoints.glob("update-*") if (folder / "complete.json").exists()]
+    names = [
+        folder.name.removeprefix("update-")
+        for folder in run.step(step).checkpoints.glob("update-*")
+        if (folder / "complete.json").exists()
+    ]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
@@ -169,14 +187,23 @@ def left_to_redo(run: RunDir) -> list[int]:
 
 
 def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
-    """The complete steps of `source` whose settings are this job's, and that `run` has not begun. Raises ToolkitError."""
+    """The complete steps of `source` whose settings are this job's, and that `run` has not begun.
+
+    Raises ToolkitError.
+    """
     if not source.path.is_dir():
         raise ToolkitError(
-            f"there is no run `{source.name}`", why=f"{source.path} does not exist", hint="`--from` names a run folder beside this one"
+            f"there is no run `{source.name}`",
+            why=f"{source.path} does not exist",
+            hint="`--from` names a run folder beside this one",
         )
     if is_too_new(source):
         raise _too_new(source, "use that version; or start without --from")
-    taken = [n for n in (1, 2, 3) if is_complete(source, n) and not _changed(job, source, n) and not run.step(n).path.exists()]
+    taken = [
+        n
+        for n in (1, 2, 3)
+        if is_complete(source, n) and not _changed(job, source, n) and not run.step(n).path.exists()
+    ]
     if not taken and not any(is_complete(run, n) for n in (1, 2, 3)):
         raise ToolkitError(
             f"nothing of run `{source.name}` can be taken over",

@@ -1,4 +1,6 @@
-"""Files that a crash does not tear: written beside, synced, renamed; and the room that there is for them."""
+"""Files that a crash does not tear: written beside, synced, renamed; and the room that there is for
+them.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +56,8 @@ def size_of(folder: Path) -> int:
 
 
 def room(folder: Path) -> tuple[int, int | None]:
-    """-> (bytes, inodes) that are free for us where `folder` lies; None where the file system does not count inodes. Raises OSError."""
+    """-> (bytes, inodes) that are free for us where `folder` lies; None where the file system does
+    not count inodes. Raises OSError.
+    """
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None

@@ -1,4 +1,7 @@
-"""What the operating system says of this machine: its processor, and the memory that is left. What cannot be found out stays unknown."""
+"""What the operating system says of this machine: its processor, and the memory that is left.
+
+What cannot be found out stays unknown.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,26 @@ def cpu_text() -> str:
 
 
 def cpu_flags(text: str) -> tuple[str, ...] | None:
-    """Of the first CPU in /proc/cpuinfo; None on other processors than x86, where the line has another name."""
+    """Of the first CPU in /proc/cpuinfo; None on other processors than x86, where the line has
+    another name.
+    """
     found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
     return tuple(found[1].split()) if found else None
 
 
 def free_memory_bytes() -> int:
-    """Of the main memory, in bytes, that this process may still take: what the kernel has left, or its container's limit. 0: not known."""
+    """Of the main memory, in bytes, that this process may still take: what the kernel has left, or
+    its container's limit. 0: not known.
+    """
     found = re.search(r"^MemAvailable:\s+([0-9]+) kB", read(Path("/proc/meminfo")), flags=re.MULTILINE)
     free = int(found[1]) * 1024 if found else 0
     for limit, used in MEMORY_LIMITS:
         most, now = read(limit).strip(), read(used).strip()
         if most.isdecimal() and now.isdecimal():
             # Pages of files that nobody uses are counted as used, and given back at need.
-            cached = re.search(r"^(?:total_)?inactive_file ([0-9]+)", read(limit.with_name("memory.stat")), flags=re.MULTILINE)
+            cached = re.search(
+                r"^(?:total_)?inactive_file ([0-9]+)", read(limit.with_name("memory.stat")), flags=re.MULTILINE
+            )
             free = min(free, max(0, int(most) - int(now) + (int(cached[1]) if cached else 0)))
     return free
 

@@ -1,6 +1,7 @@
 """Starts the ranks, shows what they do, and ends with their exit code.
 
-The launcher itself holds the rendezvous store, on a port that the system gave it: no port to choose, none to be taken.
+The launcher itself holds the rendezvous store, on a port that the system gave it: no port to
+choose, none to be taken.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ from rlhf_train.worker import LastWords, Order
 OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
 END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
 HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
-PATIENT_HANG_S = 1500.0  # while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives give up after 1800 s
+# while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives
+# give up after 1800 s
+PATIENT_HANG_S = 1500.0
 TAIL_BYTES = 2**16  # of the log, which may be long
 STACKS_S = 1.0  # for the ranks to write down their stacks
-SPARES_S = 20.0  # before a step's last update the next step's ranks are started: imports take 5 s on a quiet core, 11 s on one machine with a GPU
+# before a step's last update the next step's ranks are started: imports take 5 s on a quiet core,
+# 11 s on one machine with a GPU
+SPARES_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,18 @@ class _Call:
     spares: SpareRanks
 
 
-def launch(job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks) -> ExitCode:
-    """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come. Raises ToolkitError with the first rank's error.
+def launch(
+    job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks
+) -> ExitCode:
+    """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come.
 
-    Each step has processes of its own: DeepSpeed's engines do not give back all memory within one (seen on a GPU:
-    16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after `engine.destroy()`). Those of the next
-    step are started while this one ends, so that it need not wait for their imports.
+    Raises ToolkitError with the first rank's error.
+
+    Each step has processes of its own: DeepSpeed's engines do not give back all memory within one
+    (seen on a GPU:
+    16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after
+    `engine.destroy()`). Those of the next step are started while this one ends, so that it need not
+    wait for their imports.
     """
     nccl = nccl_settings(placement, os.environ)
     if nccl:
@@ -128,9 +139,13 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
                 for rank in ranks:
                     rank.send_signal(signal.SIGTERM)
             is_late = time.monotonic() - asked_at > job.checkpoint.grace_s - END_S
-            if caught and (is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1):
+            if caught and (
+                is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1
+            ):
                 break
-            if (silent_s := life.silent_s()) > (PATIENT_HANG_S if any(sign.is_patient or not sign.count for sign in watch.signs()) else HANG_S):
+            if (silent_s := life.silent_s()) > (
+                PATIENT_HANG_S if any(sign.is_patient or not sign.count for sign in watch.signs()) else HANG_S
+            ):
                 hang = _hang(ranks, watch.signs(), silent_s)
                 break
     finally:
@@ -161,33 +176,47 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
 
 
 def _failed(ranks: Sequence[Rank]) -> list[int]:
-    """Those that have ended by an error, in their order: not done, nor stopped as they were asked to."""
+    """Those that have ended by an error, in their order: not done, nor stopped as they were asked
+    to.
+    """
     return [number for number, rank in enumerate(ranks) if rank.poll() not in (None, ExitCode.OK, ExitCode.PREEMPTED)]
 
 
 def killed_by_others(codes: Sequence[int | None], known: Collection[int]) -> list[int]:
-    """Ranks that somebody, or the kernel, has ended by SIGKILL, besides those that are `known` to have failed or that we have ended.
+    """Ranks that somebody, or the kernel, has ended by SIGKILL, besides those that are `known` to
+    have failed or that we have ended.
 
-    Such an end may be seen after the error of a rank that waited for it: a connection breaks immediately, a GPU is let go of later.
+    Such an end may be seen after the error of a rank that waited for it: a connection breaks
+    immediately, a GPU is let go of later.
     """
     return [number for number, code in enumerate(codes) if code == -signal.SIGKILL and number not in known]
 
 
 def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, words: LastWords) -> Placement:
-    """The placement to try next, remembered for this run. Raises ToolkitError when there is none."""
+    """The placement to try next, remembered for this run.
+
+    Raises ToolkitError when there is none.
+    """
     now = placement.micro_batches[step - 1]
     less = memory_fit.smaller(job, step, placement)
     if less is None:
         from rlhf_train.plan.estimate import relief
 
         what = f"out of memory in step {step} with a micro batch of 1"
-        raise _written(run, step, 0, ToolkitError(what, why=words.why, hint=relief(job, step, placement), exit_code=ExitCode.TRAINING))
+        raise _written(
+            run,
+            step,
+            0,
+            ToolkitError(what, why=words.why, hint=relief(job, step, placement), exit_code=ExitCode.TRAINING),
+        )
     with suppress(OSError):  # a full disk is told by the next start
         memory_fit.remember(job, run, less)
     update = completion.goes_on_from(run, step)
     message = f"out of memory with a micro batch of {now}: continues with {less.micro_batches[step - 1]}, from update {update}"
     with suppress(OSError):
-        EventWriter(run.events)(Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it"))
+        EventWriter(run.events)(
+            Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it")
+        )
     return less
 
 
@@ -207,7 +236,10 @@ class _Life:
 
 
 def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> ToolkitError:
-    """Who keeps the others waiting: the rank that has come least far. Their stacks go to the log."""
+    """Who keeps the others waiting: the rank that has come least far.
+
+    Their stacks go to the log.
+    """
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGUSR2)
@@ -215,10 +247,15 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> 
     states = [process_state(rank.pid) for rank in ranks]
     fewest = min(sign.meetings for sign in signs)
     behind = [n for n, sign in enumerate(signs) if sign.meetings == fewest]
-    away = [n for n in behind if states[n] in "TtDZX"] or behind  # alike far, as in the midst of a pass: one that does not run at all
+    away = [
+        n for n in behind if states[n] in "TtDZX"
+    ] or behind  # alike far, as in the midst of a pass: one that does not run at all
     host = socket.gethostname()
     names = " and ".join(f"rank {n}" for n in away)
-    lines = [f"rank {n} on {host} (process {rank.pid}, {STATES.get(states[n], states[n])}): {signs[n].phase}" for n, rank in enumerate(ranks)]
+    lines = [
+        f"rank {n} on {host} (process {rank.pid}, {STATES.get(states[n], states[n])}): {signs[n].phase}"
+        for n, rank in enumerate(ranks)
+    ]
     return ToolkitError(
         f"{names} on {host} stays away: no rank has got further for {silent_s:.0f} s",
         why="\n".join(lines),
@@ -228,7 +265,15 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> 
     )
 
 
-STATES = {"R": "running", "S": "waiting", "D": "waiting for a device or disk", "T": "stopped by a signal", "t": "traced", "Z": "dead", "X": "dead"}
+STATES = {
+    "R": "running",
+    "S": "waiting",
+    "D": "waiting for a device or disk",
+    "T": "stopped by a signal",
+    "t": "traced",
+    "Z": "dead",
+    "X": "dead",
+}
 
 
 def process_state(process: int) -> str:
@@ -240,8 +285,13 @@ def process_state(process: int) -> str:
 
 
 def _ends_soon(event: RawEvent) -> bool:
-    """Whether the step that says this has its last update behind it, or SPARES_S before it as far as can be told."""
-    return event["kind"] == "metrics" and (event["updates"] - event["update"]) * event["elapsed_s"] / event["update"] <= SPARES_S
+    """Whether the step that says this has its last update behind it, or SPARES_S before it as far
+    as can be told.
+    """
+    return (
+        event["kind"] == "metrics"
+        and (event["updates"] - event["update"]) * event["elapsed_s"] / event["update"] <= SPARES_S
+    )
 
 
 def _rendezvous(ranks: int) -> tuple[int, Any]:
@@ -260,8 +310,8 @@ def crew_of(job: Job, placement: Placement, environ: Mapping[str, str]) -> RankE
 
 
 def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
-    """NCCL's variables for the ranks: without peer access it would hang, or fail, on the way that it tries first. What the user
-    has set stays as it is.
+    """NCCL's variables for the ranks: without peer access it would hang, or fail, on the way that
+    it tries first. What the user has set stays as it is.
     """
     if not placement.no_peer_access:
         return {}
@@ -270,21 +320,35 @@ def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str,
     return {name: "1" for name, taken in owners.items() if not any(environ.get(other) for other in taken)}
 
 
-def _failure(run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int], words: Mapping[int, LastWords]) -> ToolkitError:
-    """The first error, also written to the events. `failed`: the ranks that had failed before the others were ended."""
+def _failure(
+    run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int], words: Mapping[int, LastWords]
+) -> ToolkitError:
+    """The first error, also written to the events.
+
+    `failed`: the ranks that had failed before the others were ended.
+    """
     mute = next((number for number in failed if number not in words), None)
     if mute is not None:
         return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
     first = min(words, key=lambda number: words[number].at_s)
     said = words[first]
-    return _written(run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, exit_code=ExitCode(said.exit_code)))
+    return _written(
+        run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, exit_code=ExitCode(said.exit_code))
+    )
 
 
 def _written(run: RunDir, step: int, rank: int, error: ToolkitError) -> ToolkitError:
     with suppress(OSError):  # the disk may be full, which then is the error
         run.path.stat()  # or gone: it is not made anew
         EventWriter(run.events)(
-            Error(step=step, rank=rank, what=error.what, why=error.why or None, hint=error.hint or None, exit_code=int(error.exit_code))
+            Error(
+                step=step,
+                rank=rank,
+                what=error.what,
+                why=error.why or None,
+                hint=error.hint or None,
+                exit_code=int(error.exit_code),
+            )
         )
     return error
 
@@ -305,7 +369,9 @@ def _last_words(rank: Rank) -> LastWords | None:
 
 def _sudden_end(run: RunDir, number: int, code: int) -> ToolkitError:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    likely = "the kernel ends the largest process when memory runs out (dmesg tells)\n" if code == -signal.SIGKILL else ""
+    likely = (
+        "the kernel ends the largest process when memory runs out (dmesg tells)\n" if code == -signal.SIGKILL else ""
+    )
     return ToolkitError(
         f"rank {number} was ended by {name}",
         why=f"{likely}the last lines of {run.log}:\n{_last_lines(run.log)}",
@@ -342,7 +408,9 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def locked(run: RunDir) -> Iterator[int]:
-    """Only one process trains in a run folder. Yields the lock's file descriptor, which the ranks inherit.
+    """Only one process trains in a run folder.
+
+    Yields the lock's file descriptor, which the ranks inherit.
 
     A crash lets go of the lock, but not before the last rank is gone. Raises ToolkitError (busy).
     """
@@ -365,11 +433,21 @@ def locked(run: RunDir) -> Iterator[int]:
 def _busy(run: RunDir, owner: str) -> ToolkitError:
     what = f"run `{run.name}` is being trained by another process"
     if _is_alive(owner):
-        return ToolkitError(what, why=f"process {owner} holds {run.lock}", hint="wait for it, or use another --run", exit_code=ExitCode.BUSY)
+        return ToolkitError(
+            what,
+            why=f"process {owner} holds {run.lock}",
+            hint="wait for it, or use another --run",
+            exit_code=ExitCode.BUSY,
+        )
     left = [f"process {process} ({command})" for process, command in holders(run.lock) if process != os.getpid()]
     if not left:  # in another container, or on another machine that shares the disk
         why = f"process {owner or '?'} holds {run.lock}, and is not among those seen from here"
-        return ToolkitError(what, why=why, hint="look for it in other containers and machines that use this folder", exit_code=ExitCode.BUSY)
+        return ToolkitError(
+            what,
+            why=why,
+            hint="look for it in other containers and machines that use this folder",
+            exit_code=ExitCode.BUSY,
+        )
     return ToolkitError(
         f"processes of an earlier call still hold run `{run.name}`",
         why=f"{' and '.join(left)} were left by process {owner or '?'}, which is gone",
@@ -379,7 +457,9 @@ def _busy(run: RunDir, owner: str) -> ToolkitError:
 
 
 def holders(path: Path) -> list[tuple[int, str]]:
-    """(process, command) of those that have the file open; none where there is no /proc, or of other users' processes."""
+    """(process, command) of those that have the file open; none where there is no /proc, or of
+    other users' processes.
+    """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -1,8 +1,10 @@
-"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by processes.py and by nobody else.
+"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by processes.py and by
+nobody else.
 
-Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's: maybe at once, maybe only
-when the step before has ended. The socket stays open then: its end means that the launcher is gone. Its stdout is a pipe to
-the launcher for one thing, why it ended: that is told even when the disk is full. All else goes to the log.
+Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's:
+maybe at once, maybe only when the step before has ended. The socket stays open then: its end means
+that the launcher is gone. Its stdout is a pipe to the launcher for one thing, why it ended: that is
+told even when the disk is full. All else goes to the log.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ def main() -> int:
         # While models are loaded, a smaller micro batch would not help.
         no_memory = is_out_of_memory(error) and getattr(error, "while_training", False)
         at_s = getattr(error, "at_s", time.monotonic())
-        words = LastWords(report.what[:500], report.why[:MOST_SAID], report.hint, int(report.exit_code), at_s, no_memory)
+        words = LastWords(
+            report.what[:500], report.why[:MOST_SAID], report.hint, int(report.exit_code), at_s, no_memory
+        )
         os.write(pipe, json.dumps(asdict(words)).encode())
         with suppress(OSError):  # the log's disk may be full
             traceback.print_exc()
@@ -99,7 +103,9 @@ def main() -> int:
 
 
 def _listen(told: SimpleQueue[Told]) -> None:
-    """Hand on what the launcher tells, and leave with it: also before it has told anything, in the midst of an import."""
+    """Hand on what the launcher tells, and leave with it: also before it has told anything, in the
+    midst of an import.
+    """
     launcher = socket.socket(fileno=0)
     _, files, _, _ = socket.recv_fds(launcher, 1, 3)
     line = launcher.makefile("r", encoding="utf-8").readline()
@@ -111,7 +117,9 @@ def _listen(told: SimpleQueue[Told]) -> None:
 
 
 def _import_all(libraries: Sequence[str]) -> Exception | None:
-    """What every step needs, and these: seconds, and none of them once the order is there. No GPU is touched: the card is another step's.
+    """What every step needs, and these: seconds, and none of them once the order is there.
+
+    No GPU is touched: the card is another step's.
     What goes wrong is to be told later, since only then there is a log.
     """
     try:
@@ -122,7 +130,9 @@ def _import_all(libraries: Sequence[str]) -> Exception | None:
 
         for library in libraries:
             importlib.import_module(library)
-        gc.freeze()  # all that was imported stays: to look through it for cycles took Python 60 ms of each update of step 3, a GPU idle
+        # all that was imported stays: to look through it for cycles took Python 60 ms of each
+        # update of step 3, a GPU idle
+        gc.freeze()
     except Exception as error:
         return error
     return None
@@ -164,9 +174,17 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
         torch.set_num_threads(placement.cpu_threads)
     device = torch.device("cuda", order.rank) if placement.device == "cuda" else torch.device("cpu")
     heartbeat = Heartbeat.of_rank(heartbeat_file, order.rank, placement.ranks)
-    store = dist.TCPStore("127.0.0.1", order.store_port, placement.ranks, is_master=False) if placement.ranks > 1 else dist.HashStore()
+    store = (
+        dist.TCPStore("127.0.0.1", order.store_port, placement.ranks, is_master=False)
+        if placement.ranks > 1
+        else dist.HashStore()
+    )
     dist.init_process_group(
-        "nccl" if placement.device == "cuda" else "gloo", store=store, rank=order.rank, world_size=placement.ranks, timeout=COLLECTIVE_TIMEOUT
+        "nccl" if placement.device == "cuda" else "gloo",
+        store=store,
+        rank=order.rank,
+        world_size=placement.ranks,
+        timeout=COLLECTIVE_TIMEOUT,
     )
     needs_hosts = placement.device == "cuda" and placement.ranks > 1
     hosts = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if needs_hosts else None
@@ -210,7 +228,8 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
         failure = error.with_traceback(None)  # whose frames hold on to the tensors
         failure.__context__ = failure.__cause__ = None
     if failure is not None:
-        # Alone, this rank can keep all whole updates; the launcher then starts it again with a smaller micro batch.
+        # Alone, this rank can keep all whole updates; the launcher then starts it again with a
+        # smaller micro batch.
         compat.free_gpu_memory()
         try:
             context.stop.leave(None)
@@ -256,7 +275,8 @@ def explain(error: Exception) -> ToolkitError:
         return ToolkitError(
             "out of memory",
             why=str(error).splitlines()[0] if str(error) else "an allocation failed",
-            # The launcher lowers hardware.micro_batch by itself: what comes here needs too much before that matters.
+            # The launcher lowers hardware.micro_batch by itself: what comes here needs too much
+            # before that matters.
             hint="`--dry-run` tells what the models need; actor.lora, ZeRO 3 on more GPUs or a smaller model need less",
             exit_code=ExitCode.TRAINING,
         )
@@ -274,8 +294,11 @@ def explain(error: Exception) -> ToolkitError:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking Python down. Threads of PyTorch's collectives may still live, and one that asks for the interpreter
-    while that is being taken down ends in C++'s terminate(): seen once, under load, as SIGABRT of ranks that had done all their work.
+    """End this process without taking Python down.
+
+    Threads of PyTorch's collectives may still live, and one that asks for the interpreter
+    while that is being taken down ends in C++'s terminate(): seen once, under load, as SIGABRT of
+    ranks that had done all their work.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the log's disk may be full

@@ -1,4 +1,6 @@
-"""Fixtures that several files share. torch is imported inside them: the tests of jobs/ and env/ run without it."""
+"""Fixtures that several files share. torch is imported inside them: the tests of jobs/ and env/ run
+without it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from tests.openssh import sshd_program  # noqa: F401 (for tests/remote and tests
 # Read when torch, Triton and DeepSpeed are imported.
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are tested on the CPU
 os.environ["DS_ACCELERATOR"] = "cpu"  # on a machine with a GPU it would take that
-# Threads that wait for each other on busy cores: 64 tokens for 64 prompts took 13 s with two, 0.7 s with one.
+# Threads that wait for each other on busy cores: 64 tokens for 64 prompts took 13 s with two, 0.7 s
+# with one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
@@ -25,11 +28,25 @@ if TYPE_CHECKING:
 
 # `make test-fast`: what runs without torch, and starts no server, shell job or environment.
 FAST_PLACES = ("jobs/", "env/", "remote/", "test_house.py")
-SLOW_FIXTURES = {"sshd_program", "far", "made", "on_box", "index", "checkout", "lock", "box", "fakes", "mirror", "python_with_old_datasets"}
+SLOW_FIXTURES = {
+    "sshd_program",
+    "far",
+    "made",
+    "on_box",
+    "index",
+    "checkout",
+    "lock",
+    "box",
+    "fakes",
+    "mirror",
+    "python_with_old_datasets",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="only tests that need no torch and take no time: under a minute in all")
+    parser.addoption(
+        "--fast", action="store_true", help="only tests that need no torch and take no time: under a minute in all"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,7 +69,9 @@ def _no_torch_in_fast_tests(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In CI everything is there: what a test skips for is missing by mistake."""
     report = yield
     if report.skipped and os.environ.get("RLHF_CI") == "1":

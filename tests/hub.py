@@ -1,11 +1,14 @@
-"""A small Hugging Face hub on loopback: the endpoints that huggingface_hub 0.20 to 2.4 and datasets 2.14 to 5.2 ask for.
+"""A small Hugging Face hub on loopback: the endpoints that huggingface_hub 0.20 to 2.4 and datasets
+2.14 to 5.2 ask for.
 
-It serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` as they lie on disk, one commit each. Point a
-fresh process at it with HF_ENDPOINT=hub.url: both libraries read that variable when they are imported.
+It serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` as they lie on disk, one
+commit each. Point a fresh process at it with HF_ENDPOINT=hub.url: both libraries read that variable
+when they are imported.
 
     with Hub(tmp_path) as hub:
         hub.fail("GET /some/model/resolve/.*safetensors", "cut", times=2)
-        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")})
+        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path /
+        "home")})
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/[
 
 PIECES, PIECE_S, STALL_S = 8, 0.4, 30.0
 
-# A status; or a body that ends half-way, has one bit flipped, stops half-way with the line open, or trickles.
+# A status; or a body that ends half-way, has one bit flipped, stops half-way with the line open, or
+# trickles.
 How = int | Literal["cut", "flip", "stall", "slow"]
 
 
@@ -49,7 +53,10 @@ class _Fault:
 
 
 class Hub:
-    """A context manager. `requests` keeps one line a request, e.g. `GET /api/models/facebook/opt-1.3b 200`."""
+    """A context manager.
+
+    `requests` keeps one line a request, e.g. `GET /api/models/facebook/opt-1.3b 200`.
+    """
 
     def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
         self.root, self.gated = root, frozenset(gated)
@@ -69,7 +76,9 @@ class Hub:
 
     def _fault(self, request: str) -> How | None:
         with self._lock:
-            found = next((fault for fault in self._faults if fault.times and re.fullmatch(fault.pattern, request)), None)
+            found = next(
+                (fault for fault in self._faults if fault.times and re.fullmatch(fault.pattern, request)), None
+            )
             if found is None:
                 return None
             found.times -= 1
@@ -128,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
                 recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
                 return self._json(_tree(self._repository(match), (match["path"] or "").strip("/"), recursive))
             if match := COMMITS.fullmatch(path):
-                return self._json([{"id": _commit(self._repository(match)), "title": "", "message": "", "authors": [], "date": DATE}])
+                return self._json(
+                    [{"id": _commit(self._repository(match)), "title": "", "message": "", "authors": [], "date": DATE}]
+                )
             self._file(self._match(RESOLVE, path))
         except _Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
@@ -171,14 +182,21 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "EntryNotFound")
         content, entry = (folder / match["path"]).read_bytes(), _entry(folder, match["path"])
         tag = f'"{entry.get("lfs", entry)["oid"]}"'
-        headers = {"X-Repo-Commit": _commit(folder), "ETag": tag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = {
+            "X-Repo-Commit": _commit(folder),
+            "ETag": tag,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if "lfs" in entry:
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(content))}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None or self.command == "HEAD":
             return self._reply(200, content, headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-        self._reply(206, content[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"})
+        self._reply(
+            206, content[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
+        )
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._reply(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -219,7 +237,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def _commit(folder: Path) -> str:
-    return hashlib.sha1("".join(f"{file} {_entry(folder, file)['oid']}\n" for file in _files(folder)).encode()).hexdigest()
+    return hashlib.sha1(
+        "".join(f"{file} {_entry(folder, file)['oid']}\n" for file in _files(folder)).encode()
+    ).hexdigest()
 
 
 def _entry(folder: Path, file: str) -> dict[str, Any]:
@@ -245,4 +265,8 @@ def _tree(folder: Path, under: str, recursive: bool) -> list[dict[str, Any]]:
     if not (folder / under).is_dir():
         raise _Refusal(404, "EntryNotFound")
     paths = sorted((folder / under).rglob("*") if recursive else (folder / under).iterdir())
-    return [_entry(folder, name) if path.is_file() else _directory(name) for path in paths for name in [str(path.relative_to(folder))]]
+    return [
+        _entry(folder, name) if path.is_file() else _directory(name)
+        for path in paths
+        for name in [str(path.relative_to(folder))]
+    ]

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def small_files(largest: int) -> Iterator[None]:
-    """No file of this process may grow beyond `largest` bytes: a write fails in its middle, as on a full disk.
+    """No file of this process may grow beyond `largest` bytes: a write fails in its middle, as on a
+    full disk.
 
-    Not for a fixture: pytest prints a test's dot before its fixtures end, into a log that may be longer than that."""
+    Not for a fixture: pytest prints a test's dot before its fixtures end, into a log that may be
+    longer than that.
+    """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:

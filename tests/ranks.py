@@ -1,4 +1,6 @@
-"""Processes that have joined each other as the ranks of a run do, for tests with DeepSpeed engines of their own."""
+"""Processes that have joined each other as the ranks of a run do, for tests with DeepSpeed engines
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def join(rank: int, count: int, store: dist.Store) -> World:
 
 
 def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
-    """`work(world, *arguments)` in `count` new processes. `work` is a function of a module; what one raises is raised here."""
+    """`work(world, *arguments)` in `count` new processes.
+
+    `work` is a function of a module; what one raises is raised here.
+    """
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(_rank, (count, store.port, work, arguments), nprocs=count)
 

@@ -24,11 +24,33 @@ PPO = event(
     policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321, entropy=2.3456, clip_fraction=0.0214, response_length=64.25,
     eos_share=0.921, kl_coef=0.1, ratio=1.0,
 )  # fmt: skip
-SFT = event("metrics", 1, update=1, updates=10, elapsed_s=2.0, learning_rate=9.65e-6, tokens_per_s=900.0, grad_norm=1.25, loss=3.21)
-REWARD = event(
-    "metrics", 2, update=10, updates=10, elapsed_s=20.0, learning_rate=5e-5, tokens_per_s=1e6, grad_norm=1.25, loss=0.6931, accuracy=0.625, margin=0.1
+SFT = event(
+    "metrics",
+    1,
+    update=1,
+    updates=10,
+    elapsed_s=2.0,
+    learning_rate=9.65e-6,
+    tokens_per_s=900.0,
+    grad_norm=1.25,
+    loss=3.21,
 )
-END_1 = event("end", 1, updates=10, seconds=62.0, model="runs/demo/step1/model", perplexity_before=31.2, perplexity_after=8.414)
+REWARD = event(
+    "metrics",
+    2,
+    update=10,
+    updates=10,
+    elapsed_s=20.0,
+    learning_rate=5e-5,
+    tokens_per_s=1e6,
+    grad_norm=1.25,
+    loss=0.6931,
+    accuracy=0.625,
+    margin=0.1,
+)
+END_1 = event(
+    "end", 1, updates=10, seconds=62.0, model="runs/demo/step1/model", perplexity_before=31.2, perplexity_after=8.414
+)
 END_2 = event("end", 2, updates=10, seconds=38.4, model="runs/demo/step2/model", reward_accuracy=0.874)
 END_3 = event(
     "end", 3, updates=480, seconds=3720.0, model="runs/demo/step3/model", mean_reward_before=-0.52, mean_reward_after=1.934, kl_before=0.0,
@@ -36,13 +58,20 @@ END_3 = event(
     eos_share_after=0.991,
 )  # fmt: skip
 # Four points: 0, 1/3, 2/3 and 1 of the way up, in eight heights.
-ROLLOUTS = [PPO | {"update": i * 30, "elapsed_s": i * 24.0, "mean_reward": 0.5 * i - 0.8, "kl": 0.03 * i} for i in (1, 2, 3, 4)]
+ROLLOUTS = [
+    PPO | {"update": i * 30, "elapsed_s": i * 24.0, "mean_reward": 0.5 * i - 0.8, "kl": 0.03 * i} for i in (1, 2, 3, 4)
+]
 # Nothing but kind and step, of each kind; the last two are `resumed` and `end`.
-BARE = [event(kind, 3) for kind in ("plan", "progress", "metrics", "sample", "checkpoint", "warning", "error", "resumed", "end")]
+BARE = [
+    event(kind, 3)
+    for kind in ("plan", "progress", "metrics", "sample", "checkpoint", "warning", "error", "resumed", "end")
+]
 
 
 def sample(when: str, response: str, **fields: Any) -> RawEvent:
-    return event("sample", 3, when=when, prompt=fields.pop("prompt", "Human: hi\nAssistant:"), response=response, **fields)
+    return event(
+        "sample", 3, when=when, prompt=fields.pop("prompt", "Human: hi\nAssistant:"), response=response, **fields
+    )
 
 
 def squeezed(lines: Iterable[str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""What the pages for people say is so: every file that they name exists, and every command that they show is one."""
+"""What the pages for people say is so: every file that they name exists, and every command that
+they show is one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ VERBS_BY_NAME = {verb.name: verb for verb in VERBS}
 
 
 def tracked_names() -> set[str]:
-    listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listing.returncode:
         pytest.skip(f"needs a git checkout: {listing.stderr.strip()}")
     return {Path(name).name for name in listing.stdout.splitlines()}
@@ -48,7 +56,9 @@ def code_spans(text: str) -> Iterator[str]:
 
 
 def missing_files(text: str, folder: Path, names: set[str]) -> list[str]:
-    """Links, and files in code spans, that are not there. names: of all files, for those that stand without their folder."""
+    """Links, and files in code spans, that are not there. names: of all files, for those that stand
+    without their folder.
+    """
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     missing = [link for link in links if link and not (folder / link).exists()]
     for span in code_spans(text):
@@ -103,7 +113,9 @@ def mistake_in(words: list[str]) -> str:
         return ", ".join(word for word in rest if word not in targets and "=" not in word)
     if program == "fab":
         verb = VERBS_BY_NAME.get(rest[0])
-        known = {name.strip("_").replace("_", "-") for name in inspect.signature(verb.body).parameters} if verb else set()
+        known = (
+            {name.strip("_").replace("_", "-") for name in inspect.signature(verb.body).parameters} if verb else set()
+        )
         return ", ".join(word for word in rest if word.startswith("--") and word[2:] not in known) if verb else rest[0]
     if words[:2] == ["docker", "compose"]:
         return mistake_in_training(rest[rest.index("train") + 1 :])
@@ -112,7 +124,9 @@ def mistake_in(words: list[str]) -> str:
     if words[:3] == [".venv/bin/python", "-m", "rlhf_train"]:
         return mistake_in_training(rest[2:])
     if program == ".venv/bin/python" and (ROOT / rest[0]).is_file():
-        return ", ".join(word for word in rest[1:] if rest[0] == "benchmarks/run.py" and word not in NAMES and word != "--list")
+        return ", ".join(
+            word for word in rest[1:] if rest[0] == "benchmarks/run.py" and word not in NAMES and word != "--list"
+        )
     if program in ("python3", "alias"):
         return ""
     if program == ".fab/bin/pip":
@@ -131,7 +145,11 @@ def mistake_in_training(arguments: list[str]) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_is_one(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert {shlex.join(words): mistake for words in commands_of(page.read_text(encoding="utf-8")) if (mistake := mistake_in(words))} == {}
+    assert {
+        shlex.join(words): mistake
+        for words in commands_of(page.read_text(encoding="utf-8"))
+        if (mistake := mistake_in(words))
+    } == {}
 
 
 @pytest.mark.parametrize(
@@ -174,5 +192,10 @@ def test_the_exit_codes_are_all_explained() -> None:
 
 
 def test_the_glossary_is_in_alphabetical_order() -> None:
-    words = [word.lower() for word in re.findall(r"^\*\*([^*]+)\*\*", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE)]
+    words = [
+        word.lower()
+        for word in re.findall(
+            r"^\*\*([^*]+)\*\*", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+    ]
     assert len(words) > 40 and words == sorted(words)

@@ -1,4 +1,7 @@
-"""The rules of the house: who may import whom, and what no file may hold. Each rule is also shown a file that breaks it."""
+"""The rules of the house: who may import whom, and what no file may hold.
+
+Each rule is also shown a file that breaks it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 OWN = {"env", "jobs", "remote", "rlhf_train", "fabfile", "tests"}
 STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # 3.10 lacks it, and falls back to tomli
-BASE = {"pydantic", "pydantic_core", "typing_extensions", "yaml", "rich", "tomli"}  # what pyproject.toml's dependencies bring
+BASE = {
+    "pydantic",
+    "pydantic_core",
+    "typing_extensions",
+    "yaml",
+    "rich",
+    "tomli",
+}  # what pyproject.toml's dependencies bring
 SSH = {"fabric", "invoke", "paramiko"}
 
-# fabfile -> remote -> jobs, env <- rlhf_train. The laptop half runs without torch, so it is told what it may import;
-# the GPU half may import what it likes, so it is told what it may not.
+# fabfile -> remote -> jobs, env <- rlhf_train. The laptop half runs without torch, so it is told
+# what it may import; the GPU half may import what it likes, so it is told what it may not.
 MAY_IMPORT = {
     "env": STANDARD | BASE | {"env", "jobs"},
     "jobs": STANDARD | BASE | {"env", "jobs"},
@@ -40,8 +50,8 @@ MORE = {  # a folder ends with a slash
     "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"},
 }
 
-# Inside a package: its parts, a folder counting as one, and which of them each may import. A part may only name parts that stand
-# above it here, so there is no circle.
+# Inside a package: its parts, a folder counting as one, and which of them each may import. A part
+# may only name parts that stand above it here, so there is no circle.
 REMOTE = {"scripts", "inventory", "output", "ssh", "survey"}
 HOST = {"compat", "disk", "host"}
 LOW = HOST | {"kernels", "ranks"}
@@ -93,7 +103,8 @@ INSIDE: dict[str, dict[str, set[str]]] = {
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
-# Tables by step number outside of jobs/steps.py, how many a file may have. Tests expect values of their own.
+# Tables by step number outside of jobs/steps.py, how many a file may have. Tests expect values of
+# their own.
 STEP_TABLES = {
     "benchmarks/faults.py": 1,  # how many updates the runs make that are killed here: not a fact about a step
     "benchmarks/scaling.py": 1,  # how much of a step is measured there
@@ -101,17 +112,33 @@ STEP_TABLES = {
 
 # Written in pieces, since this file is searched too.
 REGISTRIES = re.compile(
-    "|".join(("py" r"pi\.org", "python" r"hosted\.org", r"deb\.deb" "ian", r"security\.deb" "ian", r"archive\.ubu" "ntu", "npm" r"js\.org"))
+    "|".join(
+        (
+            "py" r"pi\.org",
+            "python" r"hosted\.org",
+            r"deb\.deb" "ian",
+            r"security\.deb" "ian",
+            r"archive\.ubu" "ntu",
+            "npm" r"js\.org",
+        )
+    )
 )
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
 
 
 def tracked_files() -> list[Path]:
     """What git holds or would take, so that a new file is looked at before it is committed."""
-    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=False)
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
     if listing.returncode:
         pytest.skip(f"needs a git checkout: {listing.stderr.decode().strip()}")
-    return [ROOT / name for name in sorted(set(listing.stdout.decode().split("\0"))) if name and (ROOT / name).is_file()]
+    return [
+        ROOT / name for name in sorted(set(listing.stdout.decode().split("\0"))) if name and (ROOT / name).is_file()
+    ]
 
 
 def python_files() -> list[Path]:
@@ -129,10 +156,17 @@ def top_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def wrong_imports(name: str, source: str) -> list[str]:
     part = name.split("/")[0]
-    more = {module for place, modules in MORE.items() if name == place or (place.endswith("/") and name.startswith(place)) for module in modules}
+    more = {
+        module
+        for place, modules in MORE.items()
+        if name == place or (place.endswith("/") and name.startswith(place))
+        for module in modules
+    }
     wrong = []
     for line, module in top_imports(ast.parse(source)):
-        allowed = module in more or (module in MAY_IMPORT[part] if part in MAY_IMPORT else module not in MAY_NOT_IMPORT.get(part, set()))
+        allowed = module in more or (
+            module in MAY_IMPORT[part] if part in MAY_IMPORT else module not in MAY_NOT_IMPORT.get(part, set())
+        )
         if not allowed:
             wrong.append(f"{name}:{line} imports {module}")
     return wrong
@@ -196,7 +230,9 @@ def relative(path: Path) -> str:
 
 
 def test_imports_run_one_way() -> None:
-    assert [wrong for path in python_files() for wrong in wrong_imports(relative(path), path.read_text(encoding="utf-8"))] == []
+    assert [
+        wrong for path in python_files() for wrong in wrong_imports(relative(path), path.read_text(encoding="utf-8"))
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -216,10 +252,18 @@ def test_imports_run_one_way() -> None:
         ("fabfile.py", "from remote.tasks import *\nimport jobs", ["fabfile.py:2 imports jobs"]),
         ("rlhf_train/a.py", "import torch, remote", ["rlhf_train/a.py:1 imports remote"]),
         ("rlhf_train/a.py", "import deepspeed.comm", ["rlhf_train/a.py:1 imports deepspeed"]),
-        ("rlhf_train/engine/deepspeed_engine.py", "import deepspeed\nimport fabric", ["rlhf_train/engine/deepspeed_engine.py:2 imports fabric"]),
+        (
+            "rlhf_train/engine/deepspeed_engine.py",
+            "import deepspeed\nimport fabric",
+            ["rlhf_train/engine/deepspeed_engine.py:2 imports fabric"],
+        ),
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
         ("rlhf_train/steps/ppo.py", "from deepspeed import zero", ["rlhf_train/steps/ppo.py:1 imports deepspeed"]),
-        ("remote/ssh/a.py", "from fabric import Connection\nimport rlhf_train", ["remote/ssh/a.py:2 imports rlhf_train"]),
+        (
+            "remote/ssh/a.py",
+            "from fabric import Connection\nimport rlhf_train",
+            ["remote/ssh/a.py:2 imports rlhf_train"],
+        ),
         ("remote/verbs/a.py", "from fabric import task\nimport torch", ["remote/verbs/a.py:2 imports torch"]),
     ],
 )
@@ -228,12 +272,20 @@ def test_a_wrong_import_is_seen(name: str, source: str, wrong: list[str]) -> Non
 
 
 def test_imports_inside_a_package_run_one_way() -> None:
-    assert [wrong for path in python_files() for wrong in wrong_inner_imports(relative(path), path.read_text(encoding="utf-8"))] == []
+    assert [
+        wrong
+        for path in python_files()
+        for wrong in wrong_inner_imports(relative(path), path.read_text(encoding="utf-8"))
+    ] == []
 
 
 @pytest.mark.parametrize("package", INSIDE)
 def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) -> None:
-    paths = (path for path in python_files() if relative(path).startswith(f"{package}/") and path.parent.name + path.name != f"{package}__init__.py")
+    paths = (
+        path
+        for path in python_files()
+        if relative(path).startswith(f"{package}/") and path.parent.name + path.name != f"{package}__init__.py"
+    )
     assert set(INSIDE[package]) == {relative(path).removesuffix(".py").split("/")[1] for path in paths}
     parts = list(INSIDE[package])
     assert [part for place, part in enumerate(parts) if INSIDE[package][part] - set(parts[:place])] == []
@@ -299,17 +351,25 @@ def test_a_table_by_step_number_is_seen(source: str, lines: list[int]) -> None:
 
 
 def test_no_two_public_classes_share_a_name() -> None:
-    packages = [path for path in python_files() if relative(path).split("/")[0] in {"env", "jobs", "remote", "rlhf_train"}]
+    packages = [
+        path for path in python_files() if relative(path).split("/")[0] in {"env", "jobs", "remote", "rlhf_train"}
+    ]
     assert shared_class_names({relative(path): path.read_text(encoding="utf-8") for path in packages}) == {}
 
 
 def test_a_shared_class_name_is_seen() -> None:
-    sources = {"a.py": "class Job: ...\nclass _Own: ...", "b.py": "class Job(Base): ...\nclass _Own: ...", "c.py": "class Jobs:\n    class Job: ..."}
+    sources = {
+        "a.py": "class Job: ...\nclass _Own: ...",
+        "b.py": "class Job(Base): ...\nclass _Own: ...",
+        "c.py": "class Jobs:\n    class Job: ...",
+    }
     assert shared_class_names(sources) == {"Job": ["a.py", "b.py"]}
 
 
 def test_only_named_modules_read_the_environment() -> None:
-    assert [found for path in python_files() for found in environ_readers(relative(path), path.read_text(encoding="utf-8"))] == []
+    assert [
+        found for path in python_files() for found in environ_readers(relative(path), path.read_text(encoding="utf-8"))
+    ] == []
     assert environ_readers("jobs/a.py", "import os\nos.environ['A']") == ["jobs/a.py:2 reads the environment"]
 
 
@@ -320,17 +380,25 @@ def test_every_file_is_python_3_10() -> None:
         ast.parse("try: pass\nexcept* ValueError: pass", feature_version=(3, 10))
 
 
-@pytest.mark.parametrize("forbidden", [REGISTRIES, UNFINISHED], ids=["the host of a package registry", "an unfinished thought"])
+@pytest.mark.parametrize(
+    "forbidden", [REGISTRIES, UNFINISHED], ids=["the host of a package registry", "an unfinished thought"]
+)
 def test_no_file_holds(forbidden: re.Pattern[str]) -> None:
     found = []
     for path in tracked_files():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found += [f"{relative(path)}:{number} {line.strip()[:80]}" for number, line in enumerate(lines, 1) if forbidden.search(line)]
+        found += [
+            f"{relative(path)}:{number} {line.strip()[:80]}"
+            for number, line in enumerate(lines, 1)
+            if forbidden.search(line)
+        ]
     assert found == []
 
 
 def test_what_is_forbidden_is_recognised() -> None:
-    assert REGISTRIES.search("https://" + "files." + "python" + "hosted.org/packages") and UNFINISHED.search("# TO" + "DO later")
+    assert REGISTRIES.search("https://" + "files." + "python" + "hosted.org/packages") and UNFINISHED.search(
+        "# TO" + "DO later"
+    )
     assert not REGISTRIES.search("https://download.pytorch.org/whl/cpu")
 
 
@@ -348,21 +416,34 @@ def test_package_inits_are_empty_and_tests_have_none() -> None:
 def test_versions_live_in_env_pins_only() -> None:
     project = PYPROJECT["project"]
     wishes = [
-        wish.split(";")[0] for wish in (*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra))
+        wish.split(";")[0]
+        for wish in (
+            *project["dependencies"],
+            *(name for extra in project["optional-dependencies"].values() for name in extra),
+        )
     ]
     assert [wish for wish in wishes if not re.fullmatch(r"[A-Za-z0-9_.-]+", wish)] == []
 
 
 def test_the_lock_holds_what_is_asked_for() -> None:
-    """Otherwise somebody changed pyproject.toml or cpu.in and did not run `make lock`. torch is installed apart."""
+    """Otherwise somebody changed pyproject.toml or cpu.in and did not run `make lock`. torch is
+    installed apart.
+    """
     project = PYPROJECT["project"]
-    wishes = {re.split(r"[^A-Za-z0-9_.-]", wish)[0] for wish in (*project["dependencies"], *project["optional-dependencies"]["train"])}
+    wishes = {
+        re.split(r"[^A-Za-z0-9_.-]", wish)[0]
+        for wish in (*project["dependencies"], *project["optional-dependencies"]["train"])
+    }
     pins = (ROOT / "env/pins/cpu.in").read_text(encoding="utf-8")
     wishes |= set(re.findall(r"^[A-Za-z][A-Za-z0-9_.-]*", pins, flags=re.MULTILINE))
     lock = (ROOT / "env/pins/cpu.txt").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;\\]+)", lock, flags=re.MULTILINE))
     assert {wish.lower().replace("_", "-") for wish in wishes} - set(locked) == {"torch"}
-    assert [pin for pin in re.findall(r"^([a-z0-9-]+)==([^ #]+)", pins, flags=re.MULTILINE) if pin[0] != "torch" and locked[pin[0]] != pin[1]] == []
+    assert [
+        pin
+        for pin in re.findall(r"^([a-z0-9-]+)==([^ #]+)", pins, flags=re.MULTILINE)
+        if pin[0] != "torch" and locked[pin[0]] != pin[1]
+    ] == []
 
 
 def test_each_pin_ends_with_its_reason() -> None:

@@ -37,7 +37,10 @@ OPT = {
 
 
 def write_rows(folder: Path, train: int = 240, held_out: int = 21) -> Path:
-    """A data set: say the words of the prompt again (chosen), or others (rejected). Prompts and answers of many lengths."""
+    """A data set: say the words of the prompt again (chosen), or others (rejected).
+
+    Prompts and answers of many lengths.
+    """
     generator = random.Random(0)
 
     def words() -> str:
@@ -48,22 +51,38 @@ def write_rows(folder: Path, train: int = 240, held_out: int = 21) -> Path:
         rows = []
         for _ in range(count):
             wanted, other = words(), words() + " no"
-            rows.append({"prompt": f"\n\nHuman: {wanted}\n\nAssistant:", "chosen": f" {wanted}", "rejected": f" {other}"})
+            rows.append(
+                {"prompt": f"\n\nHuman: {wanted}\n\nAssistant:", "chosen": f" {wanted}", "rejected": f" {other}"}
+            )
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
 def job(data: Path) -> dict[str, Any]:
-    """Four updates a step, so few that rounding has no time to grow; answers end, or do not, within 12 tokens."""
+    """Four updates a step, so few that rounding has no time to grow; answers end, or do not, within
+    12 tokens.
+    """
     return {
         "name": "tiny",
         "seed": 1,
         "actor": {"model": {"config": OPT}, "tokenizer_vocabulary": 320},
         "critic": {"model": "actor"},
-        "data": {"datasets": [str(data)], "split": [1, 1, 1], "max_prompt_tokens": 64, "max_response_tokens": 12, "eval_rows": 21},
+        "data": {
+            "datasets": [str(data)],
+            "split": [1, 1, 1],
+            "max_prompt_tokens": 64,
+            "max_response_tokens": 12,
+            "eval_rows": 21,
+        },
         "sft": {"global_batch": 8, "learning_rate": 1e-2, "max_updates": 4},
         "reward": {"global_batch": 8, "learning_rate": 1e-3, "max_updates": 4},
-        "ppo": {"rollout_batch": 16, "global_batch": 8, "max_updates": 4, "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3},
+        "ppo": {
+            "rollout_batch": 16,
+            "global_batch": 8,
+            "max_updates": 4,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+        },
         "hardware": {"ranks": 1, "device": "cpu", "precision": "float32", "micro_batch": 4, "cpu_threads": 1},
     }
 
@@ -75,7 +94,9 @@ class Trained:
     dir: RunDir
 
     def events(self, kind: str, step: int) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.dir.events)[0] if event["kind"] == kind and event.get("step") == step]
+        return [
+            event for event in read_events(self.dir.events)[0] if event["kind"] == kind and event.get("step") == step
+        ]
 
     def end(self, step: int) -> dict[str, Any]:
         (event,) = self.events("end", step)
@@ -88,16 +109,21 @@ class Trained:
 
 
 def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence[str] = ("all",)) -> Trained:
-    """`python -m rlhf_train` on the tiny job in `folder`, made there at the first call; each run has `name`."""
+    """`python -m rlhf_train` on the tiny job in `folder`, made there at the first call; each run
+    has `name`.
+    """
     file = folder / "job.yaml"
     if not file.exists():
         file.write_text(yaml.safe_dump(job(write_rows(folder / "rows"))), encoding="utf-8")
     return run(folder, ["--job", str(file), "--run", name, "--step", *steps], settings)
 
 
-def train_killed(folder: Path, name: str, settings: Sequence[str], *, at: Sequence[tuple[int, int]], then: Sequence[str] = ()) -> Trained:
-    """As `train`, but killed (SIGKILL, all processes at once) each time that `at`'s next (step, update) is seen in the events; each time the
-    same command is given again, after the last kill with the settings `then` besides.
+def train_killed(
+    folder: Path, name: str, settings: Sequence[str], *, at: Sequence[tuple[int, int]], then: Sequence[str] = ()
+) -> Trained:
+    """As `train`, but killed (SIGKILL, all processes at once) each time that `at`'s next (step,
+    update) is seen in the events; each time the same command is given again, after the last kill
+    with the settings `then` besides.
     """
     run_dir = RunDir(folder / "runs" / name)
     for step, update in at:
@@ -109,7 +135,10 @@ def train_killed(folder: Path, name: str, settings: Sequence[str], *, at: Sequen
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 300
-        while not any(e["kind"] == "metrics" and (e["step"], e["update"]) >= (step, update) for e in read_events(run_dir.events)[0]):
+        while not any(
+            e["kind"] == "metrics" and (e["step"], e["update"]) >= (step, update)
+            for e in read_events(run_dir.events)[0]
+        ):
             assert launcher.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.002)
         family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
@@ -134,6 +163,8 @@ def environment(folder: Path) -> dict[str, str]:
 def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
     """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
     words = command(folder, arguments, settings)
-    said = subprocess.run(words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600)
+    said = subprocess.run(
+        words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600
+    )
     assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

@@ -1,7 +1,9 @@
-"""DeepSpeed-Chat's own classes on work that benchmarks/side_by_side.py has written: `python deepspeed_chat.py WORK.json`, a line of JSON an update.
+"""DeepSpeed-Chat's own classes on work that benchmarks/side_by_side.py has written: `python
+deepspeed_chat.py WORK.json`, a line of JSON an update.
 
-Runs in an environment of its own and imports nothing of ours. The package `dschat` comes from the checkout that the user has named.
-What main.py of its step 3 does around them is done here: initialise, generate experience, train on it by micro batches.
+Runs in an environment of its own and imports nothing of ours. The package `dschat` comes from the
+checkout that the user has named. What main.py of its step 3 does around them is done here:
+initialise, generate experience, train on it by micro batches.
 """
 
 import argparse
@@ -15,7 +17,14 @@ from pathlib import Path
 
 work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 is_cuda = work["device"] == "cuda"
-os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(work["port"])}
+os.environ |= {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": str(work["port"]),
+}
 os.environ |= {} if is_cuda else {"DS_ACCELERATOR": "cpu"}
 sys.path.insert(0, work["checkout"])
 
@@ -47,14 +56,19 @@ if work["dtype"] == "float32":
 def reward_model_folder(folder):
     """A reward model as its step 2 saves one: the classifier's weights under its own names."""
     state = load_file(Path(work["critic"]) / "model.safetensors")
-    renamed = {name.replace("model.", "rwtransformer.", 1) if name.startswith("model.") else "v_head.weight": value for name, value in state.items()}
+    renamed = {
+        name.replace("model.", "rwtransformer.", 1) if name.startswith("model.") else "v_head.weight": value
+        for name, value in state.items()
+    }
     torch.save(renamed, Path(folder) / "pytorch_model.bin")
     (Path(folder) / "config.json").write_bytes((Path(work["critic"]) / "config.json").read_bytes())
     return folder
 
 
 def engine_arguments():
-    """main.py's, those of its defaults that matter here; what it does by itself (dropout, checkpointing, LoRA) is off on all sides."""
+    """main.py's, those of its defaults that matter here; what it does by itself (dropout,
+    checkpointing, LoRA) is off on all sides.
+    """
     return argparse.Namespace(
         dtype={"float32": "bf16", "bfloat16": "bf16", "float16": "fp16"}[work["dtype"]],
         actor_zero_stage=0,
@@ -108,7 +122,9 @@ def now():
 tokenizer = AutoTokenizer.from_pretrained(work["actor"], padding_side="left")
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
     arguments = engine_arguments()
-    engine = rlhf_engine.DeepSpeedRLHFEngine(work["actor"], reward_model_folder(folder), tokenizer, arguments, work["updates"])
+    engine = rlhf_engine.DeepSpeedRLHFEngine(
+        work["actor"], reward_model_folder(folder), tokenizer, arguments, work["updates"]
+    )
 trainer = DeepSpeedPPOTrainer(engine, arguments)
 # Its default is greedy: sampling is what the model's generation config says.
 settings = engine.actor.module.generation_config

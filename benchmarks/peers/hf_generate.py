@@ -1,4 +1,5 @@
-"""Hugging Face's generate on work that benchmarks/side_by_side.py has written: `python hf_generate.py WORK.json` prints a line of JSON a repeat.
+"""Hugging Face's generate on work that benchmarks/side_by_side.py has written: `python
+hf_generate.py WORK.json` prints a line of JSON a repeat.
 
 Runs in an environment of its own and imports nothing of ours. work["cache"]: dynamic or static.
 """

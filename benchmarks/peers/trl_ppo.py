@@ -1,6 +1,8 @@
-"""TRL's PPOTrainer on work that benchmarks/side_by_side.py has written: `python trl_ppo.py WORK.json` prints a line of JSON for each update.
+"""TRL's PPOTrainer on work that benchmarks/side_by_side.py has written: `python trl_ppo.py
+WORK.json` prints a line of JSON for each update.
 
-Runs in an environment of its own and imports nothing of ours. Its own `train()` is timed from outside, at the functions it calls.
+Runs in an environment of its own and imports nothing of ours. Its own `train()` is timed from
+outside, at the functions it calls.
 """
 
 import json
@@ -31,7 +33,9 @@ def timed_generation(model, queries, *args, **kwargs):
     sequences, logits = batch_generation(model, queries, *args, **kwargs)
     answers = sequences[:, queries.shape[1] :]
     ended = (answers == work["eos_id"]).int().cumsum(1) - (answers == work["eos_id"]).int() > 0  # after the EOS
-    marks.update(generated=now(), prompt_tokens=int((queries != work["pad_id"]).sum()), answer_tokens=int((~ended).sum()))
+    marks.update(
+        generated=now(), prompt_tokens=int((queries != work["pad_id"]).sum()), answer_tokens=int((~ended).sum())
+    )
     return sequences, logits
 
 
@@ -68,7 +72,9 @@ ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forw
 tokenizer = AutoTokenizer.from_pretrained(work["actor"], padding_side="left")
 dtype = getattr(torch, work["dtype"])
 actor, reference = (AutoModelForCausalLM.from_pretrained(work["actor"], dtype=dtype) for _ in range(2))
-critic, reward_model = (AutoModelForSequenceClassification.from_pretrained(work["critic"], dtype=dtype, num_labels=1) for _ in range(2))
+critic, reward_model = (
+    AutoModelForSequenceClassification.from_pretrained(work["critic"], dtype=dtype, num_labels=1) for _ in range(2)
+)
 prompts = Dataset.from_list([{"input_ids": prompt} for prompt in work["prompts"]])
 with tempfile.TemporaryDirectory() as folder:
     config = PPOConfig(

@@ -1,5 +1,6 @@
-"""What a person sees of a run, drawn from its events and nothing else: here, over SSH, or from an old file alike. A panel
-or lines while it goes on (panel.py, plain.py), a table at the end (report.py), in the same words (formatting.py).
+"""What a person sees of a run, drawn from its events and nothing else: here, over SSH, or from an
+old file alike. A panel or lines while it goes on (panel.py, plain.py), a table at the end
+(report.py), in the same words (formatting.py).
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from jobs.views.report import report
 
 
 def console_on(stream: TextIO) -> Console:
-    # A piped line must stay one line, and our text contains [b, t] and [/paths], which rich takes for markup.
+    # A piped line must stay one line, and our text contains [b, t] and [/paths], which rich takes
+    # for markup.
     return Console(file=stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def view(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Plain | Live:
-    """`Live` on a terminal that can draw it, else `Plain`; on standard error if no stream is given. `clock`: of the panel, in seconds."""
+    """`Live` on a terminal that can draw it, else `Plain`; on standard error if no stream is given.
+
+    `clock`: of the panel, in seconds.
+    """
     console = console_on(stream or sys.stderr)
     can_draw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
     return Live(console, clock) if can_draw else Plain(console)

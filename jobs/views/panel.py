@@ -1,5 +1,5 @@
-"""The panel that a terminal shows while a run goes on: `Board` is what stands in it, for any width, from the events and
-the viewer's clock; `Live` draws it.
+"""The panel that a terminal shows while a run goes on: `Board` is what stands in it, for any width,
+from the events and the viewer's clock; `Live` draws it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (math.nan, math.nan)
     scale = 7.999 / (high - low) if high > low else 0.0
-    return "".join("▁▂▃▄▅▆▇█"[int((value - low) * scale)] if math.isfinite(value) else "?" for value in values), low, high
+    return (
+        "".join("▁▂▃▄▅▆▇█"[int((value - low) * scale)] if math.isfinite(value) else "?" for value in values),
+        low,
+        high,
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,10 @@ class GpuUsage:
 
 @dataclass(frozen=True)
 class BoxView:
-    """What the panel knows of the box that a run is on, from who watches it over a connection. Times by the viewer's clock, in seconds."""
+    """What the panel knows of the box that a run is on, from who watches it over a connection.
+
+    Times by the viewer's clock, in seconds.
+    """
 
     name: str
     line: str = "connecting"
@@ -113,7 +120,9 @@ class StepView:
 
 
 class Board:
-    """The panel as lines, for any width; `now` is the viewer's clock in seconds and moves only elapsed times."""
+    """The panel as lines, for any width; `now` is the viewer's clock in seconds and moves only
+    elapsed times.
+    """
 
     def __init__(self) -> None:
         self._steps: dict[int, StepView] = {}
@@ -142,7 +151,9 @@ class Board:
         if view and not view.end:
             lines += self._running(self._current, view, width, running_at)
         if box:
-            spare = height - len(lines) - 6 if height else 0  # what the box takes: an empty line, cards, cost, prompt, answer, state
+            spare = (
+                height - len(lines) - 6 if height else 0
+            )  # what the box takes: an empty line, cards, cost, prompt, answer, state
             lines += [Text(""), *self._far(box, view, width, now, spare)]
             if height and len(lines) > height:
                 lines = [line for line in lines if line.plain.strip()]
@@ -192,20 +203,35 @@ class Board:
     def _far(self, box: BoxView, view: StepView | None, width: int, now: float, spare: int) -> list[Text]:
         lines, cells = [], max(width - 18, 8)
         if box.cards:
-            lines.append(_labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, cells)))
+            lines.append(
+                _labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, cells))
+            )
         if cost := self._cost(box, view, now):
             lines.append(_labelled("cost", _fitting(cost, cells)))
         if view and view.sample:
             prompt, response = (one_line(view.sample.get(name)) for name in ("prompt", "response"))
             answer = fold(f"{verdict_of(view.sample)}{response}", cells, 1 + min(max(spare, 0), 3))
             label = f"answer {one_line(view.sample.get('when', ''))}"  # before, or after training
-            lines += [_labelled("prompt", tail(prompt, cells)), *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer))]
+            lines += [
+                _labelled("prompt", tail(prompt, cells)),
+                *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer)),
+            ]
         mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
-        said = box.line if box.away_at is None else f"{box.line} for {duration(now - box.away_at)}, reconnecting: {box.away_why}"
-        return [*lines, Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style))]
+        said = (
+            box.line
+            if box.away_at is None
+            else f"{box.line} for {duration(now - box.away_at)}, reconnecting: {box.away_why}"
+        )
+        return [
+            *lines,
+            Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style)),
+        ]
 
     def _cost(self, box: BoxView, view: StepView | None, now: float) -> list[str]:
-        """What is spent, what is to come, and the price, most important first. The time of a step that has not begun is not known."""
+        """What is spent, what is to come, and the price, most important first.
+
+        The time of a step that has not begun is not known.
+        """
         if box.price_per_hour is None or box.started_at is None:
             return []
         price = f"{money(box.price_per_hour, box.currency)}/h"
@@ -224,7 +250,9 @@ class Board:
 
     def _curve(self, name: str, curve: Curve, view: StepView, width: int) -> Text:
         values = [value for _, value in view.curves[name]]
-        _, low, high = sparkline(values, len(values))  # a long curve is drawn by means, which the newest value may lie beyond
+        _, low, high = sparkline(
+            values, len(values)
+        )  # a long curve is drawn by means, which the newest value may lie beyond
         between = f"  {number(low, SHOWN[name].spec)} to {number(high, SHOWN[name].spec)}"
         line = _cell(name, view.metrics.get(name))
         spark, _, _ = sparkline(values, min(max(width - line.cell_len - len(between), 8), 60))
@@ -234,20 +262,29 @@ class Board:
 
 
 def cards_text(cards: Sequence[GpuUsage], width: int) -> str:
-    """Use and memory of all cards on one line: each by itself as long as there is room, then a block each and the range."""
+    """Use and memory of all cards on one line: each by itself as long as there is room, then a
+    block each and the range.
+    """
     each = "   ".join(
-        f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB" for card in cards
+        f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB"
+        for card in cards
     )
     if len(each) <= width:
         return each
-    blocks = "".join("▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards)
+    blocks = "".join(
+        "▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards
+    )
     used, total = (_range([getattr(card, name) for card in cards], ".0f", 1024) for name in ("used_mib", "total_mib"))
     return f"{blocks}  {_range([card.use for card in cards], '.0f')}% busy, {used} of {total} GiB each"
 
 
 def _range(values: Sequence[float], spec: str, unit: float = 1.0) -> str:
     """`3`, or `1 to 4`."""
-    texts = [format(value / unit, spec) for value in (min(values), max(values))] if all(map(math.isfinite, values)) else ["?"]
+    texts = (
+        [format(value / unit, spec) for value in (min(values), max(values))]
+        if all(map(math.isfinite, values))
+        else ["?"]
+    )
     return texts[0] if texts[0] == texts[-1] else " to ".join(texts)
 
 
@@ -278,7 +315,10 @@ def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:
     """Label and number in columns, as even as they come."""
     most = max(width // 26, 1)
     columns = math.ceil(len(names) / math.ceil(len(names) / most)) if names else 1
-    return [Text().join(_cell(name, metrics[name]) for name in names[start : start + columns]) for start in range(0, len(names), columns)]
+    return [
+        Text().join(_cell(name, metrics[name]) for name in names[start : start + columns])
+        for start in range(0, len(names), columns)
+    ]
 
 
 def _status(view: StepView, now: float) -> Text:
@@ -298,17 +338,24 @@ class Live:
         self._board = Board()
         self._lock = threading.Lock()  # the board: fed here, drawn by rich's thread
         self._drawn: list[int] = []  # cells of each line on the screen
-        self._live = live.Live(console=console, get_renderable=self._frame, redirect_stdout=False, redirect_stderr=False)
+        self._live = live.Live(
+            console=console, get_renderable=self._frame, redirect_stdout=False, redirect_stderr=False
+        )
 
     def __enter__(self) -> Self:
         self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def feed(self, event: RawEvent, *, at: float | None = None, quiet: bool = False) -> None:
-        """`at`: when it was written, by the clock of this panel; None: now. Quiet: only the panel takes it in."""
+        """`at`: when it was written, by the clock of this panel; None: now.
+
+        Quiet: only the panel takes it in.
+        """
         with self._lock:
             self._board.feed(event, self._clock() if at is None else at)
         if quiet:
@@ -336,8 +383,12 @@ class Live:
     def _frame(self) -> RenderableType:
         width = self._console.width - 1  # the last column may wrap
         with self._lock:
-            lines = [Text(""), *self._board.lines(width, self._clock(), self._console.height - 2)]  # an empty line above, the cursor below
-        # A terminal made narrower has folded the lines that we drew, and rich goes up by lines, not by folds.
+            lines = [
+                Text(""),
+                *self._board.lines(width, self._clock(), self._console.height - 2),
+            ]  # an empty line above, the cursor below
+        # A terminal made narrower has folded the lines that we drew, and rich goes up by lines, not
+        # by folds.
         folds = sum(max(cells - 1, 0) // self._console.width for cells in self._drawn)
         if folds and self._live.is_started:
             self._console.control(Control(*((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * folds))

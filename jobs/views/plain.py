@@ -1,5 +1,5 @@
-"""One line an event, for pipes and logs: `Plain` writes them, and `Live` prints plans, warnings and errors in the same
-words. Kinds and fields that a newer writer added are ignored.
+"""One line an event, for pipes and logs: `Plain` writes them, and `Live` prints plans, warnings and
+errors in the same words. Kinds and fields that a newer writer added are ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from rich.text import Text
 
 from jobs.errors import ToolkitError
 from jobs.events import SHOWN, RawEvent
-from jobs.formatting import Pace, data_row_counts, duration, encodable, facts, number, one_line, plural, size, verdict_of, visible
+from jobs.formatting import (
+    Pace,
+    data_row_counts,
+    duration,
+    encodable,
+    facts,
+    number,
+    one_line,
+    plural,
+    size,
+    verdict_of,
+    visible,
+)
 from jobs.steps import STEPS
 
 if TYPE_CHECKING:
@@ -126,10 +138,12 @@ def marked(text: str) -> Text:
 
 
 class Plain:
-    """One line an event, for pipes and logs. Of the metrics: each step's first and last, and one now and then between.
+    """One line an event, for pipes and logs.
 
-    Now and then: 10 s at first, up to 60 s as a step gets long; by the events' own time, so that a file always
-    gives the same lines.
+    Of the metrics: each step's first and last, and one now and then between.
+
+    Now and then: 10 s at first, up to 60 s as a step gets long; by the events' own time, so that a
+    file always gives the same lines.
     """
 
     def __init__(self, console: Console) -> None:
@@ -141,7 +155,9 @@ class Plain:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._release()
 
     def feed(self, event: RawEvent, *, quiet: bool = False) -> None:

@@ -1,4 +1,6 @@
-"""The table at the end of a run, and some of its answers: what each step changed, how long it took, where its model lies."""
+"""The table at the end of a run, and some of its answers: what each step changed, how long it took,
+where its model lies.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from jobs.steps import STEPS
 
 
 def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableType:
-    """Numbers before and after, times, models, and three prompts with their answers before and after."""
+    """Numbers before and after, times, models, and three prompts with their answers before and
+    after.
+    """
     held = effective(events)
     ends = {event.get("step", 0): event for event in held if event["kind"] == "end"}
     samples: dict[str, dict[str, RawEvent]] = {}  # prompt -> when -> sample; a resumed run may write one twice
     for event in held:
         if event["kind"] == "sample" and event.get("step") == 3:
             samples.setdefault(str(event.get("prompt")), {})[str(event.get("when"))] = event
-    parts: list[RenderableType] = [_outcomes(ends), Text(""), *_models(ends, encoding)] if ends else [Text("no step has ended yet")]
+    parts: list[RenderableType] = (
+        [_outcomes(ends), Text(""), *_models(ends, encoding)] if ends else [Text("no step has ended yet")]
+    )
     for index, (prompt, answers) in enumerate(list(samples.items())[:3], start=1):
         parts += [Text(""), Text(f"prompt {index}", style="bold"), _folded(prompt, encoding)]
         for when in ("before", "after"):
@@ -44,7 +50,9 @@ def _outcomes(ends: dict[int, RawEvent]) -> Table:
         for outcome in step.outcomes if step else ():
             before, after = end.get(outcome.before), end.get(outcome.after)
             if before is not None or after is not None:
-                table.add_row(title, outcome.long, *("-" if x is None else number(x, outcome.spec) for x in (before, after)))
+                table.add_row(
+                    title, outcome.long, *("-" if x is None else number(x, outcome.spec) for x in (before, after))
+                )
                 title = ""
     return table
 
@@ -54,7 +62,9 @@ def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
     rows = [(f"step {step}", end.get("seconds"), one_line(end.get("model"))) for step, end in sorted(ends.items())]
     total = sum(seconds for _, seconds, _ in rows if isinstance(seconds, int | float))
     lines = [f"{name:<7} {duration(seconds):>6}  {encodable(model, encoding)}" for name, seconds, model in rows]
-    return [Text(line.rstrip(), no_wrap=True, overflow="ignore") for line in [*lines, f"{'total':<7} {duration(total):>6}"]]
+    return [
+        Text(line.rstrip(), no_wrap=True, overflow="ignore") for line in [*lines, f"{'total':<7} {duration(total):>6}"]
+    ]
 
 
 def _answer_title(when: str, sample: RawEvent) -> Text:

@@ -1,7 +1,9 @@
-"""Code and environment onto a box, ready to run: probe, sync, environment, self-check; each said with the time it took.
+"""Code and environment onto a box, ready to run: probe, sync, environment, self-check; each said
+with the time it took.
 
-What is there is asked first, in one round trip (land.sh): where all is as it should be, that is the end. Else the lock is taken, what lacks
-is sent or made beside its place, and `deployed`, which names the whole, is written last. Killed at any moment, what was there before holds.
+What is there is asked first, in one round trip (land.sh): where all is as it should be, that is the
+end. Else the lock is taken, what lacks is sent or made beside its place, and `deployed`, which
+names the whole, is written last. Killed at any moment, what was there before holds.
 """
 
 from __future__ import annotations
@@ -105,8 +107,21 @@ class DeployPlan:
     def settings(self, token: str) -> dict[str, str]:
         """For remote/on_box/environment.sh."""
         proxy = self.proxy_files[0] if self.route == "proxy" and self.proxy_files else ""
-        words = {"root": self.root, "token": token, "key": self.environment, "runtime": self.runtime, "torch": self.torch, "mirror": self.mirror}
-        words |= {"device": self.device, "python": self.python, "maker": self.maker, "proxy": proxy, "ca_bundle": self.ca_bundle}
+        words = {
+            "root": self.root,
+            "token": token,
+            "key": self.environment,
+            "runtime": self.runtime,
+            "torch": self.torch,
+            "mirror": self.mirror,
+        }
+        words |= {
+            "device": self.device,
+            "python": self.python,
+            "maker": self.maker,
+            "proxy": proxy,
+            "ca_bundle": self.ca_bundle,
+        }
         return {key: value for key, value in words.items() if value}
 
 
@@ -140,7 +155,9 @@ class DeployResult:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
-        lines = dict(line.partition(" ")[::2] for line in self.plan.lines() if not line.startswith(("env_file", "proxy_file")))
+        lines = dict(
+            line.partition(" ")[::2] for line in self.plan.lines() if not line.startswith(("env_file", "proxy_file"))
+        )
         parts = [{"name": part.name, "said": part.said, "seconds": round(part.seconds, 3)} for part in self.parts]
         return {
             "root": self.plan.root,
@@ -168,9 +185,11 @@ def deploy(
 ) -> DeployResult:
     """The checkout on the box, and an environment for it. Nothing is done if it is there.
 
-    say: gets each line that stays, a stage's begin and end, and notes. now: gets what is only of the moment, such as pip's last line, each in
-    place of the one before, and "" when it is over. fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
-    Raises ToolkitError: UNFIT, if deploy itself cannot work there; BUSY; UNREACHABLE; what git or the disk here says.
+    say: gets each line that stays, a stage's begin and end, and notes. now: gets what is only of
+    the moment, such as pip's last line, each in place of the one before, and "" when it is over.
+    fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
+    Raises ToolkitError: UNFIT, if deploy itself cannot work there; BUSY; UNREACHABLE; what git or
+    the disk here says.
     """
     return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
 
@@ -213,16 +232,25 @@ def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, c
     )
 
 
-def environment_key(checkout: Path, runtime: str, torch: str, mirror: str, build: Mapping[str, str], device: str) -> str:
-    """Names what an environment is made of, whatever this box has; where packages come from does not change them, only the image's settings."""
-    files = [f"env/pins/{torch}.txt", *(BARE_FILES if runtime == "bare" else (*IMAGE_FILES, f"env/mirrors/{mirror}.env"))]
+def environment_key(
+    checkout: Path, runtime: str, torch: str, mirror: str, build: Mapping[str, str], device: str
+) -> str:
+    """Names what an environment is made of, whatever this box has; where packages come from does
+    not change them, only the image's settings.
+    """
+    files = [
+        f"env/pins/{torch}.txt",
+        *(BARE_FILES if runtime == "bare" else (*IMAGE_FILES, f"env/mirrors/{mirror}.env")),
+    ]
     made_of = hashlib.sha256(f"{runtime}\0".encode())
     for file in sorted(files):
         try:
             made_of.update(f"{file}\0".encode() + hashlib.sha256((checkout / file).read_bytes()).digest())
         except OSError as error:
             raise ToolkitError(
-                f"there is no {file} in the checkout", why=error.strerror or "", hint="mend `build` and `mirror` in boxes.yaml"
+                f"there is no {file} in the checkout",
+                why=error.strerror or "",
+                hint="mend `build` and `mirror` in boxes.yaml",
             ) from None
     if runtime == "docker":
         made_of.update(repr((device, sorted(build.items()))).encode())
@@ -244,7 +272,9 @@ def _runtime(facts: BoxFacts, box: Box) -> Literal["docker", "bare"]:
 def _python(facts: BoxFacts, limits: Limits) -> tuple[str, str]:
     """-> (a Python of the right version, "") or ("", what makes one)."""
     wanted = limits.image.python
-    right = [python for python in facts.pythons if python.version.split(".")[:2] == wanted.split(".") and python.makes_venv]
+    right = [
+        python for python in facts.pythons if python.version.split(".")[:2] == wanted.split(".") and python.makes_venv
+    ]
     if right:
         return min(right, key=_not_conda).path, ""
     return "", facts.condas[0][0] if facts.condas else ""
@@ -254,7 +284,9 @@ def _not_conda(python: Python) -> bool:
     return "conda" in python.path  # one that may be removed with an environment of somebody else's
 
 
-def check_fit(known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box, limits: Limits, provider: Provider) -> None:
+def check_fit(
+    known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box, limits: Limits, provider: Provider
+) -> None:
     """What deploy itself needs; all else is doctor's.
 
     Raises ToolkitError: UNFIT.
@@ -266,16 +298,28 @@ def check_fit(known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box
         return ToolkitError(name, why=why, hint=hint, exit_code=ExitCode.UNFIT)
 
     if facts.machine and facts.machine != limits.image.machine:
-        raise unfit(f"its processor is {facts.machine}", f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other")
+        raise unfit(
+            f"its processor is {facts.machine}",
+            f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other",
+        )
     if there.root == "strange":
         raise unfit(f"{plan.root} is there, and is not ours", "move it away, or name another data_folder in boxes.yaml")
     if not re.fullmatch(r"/[^\n]*", plan.root):
         raise unfit(f"our folder would be {one_line(plan.root)}", "name an absolute data_folder in boxes.yaml")
     if there.root != "ours":
         if not place.found:
-            raise unfit(f"{place.root}: no answer from its disk", "see that its disk is there, or name another data_folder in boxes.yaml")
+            raise unfit(
+                f"{place.root}: no answer from its disk",
+                "see that its disk is there, or name another data_folder in boxes.yaml",
+            )
         if place.is_folder is False or place.read_only or place.writable is False:
-            what = "is no folder" if place.is_folder is False else "is read-only" if place.read_only else "cannot be written to"
+            what = (
+                "is no folder"
+                if place.is_folder is False
+                else "is read-only"
+                if place.read_only
+                else "cannot be written to"
+            )
             raise unfit(f"{place.found} {what}", "name another data_folder in boxes.yaml")
     if not there.tools & {"rsync", "tar"}:
         raise unfit("it has neither rsync nor tar", "apt-get install rsync")
@@ -298,7 +342,8 @@ def check_fit(known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box
         )
     if free is not None and free < needed and not (whole and there.code):
         raise unfit(
-            f"{size(free)} are free at {plan.root}, and {size(needed)} are needed", "make room there, or name another data_folder in boxes.yaml"
+            f"{size(free)} are free at {plan.root}, and {size(needed)} are needed",
+            "make room there, or name another data_folder in boxes.yaml",
         )
 
 
@@ -309,7 +354,9 @@ def parse_look(text: str) -> BoxContents:
         key, _, value = line.partition(" ")
         said.setdefault(key, []).append(value)
     if "end" not in said:
-        raise ToolkitError("the box's answer broke off", why=one_line(text[-300:]), hint="try again", exit_code=ExitCode.UNREACHABLE)
+        raise ToolkitError(
+            "the box's answer broke off", why=one_line(text[-300:]), hint="try again", exit_code=ExitCode.UNREACHABLE
+        )
 
     def one(key: str) -> str:
         return said.get(key, [""])[0]
@@ -360,12 +407,17 @@ class _Deploy:
     rsync: str
     parts: list[DeployAction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    are_told: bool = False  # notes: not before it is sure that there is no error instead, such as a deploy of somebody else's
+    # notes: not before it is sure that there is no error instead, such as a deploy of somebody
+    # else's
+    are_told: bool = False
 
     def run(self, fresh: bool) -> DeployResult:
         started = time.monotonic()
         tree = sync.checkout_tree(self.checkout)
-        for note in (sync.check_size(tree), *(f"not sent: {name} is a repository of its own" for name in tree.left_out)):
+        for note in (
+            sync.check_size(tree),
+            *(f"not sent: {name} is a repository of its own" for name in tree.left_out),
+        ):
             self._note(note)
         known, plan, there = self._look(tree, fresh)
         changed = not is_whole(plan, there)
@@ -378,7 +430,15 @@ class _Deploy:
         if not self.connection.dry_run:
             remember(self.state, self.box.name, replace(known, identity=there.identity, root=plan.root))
         when = 0 if changed else there.time
-        return DeployResult(plan, known.facts, changed, when, time.monotonic() - started, tuple(self.parts), tuple(dict.fromkeys(self.notes)))
+        return DeployResult(
+            plan,
+            known.facts,
+            changed,
+            when,
+            time.monotonic() - started,
+            tuple(self.parts),
+            tuple(dict.fromkeys(self.notes)),
+        )
 
     def _note(self, note: str) -> None:
         if note and note not in self.notes:
@@ -420,8 +480,14 @@ class _Deploy:
         began = time.monotonic()
         known = probe(self.connection, self.box, self.providers)
         provider = self._provider(known)
-        self._done("probe", f"{provider.title}; {runtime_of(known.facts).name} ({runtime_of(known.facts).why})", time.monotonic() - began)
-        found = diagnose(known.facts, None, self.limits, provider, self.connection.link, data_folder=self.box.data_folder)
+        self._done(
+            "probe",
+            f"{provider.title}; {runtime_of(known.facts).name} ({runtime_of(known.facts).why})",
+            time.monotonic() - began,
+        )
+        found = diagnose(
+            known.facts, None, self.limits, provider, self.connection.link, data_folder=self.box.data_folder
+        )
         for check in found.checks:
             if check.status in ("unfit", "warning"):
                 self._note(f"{check.name}: {check}")
@@ -434,7 +500,9 @@ class _Deploy:
         if bundle := self._bundle():
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
-        answer = self.connection.query(commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh"))
+        answer = self.connection.query(
+            commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh")
+        )
         there = parse_look(answer.out)
         whole = is_whole(plan, there)
         self._done("look", "already up to date" if whole else _lacking(plan, there), time.monotonic() - began)
@@ -447,7 +515,9 @@ class _Deploy:
         file = Path(path).expanduser().resolve()
         tree = sync.tree_of(file.parent, [file.name])
         if not tree.files:
-            raise ToolkitError(f"there is no file {file}", why="build.CA_BUNDLE of boxes.yaml names it", hint="mend its path")
+            raise ToolkitError(
+                f"there is no file {file}", why="build.CA_BUNDLE of boxes.yaml names it", hint="mend its path"
+            )
         return tree
 
     # --- what is changed
@@ -466,23 +536,37 @@ class _Deploy:
         if held.took_over:
             self._note(f"the lock was taken over from {held.took_over}")
         said = "taken" + (f" over from {held.took_over}" if held.took_over else "")
-        self._changed("lock", said, "would be taken" + (f"; now it is held by {there.owner}" if there.owner else ""), time.monotonic() - began)
+        self._changed(
+            "lock",
+            said,
+            "would be taken" + (f"; now it is held by {there.owner}" if there.owner else ""),
+            time.monotonic() - began,
+        )
         self._tell()
         settled = False
         try:
             settled, plan = self._locked(tree, known, plan, there, held)
         finally:
             if not settled:
-                # If the connection is dead: the next deploy from this laptop knows that this one is gone, another one waits until it expires.
+                # If the connection is dead: the next deploy from this laptop knows that this one is
+                # gone, another one waits until it expires.
                 with suppress(ToolkitError):
                     lock.release(self.connection, held)
         return plan
 
-    def _locked(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock) -> tuple[bool, DeployPlan]:
+    def _locked(
+        self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock
+    ) -> tuple[bool, DeployPlan]:
         whole = there.environment if plan.runtime == "bare" else there.image
         settled = False
         if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in there.deployed:
-            sync.send_whole(self.connection, bundle, str(PurePosixPath(plan.ca_bundle).parent), rsync_there="rsync" in there.tools, rsync=self.rsync)
+            sync.send_whole(
+                self.connection,
+                bundle,
+                str(PurePosixPath(plan.ca_bundle).parent),
+                rsync_there="rsync" in there.tools,
+                rsync=self.rsync,
+            )
         if not there.code:
             plan = self._send(tree, known, plan, there, held, plan.lines() if whole else [])
             settled = whole
@@ -495,11 +579,23 @@ class _Deploy:
             self._settled(answer.out, answer.code)
             if answer.code:
                 raise lock.refused(self.box.name, "write what is deployed", answer)
-            self._changed("settle", _settled_words(answer.out), "would write down what is deployed", time.monotonic() - began)
+            self._changed(
+                "settle", _settled_words(answer.out), "would write down what is deployed", time.monotonic() - began
+            )
         return True, plan
 
-    def _send(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock, lines: Sequence[str]) -> DeployPlan:
-        """The code, verified there; with `lines` it is also what is deployed then. -> the plan, for what the checkout was when it was sent."""
+    def _send(
+        self,
+        tree: Tree,
+        known: CachedProbe,
+        plan: DeployPlan,
+        there: BoxContents,
+        held: lock.Lock,
+        lines: Sequence[str],
+    ) -> DeployPlan:
+        """The code, verified there; with `lines` it is also what is deployed then. -> the plan, for
+        what the checkout was when it was sent.
+        """
         began, compare = time.monotonic(), False
         like = f"{plan.root}/code/{there.like}" if there.like else ""
         for attempt in range(1, SENDINGS + 1):
@@ -508,7 +604,9 @@ class _Deploy:
                 sent = sync.send(
                     self.connection, tree, plan.code_folder, like=like, rsync_there="rsync" in there.tools, rsync=self.rsync, compare=compare
                 )  # fmt: skip
-                answer = sync.land(self.connection, tree, plan.code_folder, plan.root, held.token, *(plan.lines() if lines else []))
+                answer = sync.land(
+                    self.connection, tree, plan.code_folder, plan.root, held.token, *(plan.lines() if lines else [])
+                )
                 break
             except sync.UploadDiffers as differs:
                 if attempt == SENDINGS:
@@ -542,7 +640,9 @@ class _Deploy:
         words = [f"arg={name}={value}" for name, value in plan.build]
         argv = [*commands.environment(plan.code_folder, plan.settings(held.token)), *words]
         try:
-            answer = self.connection.local(self.connection.stream(argv), changes=True, timeout_s=None, check=False, heard=said)
+            answer = self.connection.local(
+                self.connection.stream(argv), changes=True, timeout_s=None, check=False, heard=said
+            )
         finally:
             self.now("")
         if not self.connection.dry_run:

@@ -1,7 +1,9 @@
-"""One deploy at a time: a folder on the box that says who has it, since when, why and until when. land.sh makes it and takes it away.
+"""One deploy at a time: a folder on the box that says who has it, since when, why and until when.
+land.sh makes it and takes it away.
 
-It is held only around what changes something. A dead one is taken over, and that is said: when it has expired, when the box was started anew,
-or when its deploy ran on this laptop and is gone. What runs on the box keeps it alive as long as it runs.
+It is held only around what changes something. A dead one is taken over, and that is said: when it
+has expired, when the box was started anew, or when its deploy ran on this laptop and is gone. What
+runs on the box keeps it alive as long as it runs.
 """
 
 from __future__ import annotations
@@ -118,10 +120,21 @@ class Lock:
     took_over: str = ""  # from whom, and why that could be
 
 
-def take(connection: BoxConnection, root: str, code: str, *, why: str, laptop: str, seen: Owner | None = None, size_bytes: int = 0) -> Lock:
-    """Our folder is made with it, if it is not there yet, and an empty place for `code`. seen: who had it a moment ago.
+def take(
+    connection: BoxConnection,
+    root: str,
+    code: str,
+    *,
+    why: str,
+    laptop: str,
+    seen: Owner | None = None,
+    size_bytes: int = 0,
+) -> Lock:
+    """Our folder is made with it, if it is not there yet, and an empty place for `code`. seen: who
+    had it a moment ago.
 
-    Raises ToolkitError: BUSY, if somebody else has it; UNFIT, if the folder is not ours or its disk is full.
+    Raises ToolkitError: BUSY, if somebody else has it; UNFIT, if the folder is not ours or its disk
+    is full.
     """
     token = secrets.token_hex(8)
     dead = seen.token if seen is not None and seen.token and is_gone(seen, laptop) else "-"
@@ -148,7 +161,10 @@ def _user() -> str:
 
 
 def release(connection: BoxConnection, lock: Lock) -> None:
-    """Gives it back, if it is still ours. Asked twice: the first time may be what finds out that the connection is broken."""
+    """Gives it back, if it is still ours.
+
+    Asked twice: the first time may be what finds out that the connection is broken.
+    """
     argv = commands.sh_script("unlock", lock.root, lock.token)
     try:
         connection.change(argv, stdin=script("land.sh"), timeout_s=10.0, check=False)
@@ -191,8 +207,13 @@ def refused(name: str, what: str, answer: CommandResult) -> ToolkitError:
     """land.sh's `refused` and `hint`; without them what was said last."""
     said = dict(line.partition(" ")[::2] for line in answer.out.splitlines())
     if "refused" in said:
-        return ToolkitError(f"`{name}`: {one_line(said['refused'])}", hint=one_line(said.get("hint", "")), exit_code=ExitCode.UNFIT)
+        return ToolkitError(
+            f"`{name}`: {one_line(said['refused'])}", hint=one_line(said.get("hint", "")), exit_code=ExitCode.UNFIT
+        )
     why = "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-10:])
     return ToolkitError(
-        f"`{name}`: cannot {what} (exit code {answer.code})", why=why, hint="see that its disk is there, and try again", exit_code=ExitCode.INTERNAL
+        f"`{name}`: cannot {what} (exit code {answer.code})",
+        why=why,
+        hint="see that its disk is there, and try again",
+        exit_code=ExitCode.INTERNAL,
     )

@@ -1,7 +1,9 @@
-"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as little as possible over the connection, whole or not
-at all. They go to FOLDER.partial, the box computes the fingerprint of what lies there by itself, and only if it is ours the folder is renamed.
+"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as
+little as possible over the connection, whole or not at all. They go to FOLDER.partial, the box
+computes the fingerprint of what lies there by itself, and only if it is ours the folder is renamed.
 
-By rsync, with equal files linked from the code that is there already; by tar where one of both sides has no rsync, or an old one here (macOS).
+By rsync, with equal files linked from the code that is there already; by tar where one of both
+sides has no rsync, or an old one here (macOS).
 """
 
 from __future__ import annotations
@@ -27,15 +29,22 @@ from remote.ssh import commands
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection, CommandResult
 
-ALWAYS = ("jobs", "env", "remote", "rlhf_train")  # whatever an ignore file says: some call their virtual environment `env`
+ALWAYS = (
+    "jobs",
+    "env",
+    "remote",
+    "rlhf_train",
+)  # whatever an ignore file says: some call their virtual environment `env`
 KEY_DIGITS = 16
 
-# Our own code is 2 MB. More than this is a data set, a model or a run that lies in the checkout by mistake.
+# Our own code is 2 MB. More than this is a data set, a model or a run that lies in the checkout by
+# mistake.
 ADVISED_BYTES, MOST_BYTES = 50_000_000, 1_000_000_000
 ADVISED_FILES, MOST_FILES = 5_000, 50_000
 
 OLDEST_RSYNC = (3, 0)  # macOS has 2.6.9 (no --protect-args), or openrsync, which calls itself 2.6.9
-# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other side (or the connection broke).
+# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other
+# side (or the connection broke).
 RSYNC_NOT_THERE = (2, 4, 12, 14, 127)
 RSYNC_CHANGED = (23, 24)  # files vanished, or could not be read
 RSYNC_LINE = (5, 10, 12, 30, 35, 255)
@@ -62,7 +71,9 @@ class Tree:
     """Files to be sent, and the fingerprint of them all."""
 
     base: Path
-    files: tuple[File, ...]  # in the order of their names' bytes; bytes that are no text are in a name as os.fsdecode has them
+    files: tuple[
+        File, ...
+    ]  # in the order of their names' bytes; bytes that are no text are in a name as os.fsdecode has them
     fingerprint: str  # 64 hex digits: names, what is executable, contents, targets of links
     left_out: tuple[str, ...] = ()  # what git would take for one thing, and we cannot send: other repositories inside
 
@@ -98,16 +109,25 @@ def checkout_tree(checkout: Path) -> Tree:
     Raises ToolkitError: git cannot be asked, a file cannot be read, or it is too much.
     """
     names, left_out = _git_names(checkout) if (checkout / ".git").exists() else (set(_walked(checkout)), ())
-    tree = tree_of(checkout, {*names, *(name for package in ALWAYS for name in _walked(checkout, package))}, left_out=left_out)
+    tree = tree_of(
+        checkout, {*names, *(name for package in ALWAYS for name in _walked(checkout, package))}, left_out=left_out
+    )
     missing = [package for package in ALWAYS if not any(file.name.startswith(f"{package}/") for file in tree.files)]
     if missing:
-        raise ToolkitError(f"{checkout} is no whole checkout", why=f"no file in {', '.join(missing)}", hint="run `fab` in the checkout of rlhf-box")
+        raise ToolkitError(
+            f"{checkout} is no whole checkout",
+            why=f"no file in {', '.join(missing)}",
+            hint="run `fab` in the checkout of rlhf-box",
+        )
     check_size(tree)
     return tree
 
 
 def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -> Tree:
-    """The named files below `base`, read once. Names of what is not there, of folders, and of what lies behind a link are passed over."""
+    """The named files below `base`, read once.
+
+    Names of what is not there, of folders, and of what lies behind a link are passed over.
+    """
     plain_folders = {".": True}
     files, content = [], hashlib.sha256()
     for name in sorted(set(names), key=os.fsencode):
@@ -124,7 +144,9 @@ def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -
             continue  # deleted here, and git still has it
         except OSError as error:
             what = f"cannot read {one_line(path)}"
-            raise ToolkitError(what, why=error.strerror or str(error), hint="mend its rights, or put it into .gitignore") from None
+            raise ToolkitError(
+                what, why=error.strerror or str(error), hint="mend its rights, or put it into .gitignore"
+            ) from None
     return Tree(base, tuple(files), _fingerprint(files, content.hexdigest()), tuple(left_out))
 
 
@@ -146,7 +168,8 @@ def _read_into(content: hashlib._Hash, path: Path) -> int:
 
 
 def _fingerprint(files: Sequence[File], content: str) -> str:
-    """As land.sh computes it on the box: lists of names, each with a NUL behind; sizes; all contents in a row; targets of links.
+    """As land.sh computes it on the box: lists of names, each with a NUL behind; sizes; all
+    contents in a row; targets of links.
 
     Together they say what each file holds, and no name has to be read back from a line of text.
     """
@@ -172,16 +195,28 @@ def _digest(data: bytes) -> str:
 
 
 def _git_names(checkout: Path) -> tuple[set[str], tuple[str, ...]]:
-    """-> names, and those of other repositories inside: one that is not tracked ends with a slash, a submodule is a folder."""
+    """-> names, and those of other repositories inside: one that is not tracked ends with a slash,
+    a submodule is a folder.
+    """
     command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         said = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
-        raise ToolkitError("there is no `git` here, and this is a git checkout", why="git says what belongs to it", hint="install git") from None
+        raise ToolkitError(
+            "there is no `git` here, and this is a git checkout", why="git says what belongs to it", hint="install git"
+        ) from None
     if said.returncode:
-        raise ToolkitError("git does not say what belongs to the checkout", why=said.stderr.decode("utf-8", "replace").strip(), hint="git status")
+        raise ToolkitError(
+            "git does not say what belongs to the checkout",
+            why=said.stderr.decode("utf-8", "replace").strip(),
+            hint="git status",
+        )
     names = {os.fsdecode(name) for name in said.stdout.split(b"\0") if name}
-    others = {name for name in names if name.endswith("/") or ((checkout / name).is_dir() and not (checkout / name).is_symlink())}
+    others = {
+        name
+        for name in names
+        if name.endswith("/") or ((checkout / name).is_dir() and not (checkout / name).is_symlink())
+    }
     return names - others, tuple(sorted(others))
 
 
@@ -207,7 +242,8 @@ def check_size(tree: Tree) -> str:
     if tree.size_bytes > MOST_BYTES or len(tree.files) > MOST_FILES:
         raise ToolkitError(
             f"the checkout is too large to be sent: {tree}",
-            why=f"at most {MOST_FILES} files of {size(MOST_BYTES)} are taken for code; the largest are:\n" + "\n".join(largest(tree)),
+            why=f"at most {MOST_FILES} files of {size(MOST_BYTES)} are taken for code; the largest are:\n"
+            + "\n".join(largest(tree)),
             hint="put what is no code into .gitignore; data sets and models that a job names travel by themselves",
         )
     if tree.size_bytes > ADVISED_BYTES or len(tree.files) > ADVISED_FILES:
@@ -216,24 +252,39 @@ def check_size(tree: Tree) -> str:
 
 
 def largest(tree: Tree, count: int = 8) -> list[str]:
-    """`runs2/model: 3 files, 5.2 GB`: the largest folders of the first two levels, and files beside them."""
+    """`runs2/model: 3 files, 5.2 GB`: the largest folders of the first two levels, and files beside
+    them.
+    """
     groups: dict[str, list[File]] = {}
     for file in tree.files:
         groups.setdefault("/".join(file.name.split("/")[:2]), []).append(file)
-    ordered = sorted(groups.items(), key=lambda item: -sum(file.size_bytes + 1000 for file in item[1]))  # a file costs, even an empty one
-    return [f"{one_line(name)}: {plural(len(files), 'files')}, {size(sum(file.size_bytes for file in files))}" for name, files in ordered[:count]]
+    ordered = sorted(
+        groups.items(), key=lambda item: -sum(file.size_bytes + 1000 for file in item[1])
+    )  # a file costs, even an empty one
+    return [
+        f"{one_line(name)}: {plural(len(files), 'files')}, {size(sum(file.size_bytes for file in files))}"
+        for name, files in ordered[:count]
+    ]
 
 
 # --- how it is sent -------------------------------------------------------------------------------------------------
 
 
 def send(
-    connection: BoxConnection, tree: Tree, folder: str, *, like: str = "", rsync_there: bool, rsync: str = "rsync", compare: bool = False
+    connection: BoxConnection,
+    tree: Tree,
+    folder: str,
+    *,
+    like: str = "",
+    rsync_there: bool,
+    rsync: str = "rsync",
+    compare: bool = False,
 ) -> Sent:
     """Into FOLDER.partial on the box; it and FOLDER.temp are there already. `land` makes it whole.
 
-    like: a whole folder there with much the same files. rsync: the local program; "" if there is none.
-    Raises ToolkitError: the connection broke, the disk there is full; Differs: files changed here meanwhile.
+    like: a whole folder there with much the same files. rsync: the local program; "" if there is
+    none. Raises ToolkitError: the connection broke, the disk there is full; Differs: files changed
+    here meanwhile.
     """
     started = time.monotonic()
     why = "" if rsync_there else "no rsync on the box"
@@ -274,7 +325,9 @@ def _rsync_failed(connection: BoxConnection, folder: str, answer: CommandResult)
     raise _not_sent(connection, folder, answer, "rsync", answer.code in RSYNC_LINE)
 
 
-def _not_sent(connection: BoxConnection, folder: str, answer: CommandResult, program: str, broken: bool) -> ToolkitError:
+def _not_sent(
+    connection: BoxConnection, folder: str, answer: CommandResult, program: str, broken: bool
+) -> ToolkitError:
     again = "the same command resumes; what was there before is as it was"
     if not broken and _is_full(connection, folder):
         return ToolkitError(
@@ -285,10 +338,16 @@ def _not_sent(connection: BoxConnection, folder: str, answer: CommandResult, pro
         )
     if broken:
         return ToolkitError(
-            f"the connection to `{connection.box.name}` broke while code was sent", why=_last(answer), hint=again, exit_code=ExitCode.UNREACHABLE
+            f"the connection to `{connection.box.name}` broke while code was sent",
+            why=_last(answer),
+            hint=again,
+            exit_code=ExitCode.UNREACHABLE,
         )
     return ToolkitError(
-        f"{program} ended with {answer.code} on the way to `{connection.box.name}`", why=_last(answer), hint=again, exit_code=ExitCode.INTERNAL
+        f"{program} ended with {answer.code} on the way to `{connection.box.name}`",
+        why=_last(answer),
+        hint=again,
+        exit_code=ExitCode.INTERNAL,
     )
 
 
@@ -306,7 +365,9 @@ def _is_full(connection: BoxConnection, folder: str) -> bool:
 def rsync_version(program: str) -> tuple[int, int]:
     """(3, 2); (0, 0) if there is none. openrsync is taken for the 2.6.9 that it says to be like."""
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, check=False).stdout.decode("utf-8", "replace")
+        said = subprocess.run([program, "--version"], capture_output=True, check=False).stdout.decode(
+            "utf-8", "replace"
+        )
     except OSError:
         return 0, 0
     found = re.search(r"^rsync +version +v?([0-9]+)\.([0-9]+)", said, re.MULTILINE)
@@ -315,7 +376,9 @@ def rsync_version(program: str) -> tuple[int, int]:
 
 def pack(tree: Tree, archive: Path) -> None:
     """GNU's format, which GNU tar and busybox read alike, for names of any length and any bytes."""
-    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+    with tarfile.open(
+        archive, "w:gz", compresslevel=6, format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+    ) as tar:
         for file in tree.files:
             entry = tarfile.TarInfo(f"./{file.name}")
             entry.mode = 0o755 if file.executable else 0o644
@@ -329,7 +392,9 @@ def pack(tree: Tree, archive: Path) -> None:
                     tar.addfile(entry, content)
             except OSError as error:  # gone, or shorter than it was
                 raise UploadDiffers(
-                    f"{one_line(file.name)} changed while it was sent", why=str(error), hint="the same command sends what is there now"
+                    f"{one_line(file.name)} changed while it was sent",
+                    why=str(error),
+                    hint="the same command sends what is there now",
                 ) from None
 
 
@@ -337,13 +402,23 @@ def pack(tree: Tree, archive: Path) -> None:
 
 
 def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True) -> CommandResult:
-    """FOLDER.partial is looked at by the box, and becomes FOLDER if it is the tree. more: ROOT, TOKEN and lines of `deployed` (land.sh).
+    """FOLDER.partial is looked at by the box, and becomes FOLDER if it is the tree. more: ROOT,
+    TOKEN and lines of `deployed` (land.sh).
 
     Raises Differs: it is not.
     """
-    answer = connection.change(commands.sh_script("land", folder, tree.fingerprint, *more), stdin=script("land.sh"), timeout_s=600.0, check=False)
+    answer = connection.change(
+        commands.sh_script("land", folder, tree.fingerprint, *more),
+        stdin=script("land.sh"),
+        timeout_s=600.0,
+        check=False,
+    )
     if "differs" in answer.out.split():
-        raise UploadDiffers("what arrived is not what was sent", why=f"its fingerprint is not {tree.key}", hint="the same command sends it again")
+        raise UploadDiffers(
+            "what arrived is not what was sent",
+            why=f"its fingerprint is not {tree.key}",
+            hint="the same command sends it again",
+        )
     if answer.code and check and "lost" not in answer.out.split():
         raise ToolkitError(
             f"cannot put the files in their place on `{connection.box.name}`",
@@ -354,8 +429,12 @@ def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: 
     return answer
 
 
-def send_whole(connection: BoxConnection, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync") -> Sent:
-    """A folder of its own, named by its content, for what a job brings: whole or absent. What an earlier call left half is gone on with.
+def send_whole(
+    connection: BoxConnection, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync"
+) -> Sent:
+    """A folder of its own, named by its content, for what a job brings: whole or absent.
+
+    What an earlier call left half is gone on with.
 
     Raises ToolkitError: as `send` and `land`.
     """

@@ -1,9 +1,12 @@
-"""Tries the direct way between GPUs: a pattern is copied from each card to each other, and compared.
+"""Tries the direct way between GPUs: a pattern is copied from each card to each other, and
+compared.
 
-Runs on the box as a piece of probe.sh, by whatever Python is there (3.6 or newer) and with the driver's library alone.
-Some drivers offer peer access that delivers zeros (RTX 4090, NVIDIA/nccl-tests#117), which training would not notice.
+Runs on the box as a piece of probe.sh, by whatever Python is there (3.6 or newer) and with the
+driver's library alone. Some drivers offer peer access that delivers zeros (RTX 4090,
+NVIDIA/nccl-tests#117), which training would not notice.
 
-What it prints: PROTOCOL.md. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh sets it.
+What it prints: PROTOCOL.md. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh
+sets it.
 """
 
 import ctypes
@@ -35,7 +38,9 @@ class Cuda:
 
 
 def pattern(source: int, target: int) -> bytes:
-    """Without zeros, and another one for each pair: what an earlier copy left behind does not look right."""
+    """Without zeros, and another one for each pair: what an earlier copy left behind does not look
+    right.
+    """
     one = bytes(bytearray(1 + (index * 7 + source * 31 + target * 101) % 255 for index in range(255)))
     return (one * (SIZE // len(one) + 1))[:SIZE]
 
@@ -102,7 +107,8 @@ def main() -> None:
             say("peers", f"{count.value} cards")
             return
         cards: List[CudaDevice] = []  # noqa: UP006 (3.6 has no list[Card])
-        # A context takes some tenths of a second: pairs are tried as soon as both cards have theirs.
+        # A context takes some tenths of a second: pairs are tried as soon as both cards have
+        # theirs.
         for index in range(count.value):
             card = CudaDevice(cuda, index)
             for other in cards:

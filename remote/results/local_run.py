@@ -1,4 +1,6 @@
-"""A run folder of the laptop, with what fetch puts there: each thing gets its name when it is whole, and nothing else is touched."""
+"""A run folder of the laptop, with what fetch puts there: each thing gets its name when it is
+whole, and nothing else is touched.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _CHECKPOINT, _OLD = "checkpoint-", "old-"
 
 
 class LocalRun:
-    """`target` is the run folder; what is on its way lies beside it, on the same file system, so that a rename is enough."""
+    """`target` is the run folder; what is on its way lies beside it, on the same file system, so
+    that a rename is enough.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -34,7 +38,10 @@ class LocalRun:
         return self.target / ".fetched.json"
 
     def sha256(self, path: str) -> str:
-        """Of the file under its final name; "": it is not there. Size and time answer for a file that was not touched since it was put there."""
+        """Of the file under its final name; "": it is not there.
+
+        Size and time answer for a file that was not touched since it was put there.
+        """
         place = self.target / path
         try:
             found = place.lstat()
@@ -55,7 +62,11 @@ class LocalRun:
         """All files that lie under its name."""
         place = self.target / unit.path
         if place.is_dir() and not place.is_symlink():
-            return [path.relative_to(self.target).as_posix() for path in place.rglob("*") if not path.is_dir() or path.is_symlink()]
+            return [
+                path.relative_to(self.target).as_posix()
+                for path in place.rglob("*")
+                if not path.is_dir() or path.is_symlink()
+            ]
         return [unit.path] if os.path.lexists(place) else []
 
     def _surplus(self, unit: Unit) -> list[str]:
@@ -73,7 +84,9 @@ class LocalRun:
                 )
 
     def place(self, unit: Unit, parts: Mapping[str, Path]) -> None:
-        """parts: by path, the verified files. What was fetched earlier is replaced; stopped in the middle, the old or the new is there
+        """parts: by path, the verified files.
+
+        What was fetched earlier is replaced; stopped in the middle, the old or the new is there
         (for a folder, once `put_back` was called).
         """
         place, made, old = self.target / unit.path, self.staging / "placing", self._old(unit.path)
@@ -92,7 +105,10 @@ class LocalRun:
             file.chmod(0o644)
             hashes = [*self._placed.get(each.path, {}).get("sha256", []), each.sha256]
             found = file.stat()
-            self._placed[each.path] = {"sha256": list(dict.fromkeys(hashes[::-1]))[:4][::-1], "stat": [found.st_size, found.st_mtime_ns]}
+            self._placed[each.path] = {
+                "sha256": list(dict.fromkeys(hashes[::-1]))[:4][::-1],
+                "stat": [found.st_size, found.st_mtime_ns],
+            }
         self._save()  # before the rename: what is found there later is known to be ours
         place.parent.mkdir(parents=True, exist_ok=True)
         if unit.is_folder:
@@ -102,7 +118,9 @@ class LocalRun:
                 place.replace(old)
         (made / unit.path).replace(place)
         _sync(place.parent)
-        for path in [path for path in self._placed if path.startswith(f"{unit.path}/") and not (self.target / path).exists()]:
+        for path in [
+            path for path in self._placed if path.startswith(f"{unit.path}/") and not (self.target / path).exists()
+        ]:
             del self._placed[path]
         self._save()
         _remove(old)
@@ -119,7 +137,10 @@ class LocalRun:
                 old.replace(place)
 
     def drop(self, path: str) -> None:
-        """A folder or file that was fetched earlier, and is of no more use. One that was touched since stays."""
+        """A folder or file that was fetched earlier, and is of no more use.
+
+        One that was touched since stays.
+        """
         place, old = self.target / path, self.staging / "dropped"
         paths = self._inside(Unit(path, ()))
         if not paths or not all(self.sha256(each) in self._placed.get(each, {}).get("sha256", []) for each in paths):
@@ -158,14 +179,21 @@ class LocalRun:
     # --- parts ---
 
     def part(self, file: RemoteFile) -> Path:
-        """Where it is put together. By its hash, so that what is there can only be its beginning; of one that grows, by its name."""
+        """Where it is put together.
+
+        By its hash, so that what is there can only be its beginning; of one that grows, by its
+        name.
+        """
         if file.grows:
             return self.staging / f"growing-{file.path}"
         name = hashlib.sha256(file.path.encode()).hexdigest()[:8]  # the same content may be wanted twice
         return self.staging / f"{_CHECKPOINT if '/checkpoints/' in file.path else ''}{file.sha256}-{name}"
 
     def begin(self, file: RemoteFile, *, afresh: bool = False) -> int:
-        """-> the byte to go on from. What was fetched of a growing file is its beginning, unless it was begun anew."""
+        """-> the byte to go on from.
+
+        What was fetched of a growing file is its beginning, unless it was begun anew.
+        """
         part, place = self.part(file), self.target / file.path
         if afresh:
             part.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""What a box has of a run, as `results.sh manifest` says it: files with their sizes and hashes, put together to what gets its name as
-a whole. The box may be anybody's, so that a name that no run has is not taken.
+"""What a box has of a run, as `results.sh manifest` says it: files with their sizes and hashes, put
+together to what gets its name as a whole. The box may be anybody's, so that a name that no run has
+is not taken.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from remote.results.run_contents import SHA256, NewestCheckpoint
 NAME_BYTES = 255  # of a file's name, as file systems have it
 MODELS = ("model", "model_ema", "best")
 
-Progress = Callable[[int, int, str], None]  # bytes that are here, bytes in all, what comes; while hashes are made there: 0, 0, the file
+Progress = Callable[
+    [int, int, str], None
+]  # bytes that are here, bytes in all, what comes; while hashes are made there: 0, 0, the file
 
 
 def silent(_done: int, _total: int, _what: str) -> None:
@@ -62,7 +65,10 @@ class Manifest:
         for file in self.files:
             folders.setdefault(_unit_of(file.path), []).append(file)
         units = [Unit(path, tuple(files)) for path, files in folders.items()]
-        return sorted(units, key=lambda unit: (unit.path[:4] == "step", unit.path[:5], unit.path.endswith("complete.json"), unit.path))
+        return sorted(
+            units,
+            key=lambda unit: (unit.path[:4] == "step", unit.path[:5], unit.path.endswith("complete.json"), unit.path),
+        )
 
 
 def _unit_of(path: str) -> str:
@@ -85,7 +91,11 @@ _KNOWN = re.compile(
 def is_safe(path: str) -> bool:
     """A file that a run may hold, in the run folder and nowhere else: the box may be anybody's."""
     odd = re.search("[\x00-\x1f\x7f\ufffd]", path)
-    return not odd and _KNOWN.fullmatch(path) is not None and all(len(part.encode()) <= NAME_BYTES for part in path.split("/"))
+    return (
+        not odd
+        and _KNOWN.fullmatch(path) is not None
+        and all(len(part.encode()) <= NAME_BYTES for part in path.split("/"))
+    )
 
 
 class ManifestReader:
@@ -122,7 +132,9 @@ class ManifestReader:
             self._of_checkpoint(found[2], data)
         elif word == "step" and (found := re.fullmatch(r"([123]) ([0-9a-f]{64})", rest)):
             self._steps[int(found[1])] = found[2]
-        elif word == "checkpoint" and (found := re.fullmatch(r"([123]) ([0-9]{1,15}) ([0-9a-f]{64}) ([0-9]{1,15})", rest)):
+        elif word == "checkpoint" and (
+            found := re.fullmatch(r"([123]) ([0-9]{1,15}) ([0-9a-f]{64}) ([0-9]{1,15})", rest)
+        ):
             self._checkpoints[int(found[1])] = NewestCheckpoint(int(found[2]), found[3], int(found[4]))
         elif word == "changed" and rest in ("1", "2", "3"):
             self._changed.append(int(rest))
@@ -147,7 +159,8 @@ class ManifestReader:
         except (ValueError, KeyError, TypeError, AttributeError):
             files = []
         if not files or not all(
-            type(bytes_) is int and bytes_ >= 0 and SHA256.fullmatch(str(sha)) and "/" not in name for name, bytes_, sha in files
+            type(bytes_) is int and bytes_ >= 0 and SHA256.fullmatch(str(sha)) and "/" not in name
+            for name, bytes_, sha in files
         ):
             self._files.pop(path, None)  # of no use: what belongs to it cannot be verified
             self._odd += 1
@@ -161,4 +174,6 @@ class ManifestReader:
             return not step or step in self._steps or (step in self._checkpoints and step not in self._changed)
 
         files = tuple(file for file in self._files.values() if is_whole(file))
-        return Manifest(files, self._steps, self._checkpoints, tuple(self._changed), self._odd, tuple(self._others), self._problem)
+        return Manifest(
+            files, self._steps, self._checkpoints, tuple(self._changed), self._odd, tuple(self._others), self._problem
+        )

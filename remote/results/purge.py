@@ -1,4 +1,6 @@
-"""Leaving a box as it was found: our folder and all of Docker's that is ours goes, and then it is looked whether anything is left."""
+"""Leaving a box as it was found: our folder and all of Docker's that is ours goes, and then it is
+looked whether anything is left.
+"""
 
 from __future__ import annotations
 
@@ -48,26 +50,40 @@ REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
     "not_ours": ("this is not a folder of ours", "nothing was removed; look at it with fab shell", ExitCode.USAGE),
     "busy": ("a job runs there", "wait for its end, or fab cancel", ExitCode.BUSY),
     "locked": ("a deploy is under way there", "wait for its end; fab unlock, if it is dead", ExitCode.BUSY),
-    "mounted": ("another file system is mounted in it", "unmount it: purge never leaves the file system of its folder", ExitCode.USAGE),
+    "mounted": (
+        "another file system is mounted in it",
+        "unmount it: purge never leaves the file system of its folder",
+        ExitCode.USAGE,
+    ),
 }
 
 
 def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
-    """Removes ROOT, and the containers, images and volumes of ours; then proves it. Twice does no harm. With the line's dry_run it is only
+    """Removes ROOT, and the containers, images and volumes of ours; then proves it.
+
+    Twice does no harm. With the line's dry_run it is only
     asked what would go, and what would be lost is a note.
 
-    fetched: what is safe on the laptop. Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
-    ours, something could not be removed.
+    fetched: what is safe on the laptop. Raises ToolkitError: something is not fetched (unless
+    `yes`), a job runs, the folder is not ours, something could not be removed.
     """
     host, found = connection.box.name, read_results(connection, root)
     if found.running is not None:
-        raise ToolkitError(f"cannot purge {host}: a job runs there", why=f"run `{found.running}`", hint=REFUSALS["busy"][1], exit_code=ExitCode.BUSY)
+        raise ToolkitError(
+            f"cannot purge {host}: a job runs there",
+            why=f"run `{found.running}`",
+            hint=REFUSALS["busy"][1],
+            exit_code=ExitCode.BUSY,
+        )
     lost = unfetched(found, fetched)
     if connection.dry_run:
         connection.change(sh_script("purge", root), stdin=script("results.sh"))  # shown
         answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
         would = parse(answer.out, host, root, is_proof_needed=False)
-        return replace(would, notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes))
+        return replace(
+            would,
+            notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes),
+        )
     if lost and not yes:
         raise ToolkitError(
             f"{host} has results that are nowhere else",
@@ -96,7 +112,12 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
         if word == "refused":
             reason, _, text = rest.partition(" ")
             what, hint, code = REFUSALS.get(reason, ("it was refused there", "", ExitCode.UNFIT))
-            raise ToolkitError(f"cannot purge {host}: {what}", why=f"{root}: {text}" if root not in text else text, hint=hint, exit_code=code)
+            raise ToolkitError(
+                f"cannot purge {host}: {what}",
+                why=f"{root}: {text}" if root not in text else text,
+                hint=hint,
+                exit_code=code,
+            )
         if word == "removed":
             removed.append(rest)
         elif word == "would":
@@ -108,7 +129,10 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
             proofs.append(Proof(name, state == "ok", said))
     if not lines or lines[-1] != "end" or (is_proof_needed and not proofs):
         raise ToolkitError(
-            f"whether {host} is clean cannot be said", why="its answer was cut short", hint="the same command resumes", exit_code=ExitCode.UNCERTAIN
+            f"whether {host} is clean cannot be said",
+            why="its answer was cut short",
+            hint="the same command resumes",
+            exit_code=ExitCode.UNCERTAIN,
         )
     return Purged(tuple(removed), tuple(notes), tuple(proofs), tuple(would))
 

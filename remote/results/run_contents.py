@@ -1,4 +1,6 @@
-"""What the runs of a box hold, what of it was fetched, and so what would be lost: for fetch, for the card before a stop, for purge."""
+"""What the runs of a box hold, what of it was fetched, and so what would be lost: for fetch, for
+the card before a stop, for purge.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def _with(run: Run, word: str, words: list[str]) -> Run:
     if word == "step" and len(numbers) == 2 and hashes:
         return replace(run, steps={**run.steps, numbers[0]: FinishedStep(hashes[0], numbers[1])})
     if word == "checkpoint" and len(numbers) == 3 and hashes:
-        return replace(run, checkpoints={**run.checkpoints, numbers[0]: NewestCheckpoint(numbers[1], hashes[0], numbers[2])})
+        return replace(
+            run, checkpoints={**run.checkpoints, numbers[0]: NewestCheckpoint(numbers[1], hashes[0], numbers[2])}
+        )
     return run
 
 
@@ -162,7 +166,9 @@ def _fetched_run(fields: Mapping[str, Any]) -> FetchedRun:
 
 def remember(state: Path, box: str, run: str, fetched: FetchedRun) -> None:
     runs = recall(state, box) | {run: fetched}
-    write_json(memory_file(state, box), {"schema": SCHEMA, "runs": {name: asdict(each) for name, each in sorted(runs.items())}})
+    write_json(
+        memory_file(state, box), {"schema": SCHEMA, "runs": {name: asdict(each) for name, each in sorted(runs.items())}}
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -210,14 +216,23 @@ def _unfetched(run: Run, fetched: FetchedRun) -> Iterator[Unfetched]:
         kept = fetched.checkpoints.get(step)
         if kept is None or kept.complete != saved.complete:
             older = "" if kept is None else f" (fetched: update {kept.update})"
-            yield Unfetched(run.name, f"the checkpoint of step {step}, update {saved.update}{older}", saved.size_bytes, is_checkpoint=True)
+            yield Unfetched(
+                run.name,
+                f"the checkpoint of step {step}, update {saved.update}{older}",
+                saved.size_bytes,
+                is_checkpoint=True,
+            )
     if run.events_bytes != fetched.events_bytes:  # fewer: it was begun anew
         new = max(run.events_bytes - fetched.events_bytes, 0) or run.events_bytes
-        yield Unfetched(run.name, "events that were written since" if fetched.events_bytes else "its events and its log", new)
+        yield Unfetched(
+            run.name, "events that were written since" if fetched.events_bytes else "its events and its log", new
+        )
 
 
 def how_to_fetch(host: str, lost: tuple[Unfetched, ...]) -> str:
     """The commands that bring all of it home."""
     runs = dict.fromkeys(each.run for each in lost)
     saved = {each.run for each in lost if each.is_checkpoint}
-    return "\n".join(f"fab fetch --host {host} --run {run}" + (" --checkpoints" if run in saved else "") for run in runs)
+    return "\n".join(
+        f"fab fetch --host {host} --run {run}" + (" --checkpoints" if run in saved else "") for run in runs
+    )

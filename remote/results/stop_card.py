@@ -1,5 +1,5 @@
-"""The card before a stop: what stopping means for the meter and for the data, truthfully, and what lies on the box alone. All of it is
-pure; `stop` at the end does it.
+"""The card before a stop: what stopping means for the meter and for the data, truthfully, and what
+lies on the box alone. All of it is pure; `stop` at the end does it.
 """
 
 from __future__ import annotations
@@ -68,29 +68,57 @@ class StopCard:
 
     def lines(self) -> list[tuple[str, str]]:
         """A label and a text each, for a person."""
-        meter = {"off": "stops", "on": "GOES ON: a stopped box is paid for like a running one", "unknown": "not known: look at the box's page"}[
-            self.meter
-        ]
+        meter = {
+            "off": "stops",
+            "on": "GOES ON: a stopped box is paid for like a running one",
+            "unknown": "not known: look at the box's page",
+        }[self.meter]
         price = f" ({money(self.price_per_hour, self.currency)}/h)" if self.price_per_hour is not None else ""
-        disk = {"free": "costs nothing while it is stopped", "paid": "is paid for while it is stopped", "unknown": "not known"}[self.disk]
-        rows = [("box", f"{self.host}, {self.provider}"), ("meter", meter + price), ("disk", _noted(disk, self.disk_note))]
+        disk = {
+            "free": "costs nothing while it is stopped",
+            "paid": "is paid for while it is stopped",
+            "unknown": "not known",
+        }[self.disk]
+        rows = [
+            ("box", f"{self.host}, {self.provider}"),
+            ("meter", meter + price),
+            ("disk", _noted(disk, self.disk_note)),
+        ]
         rows += [("folder", str(folder)) for folder in self.folders]
         if self.root:
-            fate = {"kept": "survives a stop", "lost": "is LOST by a stop", "unknown": "nobody promises that it survives a stop"}[self.root_fate]
+            fate = {
+                "kept": "survives a stop",
+                "lost": "is LOST by a stop",
+                "unknown": "nobody promises that it survives a stop",
+            }[self.root_fate]
             rows.append(("our folder", f"{self.root} {fate}"))
         if self.deadline is not None:
             date = datetime.fromtimestamp(self.deadline, timezone.utc).astimezone().strftime("%Y-%m-%d")
-            rows.append(("deadline", _noted(f"the data is released after {plural(self.deadline_days, 'days')}, about {date}", self.deadline_note)))
+            rows.append(
+                (
+                    "deadline",
+                    _noted(
+                        f"the data is released after {plural(self.deadline_days, 'days')}, about {date}",
+                        self.deadline_note,
+                    ),
+                )
+            )
         elif self.deadline_note:
             rows.append(("deadline", self.deadline_note))
         if self.restart_note:
             rows.append(("start again", self.restart_note))
         rows.append(("running", f"run `{self.running}`" if self.running is not None else "no job"))
-        rows += [("not fetched", str(each)) for each in self.unfetched] or [("not fetched", "nothing: all results are on this laptop")]
+        rows += [("not fetched", str(each)) for each in self.unfetched] or [
+            ("not fetched", "nothing: all results are on this laptop")
+        ]
         return rows
 
     def as_json(self) -> dict[str, Any]:
-        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folders", "unfetched", "command", "variables")}
+        tree = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("folders", "unfetched", "command", "variables")
+        }
         return tree | {
             "folders": [vars(folder) for folder in self.folders],
             "unfetched": [vars(each) for each in self.unfetched],
@@ -117,7 +145,8 @@ def card_of(
     """home: of the box's user, "" if it is not known. now: the laptop's time."""
     stop = provider.stop
     folders = tuple(
-        FolderFate(_at_home(each.path, home), each.on_stop, each.on_release, each.days, each.note) for each in provider.folders
+        FolderFate(_at_home(each.path, home), each.on_stop, each.on_release, each.days, each.note)
+        for each in provider.folders
     )  # nothing is said of others
     return StopCard(
         host=host,
@@ -143,7 +172,11 @@ def card_of(
 
 
 def _at_home(path: str, home: str) -> str:
-    return f"{home.rstrip('/')}{path.removeprefix('$HOME')}" if home and (path == "$HOME" or path.startswith("$HOME/")) else path
+    return (
+        f"{home.rstrip('/')}{path.removeprefix('$HOME')}"
+        if home and (path == "$HOME" or path.startswith("$HOME/"))
+        else path
+    )
 
 
 def fate_of(path: str, folders: tuple[FolderFate, ...]) -> Fate:
@@ -153,7 +186,9 @@ def fate_of(path: str, folders: tuple[FolderFate, ...]) -> Fate:
 
 
 def may_stop(card: StopCard, *, yes: bool = False) -> None:
-    """Raises ToolkitError: without `yes`, BUSY while a job runs, UNFIT while something is not fetched."""
+    """Raises ToolkitError: without `yes`, BUSY while a job runs, UNFIT while something is not
+    fetched.
+    """
     if yes:
         return
     if card.running is not None:
@@ -173,12 +208,19 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
 
 
 def _what_becomes_of_them(card: StopCard) -> str:
-    kept = "they survive a stop" + (f", for {plural(card.deadline_days, 'days')}" if card.deadline_days is not None else "")
-    return {"kept": kept, "lost": "a stop destroys them", "unknown": "whether they survive a stop is not known"}[card.root_fate]
+    kept = "they survive a stop" + (
+        f", for {plural(card.deadline_days, 'days')}" if card.deadline_days is not None else ""
+    )
+    return {"kept": kept, "lost": "a stop destroys them", "unknown": "whether they survive a stop is not known"}[
+        card.root_fate
+    ]
 
 
 def stop_command(card: StopCard) -> list[str]:
-    """The provider's own command, as it is called inside the box. Raises ToolkitError: there is none that stops the meter."""
+    """The provider's own command, as it is called inside the box.
+
+    Raises ToolkitError: there is none that stops the meter.
+    """
     if card.meter == "on":
         raise ToolkitError(
             f"shutting {card.host} down does not stop its meter",
@@ -188,7 +230,9 @@ def stop_command(card: StopCard) -> list[str]:
         )
     if not card.command or card.meter != "off":
         raise ToolkitError(
-            f"{card.host} cannot stop itself", why=f"{card.provider}: no command inside the box is known to stop the meter", hint=card.by_hand
+            f"{card.host} cannot stop itself",
+            why=f"{card.provider}: no command inside the box is known to stop the meter",
+            hint=card.by_hand,
         )
     return sh_script("stop", FIRST_PROCESS, *card.variables, "--", *card.command)
 
@@ -200,9 +244,12 @@ class StopOutcome:
 
 
 def stop(connection: BoxConnection, card: StopCard, *, yes: bool = False) -> StopOutcome:
-    """Stops the box. Raises ToolkitError: it may not be stopped, cannot stop itself, or its command failed.
+    """Stops the box.
 
-    The command's variables (a key of the account among them) are read on the box from its first process, and stand in no argument of ours.
+    Raises ToolkitError: it may not be stopped, cannot stop itself, or its command failed.
+
+    The command's variables (a key of the account among them) are read on the box from its first
+    process, and stand in no argument of ours.
     """
     may_stop(card, yes=yes)
     argv = stop_command(card)

@@ -1,10 +1,13 @@
-"""Bringing results home, also while the job trains: events, log, the models of complete steps and, if asked, complete checkpoints.
+"""Bringing results home, also while the job trains: events, log, the models of complete steps and,
+if asked, complete checkpoints.
 
-The box says what is complete, with hashes (results.sh); what is not here yet comes over one stream, each file from the byte where
-an earlier call stopped. It is verified here before it gets its name, by a rename; a model or a checkpoint gets its name as a whole.
+The box says what is complete, with hashes (results.sh); what is not here yet comes over one stream,
+each file from the byte where an earlier call stopped. It is verified here before it gets its name,
+by a rename; a model or a checkpoint gets its name as a whole.
 
-Not by rsync: weights neither shrink nor resemble older ones, so there is nothing for it to save, and a partial file, which is known by
-its hash, goes on at the byte without being read again on the box. So boxes and laptops without it are served alike.
+Not by rsync: weights neither shrink nor resemble older ones, so there is nothing for it to save,
+and a partial file, which is known by its hash, goes on at the byte without being read again on the
+box. So boxes and laptops without it are served alike.
 """
 
 from __future__ import annotations
@@ -28,7 +31,15 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.formatting import plural, size
 from remote.results.local_run import BLOCK, LocalRun
 from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, silent
-from remote.results.run_contents import FetchedCheckpoint, FetchedRun, FetchedStep, is_run_name, memory_file, recall, remember
+from remote.results.run_contents import (
+    FetchedCheckpoint,
+    FetchedRun,
+    FetchedStep,
+    is_run_name,
+    memory_file,
+    recall,
+    remember,
+)
 from remote.scripts import script
 from remote.ssh.commands import sh_script
 
@@ -52,10 +63,17 @@ class TransferCut(Exception):
 
 @contextmanager
 def _said(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]:
-    """What results.sh says there, as it comes. Raises Cut; ToolkitError where the box cannot be reached at all."""
+    """What results.sh says there, as it comes.
+
+    Raises Cut; ToolkitError where the box cannot be reached at all.
+    """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            connection.stream(list(argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            connection.stream(list(argv)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
         )  # its own session: Ctrl-C is ours alone
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -84,8 +102,13 @@ def _cut(connection: BoxConnection, why: object, done: str) -> ToolkitError:
     )
 
 
-def ask_manifest(connection: BoxConnection, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent) -> Manifest:
-    """One round trip. Raises ToolkitError: no such run, our folder is gone, the connection broke."""
+def ask_manifest(
+    connection: BoxConnection, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent
+) -> Manifest:
+    """One round trip.
+
+    Raises ToolkitError: no such run, our folder is gone, the connection broke.
+    """
     argv = sh_script("manifest", root, run, *(["checkpoints"] if checkpoints else []))
     try:
         with _said(connection, argv) as stream:
@@ -102,7 +125,9 @@ def ask_manifest(connection: BoxConnection, root: str, run: str, *, checkpoints:
             exit_code=ExitCode.LOST,
         )
     if manifest.problem == "no_run":
-        raise ToolkitError(f"there is no run `{run}` on {connection.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}")
+        raise ToolkitError(
+            f"there is no run `{run}` on {connection.box.name}", why=f"it has: {', '.join(manifest.others) or 'none'}"
+        )
     return manifest
 
 
@@ -141,14 +166,23 @@ class _Call:
     progress: Progress
     placed: dict[str, None] = field(default_factory=dict)
     moved_bytes: int = 0
-    again: set[str] = field(default_factory=set)  # went on from what was here, and that was no beginning of it: from its first byte, then
+    again: set[str] = field(
+        default_factory=set
+    )  # went on from what was here, and that was no beginning of it: from its first byte, then
     mismatched: dict[str, str] = field(default_factory=dict)  # came whole, with another hash than this one
     damaged: dict[str, str] = field(default_factory=dict)  # likewise, twice
     changed: list[str] = field(default_factory=list)  # of this round: gone there, or not what was listed
 
 
 def fetch(
-    connection: BoxConnection, root: str, run: str, target: Path, *, state: Path, what: FetchSelection = FetchSelection(), progress: Progress = silent
+    connection: BoxConnection,
+    root: str,
+    run: str,
+    target: Path,
+    *,
+    state: Path,
+    what: FetchSelection = FetchSelection(),
+    progress: Progress = silent,
 ) -> Fetched:
     """Bring what is complete of ROOT/runs/RUN to `target`, and remember it in `state`.
 
@@ -160,13 +194,18 @@ def fetch(
         raise system_error(error, ExitCode.USAGE) from None
 
 
-def _fetch(connection: BoxConnection, root: str, run: str, target: Path, state: Path, what: FetchSelection, progress: Progress) -> Fetched:
+def _fetch(
+    connection: BoxConnection, root: str, run: str, target: Path, state: Path, what: FetchSelection, progress: Progress
+) -> Fetched:
     if not is_run_name(run):
         raise ToolkitError(f"`{run}` cannot be the name of a run", hint="fab ps lists those that are there")
     start = time.monotonic()
     if connection.dry_run:
         connection.say.command(connection.box.name, sh_script("manifest", root, run), script("results.sh"))
-        here, manifest = LocalRun(target), ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
+        here, manifest = (
+            LocalRun(target),
+            ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress),
+        )
         units = _wanted(manifest, what)
         coming = [unit.path for unit in units if not here.has(unit)]
         same = [unit.path for unit in units if unit.path not in coming]
@@ -185,7 +224,8 @@ def _fetch(connection: BoxConnection, root: str, run: str, target: Path, state: 
             if number + 1 == ROUNDS:
                 raise ToolkitError(
                     f"run `{run}` changes faster than it can be fetched",
-                    why="changed while it came: " + ", ".join(call.changed or [f"step {step}" for step in manifest.changed]),
+                    why="changed while it came: "
+                    + ", ".join(call.changed or [f"step {step}" for step in manifest.changed]),
                     hint="fetch when the step is complete, or let it save checkpoints less often (checkpoint.every_minutes)",
                     exit_code=ExitCode.BUSY,
                 )
@@ -213,14 +253,19 @@ def _fetch(connection: BoxConnection, root: str, run: str, target: Path, state: 
 
 @contextmanager
 def _lock(state: Path, box: str) -> Iterator[None]:
-    """One call for a box at a time: all remember in the same file. Raises ToolkitError: another one fetches."""
+    """One call for a box at a time: all remember in the same file.
+
+    Raises ToolkitError: another one fetches.
+    """
     path = memory_file(state, box).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolkitError(f"another call fetches from {box}", hint="let it end first", exit_code=ExitCode.BUSY) from None
+            raise ToolkitError(
+                f"another call fetches from {box}", hint="let it end first", exit_code=ExitCode.BUSY
+            ) from None
         yield
 
 
@@ -236,7 +281,11 @@ def _wanted(manifest: Manifest, what: FetchSelection) -> list[Unit]:
 
 def _left(manifest: Manifest, what: FetchSelection) -> Iterator[str]:
     if what.checkpoints and not manifest.checkpoints and not manifest.changed:
-        yield "there is no checkpoint now: a step that is complete keeps none" if manifest.steps else "there is no checkpoint yet"
+        yield (
+            "there is no checkpoint now: a step that is complete keeps none"
+            if manifest.steps
+            else "there is no checkpoint yet"
+        )
     for step, saved in sorted(manifest.checkpoints.items()):
         if not what.checkpoints:
             yield f"the checkpoint of step {step}, update {saved.update}, {size(saved.size_bytes)}: --checkpoints takes it along"
@@ -247,7 +296,9 @@ def _left(manifest: Manifest, what: FetchSelection) -> Iterator[str]:
 
 
 def _tidy(here: LocalRun, manifest: Manifest) -> None:
-    """What was fetched earlier and the box itself has no more: models of an earlier training, checkpoints that nothing goes on from."""
+    """What was fetched earlier and the box itself has no more: models of an earlier training,
+    checkpoints that nothing goes on from.
+    """
     there = {unit.path for unit in manifest.units()}
     for step in manifest.steps:
         if here.is_complete(step, manifest.steps[step]):
@@ -266,9 +317,18 @@ def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: st
     paths = {unit.path for unit in whole}
     steps = {}
     for step, mark in manifest.steps.items():
-        names = {unit.path for unit in manifest.units() if unit.path.startswith(f"step{step}/") and "/checkpoints/" not in unit.path}
+        names = {
+            unit.path
+            for unit in manifest.units()
+            if unit.path.startswith(f"step{step}/") and "/checkpoints/" not in unit.path
+        }
         if names <= paths:
-            models = sorted(f"{file.sha256} {file.size_bytes} {file.path}" for unit in whole if unit.path in names for file in unit.files)
+            models = sorted(
+                f"{file.sha256} {file.size_bytes} {file.path}"
+                for unit in whole
+                if unit.path in names
+                for file in unit.files
+            )
             steps[step] = FetchedStep(mark, hashlib.sha256("\n".join(models).encode()).hexdigest())
     before = recall(state, box).get(run, FetchedRun())
     checkpoints = {step: each for step, each in before.checkpoints.items() if step not in manifest.steps}
@@ -289,14 +349,22 @@ class _Move:
 
 
 def _bring(call: _Call, manifest: Manifest) -> None:
-    """All units that are not here yet, each put in its place when it is whole. Raises ToolkitError when the connection breaks, the disk is full,
-    or a place is taken."""
+    """All units that are not here yet, each put in its place when it is whole.
+
+    Raises ToolkitError when the connection breaks, the disk is full,
+    or a place is taken.
+    """
     here, call.changed = call.here, []
     missing = [unit for unit in _wanted(manifest, call.what) if not here.has(unit)]
     for unit in missing:
         here.check(unit)
-    lacking = {unit.path: {file.path: file for file in unit.files if here.sha256(file.path) != file.sha256} for unit in missing}
-    here.clear({here.part(file) for files in lacking.values() for file in files.values()}, keep_checkpoints=not call.what.checkpoints)
+    lacking = {
+        unit.path: {file.path: file for file in unit.files if here.sha256(file.path) != file.sha256} for unit in missing
+    }
+    here.clear(
+        {here.part(file) for files in lacking.values() for file in files.values()},
+        keep_checkpoints=not call.what.checkpoints,
+    )
     here.staging.mkdir(parents=True, exist_ok=True)
     moves = [
         _Move(unit, file, here.begin(file, afresh=path in call.again))
@@ -327,7 +395,10 @@ def _bring(call: _Call, manifest: Manifest) -> None:
 
 def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path]) -> None:
     step, is_mark = unit.path[:5], unit.path.endswith("/complete.json")
-    if is_mark and any(other.path.startswith(f"{step}/") and other != unit and not call.here.has(other) for other in _wanted(manifest, call.what)):
+    if is_mark and any(
+        other.path.startswith(f"{step}/") and other != unit and not call.here.has(other)
+        for other in _wanted(manifest, call.what)
+    ):
         call.changed.append(unit.path)  # a part of the step is not here: nothing may say that it is complete
         return
     mark = manifest.steps.get(int(step[4]), "") if step.startswith("step") else ""
@@ -361,7 +432,9 @@ class _Counter:
 
 
 def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None]) -> None:
-    """All of them, over a connection that may break: again and again, as long as it brings something."""
+    """All of them, over a connection that may break: again and again, as long as it brings
+    something.
+    """
     counter = _Counter(call.progress, sum(move.offset for move in moves), sum(move.file.size_bytes for move in moves))
     left, tries = deque(moves), RECONNECTS
     while left:
@@ -377,7 +450,10 @@ def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None
 
 
 def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], None], counter: _Counter) -> None:
-    """As many as one command takes; each leaves `left` when it has come, or is no more. Raises Cut."""
+    """As many as one command takes; each leaves `left` when it has come, or is no more.
+
+    Raises Cut.
+    """
     batch: list[_Move] = []
     words: list[str] = []
     for move in left:
@@ -393,7 +469,9 @@ def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], Non
             if header == f"gone {index}\n":
                 call.changed.append(move.file.path)
             elif header != f"bytes {index} {move.file.size_bytes - move.offset}\n":
-                raise TransferCut("what came was not what had been asked for" if header.endswith("\n") else "nothing more came")
+                raise TransferCut(
+                    "what came was not what had been asked for" if header.endswith("\n") else "nothing more came"
+                )
             else:
                 _take(call, move, stream, counter, arrive)
             left.popleft()
@@ -412,7 +490,10 @@ def _skip_greeting(stream: IO[bytes]) -> None:
 
 
 def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive: Callable[[_Move], None]) -> None:
-    """The rest of one file. Raises Cut: then all that came stays, and `move.offset` says how much that is."""
+    """The rest of one file.
+
+    Raises Cut: then all that came stays, and `move.offset` says how much that is.
+    """
     path, file = call.here.part(move.file), move.file
     resumed, digest = move.offset, hashlib.sha256()
     with path.open("r+b" if resumed else "w+b") as part:

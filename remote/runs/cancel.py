@@ -29,15 +29,27 @@ class Cancelled:
 
     def text(self) -> str:
         code = f", exit code {self.exit}" if self.exit is not None else ""
-        ended = {"not running": "no job is running", "by itself": f"ended by itself{code}", "killed": f"killed, since it did not end by itself{code}"}
-        proof = [f"still there: process {each}" for each in self.left] + [f"still in GPU memory: {each}" for each in self.gpu_held]
-        return "\n".join([ended[self.how], *(proof or ["nothing of it is left, and no process of its holds GPU memory"])])
+        ended = {
+            "not running": "no job is running",
+            "by itself": f"ended by itself{code}",
+            "killed": f"killed, since it did not end by itself{code}",
+        }
+        proof = [f"still there: process {each}" for each in self.left] + [
+            f"still in GPU memory: {each}" for each in self.gpu_held
+        ]
+        return "\n".join(
+            [ended[self.how], *(proof or ["nothing of it is left, and no process of its holds GPU memory"])]
+        )
 
 
-def cancel(connection: BoxConnection, providers: Mapping[str, Provider], run: str, grace_s: str, say: Callable[[str], None]) -> Cancelled:
-    """TERM, time for a checkpoint, KILL, and the proof that nothing of it is left. run, grace_s: `-` for the job's own.
+def cancel(
+    connection: BoxConnection, providers: Mapping[str, Provider], run: str, grace_s: str, say: Callable[[str], None]
+) -> Cancelled:
+    """TERM, time for a checkpoint, KILL, and the proof that nothing of it is left. run, grace_s:
+    `-` for the job's own.
 
-    Raises ToolkitError: nothing deployed, no such run; UNCERTAIN if the connection broke before the end was seen.
+    Raises ToolkitError: nothing deployed, no such run; UNCERTAIN if the connection broke before the
+    end was seen.
     """
     argv = dispatch(connection.box, providers, "cancel", run, grace_s)
     said: list[str] = []
@@ -47,7 +59,9 @@ def cancel(connection: BoxConnection, providers: Mapping[str, Provider], run: st
         if text.strip() in ("term", "kill"):
             say("asked it to end" if text.strip() == "term" else "its time is over: killing it")
 
-    connection.connect()  # with our own words for what is wrong with the connection; what follows takes as long as the job does
+    # with our own words for what is wrong with the connection; what follows takes as long as the
+    # job does
+    connection.connect()
     answer = connection.local(connection.stream(argv), changes=True, check=False, heard=heard)
     if connection.dry_run:
         return Cancelled("not running")
@@ -62,7 +76,9 @@ def cancel(connection: BoxConnection, providers: Mapping[str, Provider], run: st
     if ended is None:
         check(connection.box, answer)
         raise ToolkitError(
-            f"`{connection.box.name}` did not say how the job ended", why=last_lines(answer.err or answer.out), exit_code=ExitCode.UNCERTAIN
+            f"`{connection.box.name}` did not say how the job ended",
+            why=last_lines(answer.err or answer.out),
+            exit_code=ExitCode.UNCERTAIN,
         )
     return ended
 

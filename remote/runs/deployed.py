@@ -1,4 +1,6 @@
-"""What is deployed on a box, and how its supervisor is called: one command that finds our folder by itself, from any laptop."""
+"""What is deployed on a box, and how its supervisor is called: one command that finds our folder by
+itself, from any laptop.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NOT_DEPLOYED = 3
 
 
 def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
-    """Where our folder may be: where boxes.yaml says, else where its provider has its data disk, else at any provider's place."""
+    """Where our folder may be: where boxes.yaml says, else where its provider has its data disk,
+    else at any provider's place.
+    """
     if box.data_folder:
         folders = [box.data_folder]
     else:
@@ -53,24 +57,42 @@ def find_deployment(connection: BoxConnection, providers: Mapping[str, Provider]
     lines = [text.partition(" ") for text in answer.out.splitlines()]
     facts = {key: value for key, _, value in lines if key not in ("root", "input", "slot")}
     named = {key: value for key, _, value in lines if key in ("root", "slot")}
-    return Deployment(named.get("root", ""), facts, frozenset(value for key, _, value in lines if key == "input"), named.get("slot", ""))
+    return Deployment(
+        named.get("root", ""),
+        facts,
+        frozenset(value for key, _, value in lines if key == "input"),
+        named.get("slot", ""),
+    )
 
 
 def our_root(connection: BoxConnection, providers: Mapping[str, Provider]) -> tuple[str, bool]:
     """-> (our folder on the box, whether it is there), also where a deploy has not come to its end."""
     answer = connection.query(dispatch(connection.box, providers, "root"))
-    found = next((text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None)
+    found = next(
+        (text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None
+    )
     if found is None:
-        raise ToolkitError(f"`{connection.box.name}` did not say where our folder is", why=answer.out[-300:], exit_code=ExitCode.INTERNAL)
+        raise ToolkitError(
+            f"`{connection.box.name}` did not say where our folder is",
+            why=answer.out[-300:],
+            exit_code=ExitCode.INTERNAL,
+        )
     return found[2], found[0] == "root"
 
 
-def open_stream(connection: BoxConnection, providers: Mapping[str, Provider]) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
-    """For remote.runs.watch.follow. The client is out of reach of Ctrl-C at the terminal, which is for us alone."""
+def open_stream(
+    connection: BoxConnection, providers: Mapping[str, Provider]
+) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
+    """For remote.runs.watch.follow.
+
+    The client is out of reach of Ctrl-C at the terminal, which is for us alone.
+    """
 
     def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
         argv = connection.stream(dispatch(connection.box, providers, "follow", run or "-", file, str(offset)))
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
 
     return opened
 
@@ -80,14 +102,19 @@ def check(box: Box, answer: CommandResult) -> None:
     if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
         raise not_deployed(box)
     if answer.code == ExitCode.USAGE:  # said there, on purpose
-        raise ToolkitError(f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
+        raise ToolkitError(
+            f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}",
+            hint=f"fab ps --host {box.name}",
+        )
     if answer.code:
         said = last_lines(answer.err.strip() or answer.out)
         raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, exit_code=ExitCode.INTERNAL)
 
 
 def not_deployed(box: Box) -> ToolkitError:
-    return ToolkitError(f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", exit_code=ExitCode.UNFIT)
+    return ToolkitError(
+        f"nothing is deployed on `{box.name}`", hint=f"fab deploy --host {box.name}", exit_code=ExitCode.UNFIT
+    )
 
 
 def last_lines(text: str) -> str:

@@ -1,7 +1,8 @@
-"""The framed stream of `supervisor.sh follow`: frames, where we are in the file, and one connection that brings them.
+"""The framed stream of `supervisor.sh follow`: frames, where we are in the file, and one connection
+that brings them.
 
-A frame is a line of words; `bytes OFFSET LENGTH` is followed by that many raw bytes of the file. A `beat` says that all that the
-file held by then was sent.
+A frame is a line of words; `bytes OFFSET LENGTH` is followed by that many raw bytes of the file. A
+`beat` says that all that the file held by then was sent.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Frame:
 
 
 class Framing:
-    """Frames out of bytes that are cut anywhere. Of a `bytes` frame, what has come is handed on at once: it is what stands in the file."""
+    """Frames out of bytes that are cut anywhere.
+
+    Of a `bytes` frame, what has come is handed on at once: it is what stands in the file.
+    """
 
     def __init__(self) -> None:
         self._line = bytearray()
@@ -101,7 +105,11 @@ class Tail:
         return self.offset + len(self._begun)
 
     def take(self, data: bytes) -> bytes:
-        """What can be handed on now. Raises Reread: whoever wrote the line that has begun may be dead, cut off, and the rest a successor's."""
+        """What can be handed on now.
+
+        Raises Reread: whoever wrote the line that has begun may be dead, cut off, and the rest a
+        successor's.
+        """
         if self._is_torn and self._reread != self.offset:
             self._reread = self.offset
             raise Reread
@@ -113,7 +121,10 @@ class Tail:
         return data
 
     def beat(self) -> None:
-        """All of the file was sent. Lines are written whole, so what has no end now was torn off."""
+        """All of the file was sent.
+
+        Lines are written whole, so what has no end now was torn off.
+        """
         self._is_torn = bool(self._begun)
 
     def drop_begun(self) -> None:
@@ -129,7 +140,10 @@ class Tail:
 
 
 def lines_of(data: bytes) -> list[bytes]:
-    """Whole lines with their ends. Not `splitlines`: it also cuts at a carriage return, which a damaged line may hold."""
+    """Whole lines with their ends.
+
+    Not `splitlines`: it also cuts at a carriage return, which a damaged line may hold.
+    """
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
@@ -157,7 +171,11 @@ class FrameStream:
             deadline = time.monotonic() + limit_s
             while True:
                 ready = [key.fileobj for key, _ in selector.select(max(deadline - time.monotonic(), 0.0))]
-                if self._process.stderr in ready and self._process.stderr is not None and not self._listen(self._process.stderr):
+                if (
+                    self._process.stderr in ready
+                    and self._process.stderr is not None
+                    and not self._listen(self._process.stderr)
+                ):
                     selector.unregister(self._process.stderr)
                 if stdout in ready:
                     data = os.read(stdout.fileno(), 1 << 16)
@@ -165,7 +183,8 @@ class FrameStream:
                         selector.unregister(stdout)
                         self._reap(selector)
                         raise ConnectionLost(
-                            one_line(self.last_words)[-200:] or ("the stream ended" if self.code is None else f"ssh ended with {self.code}")
+                            one_line(self.last_words)[-200:]
+                            or ("the stream ended" if self.code is None else f"ssh ended with {self.code}")
                         )
                     for frame in framing.feed(data):
                         self.has_progress |= frame.word in PROGRESS
@@ -185,7 +204,12 @@ class FrameStream:
         """Its exit code and last words, as long as they do not keep us waiting."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.code = self._process.wait(1.0)
-        while selector.get_map() and selector.select(0.05) and self._process.stderr is not None and self._listen(self._process.stderr):
+        while (
+            selector.get_map()
+            and selector.select(0.05)
+            and self._process.stderr is not None
+            and self._listen(self._process.stderr)
+        ):
             pass
 
     def close(self) -> None:

@@ -10,14 +10,21 @@ from typing import TypeVar
 
 from jobs.errors import ExitCode
 
-EXITS = {int(ExitCode.OK): "done", int(ExitCode.PREEMPTED): "preempted, the same command resumes", int(ExitCode.CANCELLED): "cancelled"}
+EXITS = {
+    int(ExitCode.OK): "done",
+    int(ExitCode.PREEMPTED): "preempted, the same command resumes",
+    int(ExitCode.CANCELLED): "cancelled",
+}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A `job` frame: the supervisor's facts. `words` holds all of them, those of a newer supervisor too."""
+    """A `job` frame: the supervisor's facts.
+
+    `words` holds all of them, those of a newer supervisor too.
+    """
 
     words: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,4 +1,6 @@
-"""What lies on a box and what runs there, as `supervisor.sh list` says it; for ps, status, and the card before a stop."""
+"""What lies on a box and what runs there, as `supervisor.sh list` says it; for ps, status, and the
+card before a stop.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class RemoteRun:
             return ""
         words = [f"step {self.last['step']}"] if "step" in self.last else []
         if "update" in self.last:
-            words.append(f"update {self.last['update']}" + (f"/{self.last['updates']}" if "updates" in self.last else ""))
+            words.append(
+                f"update {self.last['update']}" + (f"/{self.last['updates']}" if "updates" in self.last else "")
+            )
         elif self.last["kind"] == "end":
             words.append("complete")
         elif doing := self.last.get("doing"):
@@ -190,7 +194,9 @@ def _remark(run: RemoteRun) -> str:
 
 
 def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Text in columns, two blanks between them; columns that are empty below their head are left out."""
+    """Text in columns, two blanks between them; columns that are empty below their head are left
+    out.
+    """
     head, *body = table
     kept = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
     widths = {index: max(cell_len(row[index]) for row in table) for index in kept}
@@ -200,15 +206,28 @@ def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def box_facts(listing: Listing) -> list[tuple[str, str]]:
     """Cards and disk, a label and a text a line."""
-    rows = [("gpu" if len(listing.cards) == 1 else f"gpu {card.index}", cards_text([card], 60)) for card in listing.cards]
-    return [*rows, *([("disk", f"{size(listing.disk_free_bytes)} free")] if listing.disk_free_bytes is not None else [])]
+    rows = [
+        ("gpu" if len(listing.cards) == 1 else f"gpu {card.index}", cards_text([card], 60)) for card in listing.cards
+    ]
+    return [
+        *rows,
+        *([("disk", f"{size(listing.disk_free_bytes)} free")] if listing.disk_free_bytes is not None else []),
+    ]
 
 
 def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
     """All of one run, a label and a text a line."""
-    facts = [("run", run.name), ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else ""))]
+    facts = [
+        ("run", run.name),
+        ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else "")),
+    ]
     if run.is_orphan:
-        facts.append(("", "the supervisor is gone; the job may still be running unattended: its end shows in its events, and `fab cancel` ends it"))
+        facts.append(
+            (
+                "",
+                "the supervisor is gone; the job may still be running unattended: its end shows in its events, and `fab cancel` ends it",
+            )
+        )
     if run.progress():
         facts.append(("now at", run.progress()))
     if run.last is not None and math.isfinite(at := time_of(run.last)):
@@ -217,7 +236,9 @@ def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str
         facts.append(("time", duration(seconds)))
     if (paid := spent(run, now, price_per_hour)) is not None:
         facts.append(("spent", f"{money(paid, currency)} ({money(price_per_hour or 0.0, currency)}/h)"))
-    facts.append(("steps done", ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS) or "none"))
+    facts.append(
+        ("steps done", ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS) or "none")
+    )
     if run.checkpoint:
         facts.append(("checkpoint", f"step {run.checkpoint[0]}, update {run.checkpoint[1]}"))
     if run.size_bytes is not None:

@@ -1,7 +1,8 @@
 """Starting a job on a box exactly once, over a connection that may break at any moment.
 
-A request has an id. The box decides by making a folder of that name, so that for a start whose answer was lost one more question tells
-whether it was started, and makes sure that it never will be if it was not.
+A request has an id. The box decides by making a folder of that name, so that for a start whose
+answer was lost one more question tells whether it was started, and makes sure that it never will be
+if it was not.
 """
 
 from __future__ import annotations
@@ -39,32 +40,59 @@ class Started:
 
 
 def start_command(deployed: Deployment, request: Request) -> list[str]:
-    return deployed.supervisor("start", request.run, request.id, deployed.code, f"{request.grace_s:g}", "--", *request.arguments)
+    return deployed.supervisor(
+        "start", request.run, request.id, deployed.code, f"{request.grace_s:g}", "--", *request.arguments
+    )
 
 
 def message(request: Request, secrets: Mapping[str, str]) -> bytes:
-    """What `supervisor.sh start` reads on its standard input. Raises ToolkitError for a secret that does not travel."""
+    """What `supervisor.sh start` reads on its standard input.
+
+    Raises ToolkitError for a secret that does not travel.
+    """
     for name, value in secrets.items():
         if not SECRET_NAME.fullmatch(name) or "\n" in value or "\0" in value:
-            raise ToolkitError(f"the secret `{name}` cannot travel", why="its name is no variable's, or its value has more than one line")
+            raise ToolkitError(
+                f"the secret `{name}` cannot travel",
+                why="its name is no variable's, or its value has more than one line",
+            )
     lines = [f"secrets {len(secrets)}", *(f"{name}={value}" for name, value in secrets.items())]
-    return "".join(f"{line}\n" for line in [*lines, f"job {hashlib.sha256(request.job).hexdigest()[:16]}"]).encode() + request.job
+    return (
+        "".join(f"{line}\n" for line in [*lines, f"job {hashlib.sha256(request.job).hexdigest()[:16]}"]).encode()
+        + request.job
+    )
 
 
-def start(connection: BoxConnection, deployed: Deployment, request: Request, secrets: Mapping[str, str], say: Callable[[str], None]) -> Started:
-    """Raises ToolkitError: busy with another job (5), refused there (3), not run for want of a connection (8), or not to be known (6)."""
+def start(
+    connection: BoxConnection,
+    deployed: Deployment,
+    request: Request,
+    secrets: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Started:
+    """Raises ToolkitError: busy with another job (5), refused there (3), not run for want of a
+    connection (8), or not to be known (6).
+    """
     try:
-        answer = connection.change(start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False)
+        answer = connection.change(
+            start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False
+        )
         words = _answer(answer.out, ("started", "already", "withdrawn", "busy", "refused"))
         if words is None and answer.code in (0, 255) and not answer.out.strip():
-            raise ToolkitError("the connection broke before the box answered", why=one_line(answer.err), exit_code=ExitCode.UNREACHABLE)
+            raise ToolkitError(
+                "the connection broke before the box answered", why=one_line(answer.err), exit_code=ExitCode.UNREACHABLE
+            )
     except ToolkitError as error:
         if error.exit_code != ExitCode.UNREACHABLE:
             raise
         return _settle(connection, deployed, request, error, say)
     if words is None:
         host = connection.box.name
-        raise ToolkitError(f"`{host}` did not start the job", why=last_lines(answer.err or answer.out), hint=f"fab deploy --host {host}")
+        raise ToolkitError(
+            f"`{host}` did not start the job",
+            why=last_lines(answer.err or answer.out),
+            hint=f"fab deploy --host {host}",
+        )
     return _started(connection.box.name, request, words)
 
 
@@ -85,8 +113,12 @@ def busy(host: str, run: str) -> ToolkitError:
     )
 
 
-def _settle(connection: BoxConnection, deployed: Deployment, request: Request, broke: ToolkitError, say: Callable[[str], None]) -> Started:
-    """The connection broke in the middle of a start: was it started? If not, it is made sure that it never will be."""
+def _settle(
+    connection: BoxConnection, deployed: Deployment, request: Request, broke: ToolkitError, say: Callable[[str], None]
+) -> Started:
+    """The connection broke in the middle of a start: was it started? If not, it is made sure that
+    it never will be.
+    """
     say(f"the connection broke while the job was being started ({broke.what}); asking the box what became of it")
     for pause_s in SETTLE_S:
         time.sleep(pause_s)
@@ -99,7 +131,9 @@ def _settle(connection: BoxConnection, deployed: Deployment, request: Request, b
         words = _answer(answer.out, ("started", "not_run", "busy", "refused"))
         if words and words[0] == "not_run":
             what = "the job was not started, and will not be"
-            raise ToolkitError(what, why=broke.what, hint="the same command again is safe", exit_code=ExitCode.UNREACHABLE)
+            raise ToolkitError(
+                what, why=broke.what, hint="the same command again is safe", exit_code=ExitCode.UNREACHABLE
+            )
         if words:
             started = _started(connection.box.name, request, words)
             say("it was started")
@@ -113,6 +147,8 @@ def _settle(connection: BoxConnection, deployed: Deployment, request: Request, b
 
 
 def _answer(text: str, known: Sequence[str]) -> list[str] | None:
-    """The last line that begins with one of these words: a login may say something of its own before."""
+    """The last line that begins with one of these words: a login may say something of its own
+    before.
+    """
     lines = [line.split() for line in text.splitlines()]
     return next((words for words in reversed(lines) if words and words[0] in known), None)

@@ -1,4 +1,6 @@
-"""What a person, or a program, gets to see of a run that is watched: a panel, lines, JSON lines, or the raw log."""
+"""What a person, or a program, gets to see of a run that is watched: a panel, lines, JSON lines, or
+the raw log.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class View(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def data(self, data: bytes) -> None:
         """Bytes of the file, in order; of the events, whole lines only."""
@@ -66,7 +70,10 @@ class View(Protocol):
     def card(self, card: GpuUsage) -> None: ...
 
     def connection_lost(self, why: str, since: float) -> None:
-        """Nothing comes from the box, since a time of our clock. Again, if there is another reason."""
+        """Nothing comes from the box, since a time of our clock.
+
+        Again, if there is another reason.
+        """
 
     def back(self) -> None: ...
 
@@ -88,7 +95,9 @@ class _Quiet:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return
 
     def beat(self, epoch: float) -> None:
@@ -115,7 +124,9 @@ class RawLog(_Quiet):
 
     def __init__(self, out: TextIO, file: str = "log") -> None:
         self._out, self.file = out, file
-        self._decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8")("backslashreplace"), translate=True)  # bare \r: progress bars
+        self._decoder = IncrementalNewlineDecoder(
+            getincrementaldecoder("utf-8")("backslashreplace"), translate=True
+        )  # bare \r: progress bars
 
     def data(self, data: bytes) -> None:
         if self._out.isatty():
@@ -134,7 +145,9 @@ class JsonLines(_Quiet):
         self._out, self._gate = out, Gate(since, holds=since is not None and since.is_relative)
         self._is_shown = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show(self._gate.open())
 
     def data(self, data: bytes) -> None:
@@ -162,7 +175,10 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 
 class Gate:
-    """Which events are early, by the box's clock: `10m` ago is ten minutes before its `beat`. Until that is known, lines wait."""
+    """Which events are early, by the box's clock: `10m` ago is ten minutes before its `beat`.
+
+    Until that is known, lines wait.
+    """
 
     def __init__(self, since: Since | None, *, holds: bool, wall: Callable[[], float] = time.time) -> None:
         self.since, self._wall = since, wall
@@ -202,7 +218,9 @@ class PanelView:
     def __init__(self, view: Plain | Live, where: WatchedRun, since: Since | None = None) -> None:
         self._view, self._where = view, where
         self._gate = Gate(since, holds=isinstance(view, Live) or (since is not None and since.is_relative))
-        self._box = BoxView(name=where.host, price_per_hour=where.price_per_hour, currency=where.currency, steps=where.steps)
+        self._box = BoxView(
+            name=where.host, price_per_hour=where.price_per_hour, currency=where.currency, steps=where.steps
+        )
         self._cards: dict[int, GpuUsage] = {}
         self._job: JobState | None = None
         self._first_event: float | None = None  # for the box that does not say when the job has begun
@@ -213,7 +231,9 @@ class PanelView:
         self._show_box()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._show(self._gate.open())
         self._view.__exit__(kind, error, trace)
 
@@ -227,7 +247,8 @@ class PanelView:
                 continue
             if self._first_event is None and math.isfinite(at := time_of(event)):
                 self._first_event = at
-            # What a view cannot take (text for a number) says less than the next event: watching goes on.
+            # What a view cannot take (text for a number) says less than the next event: watching
+            # goes on.
             with contextlib.suppress(TypeError, ValueError, AttributeError):
                 if isinstance(self._view, Live):
                     self._view.feed(event, at=self._gate.viewer_time(time_of(event)), quiet=self._gate.is_early(event))
@@ -255,7 +276,9 @@ class PanelView:
         job = self._job or JobState({"alive": "1"})
         started = job.started or self._first_event
         ended = None if job.alive or job.training else job.ended
-        self._box = replace(self._box, started_at=self._gate.viewer_time(started), ended_at=self._gate.viewer_time(ended))
+        self._box = replace(
+            self._box, started_at=self._gate.viewer_time(started), ended_at=self._gate.viewer_time(ended)
+        )
 
     def card(self, card: GpuUsage) -> None:
         self._cards[card.index] = card
@@ -264,7 +287,9 @@ class PanelView:
 
     def connection_lost(self, why: str, since: float) -> None:
         if isinstance(self._view, Live):
-            self._box = replace(self._box, line=f"run {self._where.run}, connection lost", away_at=since, away_why=one_line(why))
+            self._box = replace(
+                self._box, line=f"run {self._where.run}, connection lost", away_at=since, away_why=one_line(why)
+            )
             self._show_box()
         else:
             self.note(_away_text(why))
@@ -299,28 +324,46 @@ class Since:
 
 
 def parse_since(text: str) -> Since:
-    """`90s`, `10m`, `2h`, `1d`, or a time as ISO 8601 writes it; without a zone, the laptop's. Raises ToolkitError."""
+    """`90s`, `10m`, `2h`, `1d`, or a time as ISO 8601 writes it; without a zone, the laptop's.
+
+    Raises ToolkitError.
+    """
     text = text.strip()
     if match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhd])", text, re.ASCII):
         return Since(ago_s=float(match[1]) * SECONDS[match[2]])
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if re.match(r"\d{4}-\d\d-\d\d", text):
             return Since(at=datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text)).timestamp())
-    raise ToolkitError(f"cannot read the time {one_line(text)!r}", hint="`--since 90s`, `10m`, `2h`, `1d`, or a time such as `2025-01-05T12:00:00Z`")
+    raise ToolkitError(
+        f"cannot read the time {one_line(text)!r}",
+        hint="`--since 90s`, `10m`, `2h`, `1d`, or a time such as `2025-01-05T12:00:00Z`",
+    )
 
 
 def view_of(
-    where: WatchedRun, *, as_json: bool = False, raw: bool = False, live: bool = True, since: Since | None = None, out: TextIO | None = None
+    where: WatchedRun,
+    *,
+    as_json: bool = False,
+    raw: bool = False,
+    live: bool = True,
+    since: Since | None = None,
+    out: TextIO | None = None,
 ) -> View:
-    """The form that was asked for, on standard output unless `out` is given. `live`: a panel if it is a terminal that can draw one."""
+    """The form that was asked for, on standard output unless `out` is given.
+
+    `live`: a panel if it is a terminal that can draw one.
+    """
     out = out or sys.stdout
     if as_json and raw:
         raise ToolkitError("`--json` and `--raw` are two forms: events, or the log", hint="ask for one of them")
     if raw:
         if since is not None:
-            raise ToolkitError("`--since` goes by the time of events; the log of `--raw` has none", hint="leave out one of them")
+            raise ToolkitError(
+                "`--since` goes by the time of events; the log of `--raw` has none", hint="leave out one of them"
+            )
         return RawLog(out)
     if as_json:
         return JsonLines(out.buffer, since)
-    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job keeps running.
+    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job keeps
+    # running.
     return PanelView(console.view(out, time.time) if live else Plain(console.console_on(out)), where, since)

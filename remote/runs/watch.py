@@ -1,5 +1,6 @@
-"""Watching a run over a connection that breaks: `follow` reads the framed stream of `supervisor.sh follow`, feeds a view, and goes on
-at the exact byte by itself. What is watched goes on in any case: the job is nobody's child.
+"""Watching a run over a connection that breaks: `follow` reads the framed stream of `supervisor.sh
+follow`, feeds a view, and goes on at the exact byte by itself. What is watched goes on in any case:
+the job is nobody's child.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from remote.runs.views import View, WatchedRun, named, note
 
 # Run ("": the one that runs, else the last), file ("events", "log" or "output"), byte offset.
 OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
-Refused = Callable[[int, str], "ToolkitError | None"]  # exit code and last words of the ssh process: is there no use in trying again?
+Refused = Callable[
+    [int, str], "ToolkitError | None"
+]  # exit code and last words of the ssh process: is there no use in trying again?
 
 LIMITS = StreamTimeouts()
 
@@ -58,10 +61,12 @@ def follow(
     limits: StreamTimeouts = LIMITS,
     offset: int = 0,
 ) -> Watched:
-    """Show the run until it has ended, through every break of the connection, or until Ctrl-C, which ends nothing but this.
+    """Show the run until it has ended, through every break of the connection, or until Ctrl-C,
+    which ends nothing but this.
 
-    once: only what is there now. refused: whether a connection that ended is the last (a changed host key, a refused login).
-    Raises ToolkitError: the box refuses us, or `limits.tries` are used up.
+    once: only what is there now. refused: whether a connection that ended is the last (a changed
+    host key, a refused login). Raises ToolkitError: the box refuses us, or `limits.tries` are used
+    up.
     """
     watch = _Watch(view, once, refused, limits, offset, where)
     stopped = False
@@ -95,7 +100,10 @@ def _stopped_text(where: WatchedRun, job: JobState | None) -> str:
 
 @contextlib.contextmanager
 def _one_interrupt() -> Iterator[list[int]]:
-    """One Ctrl-C is enough: those that follow would break what it has begun. Gives a list that is not empty once it has come."""
+    """One Ctrl-C is enough: those that follow would break what it has begun.
+
+    Gives a list that is not empty once it has come.
+    """
     before, interrupts = signal.getsignal(signal.SIGINT), list[int]()
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN or before is None:
         yield interrupts
@@ -133,7 +141,9 @@ def _polled(stream: TextIO, events: int) -> int:
 class _Watch:
     """One `follow`, over all its connections."""
 
-    def __init__(self, view: View, once: bool, refused: Refused, limits: StreamTimeouts, offset: int, where: WatchedRun) -> None:
+    def __init__(
+        self, view: View, once: bool, refused: Refused, limits: StreamTimeouts, offset: int, where: WatchedRun
+    ) -> None:
         self._view, self._once, self._refused, self._limits, self._where = view, once, refused, limits, where
         self.tail = Tail(by_lines=view.file == "events", offset=offset)
         self.job: JobState | None = None
@@ -149,7 +159,8 @@ class _Watch:
     def through(self, open_stream: OpenStream) -> None:
         failures, pause_s = 0, self._limits.first_pause_s
         while True:
-            # By the name that was heard: another run may be the newest by now, and the offset is this one's.
+            # By the name that was heard: another run may be the newest by now, and the offset is
+            # this one's.
             run = named(self._where, self.job).run
             connection = FrameStream(open_stream(run, self._view.file, self.tail.offset), self._limits)
             try:
@@ -174,18 +185,24 @@ class _Watch:
         code = connection.code
         if code is not None and (error := self._refused(code, connection.last_words)):
             raise error
-        # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose, instead of a stream.
+        # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose,
+        # instead of a stream.
         if code is not None and 0 < code < 128 and not connection.has_progress:
             raise ToolkitError(
-                f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there", why=visible(connection.last_words)
+                f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there",
+                why=visible(connection.last_words),
             )
         if self.job is None and self._limits.first_tries is not None and failures >= self._limits.first_tries:
             hint = f"fab doctor --host {shlex.quote(self._where.host)} checks the connection by itself"
-            raise ToolkitError(f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE)
+            raise ToolkitError(
+                f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE
+            )
         tries = self._limits.tries
         if tries is not None and failures >= tries:
             what = f"the connection to `{self._where.host}` broke {plural(failures, 'times')} in a row"
-            raise ToolkitError(what, why=visible(why), hint="the job is not touched by it; try again", exit_code=ExitCode.UNREACHABLE)
+            raise ToolkitError(
+                what, why=visible(why), hint="the job is not touched by it; try again", exit_code=ExitCode.UNREACHABLE
+            )
 
     def _away(self, why: str) -> None:
         if self._away_since is None:
@@ -216,7 +233,8 @@ class _Watch:
                 self._view.beat(epoch)
                 self.tail.beat()
                 beats += 1
-                # The first beat may come before the file was looked at: without a byte for us, the second one tells.
+                # The first beat may come before the file was looked at: without a byte for us, the
+                # second one tells.
                 if has_data or beats > 1:
                     self._caught_up()
                     if self._once:
@@ -247,5 +265,7 @@ class _Watch:
             away_s, self._away_since = max(self._back_at - self._away_since, 0.0), None
             missed = plural(self._missed, "events") if self.tail.by_lines else size(self._missed)
             if self._has_heard:
-                self._view.note(f"the connection was lost for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile")
+                self._view.note(
+                    f"the connection was lost for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile"
+                )
         self._has_heard = True

@@ -1,4 +1,6 @@
-"""What is run for a box, as lists of words: pure, named after the command that they build, joined at the edge (remote/ssh/connection.py)."""
+"""What is run for a box, as lists of words: pure, named after the command that they build, joined
+at the edge (remote/ssh/connection.py).
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,40 @@ def rsync(
     compare: bool = False,
     program: str = "rsync",
 ) -> list[str]:
-    """The files that `names` lists, with a NUL behind each, from the folder `source` here into `folder` on the box.
+    """The files that `names` lists, with a NUL behind each, from the folder `source` here into
+    `folder` on the box.
 
-    like: a folder on the box, whose equal files are linked instead of sent. temporary: where files lie there until they are whole.
-    compare: by content, not by size and time. Who owns a file here is nothing to the box; modes become 644 and 755.
+    like: a folder on the box, whose equal files are linked instead of sent. temporary: where files
+    lie there until they are whole.
+    compare: by content, not by size and time. Who owns a file here is nothing to the box; modes
+    become 644 and 755.
     """
-    words = [program, "--recursive", "--links", "--times", "--perms", "--chmod=a+rX,u+w,go-w,a-s", "--compress", "--partial"]
-    words += ["--protect-args", "--from0", f"--files-from={names}", f"--temp-dir={temporary}", f"--rsh={shlex.join(shell)}"]
+    words = [
+        program,
+        "--recursive",
+        "--links",
+        "--times",
+        "--perms",
+        "--chmod=a+rX,u+w,go-w,a-s",
+        "--compress",
+        "--partial",
+    ]
+    words += [
+        "--protect-args",
+        "--from0",
+        f"--files-from={names}",
+        f"--temp-dir={temporary}",
+        f"--rsh={shlex.join(shell)}",
+    ]
     words += ["--checksum"] if compare else []
     words += [f"--link-dest={like}"] if like else []
     return [*words, f"{source.rstrip('/')}/", f"{target}:{folder}/"]
 
 
 def tar_extract(folder: str) -> list[str]:
-    """What comes by standard input, compressed, into a folder made anew; as the user who is logged in, whoever packed it."""
+    """What comes by standard input, compressed, into a folder made anew; as the user who is logged
+    in, whoever packed it.
+    """
     return ["sh", "-c", 'umask 022 && rm -rf -- "$1" && mkdir -- "$1" && exec tar -x -z -o -f - -C "$1"', "tar", folder]
 
 

@@ -1,8 +1,10 @@
-"""One box over SSH: a command there and its answer, each with an end in time; and how OpenSSH is called for what streams.
+"""One box over SSH: a command there and its answer, each with an end in time; and how OpenSSH is
+called for what streams.
 
-Fabric holds one connection for short commands. It is told all by `ssh -G` (openssh.py), so that Fabric, rsync and the printed commands
-go the same way. It notices a peer that fell silent only after minutes, so that each command has a deadline of its own; what streams
-goes through the OpenSSH client, which notices by itself.
+Fabric holds one connection for short commands. It is told all by `ssh -G` (openssh.py), so that
+Fabric, rsync and the printed commands go the same way. It notices a peer that fell silent only
+after minutes, so that each command has a deadline of its own; what streams goes through the OpenSSH
+client, which notices by itself.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RETRY_PAUSE_S = 0.5  # after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
+# after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
+RETRY_PAUSE_S = 0.5
 KEEPALIVE_S = 15
 
 
@@ -45,13 +48,19 @@ class CommandFailed(ToolkitError):
     def __init__(self, host: str, argv: Sequence[str], answer: CommandResult) -> None:
         lines = (answer.err.strip() or answer.out.strip()).splitlines()[-LAST_LINES:]
         super().__init__(
-            f"a command failed on `{host}` with exit code {answer.code}", why="\n".join([shlex.join(argv), *lines]), exit_code=ExitCode.INTERNAL
+            f"a command failed on `{host}` with exit code {answer.code}",
+            why="\n".join([shlex.join(argv), *lines]),
+            exit_code=ExitCode.INTERNAL,
         )
         self.answer = answer
 
 
 class BoxConnection:
-    """The line to one box. Opened when first needed, opened again if it broke, closed at the end of a `with`. For one thread."""
+    """The line to one box.
+
+    Opened when first needed, opened again if it broke, closed at the end of a `with`. For one
+    thread.
+    """
 
     def __init__(
         self,
@@ -63,7 +72,9 @@ class BoxConnection:
         ssh_config: Path | None = None,
         connect_s: int = CONNECT_S,
     ) -> None:
-        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own. connect_s: for each stage of connecting."""
+        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own.
+        connect_s: for each stage of connecting.
+        """
         self.box, self.dry_run, self.say = box, dry_run, say or Sayer()
         self.openssh = OpenSSH(state, ssh_config, connect_s)
         self._address = Target(box.name, box.address, box.user, box.port, box.key)
@@ -76,15 +87,22 @@ class BoxConnection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # --- commands there
 
-    def query(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True) -> CommandResult:
-        """Runs what changes nothing there, with --dry-run too. Once more if a connection that stood before turns out to be broken.
+    def query(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True
+    ) -> CommandResult:
+        """Runs what changes nothing there, with --dry-run too.
 
-        Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an exit code other than 0.
+        Once more if a connection that stood before turns out to be broken.
+
+        Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an
+        exit code other than 0.
         """
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
@@ -97,7 +115,9 @@ class BoxConnection:
             answer = self._run(argv, stdin, timeout_s)
         return self._checked(argv, answer, check)
 
-    def change(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True) -> CommandResult:
+    def change(
+        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True
+    ) -> CommandResult:
         """Runs what changes something there; --dry-run only shows it. Never tried twice."""
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
@@ -155,21 +175,36 @@ class BoxConnection:
     # --- OpenSSH
 
     def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
-        """Local argv of an OpenSSH client that runs `argv` there. For logs, tunnels, a shell: it ends by itself if the connection breaks.
+        """Local argv of an OpenSSH client that runs `argv` there.
 
-        argv: empty for the user's shell, or with `forward` for nothing. forward: `[address:]port:host:port` each, as for `ssh -L`;
-        the address should be 127.0.0.1. Opens the connection once if the box's host key is not known yet.
+        For logs, tunnels, a shell: it ends by itself if the connection breaks.
+
+        argv: empty for the user's shell, or with `forward` for nothing. forward:
+        `[address:]port:host:port` each, as for `ssh -L`; the address should be 127.0.0.1. Opens the
+        connection once if the box's host key is not known yet.
         """
         self._meet()
         options = ["-tt" if tty else "-T", "-e", "none"]
         if forward:
-            options += ["-o", "ExitOnForwardFailure=yes", *(word for each in forward for word in ("-L", each)), *([] if argv else ["-N"])]
+            options += [
+                "-o",
+                "ExitOnForwardFailure=yes",
+                *(word for each in forward for word in ("-L", each)),
+                *([] if argv else ["-N"]),
+            ]
         else:
             options += ["-o", "ClearAllForwardings=yes"]
-        return [*self.openssh.command(self._address, *options), "--", self.box.address, *([shlex.join(argv)] if argv else [])]
+        return [
+            *self.openssh.command(self._address, *options),
+            "--",
+            self.box.address,
+            *([shlex.join(argv)] if argv else []),
+        ]
 
     def rsync_shell(self) -> list[str]:
-        """For `rsync -e`, as one word by shlex.join; rsync itself adds the address, which is `target`."""
+        """For `rsync -e`, as one word by shlex.join; rsync itself adds the address, which is
+        `target`.
+        """
         self._meet()
         return self.openssh.command(self._address, "-T", "-e", "none", "-o", "ClearAllForwardings=yes")
 
@@ -179,17 +214,32 @@ class BoxConnection:
         return f"[{self.box.address}]" if ":" in self.box.address else self.box.address
 
     def with_password(self, argv: Sequence[str]) -> list[str]:
-        """As `stream`, but ssh asks for the password on the terminal, once, and offers no key. For trust.py alone."""
+        """As `stream`, but ssh asks for the password on the terminal, once, and offers no key.
+
+        For trust.py alone.
+        """
         self._meet(log_in=False)
         options = [
-            *("-T", "-o", "ClearAllForwardings=yes", "-o", "PubkeyAuthentication=no", "-o", "NumberOfPasswordPrompts=1"),
+            *(
+                "-T",
+                "-o",
+                "ClearAllForwardings=yes",
+                "-o",
+                "PubkeyAuthentication=no",
+                "-o",
+                "NumberOfPasswordPrompts=1",
+            ),
             *("-o", "PreferredAuthentications=password,keyboard-interactive"),
         ]
         return [*self.openssh.command(self._address, *options, batch=False), "--", self.box.address, shlex.join(argv)]
 
     def _meet(self, *, log_in: bool = True) -> None:
-        """OpenSSH accepts no key that is not known: the first contact is made here, where the fingerprint is said."""
-        if not self.known_hosts.keys or any(not self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)):
+        """OpenSSH accepts no key that is not known: the first contact is made here, where the
+        fingerprint is said.
+        """
+        if not self.known_hosts.keys or any(
+            not self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)
+        ):
             if log_in:
                 self.connect()
             else:
@@ -208,10 +258,12 @@ class BoxConnection:
         heard: Callable[[str], None] | None = None,
         asks: bool = False,
     ) -> CommandResult:
-        """Runs a command on this machine, such as rsync, with its children in a group of their own, which Ctrl-C and `timeout_s` end.
+        """Runs a command on this machine, such as rsync, with its children in a group of their own,
+        which Ctrl-C and `timeout_s` end.
 
-        heard: gets each whole line of standard output as it comes. asks: it may ask on the terminal.
-        Raises ToolkitError: it is not there, `timeout_s` is over; with `check`, CommandFailed.
+        heard: gets each whole line of standard output as it comes. asks: it may ask on the
+        terminal. Raises ToolkitError: it is not there, `timeout_s` is over; with `check`,
+        CommandFailed.
         """
         if self.dry_run:
             self.say.command("here", argv, stdin)
@@ -234,7 +286,10 @@ class BoxConnection:
 
     @property
     def link(self) -> Link:
-        """How the box is reached, for doctor. Connects if need be; never raises ToolkitError for a box that cannot be reached."""
+        """How the box is reached, for doctor.
+
+        Connects if need be; never raises ToolkitError for a box that cannot be reached.
+        """
         error: ToolkitError | None = None
         try:
             self.connect()
@@ -263,7 +318,9 @@ class BoxConnection:
             for jump, before in jumps.items():
                 for key in self.openssh.known_hosts(jump.name).keys:
                     if key not in before:
-                        self.say(f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
+                        self.say(
+                            f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on"
+                        )
         self._seconds = time.monotonic() - started
 
     def _open(self) -> None:
@@ -277,12 +334,20 @@ class BoxConnection:
             port=22,  # the name that Fabric looks up in known_hosts is then the alias alone
             config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # none of Fabric's own: ssh -G has said it all
             forward_agent=False,
-            connect_kwargs={"sock": sock, "auth_strategy": keys, **{f"{stage}timeout": wait_s for stage in ("", "banner_", "auth_", "channel_")}},
+            connect_kwargs={
+                "sock": sock,
+                "auth_strategy": keys,
+                **{f"{stage}timeout": wait_s for stage in ("", "banner_", "auth_", "channel_")},
+            },
         )
         known = self.known_hosts.keys
         for key in known:
-            with contextlib.suppress(SSHException, ValueError, paramiko.pkey.UnknownKeyType):  # a sort that paramiko lacks: see _accept
-                connection.client.get_host_keys().add(self.known_hosts.alias, key.sort, paramiko.PKey.from_type_string(key.sort, key.blob))
+            with contextlib.suppress(
+                SSHException, ValueError, paramiko.pkey.UnknownKeyType
+            ):  # a sort that paramiko lacks: see _accept
+                connection.client.get_host_keys().add(
+                    self.known_hosts.alias, key.sort, paramiko.PKey.from_type_string(key.sort, key.blob)
+                )
         connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
         self._key_was = "known" if known else "new"
         self._connection = connection
@@ -351,7 +416,9 @@ class BoxConnection:
     # --- the socket
 
     def _dial(self) -> socket.socket:
-        """A socket on which the box has begun to speak SSH. Once more if it was dropped before that."""
+        """A socket on which the box has begun to speak SSH. Once more if it was dropped before
+        that.
+        """
         for last in (False, True):
             sock = self._socket()
             try:
@@ -382,7 +449,8 @@ class BoxConnection:
         host, port = self.resolved.host, self.resolved.port
         try:
             sock = socket.create_connection((host, port), timeout=wait_s)
-            # paramiko leaves it off: each small message then waits for the other side's word on the one before, a round trip of its own.
+            # paramiko leaves it off: each small message then waits for the other side's word on the
+            # one before, a round trip of its own.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except socket.gaierror as error:
@@ -390,13 +458,17 @@ class BoxConnection:
             raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
         except ConnectionRefusedError:
             hint = f"is the box running, and is {port} its SSH port now? It changes when a rented box is started again: see boxes.yaml"
-            raise unreachable(f"cannot reach `{self.box.name}`", why=f"{host} refuses connections at port {port}", hint=hint) from None
+            raise unreachable(
+                f"cannot reach `{self.box.name}`", why=f"{host} refuses connections at port {port}", hint=hint
+            ) from None
         except TimeoutError:
             raise self._silent() from None
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise unreachable(
-                f"cannot reach `{self.box.name}`", why=f"{host} port {port}: {why}", hint="look at the network here, and at the address"
+                f"cannot reach `{self.box.name}`",
+                why=f"{host} port {port}: {why}",
+                hint="look at the network here, and at the address",
             ) from None
 
     def _where(self) -> str:
@@ -416,9 +488,15 @@ class BoxConnection:
         if said:
             hint = "what stands above was said on the way: try it by itself, with `ssh`"
             return unreachable(f"cannot reach `{self.box.name}`", why=f"{self._where()}: {said}", hint=hint)
-        why = f"{self._where()}: {error.strerror}" if error else f"{self._where()} closed the connection before it began, twice"
+        why = (
+            f"{self._where()}: {error.strerror}"
+            if error
+            else f"{self._where()} closed the connection before it began, twice"
+        )
         return unreachable(
-            f"cannot reach `{self.box.name}`", why=why, hint="try again in a minute, as a box under load drops some; is this its SSH port?"
+            f"cannot reach `{self.box.name}`",
+            why=why,
+            hint="try again in a minute, as a box under load drops some; is this its SSH port?",
         )
 
     def _failed(self, error: BaseException, seconds: float) -> ToolkitError:
@@ -436,7 +514,9 @@ class BoxConnection:
         return said
 
     def _look_at_jumps(self) -> None:
-        """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand is for people, not for us."""
+        """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand
+        is for people, not for us.
+        """
         for jump in self.openssh.chain(self._address):
             with BoxConnection(
                 Box(name=jump.name, address=jump.address),
@@ -538,7 +618,9 @@ class _Agent(AgentSSH):
 
 
 class _Keys:
-    """Logs in as OpenSSH does: with the agent's keys that the configuration names, its others, then the files. Never with a password."""
+    """Logs in as OpenSSH does: with the agent's keys that the configuration names, its others, then
+    the files. Never with a password.
+    """
 
     def __init__(self, resolved: Resolved, wait_s: float) -> None:
         self._resolved, self._wait_s = resolved, wait_s
@@ -565,7 +647,8 @@ class _Keys:
                     raise _Silent from None
                 if not transport.is_active():
                     raise self._refused(
-                        f"tried: {', '.join(self._tried)}; then the box ended the connection", "the same command again; then: "
+                        f"tried: {', '.join(self._tried)}; then the box ended the connection",
+                        "the same command again; then: ",
                     ) from None
                 continue
             if more:
@@ -621,7 +704,9 @@ class _Keys:
 
 
 def _public_blob(file: Path) -> bytes:
-    """Of FILE.pub, which stands beside a key as a rule, or of FILE if it is one; of what is locked nothing else is known."""
+    """Of FILE.pub, which stands beside a key as a rule, or of FILE if it is one; of what is locked
+    nothing else is known.
+    """
     public = file if file.suffix == ".pub" else file.with_name(f"{file.name}.pub")
     with contextlib.suppress(OSError, ValueError, IndexError):
         return base64.b64decode(public.read_text(encoding="utf-8").split()[1], validate=True)

@@ -1,6 +1,8 @@
-"""Whom we speak to, and how the box knows us: host keys kept by a box's name, and the user's public key put there after one password.
+"""Whom we speak to, and how the box knows us: host keys kept by a box's name, and the user's public
+key put there after one password.
 
-A key that is not known yet is kept and its fingerprint said; another one later is a hard stop until `fab trust --replace`.
+A key that is not known yet is kept and its fingerprint said; another one later is a hard stop until
+`fab trust --replace`.
 """
 
 from __future__ import annotations
@@ -128,13 +130,17 @@ class Trusted:
 
 
 def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "") -> Trusted:
-    """Look at the key that the box shows now, and keep it if none is known, or if `replace` says so.
+    """Look at the key that the box shows now, and keep it if none is known, or if `replace` says
+    so.
 
-    host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: another one, or one that changed.
-    With the line's dry_run nothing is kept.
+    host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: another
+    one, or one that changed. With the line's dry_run nothing is kept.
     """
     if host_key and not FINGERPRINT.fullmatch(host_key):
-        raise ToolkitError(f"`{host_key}` is no fingerprint", hint="it looks like SHA256:, then 43 characters, as `ssh-keygen -l` shows it")
+        raise ToolkitError(
+            f"`{host_key}` is no fingerprint",
+            hint="it looks like SHA256:, then 43 characters, as `ssh-keygen -l` shows it",
+        )
     connection.close()
     offered, known = connection.offered_key(), connection.known_hosts.keys
     if host_key and offered.fingerprint != host_key:
@@ -158,7 +164,8 @@ def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "
 
 # --- the user's key ---------------------------------------------------------------------------------------------------
 
-# $1: the line for authorized_keys; $2: its key alone, which may stand there with options or another comment.
+# $1: the line for authorized_keys; $2: its key alone, which may stand there with options or another
+# comment.
 INSTALL = """
 umask 077
 cd && mkdir -p .ssh || exit 1
@@ -171,7 +178,8 @@ exit 0
 """
 
 
-# Where ssh asks for a password: on the terminal, else by a program (SSH_ASKPASS) where one may be shown. As ssh itself decides it.
+# Where ssh asks for a password: on the terminal, else by a program (SSH_ASKPASS) where one may be
+# shown. As ssh itself decides it.
 CAN_BE_ASKED = """
 (: </dev/tty) 2>/dev/null || case ${SSH_ASKPASS_REQUIRE:-} in
     force) ;;
@@ -195,10 +203,12 @@ class Installed:
 
 
 def install_key(connection: BoxConnection, public_key: Path | None = None) -> Installed:
-    """Put the user's public key on the box, which asks for the password once; nothing to do where the box takes a key already.
+    """Put the user's public key on the box, which asks for the password once; nothing to do where
+    the box takes a key already.
 
-    public_key: None for the first of those that ssh would use. The only place where a password is asked for, by ssh itself: we never
-    see it. Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
+    public_key: None for the first of those that ssh would use. The only place where a password is
+    asked for, by ssh itself: we never see it. Raises ToolkitError: there is no key, nobody can be
+    asked, or the password was wrong.
     """
     try:
         connection.connect()
@@ -208,7 +218,10 @@ def install_key(connection: BoxConnection, public_key: Path | None = None) -> In
     file = public_key or _first_public(connection)
     words = _public_line(file)
     by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
-    if not connection.dry_run and connection.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code:
+    if (
+        not connection.dry_run
+        and connection.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code
+    ):
         raise ToolkitError(
             f"cannot put your key on `{connection.box.name}`: there is no terminal to ask for its password on",
             why="it takes no key of yours yet, and ssh asks on a terminal",
@@ -234,7 +247,9 @@ def _first_public(connection: BoxConnection) -> Path:
     for file in (key.with_name(f"{key.name}.pub") for key in connection.resolved.keys):
         if file.is_file():
             return file
-    raise ToolkitError("you have no SSH key yet", why="none of those that ssh would use has a .pub file", hint="ssh-keygen -t ed25519")
+    raise ToolkitError(
+        "you have no SSH key yet", why="none of those that ssh would use has a .pub file", hint="ssh-keygen -t ed25519"
+    )
 
 
 def _public_line(file: Path) -> list[str]:
@@ -242,7 +257,17 @@ def _public_line(file: Path) -> list[str]:
     try:
         words = file.read_text(encoding="utf-8", errors="replace").strip().split(None, 2)
     except OSError as error:
-        raise ToolkitError(f"cannot read {file}", why=error.strerror or str(error), hint="name the .pub file of your key") from None
-    if len(words) < 2 or not re.fullmatch(r"[A-Za-z0-9@.-]+", words[0]) or not re.fullmatch(r"[A-Za-z0-9+/]{40,}=*", words[1]) or "\n" in words[-1]:
-        raise ToolkitError(f"{file} is not a public key", hint="name the .pub file of your key; the other one never leaves this machine")
+        raise ToolkitError(
+            f"cannot read {file}", why=error.strerror or str(error), hint="name the .pub file of your key"
+        ) from None
+    if (
+        len(words) < 2
+        or not re.fullmatch(r"[A-Za-z0-9@.-]+", words[0])
+        or not re.fullmatch(r"[A-Za-z0-9+/]{40,}=*", words[1])
+        or "\n" in words[-1]
+    ):
+        raise ToolkitError(
+            f"{file} is not a public key",
+            hint="name the .pub file of your key; the other one never leaves this machine",
+        )
     return words

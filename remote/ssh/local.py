@@ -1,4 +1,6 @@
-"""Processes on this machine, each with an end: a command and its answer, and the ProxyCommand that a connection goes through."""
+"""Processes on this machine, each with an end: a command and its answer, and the ProxyCommand that
+a connection goes through.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ TAKES = 32 * 1024
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command said. Bytes that are no UTF-8 are shown as U+FFFD: files never travel this way."""
+    """What a command said.
+
+    Bytes that are no UTF-8 are shown as U+FFFD: files never travel this way.
+    """
 
     code: int  # 255 if a signal ended it there, as OpenSSH has it
     out: str
@@ -39,14 +44,18 @@ def short(argv: Sequence[str]) -> str:
 
 
 class Proxy:
-    """A ProxyCommand, as OpenSSH runs it, on a real socket: paramiko's own reads a byte at a time, and leaves the process behind."""
+    """A ProxyCommand, as OpenSSH runs it, on a real socket: paramiko's own reads a byte at a time,
+    and leaves the process behind.
+    """
 
     def __init__(self, command: str) -> None:
         self.socket, far = socket.socketpair()
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         with far:
             argv = ["/bin/sh", "-c", f"exec {command}"]
-            self._process = subprocess.Popen(argv, stdin=far.fileno(), stdout=far.fileno(), stderr=self._words, start_new_session=True)
+            self._process = subprocess.Popen(
+                argv, stdin=far.fileno(), stdout=far.fileno(), stderr=self._words, start_new_session=True
+            )
 
     def last_words(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -70,13 +79,19 @@ def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
             return
 
 
-def run_here(argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: Callable[[str], None] | None, *, own_group: bool) -> CommandResult:
+def run_here(
+    argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: Callable[[str], None] | None, *, own_group: bool
+) -> CommandResult:
     started, late = time.monotonic(), threading.Event()
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(argv, stdin=pipe if stdin else subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=own_group)
+        process = subprocess.Popen(
+            argv, stdin=pipe if stdin else subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=own_group
+        )
     except OSError as error:
-        raise ToolkitError(f"cannot run `{argv[0]}`", why=error.strerror or str(error), hint=f"install {argv[0]} on this machine") from None
+        raise ToolkitError(
+            f"cannot run `{argv[0]}`", why=error.strerror or str(error), hint=f"install {argv[0]} on this machine"
+        ) from None
 
     def end() -> None:
         if own_group:
@@ -116,7 +131,9 @@ def run_here(argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: 
     if late.is_set():
         raise unreachable(f"`{argv[0]}` did not end within {timeout_s:g} s", why=short(argv), hint="try again")
     seconds = time.monotonic() - started
-    return CommandResult(code if code >= 0 else 128 - code, out.decode(errors="replace"), bytes(err).decode(errors="replace"), seconds)
+    return CommandResult(
+        code if code >= 0 else 128 - code, out.decode(errors="replace"), bytes(err).decode(errors="replace"), seconds
+    )
 
 
 def _drain(stream: IO[bytes], into: bytearray) -> None:

@@ -1,6 +1,9 @@
-"""The OpenSSH client: what it makes of a name (`ssh -G`), and how it is called. One truth for Fabric, streams, rsync and jump hosts.
+"""The OpenSSH client: what it makes of a name (`ssh -G`), and how it is called.
 
-Host keys are always checked, against a file of our own for each name: an address with a port is somebody else's tomorrow.
+One truth for Fabric, streams, rsync and jump hosts.
+
+Host keys are always checked, against a file of our own for each name: an address with a port is
+somebody else's tomorrow.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ class Target:
     user: str | None = None
     port: int | None = None
     key: str | None = None
-    via: tuple[Target, ...] | None = None  # the jump hosts to it, the first to be reached first; None: as its configuration has it
+    # the jump hosts to it, the first to be reached first; None: as its configuration has it
+    via: tuple[Target, ...] | None = None
 
     @classmethod
     def of_jump(cls, text: str, via: tuple[Target, ...] | None = None) -> Target:
-        """One of ProxyJump's: [user@]host[:port], or ssh://. Named so that `fab trust --host NAME` means the same file."""
+        """One of ProxyJump's: [user@]host[:port], or ssh://. Named so that `fab trust --host NAME`
+        means the same file.
+        """
         match = re.fullmatch(r"(?:ssh://)?(?:(.+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?/?", text.strip())
         user, host, port = match.groups() if match else (None, text.strip(), None)
         name = f"ssh://{f'{user}@' if user else ''}{host}{f':{port}' if port else ''}" if user or port else host
@@ -73,9 +79,13 @@ class OpenSSH:
         return KnownHosts(self.state / "known_hosts" / quote(name, safe="@"), alias(name))
 
     def resolve(self, target: Target) -> Resolved:
-        """Raises ToolkitError: ssh is not there, or refuses the name or its own configuration; the key is not there."""
+        """Raises ToolkitError: ssh is not there, or refuses the name or its own configuration; the
+        key is not there.
+        """
         if target.key and not Path(target.key).is_file():  # ssh would warn, and go on with others
-            raise ToolkitError(f"the key of `{target.name}` is not there", why=target.key, hint="mend `key` in boxes.yaml")
+            raise ToolkitError(
+                f"the key of `{target.name}` is not there", why=target.key, hint="mend `key` in boxes.yaml"
+            )
         if target not in self._seen:
             self._seen[target] = self._ask(target)
         return self._seen[target]
@@ -87,14 +97,19 @@ class OpenSSH:
         except FileNotFoundError:
             raise ToolkitError("there is no `ssh` on this machine", hint="install the OpenSSH client") from None
         except subprocess.TimeoutExpired:
-            raise ToolkitError(f"`{shlex.join(argv)}` does not end", hint="look at `Match exec` in ~/.ssh/config") from None
+            raise ToolkitError(
+                f"`{shlex.join(argv)}` does not end", hint="look at `Match exec` in ~/.ssh/config"
+            ) from None
         if said.returncode:
             why = said.stderr.decode(errors="replace")
             raise ToolkitError(f"ssh does not take `{target.address}`", why=why, hint="mend ~/.ssh/config, or the name")
         return _resolved(said.stdout.decode(errors="replace"))
 
     def chain(self, target: Target) -> tuple[Target, ...]:
-        """All jump hosts on the way, the first to be reached first. A ProxyCommand of the user's own counts for nothing here."""
+        """All jump hosts on the way, the first to be reached first.
+
+        A ProxyCommand of the user's own counts for nothing here.
+        """
         return self._chain(target, ())
 
     def _chain(self, target: Target, behind: tuple[Target, ...]) -> tuple[Target, ...]:
@@ -103,32 +118,59 @@ class OpenSSH:
             return ()
         if len(behind) + len(jumps) > LONGEST_CHAIN:
             names = " -> ".join(jump.name for jump in (*jumps, *behind))
-            raise ToolkitError(f"the way to `{(*behind, target)[-1].name}` goes in a circle", why=names, hint="look at ProxyJump in ~/.ssh/config")
+            raise ToolkitError(
+                f"the way to `{(*behind, target)[-1].name}` goes in a circle",
+                why=names,
+                hint="look at ProxyJump in ~/.ssh/config",
+            )
         return (*self._chain(jumps[0], (*jumps, *behind)), *jumps)
 
     def proxy(self, target: Target) -> str:
         """How the target is reached if not directly: a ProxyCommand for a shell, with tokens.
 
-        OpenSSH's own ProxyJump would check a jump host against the user's known_hosts; here it is checked as the box is.
+        OpenSSH's own ProxyJump would check a jump host against the user's known_hosts; here it is
+        checked as the box is.
         """
         if chain := self.chain(target):
             last = chain[-1]
             first = not self.known_hosts(last.name).keys
-            self.known_hosts(last.name).file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # ssh makes none, and would not keep the key
-            argv = ["ssh", *self._own_config(), *self.strict(last.name, first_contact=first), *_proxied(self.proxy(last)), *_named(last)]
-            return f"{shlex.join(argv).replace('%', '%%')} -W '[%h]:%p' -- {shlex.quote(last.address).replace('%', '%%')}"
+            self.known_hosts(last.name).file.parent.mkdir(
+                parents=True, exist_ok=True, mode=0o700
+            )  # ssh makes none, and would not keep the key
+            argv = [
+                "ssh",
+                *self._own_config(),
+                *self.strict(last.name, first_contact=first),
+                *_proxied(self.proxy(last)),
+                *_named(last),
+            ]
+            return (
+                f"{shlex.join(argv).replace('%', '%%')} -W '[%h]:%p' -- {shlex.quote(last.address).replace('%', '%%')}"
+            )
         return self.resolve(target).proxy if target.via is None else ""
 
     def command(self, target: Target, *options: str, batch: bool = True) -> list[str]:
         """Up to the address, which the caller adds. batch: nothing is asked on the terminal."""
-        return ["ssh", *self._own_config(), *self.strict(target.name, batch=batch), *_proxied(self.proxy(target)), *options, *_named(target)]
+        return [
+            "ssh",
+            *self._own_config(),
+            *self.strict(target.name, batch=batch),
+            *_proxied(self.proxy(target)),
+            *options,
+            *_named(target),
+        ]
 
     def strict(self, name: str, *, first_contact: bool = False, batch: bool = True) -> list[str]:
-        """first_contact: a key is accepted where none is known. Of another sort than the known ones: never."""
+        """first_contact: a key is accepted where none is known.
+
+        Of another sort than the known ones: never.
+        """
         known = self.known_hosts(name)
         file = str(known.file)
         if re.search(r'["$\n]', file):
-            raise ToolkitError(f"ssh cannot read a known_hosts file at {file}", hint="set XDG_STATE_HOME to a folder with a plain name")
+            raise ToolkitError(
+                f"ssh cannot read a known_hosts file at {file}", hint="set XDG_STATE_HOME to a folder with a plain name"
+            )
         settings = {
             "BatchMode": "yes" if batch else "no",
             "StrictHostKeyChecking": "accept-new" if first_contact else "yes",
@@ -157,7 +199,9 @@ class OpenSSH:
 
 
 def alias(name: str) -> str:
-    """The name inside its known_hosts file, where commas, stars and capitals would mean something else."""
+    """The name inside its known_hosts file, where commas, stars and capitals would mean something
+    else.
+    """
     return re.sub(r"[^a-z0-9._-]", "_", name.lower())
 
 
@@ -190,7 +234,9 @@ def _resolved(text: str) -> Resolved:
         host=host,
         port=int(values.get("port", 22)),
         user=user,
-        keys=tuple(_expanded(value, host, user) for key, _, value in lines if key == "identityfile" and value != "none"),
+        keys=tuple(
+            _expanded(value, host, user) for key, _, value in lines if key == "identityfile" and value != "none"
+        ),
         only_these=values.get("identitiesonly") == "yes",
         agent=""
         if agent in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK")

@@ -1,7 +1,8 @@
-"""Whether a box is fit for a job, before money is spent on it: facts in, checks out, a line each and always in the same order.
+"""Whether a box is fit for a job, before money is spent on it: facts in, checks out, a line each
+and always in the same order.
 
-Pure. What can be judged at a start, too, is judged by jobs/fitness.py, so that doctor and training say the same; the rest here.
-Thresholds stand in env/limits.toml.
+Pure. What can be judged at a start, too, is judged by jobs/fitness.py, so that doctor and training
+say the same; the rest here. Thresholds stand in env/limits.toml.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, judge, no_peer_acce
 from jobs.formatting import one_line, plural, size
 from jobs.spec import Job, Scratch
 from remote.ssh.link import Link
-from remote.survey.facts import BoxFacts, ClockOffset, GpuCard, HubRoute, Place, Runtime, place_of, reaches_gpus, route_of, runtime_of
+from remote.survey.facts import (
+    BoxFacts,
+    ClockOffset,
+    GpuCard,
+    HubRoute,
+    Place,
+    Runtime,
+    place_of,
+    reaches_gpus,
+    route_of,
+    runtime_of,
+)
 
 NOT_ASKED = "not asked"
 
@@ -81,7 +93,9 @@ def diagnose(
     data_folder: str = "",
     prefer_route: str = "",
 ) -> Diagnosis:
-    """facts: None where the box was not reached. data_folder, prefer_route: what boxes.yaml says of it."""
+    """facts: None where the box was not reached. data_folder, prefer_route: what boxes.yaml says of
+    it.
+    """
     checks = [_reachable(link, facts), _host_key(link)]
     if facts is None:
         names = (
@@ -136,7 +150,9 @@ class SurveyedBox:
 
     @property
     def wants_gpu(self) -> bool:
-        """With device auto, a job that starts from random weights runs on the CPU where there is no card, as deploy sets it up."""
+        """With device auto, a job that starts from random weights runs on the CPU where there is no
+        card, as deploy sets it up.
+        """
         if self.job is None:
             return self.facts.cards != ()
         device = self.job.hardware.device
@@ -160,8 +176,12 @@ def is_pretrained(job: Job) -> bool:
 
 
 def hub_names(job: Job) -> list[str]:
-    """Models and data sets that may have to come from the hub: those that are no path by their looks."""
-    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"]
+    """Models and data sets that may have to come from the hub: those that are no path by their
+    looks.
+    """
+    models = [
+        model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"
+    ]
     names = [name for name in (*models, *job.data.datasets) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)]
     return [name for name in names if not name.endswith((".jsonl", ".json"))]
 
@@ -174,26 +194,46 @@ def _of(name: str, value: str, findings: Iterable[Finding], todo: str = "") -> C
     found = sorted(findings, key=lambda finding: finding.level != "unfit")
     if not found:
         return Check(name, "ok", value)
-    return Check(name, found[0].level, "; ".join(finding.what for finding in found), todo or "; ".join(dict.fromkeys(each.todo for each in found)))
+    return Check(
+        name,
+        found[0].level,
+        "; ".join(finding.what for finding in found),
+        todo or "; ".join(dict.fromkeys(each.todo for each in found)),
+    )
 
 
 def _reachable(link: Link, facts: BoxFacts | None) -> Check:
     if not link.reached and link.host_key == "changed":
         return Check("reachable", "unfit", "it answers, with another host key")
     if not link.reached:
-        return Check("reachable", "unfit", link.error or "no answer", link.todo or "see that it runs, and its address and port in boxes.yaml")
+        return Check(
+            "reachable",
+            "unfit",
+            link.error or "no answer",
+            link.todo or "see that it runs, and its address and port in boxes.yaml",
+        )
     took = f"in {link.seconds * 1000:.0f} ms" if link.seconds is not None else "yes"
     if facts is None or not facts.complete:
         return Check("reachable", "warning", f"{took}, but the probe's answer broke off", "try again")
     if facts.late:
-        return Check("reachable", "warning", f"{took}; no answer in time from: {', '.join(facts.late)}", "try again, or take another box")
+        return Check(
+            "reachable",
+            "warning",
+            f"{took}; no answer in time from: {', '.join(facts.late)}",
+            "try again, or take another box",
+        )
     return Check("reachable", "ok", took)
 
 
 def _host_key(link: Link) -> Check:
     shown = link.fingerprint or "not seen"
     if link.host_key == "changed":
-        return Check("host key", "unfit", f"changed: {shown}", "if the box was made anew, `fab trust --replace`; else somebody is in between")
+        return Check(
+            "host key",
+            "unfit",
+            f"changed: {shown}",
+            "if the box was made anew, `fab trust --replace`; else somebody is in between",
+        )
     if link.host_key == "new":
         return Check("host key", "ok", f"{shown}, seen for the first time")
     return Check("host key", "ok" if link.host_key == "known" else "unknown", shown)
@@ -207,7 +247,9 @@ def _provider(box: SurveyedBox) -> Check:
     if box.place.slot and box.place.slot_alive:
         value += f"; a job runs: {box.place.slot.get('run', '?')}"
     if facts.machine and facts.machine != box.limits.image.machine:
-        todo = f"take a box with {box.limits.image.machine}; PyTorch for CUDA {box.limits.image.cuda} is made for no other"
+        todo = (
+            f"take a box with {box.limits.image.machine}; PyTorch for CUDA {box.limits.image.cuda} is made for no other"
+        )
         return Check("provider", "unfit", f"{value}; its processor is {facts.machine}", todo)
     return Check("provider", "ok", value)
 
@@ -217,7 +259,12 @@ def _driver(box: SurveyedBox) -> Check:
     if not box.wants_gpu:
         return Check("driver", "ok", facts.driver or "none, and this job needs none")
     if facts.driver is None and facts.cards is None:
-        return Check("driver", "unknown", facts.smi_error or "nvidia-smi does not answer", "run `nvidia-smi` there; if it hangs, take another box")
+        return Check(
+            "driver",
+            "unknown",
+            facts.smi_error or "nvidia-smi does not answer",
+            "run `nvidia-smi` there; if it hangs, take another box",
+        )
     if facts.driver is None:
         return Check("driver", "unknown", "none is loaded")  # the cards' check says what to do
     wanted = f"{facts.driver}, for CUDA {box.limits.image.cuda}"
@@ -240,7 +287,12 @@ def _cards(box: SurveyedBox) -> Iterator[Check]:
         elif box.job is None or box.job.hardware.device == "cpu":
             yield Check("cards", "ok", "none" + (", and this job needs none" if box.job else ""))
         else:
-            yield Check("cards", "warning", "none: the job will run on the CPU", "take a box with a GPU, or --set hardware.device=cpu to mean it")
+            yield Check(
+                "cards",
+                "warning",
+                "none: the job will run on the CPU",
+                "take a box with a GPU, or --set hardware.device=cpu to mean it",
+            )
     for card in facts.cards or ():
         yield _card(box, card)
     if facts.cards and box.wants_gpu and box.ranks is not None and box.ranks > len(facts.cards):
@@ -250,7 +302,11 @@ def _cards(box: SurveyedBox) -> Iterator[Check]:
 
 def _card(box: SurveyedBox, card: GpuCard) -> Check:
     limits, name = box.limits.gpu_health, f"card {card.index}"
-    free = f", {size(card.total_bytes)}, {size(card.used_bytes)} in use" if card.total_bytes is not None and card.used_bytes is not None else ""
+    free = (
+        f", {size(card.total_bytes)}, {size(card.used_bytes)} in use"
+        if card.total_bytes is not None and card.used_bytes is not None
+        else ""
+    )
     value = f"{card.name or 'a card'}{free}"
     found: list[Finding] = []
     if box.wants_gpu:
@@ -260,7 +316,9 @@ def _card(box: SurveyedBox, card: GpuCard) -> Check:
     away = "take another box: this card ends runs, or computes wrong" if box.wants_gpu else "this job does not use it"
     bad: Literal["unfit", "warning"] = "unfit" if box.wants_gpu else "warning"
     if (card.ecc_now or 0) > limits.ecc_uncorrected_max:
-        found.append(Finding(bad, f"{plural(card.ecc_now, 'uncorrected memory errors')} (ECC) since its driver was loaded", away))
+        found.append(
+            Finding(bad, f"{plural(card.ecc_now, 'uncorrected memory errors')} (ECC) since its driver was loaded", away)
+        )
     for numbers, level in ((limits.xid_unfit, bad), (limits.xid_warning, "warning")):
         if logged := [str(xid) for xid in card.xids if xid in numbers]:
             todo = away if level == "unfit" else "it may be over; should a run end with a CUDA error, take another box"
@@ -273,12 +331,19 @@ def _capability(box: SurveyedBox) -> Check:
     cards = tuple(Gpu(card.name, card.capability) for card in box.facts.cards or ())
     shown = ", ".join(dict.fromkeys(card.capability or "?" for card in cards))
     if not cards or not box.wants_gpu:
-        return Check("capability", "ok" if box.facts.cards is not None or not box.wants_gpu else "unknown", shown or "no card to look at")
+        return Check(
+            "capability",
+            "ok" if box.facts.cards is not None or not box.wants_gpu else "unknown",
+            shown or "no card to look at",
+        )
     wanted = box.limits.cuda[box.limits.image.cuda]
     value = f"{shown}, where CUDA {box.limits.image.cuda} drives {wanted.capability_min} to {wanted.capability_max}"
     if all(card.capability is None for card in cards):
         return Check(
-            "capability", "unknown", "nvidia-smi does not say", "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not"
+            "capability",
+            "unknown",
+            "nvidia-smi does not say",
+            "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not",
         )
     return _of("capability", value, box.judged(cards=cards))
 
@@ -295,7 +360,10 @@ def fitness_facts(facts: BoxFacts) -> FitnessFacts:
 
 
 def peer_access_off(facts: BoxFacts, limits: Limits) -> str:
-    """Why NCCL_P2P_DISABLE=1 belongs into this box's environment; "" if it does not. Training finds out all but the wrong copies."""
+    """Why NCCL_P2P_DISABLE=1 belongs into this box's environment; "" if it does not.
+
+    Training finds out all but the wrong copies.
+    """
     return no_peer_access(fitness_facts(facts), limits)
 
 
@@ -319,7 +387,10 @@ def _peers(box: SurveyedBox) -> Check:
     if len(facts.peers) < pairs:
         said = facts.peers_said or f"{len(facts.peers)} of {pairs} copies in time"
         return Check(
-            "P2P", "unknown", f"not tried: {said}" if not facts.peers else f"{said}, all right", "watch the first update: NCCL_P2P_DISABLE=1"
+            "P2P",
+            "unknown",
+            f"not tried: {said}" if not facts.peers else f"{said}, all right",
+            "watch the first update: NCCL_P2P_DISABLE=1",
         )
     direct = sum(peer.access is True for peer in facts.peers)
     return Check("P2P", "ok", f"{direct} of {pairs} ways direct, all {pairs} copies right")
@@ -343,18 +414,32 @@ def _cpu_and_memory(box: SurveyedBox) -> Check:
     value = f"{_cores(cores)}, {size(most)}, {size(free)} of it free"
     larger, found = "take a larger box", []
     if cores is not None and cores < cpu.cores_min:
-        found.append(Finding("unfit", f"only {_cores(cores)}, and {cpu.cores_min:g} is the least", f"{larger} (or start it with its card)"))
+        found.append(
+            Finding(
+                "unfit",
+                f"only {_cores(cores)}, and {cpu.cores_min:g} is the least",
+                f"{larger} (or start it with its card)",
+            )
+        )
     ranks = box.ranks or 1
     if cores is not None and cpu.cores_min <= cores < cpu.cores_advised_per_rank * ranks:
-        found.append(Finding("warning", f"{_cores(cores)} for {ranks} ranks, so that the GPUs will wait for them", larger))
+        found.append(
+            Finding("warning", f"{_cores(cores)} for {ranks} ranks, so that the GPUs will wait for them", larger)
+        )
     if free is not None and free < memory.bytes_min:
         found.append(
             Finding(
-                "unfit", f"{size(free)} of memory are free, and a run needs {size(memory.bytes_min)} at least", f"end what runs there, or {larger}"
+                "unfit",
+                f"{size(free)} of memory are free, and a run needs {size(memory.bytes_min)} at least",
+                f"end what runs there, or {larger}",
             )
         )
     elif free is not None and free < memory.bytes_advised and box.job is not None and is_pretrained(box.job):
-        found.append(Finding("warning", f"only {size(free)} of memory are free, and {size(memory.bytes_advised)} are advised", larger))
+        found.append(
+            Finding(
+                "warning", f"only {size(free)} of memory are free, and {size(memory.bytes_advised)} are advised", larger
+            )
+        )
     return _of("CPU and memory", value, found)
 
 
@@ -378,7 +463,10 @@ def _disk(box: SurveyedBox) -> Check:
     place = box.place
     if not place.found:
         return Check(
-            "disk", "unknown", f"{place.root}: no answer from its disk", "see that its disk is there, or name another data_folder in boxes.yaml"
+            "disk",
+            "unknown",
+            f"{place.root}: no answer from its disk",
+            "see that its disk is there, or name another data_folder in boxes.yaml",
         )
     folder = replace(_folder(place), free_bytes=place.free_bytes)
     value = f"{size(place.free_bytes) if place.free_bytes is not None else '?'} free at {place.found}"
@@ -392,7 +480,11 @@ def _disk(box: SurveyedBox) -> Check:
 def _inodes(box: SurveyedBox) -> Check:
     place = box.place
     if place.free_inodes is None:
-        return Check("inodes", "unknown" if not place.found else "ok", "this file system does not count them" if place.found else "not seen")
+        return Check(
+            "inodes",
+            "unknown" if not place.found else "ok",
+            "this file system does not count them" if place.found else "not seen",
+        )
     folder = Folder(place.root, place.found, free_inodes=place.free_inodes)
     todo = "remove many small files (`df -i` and `du --inodes` show where), or name another data_folder in boxes.yaml"
     return _of("inodes", f"{place.free_inodes} free at {place.found}", box.judged(folders=(folder,)), todo=todo)
@@ -430,11 +522,19 @@ def _docker(box: SurveyedBox) -> Check:
         return Check("Docker", "ok", "none, and none is needed: the bare runtime serves")
     if box.runtime.lacking:
         saw_none = docker.gpu_code == 0 and not reaches_gpus(docker)
-        said = docker.error or (("a container saw no card" if saw_none else docker.gpu_said) if box.runtime.lacking == "gpu" else "")
-        return Check("Docker", "warning", f"{box.runtime.why}{f' ({said})' if said else ''}", DOCKER_HELP[box.runtime.lacking])
+        said = docker.error or (
+            ("a container saw no card" if saw_none else docker.gpu_said) if box.runtime.lacking == "gpu" else ""
+        )
+        return Check(
+            "Docker", "warning", f"{box.runtime.why}{f' ({said})' if said else ''}", DOCKER_HELP[box.runtime.lacking]
+        )
     value = f"{docker.server}, Compose {docker.compose}" + (f", buildx {docker.buildx}" if docker.buildx else "")
     if box.facts.cards:
-        tried = f"a container saw {plural(docker.gpu_cards, 'cards')}" if docker.gpu_code == 0 else "its GPU runtime is there, not tried"
+        tried = (
+            f"a container saw {plural(docker.gpu_cards, 'cards')}"
+            if docker.gpu_code == 0
+            else "its GPU runtime is there, not tried"
+        )
         value += f"; {tried}" + (f" ({docker.gpu_said})" if docker.gpu_code != 0 and docker.gpu_said else "")
         if docker.gpu_code == 0 and docker.gpu_cards != len(box.facts.cards):
             return Check("Docker", "warning", f"{value} of {len(box.facts.cards)}", "restart Docker, or the box")
@@ -452,7 +552,9 @@ def _hub(box: SurveyedBox, prefer: str) -> Check:
         if box.job is not None and not names:
             return Check("hub", "ok", f"{value}, and this job needs none")
         todo = "give the box a `mirror` in boxes.yaml, or a proxy, or send models and data as local folders"
-        return Check("hub", "unfit" if names and box.facts.routes else "warning" if box.facts.routes else "unknown", value, todo)
+        return Check(
+            "hub", "unfit" if names and box.facts.routes else "warning" if box.facts.routes else "unknown", value, todo
+        )
     value = f"{route.name} ({shown})"
     if (route.total_s or 0) > box.limits.hub.small_file_max_s:
         return Check("hub", "warning", f"{value}, which is slow for a small file", "try a `mirror` in boxes.yaml")
@@ -470,5 +572,10 @@ def _clock(offset: ClockOffset | None, limits: Limits) -> Check:
         return Check("clock", "unknown", "not seen")
     value = f"{abs(offset.seconds):.1f} s {'ahead' if offset.seconds >= 0 else 'behind'} (to {offset.within_s:.1f} s)"
     if abs(offset.seconds) - offset.within_s > limits.clock.offset_max_s:
-        return Check("clock", "warning", value, "set it on the host (in a container nobody can); times in logs will be off by so much")
+        return Check(
+            "clock",
+            "warning",
+            value,
+            "set it on the host (in a container nobody can); times in logs will be off by so much",
+        )
     return Check("clock", "ok", value)

@@ -1,6 +1,8 @@
-"""What probe.sh said of a box, as typed values; and what follows from them: provider, folder, runtime, way to the hub, clock.
+"""What probe.sh said of a box, as typed values; and what follows from them: provider, folder,
+runtime, way to the hub, clock.
 
-All of it is pure. A line that is torn, or of a kind that is not known here, says nothing; what nothing was said of is None.
+All of it is pure. A line that is torn, or of a kind that is not known here, says nothing; what
+nothing was said of is None.
 """
 
 from __future__ import annotations
@@ -25,12 +27,20 @@ UNLIMITED = 2**60  # cgroups of version 1 have no word for it, but numbers near 
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
 
-def probe_args(providers: Mapping[str, Provider], *, data_folder: str = "", hub: str = "https://huggingface.co", mirror: str = "") -> list[str]:
-    """data_folder: the one that boxes.yaml names, if any. hub, mirror: addresses; an empty one is not tried."""
+def probe_args(
+    providers: Mapping[str, Provider], *, data_folder: str = "", hub: str = "https://huggingface.co", mirror: str = ""
+) -> list[str]:
+    """data_folder: the one that boxes.yaml names, if any. hub, mirror: addresses; an empty one is
+    not tried.
+    """
     known = providers.values()
     wanted = {
-        "root": [_root(folder) for folder in ([data_folder] if data_folder else [folder for each in known for folder in each.data_folders])],
-        "file": [file for each in known for file in each.signs.files] + [file for each in known for file in (*each.env_files, *each.proxy_files)],
+        "root": [
+            _root(folder)
+            for folder in ([data_folder] if data_folder else [folder for each in known for folder in each.data_folders])
+        ],
+        "file": [file for each in known for file in each.signs.files]
+        + [file for each in known for file in (*each.env_files, *each.proxy_files)],
         "python": [path for each in known for path in each.pythons],
         "conda": [path for each in known for path in each.condas],
         "proxy": [path for each in known for path in each.proxy_files],
@@ -238,7 +248,13 @@ def parse(answer: str | bytes) -> BoxFacts:
         memory_free_bytes=None if limit is None or used is None else max(0, limit - used),
         cpu_flags=tuple(said.value("cpu_flags").split()) or None,
         places=tuple(_place(said, index, root) for index, root in said.rows("root", 2)),
-        pythons=tuple(dict.fromkeys(Python(path, version, whole == "1") for version, whole, path in said.rows("python", 3) if _is_version(version))),
+        pythons=tuple(
+            dict.fromkeys(
+                Python(path, version, whole == "1")
+                for version, whole, path in said.rows("python", 3)
+                if _is_version(version)
+            )
+        ),
         condas=tuple(sorted({(path, version) for version, path in said.rows("conda", 2)}, key=_conda_order)),
         tools=dict(said.rows("tool", 2)),
         rsync=_version_in(said.value("rsync")),
@@ -278,7 +294,8 @@ def _driver(said: _Said) -> str | None:
 def _cards(said: _Said) -> tuple[GpuCard, ...] | None:
     rows = [row for row in said.rows("gpu", 8) if _int(row[0]) is not None]
     if not rows:
-        # Nothing of NVIDIA is here; where something is and says nothing, it hangs or is broken: not known.
+        # Nothing of NVIDIA is here; where something is and says nothing, it hangs or is broken: not
+        # known.
         nothing = not (said.all_values("card_file") or said.value("nvrm") or said.all_values("smi_error"))
         smi_is_here = any(name == "nvidia-smi" for name, _ in said.rows("tool", 2))
         return () if said.value("probe") and nothing and (not smi_is_here or said.value("gpus_asked")) else None
@@ -305,7 +322,9 @@ def _cards(said: _Said) -> tuple[GpuCard, ...] | None:
 
 
 def _bus(text: str) -> str:
-    """`00000000:65:00.0`, `0000:65:00` -> `65:00`, with the domain where it is not 0: a host's log names cards of others, too."""
+    """`00000000:65:00.0`, `0000:65:00` -> `65:00`, with the domain where it is not 0: a host's log
+    names cards of others, too.
+    """
     domain, _, rest = text.lower().partition(":")
     rest = rest.partition(".")[0]
     return rest if not domain.strip("0") else f"{domain.lstrip('0')}:{rest}"
@@ -319,7 +338,9 @@ def _xids(said: _Said) -> list[tuple[str, int]]:
 def _holders(said: _Said, cards: Iterable[GpuCard]) -> tuple[Holder, ...]:
     indexes = {card.uuid: card.index for card in cards}
     listed = [
-        Holder(indexes.get(uuid), int(pid), _mebibytes(used), command) for uuid, pid, used, command in said.rows("holder", 4) if pid.isdecimal()
+        Holder(indexes.get(uuid), int(pid), _mebibytes(used), command)
+        for uuid, pid, used, command in said.rows("holder", 4)
+        if pid.isdecimal()
     ]
     known = {holder.pid for holder in listed}
     others = [Holder(None, int(pid), None, command) for pid, command in said.rows("opener", 2) if pid.isdecimal()]
@@ -333,7 +354,9 @@ def _peers(said: _Said) -> Iterator[Peer]:
 
 
 def _df(line: str) -> tuple[int | None, int | None]:
-    """`/dev/vda 1000 400 600 40% /data` of `df -P -k` -> (bytes in all, bytes free); the device's name may hold blanks."""
+    """`/dev/vda 1000 400 600 40% /data` of `df -P -k` -> (bytes in all, bytes free); the device's
+    name may hold blanks.
+    """
     total, free = _df_numbers(line)
     return (None if total is None else total * 1024, None if free is None else free * 1024)
 
@@ -354,7 +377,9 @@ def _cores(said: _Said) -> float | None:
 
 
 def _memory(said: _Said) -> tuple[int | None, int | None]:
-    """-> (bytes that this box may use, those in use): the narrowest of the machine's and of each cgroup's."""
+    """-> (bytes that this box may use, those in use): the narrowest of the machine's and of each
+    cgroup's.
+    """
     total, available = _int(said.value("MemTotal")), _int(said.value("MemAvailable"))
     bounds = [(total * 1024, (total - (available if available is not None else total)) * 1024)] if total else []
     for limit, used, cached in said.rows("memory_max", 3):
@@ -426,7 +451,8 @@ def _routes(said: _Said) -> Iterator[HubRoute]:
 def provider_of(facts: BoxFacts | None, providers: Mapping[str, Provider], chosen: str = "") -> Provider:
     """The one that boxes.yaml names; else the one whose signs are there; else the generic one.
 
-    Other providers have some of the same files, so a name of a host or a variable counts more than a file.
+    Other providers have some of the same files, so a name of a host or a variable counts more than
+    a file.
     """
     if chosen in providers:
         return providers[chosen]
@@ -448,15 +474,23 @@ def _by_file(provider: Provider, facts: BoxFacts) -> bool:
 
 def home_path(path: str, facts: BoxFacts) -> str:
     """A provider's `$HOME/...`, as it is on the box."""
-    return f"{facts.home or '/root'}{path.removeprefix('$HOME')}" if path == "$HOME" or path.startswith("$HOME/") else path
+    return (
+        f"{facts.home or '/root'}{path.removeprefix('$HOME')}" if path == "$HOME" or path.startswith("$HOME/") else path
+    )
 
 
 def place_of(facts: BoxFacts, provider: Provider, data_folder: str = "") -> Place:
-    """Where our folder is: in the folder that boxes.yaml names, else in the provider's first that is there, else at home."""
+    """Where our folder is: in the folder that boxes.yaml names, else in the provider's first that
+    is there, else at home.
+    """
     wanted = [home_path(folder, facts) for folder in ((data_folder,) if data_folder else provider.data_folders)]
     known = {place.root: place for place in facts.places}
     places = [known.get(_root(folder), Place(_root(folder))) for folder in wanted]
-    there = [place for place, folder in zip(places, wanted, strict=True) if place.found in (folder.rstrip("/") or "/", place.root)]
+    there = [
+        place
+        for place, folder in zip(places, wanted, strict=True)
+        if place.found in (folder.rstrip("/") or "/", place.root)
+    ]
     home = _root(home_path("$HOME", facts))
     if there or data_folder:
         return (there or places)[0]
@@ -485,17 +519,25 @@ def runtime_of(facts: BoxFacts) -> Runtime:
 
 
 def reaches_gpus(docker: Docker) -> bool:
-    """A container saw cards. Where none could tell (no image, or one that runs no nvidia-smi: 126, 127), NVIDIA's runtime is listed."""
+    """A container saw cards.
+
+    Where none could tell (no image, or one that runs no nvidia-smi: 126, 127), NVIDIA's runtime is
+    listed.
+    """
     if docker.gpu_code in (None, 126, 127):
         return "nvidia" in docker.runtimes
     return docker.gpu_code == 0 and bool(docker.gpu_cards)
 
 
 def route_of(facts: BoxFacts, limits: Limits, prefer: str = "") -> HubRoute | None:
-    """The one way to the hub: the preferred if it works at all, else the direct one if it is quick enough, else the quickest."""
+    """The one way to the hub: the preferred if it works at all, else the direct one if it is quick
+    enough, else the quickest.
+    """
     working = [route for route in facts.routes if route.works]
     chosen = [route for route in working if route.name == prefer]
-    direct = [route for route in working if route.name == "direct" and (route.total_s or 0) <= limits.hub.small_file_max_s]
+    direct = [
+        route for route in working if route.name == "direct" and (route.total_s or 0) <= limits.hub.small_file_max_s
+    ]
     quickest = sorted(working, key=lambda route: route.total_s or 0)
     return next(iter([*chosen, *direct, *quickest]), None)
 
@@ -507,7 +549,10 @@ class ClockOffset:
 
 
 def clock_offset(facts: BoxFacts, sent: float, received: float) -> ClockOffset | None:
-    """sent, received: the laptop's time around the call. What the probe itself took is no part of the round trip."""
+    """sent, received: the laptop's time around the call.
+
+    What the probe itself took is no part of the round trip.
+    """
     if facts.clock is None:
         return None
     half = max(0.0, received - sent - (facts.elapsed_s or 0.0)) / 2

@@ -1,4 +1,6 @@
-"""What the laptop remembers of a box: the last answer of the probe, so that a deploy that finds the same box need not ask again."""
+"""What the laptop remembers of a box: the last answer of the probe, so that a deploy that finds the
+same box need not ask again.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,12 @@ def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]
     answer = connection.query(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
     known = CachedProbe(asked, answer.out, sent, time.time())
     if not known.facts.complete:
-        raise ToolkitError(f"the answer of `{box.name}` broke off", why=answer.err.strip()[-300:], hint="try again", exit_code=ExitCode.UNREACHABLE)
+        raise ToolkitError(
+            f"the answer of `{box.name}` broke off",
+            why=answer.err.strip()[-300:],
+            hint="try again",
+            exit_code=ExitCode.UNREACHABLE,
+        )
     return known
 
 
@@ -89,7 +96,9 @@ def probe_again(connection: BoxConnection, box: Box, providers: Mapping[str, Pro
 def arguments(box: Box, providers: Mapping[str, Provider]) -> tuple[str, ...]:
     mirror = mirror_values(hub_mirror(box)).get("HF_ENDPOINT", "")
     direct = mirror_values("default").get("HF_ENDPOINT", "")
-    return tuple(probe_args(providers, data_folder=box.data_folder, hub=direct, mirror="" if mirror == direct else mirror))
+    return tuple(
+        probe_args(providers, data_folder=box.data_folder, hub=direct, mirror="" if mirror == direct else mirror)
+    )
 
 
 def hub_mirror(box: Box) -> str:
@@ -106,6 +115,8 @@ def mirror_values(name: str, folder: Path = MIRRORS) -> dict[str, str]:
         text = (folder / f"{name}.env").read_text(encoding="utf-8")
     except OSError:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.env")))
-        raise ToolkitError(f"there is no mirror `{name}`", why=f"env/mirrors has {known}", hint="mend `mirror` in boxes.yaml") from None
+        raise ToolkitError(
+            f"there is no mirror `{name}`", why=f"env/mirrors has {known}", hint="mend `mirror` in boxes.yaml"
+        ) from None
     pairs = re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)
     return {key: re.sub(r"^\$\{[A-Z_]+:-(.*)\}$", r"\1", value) for key, value in pairs}

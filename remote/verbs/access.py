@@ -35,13 +35,18 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
         socket.create_server(("127.0.0.1", here)).close()
     except OSError as error:
         why = error.strerror or str(error)
-        raise ToolkitError(f"cannot listen at 127.0.0.1:{here}", why=why, hint="--local-port takes another port here") from None
+        raise ToolkitError(
+            f"cannot listen at 127.0.0.1:{here}", why=why, hint="--local-port takes another port here"
+        ) from None
     say(f"127.0.0.1:{here} is port {port} of {connection.box.name} until Ctrl-C")
     code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
     if code:
         hint = "the same command opens it again"
         raise ToolkitError(
-            f"the tunnel to `{connection.box.name}` ended", why=f"ssh ended with exit code {code}", hint=hint, exit_code=ExitCode.UNREACHABLE
+            f"the tunnel to `{connection.box.name}` ended",
+            why=f"ssh ended with exit code {code}",
+            hint=hint,
+            exit_code=ExitCode.UNREACHABLE,
         )
     return ExitCode.OK
 
@@ -75,11 +80,23 @@ def exec(c: Context, host: str = "", command: str = "", json_: bool = False, dry
         with desk.connection(box, say) as connection:
             answer = connection.change(["sh", "-c", command], timeout_s=EXEC_S, check=False)
         if json_:
-            say.data(to_json({"host": box.name, "exit": answer.code, "out": answer.out, "err": answer.err, "seconds": answer.seconds}))
+            say.data(
+                to_json(
+                    {
+                        "host": box.name,
+                        "exit": answer.code,
+                        "out": answer.out,
+                        "err": answer.err,
+                        "seconds": answer.seconds,
+                    }
+                )
+            )
             return answer.code
         text = answer.out.rstrip("\n")
         if len(names) > 1:
-            text = "\n".join([f"== {box.name}" + (f", exit code {answer.code}" if answer.code else ""), *([text] if text else [])])
+            text = "\n".join(
+                [f"== {box.name}" + (f", exit code {answer.code}" if answer.code else ""), *([text] if text else [])]
+            )
         if text:
             say.data(text)
         if answer.err.strip():

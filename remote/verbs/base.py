@@ -1,7 +1,9 @@
-"""What the verbs share: the boxes and settings that they work with, how a verb ends, and one box or several.
+"""What the verbs share: the boxes and settings that they work with, how a verb ends, and one box or
+several.
 
-Each verb is thin: it reads flags, asks or changes a box through `BoxConnection`, and shows what came of it. Data goes to standard output, everything
-else to standard error. A verb ends with one of the exit codes of jobs/errors.py.
+Each verb is thin: it reads flags, asks or changes a box through `BoxConnection`, and shows what
+came of it. Data goes to standard output, everything else to standard error. A verb ends with one of
+the exit codes of jobs/errors.py.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class VerbContext:
         return inventory.find(name, self.boxes)
 
     def secrets(self, box: Box) -> dict[str, str]:
-        """Those that the box's entry names, from the environment, else from secrets/ in the checkout."""
+        """Those that the box's entry names, from the environment, else from secrets/ in the
+        checkout.
+        """
         found = {}
         for name in box.secrets:
             file = CHECKOUT / "secrets" / name
@@ -75,7 +79,11 @@ class VerbContext:
 def hosts_of(c: Context, host: str) -> list[str]:
     """`--host a,b`, or Fabric's own `-H a,b`. Raises ToolkitError: none, or one twice."""
     if host and isinstance(c, Connection):
-        raise ToolkitError("the box is named twice", why=f"by --host {host} and by -H {program.args.hosts.value}", hint="leave out one of them")
+        raise ToolkitError(
+            "the box is named twice",
+            why=f"by --host {host} and by -H {program.args.hosts.value}",
+            hint="leave out one of them",
+        )
     named = program.args.hosts.value if isinstance(c, Connection) else host
     names = [name.strip() for name in (named or "").split(",") if name.strip()]
     if not names:
@@ -93,7 +101,9 @@ def one_host(c: Context, host: str) -> str:
 
 
 def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..., ExitCode | int | None]], Any]:
-    """A task whose errors are shown as they are, and whose exit code is one of ours. The default of an iterable flag is None: any other
+    """A task whose errors are shown as they are, and whose exit code is one of ours.
+
+    The default of an iterable flag is None: any other
     takes the place of its kind. With `-H a,b` Fabric calls it once for each host:
     the first call takes all of them, as with `--host a,b`.
     """
@@ -101,7 +111,10 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
     def decorate(body: Callable[..., ExitCode | int | None]) -> Any:
         @functools.wraps(body)
         def run(c: Context, *arguments: Any, **flags: Any) -> None:
-            if isinstance(c, Connection) and c.original_host != Connection(program.args.hosts.value.split(",")[0]).original_host:
+            if (
+                isinstance(c, Connection)
+                and c.original_host != Connection(program.args.hosts.value.split(",")[0]).original_host
+            ):
                 return
             try:
                 code = body(c, *arguments, **flags)
@@ -116,7 +129,9 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
                 Sayer()(system_error(error, ExitCode.INTERNAL))
                 code = ExitCode.INTERNAL
             except KeyboardInterrupt:
-                Sayer()("\nstopped by Ctrl-C" if sys.stderr.isatty() else "stopped by Ctrl-C")  # the terminal has shown a ^C
+                Sayer()(
+                    "\nstopped by Ctrl-C" if sys.stderr.isatty() else "stopped by Ctrl-C"
+                )  # the terminal has shown a ^C
                 code = ExitCode.INTERRUPTED
             if code:
                 raise Exit(code=int(code))
@@ -130,8 +145,12 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
 # --- one box or several -----------------------------------------------------------------------------------------------
 
 
-def on_each(desk: VerbContext, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False) -> int:
-    """In parallel; the failure of one box hides nothing of another's. The exit code of the first that has one, in the order of the names.
+def on_each(
+    desk: VerbContext, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False
+) -> int:
+    """In parallel; the failure of one box hides nothing of another's.
+
+    The exit code of the first that has one, in the order of the names.
 
     as_json: a box that fails has its line of JSON, too.
     """

@@ -18,7 +18,20 @@ from remote.ssh.link import Link
 from remote.survey import probe_cache
 from remote.survey.doctor import Diagnosis, diagnose
 from remote.survey.facts import clock_offset, provider_of
-from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, is_number, on_each, one_host, read_settings, to_json, verb
+from remote.verbs.base import (
+    DRY_RUN,
+    HOST,
+    HOSTS,
+    JSON,
+    VerbContext,
+    hosts_of,
+    is_number,
+    on_each,
+    one_host,
+    read_settings,
+    to_json,
+    verb,
+)
 
 
 @verb(
@@ -53,7 +66,10 @@ def add(
         say.data(to_json(added.box.model_dump(mode="json", exclude_defaults=True)))
     else:
         say.data(added.text.rstrip())
-        say(f"{'would be added to' if dry_run else 'added to'} {settings.boxes}" + ("" if dry_run else f"; next: fab trust --host {name}"))
+        say(
+            f"{'would be added to' if dry_run else 'added to'} {settings.boxes}"
+            + ("" if dry_run else f"; next: fab trust --host {name}")
+        )
 
 
 @verb(
@@ -64,8 +80,17 @@ def add(
     json_=JSON,
     dry_run=DRY_RUN,
 )
-def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "", key: str = "", json_: bool = False, dry_run: bool = False) -> None:
-    """Show the box's host key and keep it, and put your public key there; asks for the box's password once, if it must.
+def trust(
+    c: Context,
+    host: str = "",
+    replace: bool = False,
+    host_key: str = "",
+    key: str = "",
+    json_: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Show the box's host key and keep it, and put your public key there; asks for the box's
+    password once, if it must.
 
     fab trust --host gpu-box
     """
@@ -76,7 +101,16 @@ def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "",
             say.data(str(trusted))
         installed = host_keys.install_key(connection, Path(key).expanduser() if key else None)
     if json_:
-        say.data(to_json({"host": connection.box.name, "host_key": trusted.key.fingerprint, "status": trusted.status, "your_key": installed.status}))
+        say.data(
+            to_json(
+                {
+                    "host": connection.box.name,
+                    "host_key": trusted.key.fingerprint,
+                    "status": trusted.status,
+                    "your_key": installed.status,
+                }
+            )
+        )
     else:
         say.data(str(installed))
 
@@ -89,8 +123,12 @@ def trust(c: Context, host: str = "", replace: bool = False, host_key: str = "",
     dry_run=DRY_RUN,
     iterable=["set_"],
 )
-def doctor(c: Context, host: str = "", job: str = "", set_: list[str] | None = None, json_: bool = False, dry_run: bool = False) -> int:
-    """Is this box fit for this job? A line a check, one round trip, and nothing is changed. Before money is spent.
+def doctor(
+    c: Context, host: str = "", job: str = "", set_: list[str] | None = None, json_: bool = False, dry_run: bool = False
+) -> int:
+    """Is this box fit for this job? A line a check, one round trip, and nothing is changed.
+
+    Before money is spent.
 
     fab doctor --host gpu-box --job opt-1.3b
     """

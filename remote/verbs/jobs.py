@@ -21,7 +21,21 @@ from remote.runs.cancel import cancel as cancel_job
 from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deployment, not_deployed, open_stream
 from remote.runs.inputs import job_on_box, pack
 from remote.ssh.connection import BoxConnection
-from remote.verbs.base import CHECKOUT, DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, is_number, list_jobs, on_each, one_host, to_json, verb
+from remote.verbs.base import (
+    CHECKOUT,
+    DRY_RUN,
+    HOST,
+    HOSTS,
+    JSON,
+    VerbContext,
+    hosts_of,
+    is_number,
+    list_jobs,
+    on_each,
+    one_host,
+    to_json,
+    verb,
+)
 
 DEFAULT_JOB = "opt-1.3b"  # as rlhf-train's
 
@@ -45,7 +59,9 @@ def train(
     c: Context, host: str = "", job: str = DEFAULT_JOB, step: str = "all", set_: list[str] | None = None, run: str = "", from_: str = "",
     redo: bool = False, deployment_type: str = "", detach: bool = False, wait: bool = False, json_: bool = False, dry_run: bool = False,
 ) -> int:  # fmt: skip
-    """Start a job on the box, where it keeps running without you, and follow it. Ctrl-C stops the watching, not the job.
+    """Start a job on the box, where it keeps running without you, and follow it.
+
+    Ctrl-C stops the watching, not the job.
 
     fab train --host gpu-box --job opt-1.3b --step all
     """
@@ -56,7 +72,9 @@ def train(
     name = run or wanted.name
     for named in filter(None, (name, from_)):
         if not NAME.fullmatch(named):
-            raise ToolkitError(f"`{named}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most")
+            raise ToolkitError(
+                f"`{named}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most"
+            )
     luggage = pack(wanted, Path.cwd(), CHECKOUT)
     desk = VerbContext.open(dry_run=dry_run)
     box = desk.box(one_host(c, host))
@@ -71,8 +89,15 @@ def train(
             if each.tree.key not in deployed.inputs:
                 say(f"sending `{each.name}`: {each.tree}")
                 send_whole(connection, each.tree, each.folder(deployed.root))
-        arguments = ("--step", ",".join(map(str, steps)), *(("--from", from_) if from_ else ()), *(("--redo",) if redo else ()))
-        request = start.Request(tokens.token_hex(8), name, arguments, job_on_box(wanted, luggage, deployed.root), wanted.checkpoint.grace_s)
+        arguments = (
+            "--step",
+            ",".join(map(str, steps)),
+            *(("--from", from_) if from_ else ()),
+            *(("--redo",) if redo else ()),
+        )
+        request = start.Request(
+            tokens.token_hex(8), name, arguments, job_on_box(wanted, luggage, deployed.root), wanted.checkpoint.grace_s
+        )
         start.start(connection, deployed, request, secrets, say)
         if dry_run:
             return ExitCode.OK
@@ -90,7 +115,9 @@ def train(
 def _warn_of_other_code(deployed: Deployment, say: Sayer) -> None:
     here = checkout_tree(CHECKOUT).key
     if deployed.code != here:
-        say.warning(f"the box has the code of its last deploy ({deployed.code}), which is not this checkout's ({here}): `fab deploy` brings it")
+        say.warning(
+            f"the box has the code of its last deploy ({deployed.code}), which is not this checkout's ({here}): `fab deploy` brings it"
+        )
 
 
 def _follow(
@@ -103,21 +130,30 @@ def _follow(
     limits: frames.StreamTimeouts = watch.LIMITS,
 ) -> watch.Watched:
     connection.close()  # watching has a connection of its own
-    return watch.follow(open_stream(connection, desk.providers), view, at, once=once, refused=_refused(connection.box), limits=limits)
+    return watch.follow(
+        open_stream(connection, desk.providers), view, at, once=once, refused=_refused(connection.box), limits=limits
+    )
 
 
 def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
-    """Whether there is no use in trying again: by what the box said, or by what ssh says of its key."""
+    """Whether there is no use in trying again: by what the box said, or by what ssh says of its
+    key.
+    """
 
     def judge(code: int, said: str) -> ToolkitError | None:
         if code == NOT_DEPLOYED:
             return not_deployed(box)
         if code == 255 and ("Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said):
             hint = f"if the box was made anew, `fab trust --host {box.name} --replace`; else do not continue: somebody is in between"
-            return ToolkitError(f"`{box.name}` shows another host key", why=said.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE)
+            return ToolkitError(
+                f"`{box.name}` shows another host key", why=said.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE
+            )
         if code == 255 and "Permission denied" in said:
             return ToolkitError(
-                f"`{box.name}` refuses your key", why=said.strip(), hint=f"fab trust --host {box.name}", exit_code=ExitCode.UNREACHABLE
+                f"`{box.name}` refuses your key",
+                why=said.strip(),
+                hint=f"fab trust --host {box.name}",
+                exit_code=ExitCode.UNREACHABLE,
             )
         return None
 
@@ -134,7 +170,9 @@ def _code_of(watched: watch.Watched, desk: VerbContext, connection: BoxConnectio
         say(f"take it home: fab fetch --host {host} --run {shlex.quote(run)}")
     elif watched.last is None:
         say("it ended before it could train; what it said:")
-        _follow(desk, connection, views.WatchedRun(connection.box.name, run), views.RawLog(sys.stderr, "output"), once=True)
+        _follow(
+            desk, connection, views.WatchedRun(connection.box.name, run), views.RawLog(sys.stderr, "output"), once=True
+        )
     elif code in (ExitCode.PREEMPTED, ExitCode.LOST):
         say("the same command resumes it")
     return code
@@ -150,9 +188,17 @@ def _code_of(watched: watch.Watched, desk: VerbContext, connection: BoxConnectio
     dry_run=DRY_RUN,
 )
 def logs(
-    c: Context, host: str = "", run: str = "", follow: bool = False, raw: bool = False, since: str = "", json_: bool = False, dry_run: bool = False
+    c: Context,
+    host: str = "",
+    run: str = "",
+    follow: bool = False,
+    raw: bool = False,
+    since: str = "",
+    json_: bool = False,
+    dry_run: bool = False,
 ) -> int:
-    """What a run has done, and with --follow what it does: a live view on a terminal, lines on a pipe.
+    """What a run has done, and with --follow what it does: a live view on a terminal, lines on a
+    pipe.
 
     fab logs --follow --host gpu-box
     """
@@ -218,9 +264,15 @@ def status(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
         now = found.clock or 0.0
         if json_:
             whole = listing.as_json(box.name, found, now, box.price_per_hour, box.currency)
-            say.data(to_json({**whole, "runs": [each for each in whole["runs"] if chosen and each["name"] == chosen.name]}))
+            say.data(
+                to_json({**whole, "runs": [each for each in whole["runs"] if chosen and each["name"] == chosen.name]})
+            )
         else:
-            facts = [("box", box.name), *listing.box_facts(found), *(listing.card(chosen, now, box.price_per_hour, box.currency) if chosen else [])]
+            facts = [
+                ("box", box.name),
+                *listing.box_facts(found),
+                *(listing.card(chosen, now, box.price_per_hour, box.currency) if chosen else []),
+            ]
             say.data("\n".join(listing.columns([("", ""), *facts])).strip("\n"))
         return ExitCode.OK
 
@@ -234,8 +286,11 @@ def status(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
     json_=JSON,
     dry_run=DRY_RUN,
 )
-def cancel(c: Context, host: str = "", run: str = "", grace: str = "", json_: bool = False, dry_run: bool = False) -> int:
-    """End a job: it may write a checkpoint, then it is killed; and prove that nothing of it is left on the cards.
+def cancel(
+    c: Context, host: str = "", run: str = "", grace: str = "", json_: bool = False, dry_run: bool = False
+) -> int:
+    """End a job: it may write a checkpoint, then it is killed; and prove that nothing of it is left
+    on the cards.
 
     fab cancel --host gpu-box
     """
@@ -247,7 +302,13 @@ def cancel(c: Context, host: str = "", run: str = "", grace: str = "", json_: bo
     if dry_run:
         return ExitCode.OK
     if json_:
-        fields = {"how": ended.how, "exit": ended.exit, "left": list(ended.left), "gpu_held": list(ended.gpu_held), "proven": ended.is_proven}
+        fields = {
+            "how": ended.how,
+            "exit": ended.exit,
+            "left": list(ended.left),
+            "gpu_held": list(ended.gpu_held),
+            "proven": ended.is_proven,
+        }
         say.data(to_json({"host": connection.box.name, **fields}))
     else:
         say.data(ended.text())

@@ -29,11 +29,17 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
         root, _ = our_root(connection, desk.providers)
         purged = purging.purge(connection, root, run_contents.recall(desk.settings.state, connection.box.name), yes=yes)
     if not dry_run:
-        probe_cache.file_of(desk.settings.state, connection.box.name).unlink(missing_ok=True)  # what was remembered of it holds no more
+        probe_cache.file_of(desk.settings.state, connection.box.name).unlink(
+            missing_ok=True
+        )  # what was remembered of it holds no more
     if json_:
         say.data(to_json({"host": connection.box.name, "root": root, **asdict(purged)}))
     else:
-        for each in (*(f"would remove {each}" for each in purged.would), *(f"removed {each}" for each in purged.removed), *purged.proofs):
+        for each in (
+            *(f"would remove {each}" for each in purged.would),
+            *(f"removed {each}" for each in purged.removed),
+            *purged.proofs,
+        ):
             say.data(str(each))
         for note in purged.notes:
             say(note)
@@ -41,7 +47,8 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
 
 @verb(host=HOST, yes="even though something is not fetched, or a job runs", json_=JSON, dry_run=DRY_RUN)
 def stop(c: Context, host: str = "", yes: bool = False, json_: bool = False, dry_run: bool = False) -> None:
-    """Say what stopping means at this provider, for the meter and for the data; then stop the box, where that can be done from inside.
+    """Say what stopping means at this provider, for the meter and for the data; then stop the box,
+    where that can be done from inside.
 
     fab stop --host gpu-box
     """
@@ -54,7 +61,11 @@ def stop(c: Context, host: str = "", yes: bool = False, json_: bool = False, dry
             say.data("\n".join(listing.columns([("", ""), *card.lines()])).strip("\n"))
         stopped = stop_card.stop(connection, card, yes=yes)
     if not dry_run:
-        say("the connection closed with the box" if stopped.broke else f"asked it to stop{f': {stopped.said}' if stopped.said else ''}")
+        say(
+            "the connection closed with the box"
+            if stopped.broke
+            else f"asked it to stop{f': {stopped.said}' if stopped.said else ''}"
+        )
 
 
 def _stop_card(desk: VerbContext, connection: BoxConnection) -> stop_card.StopCard:

@@ -27,8 +27,17 @@ from remote.verbs.base import DRY_RUN, HOST, JSON, VerbContext, list_jobs, one_h
     json_=JSON,
     dry_run=DRY_RUN,
 )
-def fetch(c: Context, host: str = "", run: str = "", checkpoints: bool = False, to: str = "", json_: bool = False, dry_run: bool = False) -> None:
-    """Bring models and events home, also while it trains: complete ones only, verified by hash; a broken call resumes where it was.
+def fetch(
+    c: Context,
+    host: str = "",
+    run: str = "",
+    checkpoints: bool = False,
+    to: str = "",
+    json_: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Bring models and events home, also while it trains: complete ones only, verified by hash; a
+    broken call resumes where it was.
 
     fab fetch --host gpu-box --run opt-1.3b
     """
@@ -41,7 +50,9 @@ def fetch(c: Context, host: str = "", run: str = "", checkpoints: bool = False, 
         target = Path(to).expanduser() if to else desk.settings.runs / connection.box.name / name
         shown = TransferProgress(say)
         what = transfer.FetchSelection(checkpoints=checkpoints)
-        fetched = transfer.fetch(connection, deployed.root, name, target, state=desk.settings.state, what=what, progress=shown)
+        fetched = transfer.fetch(
+            connection, deployed.root, name, target, state=desk.settings.state, what=what, progress=shown
+        )
     if json_:
         say.data(to_json({"host": connection.box.name, **asdict(fetched), "folder": str(fetched.folder)}))
         return
@@ -69,7 +80,9 @@ class TransferProgress:
         self._at = now
         share = f"{100 * done // total:3d} %" if total else ""
         if self._is_drawn:
-            sys.stderr.write(f"\r\x1b[2K{'' if is_last else f'{share}  {size(done)} of {size(total)}  {visible(what)[:60]}'}")
+            sys.stderr.write(
+                f"\r\x1b[2K{'' if is_last else f'{share}  {size(done)} of {size(total)}  {visible(what)[:60]}'}"
+            )
             sys.stderr.flush()
         elif not is_last:
             self._say(f"{share}  {size(done)} of {size(total)}  {what}")
@@ -78,5 +91,7 @@ class TransferProgress:
 def _newest(desk: VerbContext, connection: BoxConnection) -> str:
     newest = list_jobs(desk, connection).newest()
     if newest is None:
-        raise ToolkitError(f"there is no run on `{connection.box.name}`", hint=f"fab train --host {connection.box.name}")
+        raise ToolkitError(
+            f"there is no run on `{connection.box.name}`", hint=f"fab train --host {connection.box.name}"
+        )
     return newest.name

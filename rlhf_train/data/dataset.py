@@ -1,11 +1,12 @@
 """From data set names to tokenised, cached, split rows.
 
-A name becomes rows of text (`read_rows`); the rows become token ids in a cache by content, all ranks sharing the work
-(`_tokenise`, `_load`); each load splits, cuts and counts anew (`_table`). The split is DeepSpeed-Chat's arithmetic.
-Where we differ from it:
+A name becomes rows of text (`read_rows`); the rows become token ids in a cache by content, all
+ranks sharing the work (`_tokenise`, `_load`); each load splits, cuts and counts anew (`_table`).
+The split is DeepSpeed-Chat's arithmetic. Where we differ from it:
 
 - rows are split before any is left out, so the limits do not decide which row serves which step;
-- a held-out split serves each step whole; a data set without one has 5 % of its rows held out before the split;
+- a held-out split serves each step whole; a data set without one has 5 % of its rows held out
+before the split;
 - text that looks like a control token (`</s>` typed by a user) stays text.
 """
 
@@ -78,7 +79,9 @@ class Ragged:
 
     @classmethod
     def join(cls, parts: Sequence[Ragged]) -> Ragged:
-        return cls(np.concatenate([part.values for part in parts]), _starts(np.concatenate([part.lengths for part in parts])))
+        return cls(
+            np.concatenate([part.values for part in parts]), _starts(np.concatenate([part.lengths for part in parts]))
+        )
 
     def pick(self, rows: Order, max_tokens: int) -> Ragged:
         """These rows in this order, each cut after `max_tokens`."""
@@ -94,15 +97,18 @@ def _starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """One split as token ids. Every row read is here, also the left out; `step_rows` names those that a step uses."""
+    """One split as token ids.
+
+    Every row read is here, also the left out; `step_rows` names those that a step uses.
+    """
 
     prompt: Ragged  # begins with the special tokens that the tokenizer puts in front
     response: Ragged  # answers end with EOS, unless they were cut
     chosen: Ragged
     rejected: Ragged
     step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
-    # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that holds); of the rest,
-    # `identical_answers` (not in step 2) and `answer_cut`.
+    # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that
+    # holds); of the rest, `identical_answers` (not in step 2) and `answer_cut`.
     row_counts: dict[str, int]
 
     def digest(self, step: int) -> str:
@@ -123,15 +129,27 @@ class Corpus:
 
 
 def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
-    """Read, tokenise what the cache lacks, split. Every rank calls it, with the same cache folder."""
+    """Read, tokenise what the cache lacks, split.
+
+    Every rank calls it, with the same cache folder.
+    """
     encoder = _encoder(tokenizer)
     train, held_out = zip(*(_read(name, spec.seed, say) for name in spec.datasets), strict=True)
-    train_chunks, held_out_chunks = ([chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out))
+    train_chunks, held_out_chunks = (
+        [chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out)
+    )
     _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
     held_out_order = _shuffled(sum(map(len, held_out)), spec.seed)
     return Corpus(
         train=_table("training", train, _load(train_chunks, say), _split([len(rows) for rows in train], spec), spec),
-        held_out=_table("held-out", held_out, _load(held_out_chunks, say), dict.fromkeys((1, 2, 3), held_out_order), spec, spec.eval_rows),
+        held_out=_table(
+            "held-out",
+            held_out,
+            _load(held_out_chunks, say),
+            dict.fromkeys((1, 2, 3), held_out_order),
+            spec,
+            spec.eval_rows,
+        ),
     )
 
 
@@ -146,12 +164,19 @@ def texts(spec: Data) -> Iterator[str]:
 
 
 def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows. Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out."""
+    """Training and held-out rows.
+
+    Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out.
+    """
     say(f"reading {name}")
     train, held_out = read_rows(name, (Path.cwd(), Path(jobs.errors.__file__).parents[1]))
     if not held_out:
         if len(train) < 2:
-            raise ToolkitError(f"data set `{name}` is too small", why="it has one row and no held-out split", hint="add rows, or a test split")
+            raise ToolkitError(
+                f"data set `{name}` is too small",
+                why="it has one row and no held-out split",
+                hint="add rows, or a test split",
+            )
         order, count = _shuffled(len(train), seed), max(1, round(HELD_OUT_SHARE * len(train)))
         held_out, train = ([train[i] for i in sorted(rows)] for rows in (order[:count], order[count:]))
     return train, held_out
@@ -160,13 +185,18 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
 def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows; no held-out rows where the data set has no such split.
 
-    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name. Raises ToolkitError.
+    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
+    Raises ToolkitError.
     """
     places = [folder / name for folder in search]
     found = next((place for place in places if os.access(place, os.F_OK)), None)
     if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".jsonl")):
         looked_for = "\n".join(dict.fromkeys(f"no {place}" for place in places))
-        raise ToolkitError(f"there is no data set `{name}`", why=looked_for, hint="data.datasets takes .jsonl files, folders and hub names")
+        raise ToolkitError(
+            f"there is no data set `{name}`",
+            why=looked_for,
+            hint="data.datasets takes .jsonl files, folders and hub names",
+        )
     if found is None or (found.is_dir() and not any(found.glob("*.jsonl"))):
         return _read_by_datasets(name, found)
     if found.suffix == ".jsonl" and found.is_file():
@@ -263,7 +293,11 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
     except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
         why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
         hint = "wanted: train*.jsonl; or parquet, csv or json files; or what `save_to_disk` of the same datasets version wrote"
-        what = f"cannot load the data set in {folder}" if folder else f"cannot load the data set `{name}`, which came from the hub whole"
+        what = (
+            f"cannot load the data set in {folder}"
+            if folder
+            else f"cannot load the data set `{name}`, which came from the hub whole"
+        )
         raise ToolkitError(what, why=why, hint=hint) from None
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
@@ -276,7 +310,9 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
 def _rows_of(split: Any, source: str) -> list[Row]:
     missing = [f"`{column}`" for column in REQUIRED if column not in split.column_names]
     if missing:
-        raise ToolkitError(f"{source}: no column {', '.join(missing)}", why=f"its columns: {', '.join(split.column_names)}")
+        raise ToolkitError(
+            f"{source}: no column {', '.join(missing)}", why=f"its columns: {', '.join(split.column_names)}"
+        )
     columns = [column for column in Row._fields if column in split.column_names]
     values = split.select_columns(columns)[:]
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
@@ -288,7 +324,9 @@ def _rows_of(split: Any, source: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A tokenizer as it is wanted here: EOS is added by us, what stands in front is known, text stays text."""
+    """A tokenizer as it is wanted here: EOS is added by us, what stands in front is known, text
+    stays text.
+    """
 
     encode: Callable[[list[str]], list[list[int]]]  # without special tokens
     front: list[int]  # special tokens before every prompt, e.g. BOS
@@ -299,24 +337,34 @@ class _Encoder:
     def ids(self, lines: list[str]) -> list[list[int]]:
         """A control token typed in a text is encoded as two texts, e.g. `<` and `/s>`.
 
-        Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores it for slow ones.
+        Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores
+        it for slow ones.
         """
         found = self.encode(lines)
         for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
-            inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.control.values())
+            inside = "|".join(
+                f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.control.values()
+            )
             found[i] = list(chain.from_iterable(self.encode(re.split(inside, lines[i]))))
             if left := self.control.keys() & found[i]:
                 why = f"{', '.join(self.control[token] for token in left)} in {_shown(lines[i])}"
-                raise ToolkitError("the tokenizer makes control tokens of plain text", why=why, hint="take that text out of the data set")
+                raise ToolkitError(
+                    "the tokenizer makes control tokens of plain text",
+                    why=why,
+                    hint="take that text out of the data set",
+                )
         return found
 
 
 def _encoder(tokenizer: Any) -> _Encoder:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ToolkitError("the tokenizer has no EOS token", why="answers end with it", hint="give the tokenizer an eos_token")
+        raise ToolkitError(
+            "the tokenizer has no EOS token", why="answers end with it", hint="give the tokenizer an eos_token"
+        )
     if tokenizer.is_fast:
-        # A copy: the caller's truncation and padding stay as they are, and nothing warns of long texts.
+        # A copy: the caller's truncation and padding stay as they are, and nothing warns of long
+        # texts.
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
@@ -331,11 +379,15 @@ def _encoder(tokenizer: Any) -> _Encoder:
             identity = b"".join(file.name.encode() + file.read_bytes() for file in sorted(Path(folder).iterdir()))
 
         def call(lines: list[str], special: bool) -> list[list[int]]:
-            ids: list[list[int]] = tokenizer(lines, add_special_tokens=special, truncation=False, padding=False, verbose=False)["input_ids"]
+            ids: list[list[int]] = tokenizer(
+                lines, add_special_tokens=special, truncation=False, padding=False, verbose=False
+            )["input_ids"]
             return ids
 
     [bare], [whole] = call(["a"], False), call(["a"], True)
-    front = next(whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare)  # what stands behind, e.g. EOS, is left away
+    front = next(
+        whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare
+    )  # what stands behind, e.g. EOS, is left away
     control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     control.pop(tokenizer.unk_token_id, None)  # unknown text may become that
     return _Encoder(lambda lines: call(lines, False), front, eos, {**control, eos: tokenizer.eos_token}, identity)
@@ -347,13 +399,21 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(rows: list[Row], encoder: _Encoder, cache: Path) -> list[_Chunk]:
-    """The key holds all that the ids depend on, the text and the tokenizer, and no more: limits, seed and shares come later."""
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]).encode() + encoder.identity)
+    """The key holds all that the ids depend on, the text and the tokenizer, and no more: limits,
+    seed and shares come later.
+    """
+    key = hashlib.sha256(
+        json.dumps([CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]).encode()
+        + encoder.identity
+    )
     for column in zip(*rows, strict=True):
         key.update(np.array([len(text) for text in column], dtype="<i8").tobytes())
         key.update("".join(column).encode())
     folder = cache / "tokens" / key.hexdigest()
-    return [_Chunk(folder / f"chunk-{i // CHUNK_ROWS:05d}", rows[i : i + CHUNK_ROWS]) for i in range(0, len(rows), CHUNK_ROWS)]
+    return [
+        _Chunk(folder / f"chunk-{i // CHUNK_ROWS:05d}", rows[i : i + CHUNK_ROWS])
+        for i in range(0, len(rows), CHUNK_ROWS)
+    ]
 
 
 def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
@@ -373,7 +433,9 @@ def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
     ids = dict(zip(lines, encoder.ids(lines), strict=True))
     return {
         "prompt": Ragged.of([[*encoder.front, *ids[row.prompt]] for row in rows]),
-        "response": Ragged.of([[] if row.response == row.chosen else [*ids[row.response], encoder.eos] for row in rows]),
+        "response": Ragged.of(
+            [[] if row.response == row.chosen else [*ids[row.response], encoder.eos] for row in rows]
+        ),
         "chosen": Ragged.of([[*ids[row.chosen], encoder.eos] for row in rows]),
         "rejected": Ragged.of([[*ids[row.rejected], encoder.eos] for row in rows]),
     }
@@ -381,7 +443,9 @@ def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
 
 def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {f"{name}_{part}": getattr(columns[name], part) for name in columns for part in ("values", "offsets")}
+    arrays: dict[str, Any] = {
+        f"{name}_{part}": getattr(columns[name], part) for name in columns for part in ("values", "offsets")
+    }
     np.savez(buffer, **arrays)
     content, beside = buffer.getvalue(), file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     try:
@@ -393,7 +457,9 @@ def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         hint = "free some disk space, or let the cache be in a folder that you may write to"
-        raise ToolkitError(f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT) from None
+        raise ToolkitError(
+            f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT
+        ) from None
 
 
 def _read_chunk(file: Path) -> dict[str, Ragged] | None:
@@ -445,14 +511,24 @@ def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
 
 
 def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
-    """Each data set is split by itself; a step's parts are put one after the other and shuffled again."""
-    parts = [[start + share for share in _shares(n, spec.split, spec.seed)] for start, n in zip(_starts(sizes), sizes, strict=False)]
+    """Each data set is split by itself; a step's parts are put one after the other and shuffled
+    again.
+    """
+    parts = [
+        [start + share for share in _shares(n, spec.split, spec.seed)]
+        for start, n in zip(_starts(sizes), sizes, strict=False)
+    ]
     steps = {step: np.concatenate([part[step - 1] for part in parts]) for step in (1, 2, 3)}
     return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(sizes) > 1 else steps
 
 
 def _table(
-    kind: str, parts: Sequence[list[Row]], whole: dict[str, Ragged], orders: dict[int, Order], spec: Data, max_rows: int | None = None
+    kind: str,
+    parts: Sequence[list[Row]],
+    whole: dict[str, Ragged],
+    orders: dict[int, Order],
+    spec: Data,
+    max_rows: int | None = None,
 ) -> Table:
     """Cut the answers, find each row's fate, leave rows out of the steps' orders."""
     rows = list(chain.from_iterable(parts))
@@ -465,7 +541,11 @@ def _table(
     every = np.arange(len(rows))
     response, chosen, rejected = (whole[name].pick(every, spec.max_response_tokens) for name in ANSWERS)
     as_chosen = response.lengths == 0
-    response = chosen if as_chosen.all() else Ragged.join([chosen, response]).pick(every + len(rows) * ~as_chosen, spec.max_response_tokens)
+    response = (
+        chosen
+        if as_chosen.all()
+        else Ragged.join([chosen, response]).pick(every + len(rows) * ~as_chosen, spec.max_response_tokens)
+    )
     identical = kept & (chosen.lengths == rejected.lengths)
     identical[identical] = [np.array_equal(chosen[i], rejected[i]) for i in np.flatnonzero(identical).tolist()]
 
@@ -477,5 +557,9 @@ def _table(
     for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
         counts = ", ".join(f"{fate} {count}" for fate, count in row_counts.items())
         why = f"its share of the {kind} data: {len(orders[step])} rows; row_counts in the whole of it: {counts}"
-        raise ToolkitError(f"step {step} has no {kind} rows left", why=why, hint="add rows, raise data.max_prompt_tokens, or change data.split")
+        raise ToolkitError(
+            f"step {step} has no {kind} rows left",
+            why=why,
+            hint="add rows, raise data.max_prompt_tokens, or change data.split",
+        )
     return Table(whole["prompt"], response, chosen, rejected, step_rows, row_counts)

@@ -1,11 +1,15 @@
-"""The one way to a hub: the files of a model or data set come whole and right, or there is one error.
+"""The one way to a hub: the files of a model or data set come whole and right, or there is one
+error.
 
-huggingface_hub writes a file aside and renames it, so a torn one is never taken for whole; a body that stalls for
-HF_HUB_DOWNLOAD_TIMEOUT seconds it resumes by itself, five times without a new byte. Added here, since it does not:
+huggingface_hub writes a file aside and renames it, so a torn one is never taken for whole; a body
+that stalls for HF_HUB_DOWNLOAD_TIMEOUT seconds it resumes by itself, five times without a new byte.
+Added here, since it does not:
 
-- 5xx and 429 answers, broken connections and short bodies are tried again, when the hub says or a little later each time;
+- 5xx and 429 answers, broken connections and short bodies are tried again, when the hub says or a
+little later each time;
 - every file is hashed before it is used; a wrong one is removed and fetched again;
-- the list of files is kept before the first is fetched, so a start without the hub does not take some for all.
+- the list of files is kept before the first is fetched, so a start without the hub does not take
+some for all.
 """
 
 from __future__ import annotations
@@ -30,20 +34,34 @@ from typing import Any, Literal, TypeVar
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load
-from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, WeakFileLock
+from huggingface_hub.utils import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    WeakFileLock,
+)
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import plural
 
-WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again when more has come than ever before
+WAITS_S: tuple[float, ...] = (
+    1,
+    2,
+    4,
+    8,
+)  # before each new try; from the first again when more has come than ever before
 MOST_ASKED_S = 60.0  # that a hub may have us wait
 DOWNLOADS = 8  # at once, as snapshot_download
 READABLE = re.compile(r".*\.(parquet|arrow|csv|tsv|json|jsonl|ndjson|txt|zip)(\.(gz|zst|bz2|xz|lz4))?")
 
 # The HTTP library's own errors, requests' or httpx's: timeouts, resets, short bodies.
-NETWORK: tuple[type[Exception], ...] = tuple(kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ != "builtins")
+NETWORK: tuple[type[Exception], ...] = tuple(
+    kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ != "builtins"
+)
 TROUBLES: tuple[type[Exception], ...] = (*NETWORK, OSError, HFValidationError)
-# From 1.0 on huggingface_hub tries the HEAD before a download six times by itself. It tells of it by LocalEntryNotFoundError.
+# From 1.0 on huggingface_hub tries the HEAD before a download six times by itself. It tells of it
+# by LocalEntryNotFoundError.
 HEAD_IS_TRIED_AGAIN = int(huggingface_hub.__version__.split(".")[0]) >= 1
 # Nobody is there: that will not pass in seconds.
 ABSENT = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
@@ -59,8 +77,11 @@ class Memory:
 
     commit: str = ""
     files: list[str] = field(default_factory=list)  # all that the commit has, here or not
-    adopted: bool = False  # `files` are only those that another program put into the cache: no hub was there to name all
-    verified: dict[str, list[int]] = field(default_factory=dict)  # blob -> its size and mtime_ns when its hash was right
+    # `files` are only those that another program put into the cache: no hub was there to name all
+    adopted: bool = False
+    verified: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # blob -> its size and mtime_ns when its hash was right
 
 
 class _Damaged(OSError):
@@ -76,12 +97,20 @@ def config_files(files: Sequence[str]) -> list[str]:
 
 def tokenizer_files(files: Sequence[str]) -> list[str]:
     """The small files of a model, its config among them."""
-    return [file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))]
+    return [
+        file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))
+    ]
 
 
 def model_files(files: Sequence[str]) -> list[str]:
-    """One set of weights: safetensors if there are any. Not TensorFlow's, Flax's, nor a second set in a folder."""
-    safe, pickled = ([file for file in files if "/" not in file and fnmatch(file, form)] for form in ("model*.safetensors", "pytorch_model*.bin"))
+    """One set of weights: safetensors if there are any.
+
+    Not TensorFlow's, Flax's, nor a second set in a folder.
+    """
+    safe, pickled = (
+        [file for file in files if "/" not in file and fnmatch(file, form)]
+        for form in ("model*.safetensors", "pytorch_model*.bin")
+    )
     return tokenizer_files(files) + (safe or pickled)
 
 
@@ -92,7 +121,11 @@ def card_files(files: Sequence[str]) -> list[str]:
 def data_files(files: Sequence[str], patterns: Sequence[str] = ()) -> list[str]:
     """What `datasets` can read as rows; only what `patterns` name, if each of them names something."""
     named = [[file for file in files if fnmatch(file, pattern)] for pattern in patterns]
-    data = {file for group in named for file in group} if named and all(named) else {file for file in files if READABLE.fullmatch(file)}
+    data = (
+        {file for group in named for file in group}
+        if named and all(named)
+        else {file for file in files if READABLE.fullmatch(file)}
+    )
     return sorted(data | set(card_files(files)))
 
 
@@ -111,9 +144,13 @@ def _default(name: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _patterns(config: dict[str, Any]) -> list[str]:
-    """`data_files` is a pattern, a list of them, or a list of {split, path}; what lies under a `data_dir` we do not tell apart."""
+    """`data_files` is a pattern, a list of them, or a list of {split, path}; what lies under a
+    `data_dir` we do not tell apart.
+    """
     named = [] if config.get("data_dir") else config.get("data_files") or []
-    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in (named if isinstance(named, list) else [named])]
+    paths = [
+        entry["path"] if isinstance(entry, dict) else entry for entry in (named if isinstance(named, list) else [named])
+    ]
     return [path for entry in paths for path in (entry if isinstance(entry, list) else [entry])]
 
 
@@ -125,7 +162,10 @@ def local(source: str) -> bool:
 
 
 def model(source: str, wanted: Wanted) -> str:
-    """A folder with the wanted files of a model: `source` itself where it is one. Raises ToolkitError."""
+    """A folder with the wanted files of a model: `source` itself where it is one.
+
+    Raises ToolkitError.
+    """
     return source if local(source) else str(fetch(source, wanted, kind="model"))
 
 
@@ -145,9 +185,10 @@ def is_here(source: str) -> bool:
 def data_set(name: str) -> Path:
     """A folder that `datasets.load_dataset` reads as it reads the hub name. Raises ToolkitError.
 
-    Not load_dataset(name): it does not check hashes, keeps what it downloads under names that say nothing of the content,
-    and each of its versions has retries of another kind. Of the repository only the default configuration's files are
-    fetched, as the card names them; without such a card, all that can be read as rows: no pictures, models or scripts.
+    Not load_dataset(name): it does not check hashes, keeps what it downloads under names that say
+    nothing of the content, and each of its versions has retries of another kind. Of the repository
+    only the default configuration's files are fetched, as the card names them; without such a card,
+    all that can be read as rows: no pictures, models or scripts.
     """
     configs = _configurations(fetch(name, card_files, kind="dataset") / "README.md")
     default = _default(name, configs)
@@ -164,7 +205,10 @@ def data_set(name: str) -> Path:
 
 
 def _link(snapshot: Path, plain: Path, files: Sequence[str]) -> None:
-    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones. Copies, where the file system has no links."""
+    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones.
+
+    Copies, where the file system has no links.
+    """
     for file in files:
         place, blob = plain / file, (snapshot / file).resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +231,19 @@ def _is_copy(place: Path, blob: Path) -> bool:
 
 
 def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
-    """The snapshot folder of a repository, with the wanted files whole and verified. Raises ToolkitError.
+    """The snapshot folder of a repository, with the wanted files whole and verified.
+
+    Raises ToolkitError.
 
     Every rank may call it: the first downloads, the others wait for it and find all there.
     """
     try:
         huggingface_hub.utils.validate_repo_id(name)
         folder = f"{kind}s--{name.replace('/', '--')}"
-        store, lock = Path(constants.HF_HUB_CACHE, folder), Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock")
+        store, lock = (
+            Path(constants.HF_HUB_CACHE, folder),
+            Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock"),
+        )
         if store.is_dir() and not os.access(store, os.W_OK):
             return _fetch(name, wanted, kind, store)
         for each in (store, lock.parent):
@@ -222,7 +271,11 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
     """Commit and files of the repository as they are now; as they were, if the hub cannot say."""
     try:
         info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
-        memory.commit, memory.files, memory.adopted = str(info.sha), [file.rfilename for file in info.siblings or []], False
+        memory.commit, memory.files, memory.adopted = (
+            str(info.sha),
+            [file.rfilename for file in info.siblings or []],
+            False,
+        )
     except TROUBLES as error:
         if memory.adopted or not memory.commit:
             _adopt(store, memory)
@@ -230,14 +283,21 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
         if (status is not None and not _may_pass(error)) or not memory.commit:
             raise
         if not isinstance(error, OfflineModeIsEnabled):
-            _say(f"{constants.ENDPOINT} does not answer ({_line(error)}); {name} is taken from the cache, commit {memory.commit[:12]}")
+            _say(
+                f"{constants.ENDPOINT} does not answer ({_line(error)}); {name} is taken from the cache, commit {memory.commit[:12]}"
+            )
         if memory.adopted:
-            _say(f"{name} was put into the cache by another program: what is there, {plural(len(memory.files), 'files')}, is taken for all of it")
+            _say(
+                f"{name} was put into the cache by another program: what is there, {plural(len(memory.files), 'files')}, is taken for all of it"
+            )
     _keep(store, memory)
 
 
 def _adopt(store: Path, memory: Memory) -> None:
-    """A snapshot that others put into the cache. Its list of files is what is there: huggingface_hub keeps none."""
+    """A snapshot that others put into the cache.
+
+    Its list of files is what is there: huggingface_hub keeps none.
+    """
     with suppress(FileNotFoundError):
         commit = (store / "refs/main").read_text().strip()
         snapshot = store / "snapshots" / commit
@@ -253,14 +313,19 @@ def _download(name: str, kind: Kind, store: Path, memory: Memory, files: Sequenc
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(one, files))
     except TROUBLES as error:
-        if _status(error) == 416 or type(error) is OSError:  # 0.26 goes on behind a partial file for ever, also behind one that is too long
+        if (
+            _status(error) == 416 or type(error) is OSError
+        ):  # 0.26 goes on behind a partial file for ever, also behind one that is too long
             for partial_file in (store / "blobs").glob("*.incomplete"):
                 partial_file.unlink(missing_ok=True)
         raise
 
 
 def _verify(file: str, path: Path, memory: Memory) -> None:
-    """The cache names a blob by the hub's hash of it: sha256 of LFS files, else git's sha1. Raises _Damaged, and removes it."""
+    """The cache names a blob by the hub's hash of it: sha256 of LFS files, else git's sha1.
+
+    Raises _Damaged, and removes it.
+    """
     if not path.is_symlink():
         return  # a file system without links: the name, and with it the hash, is lost
     blob = path.parent / path.readlink()  # one link only: the blob may be a link itself, into a store with other names
@@ -305,7 +370,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda: 0) -> T:
-    """A line that breaks again and again, each time further on, is not given up: a chunk (10 MB) more of what has `come` is progress."""
+    """A line that breaks again and again, each time further on, is not given up: a chunk (10 MB)
+    more of what has `come` is progress.
+    """
     most, waits = come(), iter(WAITS_S)
     while True:
         try:
@@ -363,7 +430,9 @@ def _asked_to_wait_s(error: BaseException) -> float:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    )
 
 
 def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
@@ -373,7 +442,10 @@ def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
     if isinstance(error, OfflineModeIsEnabled):
         hint = "unset HF_HUB_OFFLINE, or fill the cache (HF_HOME) while the hub can be reached"
     elif isinstance(error, HFValidationError) or status in (401, 403, 404):
-        code, hint = ExitCode.USAGE, f"check the name; HF_TOKEN opens a gated or private {'model' if kind == 'model' else 'data set'}"
+        code, hint = (
+            ExitCode.USAGE,
+            f"check the name; HF_TOKEN opens a gated or private {'model' if kind == 'model' else 'data set'}",
+        )
     elif isinstance(error, _Damaged):
         hint = "the hub or a proxy on the way sends wrong bytes: set HF_ENDPOINT to another mirror"
     else:

@@ -1,6 +1,8 @@
-"""From row numbers to tensors, packed or padded: which rows an update takes, how ranks share them, and how they are cut.
+"""From row numbers to tensors, packed or padded: which rows an update takes, how ranks share them,
+and how they are cut.
 
-Which rows an update trains on depends on the seed and the global batch alone, never on ranks or micro batches.
+Which rows an update trains on depends on the seed and the global batch alone, never on ranks or
+micro batches.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from jobs.errors import ToolkitError
 from jobs.formatting import plural
 
 WINDOW = 8  # updates whose rows are grouped by length
-PASS_TOKENS = 256  # what a pass costs beside its tokens, in tokens: Python, kernel starts, reading and adding to all gradients
+# what a pass costs beside its tokens, in tokens: Python, kernel starts, reading and adding to all
+# gradients
+PASS_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,7 @@ class BatchPlan:
         return self.micro_batch * self.gradient_accumulation * self.world_size
 
     def __str__(self) -> str:
-        return (
-            f"{self.global_batch} = {self.micro_batch} micro batch x {self.gradient_accumulation} accumulation x {plural(self.world_size, 'ranks')}"
-        )
+        return f"{self.global_batch} = {self.micro_batch} micro batch x {self.gradient_accumulation} accumulation x {plural(self.world_size, 'ranks')}"
 
 
 def _divisors(number: int) -> list[int]:
@@ -75,16 +77,22 @@ def _permutation(rows: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def rows_of_update(update: int, rows: int, global_batch: int, seed: Sequence[int]) -> np.ndarray:
-    """Row numbers (global_batch,) of update 0, 1, ...: epoch after epoch, each in its own order, none cut short."""
+    """Row numbers (global_batch,) of update 0, 1, ...: epoch after epoch, each in its own order,
+    none cut short.
+    """
     places = np.arange(update * global_batch, (update + 1) * global_batch)
     return np.array([_permutation(rows, (*seed, int(place // rows)))[place % rows] for place in places])
 
 
-def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]) -> np.ndarray:
-    """`rows_of_update` with the rows of up to `WINDOW` updates sorted by length and dealt out anew: little is padded.
+def grouped_rows_of_update(
+    update: int, updates: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]
+) -> np.ndarray:
+    """`rows_of_update` with the rows of up to `WINDOW` updates sorted by length and dealt out anew:
+    little is padded.
 
-    lengths: (rows,) in tokens; updates: of the whole step. The same rows are trained on as without grouping, since a
-    window ends with an epoch's last whole update and with the step; batches of all lengths come in random order.
+    lengths: (rows,) in tokens; updates: of the whole step. The same rows are trained on as without
+    grouping, since a window ends with an epoch's last whole update and with the step; batches of
+    all lengths come in random order.
     """
     epoch = max(1, len(lengths) // global_batch)  # whole updates in one pass over the rows
     first = update - (update % epoch) % WINDOW
@@ -94,11 +102,15 @@ def grouped_rows_of_update(update: int, updates: int, lengths: np.ndarray, globa
     return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
-def assign_passes(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False) -> list[np.ndarray]:
-    """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest first.
+def assign_passes(
+    lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False
+) -> list[np.ndarray]:
+    """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest
+    first.
 
-    A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each takes `plan.micro_batch` rows.
-    All ranks get the same number of rows and of passes, and rows of the same lengths at the same time.
+    A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each
+    takes `plan.micro_batch` rows. All ranks get the same number of rows and of passes, and rows of
+    the same lengths at the same time.
     """
     order = np.argsort(-lengths, kind="stable").reshape(-1, plan.world_size)
     if tokens is None:
@@ -109,7 +121,8 @@ def assign_passes(lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int |
 def evaluation_batches(
     lengths: np.ndarray, micro_batch: int, world_size: int, rank: int, *, packed: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep ranks in step (one rank: none).
+    """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep
+    ranks in step (one rank: none).
 
     A pass computes no more than `micro_batch` of the longest rows would.
     """
@@ -121,13 +134,17 @@ def evaluation_batches(
 
 
 def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False) -> list[slice]:
-    """Passes over rows, longest first: the cut with the fewest tokens computed, where each row is padded to its pass's longest or packed.
+    """Passes over rows, longest first: the cut with the fewest tokens computed, where each row is
+    padded to its pass's longest or packed.
 
-    A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without that, each row would get its own.
+    A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without
+    that, each row would get its own.
     """
     total = np.cumsum([0, *lengths])
     least, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
-    for end in range(1, len(lengths) + 1):  # least[end]: what the first `end` rows cost, cut at best; starts[end]: of their last pass
+    for end in range(
+        1, len(lengths) + 1
+    ):  # least[end]: what the first `end` rows cost, cut at best; starts[end]: of their last pass
         most = max(1, tokens // int(lengths[end - 1]))
         first = np.arange(max(0, end - most), end)
         computed = total[end] - total[first] if packed else lengths[first] * (end - first)
@@ -142,11 +159,13 @@ def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False)
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with responses, a row each: padded on the right to the longest, or packed one behind the other.
+    """Prompts with responses, a row each: padded on the right to the longest, or packed one behind
+    the other.
 
-    input_ids: (B, T), or packed (1, N). What a model says of its tokens, hidden states and scores, is addressed flat: (S,), S = B T or N.
-    host_prompt_lengths, host_response_lengths: (B,), in tokens, in the host's memory: places are worked out there, so that nothing
-    waits for a GPU. The same on the device: prompt_lengths, response_lengths.
+    input_ids: (B, T), or packed (1, N). What a model says of its tokens, hidden states and scores,
+    is addressed flat: (S,), S = B T or N. host_prompt_lengths, host_response_lengths: (B,), in
+    tokens, in the host's memory: places are worked out there, so that nothing waits for a GPU. The
+    same on the device: prompt_lengths, response_lengths.
     """
 
     input_ids: Tensor
@@ -155,12 +174,16 @@ class Sequences:
     is_packed: bool = False
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int | None, device: torch.device) -> Sequences:
+    def of(
+        cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int | None, device: torch.device
+    ) -> Sequences:
         """pad_id: what fills rows up to the longest; None: rows are packed."""
         prompt_lengths = np.array([len(p) for p in prompts])
         response_lengths = np.array([len(r) for r in responses])
         if pad_id is None:
-            ids = np.concatenate([part for row in zip(prompts, responses, strict=True) for part in row]).astype(np.int64)[None]
+            ids = np.concatenate([part for row in zip(prompts, responses, strict=True) for part in row]).astype(
+                np.int64
+            )[None]
         else:
             ids = np.full((len(prompts), int((prompt_lengths + response_lengths).max())), pad_id, dtype=np.int64)
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -197,7 +220,8 @@ class Sequences:
     def predicted(self, *, from_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """Which hidden states predict which tokens: (index into S, label), both (N,), row by row.
 
-        A response token is predicted by the state before it; `from_prompt` adds the prompt's tokens after its first.
+        A response token is predicted by the state before it; `from_prompt` adds the prompt's tokens
+        after its first.
         """
         first = self._starts if from_prompt else self._starts + self.host_prompt_lengths - 1
         index = self._on_device(_ranges(first, self._ends - 1))
@@ -208,7 +232,9 @@ class Sequences:
         return self._on_device(self._ends - 1)
 
     def spread(self, flat: Tensor) -> Tensor:
-        """Numbers of the response tokens, (N,) in the order of `predicted()` -> (B, R), zero elsewhere."""
+        """Numbers of the response tokens, (N,) in the order of `predicted()` -> (B, R), zero
+        elsewhere.
+        """
         rows, width = len(self.host_response_lengths), int(self.host_response_lengths.max())
         starts = np.arange(rows) * width
         place = self._on_device(_ranges(starts, starts + self.host_response_lengths))
@@ -236,7 +262,9 @@ class Sequences:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Of the host, to the device, without waiting for what a GPU still has to do: from pinned memory."""
+    """Of the host, to the device, without waiting for what a GPU still has to do: from pinned
+    memory.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -1,16 +1,20 @@
-"""Write the demo's preference data: `python -m rlhf_train.demo.generator` makes data/train.jsonl and data/test.jsonl.
+"""Write the demo's preference data: `python -m rlhf_train.demo.generator` makes data/train.jsonl
+and data/test.jsonl.
 
 The columns are those of Dahoas/rm-static. The same bytes on every machine and every Python.
 
-- `prompt`: a question of one of five tasks: the colour of a thing, an opposite, the next number, repeat what I need,
+- `prompt`: a question of one of five tasks: the colour of a thing, an opposite, the next number,
+repeat what I need,
   greet my friend. Around it, by chance: the user's name, a greeting, small talk, an earlier turn.
 - `chosen`: always good, `rejected`: always bad, by the rule (rule.py).
-- `response`, which step 1 learns from, is **deliberately a mixed demonstrator: about half of its answers are bad**, of
-  every kind below. So step 1 makes a model that knows the facts and still answers well only half of the time, and PPO
+- `response`, which step 1 learns from, is **deliberately a mixed demonstrator: about half of its
+answers are bad**, of
+  every kind below. So step 1 makes a model that knows the facts and still answers well only half of
+  the time, and PPO
   has something to win. Real data would not be made like this.
 
-test.jsonl asks held-out combinations of (user's name, task, arguments): chosen by hash, none occurs in train.jsonl.
-Single facts do occur there, with other names.
+test.jsonl asks held-out combinations of (user's name, task, arguments): chosen by hash, none occurs
+in train.jsonl. Single facts do occur there, with other names.
 """
 
 from __future__ import annotations
@@ -34,7 +38,11 @@ Choice = TypeVar("Choice")
 
 
 class Draw:
-    """Random choices. Made of `random.random()` alone: the only sequence that Python promises to keep over its versions."""
+    """Random choices.
+
+    Made of `random.random()` alone: the only sequence that Python promises to keep over its
+    versions.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -85,7 +93,9 @@ def colour_question(draw: Draw) -> Question:
 
 def opposite_question(draw: Draw) -> Question:
     word = draw.one_of(list(OPPOSITE_OF))
-    asked = draw.one_of(("What is the opposite of {}?", "Which word is the opposite of {}?", "Tell me the opposite of {}."))
+    asked = draw.one_of(
+        ("What is the opposite of {}?", "Which word is the opposite of {}?", "Tell me the opposite of {}.")
+    )
     answer = f"The word for the opposite of {word} is {{}}."
     right, wrong = OPPOSITE_OF[word], draw.other_than([word, OPPOSITE_OF[word]], list(OPPOSITE_OF))
     return Question("opposite", (word,), asked.format(word), answer.format(right), answer.format(wrong))
@@ -103,7 +113,9 @@ def shopping_question(draw: Draw) -> Question:
     item = draw.one_of(ITEMS)
     asked = draw.one_of(("Write down {} for me.", "Please buy {}. What do I need?", "I need {}. Repeat what I need."))
     answer = "You need {}."
-    return Question("shopping", (item,), asked.format(item), answer.format(item), answer.format(draw.other_than([item], ITEMS)))
+    return Question(
+        "shopping", (item,), asked.format(item), answer.format(item), answer.format(draw.other_than([item], ITEMS))
+    )
 
 
 def greeting_question(draw: Draw) -> Question:
@@ -120,7 +132,9 @@ def greeting_question(draw: Draw) -> Question:
         mistake = answer.format(moment, draw.other_than([friend], NAMES))
     else:
         mistake = answer.format(draw.other_than([moment], MOMENTS), friend)
-    return Question("greeting", (friend, moment), asked.format(friend=friend, moment=moment), answer.format(moment, friend), mistake)
+    return Question(
+        "greeting", (friend, moment), asked.format(friend=friend, moment=moment), answer.format(moment, friend), mistake
+    )
 
 
 TASKS = (colour_question, opposite_question, number_question, shopping_question, greeting_question)
@@ -132,12 +146,24 @@ def any_question(draw: Draw) -> Question:
 
 # --- prompts -------------------------------------------------------------------------------------------------------
 
-NAMED, EARLIER_TURN, GREETED, SMALL_TALK = 0.6, 0.2, 0.75, 0.4  # shares of the prompts; the last two where no earlier turn is
+NAMED, EARLIER_TURN, GREETED, SMALL_TALK = (
+    0.6,
+    0.2,
+    0.75,
+    0.4,
+)  # shares of the prompts; the last two where no earlier turn is
 
 INTRODUCTIONS = ("I am {}.", "{} here.", "This is {}.", "My name is {}.")
 GREETINGS = ("Hello.", "Hi there.", "Good day.")
-# Never anything that the answer needs, and no word that a question turns on: they only make the lengths differ.
-TALK = ("Please help me.", "I have a question.", "It is a nice day.", "I hope you are well.", "I like to ask you many things.")
+# Never anything that the answer needs, and no word that a question turns on: they only make the
+# lengths differ.
+TALK = (
+    "Please help me.",
+    "I have a question.",
+    "It is a nice day.",
+    "I hope you are well.",
+    "I like to ask you many things.",
+)
 EARLIER_TURNS = (
     ("Hello.", "Hello."),
     ("Good day.", "Hi there."),
@@ -177,7 +203,8 @@ def new_dialogue(draw: Draw, held_out: bool) -> Dialogue:
 
 
 def new_prompt(draw: Draw, user: str | None, question: Question) -> str:
-    # The demo's model tells two names apart by where they stand. After an earlier turn it greeted the user for the friend, in 5 answers of 6.
+    # The demo's model tells two names apart by where they stand. After an earlier turn it greeted
+    # the user for the friend, in 5 answers of 6.
     two_names = user is not None and question.task == "greeting"
     earlier, greeting, talk = "", "", ""
     if not two_names and draw.chance(EARLIER_TURN):
@@ -194,12 +221,35 @@ def new_prompt(draw: Draw, user: str | None, question: Question) -> str:
 # --- answers -------------------------------------------------------------------------------------------------------
 
 GOOD_DEMONSTRATIONS = 0.5  # of `response`
-MINIMAL_PAIRS = 0.8  # of the pairs: both answers have the same opener and closer, so that only the fault tells them apart
+# of the pairs: both answers have the same opener and closer, so that only the fault tells them
+# apart
+MINIMAL_PAIRS = 0.8
 
-# Bad answers and how often they occur. Pairs favour the faults that a reward model overlooks: with fewer of `wrong` and
-# `name` it reads only the form, and PPO on such a reward model makes answers worse (10 % good in the trials).
-DEMONSTRATION_WEIGHTS = {"wrong": 3, "rude": 2, "ramble": 2, "cut": 2, "name": 2, "cold": 2, "off": 1, "empty": 1, "garbled": 1}
-PAIR_WEIGHTS = {"wrong": 6, "rude": 0.5, "ramble": 0.5, "cut": 0.5, "name": 4, "cold": 0.5, "off": 2, "empty": 0.5, "garbled": 2}
+# Bad answers and how often they occur. Pairs favour the faults that a reward model overlooks: with
+# fewer of `wrong` and `name` it reads only the form, and PPO on such a reward model makes answers
+# worse (10 % good in the trials).
+DEMONSTRATION_WEIGHTS = {
+    "wrong": 3,
+    "rude": 2,
+    "ramble": 2,
+    "cut": 2,
+    "name": 2,
+    "cold": 2,
+    "off": 1,
+    "empty": 1,
+    "garbled": 1,
+}
+PAIR_WEIGHTS = {
+    "wrong": 6,
+    "rude": 0.5,
+    "ramble": 0.5,
+    "cut": 0.5,
+    "name": 4,
+    "cold": 0.5,
+    "off": 2,
+    "empty": 0.5,
+    "garbled": 2,
+}
 
 FILLERS = (
     "I like trains.",
@@ -268,7 +318,8 @@ def _text(*sentences: str) -> str:
     return " ".join(sentences)
 
 
-# Of the faults with two names about: one is taken for the other. Seldom seen in pairs, it is what PPO ends up with.
+# Of the faults with two names about: one is taken for the other. Seldom seen in pairs, it is what
+# PPO ends up with.
 SWAPPED_NAMES = 0.5
 
 
@@ -295,7 +346,9 @@ def _padding(draw: Draw, content: str) -> list[str]:
 
 
 def _answer_to_another(draw: Draw, question: Question) -> str:
-    """A right answer, but not to this question; half the time to one of the same kind, the harder to tell."""
+    """A right answer, but not to this question; half the time to one of the same kind, the harder
+    to tell.
+    """
     same_task = draw.chance(0.5)
     while True:
         other = any_question(draw)

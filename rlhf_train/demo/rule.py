@@ -1,10 +1,13 @@
-"""Is this a good answer? A rule that reads the two texts and nothing else: no model, no reward, no generator.
+"""Is this a good answer? A rule that reads the two texts and nothing else: no model, no reward, no
+generator.
 
-It is what PPO is measured against. With the generator it shares the facts and words of `world.py` only; it finds the
-question in the prompt with patterns of its own and works out the right answer again.
+It is what PPO is measured against. With the generator it shares the facts and words of `world.py`
+only; it finds the question in the prompt with patterns of its own and works out the right answer
+again.
 
-A good answer has three sentences and then ends: an opener that calls the user by name if (and only if) the user gave
-one, the right answer to the last question, a closer. `judge` says the first thing against it:
+A good answer has three sentences and then ends: an opener that calls the user by name if (and only
+if) the user gave one, the right answer to the last question, a closer. `judge` says the first thing
+against it:
 
     unended   the end token was not reached
     cut       the text stops inside a sentence
@@ -33,7 +36,10 @@ def is_good(prompt: str, response: str, ended: bool) -> bool:
 
 
 def judge(prompt: str, response: str, ended: bool) -> str:
-    """ "good", or the first reason against (the module's list). Special tokens around the prompt do not matter."""
+    """ "good", or the first reason against (the module's list).
+
+    Special tokens around the prompt do not matter.
+    """
     if not ended:
         return "unended"
     text = response.removeprefix(" ")
@@ -103,7 +109,11 @@ def _shopping(match: re.Match[str]) -> str | None:
 
 def _greeting(match: re.Match[str]) -> str | None:
     moments = [moment for moment in MOMENTS if re.search(rf"\b{moment}\b", match.string)]
-    return f"I wish you a good {moments[0]}, my dear {match['friend']}." if len(moments) == 1 and match["friend"] in NAMES else None
+    return (
+        f"I wish you a good {moments[0]}, my dear {match['friend']}."
+        if len(moments) == 1 and match["friend"] in NAMES
+        else None
+    )
 
 
 _TASKS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]], ...] = (

@@ -1,7 +1,8 @@
 """The little world of the demo: its facts and its words.
 
-All that the generator (which writes the dialogues) and the rule (which judges answers) have in common.
-It is small on purpose: a byte-level BPE of 512 entries holds every word of the data as one token.
+All that the generator (which writes the dialogues) and the rule (which judges answers) have in
+common. It is small on purpose: a byte-level BPE of 512 entries holds every word of the data as one
+token.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ ITEMS = ("apples", "bread", "cheese", "eggs", "flour", "honey", "jam", "milk", "
 
 MOMENTS = ("morning", "afternoon", "evening")
 
-# A good answer is `OPENER[, user]. CONTENT. CLOSER.`. The contents differ in length, by task; these hardly do: a reward
-# model gives a long closer more, and PPO then spends its KL on closers (2 to 7 tokens: KL 3.0, 84 % good;
+# A good answer is `OPENER[, user]. CONTENT. CLOSER.`. The contents differ in length, by task; these
+# hardly do: a reward model gives a long closer more, and PPO then spends its KL on closers (2 to 7
+# tokens: KL 3.0, 84 % good;
 # these: KL 1.6, 89 %; one seed, before the pairs were mended).
 OPENERS = ("Sure", "Gladly", "Certainly", "Of course", "With pleasure")
 CLOSERS = ("All the best.", "You are welcome.", "I hope this helps.", "Have a nice day.", "Please ask me again.")

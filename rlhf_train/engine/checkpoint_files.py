@@ -1,8 +1,10 @@
-"""Checkpoints on disk: written whole or not at all, found again, checked, removed. Nothing here knows what trains.
+"""Checkpoints on disk: written whole or not at all, found again, checked, removed.
 
-A checkpoint is a folder `update-N`: tensors by name (safetensors, in shards), plain values (`state.json`), and a
-mark with every file's hash (`complete.json`), written last. While it is being written, the folder is
-`update-N.partial`.
+Nothing here knows what trains.
+
+A checkpoint is a folder `update-N`: tensors by name (safetensors, in shards), plain values
+(`state.json`), and a mark with every file's hash (`complete.json`), written last. While it is being
+written, the folder is `update-N.partial`.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Saved:
         return {name.removeprefix(start): self.tensor(name).clone() for name in self._files if name.startswith(start)}
 
     def close(self) -> None:
-        """Close the files: while they are mapped, removing them does not free their room on the disk."""
+        """Close the files: while they are mapped, removing them does not free their room on the
+        disk.
+        """
         self.__dict__.pop("_files", None)
 
 
@@ -75,7 +79,8 @@ def latest(
     inputs: Mapping[str, str] | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Saved | None:
-    """Find the newest checkpoint that was made from `inputs` (None: any) and whose every file has its hash.
+    """Find the newest checkpoint that was made from `inputs` (None: any) and whose every file has
+    its hash.
 
     Others are passed over; `complain` is told of those that had been complete.
     """
@@ -183,7 +188,9 @@ def _put(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def remove_others(step: StepDir, keep: Path | None) -> None:
-    """Remove all in the folder of checkpoints but `keep`: older ones, and what a killed process left half-written."""
+    """Remove all in the folder of checkpoints but `keep`: older ones, and what a killed process
+    left half-written.
+    """
     for folder in step.checkpoints.glob("*"):
         if folder != keep:
             # Unmarked first: a removal that is cut short leaves nothing that looks complete.
@@ -196,7 +203,9 @@ def remove_others(step: StepDir, keep: Path | None) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the state of every generator of this process, as plain values: Python's, NumPy's, PyTorch's, the GPU's."""
+    """Return the state of every generator of this process, as plain values: Python's, NumPy's,
+    PyTorch's, the GPU's.
+    """
     version, numbers, gauss = random.getstate()
     of_numpy: Any = np.random.get_state()
     kind, keys, place, has_gauss, cached = of_numpy

@@ -1,11 +1,13 @@
-"""The checkpointer of a step: when to save, where, whether the disk has room, what to save on leaving.
+"""The checkpointer of a step: when to save, where, whether the disk has room, what to save on
+leaving.
 
-A checkpoint is the state after a whole update: weights, optimizer and loss scale as whole tensors by parameter
-(any number of ranks and any ZeRO stage reads them), the numbers of the step's loop, every random state. While it is
-written, training continues, if there is memory for a copy. Its files are the business of `checkpoint_files.py`.
+A checkpoint is the state after a whole update: weights, optimizer and loss scale as whole tensors
+by parameter (any number of ranks and any ZeRO stage reads them), the numbers of the step's loop,
+every random state. While it is written, training continues, if there is memory for a copy. Its
+files are the business of `checkpoint_files.py`.
 
-Where we differ from DeepSpeed's own checkpoints: those are partitions, one file a rank. Another number of ranks
-reads them only after a conversion, which needs the room of a second checkpoint.
+Where we differ from DeepSpeed's own checkpoints: those are partitions, one file a rank. Another
+number of ranks reads them only after a conversion, which needs the room of a second checkpoint.
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ class Checkpointer:
         rows: str,
         model_bytes: int,
     ) -> None:
-        """updates: of the whole step; parts: by name, what has state; rows: digest of those that the step learns from;
+        """updates: of the whole step; parts: by name, what has state; rows: digest of those that
+        the step learns from;
         model_bytes: of the model that it will write. Raises ToolkitError if the disk is too small.
         """
         self.around = around
@@ -140,7 +143,9 @@ class Checkpointer:
             )
 
     def resume(self) -> dict[str, Any] | None:
-        """Restore all parts and random states, and return the numbers of the step's loop. None: it starts from scratch.
+        """Restore all parts and random states, and return the numbers of the step's loop.
+
+        None: it starts from scratch.
 
         The loop's tensors are in `loop_tensors` then. Raises ToolkitError if the data has changed.
         """
@@ -164,8 +169,8 @@ class Checkpointer:
 
         for name, part in self.parts.items():
             part.restore(lambda key, name=name: read(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
-        # With more ranks than before, the new ones take the others' states: none of our draws depends on them
-        # (see rollout.py).
+        # With more ranks than before, the new ones take the others' states: none of our draws
+        # depends on them (see rollout.py).
         states = saved.state["random"]
         set_random_states(states[self.around.world.rank % len(states)], self.around.world.device)
         self.skips.in_a_row, self.skips.in_all = saved.state["skipped"]
@@ -179,7 +184,8 @@ class Checkpointer:
     def after(self, update: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Save if it is time to. Call it after every update, when its events are written.
 
-        state, tensors: of the step's loop. Raises what `stop_if_asked` raises, and what a save failed of.
+        state, tensors: of the step's loop. Raises what `stop_if_asked` raises, and what a save
+        failed of.
         """
         self._now = _Now(update, state, tensors or {}, random_states(self.around.world.device))
         self.around.heartbeat.has_trained = True
@@ -198,7 +204,9 @@ class Checkpointer:
         return self.around.world.any(is_time)
 
     def close(self) -> None:
-        """Give up a checkpoint that is still being written: the step's model is saved, so nobody needs it."""
+        """Give up a checkpoint that is still being written: the step's model is saved, so nobody
+        needs it.
+        """
         self._is_abandoned = True
         if self._writing is not None:
             self._writing.join()
@@ -221,8 +229,8 @@ class Checkpointer:
     def _save(self, *, at_once: bool = False) -> None:
         """Save the last whole update. All ranks take part, and rank 0 writes.
 
-        Training continues meanwhile if there is memory for a copy. at_once: wait for the disk. Raises ToolkitError on
-        rank 0.
+        Training continues meanwhile if there is memory for a copy. at_once: wait for the disk.
+        Raises ToolkitError on rank 0.
         """
         assert self._now is not None
         now, start = self._now, time.perf_counter()
@@ -382,7 +390,9 @@ class Checkpointer:
         return plain
 
     def last_good(self) -> str:
-        """Name the last good checkpoint, for an error that all ranks raise. All of them call it, before they raise.
+        """Name the last good checkpoint, for an error that all ranks raise.
+
+        All of them call it, before they raise.
 
         Whichever rank ends first has its words heard, and takes rank 0 along, which writes.
         """
@@ -404,7 +414,9 @@ class Checkpointer:
             self._wait()
 
     def leave(self, grace_s: float | None) -> None:
-        """Save the last whole update, since the run is to end, if that fits into `grace_s` (None: not limited)."""
+        """Save the last whole update, since the run is to end, if that fits into `grace_s` (None:
+        not limited).
+        """
         if self._now is None:
             return
         if not self._is_whole(self._now.update):
@@ -433,7 +445,10 @@ class Checkpointer:
     # --- the best weights ---
 
     def wants_best(self, update: int) -> bool:
-        """Whether to measure the weights of `update`. A run that resumes there measures again, with the same result."""
+        """Whether to measure the weights of `update`.
+
+        A run that resumes there measures again, with the same result.
+        """
         return self.spec.best_every_updates is not None and update > 0 and update % self.spec.best_every_updates == 0
 
     def offer(

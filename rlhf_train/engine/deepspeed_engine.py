@@ -1,9 +1,11 @@
-"""DeepSpeed, and nothing else here imports it: engines that learn (ZeRO 0-3), whole weights out of them, and an EMA.
+"""DeepSpeed, and nothing else here imports it: engines that learn (ZeRO 0-3), whole weights out of
+them, and an EMA.
 
-Where we differ from DeepSpeed's own habits: a loss arrives divided by the count of the whole update over all ranks, so
-the mean that DeepSpeed takes over ranks and passes is undone; the learning rate is a pure function of the update; we say
-which pass is an update's last, so a micro batch may change from one update to the next; and what a checkpoint holds are
-whole tensors by parameter, float32, so it fits any number of ranks and any ZeRO stage without a conversion.
+Where we differ from DeepSpeed's own habits: a loss arrives divided by the count of the whole update
+over all ranks, so the mean that DeepSpeed takes over ranks and passes is undone; the learning rate
+is a pure function of the update; we say which pass is an update's last, so a micro batch may change
+from one update to the next; and what a checkpoint holds are whole tensors by parameter, float32, so
+it fits any number of ranks and any ZeRO stage without a conversion.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ with compat.no_gpu_in_sight():
         safe_set_local_optimizer_state,
     )
 
-    # Newer ones' ZeRO asks for it before the first update, and would bring in all of TorchInductor to compile it: 2 s.
+    # Newer ones' ZeRO asks for it before the first update, and would bring in all of TorchInductor
+    # to compile it: 2 s.
     with compat.nothing_compiled(), suppress(ImportError):
         import deepspeed.runtime.zero.muon.muon_optimizer
 
@@ -46,15 +49,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def connect(world: World, local_rank: int) -> None:
     """Let DeepSpeed use the process group that this rank has already joined."""
-    # Its shared-memory collective for CPUs would be compiled now, for most of a minute, where a compiler is found.
+    # Its shared-memory collective for CPUs would be compiled now, for most of a minute, where a
+    # compiler is found.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, rank=local_rank
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        rank=local_rank,
     )
 
 
 def learning_rate_factor(update: int, updates: int, spec: Optimization) -> float:
-    """Share of the learning rate at update 0, 1, ...: a linear warm-up, then the schedule down to its final share."""
+    """Share of the learning rate at update 0, 1, ...: a linear warm-up, then the schedule down to
+    its final share.
+    """
     if update < spec.warmup_updates:
         return (update + 1) / spec.warmup_updates
     done = (update - spec.warmup_updates) / max(1, updates - spec.warmup_updates)
@@ -67,13 +76,19 @@ def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.gradient_accumulation,
-        # Engine looks at the norm of all gradients before a step: DeepSpeed would look for what is not finite in one after the other.
+        # Engine looks at the norm of all gradients before a step: DeepSpeed would look for what is
+        # not finite in one after the other.
         "bf16": {"enabled": precision == "bfloat16", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "float16"},
         "gradient_clipping": max_grad_norm,
-        # Threshold 0: every parameter lives in its partition, so that an EMA of the partitions is an EMA of the model.
-        # At ZeRO 1 contiguous gradients are one more copy of each: 31 against 20 ms of a CPU for the backward pass of 388 parameters.
-        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": zero_stage != 1},
+        # Threshold 0: every parameter lives in its partition, so that an EMA of the partitions is
+        # an EMA of the model. At ZeRO 1 contiguous gradients are one more copy of each: 31 against
+        # 20 ms of a CPU for the backward pass of 388 parameters.
+        "zero_optimization": {
+            "stage": zero_stage,
+            "stage3_param_persistence_threshold": 0,
+            "contiguous_gradients": zero_stage != 1,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU after every pass
@@ -81,7 +96,11 @@ def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_
 
 
 class Engine:
-    """A module with its optimizer. Per micro batch: `loss = ...engine(batch)...; engine.backward(loss, last=...)`; then `engine.step()`."""
+    """A module with its optimizer.
+
+    Per micro batch: `loss = ...engine(batch)...; engine.backward(loss, last=...)`; then
+    `engine.step()`.
+    """
 
     def __init__(
         self,
@@ -99,7 +118,9 @@ class Engine:
         self.learning_rate = learning_rate
         self.update = 0  # optimizer updates done
         self.intact = True  # not in the midst of an update of the weights
-        self.is_spoiled = False  # gradients that were not finite are in the weights: DeepSpeed 0.15 looks for them in float16 only
+        # gradients that were not finite are in the weights: DeepSpeed 0.15 looks for them in
+        # float16 only
+        self.is_spoiled = False
         module.train()
         # DeepSpeed clips fp32 gradients at ZeRO 0 without telling their norm, so there we do it.
         self._clips = precision == "float32" and zero_stage == 0
@@ -107,15 +128,18 @@ class Engine:
         config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if world.size == 1 and zero_stage == 0:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients together and back, for no other rank
+            # it would copy all gradients together and back, for no other rank
+            self._engine.enable_backward_allreduce = False
         if zero_stage in (1, 2):
-            # Parameters are views of the flat tensors that a step has written to; to make all the views anew leaves a GPU idle for 10 ms.
+            # Parameters are views of the flat tensors that a step has written to; to make all the
+            # views anew leaves a GPU idle for 10 ms.
             self.optimizer._update_model_bit16_weights = lambda group: None
         self._squares: Tensor | None = None  # of the update's gradients, where `_sum_squares` knows them
         self._adamw = optimizer
         self._scaler = getattr(self.optimizer, "loss_scaler", None)
         if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # such an update is skipped and counted, as one with a loss of NaN
+            # such an update is skipped and counted, as one with a loss of NaN
+            self._scaler.raise_error_at_min_scale = False
         self.current_learning_rate = learning_rate
 
     @property
@@ -127,7 +151,9 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """loss: this micro batch's share of the update's loss, already divided by the update's global count. `last`: of the update."""
+        """loss: this micro batch's share of the update's loss, already divided by the update's
+        global count. `last`: of the update.
+        """
         self._engine.set_gradient_accumulation_boundary(last)
         if self.world.size > 1:  # ZeRO 2 and 3 add up gradients in each pass, 0 and 1 in the last
             self.world.meet()
@@ -138,8 +164,9 @@ class Engine:
             self._engine.step()  # DeepSpeed counts passes there
 
     def step(self) -> float:
-        """After the update's last micro batch: updates the weights, returns the gradient norm before clipping (in float16 inf where the
-        loss scale was too large, and nothing was updated).
+        """After the update's last micro batch: updates the weights, returns the gradient norm
+        before clipping (in float16 inf where the loss scale was too large, and nothing was
+        updated).
         """
         self.current_learning_rate = self.learning_rate * learning_rate_factor(self.update, self.updates, self.spec)
         norm = self._step(self.current_learning_rate)
@@ -149,8 +176,14 @@ class Engine:
     def _step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm) if self._clips else self._known_norm()
-        if norm is not None and not math.isfinite(norm):  # clipping has spread it over all gradients, or nothing is clipped yet
+        norm = (
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm)
+            if self._clips
+            else self._known_norm()
+        )
+        if norm is not None and not math.isfinite(
+            norm
+        ):  # clipping has spread it over all gradients, or nothing is clipped yet
             self._drop_gradients()
             return float(norm)
         self.intact = False
@@ -173,10 +206,16 @@ class Engine:
         return norm
 
     def _sum_squares(self) -> Tensor | None:
-        """At ZeRO 1 and 2 in bfloat16 and float32: of all ranks' gradients, by few kernels. DeepSpeed would convert each gradient to float64:
+        """At ZeRO 1 and 2 in bfloat16 and float32: of all ranks' gradients, by few kernels.
+
+        DeepSpeed would convert each gradient to float64:
         10 ms of a GPU for OPT-1.3b.
         """
-        if (self._scaler is not None and hasattr(self._scaler, "min_scale")) or self.zero_stage not in (1, 2) or not compat.KNOWS_DTYPE_OF_NORMS:
+        if (
+            (self._scaler is not None and hasattr(self._scaler, "min_scale"))
+            or self.zero_stage not in (1, 2)
+            or not compat.KNOWS_DTYPE_OF_NORMS
+        ):
             return None
         gradients = [g for group in self.optimizer.averaged_gradients.values() for g in group or () if g is not None]
         squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
@@ -187,11 +226,19 @@ class Engine:
 
     @property
     def scale_can_fall(self) -> bool:
-        """float16: a gradient that is not finite may be the loss scale's fault, which is lowered then."""
-        return self._scaler is not None and hasattr(self._scaler, "min_scale") and self._scaler.cur_scale > self._scaler.min_scale
+        """float16: a gradient that is not finite may be the loss scale's fault, which is lowered
+        then.
+        """
+        return (
+            self._scaler is not None
+            and hasattr(self._scaler, "min_scale")
+            and self._scaler.cur_scale > self._scaler.min_scale
+        )
 
     def skip(self) -> None:
-        """Leave an update out, after any of its passes: its gradients are dropped, its place in the schedule is used up."""
+        """Leave an update out, after any of its passes: its gradients are dropped, its place in the
+        schedule is used up.
+        """
         self._drop_gradients()
         self.update += 1
 
@@ -199,14 +246,20 @@ class Engine:
         self.module.zero_grad()
         if self.zero_stage > 0:
             self.optimizer.zero_grad()
-        if self.zero_stage in (1, 2):  # what DeepSpeed's own step does when the loss scale was too large; ZeRO-3's zero_grad does it all
+        if self.zero_stage in (
+            1,
+            2,
+        ):  # what DeepSpeed's own step does when the loss scale was too large; ZeRO-3's zero_grad does it all
             self.optimizer.micro_step_id = -1
             for kept in (self.optimizer.averaged_gradients, getattr(self.optimizer, "all_grad_tensors", {})):
                 for group in kept:
                     kept[group] = None
 
     def _trial_step(self, scaler: Mapping[str, Any]) -> None:
-        """Make a step that moves nothing: learning rate 0, gradients of 0. Raises ToolkitError if the loss was not finite."""
+        """Make a step that moves nothing: learning rate 0, gradients of 0.
+
+        Raises ToolkitError if the loss was not finite.
+        """
         norm = self._step(0.0)
         if not math.isfinite(norm):
             raise ToolkitError(
@@ -216,7 +269,8 @@ class Engine:
                 exit_code=ExitCode.TRAINING,
             )
         if self.zero_stage in (1, 2):
-            # DeepSpeed links parameters with their moments after the step of the first group of parameters, when the second has none yet.
+            # DeepSpeed links parameters with their moments after the step of the first group of
+            # parameters, when the second has none yet.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
         for state in self._adamw.state.values():
@@ -232,7 +286,8 @@ class Engine:
         return {"update": self.update, "adamw_steps": self._adamw_steps(), "loss_scale": self._scaler_state()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole float32 tensor) of every trained parameter and of its moments, after `trial_update`.
+        """Yield (name, whole float32 tensor) of every trained parameter and of its moments, after
+        `trial_update`.
 
         One at a time; all ranks take part.
         The tensor may be the live one: copy it before the next update.
@@ -271,7 +326,9 @@ class Engine:
     def _whole(self, parameter: Any, kind: str) -> Tensor | None:
         if self.zero_stage == 0:  # in float32 only
             return parameter.data if kind == "weight" else self._adamw.state.get(parameter, {}).get(kind)
-        return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+        return (
+            safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+        )
 
     @torch.no_grad()
     def _set_weight(self, parameter: Any, value: Tensor) -> None:
@@ -298,19 +355,28 @@ class Engine:
         return max((int(holder["step"]) for holder in counted if "step" in holder), default=0)
 
     def _set_adamw_steps(self, steps: int) -> None:
-        for holder in (*self._adamw.state.values(), *self._adamw.param_groups):  # PyTorch's has it in states, FusedAdam in groups
+        for holder in (
+            *self._adamw.state.values(),
+            *self._adamw.param_groups,
+        ):  # PyTorch's has it in states, FusedAdam in groups
             if "step" in holder:
                 holder["step"] = torch.full_like(holder["step"], steps) if isinstance(holder["step"], Tensor) else steps
 
     def _scaler_state(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)} if self._scaler is not None else {}
+        return (
+            {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)}
+            if self._scaler is not None
+            else {}
+        )
 
     def _set_scaler_state(self, state: Mapping[str, Any]) -> None:
         for name in self._scaler_state().keys() & state.keys():
             setattr(self._scaler, name, state[name])
 
     def settle(self) -> None:
-        """Under ZeRO-3: wait for parameters still under way to the next forward pass, before weights are read one by one."""
+        """Under ZeRO-3: wait for parameters still under way to the next forward pass, before
+        weights are read one by one.
+        """
         self._engine.empty_partition_cache()
 
 
@@ -319,26 +385,37 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]
     plain = [p for p in trained if p.ndim < 2]
-    return [group for group in ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}) if group["params"]]
+    return [
+        group
+        for group in ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0})
+        if group["params"]
+    ]
 
 
-def _adamw(groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], device: torch.device) -> torch.optim.Optimizer:
-    """Loshchilov and Hutter 2019, arXiv:1711.05101. On a GPU DeepSpeed's FusedAdam if it is compiled already, as in the image: nothing
+def _adamw(
+    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.Optimizer:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101.
+
+    On a GPU DeepSpeed's FusedAdam if it is compiled already, as in the image: nothing
     is compiled at start. Else PyTorch's.
     """
     if device.type == "cuda" and installed_ops.get("fused_adam"):
         return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU)
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU
+    )
 
 
 def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
     """Make updates that change nothing, to prove that training fits into memory.
 
-    updates: engines that learn together, each with its forward pass (any scalar). Each goes forward and backward, then
-    all make their steps.
+    updates: engines that learn together, each with its forward pass (any scalar). Each goes forward
+    and backward, then all make their steps.
 
-    What an update needs is then known to fit, and AdamW's states, which are made at its first step, are there to be restored. There are
-    two updates, since passes and steps have to fit beside these states: a step's gradients in float32 were 2.5 GiB for OPT-1.3b on two GPUs.
+    What an update needs is then known to fit, and AdamW's states, which are made at its first step,
+    are there to be restored. There are two updates, since passes and steps have to fit beside these
+    states: a step's gradients in float32 were 2.5 GiB for OPT-1.3b on two GPUs.
     """
     scalers = [engine._scaler_state() for engine, _ in updates]
     for _ in range(2):
@@ -349,7 +426,8 @@ def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
 
 
 def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Whole weights on the CPU, one parameter at a time; all ranks take part, those with `keep` get them.
+    """Whole weights on the CPU, one parameter at a time; all ranks take part, those with `keep` get
+    them.
 
     Tied weights stand once, under their first name.
     """
@@ -367,7 +445,8 @@ def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_weights(source: Engine, target: nn.Module, lora: Lora | None = None) -> None:
-    """Whole weights of the engine's module (partitioned under ZeRO-3, with `lora`'s adapters) into `target`, a plain module of the same model.
+    """Whole weights of the engine's module (partitioned under ZeRO-3, with `lora`'s adapters) into
+    `target`, a plain module of the same model.
 
     An adapted weight is W + alpha / rank B A in float32, rounded once.
     """
@@ -398,7 +477,9 @@ def _gathered(tensor: Tensor) -> Iterator[None]:
 
 
 class Ema:
-    """Exponential moving average of the trained parameters, float32; under ZeRO-3 each rank keeps its partitions."""
+    """Exponential moving average of the trained parameters, float32; under ZeRO-3 each rank keeps
+    its partitions.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.intact = decay, True

@@ -1,4 +1,6 @@
-"""Divergence: an update whose numbers are not finite is left out, and a run that has too many of them ends."""
+"""Divergence: an update whose numbers are not finite is left out, and a run that has too many of
+them ends.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ class Skips:
 
 
 class Divergence:
-    """Applies a step's updates, counts those that it skips, and ends a run that has diverged. On all ranks."""
+    """Applies a step's updates, counts those that it skips, and ends a run that has diverged.
+
+    On all ranks.
+    """
 
     def __init__(
         self,
@@ -39,7 +44,9 @@ class Divergence:
         emit: Callable[[Event], None],
         last_good: Callable[[], str],
     ) -> None:
-        """updates: of the whole step; last_good: names the last good checkpoint, called by all ranks before they raise."""
+        """updates: of the whole step; last_good: names the last good checkpoint, called by all
+        ranks before they raise.
+        """
         self.step = step
         self.updates = updates
         self.skips = skips
@@ -49,8 +56,9 @@ class Divergence:
     def apply(self, *engines: Engine) -> list[float]:
         """Update all engines' weights, and return their gradient norms.
 
-        A norm that is not finite counts as a skipped update, unless the engine's float16 loss scale, which may be the
-        reason, can still go lower. Raises ToolkitError if the run has diverged.
+        A norm that is not finite counts as a skipped update, unless the engine's float16 loss
+        scale, which may be the reason, can still go lower. Raises ToolkitError if the run has
+        diverged.
         """
         norms = [engine.step() for engine in engines]
         update = engines[0].update
@@ -66,7 +74,10 @@ class Divergence:
         return norms
 
     def skip(self, update: int, why: str, *engines: Engine) -> None:
-        """Leave out an update of `engines` that was not applied. Raises ToolkitError if it is one too many."""
+        """Leave out an update of `engines` that was not applied.
+
+        Raises ToolkitError if it is one too many.
+        """
         self._count(update, why)
         for engine in engines:
             engine.skip()
@@ -99,7 +110,9 @@ class Divergence:
 
 
 def diverged(step: int, update: int, why: str, last_good: str) -> ToolkitError:
-    """Make the error that ends a run whose numbers went wrong; last_good: a sentence about the last checkpoint."""
+    """Make the error that ends a run whose numbers went wrong; last_good: a sentence about the last
+    checkpoint.
+    """
     part = STEPS[step].section
     settings = f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates"
     return ToolkitError(

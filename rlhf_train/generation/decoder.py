@@ -1,9 +1,11 @@
-"""Generation over a model's own tensors with a static key-value cache: prompts in, one token a slot a step, no host in the loop.
+"""Generation over a model's own tensors with a static key-value cache: prompts in, one token a slot
+a step, no host in the loop.
 
-Slots hold prompts at any stage: each has its own length, so nothing is padded on the left, and a slot whose answer has
-ended takes the next prompt. On a GPU the whole step, sampling included, is one CUDA graph for each number of slots (and
-width, without Triton); on a CPU, or where a capture fails, the same step runs as it is. A step reads its parameters where
-the trainer updates them in place.
+Slots hold prompts at any stage: each has its own length, so nothing is padded on the left, and a
+slot whose answer has ended takes the next prompt. On a GPU the whole step, sampling included, is
+one CUDA graph for each number of slots (and width, without Triton); on a CPU, or where a capture
+fails, the same step runs as it is. A step reads its parameters where the trainer updates them in
+place.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ WARM_UPS = 2  # steps before a capture: libraries choose their kernels and works
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Log-probs are always those of softmax(logits / temperature), whatever was left out of the draw."""
+    """How a token is drawn.
+
+    Log-probs are always those of softmax(logits / temperature), whatever was left out of the draw.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -45,7 +50,9 @@ class Sampling:
         return self.is_greedy or (self.top_k is None and self.top_p is None)
 
     def kept(self, logits: Tensor) -> Tensor:
-        """Logits (n, V) with -inf for tokens that may not be drawn: outside the top_k, or outside the smallest set with mass top_p."""
+        """Logits (n, V) with -inf for tokens that may not be drawn: outside the top_k, or outside
+        the smallest set with mass top_p.
+        """
         if self.top_k is not None and self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -58,9 +65,11 @@ class Sampling:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row: inverse transform sampling, the first token whose cumulative probability exceeds the number.
+    """One token a row: inverse transform sampling, the first token whose cumulative probability
+    exceeds the number.
 
-    logits: (n, V), as the model gives them; uniform: (n,) float64 in [0, 1). Returns tokens (n,) and their log-probs (n,), float32.
+    logits: (n, V), as the model gives them; uniform: (n,) float64 in [0, 1). Returns tokens (n,)
+    and their log-probs (n,), float32.
     """
     logits = logits.float()
     if sampling.temperature != 1.0:
@@ -71,13 +80,20 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     else:
         kept = sampling.kept(logits)
         mass = (probabilities if kept is logits else kept.softmax(-1)).cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(mass, (uniform * mass[:, -1]).unsqueeze(1), right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        token = (
+            torch.searchsorted(mass, (uniform * mass[:, -1]).unsqueeze(1), right=True)
+            .squeeze(1)
+            .clamp(max=logits.shape[1] - 1)
+        )
     return token, probabilities.gather(1, token.unsqueeze(1)).squeeze(1).log()
 
 
 @dataclass
 class State:
-    """Of S slots and n rows (prompts) with up to R tokens each. What is written for a slot that is finished goes to column R, which nobody reads."""
+    """Of S slots and n rows (prompts) with up to R tokens each.
+
+    What is written for a slot that is finished goes to column R, which nobody reads.
+    """
 
     row: Tensor  # (S,) the prompt that a slot answers
     token: Tensor  # (S,) sampled and not yet fed
@@ -93,11 +109,16 @@ class State:
         row, token, length, step = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4))
         finished = torch.ones(slots, dtype=torch.int32, device=device)
         uniforms = torch.zeros(rows, limit + 1, dtype=torch.float64, device=device)
-        tokens, log_probs = torch.zeros_like(uniforms, dtype=torch.int64), torch.zeros_like(uniforms, dtype=torch.float32)
+        tokens, log_probs = (
+            torch.zeros_like(uniforms, dtype=torch.int64),
+            torch.zeros_like(uniforms, dtype=torch.float32),
+        )
         return cls(row, token, length, step, finished, uniforms, tokens, log_probs)
 
     def record(self, slots: Tensor | slice, logits: Tensor, sampling: Sampling, eos_id: int) -> None:
-        """The next token of these slots and all its book-keeping, after the tokens before it were fed. logits: (n, V)."""
+        """The next token of these slots and all its book-keeping, after the tokens before it were
+        fed. logits: (n, V).
+        """
         limit = self.tokens.shape[1] - 1
         row, step, live = self.row[slots], self.step[slots], self.finished[slots] == 0
         at = torch.where(live, step, limit)
@@ -110,7 +131,9 @@ class State:
         self.step[slots] += live
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """What stands in the slots `source` now also stands in `target`; they are finished where they were."""
+        """What stands in the slots `source` now also stands in `target`; they are finished where
+        they were.
+        """
         for tensor in (self.row, self.token, self.length, self.step, self.finished):
             tensor[target] = tensor[source]
         self.finished[source] = 1
@@ -132,12 +155,25 @@ class Decoder:
         use_kernels: bool | None = None,
         warn: Callable[[str], object] = lambda message: None,
     ) -> None:
-        """width: tokens of prompt and answer, at most; limit: of the answer. use_kernels: Triton's; default: where they are at hand."""
+        """width: tokens of prompt and answer, at most; limit: of the answer. use_kernels: Triton's;
+        default: where they are at hand.
+        """
         weights = network.token_embedding
-        self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = network, slots, width, rows, sampling, eos_id
+        self.network, self.slots, self.width, self.rows, self.sampling, self.eos_id = (
+            network,
+            slots,
+            width,
+            rows,
+            sampling,
+            eos_id,
+        )
         self.device = weights.device
         on_gpu = self.device.type == "cuda"
-        self.use_kernels = (on_gpu and decode_step.network_supported(network) and decode_step.work(warn)) if use_kernels is None else use_kernels
+        self.use_kernels = (
+            (on_gpu and decode_step.network_supported(network) and decode_step.work(warn))
+            if use_kernels is None
+            else use_kernels
+        )
         self._add_norm = decode_step.add_norm if self.use_kernels else _add_norm
         self.state = State.of(slots, rows, limit, self.device)
         shape = (len(network.layers), slots, network.heads, width, network.head_size)
@@ -160,7 +196,9 @@ class Decoder:
         self.state.finished.fill_(1)
 
     def prefill(self, slots: Sequence[int], rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
-        """Feed these prompts into free slots, and sample the first token of each: in passes where the fewest tokens are computed."""
+        """Feed these prompts into free slots, and sample the first token of each: in passes where
+        the fewest tokens are computed.
+        """
         lengths = np.array([len(prompt) for prompt in prompts])
         order = np.argsort(-lengths, kind="stable")
         for part in split_into_passes(lengths[order], PREFILL_TOKENS):
@@ -177,15 +215,22 @@ class Decoder:
         state.row[slot], state.step[slot], state.finished[slot] = row, 0, 0
         state.length[slot] = length - 1  # `record` counts the token that was fed last
         run = range(slots[0], slots[0] + len(slots))
-        where = slice(run.start, run.stop) if list(slots) == list(run) else slot  # by an index, keys and values took an H200 36 ms, so 20
+        where = (
+            slice(run.start, run.stop) if list(slots) == list(run) else slot
+        )  # by an index, keys and values took an H200 36 ms, so 20
         state.record(slot, self._prefill(where, inputs, length), self.sampling, self.eos_id)
 
     def _prefill(self, slots: Tensor | slice, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Fills the cache. ids: (n, P), padded on the right: under causal attention that changes nothing. Returns logits (n, V) after each prompt."""
+        """Fills the cache. ids: (n, P), padded on the right: under causal attention that changes
+        nothing. Returns logits (n, V) after each prompt.
+        """
         network, (count, width) = self.network, ids.shape
 
         def attend(number: int, layer: Layer, y: Tensor) -> Tensor:
-            query, key, value = (part.view(count, width, network.heads, network.head_size).transpose(1, 2) for part in layer.query_key_value(y))
+            query, key, value = (
+                part.view(count, width, network.heads, network.head_size).transpose(1, 2)
+                for part in layer.query_key_value(y)
+            )
             self.keys[number, slots, :, :width] = key
             self.values[number, slots, :, :width] = value
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -202,7 +247,9 @@ class Decoder:
     # --- steps ---
 
     def advance(self, count: int, width: int, steps: int) -> None:
-        """`steps` more tokens for the first `count` slots, none of which then holds more than `width` tokens."""
+        """`steps` more tokens for the first `count` slots, none of which then holds more than
+        `width` tokens.
+        """
         run = self._captured(count, width)
         for _ in range(steps):
             run()
@@ -217,7 +264,9 @@ class Decoder:
             except Exception as error:
                 if compat.is_out_of_memory(error):
                     raise
-                self._warn(f"the decode step could not be captured as a CUDA graph, and runs without: {str(error).splitlines()[0]}")
+                self._warn(
+                    f"the decode step could not be captured as a CUDA graph, and runs without: {str(error).splitlines()[0]}"
+                )
                 self._graphs = None
                 return lambda: self._step(count, width)
         return self._graphs[count, reach].replay
@@ -245,7 +294,9 @@ class Decoder:
         length, finished = state.length[:count], state.finished[:count]
         everyone = torch.arange(count, device=self.device)
         if not self.use_kernels:
-            unseen = (torch.arange(width, device=self.device) > length[:, None])[:, None, None]  # the new token is at `length`
+            unseen = (torch.arange(width, device=self.device) > length[:, None])[
+                :, None, None
+            ]  # the new token is at `length`
             bias = torch.zeros(unseen.shape, dtype=self.keys.dtype, device=self.device).masked_fill_(unseen, -torch.inf)
 
         def attend(number: int, layer: Layer, y: Tensor) -> Tensor:
@@ -271,7 +322,9 @@ class Decoder:
     # --- slots ---
 
     def compact(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
-        """Move the answers in the slots `source` to the free slots `target`; none holds more than `width` tokens."""
+        """Move the answers in the slots `source` to the free slots `target`; none holds more than
+        `width` tokens.
+        """
         old, new = (self._sent(places) for places in (source, target))
         for cache in (self.keys, self.values):
             for layer in cache:
@@ -280,7 +333,9 @@ class Decoder:
 
 
 def attention_tiles(count: int) -> dict[str, int]:
-    """Tokens a tile, warps and stages of `decode_step.attend`. Measured on an H200: one warp reads at the copy bandwidth where slots are many;
+    """Tokens a tile, warps and stages of `decode_step.attend`.
+
+    Measured on an H200: one warp reads at the copy bandwidth where slots are many;
     few slots need more of them in flight.
     """
     return {"block": 64, "warps": 1, "stages": 1} if count > 32 else {"block": 64, "warps": 2, "stages": 3}
@@ -301,7 +356,9 @@ def _add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """One query a slot and head: the slow twin of `decode_step.attend`. query: (n, H, D); keys, values: (n, H, T, D); bias: (n, 1, 1, W), W <= T."""
+    """One query a slot and head: the slow twin of `decode_step.attend`. query: (n, H, D); keys,
+    values: (n, H, T, D); bias: (n, 1, 1, W), W <= T.
+    """
     width = bias.shape[-1]
     if query.dtype == torch.float32 and not query.is_cuda:
         return _attend_on_cpu(query, keys, values, bias)
@@ -310,11 +367,17 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor
 
 
 def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """As `_attend`. SDPA starts a product for each slot and head there: 64 slots and 8 heads of 100 tokens took 2.0 ms, and 1.5 in this way."""
+    """As `_attend`.
+
+    SDPA starts a product for each slot and head there: 64 slots and 8 heads of 100 tokens took 2.0
+    ms, and 1.5 in this way.
+    """
     count, heads, size = query.shape
     width = bias.shape[-1]
     apart = (count * heads, 1, size)
-    scores = torch.bmm((query * size**-0.5).view(apart), keys.flatten(0, 1)[:, :width].transpose(1, 2)).view(count, heads, 1, width)
+    scores = torch.bmm((query * size**-0.5).view(apart), keys.flatten(0, 1)[:, :width].transpose(1, 2)).view(
+        count, heads, 1, width
+    )
     weights = scores.add_(bias).softmax(-1).view(count * heads, 1, width)
     return torch.bmm(weights, values.flatten(0, 1)[:, :width]).view(query.shape)
 
@@ -326,7 +389,10 @@ def _through(
     add_norm: Callable[[Tensor, Tensor, Norm], tuple[Tensor, Tensor]],
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """All layers. x: (n, d), embedded. Returns (n, d), normed as the family does; or (m, d), of the tokens `wanted` (m,) alone."""
+    """All layers. x: (n, d), embedded.
+
+    Returns (n, d), normed as the family does; or (m, d), of the tokens `wanted` (m,) alone.
+    """
     y = network.first_norm(x) if network.first_norm is not None else x
     for number, layer in enumerate(network.layers):
         seen = attend(number, layer, y)

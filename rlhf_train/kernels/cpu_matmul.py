@@ -1,7 +1,9 @@
-"""Products of matrices on a CPU, in float32: by the quicker of the two libraries that PyTorch carries.
+"""Products of matrices on a CPU, in float32: by the quicker of the two libraries that PyTorch
+carries.
 
-PyTorch calls MKL, whose kernels on AMD's processors stop at AVX2. Where these have AVX-512, oneDNN uses it: one core of an EPYC of Zen 5
-does 105 to 115 GFLOP/s by MKL, and by oneDNN 170 to 260. On any other processor, and on a GPU, all here is PyTorch's own product.
+PyTorch calls MKL, whose kernels on AMD's processors stop at AVX2. Where these have AVX-512, oneDNN
+uses it: one core of an EPYC of Zen 5 does 105 to 115 GFLOP/s by MKL, and by oneDNN 170 to 260. On
+any other processor, and on a GPU, all here is PyTorch's own product.
 """
 
 from __future__ import annotations
@@ -16,11 +18,16 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_train import compat, host
 
-LEAST = 2**20  # multiplications of a product, below which oneDNN's start costs what its kernels save: 16 rows by a matrix of 256 x 256
+LEAST = (
+    2**20
+)  # multiplications of a product, below which oneDNN's start costs what its kernels save: 16 rows by a matrix of 256 x 256
 
 
 def use_in(model: Any) -> Any:
-    """The model, whose linear layers but the head are `linear` from now on. Copies of it are so, too."""
+    """The model, whose linear layers but the head are `linear` from now on.
+
+    Copies of it are so, too.
+    """
     if is_quicker_by_onednn():
         for module in model.base_model.modules():
             if type(module) is nn.Linear:
@@ -38,7 +45,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _suits(x, weight) or hasattr(weight, "ds_id"):  # ZeRO-3 takes weights away between the two passes
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2)
-    y: Tensor = _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else compat.onednn_linear(flat, weight, bias)
+    y: Tensor = (
+        _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else compat.onednn_linear(flat, weight, bias)
+    )
     return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
 
 

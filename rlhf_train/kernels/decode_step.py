@@ -1,4 +1,6 @@
-"""Triton kernels of the decode step, for GPUs. Optional: without Triton 3 rlhf_train/generation/decoder.py does the same in plain PyTorch. The sum
+"""Triton kernels of the decode step, for GPUs.
+
+Optional: without Triton 3 rlhf_train/generation/decoder.py does the same in plain PyTorch. The sum
 with its norm also serves prompts, scoring and training.
 
 Each has its slow twin in decoder.py, and tests compare the two in Triton's interpreter, on a CPU.
@@ -31,13 +33,17 @@ if IS_THERE:
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < SIZE
-        value = tl.load(x + row * SIZE + column, inside, 0.0).to(tl.float32) + tl.load(residual + row * SIZE + column, inside, 0.0).to(tl.float32)
+        value = tl.load(x + row * SIZE + column, inside, 0.0).to(tl.float32) + tl.load(
+            residual + row * SIZE + column, inside, 0.0
+        ).to(tl.float32)
         value = value.to(total.dtype.element_ty).to(tl.float32)  # as the sum is kept
         tl.store(total + row * SIZE + column, value.to(total.dtype.element_ty), inside)
         mean = tl.sum(value, 0) / SIZE
         centred = tl.where(inside, value - mean, 0.0)
         scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / SIZE + eps)
-        out = centred * scale * tl.load(weight + column, inside, 0.0).to(tl.float32) + tl.load(bias + column, inside, 0.0).to(tl.float32)
+        out = centred * scale * tl.load(weight + column, inside, 0.0).to(tl.float32) + tl.load(
+            bias + column, inside, 0.0
+        ).to(tl.float32)
         tl.store(normed + row * SIZE + column, out.to(normed.dtype.element_ty), inside)
 
     @triton.jit
@@ -48,7 +54,11 @@ if IS_THERE:
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         d = tl.arange(0, SIZE)
         live = tl.where(tl.load(finished + row) != 0, 0, tl.load(length + row)).to(tl.int32)
-        q = (tl.load(query + row * query_stride + head * SIZE + d).to(tl.float32) * scale).to(out.dtype.element_ty).to(tl.float32)
+        q = (
+            (tl.load(query + row * query_stride + head * SIZE + d).to(tl.float32) * scale)
+            .to(out.dtype.element_ty)
+            .to(tl.float32)
+        )
         new_key = tl.load(key + row * key_stride + head * SIZE + d)
         new_value = tl.load(value + row * value_stride + head * SIZE + d)
         base = (row * HEADS + head) * capacity * SIZE
@@ -74,10 +84,15 @@ if IS_THERE:
         tl.store(out + row * HEADS * SIZE + head * SIZE + d, (mixed / total).to(out.dtype.element_ty))
 
     @triton.jit
-    def _masses(logits, maxima, sums, per_temperature, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    def _masses(
+        logits, maxima, sums, per_temperature, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         token = part * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(logits + row * VOCABULARY + token, token < VOCABULARY, float("-inf")).to(tl.float32) * per_temperature
+        z = (
+            tl.load(logits + row * VOCABULARY + token, token < VOCABULARY, float("-inf")).to(tl.float32)
+            * per_temperature
+        )
         most = tl.max(z, 0)
         tl.store(maxima + row * BLOCKS + part, most)
         tl.store(sums + row * BLOCKS + part, tl.sum(tl.exp(z - most), 0))
@@ -95,7 +110,9 @@ if IS_THERE:
             block_max = tl.load(maxima + slot * BLOCKS + part, inside, float("-inf"))
             most = tl.max(block_max, 0)
             # float64 over the blocks: the whole mass, and what lies before each.
-            mass = tl.where(inside, tl.load(sums + slot * BLOCKS + part, inside, 0.0) * tl.exp(block_max - most), 0.0).to(tl.float64)
+            mass = tl.where(
+                inside, tl.load(sums + slot * BLOCKS + part, inside, 0.0) * tl.exp(block_max - most), 0.0
+            ).to(tl.float64)
             total = tl.sum(mass, 0)
             if GREEDY:
                 chosen_block = tl.argmax(block_max, 0)
@@ -107,17 +124,27 @@ if IS_THERE:
                 chosen_block = tl.minimum(tl.sum((inside & (ends <= wanted)).to(tl.int32), 0), BLOCKS - 1)
                 before = tl.sum(tl.where(part < chosen_block, mass, 0.0), 0)
             token = chosen_block * BLOCK + tl.arange(0, BLOCK)
-            z = tl.load(logits + slot * VOCABULARY + token, token < VOCABULARY, float("-inf")).to(tl.float32) * per_temperature
+            z = (
+                tl.load(logits + slot * VOCABULARY + token, token < VOCABULARY, float("-inf")).to(tl.float32)
+                * per_temperature
+            )
             if GREEDY:
                 chosen = chosen_block * BLOCK + tl.argmax(z, 0)
             else:
                 each = tl.exp(z - most).to(tl.float64)
                 inner = tl.cumsum(each, 0)
-                # The block's mass was added up in another order: of the same share, or rounding could take its last token.
-                inside_block = (wanted - before) * tl.sum(each, 0) / tl.sum(tl.where(part == chosen_block, mass, 0.0), 0)
+                # The block's mass was added up in another order: of the same share, or rounding
+                # could take its last token.
+                inside_block = (
+                    (wanted - before) * tl.sum(each, 0) / tl.sum(tl.where(part == chosen_block, mass, 0.0), 0)
+                )
                 last = tl.minimum(BLOCK, VOCABULARY - chosen_block * BLOCK) - 1
                 chosen = chosen_block * BLOCK + tl.minimum(tl.sum((inner <= inside_block).to(tl.int32), 0), last)
-            log_prob = tl.load(logits + slot * VOCABULARY + chosen).to(tl.float32) * per_temperature - most - tl.log(total.to(tl.float32))
+            log_prob = (
+                tl.load(logits + slot * VOCABULARY + chosen).to(tl.float32) * per_temperature
+                - most
+                - tl.log(total.to(tl.float32))
+            )
             tl.store(tokens + row * (limit + 1) + at, chosen.to(tl.int64))
             tl.store(log_probs + row * (limit + 1) + at, log_prob)
             tl.store(token_of + slot, chosen.to(tl.int64))
@@ -127,12 +154,17 @@ if IS_THERE:
 
 
 def network_supported(network: Network) -> bool:
-    """Whether the attention kernel can: its tiles are powers of two, and OPT-2.7b's heads have 80 numbers."""
+    """Whether the attention kernel can: its tiles are powers of two, and OPT-2.7b's heads have 80
+    numbers.
+    """
     return network.head_size >= 16 and network.head_size & (network.head_size - 1) == 0
 
 
 def work(warn: Callable[[str], object]) -> bool:
-    """Whether Triton can run a kernel on this GPU: it needs a C compiler at the first one. If not, says so once."""
+    """Whether Triton can run a kernel on this GPU: it needs a C compiler at the first one.
+
+    If not, says so once.
+    """
     reason = _failure() if IS_THERE else "it is not installed, or older than Triton 3"
     if reason:
         warn(f"rollouts run without Triton's kernels, which is slower: {reason}")
@@ -144,7 +176,18 @@ def _failure() -> str:
     """Why a kernel does not run here; "" if it does."""
     try:
         ones = torch.ones(1, 16, device="cuda")
-        _add_norm[(1,)](ones, ones, ones[0], ones[0], torch.empty_like(ones), torch.empty_like(ones), 1e-5, SIZE=16, BLOCK=16, num_warps=1)
+        _add_norm[(1,)](
+            ones,
+            ones,
+            ones[0],
+            ones[0],
+            torch.empty_like(ones),
+            torch.empty_like(ones),
+            1e-5,
+            SIZE=16,
+            BLOCK=16,
+            num_warps=1,
+        )
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
@@ -161,16 +204,39 @@ def add_norm(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     total, normed = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[1]
     block = triton.next_power_of_2(size)
-    _add_norm[(len(x),)](x, residual, norm.weight, norm.bias, total, normed, norm.eps, SIZE=size, BLOCK=block, num_warps=4 if block <= 2048 else 8)
+    _add_norm[(len(x),)](
+        x,
+        residual,
+        norm.weight,
+        norm.bias,
+        total,
+        normed,
+        norm.eps,
+        SIZE=size,
+        BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
+    )
     return total, normed
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, finished: Tensor, *, block: int, warps: int, stages: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    finished: Tensor,
+    *,
+    block: int,
+    warps: int,
+    stages: int,
 ) -> Tensor:
-    """One new token a slot: its key and value go into the cache, its query over all that is live there. Reads nothing else.
+    """One new token a slot: its key and value go into the cache, its query over all that is live
+    there. Reads nothing else.
 
-    query, key, value: (n, H D), rows may lie apart; keys, values: (slots, H, T, D); length, finished: (n,). Returns (n, H D).
+    query, key, value: (n, H D), rows may lie apart; keys, values: (slots, H, T, D); length,
+    finished: (n,). Returns (n, H D).
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _, heads, capacity, size = keys.shape
@@ -185,11 +251,15 @@ def sample(
     logits: Tensor, uniforms: Tensor, row_of: Tensor, token_of: Tensor, length: Tensor, step: Tensor, finished: Tensor, tokens: Tensor, log_probs: Tensor,
     *, temperature: float, greedy: bool, eos_id: int,
 ) -> None:  # fmt: skip
-    """The next token of each slot that is not finished, and all its book-keeping. logits: (n, V); uniforms, tokens, log_probs: (rows, limit + 1)."""
+    """The next token of each slot that is not finished, and all its book-keeping. logits: (n, V);
+    uniforms, tokens, log_probs: (rows, limit + 1).
+    """
     count, vocabulary = logits.shape
     blocks = triton.cdiv(vocabulary, VOCABULARY_BLOCK)
     maxima, sums = (torch.empty(count, blocks, dtype=torch.float32, device=logits.device) for _ in range(2))
-    _masses[(count, blocks)](logits, maxima, sums, 1 / temperature, VOCABULARY=vocabulary, BLOCKS=blocks, BLOCK=VOCABULARY_BLOCK, num_warps=8)
+    _masses[(count, blocks)](
+        logits, maxima, sums, 1 / temperature, VOCABULARY=vocabulary, BLOCKS=blocks, BLOCK=VOCABULARY_BLOCK, num_warps=8
+    )
     _pick[(count,)](
         logits, maxima, sums, uniforms, row_of, token_of, length, step, finished, tokens, log_probs, 1 / temperature, eos_id, tokens.shape[1] - 1,
         VOCABULARY=vocabulary, BLOCKS=blocks, BLOCK=VOCABULARY_BLOCK, PADDED_BLOCKS=triton.next_power_of_2(blocks), GREEDY=greedy, num_warps=8,

@@ -1,4 +1,7 @@
-"""The tensors of a decoder-only transformer, by what the decode step does with them. Which model they belong to does not matter here."""
+"""The tensors of a decoder-only transformer, by what the decode step does with them.
+
+Which model they belong to does not matter here.
+"""
 
 from __future__ import annotations
 

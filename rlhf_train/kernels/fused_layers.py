@@ -1,8 +1,10 @@
-"""What a decoder's layer is made of besides products and attention, with gradients: on a GPU in few passes over memory.
+"""What a decoder's layer is made of besides products and attention, with gradients: on a GPU in few
+passes over memory.
 
-A sum that is normed at once is one kernel with its norm, and a norm's gradient one with what the sum has of elsewhere; a ReLU is done by
-cuBLAS with the product before it, and its gradient is one kernel with that of the bias. The kernels are Triton 3's. Without it, and on a
-CPU, norms and gradients are PyTorch's own.
+A sum that is normed at once is one kernel with its norm, and a norm's gradient one with what the
+sum has of elsewhere; a ReLU is done by cuBLAS with the product before it, and its gradient is one
+kernel with that of the bias. The kernels are Triton 3's. Without it, and on a CPU, norms and
+gradients are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -37,14 +39,23 @@ def _by_kernels(x: Tensor) -> bool:
 
 def _suits(norm: nn.LayerNorm) -> bool:
     """ZeRO-3's weights have a ds_id, and no values but while their module runs."""
-    return norm.weight is not None and norm.bias is not None and not hasattr(norm.weight, "ds_id") and len(norm.weight) <= LONGEST
+    return (
+        norm.weight is not None
+        and norm.bias is not None
+        and not hasattr(norm.weight, "ds_id")
+        and len(norm.weight) <= LONGEST
+    )
 
 
 class _AddNorm(torch.autograd.Function):
-    """x (n, d), residual (n, d) or None, weight (d,), bias (d,), eps -> their sum (n, d), its norm (n, d)."""
+    """x (n, d), residual (n, d) or None, weight (d,), bias (d,), eps -> their sum (n, d), its norm
+    (n, d).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         if residual is None:
             total, normed = x, F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -61,7 +72,9 @@ class _AddNorm(torch.autograd.Function):
         wants_x, wants_residual, wants_weight, wants_bias, _ = ctx.needs_input_grad
         gradient, of_weight, of_bias = of_total, None, None
         if of_normed is not None:
-            gradient, of_weight, of_bias = layer_gradients.norm_gradient(total.contiguous(), weight, of_total, of_normed, ctx.eps)
+            gradient, of_weight, of_bias = layer_gradients.norm_gradient(
+                total.contiguous(), weight, of_total, of_normed, ctx.eps
+            )
         return (
             gradient if wants_x else None,
             gradient if wants_residual else None,
@@ -75,7 +88,8 @@ class _AddNorm(torch.autograd.Function):
 
 
 def join_relu(layer: Any) -> None:
-    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU writes over what it has made.
+    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU
+    writes over what it has made.
 
     After adapters are added: one that is put on a LinearRelu would come after the ReLU.
     """
@@ -91,9 +105,13 @@ class LinearRelu(nn.Linear):
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """relu(x W^T + b), with a gradient. x: (..., k); weight: (m, k); bias: (m,). Returns (..., m)."""
+    """relu(x W^T + b), with a gradient. x: (..., k); weight: (m, k); bias: (m,).
+
+    Returns (..., m).
+    """
     if bias is None or hasattr(weight, "ds_id") or not _by_cublas(x):
-        # Over the product, whose gradient does not need it. One of more than two dimensions is a view, of which autograd would make a copy.
+        # Over the product, whose gradient does not need it. One of more than two dimensions is a
+        # view, of which autograd would make a copy.
         return F.relu(cpu_matmul.linear(x, weight, bias), inplace=x.ndim == 2)
     flat = x.flatten(0, -2)
     y: Tensor = _LinearRelu.apply(flat, weight, bias)
@@ -124,4 +142,8 @@ class _LinearRelu(torch.autograd.Function):
         else:
             gradient = torch.ops.aten.threshold_backward(above, y, 0)
             of_bias = gradient.sum(0)
-        return gradient @ weight if wants_x else None, gradient.t() @ x if wants_weight else None, of_bias if wants_bias else None
+        return (
+            gradient @ weight if wants_x else None,
+            gradient.t() @ x if wants_weight else None,
+            of_bias if wants_bias else None,
+        )

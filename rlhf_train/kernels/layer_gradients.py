@@ -1,6 +1,8 @@
-"""Triton kernels of the backward pass through a decoder's layers, for GPUs: what PyTorch does in several passes over memory, in one.
+"""Triton kernels of the backward pass through a decoder's layers, for GPUs: what PyTorch does in
+several passes over memory, in one.
 
-Optional: without Triton 3 it is PyTorch's own. Tests compare the two in Triton's interpreter, on a CPU.
+Optional: without Triton 3 it is PyTorch's own. Tests compare the two in Triton's interpreter, on a
+CPU.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from rlhf_train.kernels.decode_step import IS_THERE
 
-# Of a norm's gradient: they go through all rows together, and each adds up its part of the gradients of weight and bias. On an H200 16384
-# rows of 2048 took 99 us and their sums 18 (512 programs: 97 and 26; 256: 149 and 17), of 1024 53 and 15 (77 and 25, 133 and 17).
+# Of a norm's gradient: they go through all rows together, and each adds up its part of the
+# gradients of weight and bias. On an H200 16384 rows of 2048 took 99 us and their sums 18 (512
+# programs: 97 and 26; 256: 149 and 17), of 1024 53 and 15 (77 and 25, 133 and 17).
 PROGRAMS = 1024
 ROWS, COLUMNS, PARTS = 8, 512, 32  # of a tile of a ReLU's gradient, and programs that share a column's rows
 
@@ -49,7 +52,9 @@ if IS_THERE:
     @triton.jit
     def _relu_gradient(above, y, out, of_bias, rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)  # added up over its rows in the end: to do it for each tile took twice as long as all else
+        total = tl.zeros(
+            [ROWS, COLUMNS], tl.float32
+        )  # added up over its rows in the end: to do it for each tile took twice as long as all else
         for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
             row = first + tl.arange(0, ROWS)
             at = tl.cast(row, tl.int64)[:, None] * size + column[None, :]
@@ -61,8 +66,12 @@ if IS_THERE:
         tl.store(of_bias + tl.program_id(1) * size + column, tl.sum(total, 0), column < size)
 
 
-def norm_gradient(x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x (n, d), of the weight and of the bias (d,), given that of the layer norm of x; of_x (n, d): what x has of elsewhere, added."""
+def norm_gradient(
+    x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x (n, d), of the weight and of the bias (d,), given that of the layer norm of x; of_x (n,
+    d): what x has of elsewhere, added.
+    """
     rows, size = x.shape
     programs = max(1, min(PROGRAMS, rows))
     parts = torch.empty(2, programs, size, dtype=torch.float32, device=x.device)
@@ -82,5 +91,7 @@ def relu_gradient(above: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = y.shape
     above, out = above.contiguous(), torch.empty_like(y)
     parts = torch.empty(PARTS, size, dtype=torch.float32, device=y.device)
-    _relu_gradient[(triton.cdiv(size, COLUMNS), PARTS)](above, y, out, parts, rows, size, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    _relu_gradient[(triton.cdiv(size, COLUMNS), PARTS)](
+        above, y, out, parts, rows, size, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
     return out, parts.sum(0).to(y.dtype)

@@ -1,6 +1,8 @@
-"""Triton kernels of the log-probs over a vocabulary, for GPUs: logits are read once forward, and once backward, in the model's dtype.
+"""Triton kernels of the log-probs over a vocabulary, for GPUs: logits are read once forward, and
+once backward, in the model's dtype.
 
-Optional: without Triton 3 rlhf_train/models/log_probs.py does the same in plain PyTorch. Tests compare the two in Triton's interpreter, on a CPU.
+Optional: without Triton 3 rlhf_train/models/log_probs.py does the same in plain PyTorch. Tests
+compare the two in Triton's interpreter, on a CPU.
 """
 
 from __future__ import annotations
@@ -17,11 +19,22 @@ if IS_THERE:
     import triton.language as tl
 
     @triton.jit
-    def _softmax_numbers(logits, labels, log_probs, normalizers, entropies, per_temperature, vocabulary, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    def _softmax_numbers(
+        logits,
+        labels,
+        log_probs,
+        normalizers,
+        entropies,
+        per_temperature,
+        vocabulary,
+        ENTROPY: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         logits += row * vocabulary
-        # Online, a column of the block at a time. Beyond the row's end stands a number that is low, and finite: no NaN comes of it.
+        # Online, a column of the block at a time. Beyond the row's end stands a number that is low,
+        # and finite: no NaN comes of it.
         most = tl.zeros([BLOCK], tl.float32) - 1e30
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
@@ -54,13 +67,26 @@ if IS_THERE:
         tl.store(place, out.to(logits.dtype.element_ty), column < vocabulary)
 
 
-def softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_numbers(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """As log_probs.softmax_numbers. logits: (n, V), contiguous."""
     rows, vocabulary = logits.shape
     log_probs, normalizers = logits.new_empty(2, rows, dtype=torch.float32)
     entropies = logits.new_empty(rows if with_entropy else 0, dtype=torch.float32)
     if rows:
-        _softmax_numbers[(rows,)](logits, labels, log_probs, normalizers, entropies, 1 / temperature, vocabulary, with_entropy, BLOCK, num_warps=8)
+        _softmax_numbers[(rows,)](
+            logits,
+            labels,
+            log_probs,
+            normalizers,
+            entropies,
+            1 / temperature,
+            vocabulary,
+            with_entropy,
+            BLOCK,
+            num_warps=8,
+        )
     return log_probs, normalizers, entropies
 
 
@@ -69,4 +95,6 @@ def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: 
     rows, vocabulary = logits.shape
     if rows:
         grid = (rows, triton.cdiv(vocabulary, BLOCK))
-        _to_gradient[grid](logits, labels, normalizers, gradient.contiguous(), 1 / temperature, vocabulary, BLOCK, num_warps=8)
+        _to_gradient[grid](
+            logits, labels, normalizers, gradient.contiguous(), 1 / temperature, vocabulary, BLOCK, num_warps=8
+        )

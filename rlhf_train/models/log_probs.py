@@ -1,8 +1,10 @@
 """Log-probs of labels under a vocabulary head: the largest tensors of training, so kept small.
 
-Where the head is a plain linear layer, logits live in the model's own dtype, softmax is done in float32 for a few rows at a time (or in
-kernels, on a GPU), and in the backward pass the gradient of the logits takes their place. A head that is more than its weight (an
-adapter on it, a bias, ZeRO-3's partitions) is called as a module, and again in the backward pass where it takes several chunks.
+Where the head is a plain linear layer, logits live in the model's own dtype, softmax is done in
+float32 for a few rows at a time (or in kernels, on a GPU), and in the backward pass the gradient of
+the logits takes their place. A head that is more than its weight (an adapter on it, a bias,
+ZeRO-3's partitions) is called as a module, and again in the backward pass where it takes several
+chunks.
 """
 
 from __future__ import annotations
@@ -20,26 +22,44 @@ from rlhf_train.kernels.cpu_matmul import product
 
 FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
 MODULE_BYTES = 256 * 2**20  # float32 logits held at once where the head is called as a module
-KEPT_BYTES = 2**31  # logits held at once in the model's dtype, and kept for the backward pass; those of more rows are made again there
+KEPT_BYTES = (
+    2**31
+)  # logits held at once in the model's dtype, and kept for the backward pass; those of more rows are made again there
 
 
 def label_log_probs(
-    states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float = 1.0, with_entropy: bool = False
+    states: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(states) / temperature)[labels], in float32.
 
-    states: (N, d); labels: (N,). Returns (N,), and the entropies (N,), without gradient, if asked for.
+    states: (N, d); labels: (N,). Returns (N,), and the entropies (N,), without gradient, if asked
+    for.
     """
     if is_plain(head, states):
-        log_probs, entropies = _LabelLogProbs.apply(states, head.weight, labels, temperature, with_entropy, torch.is_grad_enabled())
+        log_probs, entropies = _LabelLogProbs.apply(
+            states, head.weight, labels, temperature, with_entropy, torch.is_grad_enabled()
+        )
     else:
         log_probs, entropies = _by_module(states, labels, head, vocabulary, temperature, with_entropy)
     return log_probs, entropies if with_entropy else None
 
 
 def is_plain(head: nn.Module, states: Tensor) -> bool:
-    """Whether the head is its weight and nothing else. ZeRO-3's weights have a ds_id, and no values but while their module runs."""
-    return type(head) is nn.Linear and getattr(head, "bias", None) is None and not hasattr(head.weight, "ds_id") and head.weight.dtype == states.dtype
+    """Whether the head is its weight and nothing else.
+
+    ZeRO-3's weights have a ds_id, and no values but while their module runs.
+    """
+    return (
+        type(head) is nn.Linear
+        and getattr(head, "bias", None) is None
+        and not hasattr(head.weight, "ds_id")
+        and head.weight.dtype == states.dtype
+    )
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -47,7 +67,13 @@ class _LabelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_entropy: bool, with_gradient: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         parts = pieces(len(labels), weight.shape[0] * weight.element_size(), KEPT_BYTES)
         numbers = []
@@ -74,8 +100,21 @@ class _LabelLogProbs(torch.autograd.Function):
                 of_states.append(product(logits, weight.T))
             if ctx.needs_input_grad[1]:
                 part_of_it = product(logits.T, states[part].T)
-                of_weight = part_of_it if len(ctx.parts) == 1 else part_of_it.float() if of_weight is None else of_weight.add_(part_of_it)
-        return torch.cat(of_states) if of_states else None, None if of_weight is None else of_weight.to(weight.dtype), None, None, None, None
+                of_weight = (
+                    part_of_it
+                    if len(ctx.parts) == 1
+                    else part_of_it.float()
+                    if of_weight is None
+                    else of_weight.add_(part_of_it)
+                )
+        return (
+            torch.cat(of_states) if of_states else None,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def pieces(rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
@@ -99,8 +138,12 @@ def _to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient:
         to_gradient_(logits[part], labels[part], normalizers[part], gradient[part], temperature)
 
 
-def softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V), (n,) -> log-probs (n,), log of the sum of exp (n,), entropies (n,) or (0,), in float32."""
+def softmax_numbers(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V), (n,) -> log-probs (n,), log of the sum of exp (n,), entropies (n,) or (0,), in
+    float32.
+    """
     scaled = logits.float() / temperature if temperature != 1.0 else logits.float()
     probabilities = scaled.softmax(-1)
     normalizers = scaled.amax(-1) - probabilities.amax(-1).log()  # the likeliest token has 1 / V at least
@@ -111,7 +154,9 @@ def softmax_numbers(logits: Tensor, labels: Tensor, temperature: float, with_ent
 
 
 def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:
-    """In place: logits (n, V) become the gradient with respect to themselves, given that of their labels' log-probs (n,)."""
+    """In place: logits (n, V) become the gradient with respect to themselves, given that of their
+    labels' log-probs (n,).
+    """
     scaled = logits.float()  # float32 logits themselves
     if temperature != 1.0:
         scaled /= temperature
@@ -137,7 +182,9 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _by_module(states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
+def _by_module(
+    states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
     """The same, of any head."""
 
     def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +197,10 @@ def _by_module(states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int,
 
     parts = pieces(len(labels), 4 * vocabulary, MODULE_BYTES)
     if torch.is_grad_enabled() and len(parts) > 1:
-        done = [checkpoint(chunk, states[part], labels[part], preserve_rng_state=False, **compat.checkpointing_arguments()) for part in parts]
+        done = [
+            checkpoint(chunk, states[part], labels[part], preserve_rng_state=False, **compat.checkpointing_arguments())
+            for part in parts
+        ]
     else:
         done = [chunk(states[part], labels[part]) for part in parts]
     log_probs, entropies = (torch.cat(column) for column in zip(*done, strict=True))

@@ -1,7 +1,9 @@
-"""The four networks, as plain Hugging Face models, and the two forward passes that training needs of them.
+"""The four networks, as plain Hugging Face models, and the two forward passes that training needs
+of them.
 
-Dropout is 0 in every model, always: old and new log-probs must come from the same function. Padding has a token of its
-own, never the EOS. `ActorForward` and `ScoreForward` exist in training only; what is saved is the model inside them.
+Dropout is 0 in every model, always: old and new log-probs must come from the same function. Padding
+has a token of its own, never the EOS. `ActorForward` and `ScoreForward` exist in training only;
+what is saved is the model inside them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
@@ -30,7 +38,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
     if tokenizer.eos_token_id is None:
         raise ToolkitError(
-            f"the tokenizer of {source} has no EOS token", why="a response must be able to end", hint="choose a model whose tokenizer has one"
+            f"the tokenizer of {source} has no EOS token",
+            why="a response must be able to end",
+            hint="choose a model whose tokenizer has one",
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -38,7 +48,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with OPT's special tokens: `</s>` begins a prompt and ends an answer."""
+    """A byte-level BPE tokenizer with OPT's special tokens: `</s>` begins a prompt and ends an
+    answer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -47,10 +59,15 @@ def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     # Every byte is in the alphabet: no text is unknown, whatever the training rows lacked.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", bpe.token_to_id("</s>"))])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", bpe.token_to_id("</s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="</s>",
@@ -58,7 +75,10 @@ def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids, which no model here takes
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4 would add token_type_ids, which no model here takes
     )
 
 
@@ -71,12 +91,17 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
         return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype)))
-    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
+    loaded = _load(
+        AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype)
+    )
     return cpu_matmul.use_in(_fit_vocabulary(loaded, tokenizer))
 
 
 def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
-    """AutoModelForSequenceClassification with one label. A head that the weights lack starts at N(0, 1/sqrt(d + 1))."""
+    """AutoModelForSequenceClassification with one label.
+
+    A head that the weights lack starts at N(0, 1/sqrt(d + 1)).
+    """
     config = _config(model, tokenizer)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
     config.num_labels = 1
@@ -84,7 +109,13 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     if isinstance(model, Scratch):
         scorer = AutoModelForSequenceClassification.from_config(config, **compat.dtype_argument(dtype))
     else:
-        scorer = _load(AutoModelForSequenceClassification.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype))
+        scorer = _load(
+            AutoModelForSequenceClassification.from_pretrained,
+            model,
+            hub.model_files,
+            config=config,
+            **compat.dtype_argument(dtype),
+        )
         scorer = _fit_vocabulary(scorer, tokenizer)
     if not isinstance(getattr(scorer, "score", None), nn.Module):
         raise ToolkitError(
@@ -113,7 +144,9 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
     else:
         config = _load(AutoConfig.from_pretrained, model, hub.config_files)
     for name, value in config.to_dict().items():
-        if (name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float | int):
+        if (
+            name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+        ) and isinstance(value, float | int):
             setattr(config, name, 0.0)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # A padding token that was added has no row in the embedding yet: see `_fit_vocabulary`.
@@ -122,7 +155,9 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Room for a padding token that was added; never smaller (OPT keeps 50272 rows for 50265 tokens)."""
+    """Room for a padding token that was added; never smaller (OPT keeps 50272 rows for 50265
+    tokens).
+    """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -154,7 +189,10 @@ def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
 
 
 def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
-    """Step 3 hands the actor's token ids to the reward model. Raises ToolkitError when these mean other words there."""
+    """Step 3 hands the actor's token ids to the reward model.
+
+    Raises ToolkitError when these mean other words there.
+    """
     if actor.get_vocab() != critic.get_vocab():
         raise ToolkitError(
             "the actor and the reward model use different tokenizers",
@@ -164,7 +202,9 @@ def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedToken
 
 
 def checkpoint_activations(model: Any) -> None:
-    """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less memory."""
+    """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less
+    memory.
+    """
     arguments = compat.checkpointing_arguments()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     if arguments["use_reentrant"]:  # with LoRA, such a checkpoint would see nothing to differentiate
@@ -175,7 +215,9 @@ def checkpoint_activations(model: Any) -> None:
 
 
 class ActorForward(nn.Module):
-    """log pi of chosen tokens, from the hidden states that predict them only: never [B, T, V] logits."""
+    """log pi of chosen tokens, from the hidden states that predict them only: never [B, T, V]
+    logits.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -184,16 +226,22 @@ class ActorForward(nn.Module):
     def forward(
         self, batch: Sequences, *, from_prompt: bool = False, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """-> log-probs (N,) of `batch.predicted(from_prompt=...)`'s labels, and the entropies (N,) if asked for."""
+        """-> log-probs (N,) of `batch.predicted(from_prompt=...)`'s labels, and the entropies (N,)
+        if asked for.
+        """
         index, labels = batch.predicted(from_prompt=from_prompt)
         states = _hidden_states(self.model, batch, index)
-        return label_log_probs(states, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy)
+        return label_log_probs(
+            states, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy
+        )
 
 
 class ScoreForward(nn.Module):
-    """A score after a token, (score - shift) / scale; the reward model in steps 2 and 3, and the critic.
+    """A score after a token, (score - shift) / scale; the reward model in steps 2 and 3, and the
+    critic.
 
-    shift and scale make rewards mean 0 and std 1 on the reference's answers; both models share them.
+    shift and scale make rewards mean 0 and std 1 on the reference's answers; both models share
+    them.
     """
 
     def __init__(self, model: Any, *, with_lm: bool = False, shift: float = 0.0, scale: float = 1.0) -> None:
@@ -214,8 +262,9 @@ class ScoreForward(nn.Module):
             self.lm_head.weight = embedding
 
     def forward(self, batch: Sequences, at: Tensor | None = None, *, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
-        """-> scores (n,) after the tokens `at`, an index into S as `Sequences` says; None: (S,), after all. And the log-probs of the response
-        tokens of the first `lm_rows` rows, (N,), for which `at` must be None.
+        """-> scores (n,) after the tokens `at`, an index into S as `Sequences` says; None: (S,),
+        after all. And the log-probs of the response tokens of the first `lm_rows` rows, (N,), for
+        which `at` must be None.
         """
         hidden = _hidden_states(self.model, batch, at)
         scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
@@ -236,16 +285,20 @@ def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
 def _hidden_states(model: Any, batch: Sequences, at: Tensor | None) -> Tensor:
     """Of the tokens `at`, in increasing order: (n, d); None: of all, (S, d).
 
-    Padding is on the right, where causal attention never looks: no mask is needed, and default positions are right. Without a mask,
-    attention takes kernels that know of causality alone.
+    Padding is on the right, where causal attention never looks: no mask is needed, and default
+    positions are right. Without a mask, attention takes kernels that know of causality alone.
     """
     more = packed_attention.arguments(batch, at) if batch.is_packed else {}
     states = model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
-    return states if at is None or (batch.is_packed and packed_attention.leaves_out(model)) else states.index_select(0, at)
+    return (
+        states if at is None or (batch.is_packed and packed_attention.leaves_out(model)) else states.index_select(0, at)
+    )
 
 
 def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
-    """What `Sequences.of` fills rows up with for these models; None: they are made to take packed rows, since all can."""
+    """What `Sequences.of` fills rows up with for these models; None: they are made to take packed
+    rows, since all can.
+    """
     if not all(packed_attention.can_pack(model) for model in models):
         return tokenizer.pad_token_id
     for model in models:
@@ -257,17 +310,26 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Inject PEFT's adapters into `model` in place; only they are trained. The model's own class stays."""
+    """Inject PEFT's adapters into `model` in place; only they are trained.
+
+    The model's own class stays.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.target_modules), bias="none")  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.target_modules), bias="none"
+    )  # type: ignore[arg-type]
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
         raise ToolkitError(
-            "actor.lora.target_modules names no layer of the model", why=str(error).splitlines()[0], hint=f"its linear layers are {', '.join(linear)}"
+            "actor.lora.target_modules names no layer of the model",
+            why=str(error).splitlines()[0],
+            hint=f"its linear layers are {', '.join(linear)}",
         ) from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -275,7 +337,9 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
 
 def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """A state dict with adapters -> one of the plain model: W + alpha / rank B A, in float32, cast once."""
+    """A state dict with adapters -> one of the plain model: W + alpha / rank B A, in float32, cast
+    once.
+    """
     merged: dict[str, Tensor] = {}
     for name, value in state.items():
         if ".lora_" in name:

@@ -1,8 +1,10 @@
-"""Rows one behind the other in one long row, and attention that keeps them apart: nothing is padded.
+"""Rows one behind the other in one long row, and attention that keeps them apart: nothing is
+padded.
 
-Everything else in a decoder looks at one token at a time. transformers (5 on) lets a model's attention be one of ours, which is handed
-the rows' lengths with each call; called without them, as rollouts do, it is transformers' own SDPA. After the last attention no token
-needs another one: the rest of OPT's last layer is computed for those that are asked of alone.
+Everything else in a decoder looks at one token at a time. transformers (5 on) lets a model's
+attention be one of ours, which is handed the rows' lengths with each call; called without them, as
+rollouts do, it is transformers' own SDPA. After the last attention no token needs another one: the
+rest of OPT's last layer is computed for those that are asked of alone.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ from rlhf_train.data.sequences import Sequences, sent
 from rlhf_train.kernels import fused_layers
 
 NAME = "rows_apart"
-# Their layers take position_ids, hand keywords on to attention, and look at all earlier tokens: no sliding window.
+# Their layers take position_ids, hand keywords on to attention, and look at all earlier tokens: no
+# sliding window.
 FAMILIES = ("opt", "llama")
-# Where packed rows are quicker than rows padded to buckets. cpu, one core, forward and backward of 16 rows: OPT of 4 layers and 256
-# units, 69 to 87 % of the padded tokens real: 1.07x to 1.4x; the demo's models, 96 to 98 % real: 0.97x to 1.02x.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+# Where packed rows are quicker than rows padded to buckets. cpu, one core, forward and backward of
+# 16 rows: OPT of 4 layers and 256 units, 69 to 87 % of the padded tokens real: 1.07x to 1.4x; the
+# demo's models, 96 to 98 % real: 0.97x to 1.02x.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,18 @@ class Rows:
 
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device, wanted: Tensor | None = None) -> Rows:
-        return cls(tuple(lengths.tolist()), sent(torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)), device), wanted)
+        return cls(
+            tuple(lengths.tolist()), sent(torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)), device), wanted
+        )
 
 
 def can_pack(model: Any) -> bool:
     """A matter of versions, family, device and dtype alone, so all ranks agree."""
-    if model.config.model_type not in FAMILIES or not compat.takes_own_attention() or model.dtype not in DTYPES[model.device.type]:
+    if (
+        model.config.model_type not in FAMILIES
+        or not compat.takes_own_attention()
+        or model.dtype not in DTYPES[model.device.type]
+    ):
         return False
     head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     return model.device.type == "cpu" or (compat.has_varlen_attention() and head % 8 == 0 and head <= 256)
@@ -67,14 +80,18 @@ def leaves_out(model: Any) -> bool:
 
 @cache
 def _opt_layer() -> type:
-    """A class, not a function put into the layer: a copy of the model must not call the layer that it was copied from."""
+    """A class, not a function put into the layer: a copy of the model must not call the layer that
+    it was copied from.
+    """
     from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
     class PackedLayer(OPTDecoderLayer):
         is_last: bool
 
         def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
-            """(1, N, d) -> (1, N, d), of the last layer (1, n, d), n the wanted tokens. As the class above, in fewer passes over memory, without
+            """(1, N, d) -> (1, N, d), of the last layer (1, n, d), n the wanted tokens.
+
+            As the class above, in fewer passes over memory, without
             dropout.
             """
             if rows is None:
@@ -89,9 +106,13 @@ def _opt_layer() -> type:
             seen = within_rows(query, key, value, rows, attention.scaling).flatten(1)
             if self.is_last and rows.wanted is not None:
                 x, seen = x.index_select(0, rows.wanted), seen.index_select(0, rows.wanted)
-            x, y = fused_layers.add_norm(x, attention.out_proj(seen), self.final_layer_norm if norms_first else self.self_attn_layer_norm)
+            x, y = fused_layers.add_norm(
+                x, attention.out_proj(seen), self.final_layer_norm if norms_first else self.self_attn_layer_norm
+            )
             grown = self.fc2(self.activation_fn(self.fc1(y)))
-            return (x + grown if norms_first else fused_layers.add_norm(y, grown, self.final_layer_norm)[1]).unsqueeze(0)
+            return (x + grown if norms_first else fused_layers.add_norm(y, grown, self.final_layer_norm)[1]).unsqueeze(
+                0
+            )
 
     return PackedLayer
 
@@ -103,15 +124,26 @@ def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
     return {
         "position_ids": sent(torch.from_numpy(positions), device)[None],
         "rows": Rows.of(batch.host_lengths, device, wanted),
-        # A mask of four dimensions is taken as it is, and so none is made: it would have a bit for each two tokens.
+        # A mask of four dimensions is taken as it is, and so none is made: it would have a bit for
+        # each two tokens.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),
     }
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, rows: Rows | None = None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    rows: Rows | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls. query: (1, H, N, D); key, value: (1, H or fewer, N, D). Returns (1, N, H, D)."""
+    """What transformers calls. query: (1, H, N, D); key, value: (1, H or fewer, N, D).
+
+    Returns (1, N, H, D).
+    """
     if rows is None:
         return compat.sdpa_attention(module, query, key, value, attention_mask, **kwargs)
     # Squeezed, not indexed: the gradient of an index is a copy into zeros.
@@ -120,10 +152,14 @@ def attend(
 
 
 def within_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    """Causal attention within each row. query: (N, H, D); key, value: (N, H or fewer, D). Returns (N, H, D)."""
+    """Causal attention within each row. query: (N, H, D); key, value: (N, H or fewer, D).
+
+    Returns (N, H, D).
+    """
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    # Rows of one length are a batch, which needs no kernel for rows of any: OPT-1.3b's step 3 at full length was 4 % slower by that on an H200.
+    # Rows of one length are a batch, which needs no kernel for rows of any: OPT-1.3b's step 3 at
+    # full length was 4 % slower by that on an H200.
     if query.is_cuda and len(set(rows.lengths)) > 1:
         return compat.varlen_attention(query, key, value, rows.ends, max(rows.lengths), scale)
     return run_by_run(query, key, value, rows, scale)
@@ -134,8 +170,11 @@ def run_by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: flo
     runs = [(len(list(run)), length) for length, run in groupby(rows.lengths)]
     if len(runs) == 1:  # a batch: neither split nor joined
         return _batch(query, key, value, runs[0], scale)
-    # Split, not sliced run by run: the gradient of each slice would be as large as all rows together.
-    parts = zip(*(tensor.split([count * length for count, length in runs]) for tensor in (query, key, value)), strict=True)
+    # Split, not sliced run by run: the gradient of each slice would be as large as all rows
+    # together.
+    parts = zip(
+        *(tensor.split([count * length for count, length in runs]) for tensor in (query, key, value)), strict=True
+    )
     return torch.cat([_batch(q, k, v, run, scale) for run, (q, k, v) in zip(runs, parts, strict=True)])
 
 

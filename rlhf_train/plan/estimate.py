@@ -1,6 +1,8 @@
-"""`--dry-run`: the resolved job, the steps, the batch arithmetic, and the memory and disk that the models will need.
+"""`--dry-run`: the resolved job, the steps, the batch arithmetic, and the memory and disk that the
+models will need.
 
-Memory is that of weights, gradients and optimizer states, which is known beforehand; activations depend on lengths.
+Memory is that of weights, gradients and optimizer states, which is known beforehand; activations
+depend on lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from jobs.yaml12 import dump_yaml
 from rlhf_train.disk import size_of
 from rlhf_train.plan.placement import GIB, Placement
 
-# ZeRO 3 gathers layers into buffers that are not counted here: on two GPUs OPT-1.3b's step 1 took 23.0 GiB, and 20.0 at ZeRO 1.
+# ZeRO 3 gathers layers into buffers that are not counted here: on two GPUs OPT-1.3b's step 1 took
+# 23.0 GiB, and 20.0 at ZeRO 1.
 ZERO_3_WORTH = 0.8  # of what is needed without it
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -71,7 +74,9 @@ def _network(job: Job, model: str | Scratch) -> Any:
 
 
 def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> int:
-    """A rank's weights, gradients and AdamW states (in 16 bit: a float32 master copy too) at a ZeRO stage."""
+    """A rank's weights, gradients and AdamW states (in 16 bit: a float32 master copy too) at a ZeRO
+    stage.
+    """
     weight = WEIGHT_BYTES[precision]
     states = 8 if precision == "float32" else 12
     weights, gradients, optimizer = size.all * weight, size.trained * weight, size.trained * states
@@ -84,7 +89,9 @@ def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> i
 
 
 def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> int:
-    """A rank's weights in step 3 that do not learn: the reward model, the reference, and what rollouts read. See ppo.frozen_copies."""
+    """A rank's weights in step 3 that do not learn: the reward model, the reference, and what
+    rollouts read. See ppo.frozen_copies.
+    """
     if zero_stage == 3:
         copies = 2 * actor.all
     else:
@@ -95,7 +102,9 @@ def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> 
 def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement) -> str:
     lines = [dump_yaml(job.dump()).rstrip(), ""]
     lines.append(f"run: {run.path}")
-    lines.append(f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}")
+    lines.append(
+        f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}"
+    )
     for step in wanted:
         state = "to do" if step in todo else "complete"
         lines.append(f"step {step} ({STEPS[step].title}): {state}; global batch {placement.batch_plan(job, step)}")
@@ -122,17 +131,24 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
     frozen = frozen_bytes(actor, critic, placement.precision, placement.actor_zero_stage)
     memory = {"actor": actor_bytes, "critic": critic_bytes}
-    lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"]
+    lines = [
+        f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"
+    ]
     for step in todo:
         needed = sum(memory[network] for network in STEPS[step].networks) + (frozen if step == 3 else 0)
         lines.append(f"memory, step {step}: {_amount(needed)} a rank, and activations")
     need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
-    lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them" + ("; too little" if need > free else ""))
+    lines.append(
+        f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them"
+        + ("; too little" if need > free else "")
+    )
     return lines
 
 
 def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight_bytes: int) -> int:
-    """The most that the steps need at once: the models of those before, a checkpoint, and the next one beside it or the model."""
+    """The most that the steps need at once: the models of those before, a checkpoint, and the next
+    one beside it or the model.
+    """
     kept = most = 0
     for step in steps:
         model = (critic if step == 2 else actor).all * weight_bytes
@@ -146,13 +162,18 @@ def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight
 
 
 def free_bytes(run: RunDir) -> int:
-    """Free where the run lies, or will; what it holds already counts, since these steps will use or replace it."""
+    """Free where the run lies, or will; what it holds already counts, since these steps will use or
+    replace it.
+    """
     here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
     return shutil.disk_usage(here).free + size_of(run.path)
 
 
 def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement) -> None:
-    """Before anything is fetched or trained, for all steps to come. Raises ToolkitError when the disk is too small for them."""
+    """Before anything is fetched or trained, for all steps to come.
+
+    Raises ToolkitError when the disk is too small for them.
+    """
     critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
         actor, critic = model_size(job, job.actor.model, lora=True), model_size(job, critic_source, lora=False)
@@ -174,14 +195,19 @@ def _amount(size_bytes: int) -> str:
 
 
 def relief(job: Job, step: int, placement: Placement) -> str:
-    """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with what a rank then needs."""
+    """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with
+    what a rank then needs.
+    """
     where, hardware = placement, job.hardware
     stages = {"actor": where.actor_zero_stage, "critic": where.critic_zero_stage}
     networks = STEPS[step].networks
     with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
     critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
-        plain = {"actor": model_size(job, job.actor.model, lora=False), "critic": model_size(job, critic_source, lora=False)}
+        plain = {
+            "actor": model_size(job, job.actor.model, lora=False),
+            "critic": model_size(job, critic_source, lora=False),
+        }
         adapted = plain | {"actor": model_size(with_lora, job.actor.model, lora=True)}
     except (OSError, ValueError, ToolkitError):  # the hub is away: no numbers then
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
@@ -189,22 +215,34 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> int:
         stage = {network: 3 if zero_3 else stages[network] for network in networks}
         total = sum(training_bytes(sizes[network], where.precision, stage[network], ranks) for network in networks)
-        return total + (frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0)
+        return total + (
+            frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0
+        )
 
     sizes = plain if job.actor.lora is None else adapted
     now = needed(sizes)
-    lines = [f"weights, gradients and optimizer take {_amount(now)} a rank, activations of one sequence the rest; in order of cost:"]
+    lines = [
+        f"weights, gradients and optimizer take {_amount(now)} a rank, activations of one sequence the rest; in order of cost:"
+    ]
     if not hardware.gradient_checkpointing:
-        lines.append("hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing")
+        lines.append(
+            "hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing"
+        )
     if job.actor.lora is None and needed(adapted) < now:  # adapters of a tiny model are larger than itself
         then = _amount(needed(adapted))
-        lines.append(f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}")
+        lines.append(
+            f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}"
+        )
     if any(stages[network] < 3 for network in networks):
         ranks = max(2, where.ranks)
         which = ", ".join(f"hardware.{network}_zero_stage: 3" for network in networks)
         less = needed(sizes, zero_3=True, ranks=ranks)
         if less < ZERO_3_WORTH * now:
-            lines.append(f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(less)}, for more traffic between them")
+            lines.append(
+                f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(less)}, for more traffic between them"
+            )
     longest = job.data.max_prompt_tokens + job.data.max_response_tokens
-    lines.append(f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model")
+    lines.append(
+        f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model"
+    )
     return "\n".join(lines)

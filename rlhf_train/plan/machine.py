@@ -1,4 +1,7 @@
-"""The facts of this machine, for jobs/fitness.py to judge. What cannot be found out stays unknown, and nothing is written."""
+"""The facts of this machine, for jobs/fitness.py to judge.
+
+What cannot be found out stays unknown, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without 
 
 def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> FitnessFacts:
     wish, runs = job.hardware, run_folder(run.path)
-    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"]
+    models = [
+        model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"
+    ]
     facts = FitnessFacts(
         device=wish.device,
         ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,
@@ -68,7 +73,8 @@ def _with_gpus(facts: FitnessFacts, machine: Machine, environ: Mapping[str, str]
 
 def driver_version(text: str) -> str | None:
     """From /proc/driver/nvidia/version, whose first line is
-    `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (...)`, or has `x86_64 Kernel Module`.
+    `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (...)`, or
+    has `x86_64 Kernel Module`.
     """
     found = re.search(r"^NVRM version:.*?\s([0-9]+(?:\.[0-9]+)+)\s", text, flags=re.MULTILINE)
     return found[1] if found else None
@@ -76,7 +82,10 @@ def driver_version(text: str) -> str | None:
 
 def nvidia_smi() -> tuple[str | None, tuple[Gpu, ...] | None]:
     """-> (driver, cards); None where there is no nvidia-smi, or it does not say."""
-    for fields in ("driver_version,name,compute_cap", "driver_version,name"):  # drivers of before 2022 do not know the last
+    for fields in (
+        "driver_version,name,compute_cap",
+        "driver_version,name",
+    ):  # drivers of before 2022 do not know the last
         said = _run_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader")
         if said is None:
             return None, None
@@ -101,7 +110,9 @@ def _run_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def listed_cards(text: str) -> tuple[str | None, tuple[Gpu, ...]]:
-    """Lines of `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or `No devices were found`."""
+    """Lines of `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or `No
+    devices were found`.
+    """
     driver, cards = None, []
     for line in text.splitlines():
         if found := re.fullmatch(r"([0-9.]+), (.+?)(?:, ([0-9]+\.[0-9]+|\[.*\]))?", line.strip()):
@@ -111,9 +122,11 @@ def listed_cards(text: str) -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def gpu_memory() -> tuple[tuple[int | None, ...] | None, tuple[Holder, ...]]:
-    """-> (bytes in use on each card, who holds them, without this process); None where nvidia-smi does not say.
+    """-> (bytes in use on each card, who holds them, without this process); None where nvidia-smi
+    does not say.
 
-    Not by torch.cuda.mem_get_info: it makes a CUDA context, which holds memory of its own until the launcher ends.
+    Not by torch.cuda.mem_get_info: it makes a CUDA context, which holds memory of its own until the
+    launcher ends.
     """
     said = _run_nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
     if said is None or said.returncode:
@@ -121,14 +134,18 @@ def gpu_memory() -> tuple[tuple[int | None, ...] | None, tuple[Holder, ...]]:
     indexes, used = cards_in_use(said.stdout)
     apps = _run_nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits")
     listed = listed_holders(apps.stdout, indexes) if apps and not apps.returncode else []
-    # In a container nvidia-smi lists no process, or the host's pids, of its own processes, too (NVIDIA/nvidia-docker#1483):
-    # those are found as `fuser /dev/nvidia*` does it.
+    # In a container nvidia-smi lists no process, or the host's pids, of its own processes, too
+    # (NVIDIA/nvidia-docker#1483): those are found as `fuser /dev/nvidia*` does it.
     others = [Holder(None, pid) for pid in with_gpus_open() if pid not in {holder.pid for holder in listed}]
-    return used, tuple(replace(holder, command=command_of(holder.pid)) for holder in [*listed, *others] if holder.pid != os.getpid())
+    return used, tuple(
+        replace(holder, command=command_of(holder.pid)) for holder in [*listed, *others] if holder.pid != os.getpid()
+    )
 
 
 def cards_in_use(text: str) -> tuple[dict[str, int], tuple[int | None, ...]]:
-    """Lines of `0, GPU-1b2c..., 1024` (MiB, maybe `[N/A]`) -> (index by UUID, bytes in use by index)."""
+    """Lines of `0, GPU-1b2c..., 1024` (MiB, maybe `[N/A]`) -> (index by UUID, bytes in use by
+    index).
+    """
     indexes, used = {}, {}
     for line in text.splitlines():
         if found := re.fullmatch(r"([0-9]+), (\S+), ([0-9]+|\[.*\])", line.strip()):
@@ -166,7 +183,8 @@ def command_of(pid: int) -> str:
 
 
 def prebuilt_operators() -> tuple[str, ...]:
-    """DeepSpeed's operators that were compiled when it was installed: `deepspeed/ops/adam/cpu_adam_op.cpython-310-....so`.
+    """DeepSpeed's operators that were compiled when it was installed:
+    `deepspeed/ops/adam/cpu_adam_op.cpython-310-....so`.
 
     Read without importing it, which takes seconds.
     """
@@ -210,7 +228,9 @@ def folder(path: Path) -> Folder:
 
 
 def run_folder(path: Path) -> Folder:
-    """The run's folder; before it is made, the one where runs are kept. In a folder that is ours, something that another user
+    """The run's folder; before it is made, the one where runs are kept.
+
+    In a folder that is ours, something that another user
     left there cannot be written, either: a container that ran as root leaves such things.
     """
     seen = folder(path)
@@ -225,7 +245,9 @@ def run_folder(path: Path) -> Folder:
 
 
 def hub_cache(models: Sequence[str], runs: Folder) -> Folder | None:
-    """Where these models will be fetched to; None if they are here, or will come to the disk of the runs, which is judged for both."""
+    """Where these models will be fetched to; None if they are here, or will come to the disk of the
+    runs, which is judged for both.
+    """
     from rlhf_train.data import hub  # which jobs without such models do without
 
     with suppress(OSError):  # a cache that may not be looked into is told when it is used

@@ -1,4 +1,6 @@
-"""What fits into memory here: the sizes that a run came down to, remembered in its folder for its next start."""
+"""What fits into memory here: the sizes that a run came down to, remembered in its folder for its
+next start.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,34 @@ from rlhf_train.plan.placement import Placement
 
 
 def fit(job: Job, run: RunDir, placement: Placement) -> Placement:
-    """`placement` with the sizes that are remembered for these devices and this wish, where they are smaller."""
+    """`placement` with the sizes that are remembered for these devices and this wish, where they
+    are smaller.
+    """
     known = read_json(run.fitted)
     if known is None or known["for"] != _circumstances(job, placement):
         return placement
     return replace(
         placement,
-        micro_batches=tuple(min(now, then) for now, then in zip(placement.micro_batches, known["micro_batches"], strict=True)),
+        micro_batches=tuple(
+            min(now, then) for now, then in zip(placement.micro_batches, known["micro_batches"], strict=True)
+        ),
         rollout_micro_batch=min(placement.rollout_micro_batch, known["rollout_micro_batch"]),
     )
 
 
 def remember(job: Job, run: RunDir, placement: Placement) -> None:
-    """The sizes of `placement`, for the next start; what is remembered already stays where it is smaller."""
+    """The sizes of `placement`, for the next start; what is remembered already stays where it is
+    smaller.
+    """
     placement = fit(job, run, placement)
     sizes = {"micro_batches": list(placement.micro_batches), "rollout_micro_batch": placement.rollout_micro_batch}
     write_json(run.fitted, {"for": _circumstances(job, placement), **sizes})
 
 
 def smaller(job: Job, step: int, placement: Placement) -> Placement | None:
-    """With half the micro batch in `step`, or the next number below that divides a rank's share; None if it is 1 already."""
+    """With half the micro batch in `step`, or the next number below that divides a rank's share;
+    None if it is 1 already.
+    """
     plan = placement.batch_plan(job, step)
     if plan.micro_batch == 1:
         return None

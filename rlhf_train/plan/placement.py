@@ -1,4 +1,6 @@
-"""What `auto` means on this machine: device, ranks, precision, ZeRO stages and micro batches, derived once and printed."""
+"""What `auto` means on this machine: device, ranks, precision, ZeRO stages and micro batches,
+derived once and printed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from jobs.steps import STEPS
 from rlhf_train.data.sequences import BatchPlan, largest_divisor
 
 GIB = 2**30
-# A GPU with more memory than that tries so many sequences at once before the first update, and comes down from there.
+# A GPU with more memory than that tries so many sequences at once before the first update, and
+# comes down from there.
 MICRO_BATCHES = ((120 * GIB, 64), (70 * GIB, 32), (40 * GIB, 16), (0, 8))
 
 
@@ -79,9 +82,11 @@ class Placement:
 
 
 def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
-    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not divide.
+    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not
+    divide.
 
-    `auto` is the CPU where PyTorch sees no GPU; that it should have seen one is for jobs/fitness.py to say, beforehand.
+    `auto` is the CPU where PyTorch sees no GPU; that it should have seen one is for jobs/fitness.py
+    to say, beforehand.
     """
     wish = job.hardware
     device, reason = _device(job, machine)
@@ -93,7 +98,10 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             exit_code=ExitCode.UNFIT,
         )
     if job.ppo.rollout_batch % ranks:
-        raise ToolkitError(f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {ranks} ranks", hint=f"use a multiple of {ranks}")
+        raise ToolkitError(
+            f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {ranks} ranks",
+            hint=f"use a multiple of {ranks}",
+        )
     precision = wish.precision
     if precision == "auto":
         precision = "float32" if device == "cpu" else "bfloat16" if machine.bfloat16 else "float16"
@@ -105,9 +113,12 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             exit_code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
-        # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length 2 to 4 % less.
+        # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length
+        # 2 to 4 % less.
         limit = 8 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
-        micro_batches = tuple(largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo))
+        micro_batches = tuple(
+            largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo)
+        )
     else:
         micro_batches = (wish.micro_batch,) * 3
     stages = {
@@ -117,8 +128,9 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
     notes: tuple[str, ...] = ()
     if precision != "float32":
         wishes = {"actor": wish.actor_zero_stage, "critic": wish.critic_zero_stage}
-        # DeepSpeed 0.19.8's ZeRO 0 in bfloat16 leaves the path of ZeRO 1-3 and of float32 after one update
-        # (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no more memory.
+        # DeepSpeed 0.19.8's ZeRO 0 in bfloat16 leaves the path of ZeRO 1-3 and of float32 after one
+        # update (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no
+        # more memory.
         notes = tuple(f"{who}: ZeRO 0 is run as ZeRO 1 in {precision}" for who, stage in wishes.items() if stage == 0)
         stages = {who: max(stage, 1) for who, stage in stages.items()}
     if wish.rollout_micro_batch != "auto":
@@ -162,8 +174,9 @@ def _device(job: Job, machine: Machine) -> tuple[str, str]:
 def _zero_stage(wish: str | int, ranks: int, device: str, *, has_lora: bool) -> int:
     """0 where nothing can be shared or little is to be; else 1.
 
-    Not 2, as DeepSpeed-Chat's single_node scripts have it: that sums gradients over the ranks after each pass, not once an update, and its
-    bucket takes more memory than it spares (OPT-1.3b's step 1 on two H200: 20.4 GiB of tensors, and 20.0 at ZeRO 1).
+    Not 2, as DeepSpeed-Chat's single_node scripts have it: that sums gradients over the ranks after
+    each pass, not once an update, and its bucket takes more memory than it spares (OPT-1.3b's step
+    1 on two H200: 20.4 GiB of tensors, and 20.0 at ZeRO 1).
     """
     if wish != "auto":
         return int(wish)

@@ -17,7 +17,8 @@ class World:
     size: int
     device: torch.device
     meet: Callable[[], object] = lambda: None  # called before each collective
-    host_group: dist.ProcessGroup | None = None  # over CPUs, for what is in no GPU's memory; None: the default group is over CPUs
+    # over CPUs, for what is in no GPU's memory; None: the default group is over CPUs
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -29,7 +30,9 @@ class World:
 
     def sum(self, numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Each number added up over all ranks."""
-        local = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in numbers.values()])
+        local = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in numbers.values()]
+        )
         if self.size > 1:
             self.meet()
             dist.all_reduce(local)

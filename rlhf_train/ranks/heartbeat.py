@@ -1,8 +1,9 @@
 """Signs of life: what each rank does now, in memory that the launcher shares with all ranks.
 
-A rank writes its phase and counts up, which costs no system call; the launcher reads. A rank that hangs in a collective,
-on a dead GPU or a dead disk, counts no further. Meetings, the collectives that all ranks come to in the same order, are
-counted apart: the rank that the others wait for has come to fewest.
+A rank writes its phase and counts up, which costs no system call; the launcher reads. A rank that
+hangs in a collective, on a dead GPU or a dead disk, counts no further. Meetings, the collectives
+that all ranks come to in the same order, are counted apart: the rank that the others wait for has
+come to fewest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""The processes of the ranks. They are started before they are needed, since their imports take seconds, and told what to do when it is known.
+"""The processes of the ranks.
 
-A rank that has not been told yet is a spare: it holds no lock, writes nothing and leaves the GPUs alone. It ends with the launcher,
-however that ends, as all ranks do.
+They are started before they are needed, since their imports take seconds, and told what to do when
+it is known.
+
+A rank that has not been told yet is a spare: it holds no lock, writes nothing and leaves the GPUs
+alone. It ends with the launcher, however that ends, as all ranks do.
 """
 
 from __future__ import annotations
@@ -45,8 +48,11 @@ class RankEnvironment:
             "WORLD_SIZE": str(self.ranks),
             "LOCAL_SIZE": str(self.ranks),  # DeepSpeed on CPU asks numactl without it
             "DS_ACCELERATOR": self.device,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])),  # the last: a rule beside a job
-            "PYTHONSAFEPATH": "1",  # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])
+            ),  # the last: a rule beside a job
+            # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
+            "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             **dict(self.nccl),
         }
@@ -55,15 +61,18 @@ class RankEnvironment:
         if self.device == "cpu":
             environment |= {
                 "OMP_NUM_THREADS": str(self.cpu_threads),
-                # How long a waiting thread spins (libgomp). With its own 300,000, a busy neighbour made updates of the demo ten
-                # times slower and more; not spinning at all cost a third of the speed on a quiet machine.
+                # How long a waiting thread spins (libgomp). With its own 300,000, a busy neighbour
+                # made updates of the demo ten times slower and more; not spinning at all cost a
+                # third of the speed on a quiet machine.
                 "GOMP_SPINCOUNT": "3000",
-                # glibc hands large blocks back to the kernel after each use; keeping them made updates 10 % faster.
+                # glibc hands large blocks back to the kernel after each use; keeping them made
+                # updates 10 % faster.
                 "MALLOC_MMAP_MAX_": "0",
                 "MALLOC_TRIM_THRESHOLD_": str(2**34),
                 "MALLOC_TOP_PAD_": str(2**28),
-                # Products that oneDNN and its wrapper keep ready, each with its memory: packed rows bring new shapes with each pass. With
-                # 1024 of both, their own default, 1600 shapes of one layer of 256 x 256 took 811 MiB; with 64, 79 MiB, no slower.
+                # Products that oneDNN and its wrapper keep ready, each with its memory: packed rows
+                # bring new shapes with each pass. With 1024 of both, their own default, 1600 shapes
+                # of one layer of 256 x 256 took 811 MiB; with 64, 79 MiB, no slower.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
                 "LRU_CACHE_CAPACITY": "64",
             }
@@ -71,7 +80,10 @@ class RankEnvironment:
 
 
 def likely_crew(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
-    """What placement.place will choose, as far as that can be told without PyTorch. A wrong guess only costs the time that a right one saves."""
+    """What placement.place will choose, as far as that can be told without PyTorch.
+
+    A wrong guess only costs the time that a right one saves.
+    """
     wish = job.hardware
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     cards = len(list(GPU_FILES[0].glob(GPU_FILES[1]))) if visible is None else len(re.findall(r"[^,\s]+", visible))
@@ -83,7 +95,9 @@ def likely_crew(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
 
 
 def libraries_of(job: Job) -> tuple[str, ...]:
-    """`datasets` takes a second and more, and reads all rows but those of .jsonl files: see dataset.py."""
+    """`datasets` takes a second and more, and reads all rows but those of .jsonl files: see
+    dataset.py.
+    """
     for name in job.data.datasets:
         found = next((place for place in (Path.cwd() / name, CHECKOUT / name) if place.exists()), None)
         if not name.endswith(".jsonl") and (found is None or not any(found.glob("*.jsonl"))):
@@ -97,7 +111,10 @@ def loopback() -> str:
 
 
 class Rank(subprocess.Popen[bytes]):
-    """One process, `python -m rlhf_train.worker LIBRARY...`. It imports what every step needs, and waits to be told."""
+    """One process, `python -m rlhf_train.worker LIBRARY...`.
+
+    It imports what every step needs, and waits to be told.
+    """
 
     def __init__(self, number: int, crew: RankEnvironment, environ: Mapping[str, str]) -> None:
         self._link, theirs = socket.socketpair()
@@ -124,7 +141,10 @@ class Rank(subprocess.Popen[bytes]):
 
 
 class SpareRanks:
-    """Ranks that wait for the next step, or for the first, while something else goes on. None is left when the block ends."""
+    """Ranks that wait for the next step, or for the first, while something else goes on.
+
+    None is left when the block ends.
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -134,17 +154,24 @@ class SpareRanks:
     def __enter__(self) -> SpareRanks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
     def start(self, crew: RankEnvironment) -> None:
-        """If there are none yet, and the machine lets us: what needs them starts them, else, and says why not."""
+        """If there are none yet, and the machine lets us: what needs them starts them, else, and
+        says why not.
+        """
         if not self._ranks:
             with suppress(OSError):
                 self._start(crew)
 
     def take(self, crew: RankEnvironment) -> list[Rank]:
-        """The ranks of such a crew, in their order: those that wait, else new ones. They are the caller's to end."""
+        """The ranks of such a crew, in their order: those that wait, else new ones.
+
+        They are the caller's to end.
+        """
         if self._crew != crew or any(rank.poll() is not None for rank in self._ranks):
             self.end()
         if not self._ranks:
@@ -166,14 +193,20 @@ class SpareRanks:
         end(ranks)
 
 
-def end(ranks: Sequence[Rank], wait_s: float = 0.0, saving_s: float = 0.0, is_saving: Callable[[], bool] = lambda: False) -> list[int]:
-    """All ranks are gone when this returns -> those that were killed here. SIGKILL: to SIGTERM they answer with a checkpoint, and those
+def end(
+    ranks: Sequence[Rank], wait_s: float = 0.0, saving_s: float = 0.0, is_saving: Callable[[], bool] = lambda: False
+) -> list[int]:
+    """All ranks are gone when this returns -> those that were killed here.
+
+    SIGKILL: to SIGTERM they answer with a checkpoint, and those
     that wait for each other not at all.
 
     They have `wait_s` to end by themselves, and `saving_s` as long as rank 0 writes a checkpoint.
     """
     start = time.monotonic()
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (saving_s if is_saving() else wait_s):
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (
+        saving_s if is_saving() else wait_s
+    ):
         time.sleep(POLL_S)
     killed = [number for number, rank in enumerate(ranks) if rank.poll() is None]
     for number in killed:

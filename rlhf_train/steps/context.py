@@ -27,7 +27,9 @@ from rlhf_train.ranks.heartbeat import Heartbeat
 
 
 class Stopped(Exception):
-    """Raised on all ranks together when the run was asked to end (SIGTERM); its state is saved if there was time."""
+    """Raised on all ranks together when the run was asked to end (SIGTERM); its state is saved if
+    there was time.
+    """
 
 
 class StopRequest:
@@ -46,14 +48,18 @@ class StopRequest:
     def on_leaving(self, leave: Callable[[float | None], None], finish_writing: Callable[[], None]) -> None:
         """Set what is done before this process ends. Until then, it is nothing.
 
-        leave: saves what can be saved in so many seconds (None: not limited), on all ranks together.
+        leave: saves what can be saved in so many seconds (None: not limited), on all ranks
+        together.
         finish_writing: waits for a checkpoint that this rank is writing.
         """
         self._leave = leave
         self._finish_writing = finish_writing
 
     def leave(self, grace_s: float | None) -> None:
-        """Save what can be saved in `grace_s` seconds (None: not limited). All ranks call it together."""
+        """Save what can be saved in `grace_s` seconds (None: not limited).
+
+        All ranks call it together.
+        """
         self._leave(grace_s)
 
     def finish_writing(self) -> None:
@@ -85,13 +91,17 @@ class StepContext:
         self.emit(Progress(step=step, doing=what))
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped on all ranks if one was asked to end, after a checkpoint if there is time for it."""
+        """Raise Stopped on all ranks if one was asked to end, after a checkpoint if there is time
+        for it.
+        """
         if self.world.any(self.stop.asked_at is not None):
             waited_s = 0.0 if self.stop.asked_at is None else time.monotonic() - self.stop.asked_at
             self.stop.leave(self.job.checkpoint.grace_s - waited_s)
             raise Stopped
 
-    def plan(self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, row_counts: dict[str, int]) -> None:
+    def plan(
+        self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, row_counts: dict[str, int]
+    ) -> None:
         where = self.placement
         self.emit(
             Plan(
@@ -112,7 +122,9 @@ class StepContext:
 
 
 def actor_tokenizer(context: StepContext) -> Any:
-    """The tokenizer of `actor.model`; for a model from a config, trained once on the job's training rows."""
+    """The tokenizer of `actor.model`; for a model from a config, trained once on the job's training
+    rows.
+    """
     model = context.job.actor.model
     if not isinstance(model, Scratch):
         return load_tokenizer(model)
@@ -120,7 +132,9 @@ def actor_tokenizer(context: StepContext) -> Any:
     if context.world.is_main and not (folder / "tokenizer.json").exists():
         context.doing(1, "training a tokenizer on the job's rows")
         partial = folder.with_name("tokenizer.partial")
-        train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary).save_pretrained(str(partial))
+        train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary).save_pretrained(
+            str(partial)
+        )
         sync_files(partial)
         rename(partial, folder)
     context.world.barrier()
@@ -129,7 +143,12 @@ def actor_tokenizer(context: StepContext) -> Any:
 
 def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> dataset.Corpus:
     return dataset.prepare(
-        spec, tokenizer, cache=context.cache, rank=context.world.rank, world_size=context.world.size, say=lambda what: context.doing(step, what)
+        spec,
+        tokenizer,
+        cache=context.cache,
+        rank=context.world.rank,
+        world_size=context.world.size,
+        say=lambda what: context.doing(step, what),
     )
 
 
@@ -142,9 +161,11 @@ def start_checkpoints(
     rows: str,
     model_bytes: int,
 ) -> tuple[Checkpointer, Divergence]:
-    """Make what saves a step and what applies its updates, and tell `context.stop` to save before leaving.
+    """Make what saves a step and what applies its updates, and tell `context.stop` to save before
+    leaving.
 
-    updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk is too small.
+    updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk
+    is too small.
     """
     around = RunSurroundings(
         step,

@@ -1,10 +1,12 @@
-"""One rollout as PPO sees it: the sampled sequences, what the networks say of them, and what to learn from it.
+"""One rollout as PPO sees it: the sampled sequences, what the networks say of them, and what to
+learn from it.
 
-On-policy (one update a rollout) the actor and the critic are not asked before they learn: at their one
-update the old policy is the policy itself and the old values are the values, so both come out of the forward pass that
-is trained on, and the ratio is 1. Only the rewards' KL must be known before: it is taken from the log-probs of the rollout,
-which the same weights gave. They differ from the trainer's by rounding, as the self-test before the first update makes
-sure; they are those of the policy that sampled; and a bound on KL can hold before anything is learned.
+On-policy (one update a rollout) the actor and the critic are not asked before they learn: at their
+one update the old policy is the policy itself and the old values are the values, so both come out
+of the forward pass that is trained on, and the ratio is 1. Only the rewards' KL must be known
+before: it is taken from the log-probs of the rollout, which the same weights gave. They differ from
+the trainer's by rounding, as the self-test before the first update makes sure; they are those of
+the policy that sampled; and a bound on KL can hold before anything is learned.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ TARGETS = ("values", "advantages", "returns")  # what the losses measure against
 
 @dataclass(frozen=True)
 class Scored:
-    """One response with the networks' numbers for each of its tokens, before any update. All arrays: (tokens,)."""
+    """One response with the networks' numbers for each of its tokens, before any update.
+
+    All arrays: (tokens,).
+    """
 
     prompt: np.ndarray
     response: np.ndarray
@@ -51,12 +56,17 @@ class TrainerView:
 
 @dataclass(frozen=True)
 class Experience:
-    """A whole rollout, rows of all ranks in the order of the prompts. (B, R) tensors on the CPU, zero outside the mask."""
+    """A whole rollout, rows of all ranks in the order of the prompts.
+
+    (B, R) tensors on the CPU, zero outside the mask.
+    """
 
     prompts: list[np.ndarray]
     responses: list[np.ndarray]
     mask: Tensor
-    old_log_probs: Tensor  # of the policy that sampled: as the trainer's forward sees them; on-policy as the rollout did
+    old_log_probs: (
+        Tensor  # of the policy that sampled: as the trainer's forward sees them; on-policy as the rollout did
+    )
     ref_log_probs: Tensor
     scores: Tensor  # (B,)
     ended: Tensor  # (B,)
@@ -64,7 +74,10 @@ class Experience:
 
     @classmethod
     def of(cls, rows: Sequence[Scored], spec: Ppo, kl_coef: float, *, on_policy: bool) -> Experience:
-        """Rewards, and unless on-policy the targets, from the networks' numbers. Whitening sees the rows of all ranks."""
+        """Rewards, and unless on-policy the targets, from the networks' numbers.
+
+        Whitening sees the rows of all ranks.
+        """
         lengths = np.array([len(row.response) for row in rows])
         mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
         old = _padded([row.rollout_log_probs if on_policy else _trainer(row).log_probs for row in rows])
@@ -84,7 +97,9 @@ class Experience:
         return cls([row.prompt for row in rows], [row.response for row in rows], mask, old, ref, scores, ended, targets)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, for a checkpoint: prompts and responses one after the other, with their lengths."""
+        """All of it, for a checkpoint: prompts and responses one after the other, with their
+        lengths.
+        """
         plain = {name: getattr(self, name) for name in PLAIN}
         ragged = {name: torch.from_numpy(np.concatenate(getattr(self, name)).astype(np.int64)) for name in RAGGED}
         lengths = {f"{name}_lengths": torch.tensor([len(row) for row in getattr(self, name)]) for name in RAGGED}
@@ -92,7 +107,9 @@ class Experience:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Experience:
-        rows: dict[str, Any] = {name: np.split(tensors[name].numpy(), np.cumsum(tensors[f"{name}_lengths"].numpy())[:-1]) for name in RAGGED}
+        rows: dict[str, Any] = {
+            name: np.split(tensors[name].numpy(), np.cumsum(tensors[f"{name}_lengths"].numpy())[:-1]) for name in RAGGED
+        }
         return cls(**rows | {name: tensors[name] for name in PLAIN}, targets={name: tensors[name] for name in TARGETS})
 
     @property
@@ -102,7 +119,9 @@ class Experience:
 
     @property
     def kl(self) -> Tensor:
-        """To the reference, (B,): sum of log pi - log pi_ref over each response (the k1 estimate), in nats."""
+        """To the reference, (B,): sum of log pi - log pi_ref over each response (the k1 estimate),
+        in nats.
+        """
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
     def make_pass(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
@@ -114,7 +133,9 @@ class Experience:
         def trimmed(numbers: Tensor) -> Tensor:
             return sent(numbers[chosen, : mask.shape[1]], device)
 
-        return Pass(batch, mask, trimmed(self.old_log_probs), {name: trimmed(numbers) for name, numbers in self.targets.items()})
+        return Pass(
+            batch, mask, trimmed(self.old_log_probs), {name: trimmed(numbers) for name, numbers in self.targets.items()}
+        )
 
 
 @dataclass
@@ -128,7 +149,9 @@ class Pass:
 
 
 def targets_of(rewards: Tensor, values: Tensor, mask: Tensor, spec: Ppo) -> dict[str, Tensor]:
-    """TARGETS, (B, R), from rewards and values of the same shape; the advantages are not whitened yet."""
+    """TARGETS, (B, R), from rewards and values of the same shape; the advantages are not whitened
+    yet.
+    """
     advantages, returns = gae(rewards, values, mask, gamma=spec.gamma, lam=spec.lam)
     return {"values": values, "advantages": advantages, "returns": returns}
 
@@ -139,7 +162,9 @@ def whiten_update(passes: Sequence[Pass], world: World) -> None:
     local = torch.stack([moments(one.targets["advantages"], one.mask) for one in passes]).sum(0)
     everywhere = torch.tensor(list(world.sum(dict(zip(names, local, strict=True))).values()), dtype=torch.float64)
     for one in passes:
-        one.targets["advantages"] = whiten(one.targets["advantages"], one.mask, keep_mean=False, moments=everywhere.to(one.mask.device))
+        one.targets["advantages"] = whiten(
+            one.targets["advantages"], one.mask, keep_mean=False, moments=everywhere.to(one.mask.device)
+        )
 
 
 def _trainer(row: Scored) -> TrainerView:
@@ -156,6 +181,8 @@ def _padded(rows: Sequence[np.ndarray]) -> Tensor:
 
 
 def response_values(critic: Callable[..., Any], batch: Sequences) -> Tensor:
-    """The value before each response token, (B, R), zero elsewhere: after the tokens that the log-probs are read from too."""
+    """The value before each response token, (B, R), zero elsewhere: after the tokens that the
+    log-probs are read from too.
+    """
     index, _ = batch.predicted()
     return batch.spread(critic(batch, index)[0])

@@ -1,4 +1,6 @@
-"""A step's result in plain Hugging Face format: safetensors, config, whole tokenizer, generation config, model card."""
+"""A step's result in plain Hugging Face format: safetensors, config, whole tokenizer, generation
+config, model card.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def save_model(
     scores: Mapping[str, float],
     best: tuple[str, float] | None = None,
 ) -> None:
-    """All ranks take part, rank 0 writes. Written beside, synced and renamed: `folder` is whole, or it is not there.
+    """All ranks take part, rank 0 writes.
+
+    Written beside, synced and renamed: `folder` is whole, or it is not there.
 
     scores: for the model card; best: the metric and its value for which these weights are kept.
     """
@@ -50,7 +54,9 @@ def save_model(
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir()  # not its parents: a disk that went away must not be made anew in the folder that it was mounted on
+        # not its parents: a disk that went away must not be made anew in the folder that it was
+        # mounted on
+        partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
         generation_config(context.job, tokenizer).save_pretrained(str(partial))
@@ -59,7 +65,17 @@ def save_model(
         rename(partial, folder)
         metric, value = best or (None, None)
         written, seconds = size_of(folder), time.perf_counter() - start
-        context.emit(Checkpoint(step=step, update=update, path=str(folder), size_bytes=written, seconds=seconds, metric=metric, value=value))
+        context.emit(
+            Checkpoint(
+                step=step,
+                update=update,
+                path=str(folder),
+                size_bytes=written,
+                seconds=seconds,
+                metric=metric,
+                value=value,
+            )
+        )
     context.world.barrier()
     context.heartbeat.is_patient = False
 
@@ -80,18 +96,30 @@ def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
 def scores_of(end: End) -> dict[str, float]:
     """What a step measured on held-out data."""
     counted = {"step", "updates", "seconds"}
-    return {name: value for name, value in asdict(end).items() if isinstance(value, int | float) and name not in counted}
+    return {
+        name: value for name, value in asdict(end).items() if isinstance(value, int | float) and name not in counted
+    }
 
 
 def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
     """What it is, what it was made from, its scores on held-out data, and the job fields behind it."""
     is_from_step_1 = step == 3 or (step == 2 and job.critic.model == "actor")
     source = "step 1" if is_from_step_1 else job.actor.model if step == 1 else job.critic.model
-    base = "random weights from a configuration" if isinstance(source, Scratch) else f"this run's {source}" if source == "step 1" else source
+    base = (
+        "random weights from a configuration"
+        if isinstance(source, Scratch)
+        else f"this run's {source}"
+        if source == "step 1"
+        else source
+    )
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
     table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
     load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
-    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count." if step == 2 else ""
+    reading = (
+        "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count."
+        if step == 2
+        else ""
+    )
     fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
     return f"""---
 library_name: transformers

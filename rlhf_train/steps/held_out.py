@@ -1,4 +1,6 @@
-"""Prompts that are not trained on: answers to them, their scores by the frozen networks and by the rule, and means."""
+"""Prompts that are not trained on: answers to them, their scores by the frozen networks and by the
+rule, and means.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Summary:
 class HeldOut:
     """Prompts that are not trained on, answered with the same random numbers each time."""
 
-    def __init__(self, context: StepContext, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int) -> None:
+    def __init__(
+        self, context: StepContext, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int
+    ) -> None:
         self.context, self.prompts, self.tokenizer, self.rule, self.seed = context, prompts, tokenizer, rule, seed
 
     def answers(self, sampling: Rollouts, scorer: Scorer) -> list[Answer]:
@@ -57,7 +61,9 @@ class HeldOut:
         for row, numbers in enumerate(scored):
             ended = bool(made.ended[row])
             prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
-            response = self.tokenizer.decode(made.tokens[row][: -1 if ended else None])  # other special tokens are part of it
+            response = self.tokenizer.decode(
+                made.tokens[row][: -1 if ended else None]
+            )  # other special tokens are part of it
             good = self.rule(prompt, response, ended) if self.rule is not None else None
             kl = float((made.log_probs[row] - numbers["ref_log_probs"]).sum())
             answer = Answer(prompt, response, ended, len(made.tokens[row]), numbers["score"], kl, good)
@@ -67,7 +73,16 @@ class HeldOut:
 
     def show(self, answers: Sequence[Answer], when: str) -> None:
         for answer in answers[:SAMPLES]:
-            self.context.emit(Sample(step=3, when=when, prompt=answer.prompt, response=answer.response, reward=answer.score, good=answer.good))
+            self.context.emit(
+                Sample(
+                    step=3,
+                    when=when,
+                    prompt=answer.prompt,
+                    response=answer.response,
+                    reward=answer.score,
+                    good=answer.good,
+                )
+            )
 
     def summary(self, answers: Sequence[Answer]) -> Summary:
         def mean(numbers: Sequence[float]) -> float:
@@ -75,5 +90,9 @@ class HeldOut:
 
         good = mean([bool(a.good) for a in answers]) if self.rule is not None else None
         return Summary(
-            mean([a.score for a in answers]), mean([a.kl for a in answers]), mean([a.tokens for a in answers]), mean([a.ended for a in answers]), good
+            mean([a.score for a in answers]),
+            mean([a.kl for a in answers]),
+            mean([a.tokens for a in answers]),
+            mean([a.ended for a in answers]),
+            good,
         )

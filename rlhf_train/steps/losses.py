@@ -1,8 +1,9 @@
 """The maths of the three steps: pure functions of tensors, no model, no state.
 
 Shapes: B batch, T tokens, R response tokens. A mask is true on what counts. Where we differ from
-DeepSpeed-Chat: every sum is divided by the number of valid tokens of the whole update (`normalizer`), over all micro
-batches and ranks, so neither changes the gradient; padding never counts; the EOS that ends a response does.
+DeepSpeed-Chat: every sum is divided by the number of valid tokens of the whole update
+(`normalizer`), over all micro batches and ranks, so neither changes the gradient; padding never
+counts; the EOS that ends a response does.
 """
 
 from __future__ import annotations
@@ -18,22 +19,30 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log P(chosen beats rejected), mean over pairs. Scores: (B,). Bradley-Terry; Ouyang et al. 2022, eq. 1."""
+    """-log P(chosen beats rejected), mean over pairs.
+
+    Scores: (B,). Bradley-Terry; Ouyang et al. 2022, eq. 1.
+    """
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 def preference_loss_per_token(chosen: Tensor, rejected: Tensor, mask: Tensor) -> Tensor:
-    """DeepSpeed-Chat's loss: the pair loss at every token where the two may be compared, mean over tokens, then pairs.
+    """DeepSpeed-Chat's loss: the pair loss at every token where the two may be compared, mean over
+    tokens, then pairs.
 
-    chosen, rejected: (B, T) scores after each token; mask: (B, T), true from the first token that differs on.
-    Here without padding: the mask ends with the shorter answer. A pair with an empty mask counts as 0.
+    chosen, rejected: (B, T) scores after each token; mask: (B, T), true from the first token that
+    differs on. Here without padding: the mask ends with the shorter answer. A pair with an empty
+    mask counts as 0.
     """
     per_token = -F.logsigmoid(_kept(chosen, mask) - _kept(rejected, mask)) * mask
     return (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def kl_penalised_rewards(log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float, reward_clip: float) -> Tensor:
-    """-kl_coef (log pi - log pi_ref) at each token, and the clipped score once, on the last real token.
+def kl_penalised_rewards(
+    log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float, reward_clip: float
+) -> Tensor:
+    """-kl_coef (log pi - log pi_ref) at each token, and the clipped score once, on the last real
+    token.
 
     log_probs, ref_log_probs, mask: (B, R); scores: (B,). Returns (B, R), zero outside the mask.
     Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
@@ -47,21 +56,25 @@ def kl_penalised_rewards(log_probs: Tensor, ref_log_probs: Tensor, scores: Tenso
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation over response tokens.
 
-    rewards, values, mask: (B, R); the mask is true from the first response token to the last, EOS included, without gaps.
-    Returns advantages, returns: (B, R), zero outside the mask. Nothing is bootstrapped after the last token.
-    Advantages are not whitened; see `whiten`. Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    rewards, values, mask: (B, R); the mask is true from the first response token to the last, EOS
+    included, without gaps. Returns advantages, returns: (B, R), zero outside the mask. Nothing is
+    bootstrapped after the last token. Advantages are not whitened; see `whiten`. Schulman et al.
+    2016, arXiv:1506.02438, eq. 16.
     """
     rewards, values = _kept(rewards, mask), _kept(values, mask)
     deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
     deltas[:, :-1] += gamma * values[:, 1:]
-    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop in time would be hundreds of tiny kernels of a GPU.
+    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop in time would be
+    # hundreds of tiny kernels of a GPU.
     time = torch.arange(mask.shape[1], dtype=deltas.dtype, device=mask.device)
     advantages = _kept(deltas @ ((gamma * lam) ** (time[:, None] - time)).tril(), mask)
     return advantages, advantages + values
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the masked values, float64 (3,): add them up over ranks for `whiten`."""
+    """Count, sum and sum of squares of the masked values, float64 (3,): add them up over ranks for
+    `whiten`.
+    """
     kept = _kept(x.double(), mask)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
@@ -83,11 +96,18 @@ _moments = moments  # `whiten` has a parameter of that name
 
 
 def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float, normalizer: Tensor | float | None = None
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     """PPO's clipped objective, negated. Schulman et al. 2017, arXiv:1707.06347, eq. 7.
 
-    All (B, R). normalizer: the number of valid tokens of the whole update; default those of the mask. Returns a scalar.
+    All (B, R). normalizer: the number of valid tokens of the whole update; default those of the
+    mask. Returns a scalar.
     """
     ratio = (_kept(log_probs, mask) - _kept(old_log_probs, mask)).exp()
     advantages = _kept(advantages, mask)
@@ -96,11 +116,20 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float, normalizer: Tensor | float | None = None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the squared error, the worse of the plain and the clipped value. Same shapes as `policy_loss`.
+    """Half the squared error, the worse of the plain and the clipped value.
 
-    Ouyang et al. 2022's code and DeepSpeed-Chat: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
+    Same shapes as `policy_loss`.
+
+    Ouyang et al. 2022's code and DeepSpeed-Chat: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c)
+    - R)^2).
     """
     values, old_values, returns = (_kept(x, mask) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)

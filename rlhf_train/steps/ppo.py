@@ -1,8 +1,9 @@
 """Step 3, PPO: the actor learns to write what the reward model likes, and stays near the reference.
 
-Where we differ from DeepSpeed-Chat: answers are sampled, not greedy; masks come from lengths, so the EOS is an action;
-rewards are normalised on the reference's answers; advantages are whitened over all ranks; losses are divided by the
-tokens of the whole update; before the first update the trainer, the rollout and the reference must agree.
+Where we differ from DeepSpeed-Chat: answers are sampled, not greedy; masks come from lengths, so
+the EOS is an action; rewards are normalised on the reference's answers; advantages are whitened
+over all ranks; losses are divided by the tokens of the whole update; before the first update the
+trainer, the rollout and the reference must agree.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from rlhf_train.steps.ppo_setup import Setup, measure_reward_scale, set_reward_s
 from rlhf_train.steps.ppo_state import SUMS, LoopState
 from rlhf_train.steps.scoring import mean_entropies
 
-# Self-test: the worst row's mean absolute difference of log-probs, in nats. float32 differs by the order of summation;
-# bfloat16 has 8 bits, and other batches pad differently.
+# Self-test: the worst row's mean absolute difference of log-probs, in nats. float32 differs by the
+# order of summation; bfloat16 has 8 bits, and other batches pad differently.
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
@@ -95,7 +96,9 @@ def run(context: StepContext) -> End:
 
 
 def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
-    """Set the scale of the rewards, and measure the actor before it learns. clock: of the whole step."""
+    """Set the scale of the rewards, and measure the actor before it learns. clock: of the whole
+    step.
+    """
     spec, reward_model = context.job.ppo, setup.reward_model
     shift, scale = reward_model.shift, reward_model.scale
     if spec.normalize_rewards:
@@ -122,7 +125,9 @@ def measure(context: StepContext, setup: Setup, when: str) -> Summary:
 
 
 def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
-    """Measure the weights of `update` on the held-out prompts, and keep them if they are the best so far."""
+    """Measure the weights of `update` on the held-out prompts, and keep them if they are the best
+    so far.
+    """
     value = setup.held_out.summary(setup.held_out_answers()).reward
     checkpointer.offer(
         update,
@@ -146,8 +151,8 @@ def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, u
 def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -> None:
     """Sample and score the rollout that begins with `update`, and leave it in `state`.
 
-    All ranks share the work, and each has the whole rollout in the end. Raises ToolkitError if the self-test before the
-    first update fails.
+    All ranks share the work, and each has the whole rollout in the end. Raises ToolkitError if the
+    self-test before the first update fails.
     """
     spec, world, rows, tally = context.job.ppo, context.world, setup.rows, state.tally
 
@@ -294,7 +299,8 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
 
 
 def use_the_smallest_batch(context: StepContext, sampling: Rollouts, known: int) -> int:
-    """Let all ranks generate as few prompts at once as the rank with least memory, and return how many.
+    """Let all ranks generate as few prompts at once as the rank with least memory, and return how
+    many.
 
     If they are fewer than `known`, the run remembers it.
     """
@@ -302,12 +308,21 @@ def use_the_smallest_batch(context: StepContext, sampling: Rollouts, known: int)
     if sampling.batch < known and context.world.is_main:
         memory_fit.remember(context.job, context.run, replace(context.placement, rollout_micro_batch=sampling.batch))
         message = f"out of memory in a rollout with {known} prompts at once: continues with {sampling.batch}"
-        context.emit(Warning(step=3, message=message, hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try"))
+        context.emit(
+            Warning(
+                step=3,
+                message=message,
+                hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try",
+            )
+        )
     return sampling.batch
 
 
 def warn_of_odd_answers(context: StepContext, experience: Experience, limit: int) -> None:
-    """Warn of a rollout that teaches little: its answers are all empty, or all cut. The hint says the usual cause."""
+    """Warn of a rollout that teaches little: its answers are all empty, or all cut.
+
+    The hint says the usual cause.
+    """
     lengths = experience.mask.sum(1)
     if bool((experience.ended & (lengths == 1)).all()):
         context.emit(
@@ -340,7 +355,8 @@ def exploded(context: StepContext, kl: float, update: int, last_good: str) -> To
 def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
     """Adapt the KL coefficient to `kl_target`, or leave it if there is no target.
 
-    Proportional control of the KL, clipped at 20 %: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    Proportional control of the KL, clipped at 20 %: Ziegler et al. 2019, arXiv:1909.08593, section
+    2.2.
     """
     if spec.kl_target is None:
         return kl_coef
@@ -349,12 +365,19 @@ def next_kl_coef(spec: Ppo, kl_coef: float, kl: float) -> float:
 
 
 def accumulate_gradients(
-    context: StepContext, passes: Sequence[Pass], response_tokens: int, *, on_policy: bool, actor: Engine, critic: Engine
+    context: StepContext,
+    passes: Sequence[Pass],
+    response_tokens: int,
+    *,
+    on_policy: bool,
+    actor: Engine,
+    critic: Engine,
 ) -> dict[str, float]:
-    """Go forward and backward through one update's passes, in both engines, and return SUMS over passes and ranks.
+    """Go forward and backward through one update's passes, in both engines, and return SUMS over
+    passes and ranks.
 
-    The critic goes first: on-policy the advantages are made of its values, and whitened over all passes before the
-    actor sees one.
+    The critic goes first: on-policy the advantages are made of its values, and whitened over all
+    passes before the actor sees one.
     """
     spec = context.job.ppo
     sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
@@ -370,7 +393,14 @@ def accumulate_gradients(
         if on_policy:
             one.targets = targets_of(one.targets["rewards"], values.detach(), mask, spec)
         old_values = one.targets["values"]
-        loss = losses.value_loss(values, old_values, one.targets["returns"], mask, clip_range=spec.value_clip_range, normalizer=response_tokens)
+        loss = losses.value_loss(
+            values,
+            old_values,
+            one.targets["returns"],
+            mask,
+            clip_range=spec.value_clip_range,
+            normalizer=response_tokens,
+        )
         critic.backward(loss, last=one is passes[-1])
         value_clipped = (((values.detach() - old_values).abs() > spec.value_clip_range) & mask).sum()
         add(value_loss=loss.detach(), value_clipped=value_clipped)
@@ -384,11 +414,23 @@ def accumulate_gradients(
         flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
         log_probs = batch.spread(flat)
         old_log_probs = log_probs.detach() if on_policy else one.old_log_probs
-        loss = losses.policy_loss(log_probs, old_log_probs, one.targets["advantages"], mask, clip_range=spec.clip_range, normalizer=response_tokens)
+        loss = losses.policy_loss(
+            log_probs,
+            old_log_probs,
+            one.targets["advantages"],
+            mask,
+            clip_range=spec.clip_range,
+            normalizer=response_tokens,
+        )
         actor.backward(loss, last=one is passes[-1])
-        # Against the policy that sampled; on-policy as the rollout saw it, so that a rollout gone astray shows.
+        # Against the policy that sampled; on-policy as the rollout saw it, so that a rollout gone
+        # astray shows.
         ratio = ((log_probs.detach() - one.old_log_probs) * mask).exp()
-        add(policy_loss=loss.detach(), ratio=(ratio * mask).sum(), clipped=(((ratio - 1).abs() > spec.clip_range) & mask).sum())
+        add(
+            policy_loss=loss.detach(),
+            ratio=(ratio * mask).sum(),
+            clipped=(((ratio - 1).abs() > spec.clip_range) & mask).sum(),
+        )
         if entropies is not None:
             add(entropy=mean_entropies(entropies, batch).sum())
         add(tokens=mask.sum(), trained=batch.lengths.sum(), computed=batch.input_ids.numel())
@@ -396,7 +438,8 @@ def accumulate_gradients(
 
 
 def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
-    """Check before the first update that ratio is 1, KL 0, and the rollout's log-probs the trainer's.
+    """Check before the first update that ratio is 1, KL 0, and the rollout's log-probs the
+    trainer's.
 
     Raises ToolkitError.
     """
@@ -417,7 +460,10 @@ def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_i
         "positions or masks of left-padded prompts, a stale key-value cache, or another temperature",
     )
     # np.max, not max: it does not pass over a NaN.
-    worst = [float(np.max([np.abs(a - b).mean() for a, b in zip(ours, theirs, strict=True)])) for ours, theirs in checks.values()]
+    worst = [
+        float(np.max([np.abs(a - b).mean() for a, b in zip(ours, theirs, strict=True)]))
+        for ours, theirs in checks.values()
+    ]
     for what, cause, difference in zip(checks, causes, worst, strict=True):
         if not difference <= limit:
             raise ToolkitError(
@@ -427,5 +473,9 @@ def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_i
                 exit_code=ExitCode.TRAINING,
             )
     context.emit(
-        Progress(step=3, doing="self-test passed: " + ", ".join(f"{name} {d:.1e}" for name, d in zip(("ratio", "KL", "rollout"), worst, strict=True)))
+        Progress(
+            step=3,
+            doing="self-test passed: "
+            + ", ".join(f"{name} {d:.1e}" for name, d in zip(("ratio", "KL", "rollout"), worst, strict=True)),
+        )
     )

@@ -1,4 +1,6 @@
-"""What step 3 works with: four networks, two of them with engines, and what samples, scores and measures with them."""
+"""What step 3 works with: four networks, two of them with engines, and what samples, scores and
+measures with them.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,10 @@ class Setup:
 
 
 def set_up(context: StepContext) -> Setup:
-    """Load and build all that step 3 works with. Raises ToolkitError if parts of it do not fit together."""
+    """Load and build all that step 3 works with.
+
+    Raises ToolkitError if parts of it do not fit together.
+    """
     job, spec, world, where = context.job, context.job.ppo, context.world, context.placement
 
     # 1. Read the prompts, and count the updates.
@@ -211,14 +216,15 @@ def frozen_copies(
     lora: Lora | None,
     zero_stage: int,
 ) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
-    """Copy the actor as it was loaded, before adapters: the reference, and what rollouts read, if they need a copy.
+    """Copy the actor as it was loaded, before adapters: the reference, and what rollouts read, if
+    they need a copy.
 
-    Rollouts need one where the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has adapters next to them.
-    `copy_weights` fills it once a rollout.
+    Rollouts need one where the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has
+    adapters next to them. `copy_weights` fills it once a rollout.
 
-    LoRA learns next to weights that stay: the reference is the actor with its adapters off, and the rollouts' copy has
-    memory of its own only for what adapters change. ZeRO-3 would have to gather them all, layer by layer, for each
-    batch; there both are whole copies.
+    LoRA learns next to weights that stay: the reference is the actor with its adapters off, and the
+    rollouts' copy has memory of its own only for what adapters change. ZeRO-3 would have to gather
+    them all, layer by layer, for each batch; there both are whole copies.
     """
     if lora is None or zero_stage == 3:
         copies = 2 if zero_stage == 3 else 1
@@ -230,7 +236,9 @@ def frozen_copies(
 
 
 def try_the_longest(context: StepContext, setup: Setup) -> None:
-    """Make updates that change nothing on the longest sequences: what training needs is then known to fit."""
+    """Make updates that change nothing on the longest sequences: what training needs is then known
+    to fit.
+    """
     actor, critic, temperature = setup.actor, setup.critic, context.job.ppo.temperature
     context.doing(3, f"trying the longest sequences, {setup.plan.micro_batch} at once")
     trial_update(

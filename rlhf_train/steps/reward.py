@@ -1,7 +1,8 @@
 """Step 2, the reward model: a score for a whole answer, learned from pairs.
 
-Where we differ from DeepSpeed-Chat: the model is transformers' own classifier with one label, `last_token` is the
-Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef` keeps the model able to read.
+Where we differ from DeepSpeed-Chat: the model is transformers' own classifier with one label,
+`last_token` is the Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef`
+keeps the model able to read.
 """
 
 from __future__ import annotations
@@ -15,9 +16,23 @@ from torch import Tensor
 from jobs.events import End, Metrics
 from jobs.spec import Reward
 from rlhf_train.data.dataset import Table
-from rlhf_train.data.sequences import Sequences, assign_passes, count_updates, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data.sequences import (
+    Sequences,
+    assign_passes,
+    count_updates,
+    evaluation_batches,
+    grouped_rows_of_update,
+)
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
-from rlhf_train.models.networks import ScoreForward, check_lengths, checkpoint_activations, last_scores, load_scorer, load_tokenizer, padding
+from rlhf_train.models.networks import (
+    ScoreForward,
+    check_lengths,
+    checkpoint_activations,
+    last_scores,
+    load_scorer,
+    load_tokenizer,
+    padding,
+)
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
@@ -35,7 +50,14 @@ def run(context: StepContext) -> End:
     tokens = corpus(context, 2, job.data, tokenizer)
     rows = tokens.train.step_rows[2]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    context.plan(2, plan, updates=updates, rows=len(rows), zero_stage=context.placement.critic_zero_stage, row_counts=tokens.train.row_counts)
+    context.plan(
+        2,
+        plan,
+        updates=updates,
+        rows=len(rows),
+        zero_stage=context.placement.critic_zero_stage,
+        row_counts=tokens.train.row_counts,
+    )
 
     # 2. Load the reward model, and give it an engine.
     context.doing(2, "loading the reward model")
@@ -55,7 +77,8 @@ def run(context: StepContext) -> End:
         world=world,
     )
 
-    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where training starts.
+    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where
+    # training starts.
     held_out = tokens.held_out.step_rows[2]
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
@@ -95,7 +118,11 @@ def run(context: StepContext) -> End:
         picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
-        real_tokens = int((2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[picked].sum())
+        real_tokens = int(
+            (2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[
+                picked
+            ].sum()
+        )
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
         passes = assign_passes(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
@@ -151,7 +178,14 @@ def run(context: StepContext) -> End:
     after = accuracy(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"accuracy": after})
     folder = context.run.step(2).model
-    end = End(step=2, updates=updates, seconds=clock(), model=str(folder), reward_accuracy_before=before, reward_accuracy=after)
+    end = End(
+        step=2,
+        updates=updates,
+        seconds=clock(),
+        model=str(folder),
+        reward_accuracy_before=before,
+        reward_accuracy=after,
+    )
     save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
     checkpointer.close()
     return end
@@ -171,7 +205,8 @@ def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.devi
 def score_pairs(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the scores that the loss needs, those after the last token, and log-probs.
 
-    After the last token of each sequence: (2n,). The log-probs are those of the chosen, for `lm_coef`; None without.
+    After the last token of each sequence: (2n,). The log-probs are those of the chosen, for
+    `lm_coef`; None without.
     """
     if spec.loss == "last_token" and not spec.lm_coef:
         in_the_end, _ = engine(batch, batch.last())
@@ -204,7 +239,9 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 @torch.no_grad()
 def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """Return the share of pairs whose chosen answer scores higher at its last token; NaN if a score is not finite."""
+    """Return the share of pairs whose chosen answer scores higher at its last token; NaN if a score
+    is not finite.
+    """
     correct = 0.0
     share = (context.placement.micro_batches[1], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
@@ -213,5 +250,9 @@ def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarra
         batch = pairs(table, rows[micro], pad_id, context.world.device)
         scores, _ = engine(batch, batch.last())
         chosen, rejected = scores.chunk(2)
-        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if bool(torch.isfinite(scores).all()) else math.nan
+        correct += (
+            float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum())
+            if bool(torch.isfinite(scores).all())
+            else math.nan
+        )
     return context.world.sum({"correct": correct})["correct"] / len(rows)

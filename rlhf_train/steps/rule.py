@@ -1,4 +1,6 @@
-"""The independent rule of `ppo.rule`: what counts as a good answer, by something that is not the reward model."""
+"""The independent rule of `ppo.rule`: what counts as a good answer, by something that is not the
+reward model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def load_rule(name: str | None) -> Rule | None:
     try:
         rule = getattr(importlib.import_module(module), function)
     except Exception as error:  # a person's own module: an import runs it, and may raise anything
-        raise ToolkitError(f"ppo.rule {name} cannot be imported", why=f"{type(error).__name__}: {error}", hint=HINT) from None
+        raise ToolkitError(
+            f"ppo.rule {name} cannot be imported", why=f"{type(error).__name__}: {error}", hint=HINT
+        ) from None
     if not callable(rule):
         raise ToolkitError(f"ppo.rule {name} is not a function", why=f"it is {type(rule).__name__}", hint=HINT)
     return rule

@@ -1,4 +1,6 @@
-"""Score responses with the frozen networks: reference log-probs and reward-model scores, in length-sorted batches."""
+"""Score responses with the frozen networks: reference log-probs and reward-model scores, in
+length-sorted batches.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ from rlhf_train.models.networks import ActorForward
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored, TrainerView, response_values
 
-# Passes of training that a GPU scores at once: without gradients nothing is kept from layer to layer; where training itself keeps
-# little, with checkpoints of activations, one. A CPU gains nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64, or less.
+# Passes of training that a GPU scores at once: without gradients nothing is kept from layer to
+# layer; where training itself keeps little, with checkpoints of activations, one. A CPU gains
+# nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64, or less.
 GPU_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores responses with the two frozen networks, in few passes of rows alike in length, as many on each rank."""
+    """Scores responses with the two frozen networks, in few passes of rows alike in length, as many
+    on each rank.
+    """
 
     context: StepContext
     reference: Forward
@@ -35,10 +40,11 @@ class Scorer:
     def score(
         self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return the networks' numbers for each response, in order, and how many tokens were computed for them.
+        """Return the networks' numbers for each response, in order, and how many tokens were
+        computed for them.
 
-        trainer: actor and critic, to score the responses too. The numbers are those of `score_batch`, and of
-        `trainer_view` with `trainer`: (tokens,) arrays, or floats.
+        trainer: actor and critic, to score the responses too. The numbers are those of
+        `score_batch`, and of `trainer_view` with `trainer`: (tokens,) arrays, or floats.
         """
         world, temperature = self.context.world, self.context.job.ppo.temperature
         lengths = np.array([len(p) for p in prompts], dtype=np.int64) + responses.lengths
@@ -51,9 +57,13 @@ class Scorer:
             if not len(rows):  # other ranks have one more
                 continue
             self.context.heartbeat.beat()
-            batch = Sequences.of([prompts[i] for i in rows], [responses.tokens[i] for i in rows], self.pad_id, world.device)
+            batch = Sequences.of(
+                [prompts[i] for i in rows], [responses.tokens[i] for i in rows], self.pad_id, world.device
+            )
             computed += batch.input_ids.numel()
-            numbers = score_batch(batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature)
+            numbers = score_batch(
+                batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature
+            )
             if trainer is not None:
                 numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
             batches.append((rows, numbers))
@@ -62,7 +72,10 @@ class Scorer:
             arrays = to_host(numbers)
             for place, row in enumerate(rows):
                 count = len(responses.tokens[row])
-                of_row[int(row)] = {name: array[place, :count] if array.ndim == 2 else float(array[place]) for name, array in arrays.items()}
+                of_row[int(row)] = {
+                    name: array[place, :count] if array.ndim == 2 else float(array[place])
+                    for name, array in arrays.items()
+                }
         return [of_row[row] for row in range(len(prompts))], computed
 
     def score_rollout(
@@ -94,20 +107,27 @@ def trainer_of(numbers: Mapping[str, Any]) -> TrainerView:
 
 
 def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
-    """Cut each rank's rows, longest first, into passes of at most `tokens`, so that all ranks make as many passes.
+    """Cut each rank's rows, longest first, into passes of at most `tokens`, so that all ranks make
+    as many passes.
 
     The longest row on any rank counts.
-    Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may have fewer rows, and then none in the end.
+    Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may
+    have fewer rows, and then none in the end.
     """
     most = max(len(each) for each in lengths)
-    return split_into_passes(np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed)
+    return split_into_passes(
+        np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed
+    )
 
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class WithoutAdapters:
-    """The actor with its adapters off: the reference, without weights of its own. Called as an ActorForward is."""
+    """The actor with its adapters off: the reference, without weights of its own.
+
+    Called as an ActorForward is.
+    """
 
     def __init__(self, actor: ActorForward) -> None:
         self._actor = actor
@@ -131,14 +151,20 @@ class WithoutAdapters:
 
 
 @torch.no_grad()
-def score_batch(batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float) -> dict[str, Tensor]:
-    """Score one micro batch with the two frozen networks: (B, R) log-probs of the reference, (B,) scores."""
+def score_batch(
+    batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float
+) -> dict[str, Tensor]:
+    """Score one micro batch with the two frozen networks: (B, R) log-probs of the reference, (B,)
+    scores.
+    """
     ref_log_probs, _ = reference(batch, temperature=temperature)
     return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
 
 
 def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
-    """Average the entropies of response tokens, (N,) in the order of `predicted()`, over each response: (B,)."""
+    """Average the entropies of response tokens, (N,) in the order of `predicted()`, over each
+    response: (B,).
+    """
     return batch.spread(entropies).sum(1) / batch.response_lengths
 
 
@@ -152,7 +178,9 @@ def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
-    """Score one micro batch with the two networks in training: (B, R) log-probs and values, (B,) mean entropy per token."""
+    """Score one micro batch with the two networks in training: (B, R) log-probs and values, (B,)
+    mean entropy per token.
+    """
     log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
     assert entropies is not None
     return {

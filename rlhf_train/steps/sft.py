@@ -1,7 +1,7 @@
 """Step 1, supervised fine-tuning: the actor learns to write the data's responses.
 
-Where we differ from DeepSpeed-Chat: the loss is on the response and its EOS (`sft.loss_on_prompt` adds the prompt),
-padding never counts, and the perplexity is over tokens, not a mean of batches.
+Where we differ from DeepSpeed-Chat: the loss is on the response and its EOS (`sft.loss_on_prompt`
+adds the prompt), padding never counts, and the perplexity is over tokens, not a mean of batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 from jobs.events import End, Metrics
 from jobs.spec import Job
 from rlhf_train.data.dataset import Table
-from rlhf_train.data.sequences import Sequences, assign_passes, count_updates, evaluation_batches, grouped_rows_of_update
+from rlhf_train.data.sequences import (
+    Sequences,
+    assign_passes,
+    count_updates,
+    evaluation_batches,
+    grouped_rows_of_update,
+)
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import (
     ActorForward,
@@ -41,7 +47,14 @@ def run(context: StepContext) -> End:
     tokens = corpus(context, 1, job.data, tokenizer)
     rows = tokens.train.step_rows[1]
     updates = count_updates(len(rows), spec.global_batch, spec.epochs, spec.max_updates)
-    context.plan(1, plan, updates=updates, rows=len(rows), zero_stage=context.placement.actor_zero_stage, row_counts=tokens.train.row_counts)
+    context.plan(
+        1,
+        plan,
+        updates=updates,
+        rows=len(rows),
+        zero_stage=context.placement.actor_zero_stage,
+        row_counts=tokens.train.row_counts,
+    )
 
     if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
@@ -66,7 +79,8 @@ def run(context: StepContext) -> End:
         world=world,
     )
 
-    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where training starts.
+    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where
+    # training starts.
     held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
@@ -144,7 +158,9 @@ def run(context: StepContext) -> End:
     after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
     folder = context.run.step(1).model
-    end = End(step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after)
+    end = End(
+        step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after
+    )
     save_model(context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
     checkpointer.close()
     return end

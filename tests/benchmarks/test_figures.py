@@ -16,7 +16,8 @@ def test_a_spread_is_the_median_with_the_ends() -> None:
 
 
 def test_the_floor_of_a_decode_step() -> None:
-    # OPT-1.3b at batch 64 and 384 positions: 2 x 24 layers x 2048 x 2 bytes = 196,608 a token, 4.83 GB; 2.62 GB of weights; 4.24 TB/s.
+    # OPT-1.3b at batch 64 and 384 positions: 2 x 24 layers x 2048 x 2 bytes = 196,608 a token, 4.83
+    # GB; 2.62 GB of weights; 4.24 TB/s.
     cache = kv_bytes(24, 2048, 64, 384, 2)
     assert cache == 64 * 384 * 196_608
     weights = weight_bytes_of_decoding(SIZES["opt-1.3b"].actor, 2)
@@ -39,8 +40,26 @@ def test_a_row_of_step_2_counts_both_sequences_of_a_pair() -> None:
 
 
 def test_a_row_of_decode() -> None:
-    found = {"batch": 64, "floor_s": 0.002, "step_s": 0.0025, "prefill_s": 0.1, "whole_s": 2.0, "longer": Spread.of([2.0]), "tokens": 50}
-    assert decode.row_of(found, 1.3, 50) == ["64", "2.00", "2.50", "1.25x", "1.3x: met", "25,600", "100", "2.000", "3,200"]
+    found = {
+        "batch": 64,
+        "floor_s": 0.002,
+        "step_s": 0.0025,
+        "prefill_s": 0.1,
+        "whole_s": 2.0,
+        "longer": Spread.of([2.0]),
+        "tokens": 50,
+    }
+    assert decode.row_of(found, 1.3, 50) == [
+        "64",
+        "2.00",
+        "2.50",
+        "1.25x",
+        "1.3x: met",
+        "25,600",
+        "100",
+        "2.000",
+        "3,200",
+    ]
     assert decode.row_of(found, 1.2, 50)[4] == "1.2x: MISSED"
 
 
@@ -48,13 +67,25 @@ def test_ours_is_held_against_the_faster_peer() -> None:
     def side(cpu_s: float, *seconds: float):
         return [{"total_s": s, "cpu_s": cpu_s, "generation_s": s / 2, "answer_tokens": 640} for s in seconds]
 
-    sides = {"ours": side(3, 4, 4, 90), "slow": side(8, 9), "fast": side(3, 6, 5, 7), "generate": [{"generation_s": 1.0, "answer_tokens": 640}]}
+    sides = {
+        "ours": side(3, 4, 4, 90),
+        "slow": side(8, 9),
+        "fast": side(3, 6, 5, 7),
+        "generate": [{"generation_s": 1.0, "answer_tokens": 640}],
+    }
     said = side_by_side.verdict(sides, 1.5, by_cpu=False)
-    assert said == "ours against the faster peer, fast: 1.50x by the clock (target 1.5x: met), 1.00x by seconds of the CPU"
+    assert (
+        said == "ours against the faster peer, fast: 1.50x by the clock (target 1.5x: met), 1.00x by seconds of the CPU"
+    )
     said = side_by_side.verdict(sides, 1.5, by_cpu=True)  # 3 and 3 seconds of the CPU
-    assert said.startswith("ours against the faster peer, fast: 1.00x by seconds of the CPU (target 1.5x: MISSED), 1.50x by the clock")
+    assert said.startswith(
+        "ours against the faster peer, fast: 1.00x by seconds of the CPU (target 1.5x: MISSED), 1.50x by the clock"
+    )
     assert ppo.row("generate", sides["generate"], 64) == ["generate", "1.00", "-", "-", "-", "-", "-", "640"]
 
 
 def test_a_table_lines_its_columns_up() -> None:
-    assert str(Table("t", ["", "x"], [["a", "1.0"], ["bb", "10.0"]], ["note"])) == "t\n\n       x\n--------\na    1.0\nbb  10.0\n\nnote"
+    assert (
+        str(Table("t", ["", "x"], [["a", "1.0"], ["bb", "10.0"]], ["note"]))
+        == "t\n\n       x\n--------\na    1.0\nbb  10.0\n\nnote"
+    )

@@ -33,17 +33,33 @@ def test_samples_a_second_are_set_against_those_of_one_gpu(tmp_path: Path) -> No
     def taking(seconds: float) -> tuple[Ran, float]:
         run = RunDir(tmp_path / f"{seconds}")
         run.path.mkdir(exist_ok=True)
-        lines = [{"kind": "metrics", "step": 1, "seq": n, "update": n + 1, "elapsed_s": seconds * n, "gpu_peak_bytes": 2**30} for n in range(5)]
+        lines = [
+            {"kind": "metrics", "step": 1, "seq": n, "update": n + 1, "elapsed_s": seconds * n, "gpu_peak_bytes": 2**30}
+            for n in range(5)
+        ]
         run.events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return Ran(run, dict.fromkeys(range(5), 0.0), 0), 2.0 * 2**30
 
     same, twice = scaling.TWO[0], replace(scaling.TWO[0], name="twice", times=2)
     ran = {scaling.ONE.name: taking(2.0), same.name: taking(1.25), "twice": taking(2.0)}
-    assert scaling.row_of(same, ran, 1, samples=8) == [same.name, "1.250 (1.250-1.250)", "6.4", "1.60x", "-", "-", "-", "1.0", "2.0"]
+    assert scaling.row_of(same, ran, 1, samples=8) == [
+        same.name,
+        "1.250 (1.250-1.250)",
+        "6.4",
+        "1.60x",
+        "-",
+        "-",
+        "-",
+        "1.0",
+        "2.0",
+    ]
     assert scaling.row_of(twice, ran, 1, samples=8)[1:4] == ["2.000 (2.000-2.000)", "8.0", "2.00x"]
 
 
 def test_curves_are_compared_by_update() -> None:
-    one, other = [{"kl": 0.5, "loss": 4.0}, {"kl": 0.25, "loss": 2.0}], [{"kl": 0.5, "loss": 4.0}, {"kl": -0.25, "loss": 1.5}]
+    one, other = (
+        [{"kl": 0.5, "loss": 4.0}, {"kl": 0.25, "loss": 2.0}],
+        [{"kl": 0.5, "loss": 4.0}, {"kl": -0.25, "loss": 1.5}],
+    )
     assert scaling.difference(one, other, "kl") == "0.0e+00 / 5.0e-01"
     assert scaling.difference(one, other, "loss") == "0.0e+00 / 2.5e-01"

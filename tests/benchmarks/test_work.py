@@ -17,7 +17,15 @@ def generated(model, prompts: work.Prompts, most: int) -> list[list[int]]:
     width = max(map(len, prompts.ids))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in prompts.ids])
     torch.manual_seed(0)
-    made = model.generate(ids, attention_mask=(ids != PAD).long(), do_sample=True, top_k=0, max_new_tokens=most, pad_token_id=PAD, eos_token_id=EOS)
+    made = model.generate(
+        ids,
+        attention_mask=(ids != PAD).long(),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=most,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+    )
     answers = made[:, width:].tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in answers]
 
@@ -56,7 +64,8 @@ def test_a_word_is_a_token() -> None:
 
 
 def test_weights_that_a_token_is_multiplied_with() -> None:
-    # By hand: a layer of width 64 has 4 x 64^2 + 2 x 64 x 256 = 49,152; two of them, and 64 x 256 for the head.
+    # By hand: a layer of width 64 has 4 x 64^2 + 2 x 64 x 256 = 49,152; two of them, and 64 x 256
+    # for the head.
     assert work.matmul_parameters(TINY.actor, with_head=False) == 98_304
     assert work.matmul_parameters(TINY.actor, with_head=True) == 98_304 + 16_384
     # reference measurements count 1.311e9 for OPT-1.3b and 0.303e9 for OPT-350m

@@ -14,26 +14,57 @@ from tests.docker.images import CHECKOUT, MIRROR, Box
 
 @pytest.fixture(scope="session")
 def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
-    """`python ...` inside the image with the tests and pytest, as a user without an entry in /etc/passwd, without a network."""
+    """`python ...` inside the image with the tests and pytest, as a user without an entry in
+    /etc/passwd, without a network.
+    """
     clean = tmp_path_factory.mktemp("image") / "rlhf-box"  # without the job files that other tests add
     engine.copy_checkout(CHECKOUT, clean, built.uid)
     (clean / "env/mirrors/tests.env").write_text(MIRROR)
     names = ("MIRROR", "BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS")
     arguments = [f"--build-arg={name}={value}" for name, value in built.variables.items() if name in names]
     secret = [f"--secret=id=ca_bundle,src={built.variables['CA_BUNDLE']}"]
-    built.docker("build", *arguments, *secret, "--target=test", "--tag=rlhf-box:with-tests", "--file=docker/Dockerfile", ".", cwd=clean)
+    built.docker(
+        "build",
+        *arguments,
+        *secret,
+        "--target=test",
+        "--tag=rlhf-box:with-tests",
+        "--file=docker/Dockerfile",
+        ".",
+        cwd=clean,
+    )
 
     def run(
-        *arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = 900, options: tuple[str, ...] = ()
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = 900,
+        options: tuple[str, ...] = (),
     ) -> CompletedProcess[str]:
         cache = tmp_path_factory.mktemp("cache")
         os.chown(cache, built.uid, built.uid)
         mounts = [f"--volume={clean}/tests:/app/tests:ro", f"--volume={clean}/pyproject.toml:/app/pyproject.toml:ro"]
         variables = [f"--env={name}={value}" for name, value in (environment or {}).items()]
-        user = ["--user", f"{built.uid}:{built.uid}", "--init", "--shm-size=1g", "--network=none", f"--volume={cache}:/cache"]
+        user = [
+            "--user",
+            f"{built.uid}:{built.uid}",
+            "--init",
+            "--shm-size=1g",
+            "--network=none",
+            f"--volume={cache}:/cache",
+        ]
         entry = ["--entrypoint", "python"]
         return built.docker(
-            "run", "--rm", *user, *mounts, *variables, *entry, *options, "rlhf-box:with-tests", *arguments, check=False, timeout_s=timeout_s
+            "run",
+            "--rm",
+            *user,
+            *mounts,
+            *variables,
+            *entry,
+            *options,
+            "rlhf-box:with-tests",
+            *arguments,
+            check=False,
+            timeout_s=timeout_s,
         )
 
     return run

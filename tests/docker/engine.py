@@ -1,6 +1,8 @@
-"""A Docker engine for the tests: the one that answers, or, in CI on Debian, one that is installed, started and ended here.
+"""A Docker engine for the tests: the one that answers, or, in CI on Debian, one that is installed,
+started and ended here.
 
-No image can be pulled in CI, so the base is made with debootstrap, and a build image with nvcc 11.8 (Debian's) from it.
+No image can be pulled in CI, so the base is made with debootstrap, and a build image with nvcc 11.8
+(Debian's) from it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,13 @@ class Docker:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def __call__(
-        self, *arguments: str, cwd: Path | None = None, check: bool = True, timeout_s: float = 600, stdin: str | None = None, **variables: str
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        check: bool = True,
+        timeout_s: float = 600,
+        stdin: str | None = None,
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["docker", *arguments],
@@ -75,7 +83,10 @@ def distribution() -> str:
 
 @contextmanager
 def installed_engine() -> Iterator[Docker]:
-    """Needs root on Debian. The engine is ended and its images are removed at the end; the packages stay."""
+    """Needs root on Debian.
+
+    The engine is ended and its images are removed at the end; the packages stay.
+    """
     if not shutil.which("dockerd") or not shutil.which("debootstrap"):
         shell("apt-get", "-qq", "update")
         os.environ["DEBIAN_FRONTEND"] = "noninteractive"
@@ -99,7 +110,9 @@ def installed_engine() -> Iterator[Docker]:
         deadline = time.monotonic() + 60
         while docker.answers():
             if engine.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"dockerd does not answer: {docker.answers()}\n{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}")
+                raise AssertionError(
+                    f"dockerd does not answer: {docker.answers()}\n{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}"
+                )
             time.sleep(0.5)
         yield docker
     finally:
@@ -110,8 +123,13 @@ def installed_engine() -> Iterator[Docker]:
 
 
 def _install_plugins(folder: Path) -> None:
-    """Compose v2 and buildx: Debian 12 has neither; Debian 13's packages want no more than its libc."""
-    if not Docker()("compose", "version", check=False).returncode and not Docker()("buildx", "version", check=False).returncode:
+    """Compose v2 and buildx: Debian 12 has neither; Debian 13's packages want no more than its
+    libc.
+    """
+    if (
+        not Docker()("compose", "version", check=False).returncode
+        and not Docker()("buildx", "version", check=False).returncode
+    ):
         return
     source = folder / "next.list"
     source.write_text(f"deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {distribution()} trixie main\n")
@@ -144,21 +162,37 @@ def make_base(docker: Docker) -> str:
         shutil.copy(python / "bin/python3.10", root / "usr/local/bin/python3.10")
         for library in (python / "lib").glob("libpython3.10.so*"):
             shutil.copy(library, root / "usr/local/lib", follow_symlinks=False)
-        for cache in [*(root / "var/lib/apt/lists").glob("*_*"), *(root / "var/cache/apt").rglob("*.deb"), *(root / "var/cache/apt").glob("*.bin")]:
+        for cache in [
+            *(root / "var/lib/apt/lists").glob("*_*"),
+            *(root / "var/cache/apt").rglob("*.deb"),
+            *(root / "var/cache/apt").glob("*.bin"),
+        ]:
             cache.unlink()
         shell("chroot", str(root), "ldconfig")
         shell("chroot", str(root), "python3.10", "-c", "import ssl, ctypes, sqlite3, zlib, bz2, lzma")
-        subprocess.run(f"tar -C {root} -c . | docker import - {BASE}", shell=True, env=dict(docker.environment), check=True, capture_output=True)
+        subprocess.run(
+            f"tar -C {root} -c . | docker import - {BASE}",
+            shell=True,
+            env=dict(docker.environment),
+            check=True,
+            capture_output=True,
+        )
     return BASE
 
 
 def _python310() -> Path:
     """The prefix of a CPython 3.10 on this machine."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    found = [*pyenv.glob("versions/3.10*/bin/python3.10"), *([Path(which)] if (which := shutil.which("python3.10")) else [])]
+    found = [
+        *pyenv.glob("versions/3.10*/bin/python3.10"),
+        *([Path(which)] if (which := shutil.which("python3.10")) else []),
+    ]
     for python in [Path(sys.executable), *found]:
         said = subprocess.run(
-            [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"], capture_output=True, text=True, check=False
+            [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if said.stdout.startswith("3 10 "):
             return Path(said.stdout.split(maxsplit=2)[2].strip())
@@ -166,14 +200,21 @@ def _python310() -> Path:
 
 
 def make_build(docker: Docker, base: str) -> str | None:
-    """The base with nvcc 11.8 and the C++ compiler that goes with it; None if Debian's package cannot be had."""
+    """The base with nvcc 11.8 and the C++ compiler that goes with it; None if Debian's package
+    cannot be had.
+    """
     done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base), check=False)
     return BUILD if done.returncode == 0 else None
 
 
 def copy_checkout(source: Path, target: Path, owner: int) -> None:
     """The files that git knows or would take, as a clone has them."""
-    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=source, capture_output=True, check=True)
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=source,
+        capture_output=True,
+        check=True,
+    )
     names: Sequence[str] = [name for name in listing.stdout.decode().split("\0") if name and (source / name).is_file()]
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

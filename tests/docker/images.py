@@ -1,4 +1,6 @@
-"""The engine, and the image, for all tests that need them: made once a session. tests/conftest.py makes them fixtures."""
+"""The engine, and the image, for all tests that need them: made once a session. tests/conftest.py
+makes them fixtures.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.docker.engine import Docker
 CHECKOUT = Path(__file__).parents[2]
 MARKER = "a line of the secret of the build, which no layer may hold"
 # A mirror of one's own: a hub that nobody can reach, and everything else as it is by default.
-MIRROR = "HF_ENDPOINT=${HF_ENDPOINT:-http://hub.of.the.tests.invalid}\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
+MIRROR = (
+    "HF_ENDPOINT=${HF_ENDPOINT:-http://hub.of.the.tests.invalid}\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
+)
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +52,32 @@ class Box:
     variables: Mapping[str, str]
     uid: int
 
-    def compose(self, *arguments: str, check: bool = True, timeout_s: float = 600, **variables: str) -> CompletedProcess[str]:
-        return self.docker("compose", *arguments, cwd=self.checkout, check=check, timeout_s=timeout_s, **{**self.variables, **variables})
+    def compose(
+        self, *arguments: str, check: bool = True, timeout_s: float = 600, **variables: str
+    ) -> CompletedProcess[str]:
+        return self.docker(
+            "compose",
+            *arguments,
+            cwd=self.checkout,
+            check=check,
+            timeout_s=timeout_s,
+            **{**self.variables, **variables},
+        )
 
-    def train(self, *arguments: str, options: tuple[str, ...] = (), check: bool = True, **variables: str) -> CompletedProcess[str]:
-        return self.compose("--progress", "plain", "run", "--rm", *options, "train", *arguments, check=check, **variables)
+    def train(
+        self, *arguments: str, options: tuple[str, ...] = (), check: bool = True, **variables: str
+    ) -> CompletedProcess[str]:
+        return self.compose(
+            "--progress", "plain", "run", "--rm", *options, "train", *arguments, check=check, **variables
+        )
 
 
 @pytest.fixture(scope="session")
 def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
-    """Not yet built. BASE_IMAGE, BUILD_IMAGE and TORCH of the environment are taken if they are there."""
+    """Not yet built.
+
+    BASE_IMAGE, BUILD_IMAGE and TORCH of the environment are taken if they are there.
+    """
     checkout = tmp_path_factory.mktemp("docker") / "rlhf-box"
     uid = os.getuid() or 1000
     engine.copy_checkout(CHECKOUT, checkout, uid)
@@ -67,9 +87,17 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
     if not os.environ.get("BASE_IMAGE") and Settings.from_environ(os.environ).ci:
         base = engine.make_base(docker)
         build = engine.make_build(docker, base)
-        variables |= {"BASE_IMAGE": base, "BUILD_IMAGE": build or base, "TORCH": "torch-ci", "CUDA_ARCHS": "8.6" if build else ""}
-    # What this machine trusts, which may be a proxy that looks into TLS, and a line that is found again if it stays in a layer.
-    bundle = next((os.environ[name] for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)), None)
+        variables |= {
+            "BASE_IMAGE": base,
+            "BUILD_IMAGE": build or base,
+            "TORCH": "torch-ci",
+            "CUDA_ARCHS": "8.6" if build else "",
+        }
+    # What this machine trusts, which may be a proxy that looks into TLS, and a line that is found
+    # again if it stays in a layer.
+    bundle = next(
+        (os.environ[name] for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if os.environ.get(name)), None
+    )
     trusted = Path(bundle or ssl.get_default_verify_paths().cafile or os.devnull).read_text()
     (checkout.parent / "ca.pem").write_text(f"# {MARKER}\n{trusted}")
     (checkout / "env/mirrors/tests.env").write_text(MIRROR)
@@ -79,7 +107,10 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 @pytest.fixture(scope="session")
 def built(box: Box) -> Box:
-    """With `.env` and the image, by the commands of docs/container.md. The log of the build is beside the checkout."""
+    """With `.env` and the image, by the commands of docs/container.md.
+
+    The log of the build is beside the checkout.
+    """
     engine.shell("make", ".env", cwd=box.checkout)
     done = box.compose("--progress", "plain", "build", timeout_s=1800)
     (box.checkout.parent / "build.log").write_text(done.stdout)

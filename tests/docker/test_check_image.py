@@ -1,4 +1,7 @@
-"""docker/check_image.py on a lock that is not what is installed. The rest of it is shown by building the image."""
+"""docker/check_image.py on a lock that is not what is installed.
+
+The rest of it is shown by building the image.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,19 @@ def check(tmp_path: Path, image: str, torch: str, capabilities: str = "") -> tup
     (tmp_path / "image.txt").write_text(image)
     (tmp_path / "torch.txt").write_text(torch)
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "image.txt", tmp_path / "torch.txt", capabilities], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, tmp_path / "image.txt", tmp_path / "torch.txt", capabilities],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 def test_every_mistake_is_a_line(tmp_path: Path) -> None:
     installed = importlib.metadata.version("torch")
-    code, said = check(tmp_path, INSTALLED + "PyYAML==0.1 \\\nno-such-package==1.0\n", "torch==2.0.1+cu118 --hash=sha256:0\n", "8.6")
+    code, said = check(
+        tmp_path, INSTALLED + "PyYAML==0.1 \\\nno-such-package==1.0\n", "torch==2.0.1+cu118 --hash=sha256:0\n", "8.6"
+    )
     yaml = importlib.metadata.version("PyYAML")
     assert code == 1
     expected = [

@@ -33,12 +33,29 @@ def test_a_wrong_name_is_named(box: Box, variables: dict[str, str], said: str) -
 @pytest.mark.parametrize(
     ("what", "dockerfile", "variables", "said"),
     [
-        ("no apt-get", "FROM {base}\nRUN rm /usr/bin/apt-get", {}, "error: BASE_IMAGE is not Debian or Ubuntu (no apt-get): use nvidia/cuda"),
-        ("no Python 3.10", "FROM {base}\nRUN rm -f /usr/local/bin/python3.10", {}, "error: BASE_IMAGE has no Python 3.10, and is not Ubuntu 22.04"),
-        ("no nvcc", "FROM {base}", {"CUDA_ARCHS": "8.6"}, "error: BUILD_IMAGE has nvcc not at all, and 11.8 compiles DeepSpeed's operators"),
+        (
+            "no apt-get",
+            "FROM {base}\nRUN rm /usr/bin/apt-get",
+            {},
+            "error: BASE_IMAGE is not Debian or Ubuntu (no apt-get): use nvidia/cuda",
+        ),
+        (
+            "no Python 3.10",
+            "FROM {base}\nRUN rm -f /usr/local/bin/python3.10",
+            {},
+            "error: BASE_IMAGE has no Python 3.10, and is not Ubuntu 22.04",
+        ),
+        (
+            "no nvcc",
+            "FROM {base}",
+            {"CUDA_ARCHS": "8.6"},
+            "error: BUILD_IMAGE has nvcc not at all, and 11.8 compiles DeepSpeed's operators",
+        ),
     ],
 )
-def test_a_wrong_base_is_refused_at_the_first_step(box: Box, what: str, dockerfile: str, variables: dict[str, str], said: str) -> None:
+def test_a_wrong_base_is_refused_at_the_first_step(
+    box: Box, what: str, dockerfile: str, variables: dict[str, str], said: str
+) -> None:
     if "BASE_IMAGE" not in box.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     wrong = f"rlhf-box-tests/{what.replace(' ', '-').lower().replace('.', '')}"
@@ -55,7 +72,11 @@ def test_the_mirror_is_one_word_for_the_build_and_the_run(box: Box) -> None:
         return {**train["environment"], "built with": train["build"]["args"]["MIRROR"]}
 
     found = resolved(MIRROR="cn")
-    assert (found["built with"], found["HF_ENDPOINT"], found["HF_HUB_DISABLE_XET"]) == ("cn", "https://hf-mirror.com", "1")
+    assert (found["built with"], found["HF_ENDPOINT"], found["HF_HUB_DISABLE_XET"]) == (
+        "cn",
+        "https://hf-mirror.com",
+        "1",
+    )
     found = resolved()
     assert (found["built with"], found["HF_ENDPOINT"]) == ("default", "https://huggingface.co")
     assert resolved(MIRROR="cn", HF_ENDPOINT="http://mine")["HF_ENDPOINT"] == "http://mine"
@@ -84,7 +105,9 @@ def test_the_build_asks_the_mirror_and_the_proxy(box: Box, mirror: str, variable
 
 
 def test_apt_works_behind_the_secret(box: Box) -> None:
-    """The base of CI has all that the Dockerfile would install, so here a package is asked for by itself."""
+    """The base of CI has all that the Dockerfile would install, so here a package is asked for by
+    itself.
+    """
     if "BASE_IMAGE" not in box.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     dockerfile = f"""
@@ -97,7 +120,9 @@ RUN ! sh -c '. /build/install.sh; apt_install no-such-package; echo went on'
     (box.checkout / "apt.Dockerfile").write_text(dockerfile)
     (box.checkout / "apt.Dockerfile.dockerignore").write_text("")
     secret = f"--secret=id=ca_bundle,src={box.variables['CA_BUNDLE']}"
-    done = box.docker("build", secret, "--progress=plain", "--no-cache", "--file=apt.Dockerfile", ".", cwd=box.checkout, check=False)
+    done = box.docker(
+        "build", secret, "--progress=plain", "--no-cache", "--file=apt.Dockerfile", ".", cwd=box.checkout, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "tree v" in done.stdout and "went on" not in re.sub(r"RUN .*", "", done.stdout)
 
@@ -110,8 +135,12 @@ def test_a_user_without_an_env_file_is_uid_1000_and_not_root(box: Box) -> None:
 
 def test_what_compose_promises(box: Box) -> None:
     """As `docker compose config` resolves it, for a machine with GPUs."""
-    train = json.loads(box.compose("-f", "docker-compose.yml", "config", "--format", "json").stdout)["services"]["train"]
-    assert train["deploy"]["resources"]["reservations"]["devices"] == [{"capabilities": ["gpu"], "driver": "nvidia", "count": -1}]
+    train = json.loads(box.compose("-f", "docker-compose.yml", "config", "--format", "json").stdout)["services"][
+        "train"
+    ]
+    assert train["deploy"]["resources"]["reservations"]["devices"] == [
+        {"capabilities": ["gpu"], "driver": "nvidia", "count": -1}
+    ]
     assert int(train["shm_size"]) >= 2**30
     assert train["init"] is True
     assert train["pull_policy"] == "build"
@@ -125,8 +154,8 @@ def test_what_compose_promises(box: Box) -> None:
 
 
 def test_the_cpu_file_asks_for_no_gpu(box: Box) -> None:
-    train = json.loads(box.compose("-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "config", "--format", "json").stdout)["services"][
-        "train"
-    ]
+    train = json.loads(
+        box.compose("-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "config", "--format", "json").stdout
+    )["services"]["train"]
     assert "deploy" not in train
     assert train["environment"]["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,4 +1,6 @@
-"""docker/entrypoint and docker/dotenv.sh without an engine: what they refuse and write, in a copy with other folders."""
+"""docker/entrypoint and docker/dotenv.sh without an engine: what they refuse and write, in a copy
+with other folders.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def entrypoint(tmp_path: Path) -> Path:
 def start(script: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     user = NOBODY if os.getuid() == 0 else None
     environment = {"PATH": "/usr/bin:/bin", **environment}
-    return subprocess.run(["/bin/sh", str(script), *command], user=user, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["/bin/sh", str(script), *command], user=user, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def secret(folder: Path, name: str, value: str, mode: int = 0o400) -> None:
@@ -70,7 +74,9 @@ def test_no_secrets_are_fine(entrypoint: Path, tmp_path: Path) -> None:
         ("HF_TOKEN", 0o000, f"error: the secret `HF_TOKEN` cannot be read by uid {NOBODY}"),
     ],
 )
-def test_a_secret_that_cannot_be_used_is_named_and_not_shown(entrypoint: Path, tmp_path: Path, name: str, mode: int, said: str) -> None:
+def test_a_secret_that_cannot_be_used_is_named_and_not_shown(
+    entrypoint: Path, tmp_path: Path, name: str, mode: int, said: str
+) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root, to start as another user")
     secret(tmp_path, name, "hf_secret_value", mode)
@@ -81,9 +87,12 @@ def test_a_secret_that_cannot_be_used_is_named_and_not_shown(entrypoint: Path, t
 
 
 @pytest.mark.parametrize(
-    ("folder", "host"), [("app-runs", "'/data/my runs'"), ("app-cache", "cache"), ("app-cache/huggingface", "cache/huggingface")]
+    ("folder", "host"),
+    [("app-runs", "'/data/my runs'"), ("app-cache", "cache"), ("app-cache/huggingface", "cache/huggingface")],
 )
-def test_a_folder_of_somebody_else_is_named_as_on_the_host(entrypoint: Path, tmp_path: Path, folder: str, host: str) -> None:
+def test_a_folder_of_somebody_else_is_named_as_on_the_host(
+    entrypoint: Path, tmp_path: Path, folder: str, host: str
+) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root, to start as another user")
     (tmp_path / folder).mkdir(parents=True)
@@ -124,14 +133,18 @@ def test_root_is_refused(entrypoint: Path) -> None:
 # --- .env ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sudo", "uid"), [({}, 1000), ({"SUDO_UID": "1234", "SUDO_GID": "1234"}, 1234), ({"SUDO_UID": "0"}, 1000)])
+@pytest.mark.parametrize(
+    ("sudo", "uid"), [({}, 1000), ({"SUDO_UID": "1234", "SUDO_GID": "1234"}, 1234), ({"SUDO_UID": "0"}, 1000)]
+)
 def test_the_env_file_never_says_root(tmp_path: Path, sudo: dict[str, str], uid: int) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root: others are themselves")
     for folder in ("docker", "jobs"):
         (tmp_path / folder).mkdir()
     shutil.copy(DOCKER / "dotenv.sh", tmp_path / "docker/dotenv.sh")
-    subprocess.run(["sh", "docker/dotenv.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", **sudo}, check=True, capture_output=True)
+    subprocess.run(
+        ["sh", "docker/dotenv.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", **sudo}, check=True, capture_output=True
+    )
     lines = (tmp_path / ".env").read_text().splitlines()
     assert f"RLHF_UID={uid}" in lines and f"RLHF_GID={uid}" in lines
     for folder in ("data", "runs", "cache", "secrets"):

@@ -1,4 +1,6 @@
-"""The real image, built and run by the commands of docs/container.md: who it runs as, what it leaves, what it says, how it ends."""
+"""The real image, built and run by the commands of docs/container.md: who it runs as, what it
+leaves, what it says, how it ends.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,15 @@ def own(output: str) -> list[str]:
 
 def test_the_build_found_nothing_wrong(built: Box) -> None:
     log = (built.checkout.parent / "build.log").read_text()
-    operators = f"operators for {built.variables['CUDA_ARCHS']}" if built.variables.get("CUDA_ARCHS") else "operators for no card"
+    operators = (
+        f"operators for {built.variables['CUDA_ARCHS']}"
+        if built.variables.get("CUDA_ARCHS")
+        else "operators for no card"
+    )
     assert re.search(rf"\d+ packages as locked; {operators}", log)
-    check = [line for line in log.splitlines() if re.match(r"#\d+ [\d.]+ .*(WARNING|ERROR)", line) and "check_image" in line]
+    check = [
+        line for line in log.splitlines() if re.match(r"#\d+ [\d.]+ .*(WARNING|ERROR)", line) and "check_image" in line
+    ]
     assert check == []
     if not built.variables.get("CUDA_ARCHS"):
         print("DeepSpeed's operators were not compiled: nvcc 11.8 could not be had")
@@ -65,7 +73,13 @@ def test_everything_belongs_to_the_caller_and_nobody_was_root(trained: Completed
     assert len(made) > 30
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in made} == {(built.uid, built.uid)}
     said = built.compose(
-        "run", "--rm", "--entrypoint", "sh", "train", "-c", "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home"
+        "run",
+        "--rm",
+        "--entrypoint",
+        "sh",
+        "train",
+        "-c",
+        "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home",
     )
     assert own(said.stdout)[-5:] == [str(built.uid), str(built.uid), "nobody", "/home/rlhf", "home"]
 
@@ -73,7 +87,8 @@ def test_everything_belongs_to_the_caller_and_nobody_was_root(trained: Completed
 def test_in_the_evening_it_goes_on(trained: CompletedProcess[str], built: Box, job: str) -> None:
     said = own(built.train("--step", "all", "--job", job).stdout)
     assert [line for line in said if "is complete" in line] == [
-        f"step {n} ({name}) is complete: runs/tiny/step{n}/model" for n, name in ((1, "supervised fine-tuning"), (2, "reward model"), (3, "PPO"))
+        f"step {n} ({name}) is complete: runs/tiny/step{n}/model"
+        for n, name in ((1, "supervised fine-tuning"), (2, "reward model"), (3, "PPO"))
     ]
 
 
@@ -119,7 +134,10 @@ def test_a_folder_of_somebody_else_is_refused_with_the_fix(built: Box, job: str)
     other.chmod(0o755)
     done = built.train("--step", "1", "--job", job, check=False, RLHF_RUNS=str(other))
     assert done.returncode == 3
-    assert f"{other} belongs to uid 4321, and this container runs as uid {built.uid}, which cannot write there" in done.stdout
+    assert (
+        f"{other} belongs to uid 4321, and this container runs as uid {built.uid}, which cannot write there"
+        in done.stdout
+    )
     assert f"else sudo chown -R {built.uid}:{built.uid} {other}" in done.stdout
     assert not list(other.iterdir())
 
@@ -139,7 +157,11 @@ def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(buil
     assert started.returncode == 0
     try:
         events = built.checkout / "runs/stopped/events.jsonl"
-        wait_for(lambda: events.exists() and '"kind":"metrics"' in events.read_text().replace(" ", ""), "the first update", built)
+        wait_for(
+            lambda: events.exists() and '"kind":"metrics"' in events.read_text().replace(" ", ""),
+            "the first update",
+            built,
+        )
         busy = built.train(*endless, check=False)
         begun = time.monotonic()
         built.docker("stop", "rlhf-box-stopped")
@@ -159,7 +181,9 @@ def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(buil
 def wait_for(condition: Callable[[], bool], what: str, box: Box, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come: {box.docker('logs', 'rlhf-box-stopped', check=False).stdout[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"{what} did not come: {box.docker('logs', 'rlhf-box-stopped', check=False).stdout[-3000:]}"
+        )
         time.sleep(0.2)
 
 
@@ -202,7 +226,10 @@ def hub(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def with_secret(built: Box, hub: Hub, job: str) -> Iterator[CompletedProcess[str]]:
-    """Step 1 on two ranks, on what only the hub has and only the token opens. The container stays, to be looked at."""
+    """Step 1 on two ranks, on what only the hub has and only the token opens.
+
+    The container stays, to be looked at.
+    """
     override = built.checkout / "host-network.yml"
     override.write_text("services: {train: {network_mode: host}}\n")
     secret = built.checkout / "secrets/HF_TOKEN"
@@ -211,7 +238,13 @@ def with_secret(built: Box, hub: Hub, job: str) -> Iterator[CompletedProcess[str
     if os.getuid() == 0:
         os.chown(secret, built.uid, built.uid)
     files = ["-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "-f", override.name]
-    settings = ["actor.model=some/gated", "data.datasets=[some/rows]", "hardware.ranks=2", "hardware.micro_batch=2", "run"]
+    settings = [
+        "actor.model=some/gated",
+        "data.datasets=[some/rows]",
+        "hardware.ranks=2",
+        "hardware.micro_batch=2",
+        "run",
+    ]
     command = [word for setting in settings[:-1] for word in ("--set", setting)]
     yield built.compose(
         *files, "run", "--name", "rlhf-box-secret", "train", "--job", job, "--run", "from-hub", "--step", "1", *command,
@@ -227,7 +260,9 @@ def test_the_token_and_the_mirror_reach_every_rank(with_secret: CompletedProcess
     assert any(line.startswith("GET /some/gated/resolve/") and line.endswith(" 200") for line in hub.requests)
     assert any("/datasets/some/rows/" in line for line in hub.requests)
     # A rank that asked elsewhere would have gone on with what the other one had put into the cache.
-    assert "is taken from the cache" not in with_secret.stdout + (built.checkout / "runs/from-hub/train.log").read_text()
+    assert (
+        "is taken from the cache" not in with_secret.stdout + (built.checkout / "runs/from-hub/train.log").read_text()
+    )
 
 
 def test_the_token_is_nowhere_to_be_seen(with_secret: CompletedProcess[str], built: Box) -> None:
@@ -268,7 +303,9 @@ def empty_folder(box: Box, name: str) -> Path:
 def test_secrets_of_the_build_are_in_no_layer(built: Box) -> None:
     """All layers, as they would travel."""
     search = f"docker save rlhf-box:tests | grep -a -c -e '{MARKER}' -e '{TOKEN}' || true"
-    found = subprocess.run(["sh", "-c", search], env=dict(built.docker.environment), capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["sh", "-c", search], env=dict(built.docker.environment), capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "0", found.stderr
     assert MARKER in Path(built.variables["CA_BUNDLE"]).read_text()
     history = built.docker("history", "--no-trunc", "rlhf-box:tests").stdout
@@ -283,7 +320,9 @@ def test_layers_hold_no_caches_and_no_compiler(built: Box) -> None:
 
 
 def test_byte_code_is_in_the_image(built: Box) -> None:
-    """Nobody can write it later, and without it each process compiles PyTorch and transformers anew, for seconds."""
+    """Nobody can write it later, and without it each process compiles PyTorch and transformers
+    anew, for seconds.
+    """
     count = "find /opt/venv/lib/python3.10/site-packages/torch -name '*.pyc' | wc -l"
     said = built.docker("run", "--rm", "--user=1000", "--entrypoint=sh", "rlhf-box:tests", "-c", count).stdout
     assert int(said) > 1000
@@ -291,21 +330,35 @@ def test_byte_code_is_in_the_image(built: Box) -> None:
 
 def test_the_mirror_is_there_when_a_job_runs(built: Box) -> None:
     def endpoint(**variables: str) -> str:
-        return own(built.compose("run", "--rm", "--entrypoint", "sh", "train", "-c", "echo $HF_ENDPOINT", **variables).stdout)[-1]
+        return own(
+            built.compose("run", "--rm", "--entrypoint", "sh", "train", "-c", "echo $HF_ENDPOINT", **variables).stdout
+        )[-1]
 
     assert endpoint() == "http://hub.of.the.tests.invalid"
     assert endpoint(HF_ENDPOINT="http://mine") == "http://mine"
 
 
 def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Box) -> None:
-    """`CUDA_ARCHS=`, on a build image that has no compiler; the stage `build` alone, which is what differs."""
+    """`CUDA_ARCHS=`, on a build image that has no compiler; the stage `build` alone, which is what
+    differs.
+    """
     if "BASE_IMAGE" not in built.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     variables = built.variables | {"CUDA_ARCHS": "", "BUILD_IMAGE": built.variables["BASE_IMAGE"]}
     arguments = [f"--build-arg={name}={variables[name]}" for name in ("MIRROR", "TORCH", "CUDA_ARCHS", "BUILD_IMAGE")]
     secret = f"--secret=id=ca_bundle,src={variables['CA_BUNDLE']}"
     tag = "rlhf-box:without-operators"
-    built.docker("build", *arguments, secret, "--target=build", f"--tag={tag}", "--file=docker/Dockerfile", ".", cwd=built.checkout, timeout_s=1200)
+    built.docker(
+        "build",
+        *arguments,
+        secret,
+        "--target=build",
+        f"--tag={tag}",
+        "--file=docker/Dockerfile",
+        ".",
+        cwd=built.checkout,
+        timeout_s=1200,
+    )
     check = ["/docker/check_image.py", "/env/pins/image.txt", f"/env/pins/{variables['TORCH']}.txt", ""]
     mounts = [f"--volume={built.checkout}/{folder}:/{folder}:ro" for folder in ("docker", "env")]
     said = built.docker("run", "--rm", *mounts, "--entrypoint=/opt/venv/bin/python", tag, *check, check=False)

@@ -1,5 +1,6 @@
-"""docker/install.sh as it would go on Ubuntu 22.04, which CI cannot pull: apt-get, python3.10 and pip are stand-ins that write down
-what they are asked."""
+"""docker/install.sh as it would go on Ubuntu 22.04, which CI cannot pull: apt-get, python3.10 and
+pip are stand-ins that write down what they are asked.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +49,13 @@ class Build:
         (self.folder / "tools").mkdir(exist_ok=True)
         for tool in ("sed", "cat", "rm", "grep", "cp", "uname"):  # not this machine's Python or compiler
             if not (self.folder / "tools" / tool).exists():
-                (self.folder / "tools" / tool).symlink_to(next(p for p in (Path("/usr/bin") / tool, Path("/bin") / tool) if p.exists()))
+                (self.folder / "tools" / tool).symlink_to(
+                    next(p for p in (Path("/usr/bin") / tool, Path("/bin") / tool) if p.exists())
+                )
         command = ["/bin/sh", "-euc", f". {self.folder}/build/install.sh; {line}"]
-        return subprocess.run(command, env={"PATH": path, "MIRROR": mirror}, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env={"PATH": path, "MIRROR": mirror}, capture_output=True, text=True, check=False
+        )
 
     def asked(self) -> list[str]:
         return (self.folder / "asked").read_text().splitlines()
@@ -80,7 +85,9 @@ def test_ubuntu_gets_python_and_what_the_build_needs(build: Build, line: str, pa
 def test_the_mirror_of_ubuntu_takes_the_place_of_both_hosts(build: Build) -> None:
     assert build.run("apt_install tree", mirror="cn").returncode == 0
     mirror = "http://mirrors.tuna.tsinghua.edu.cn/ubuntu"
-    assert (build.folder / "sources").read_text() == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
+    assert (
+        build.folder / "sources"
+    ).read_text() == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
 
 
 def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
@@ -93,13 +100,27 @@ def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
 @pytest.mark.parametrize(
     ("mirror", "lock", "asked"),
     [
-        ("default", "torch-cu118", "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7a49d"),
-        ("cn", "torch-cu118", "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7"),
-        ("default", "torch-cpu", "https://download.pytorch.org/whl/cpu/torch-2.0.1%2Bcpu-cp310-cp310-linux_x86_64.whl --hash=sha256:fec257"),
+        (
+            "default",
+            "torch-cu118",
+            "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7a49d",
+        ),
+        (
+            "cn",
+            "torch-cu118",
+            "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7",
+        ),
+        (
+            "default",
+            "torch-cpu",
+            "https://download.pytorch.org/whl/cpu/torch-2.0.1%2Bcpu-cp310-cp310-linux_x86_64.whl --hash=sha256:fec257",
+        ),
     ],
 )
 def test_pytorch_comes_from_its_own_files(build: Build, mirror: str, lock: str, asked: str) -> None:
-    """Their names, with the version's + written %2B, are the same on the mirror; the hash goes with them."""
+    """Their names, with the version's + written %2B, are the same on the mirror; the hash goes with
+    them.
+    """
     build.stand_in("python3.10", "#!/bin/sh\n")
     (build.folder / "opt/bin").mkdir(parents=True)
     (build.folder / "opt/bin/python").symlink_to(build.folder / "bin/python3.10")
@@ -126,7 +147,10 @@ def test_a_base_without_cudas_runtime_is_refused_before_operators_are_compiled_f
     done = build.run(f'check_cudart {torch} "{archs}"; echo went on')
     assert (done.returncode, done.stdout) == ((3, "") if refused else (0, "went on\n"))
     assert (
-        done.stderr.startswith("error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base") == refused
+        done.stderr.startswith(
+            "error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base"
+        )
+        == refused
     )
 
 

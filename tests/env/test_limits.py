@@ -33,10 +33,18 @@ def test_a_card_with_a_desktop_counts_as_idle_and_one_that_holds_opt_1_3b_in_16_
         ("inodes_min = 2_000", 'inodes_min = "2000"', "disk.inodes_min\n  Input should be a valid integer"),
         ("inodes_min = 2_000", "inodes_min = 0", "disk.inodes_min\n  Input should be greater than 0"),
         ("[gpu_memory]", "[gpu]", "gpu_memory\n  Field required"),
-        ("used_max_bytes = 1_000_000_000", "used_max_bytes = 1e9", "gpu_memory.used_max_bytes\n  Input should be a valid integer"),
+        (
+            "used_max_bytes = 1_000_000_000",
+            "used_max_bytes = 1e9",
+            "gpu_memory.used_max_bytes\n  Input should be a valid integer",
+        ),
         ('driver_min = "450.80.02"', "driver_min = 450.80", "cuda.`11.8`.driver_min\n  Input should be a valid string"),
         ('driver_min = "450.80.02"', 'driver_min = "R450"', "cuda.`11.8`.driver_min\n  String should match pattern"),
-        ('broken_cards = ["RTX 40"]', "broken_cards = []", "peer_access.broken_cards\n  Tuple should have at least 1 item"),
+        (
+            'broken_cards = ["RTX 40"]',
+            "broken_cards = []",
+            "peer_access.broken_cards\n  Tuple should have at least 1 item",
+        ),
     ],
 )
 def test_a_mistake_is_not_passed_over(tmp_path: Path, old: str, new: str, where: str) -> None:

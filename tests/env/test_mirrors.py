@@ -1,4 +1,6 @@
-"""env/mirrors as a shell reads them, which is how the build does; docker compose reads them in tests/docker/test_compose.py."""
+"""env/mirrors as a shell reads them, which is how the build does; docker compose reads them in
+tests/docker/test_compose.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ NAMES = ["APT_MIRROR", "CONDA_CHANNEL", "HF_ENDPOINT", "HF_HUB_DISABLE_XET", "PI
 def source(file: Path, **environment: str) -> dict[str, str]:
     """The environment of a strict shell that has read `file`."""
     done = subprocess.run(
-        ["sh", "-euc", f"set -a; . {file}; env -0"], env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, check=True
+        ["sh", "-euc", f"set -a; . {file}; env -0"],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
 
@@ -51,7 +57,11 @@ def toolkit(folder: Path, *libraries: str) -> str:
 def test_the_cuda_environment_is_that_of_the_folder_given(tmp_path: Path) -> None:
     cuda, conda = toolkit(tmp_path / "cuda"), toolkit(tmp_path / "conda")
     found = source(ENV / "cuda.sh", CUDA_HOME=cuda, CONDA_PREFIX=conda, LD_LIBRARY_PATH="/mine")
-    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (cuda, f"{cuda}/bin:/usr/bin:/bin", f"{cuda}/lib64:/mine")
+    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (
+        cuda,
+        f"{cuda}/bin:/usr/bin:/bin",
+        f"{cuda}/lib64:/mine",
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +71,11 @@ def test_the_cuda_environment_is_that_of_the_folder_given(tmp_path: Path) -> Non
 def test_conda_has_its_own(tmp_path: Path, libraries: tuple[str, ...], found_in: str) -> None:
     conda = toolkit(tmp_path / "conda", *libraries)
     found = source(ENV / "cuda.sh", CONDA_PREFIX=conda)
-    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (conda, f"{conda}/bin:/usr/bin:/bin", f"{conda}/{found_in}")
+    assert (found["CUDA_HOME"], found["PATH"], found["LD_LIBRARY_PATH"]) == (
+        conda,
+        f"{conda}/bin:/usr/bin:/bin",
+        f"{conda}/{found_in}",
+    )
 
 
 def test_a_folder_without_cuda_is_passed_over(tmp_path: Path) -> None:

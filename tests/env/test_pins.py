@@ -1,4 +1,6 @@
-"""The pins hold what they say: reasons beside them, locks that agree with each other, and the bug that one of them is for."""
+"""The pins hold what they say: reasons beside them, locks that agree with each other, and the bug
+that one of them is for.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def test_every_line_of_a_lock_has_a_hash(lock: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "lock"),
-    [("cpu.in", "cpu.txt"), ("image.in", "image.txt"), ("image-test.in", "image-test.txt"), ("torch-ci.in", "torch-ci.txt")],
+    [
+        ("cpu.in", "cpu.txt"),
+        ("image.in", "image.txt"),
+        ("image-test.in", "image-test.txt"),
+        ("torch-ci.in", "torch-ci.txt"),
+    ],
 )
 def test_a_lock_has_what_was_written(written: str, lock: str) -> None:
     locked = requirements(lock)
@@ -48,7 +55,9 @@ def test_a_lock_has_what_was_written(written: str, lock: str) -> None:
 
 @pytest.mark.parametrize("written", sorted(path.name for path in PINS.glob("*.in")))
 def test_a_pin_has_its_reason_and_its_end_on_its_line(written: str) -> None:
-    lines = [line for line in (PINS / written).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (PINS / written).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
+    ]
     assert lines
     assert [line for line in lines if not re.search(r" # .+\b(Raise|Goes|goes|Stays)\b", line)] == []
 
@@ -63,7 +72,9 @@ def test_the_stack_is_the_one_promised() -> None:
 
 def test_the_tests_in_the_image_change_nothing_of_its_lock() -> None:
     image, more = requirements("image.txt"), requirements("image-test.txt")
-    assert {package: image[package] for package in more if package in image} == {package: more[package] for package in more if package in image}
+    assert {package: image[package] for package in more if package in image} == {
+        package: more[package] for package in more if package in image
+    }
 
 
 def test_conda_installs_the_same_locks() -> None:
@@ -86,18 +97,26 @@ print(load_dataset("json", data_files=sys.argv[1], split="train")["prompt"])
 
 @pytest.fixture(scope="module")
 def python_with_old_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment of its own with datasets 2.14.4, the last with the bug whose metadata lets both versions of fsspec in."""
+    """An environment of its own with datasets 2.14.4, the last with the bug whose metadata lets
+    both versions of fsspec in.
+    """
     if not Settings.from_environ(os.environ).ci:
         pytest.skip("downloads 100 MB into an environment of its own; CI does")
     folder = tmp_path_factory.mktemp("old") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pinned = [f"{package}=={version}" for package, version in requirements("image.in").items() if package in ("numpy", "pandas", "fsspec")]
+    pinned = [
+        f"{package}=={version}"
+        for package, version in requirements("image.in").items()
+        if package in ("numpy", "pandas", "fsspec")
+    ]
     install(folder / "bin/python", "datasets==2.14.4", "pyarrow==14.0.2", "setuptools<70", *pinned)
     return folder / "bin/python"
 
 
 def install(python: Path, *packages: str) -> None:
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -105,7 +124,9 @@ def load(python: Path, folder: Path) -> tuple[int, str]:
     folder.mkdir()
     (folder / "rows.jsonl").write_text('{"prompt": "a"}\n')
     environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run([python, "-c", LOAD, folder / "rows.jsonl"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", LOAD, folder / "rows.jsonl"], env=environment, capture_output=True, text=True, check=False
+    )
     return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
 
 

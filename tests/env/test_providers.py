@@ -57,7 +57,9 @@ def test_where_our_folder_lies_is_said_to_outlive_a_stop_or_not() -> None:
 def test_a_proxy_is_never_among_the_files_that_each_job_reads() -> None:
     for provider in KNOWN.values():
         assert set(provider.proxy_files).isdisjoint(provider.env_files)
-    assert KNOWN["autodl"].proxy_files == ("/etc/network_turbo",) and KNOWN["runpod"].env_files == ("/etc/rp_environment",)
+    assert KNOWN["autodl"].proxy_files == ("/etc/network_turbo",) and KNOWN["runpod"].env_files == (
+        "/etc/rp_environment",
+    )
 
 
 def test_mirrors_are_those_that_are_there() -> None:
@@ -79,10 +81,26 @@ def test_hostname_patterns_compile() -> None:
         ('meter = "off"', 'meter = "off"\nmetre = "off"', "stop.metre\n  Extra inputs are not permitted"),
         ("deadline_days = 15", 'deadline_days = "15"', "stop.deadline_days\n  Input should be a valid integer"),
         ('title = "AutoDL"', "", "title\n  Field required"),
-        ('data_folders = ["/root/autodl-tmp"]', 'data_folders = ["autodl-tmp"]', "data_folders.0\n  String should match pattern"),
-        ('data_folders = ["/root/autodl-tmp"]', 'data_folders = ["$HOMER/x"]', "data_folders.0\n  String should match pattern"),
-        ('variables = [["AutoDLContainerUUID"]]', "variables = [[]]", "signs.variables.0\n  Tuple should have at least 1 item"),
-        ('command = ["/usr/bin/shutdown"]', 'command = "/usr/bin/shutdown"', "stop.command\n  Input should be a valid tuple"),
+        (
+            'data_folders = ["/root/autodl-tmp"]',
+            'data_folders = ["autodl-tmp"]',
+            "data_folders.0\n  String should match pattern",
+        ),
+        (
+            'data_folders = ["/root/autodl-tmp"]',
+            'data_folders = ["$HOMER/x"]',
+            "data_folders.0\n  String should match pattern",
+        ),
+        (
+            'variables = [["AutoDLContainerUUID"]]',
+            "variables = [[]]",
+            "signs.variables.0\n  Tuple should have at least 1 item",
+        ),
+        (
+            'command = ["/usr/bin/shutdown"]',
+            'command = "/usr/bin/shutdown"',
+            "stop.command\n  Input should be a valid tuple",
+        ),
     ],
 )
 def test_a_mistake_is_not_passed_over(tmp_path: Path, old: str, new: str, where: str) -> None:

@@ -25,12 +25,16 @@ def test_cache(environ: dict[str, str], cache: str) -> None:
     assert Settings.from_environ(HOME | environ).cache == Path(cache)
 
 
-@pytest.mark.parametrize(("environ", "runs"), [({}, "runs"), ({"RLHF_RUNS": ""}, "runs"), ({"RLHF_RUNS": "/data/runs"}, "/data/runs")])
+@pytest.mark.parametrize(
+    ("environ", "runs"), [({}, "runs"), ({"RLHF_RUNS": ""}, "runs"), ({"RLHF_RUNS": "/data/runs"}, "/data/runs")]
+)
 def test_runs(environ: dict[str, str], runs: str) -> None:
     assert Settings.from_environ(HOME | environ).runs == Path(runs)
 
 
-@pytest.mark.parametrize(("environ", "ci"), [({}, False), ({"RLHF_CI": ""}, False), ({"RLHF_CI": "0"}, False), ({"RLHF_CI": "1"}, True)])
+@pytest.mark.parametrize(
+    ("environ", "ci"), [({}, False), ({"RLHF_CI": ""}, False), ({"RLHF_CI": "0"}, False), ({"RLHF_CI": "1"}, True)]
+)
 def test_only_1_is_continuous_integration(environ: dict[str, str], ci: bool) -> None:
     """CI may install a Docker engine: no other word may be taken for a yes."""
     assert Settings.from_environ(HOME | environ).ci is ci

@@ -1,6 +1,8 @@
-"""env/venv.sh without its downloads: a stand-in for Python notes what it is asked for, and can fail or hang at any stage.
+"""env/venv.sh without its downloads: a stand-in for Python notes what it is asked for, and can fail
+or hang at any stage.
 
-The stand-in is the only Python on PATH. The one test at the end uses the real Python and the real pip, cut off from any index.
+The stand-in is the only Python on PATH. The one test at the end uses the real Python and the real
+pip, cut off from any index.
 """
 
 from __future__ import annotations
@@ -17,7 +19,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TOOLS = ("awk", "cat", "cksum", "cp", "date", "df", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sh", "sleep", "tail", "touch", "uname")
+TOOLS = (
+    "awk",
+    "cat",
+    "cksum",
+    "cp",
+    "date",
+    "df",
+    "dirname",
+    "flock",
+    "mkdir",
+    "mv",
+    "rm",
+    "sed",
+    "sh",
+    "sleep",
+    "tail",
+    "touch",
+    "uname",
+)
 PYTHON = r"""#!/bin/sh
 echo "$*" >>"$STUB_CALLS"
 case "$*" in *"${STUB_HANG:-nothing hangs}"*)
@@ -31,11 +51,15 @@ case "$*" in
     *"import sys"*) echo VERSION ;;
 esac
 """
-VERSIONS = dict(re.findall(r"^(\w+)==(\S+)", (ROOT / "env/pins/cpu.in").read_text(encoding="utf-8"), flags=re.MULTILINE))
+VERSIONS = dict(
+    re.findall(r"^(\w+)==(\S+)", (ROOT / "env/pins/cpu.in").read_text(encoding="utf-8"), flags=re.MULTILINE)
+)
 TORCH = VERSIONS["torch"] + ("+cpu" if sys.platform == "linux" else "")
 PACKAGE_STAGES = ["-m venv", "torch==", "wheels.txt", "cpu.txt", "import torch"]
 LINK_STAGES = ["--editable", "pip check"]
-needs_flock = pytest.mark.skipif(shutil.which("flock") is None, reason="flock(1) is not here, and env/venv.sh goes without its lock")
+needs_flock = pytest.mark.skipif(
+    shutil.which("flock") is None, reason="flock(1) is not here, and env/venv.sh goes without its lock"
+)
 
 
 class Checkout:
@@ -60,7 +84,9 @@ class Checkout:
     def start(self, **environ: str) -> subprocess.Popen[str]:
         command = ["sh", str(self.path / "env/venv.sh")]
         environ = {"PATH": str(self.bin), "STUB_CALLS": str(self.calls_file)} | environ
-        return subprocess.Popen(command, cwd="/", env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd="/", env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def run(self, **environ: str) -> tuple[int, str]:
         process = self.start(**environ)
@@ -68,7 +94,9 @@ class Checkout:
         return process.returncode, said
 
     def calls(self, words: str) -> int:
-        return sum(words in line for line in self.calls_file.read_text().splitlines()) if self.calls_file.exists() else 0
+        return (
+            sum(words in line for line in self.calls_file.read_text().splitlines()) if self.calls_file.exists() else 0
+        )
 
     def is_whole(self) -> bool:
         """As its caller would see it: nothing more to do, nothing said."""
@@ -110,7 +138,9 @@ def test_the_second_call_does_nothing(checkout: Checkout) -> None:
 def test_deepspeed_is_left_for_last(checkout: Checkout) -> None:
     checkout.run()
     lock, wheels = ((checkout.path / name).read_text() for name in ("env/pins/cpu.txt", ".venv/wheels.txt"))
-    assert {line for line in lock.splitlines() if "==" in line} - set(wheels.splitlines()) == {f"deepspeed=={VERSIONS['deepspeed']} \\"}
+    assert {line for line in lock.splitlines() if "==" in line} - set(wheels.splitlines()) == {
+        f"deepspeed=={VERSIONS['deepspeed']} \\"
+    }
 
 
 @pytest.mark.parametrize("changed", ["the lock", "torch", "this script", "the Python inside", "the Python asked for"])
@@ -127,7 +157,9 @@ def test_a_change_below_makes_a_new_one(checkout: Checkout, changed: str) -> Non
         checkout.add_python("other python", "3.13")
         environ["PYTHON"] = str(checkout.bin / "other python")
     else:
-        with (checkout.path / {"the lock": "env/pins/cpu.txt", "this script": "env/venv.sh"}[changed]).open("a") as file:
+        with (checkout.path / {"the lock": "env/pins/cpu.txt", "this script": "env/venv.sh"}[changed]).open(
+            "a"
+        ) as file:
             file.write("# changed\n")
     assert checkout.run(**environ)[0] == 0
     assert checkout.calls("-m venv") == 2 and not (checkout.path / ".venv/left over").exists()
@@ -198,7 +230,9 @@ def test_a_wrong_python_is_named(checkout: Checkout, version: str) -> None:
     checkout.add_python("python3", version)
     status, said = checkout.run()
     assert status == 3
-    assert said.startswith(f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\nhint: sudo apt-get install python3 python3-venv")
+    assert said.startswith(
+        f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\nhint: sudo apt-get install python3 python3-venv"
+    )
     assert not (checkout.path / ".venv").exists()
 
 
@@ -206,7 +240,9 @@ def test_no_python_at_all(checkout: Checkout) -> None:
     (checkout.bin / "python3").unlink()
     status, said = checkout.run()
     assert status == 3
-    assert said.startswith("error: no Python 3.10 or newer\n  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n")
+    assert said.startswith(
+        "error: no Python 3.10 or newer\n  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n"
+    )
 
 
 def test_an_old_python3_does_not_hide_a_newer_one(checkout: Checkout) -> None:
@@ -216,7 +252,9 @@ def test_an_old_python3_does_not_hide_a_newer_one(checkout: Checkout) -> None:
     assert status == 0 and "bin/python3.12 (3.12)" in said
 
 
-@pytest.mark.parametrize(("name", "package"), [("python3", "python3-venv"), ("python3.12", "python3.12-venv"), ("python", "python3.12-venv")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("python3", "python3-venv"), ("python3.12", "python3.12-venv"), ("python", "python3.12-venv")]
+)
 def test_a_python_without_venv_names_the_package(checkout: Checkout, name: str, package: str) -> None:
     checkout.add_python(name, "3.12")
     status, said = checkout.run(STUB_FAIL="ensurepip", PYTHON=name)

@@ -1,4 +1,6 @@
-"""Where the faults happen: a tiny job, trained by a launcher in this process, which spares its start; its ranks are real ones."""
+"""Where the faults happen: a tiny job, trained by a launcher in this process, which spares its
+start; its ranks are real ones.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ Fault = dict[str, Any]
 def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, last: int = 10**9, **more: Any) -> Fault:
     """For shim/sitecustomize.py: from pass `first` to `last` of the rank's passes of this `kind`.
 
-    what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until `file` is there.
-    kind: "training" (passes 1 and 2 are the rehearsal), "generating" (the tokens after the first), "judging" (whole sequences, not to
-    train on them), "saving" (each file of a checkpoint), or "start" (to wait, before anything).
-    saving_too=True: once it has been met, also at each file of a checkpoint.
+    what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until
+    `file` is there.
+    kind: "training" (passes 1 and 2 are the rehearsal), "generating" (the tokens after the first),
+    "judging" (whole sequences, not to train on them), "saving" (each file of a checkpoint), or
+    "start" (to wait, before anything). saving_too=True: once it has been met, also at each file of
+    a checkpoint.
     """
     return {"what": what, "kind": kind, "rank": rank, "first": first, "last": last, **more}
 
@@ -55,9 +59,21 @@ class Scene:
     def run(self, name: str) -> RunDir:
         return RunDir(self.runs / name)
 
-    def train(self, name: str, *settings: str, step: str = "1", met: Fault | None = None, more: tuple[str, ...] = ()) -> int:
+    def train(
+        self, name: str, *settings: str, step: str = "1", met: Fault | None = None, more: tuple[str, ...] = ()
+    ) -> int:
         """`rlhf-train` on the job -> exit code. met: the fault that its ranks meet."""
-        words = ["--job", str(self.folder / "job.yaml"), "--output-dir", str(self.runs), "--run", name, "--step", *step.split(), *more]
+        words = [
+            "--job",
+            str(self.folder / "job.yaml"),
+            "--output-dir",
+            str(self.runs),
+            "--run",
+            name,
+            "--step",
+            *step.split(),
+            *more,
+        ]
         for setting in settings:
             words += ["--set", setting]
         with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +95,9 @@ def warnings(run: RunDir, step: int = 1) -> list[str]:
 
 def curve(run: RunDir) -> dict[int, float]:
     """Step 1's losses by update, each once: what a resume has undone is left out."""
-    found = [event for event in effective(read_events(run.events)[0]) if event["kind"] == "metrics" and event["step"] == 1]
+    found = [
+        event for event in effective(read_events(run.events)[0]) if event["kind"] == "metrics" and event["step"] == 1
+    ]
     losses = {event["update"]: event["loss"] for event in found}
     assert len(losses) == len(found)
     return losses
@@ -103,7 +121,9 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; after PATIENCE_S in any case, or the test would last forever."""
+    """Do `act` beside the test as soon as `condition` holds; after PATIENCE_S in any case, or the
+    test would last forever.
+    """
 
     def wait_and_act() -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -1,4 +1,6 @@
-"""Disks that fill, lose their inodes, turn read-only or go away under a run: real file systems, mounted for each test."""
+"""Disks that fill, lose their inodes, turn read-only or go away under a run: real file systems,
+mounted for each test.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,29 @@ def disk(scene: Scene) -> Iterator[Path]:
 
 
 def leave(disk: Path, free_bytes: int) -> None:
-    """As if somebody else had written a file there that leaves so much, but without the memory for it."""
+    """As if somebody else had written a file there that leaves so much, but without the memory for
+    it.
+    """
     found = os.statvfs(disk)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     assert mount("-o", f"remount,size={used + free_bytes}", disk) == ""
 
 
-def while_it_waits(scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 7, kept: int = 2) -> int:
-    """Train, and `act` while a rank waits in this pass, and the checkpoint of update `kept` is complete and alone; at the "start", before a
-    rank does anything. -> exit code
+def while_it_waits(
+    scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 7, kept: int = 2
+) -> int:
+    """Train, and `act` while a rank waits in this pass, and the checkpoint of update `kept` is
+    complete and alone; at the "start", before a rank does anything. -> exit code
     """
     go = scene.folder / "go"
 
     def is_there() -> bool:
         folders = [path.name for path in run.step(1).checkpoints.glob("*")]
-        return run.log.exists() if kind == "start" else folders == [f"update-{kept}"] and (run.step(1).checkpoint(kept) / "complete.json").exists()
+        return (
+            run.log.exists()
+            if kind == "start"
+            else folders == [f"update-{kept}"] and (run.step(1).checkpoint(kept) / "complete.json").exists()
+        )
 
     def act_and_go() -> None:
         try:
@@ -64,7 +74,9 @@ def while_it_waits(scene: Scene, run: RunDir, act: Callable[[], None], *, kind: 
             go.touch()
 
     thread = when(is_there, act_and_go)
-    code = scene.train(run.name, "checkpoint.every_updates=1", met=fault("wait", kind, first=first, last=first, file=str(go)))
+    code = scene.train(
+        run.name, "checkpoint.every_updates=1", met=fault("wait", kind, first=first, last=first, file=str(go))
+    )
     thread.join()
     return code
 
@@ -136,7 +148,8 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
     run = scene.run("read-only")
 
     def turn() -> None:
-        # Laid over itself: a plain `remount,ro` is refused while a file is open for writing, as it is not when the kernel finds a disk broken.
+        # Laid over itself: a plain `remount,ro` is refused while a file is open for writing, as it
+        # is not when the kernel finds a disk broken.
         assert mount("--bind", disk, disk) == ""
         assert mount("-o", "remount,ro,bind", disk) == ""
 
@@ -144,8 +157,12 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
     said = capsys.readouterr().err
     partial = run.step(1).checkpoint(3).with_name("update-3.partial")
     assert code == 4
-    assert error_of(said).startswith(f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; ")
-    assert error_of(said).endswith("hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n")
+    assert error_of(said).startswith(
+        f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; "
+    )
+    assert error_of(said).endswith(
+        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n"
+    )
     assert "Traceback" not in said
     the_last_is_good(run)
 
@@ -164,7 +181,10 @@ NOT_THERE = (
 
 @pytest.mark.parametrize(
     ("kind", "first", "kept", "error"),
-    [("training", 7, 2, GONE), ("judging", 8, 4, NOT_THERE)],  # in update 3; and when the held-out rows are judged for the second time
+    [
+        ("training", 7, 2, GONE),
+        ("judging", 8, 4, NOT_THERE),
+    ],  # in update 3; and when the held-out rows are judged for the second time
 )
 def test_it_goes_away(scene: Scene, disk: Path, capsys: Said, kind: str, first: int, kept: int, error: str) -> None:
     run = scene.run("gone")

@@ -1,4 +1,6 @@
-"""A rank that stays away while the others wait for it: found out, named, ended; and the run goes on."""
+"""A rank that stays away while the others wait for it: found out, named, ended; and the run goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
     log = run.log.read_text(encoding="utf-8", errors="replace")
     stack = log[log.rindex("most recent call first") :]
     # What rank 0 waited in.
-    assert " in all_reduce" in stack and 'deepspeed_engine.py", line' in stack and " in backward" in stack and 'sft.py", line' in stack
+    assert (
+        " in all_reduce" in stack
+        and 'deepspeed_engine.py", line' in stack
+        and " in backward" in stack
+        and 'sft.py", line' in stack
+    )
 
     assert base.train("stopped", *settings) == 0  # and nobody stops it this time
     (resumed,) = events(run, "resumed")

@@ -1,4 +1,6 @@
-"""One run, killed six times, once in each phase that a step has, against one that nobody touched: by benchmarks/faults.py."""
+"""One run, killed six times, once in each phase that a step has, against one that nobody touched:
+by benchmarks/faults.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Ranks that run out of memory: training goes on with less at once, nothing is lost, and the curve stays what it was."""
+"""Ranks that run out of memory: training goes on with less at once, nothing is lost, and the curve
+stays what it was.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from tests.tiny import Trained
 
 Said = pytest.CaptureFixture[str]
 
-# Step 1 of the tiny job: 4 updates of 8 rows. With a micro batch of 4 and one rank, passes 1 and 2 are the rehearsal, 3 and 4 update 1.
-# Other micro batches sum up in another order: float32 then differs in its last digits.
+# Step 1 of the tiny job: 4 updates of 8 rows. With a micro batch of 4 and one rank, passes 1 and 2
+# are the rehearsal, 3 and 4 update 1. Other micro batches sum up in another order: float32 then
+# differs in its last digits.
 SAME = 1e-5
 
 
@@ -63,20 +66,30 @@ def test_once_more_while_it_saves(base: Scene, untroubled: Trained) -> None:
 def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
     """The other waits for it in a collective, and cannot save: all go on from the last checkpoint."""
     run, settings = base.run("one-of-two"), ["hardware.ranks=2", "checkpoint.every_updates=1"]
-    assert base.train("one-of-two", *settings, met=fault("no memory", rows=2, rank=1, first=5)) == 0  # update 3: a pass an update
+    assert (
+        base.train("one-of-two", *settings, met=fault("no memory", rows=2, rank=1, first=5)) == 0
+    )  # update 3: a pass an update
     assert micro_batches(base, "one-of-two") == [(4, 8), (2, 8)]
     (resumed,) = events(run, "resumed")
     assert resumed["from_update"] in (1, 2)  # that of update 2 was being written
-    assert warnings(run) == [f"out of memory with a micro batch of 4: continues with 2, from update {resumed['from_update']}"]
+    assert warnings(run) == [
+        f"out of memory with a micro batch of 4: continues with 2, from update {resumed['from_update']}"
+    ]
     assert events(run, "error") == []
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
 
 
 def test_not_even_one_row(base: Scene, capsys: Said) -> None:
-    """Told with what would help. By hand: the model has P = 1,687,040 parameters, which take 16 bytes each in float32, with gradients and
-    AdamW's moments: 25.7 MiB. With LoRA of rank 64 the A = 589,824 of the adapters take 12, and P only 4: 13.2 MiB. Two halves: 12.9 MiB.
+    """Told with what would help.
+
+    By hand: the model has P = 1,687,040 parameters, which take 16 bytes each in float32, with
+    gradients and AdamW's moments: 25.7 MiB. With LoRA of rank 64 the A = 589,824 of the adapters
+    take 12, and P only 4: 13.2 MiB. Two halves: 12.9 MiB.
     """
-    wider = [f"actor.model.config.{field}={value}" for field, value in (("hidden_size", 256), ("word_embed_proj_dim", 256), ("ffn_dim", 1024))]
+    wider = [
+        f"actor.model.config.{field}={value}"
+        for field, value in (("hidden_size", 256), ("word_embed_proj_dim", 256), ("ffn_dim", 1024))
+    ]
     assert base.train("none", "hardware.micro_batch=1", *wider, met=fault("no memory", rows=0)) == 4
     said = capsys.readouterr().err
     assert error_of(said) == (
@@ -101,8 +114,12 @@ def samples(run: RunDir) -> list[tuple[str, str, str]]:
 def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained) -> None:
     run, plenty = base.run("short-rollouts"), base.run("rollouts")
     assert base.train(plenty.name, step="3", more=("--from", "untroubled")) == 0
-    assert base.train(run.name, step="3", met=fault("no memory", "generating", rows=10), more=("--from", "untroubled")) == 0
-    # 64 are allowed, halved until they fit, at the first rollout: that for the scale of the rewards.
+    assert (
+        base.train(run.name, step="3", met=fault("no memory", "generating", rows=10), more=("--from", "untroubled"))
+        == 0
+    )
+    # 64 are allowed, halved until they fit, at the first rollout: that for the scale of the
+    # rewards.
     assert warnings(run, 3) == ["out of memory in a rollout with 64 prompts at once: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8

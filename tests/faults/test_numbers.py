@@ -1,4 +1,6 @@
-"""Numbers that go wrong: an update without a finite loss is left out, a run that has diverged ends, odd answers are told."""
+"""Numbers that go wrong: an update without a finite loss is left out, a run that has diverged ends,
+odd answers are told.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ LEFT_OUT = ["update 2 is left out: its loss is not finite (1 so far)"]
 
 
 def test_one_update_is_left_out(base: Scene, untroubled: Trained) -> None:
-    """In either pass of update 2, and on one rank of two: the others train alike, since nothing of it is left in gradients or moments."""
+    """In either pass of update 2, and on one rank of two: the others train alike, since nothing of
+    it is left in gradients or moments.
+    """
     assert base.train("first-pass", met=fault("nan", first=5, last=5)) == 0
     assert base.train("second-pass", met=fault("nan", first=6, last=6)) == 0
     assert base.train("rank-1", "hardware.ranks=2", met=fault("nan", rank=1, first=4, last=4)) == 0
@@ -49,7 +53,10 @@ def test_one_update_is_left_out(base: Scene, untroubled: Trained) -> None:
 @pytest.mark.parametrize(("ranks", "first"), [(1, 7), (2, 5)])  # two passes an update, or one: from update 3 on
 def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first: int) -> None:
     """Whichever rank is the first to say so: only one of them knows what is on disk."""
-    run, settings = base.run(f"diverged-{ranks}"), ["sft.max_updates=10", "checkpoint.every_updates=2", f"hardware.ranks={ranks}"]
+    run, settings = (
+        base.run(f"diverged-{ranks}"),
+        ["sft.max_updates=10", "checkpoint.every_updates=2", f"hardware.ranks={ranks}"],
+    )
     assert base.train(run.name, *settings, met=fault("nan", first=first)) == 4
     said = capsys.readouterr().err
     assert error_of(said) == (
@@ -60,7 +67,9 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
     )
     assert "Traceback" not in said
     assert list(curve(run)) == [1, 2]
-    assert warnings(run) == [f"update {update} is left out: its loss is not finite ({update - 2} so far)" for update in (3, 4, 5, 6)]
+    assert warnings(run) == [
+        f"update {update} is left out: its loss is not finite ({update - 2} so far)" for update in (3, 4, 5, 6)
+    ]
     saved = checkpoint_files.latest(run.step(1), pytest.fail)
     assert saved is not None and saved.update == 2 and saved.state["skipped"] == [0, 0]
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
@@ -72,7 +81,12 @@ def test_a_kl_that_explodes_ends_the_run(base: Scene, untroubled: Trained, capsy
     first, second = events(run, "metrics", 3)  # one a rollout of two updates; the first is the reference's own
     assert first["kl"] == 0.0 and second["kl"] > 1e-9
     # Of the second nothing is learned, and so nothing saved.
-    assert (second["update"], second["grad_norm"], "policy_loss" in second, second["mean_reward"] is not None) == (3, 0.0, False, True)
+    assert (second["update"], second["grad_norm"], "policy_loss" in second, second["mean_reward"] is not None) == (
+        3,
+        0.0,
+        False,
+        True,
+    )
     assert [path.name for path in run.step(3).checkpoints.iterdir()] == ["update-2"]
     assert error_of(capsys.readouterr().err) == (
         f"error: step 3's KL to the reference exploded: {second['kl']:.4g} nats a response before update 3\n"
@@ -94,7 +108,11 @@ def answers(*kinds: tuple[list[int], bool]) -> Experience:
     rows = []
     for tokens, ended in kinds:
         numbers: Any = np.zeros(len(tokens), np.float32)
-        rows.append(Scored(np.array([EOS, 5]), np.array(tokens), ended, numbers, numbers, 0.0, TrainerView(numbers, numbers, 1.0)))
+        rows.append(
+            Scored(
+                np.array([EOS, 5]), np.array(tokens), ended, numbers, numbers, 0.0, TrainerView(numbers, numbers, 1.0)
+            )
+        )
     return Experience.of(rows, Job.model_validate(tiny.job(Path("rows"))).ppo, kl_coef=0.1, on_policy=False)
 
 

@@ -1,4 +1,6 @@
-"""Ranks that wait for the next step while one ends: they do it, or are gone with all others, however the launcher ends."""
+"""Ranks that wait for the next step while one ends: they do it, or are gone with all others,
+however the launcher ends.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def has_imported(spare: psutil.Process) -> bool:
     return before > 1.0 and sum(spare.cpu_times()[:2]) - before < 0.05
 
 
-def test_the_next_step_is_done_by_those_that_waited_and_nobody_is_left_when_it_fails(scene: Scene, capsys: Said) -> None:
+def test_the_next_step_is_done_by_those_that_waited_and_nobody_is_left_when_it_fails(
+    scene: Scene, capsys: Said
+) -> None:
     run, waited, held, at_work = scene.run("two"), list[int](), set[str](), list[psutil.Process]()
 
     def look_and_kill() -> None:
@@ -62,7 +66,9 @@ def test_a_launcher_that_is_ended_while_somebody_waits(scene: Scene, sent: int, 
     for setting in (*SECONDS, "checkpoint.grace_s=4.0"):
         words += ["--set", setting]
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "RLHF_CACHE": str(scene.folder / "cache")}
-    launcher = subprocess.Popen([sys.executable, "-m", "rlhf_train", *words], cwd=scene.folder, env=environment, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_train", *words], cwd=scene.folder, env=environment, stderr=subprocess.DEVNULL
+    )
     seen: list[psutil.Process] = []
     try:
         rank, spare = seen = until(lambda: both(launcher.pid))

@@ -1,8 +1,10 @@
-"""PyTorch 2.0's gloo lacks what DeepSpeed's ZeRO 1-3 asks for; with this folder on PYTHONPATH every process has it.
+"""PyTorch 2.0's gloo lacks what DeepSpeed's ZeRO 1-3 asks for; with this folder on PYTHONPATH every
+process has it.
 
-For the tests on the pinned stack alone, on CPUs: there NCCL, which has all of it, cannot run. Collectives in bfloat16 go through
-float32; the gather and the scatter of one flat tensor are made of those that gloo has. What passes with it shows our own control
-flow and arithmetic, not NCCL's communication.
+For the tests on the pinned stack alone, on CPUs: there NCCL, which has all of it, cannot run.
+Collectives in bfloat16 go through float32; the gather and the scatter of one flat tensor are made
+of those that gloo has. What passes with it shows our own control flow and arithmetic, not NCCL's
+communication.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Done:
 
 
 def in_float32(collective: Any) -> Any:
-    """A collective that works on one tensor in place, bfloat16 taken through float32, which holds it exactly."""
+    """A collective that works on one tensor in place, bfloat16 taken through float32, which holds
+    it exactly.
+    """
 
     def shimmed(tensor: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
         if tensor.dtype != torch.bfloat16:
@@ -43,7 +47,9 @@ dist.broadcast, dist.all_reduce, dist.reduce = (in_float32(f) for f in (dist.bro
 
 
 # The names of the arguments are PyTorch's: DeepSpeed passes some by name.
-def all_gather_into_tensor(output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+def all_gather_into_tensor(
+    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+) -> Any:
     wide = torch.float32 if input_tensor.dtype == torch.bfloat16 else input_tensor.dtype
     parts = [torch.empty(input_tensor.numel(), dtype=wide) for _ in range(dist.get_world_size(group))]
     gloo_all_gather(parts, input_tensor.to(wide).reshape(-1), group=group)
@@ -51,7 +57,9 @@ def all_gather_into_tensor(output_tensor: Tensor, input_tensor: Tensor, group: A
     return Done() if async_op else None
 
 
-def reduce_scatter_tensor(output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+def reduce_scatter_tensor(
+    output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Any:
     whole = input.detach().float().clone()
     dist.all_reduce(whole, group=group)
     if op == dist.ReduceOp.AVG:

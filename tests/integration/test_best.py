@@ -1,4 +1,6 @@
-"""`checkpoint.best_every_updates`: the weights that did best on held-out data are kept beside the model."""
+"""`checkpoint.best_every_updates`: the weights that did best on held-out data are kept beside the
+model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import pytest
 
 from tests.tiny import Trained, train
 
-SETTINGS = ["checkpoint.best_every_updates=2", "sft.max_updates=8", "reward.max_updates=8", "ppo.max_updates=8", "ppo.ppo_epochs=2"]
+SETTINGS = [
+    "checkpoint.best_every_updates=2",
+    "sft.max_updates=8",
+    "reward.max_updates=8",
+    "ppo.max_updates=8",
+    "ppo.ppo_epochs=2",
+]
 METRICS = {1: "perplexity", 2: "reward_accuracy", 3: "mean_reward"}
 
 
@@ -22,7 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_the_best_of_all_that_was_measured_is_kept(run: Trained, step: int) -> None:
     kept = [(e["update"], e["value"]) for e in run.events("checkpoint", step) if "metric" in e]
     assert {e["metric"] for e in run.events("checkpoint", step) if "metric" in e} == {METRICS[step]}
-    said = [re.fullmatch(r"held-out (\w+) at update (\d+): (\S+) \(best: \S+ at update \d+\)", e["doing"]) for e in run.events("progress", step)]
+    said = [
+        re.fullmatch(r"held-out (\w+) at update (\d+): (\S+) \(best: \S+ at update \d+\)", e["doing"])
+        for e in run.events("progress", step)
+    ]
     others = [(int(words[2]), float(words[3])) for words in said if words]
     measured = dict([*kept, *others])
     assert sorted(measured) == [2, 4, 6]
@@ -30,9 +41,9 @@ def test_the_best_of_all_that_was_measured_is_kept(run: Trained, step: int) -> N
     assert kept[-1][1] == pytest.approx(best, rel=1e-5)
     found, last = run.weights(step, "best"), run.weights(step)
     assert found.keys() == last.keys() and not all(found[key].equal(tensor) for key, tensor in last.items())
-    assert {file.name for file in run.dir.step(step).best.iterdir()} == {file.name for file in run.dir.step(step).model.iterdir()} - {
-        "reward_scale.json"
-    }
+    assert {file.name for file in run.dir.step(step).best.iterdir()} == {
+        file.name for file in run.dir.step(step).model.iterdir()
+    } - {"reward_scale.json"}
 
 
 def test_measuring_changes_nothing(run: Trained, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""`make demo` as a newcomer types it: it learns what it promises, shows it, and does so again the same."""
+"""`make demo` as a newcomer types it: it learns what it promises, shows it, and does so again the
+same.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 VARYING = ("seq", "time", "seconds", "model")
-FEW = ["--set", "sft.max_updates=12", "--set", "reward.max_updates=6", "--set", "ppo.max_updates=8", "--set", "data.eval_rows=32"]
+FEW = [
+    "--set",
+    "sft.max_updates=12",
+    "--set",
+    "reward.max_updates=6",
+    "--set",
+    "ppo.max_updates=8",
+    "--set",
+    "data.eval_rows=32",
+]
 
 
 def ends(run: Path) -> dict[int, dict[str, Any]]:
@@ -26,13 +37,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """-> (run folder, what stood on stdout)."""
     runs = tmp_path_factory.mktemp("runs")
     environment = os.environ | {"RLHF_RUNS": str(runs), "RLHF_CACHE": str(runs / "cache")}
-    done = subprocess.run(["make", "demo"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    done = subprocess.run(
+        ["make", "demo"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=1500, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return runs / "demo", done.stdout
 
 
 def test_the_demo_learns_in_all_three_steps(demo: tuple[Path, str]) -> None:
-    """Measured over five seeds (docs/speed.md): 43 to 54 % good before, 91 to 95 % after. The margin is for other CPUs' rounding."""
+    """Measured over five seeds (docs/speed.md): 43 to 54 % good before, 91 to 95 % after.
+
+    The margin is for other CPUs' rounding.
+    """
     end = ends(demo[0])
     assert end[1]["perplexity_before"] > 100 > 2 > end[1]["perplexity_after"]
     assert end[2]["reward_accuracy"] > 0.85
@@ -60,7 +76,9 @@ def test_a_second_call_goes_on_with_the_run_and_trains_nothing(demo: tuple[Path,
     run, table = demo
     written = (run / "events.jsonl").read_bytes()
     environment = os.environ | {"RLHF_RUNS": str(run.parent), "RLHF_CACHE": str(run.parent / "cache")}
-    again = subprocess.run(["make", "demo"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    again = subprocess.run(
+        ["make", "demo"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     assert again.stdout == table
     assert (run / "events.jsonl").read_bytes() == written
 
@@ -68,10 +86,24 @@ def test_a_second_call_goes_on_with_the_run_and_trains_nothing(demo: tuple[Path,
 def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path: Path) -> None:
     numbers = {}
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
-        command = [sys.executable, "-m", "rlhf_train", "--job", "demo", "--output-dir", str(tmp_path), "--run", name, "--set", f"seed={seed}", *FEW]
+        command = [
+            sys.executable,
+            "-m",
+            "rlhf_train",
+            "--job",
+            "demo",
+            "--output-dir",
+            str(tmp_path),
+            "--run",
+            name,
+            "--set",
+            f"seed={seed}",
+            *FEW,
+        ]
         subprocess.run(command, cwd=CHECKOUT, capture_output=True, timeout=300, check=True)
         numbers[name] = {
-            step: {k: v for k, v in end.items() if k not in ("seq", "time", "seconds", "model")} for step, end in ends(tmp_path / name).items()
+            step: {k: v for k, v in end.items() if k not in ("seq", "time", "seconds", "model")}
+            for step, end in ends(tmp_path / name).items()
         }
     assert numbers["one"] == numbers["two"]
     assert numbers["one"][1]["perplexity_after"] != numbers["other"][1]["perplexity_after"]

@@ -1,4 +1,6 @@
-"""examples/, by the command that its job file shows: an own data set, a job on it and a rule, all three steps."""
+"""examples/, by the command that its job file shows: an own data set, a job on it and a rule, all
+three steps.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +26,36 @@ def test_the_command_is_shown(page: str) -> None:
 
 
 def test_the_rows_have_the_form_that_the_pages_say() -> None:
-    rows = {name: [json.loads(line) for line in (CHECKOUT / f"examples/data/{name}.jsonl").open(encoding="utf-8")] for name in ("train", "test")}
+    rows = {
+        name: [json.loads(line) for line in (CHECKOUT / f"examples/data/{name}.jsonl").open(encoding="utf-8")]
+        for name in ("train", "test")
+    }
     assert [len(rows["train"]), len(rows["test"])] == [20, 4]
     prompts = [row["prompt"] for part in rows.values() for row in part]
     assert len({*prompts}) == 24
     assert all(prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant:") for prompt in prompts)
-    assert all({*row} == {"prompt", "chosen", "rejected"} and row["chosen"] != row["rejected"] for part in rows.values() for row in part)
+    assert all(
+        {*row} == {"prompt", "chosen", "rejected"} and row["chosen"] != row["rejected"]
+        for part in rows.values()
+        for row in part
+    )
 
 
 def test_the_rule_tells_good_answers_from_bad_ones() -> None:
     asked = "from examples.rule import is_good; print(*(is_good('p', *answer) for answer in {answers}))"
     answers = [(" It is so.", True), (" It is so.", False), (" It is so", True), (" No.", True), ("", True)]
-    done = subprocess.run([sys.executable, "-c", asked.format(answers=answers)], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", asked.format(answers=answers)], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["True", "False", "False", "False", "False"]
 
 
 def test_the_job_trains_all_three_steps_on_the_rows(tmp_path: Path) -> None:
     environment = os.environ | {"RLHF_RUNS": str(tmp_path / "runs"), "RLHF_CACHE": str(tmp_path / "cache")}
     words = [sys.executable, *shlex.split(COMMAND)[1:]]
-    done = subprocess.run(words, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        words, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run = RunDir(tmp_path / "runs" / "example")
     events = read_events(run.events)[0]

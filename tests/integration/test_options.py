@@ -30,7 +30,13 @@ def lora(folder: Path) -> Trained:
     return train(
         folder,
         "lora",
-        [f"actor.lora={LORA}", "hardware.gradient_checkpointing=true", "ppo.rollout_batch=8", "ppo.max_updates=3", "ppo.normalize_rewards=false"],
+        [
+            f"actor.lora={LORA}",
+            "hardware.gradient_checkpointing=true",
+            "ppo.rollout_batch=8",
+            "ppo.max_updates=3",
+            "ppo.normalize_rewards=false",
+        ],
     )
 
 
@@ -39,14 +45,34 @@ def everything(folder: Path) -> Trained:
     """Three rollouts of 2 epochs of 2 updates each."""
     settings = ["hardware.gradient_checkpointing=true", "sft.loss_on_prompt=true"]
     settings += ["reward.loss=per_token", "reward.lm_coef=0.5", "reward.learning_rate=5.0e-3", "reward.max_updates=8"]
-    ppo = {"ppo_epochs": 2, "max_updates": 12, "temperature": 0.7, "missing_eos_penalty": 2.0, "whiten_rewards": "true", "ema_decay": 0.8}
-    ppo |= {"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 100, "reward_clip": 1.5, "clip_range": 0.1, "value_clip_range": 0.5}
+    ppo = {
+        "ppo_epochs": 2,
+        "max_updates": 12,
+        "temperature": 0.7,
+        "missing_eos_penalty": 2.0,
+        "whiten_rewards": "true",
+        "ema_decay": 0.8,
+    }
+    ppo |= {
+        "kl_coef": 0.2,
+        "kl_target": 0.5,
+        "kl_horizon": 100,
+        "reward_clip": 1.5,
+        "clip_range": 0.1,
+        "value_clip_range": 0.5,
+    }
     ppo |= {"gamma": 0.99, "lam": 0.9, "rule": "rlhf_train.demo.rule:is_good"}
     return train(folder, "everything", settings + [f"ppo.{field}={value}" for field, value in ppo.items()])
 
 
 def check_finite(run: Trained) -> None:
-    numbers = [value for step in (1, 2, 3) for kind in ("metrics", "end") for event in run.events(kind, step) for value in event.values()]
+    numbers = [
+        value
+        for step in (1, 2, 3)
+        for kind in ("metrics", "end")
+        for event in run.events(kind, step)
+        for value in event.values()
+    ]
     assert len(numbers) > 100
     assert all(math.isfinite(value) for value in numbers if isinstance(value, float))
 
@@ -54,7 +80,9 @@ def check_finite(run: Trained) -> None:
 def missing(run: Trained, kind: type[Event]) -> set[str]:
     """Fields of a kind of event that no step fills in all of its events; those of a GPU apart."""
     filled = [set.intersection(*(set(event) for event in run.events(kind.kind, step))) for step in (1, 2, 3)]
-    return {field.name for field in dataclasses.fields(kind) if not field.name.startswith("gpu_")} - set().union(*filled)
+    return {field.name for field in dataclasses.fields(kind) if not field.name.startswith("gpu_")} - set().union(
+        *filled
+    )
 
 
 def test_every_number_is_there_and_finite(lora: Trained, everything: Trained) -> None:

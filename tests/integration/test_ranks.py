@@ -1,4 +1,6 @@
-"""The same job learns the same on one rank and on two, at every ZeRO stage and with every micro batch: real runs, compared."""
+"""The same job learns the same on one rank and on two, at every ZeRO stage and with every micro
+batch: real runs, compared.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import pytest
 from jobs.events import effective, read_events
 from tests.tiny import Trained, train, train_killed
 
-# What could go wrong with ranks and passes is switched on: token counts that differ a pass, several PPO epochs over two
-# rollouts, whitening, clipped gradients, an EMA, a language-model loss. 21 held-out rows do not divide by 2 or 4.
+# What could go wrong with ranks and passes is switched on: token counts that differ a pass, several
+# PPO epochs over two rollouts, whitening, clipped gradients, an EMA, a language-model loss. 21
+# held-out rows do not divide by 2 or 4.
 JOB = [
     "sft.max_updates=8",
     "reward.loss=per_token",
@@ -30,9 +33,19 @@ HOW: dict[str, dict[str, Any]] = {
     "two ranks": {"ranks": 2, "micro_batch": 2},
     "zero 1": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 1, "critic_zero_stage": 1},
     "zero 2": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 2, "critic_zero_stage": 2},
-    "zero 3": {"ranks": 2, "micro_batch": 2, "actor_zero_stage": 3, "critic_zero_stage": 3, "gradient_checkpointing": "true"},
+    "zero 3": {
+        "ranks": 2,
+        "micro_batch": 2,
+        "actor_zero_stage": 3,
+        "critic_zero_stage": 3,
+        "gradient_checkpointing": "true",
+    },
 }
-ON_PINNED = {"two ranks": [pytest.mark.pinned], "zero 2": [pytest.mark.pinned_gloo], "zero 3": [pytest.mark.pinned_gloo]}
+ON_PINNED = {
+    "two ranks": [pytest.mark.pinned],
+    "zero 2": [pytest.mark.pinned_gloo],
+    "zero 3": [pytest.mark.pinned_gloo],
+}
 OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
 SAVES = ["checkpoint.every_updates=3", "checkpoint.every_minutes=null"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}
@@ -47,7 +60,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
     def get(name: str) -> Trained:
         if name not in runs:
-            runs[name] = train(folder, name.replace(" ", "-"), JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()])
+            runs[name] = train(
+                folder,
+                name.replace(" ", "-"),
+                JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()],
+            )
         return runs[name]
 
     return get
@@ -56,7 +73,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 def curve(run: Trained, step: int) -> list[dict[str, Any]]:
     """All numbers that should agree; what was done again counts once."""
     held = effective(read_events(run.dir.events)[0])
-    events = [event for kind in ("metrics", "end") for event in held if (event["kind"], event.get("step")) == (kind, step)]
+    events = [
+        event for kind in ("metrics", "end") for event in held if (event["kind"], event.get("step")) == (kind, step)
+    ]
     return [{key: value for key, value in event.items() if key not in NOT_COMPARED} for event in events]
 
 
@@ -66,14 +85,17 @@ def test_the_curve_is_the_same(trained: Callable[[str], Trained], name: str, ste
     expected, found = curve(trained("one"), step), curve(trained(name), step)
     assert len(expected) == {1: 9, 2: 5, 3: 3}[step]
     assert [list(event) for event in found] == [list(event) for event in expected]
-    # 1e-5: sums of some hundred float32 numbers (1.2e-7 each) in another order, through a few updates; seen: 1e-6.
+    # 1e-5: sums of some hundred float32 numbers (1.2e-7 each) in another order, through a few
+    # updates; seen: 1e-6.
     for one, other in zip(expected, found, strict=True):
         assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_sampled_answers_are_the_same(trained: Callable[[str], Trained], name: str) -> None:
-    expected, found = ([(e["when"], e["prompt"], e["response"]) for e in trained(n).events("sample", 3)] for n in ("one", name))
+    expected, found = (
+        [(e["when"], e["prompt"], e["response"]) for e in trained(n).events("sample", 3)] for n in ("one", name)
+    )
     assert found == expected
     assert [when for when, _, _ in expected] == ["before"] * 3 + ["after"] * 3
     assert expected[:3] != expected[3:]  # training changed the answers, and they are the same still
@@ -86,12 +108,13 @@ def test_the_weights_are_the_same(trained: Callable[[str], Trained], name: str, 
         expected, found = (trained(n).weights(step, folder) for n in ("one", name))
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
-            # A constant added to every key changes no attention: the gradient is rounding alone, and AdamW, which divides
-            # by its size, makes whole steps of it.
+            # A constant added to every key changes no attention: the gradient is rounding alone,
+            # and AdamW, which divides by its size, makes whole steps of it.
             if key.endswith("k_proj.bias"):
                 continue
-            # An update moves a weight by about the learning rate. Where a gradient is nearly 0 its rounding shows, by the
-            # same division, in single weights (seen: 4 % of one update's move), but not in the mean.
+            # An update moves a weight by about the learning rate. Where a gradient is nearly 0 its
+            # rounding shows, by the same division, in single weights (seen: 4 % of one update's
+            # move), but not in the mean.
             assert (found[key] - tensor).square().mean().sqrt() < 0.01 * LEARNING_RATE[step], key
 
 
@@ -121,9 +144,13 @@ def settings_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in HOW if name != "micro 1"])
 def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], Trained], name: str) -> None:
-    """Twice: in step 1 between two checkpoints, in step 3 between two updates of a rollout; against the run that nobody touched."""
+    """Twice: in step 1 between two checkpoints, in step 3 between two updates of a rollout; against
+    the run that nobody touched.
+    """
     whole = trained(name)
-    killed = train_killed(whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 7), (3, 4)])
+    killed = train_killed(
+        whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 7), (3, 4)]
+    )
     assert any(event["from_update"] > 0 for step in (1, 2, 3) for event in killed.events("resumed", step))
     for step in (1, 2, 3):
         assert curve(killed, step) == curve(whole, step)
@@ -134,25 +161,33 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], T
 
 
 @pytest.mark.parametrize(("before", "after"), [("one", "zero 2"), ("zero 3", "one")])
-def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(trained: Callable[[str], Trained], before: str, after: str) -> None:
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(
+    trained: Callable[[str], Trained], before: str, after: str
+) -> None:
     whole = trained(before)
     then = [setting for setting in settings_of(after) if setting not in JOB]
     if "ranks" not in HOW[after]:
         then += ["hardware.ranks=1", "hardware.actor_zero_stage=0", "hardware.critic_zero_stage=0"]
     folder = whole.dir.path.parents[1]
-    killed = train_killed(folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 7), (3, 4)], then=then)
+    killed = train_killed(
+        folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 7), (3, 4)], then=then
+    )
     assert {event["ranks"] for event in killed.events("plan", 3)} == {1, 2}
     for step in (1, 2, 3):
         expected, found = curve(whole, step), curve(killed, step)
         assert len(found) == len(expected)
         for one, other in zip(expected, found, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
-    samples = [[(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))] for run in (whole, killed)]
+    samples = [
+        [(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))] for run in (whole, killed)
+    ]
     assert samples[0] == samples[1]
 
 
 def test_a_second_run_gives_the_same_bits(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     first = trained("one")
-    again = train(tmp_path, "one", JOB + [f"hardware.{field}={value}" for field, value in HOW["one"].items()], steps=["1"])
+    again = train(
+        tmp_path, "one", JOB + [f"hardware.{field}={value}" for field, value in HOW["one"].items()], steps=["1"]
+    )
     assert curve(again, 1) == curve(first, 1)
     assert all(again.weights(1)[key].equal(tensor) for key, tensor in first.weights(1).items())

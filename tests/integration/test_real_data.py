@@ -1,4 +1,6 @@
-"""The main job, small: all three steps from scratch on real human preference data, and their models in a stranger's hands."""
+"""The main job, small: all three steps from scratch on real human preference data, and their models
+in a stranger's hands.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ PROMPT, RESPONSE = 256, 64
 
 def opt(hidden: int, heads: int) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden}
-    return {"config": {"model_type": "opt", "num_hidden_layers": 2, "num_attention_heads": heads, "max_position_embeddings": 512, **sizes}}
+    return {
+        "config": {
+            "model_type": "opt",
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 512,
+            **sizes,
+        }
+    }
 
 
 JOB: dict[str, Any] = {
@@ -33,7 +43,13 @@ JOB: dict[str, Any] = {
     "data": {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE},
     "sft": {"global_batch": 16, "learning_rate": 3e-3, "max_updates": 15},
     "reward": {"global_batch": 16, "learning_rate": 1e-3, "max_updates": 10},
-    "ppo": {"rollout_batch": 16, "global_batch": 8, "max_updates": 6, "actor_learning_rate": 3e-4, "critic_learning_rate": 3e-4},
+    "ppo": {
+        "rollout_batch": 16,
+        "global_batch": 8,
+        "max_updates": 6,
+        "actor_learning_rate": 3e-4,
+        "critic_learning_rate": 3e-4,
+    },
     "hardware": {"device": "cpu", "micro_batch": 8, "cpu_threads": 1},
 }
 
@@ -81,7 +97,8 @@ def test_the_ends_carry_the_numbers(trained: Trained) -> None:
     assert all(end["seconds"] > 0 and Path(end["model"]).is_dir() for end in (sft, reward, ppo))
 
 
-# Everything anew from the text: tokenised, cut, scored by what transformers alone knows, one row at a time.
+# Everything anew from the text: tokenised, cut, scored by what transformers alone knows, one row at
+# a time.
 STRANGER = """
 import json, math, sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -118,7 +135,15 @@ print(json.dumps({"perplexity": math.exp(nll / tokens), "correct": correct, "pai
 
 def test_a_stranger_finds_the_same_numbers(trained: Trained) -> None:
     models = [str(trained.dir.step(step).model) for step in (1, 2, 3)]
-    command = [sys.executable, "-c", STRANGER, *models, str(trained.dir.path.parents[1] / "rows/test.jsonl"), str(PROMPT), str(RESPONSE)]
+    command = [
+        sys.executable,
+        "-c",
+        STRANGER,
+        *models,
+        str(trained.dir.path.parents[1] / "rows/test.jsonl"),
+        str(PROMPT),
+        str(RESPONSE),
+    ]
     said = subprocess.run(command, cwd=trained.dir.path, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout)

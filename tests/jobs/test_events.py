@@ -174,7 +174,9 @@ def test_a_file_of_nothing_but_a_torn_line_starts_anew(path: Path) -> None:
 
 
 def test_a_newer_writers_fields_are_left_out_and_its_kinds_are_named() -> None:
-    assert parse({"schema": 2, "kind": "progress", "step": 1, "doing": "x", "mood": "good"}) == Progress(step=1, doing="x")
+    assert parse({"schema": 2, "kind": "progress", "step": 1, "doing": "x", "mood": "good"}) == Progress(
+        step=1, doing="x"
+    )
     with pytest.raises(KeyError, match="telepathy"):
         parse({"kind": "telepathy"})
 
@@ -183,7 +185,13 @@ def event(kind: str, step: int | None, **fields: Any) -> dict[str, Any]:
     return {"kind": kind, **({} if step is None else {"step": step}), **fields}
 
 
-STEP_1 = [event("plan", 1), event("metrics", 1, update=1), event("checkpoint", 1, update=1), event("metrics", 1, update=2), event("end", 1)]
+STEP_1 = [
+    event("plan", 1),
+    event("metrics", 1, update=1),
+    event("checkpoint", 1, update=1),
+    event("metrics", 1, update=2),
+    event("end", 1),
+]
 STEP_3 = [
     event("plan", 3),
     event("sample", 3, when="before"),
@@ -221,7 +229,11 @@ def test_a_step_that_starts_anew_keeps_nothing_and_touches_no_other() -> None:
 def test_what_was_undone_twice_is_undone() -> None:
     first, second = event("resumed", 1, from_update=1), event("resumed", 1, from_update=1)
     start = [event("metrics", 1, update=1)]
-    assert effective([*start, event("metrics", 1, update=2), first, event("metrics", 1, update=2), second]) == [*start, first, second]
+    assert effective([*start, event("metrics", 1, update=2), first, event("metrics", 1, update=2), second]) == [
+        *start,
+        first,
+        second,
+    ]
 
 
 def test_a_line_that_a_loss_of_power_has_damaged_is_left_out(tmp_path: Path) -> None:
@@ -236,7 +248,20 @@ def test_a_line_that_a_loss_of_power_has_damaged_is_left_out(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"\n", b"17\n", b"[]\n", b'"kind"\n', b'{"step": 1}\n', b'{"kind": "pl', b"\xff{}", b"\0" * 9, b"[" * 100_000, b"9" * 5000]
+    "line",
+    [
+        b"",
+        b"\n",
+        b"17\n",
+        b"[]\n",
+        b'"kind"\n',
+        b'{"step": 1}\n',
+        b'{"kind": "pl',
+        b"\xff{}",
+        b"\0" * 9,
+        b"[" * 100_000,
+        b"9" * 5000,
+    ],
 )
 def test_what_is_no_event(line: bytes) -> None:
     assert parsed(line) is None

@@ -10,7 +10,8 @@ from jobs.errors import ExitCode
 from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, Holder, error_of, judge, no_peer_access, version, wants_gpu
 
 MIB, GIB = 2**20, 2**30
-# Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a test to stand at the edge.
+# Not those of env/limits.toml, so that a changed threshold changes no test; round numbers, for a
+# test to stand at the edge.
 LIMITS = Limits.model_validate(
     {
         "image": {"cuda": "11.8", "python": "3.10", "machine": "x86_64"},
@@ -20,7 +21,12 @@ LIMITS = Limits.model_validate(
         "hub": {"small_file_max_s": 3.0, "bytes_advised": 3_000_000},
         "clock": {"offset_max_s": 5.0},
         "cuda": {
-            "11.8": {"driver_min": "450.80.02", "driver_advised": "520.61.05", "capability_min": "7.0", "capability_max": "9.0"},
+            "11.8": {
+                "driver_min": "450.80.02",
+                "driver_advised": "520.61.05",
+                "capability_min": "7.0",
+                "capability_max": "9.0",
+            },
             "12.0": {"driver_min": "525.60.13", "driver_advised": "525.60.13"},
             "12.8": {"driver_min": "570.26", "driver_advised": "570.26"},
             "12.10": {"driver_min": "590.1", "driver_advised": "590.1"},
@@ -79,8 +85,16 @@ def test_nothing_known_nothing_said() -> None:
     ("cuda", "driver", "line"),
     [
         ("11.8", "450.80.02", None),
-        ("11.8", "450.80.01", "450.80.01 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host"),
-        ("11.8", "440.118.02", "440.118.02 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host"),
+        (
+            "11.8",
+            "450.80.01",
+            "450.80.01 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host",
+        ),
+        (
+            "11.8",
+            "440.118.02",
+            "440.118.02 is too old for CUDA 11.8: install driver 520.61.05 or newer (450.80.02 at least) on the host",
+        ),
         ("11.8", "1000.1", None),  # by number, not by letter
         ("12.0", "525.60.13", None),
         ("12.7", "525.60.12", "525.60.12 is too old for CUDA 12.7: install driver 525.60.13 or newer on the host"),
@@ -121,7 +135,9 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
             "compose a reservation of `driver: nvidia`; both need nvidia-container-toolkit on the host)",
         ),
         (
-            replace(NO_GPU, driver="535.129.03", cards=(H100, H100), gpu_error="Error 802:\n system not yet initialized"),
+            replace(
+                NO_GPU, driver="535.129.03", cards=(H100, H100), gpu_error="Error 802:\n system not yet initialized"
+            ),
             "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system not yet initialized: "
             "start the box again, or take another (on boxes with NVSwitch, nvidia-fabricmanager must run)",
         ),
@@ -213,7 +229,11 @@ LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if 
             f"by pid 77 (python3 -m ipykernel_launcher -f /home/lin/.local/share/jupy..., 40 MB): {OR_WAIT}",
         ),
         (
-            [Holder(0, 7, 20_000_000, RANK), Holder(0, 8, 1_000_000, "python a.py"), Holder(0, 9, 20_000_000, "python -m rlhf_train --job demo")],
+            [
+                Holder(0, 7, 20_000_000, RANK),
+                Holder(0, 8, 1_000_000, "python a.py"),
+                Holder(0, 9, 20_000_000, "python -m rlhf_train --job demo"),
+            ],
             "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train --job demo, 20 MB): "
             f"`kill 7 9` if an earlier run left it behind (`kill -9 7 9` if it stays); else {OR_WAIT}",
         ),
@@ -224,13 +244,21 @@ LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if 
         ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), not to be seen from here: {HOST}"),
         ([Holder(0, 31337)], f"by pid 31337, not to be seen from here: {HOST}"),
         # In a container: the host's pid, and a process of ours that has the GPUs open.
-        ([Holder(0, 31337, 40_000_000), Holder(None, 4321, None, RANK)], f"maybe by pid 4321 (python -m rlhf_train.worker): {LEFT_BEHIND}"),
+        (
+            [Holder(0, 31337, 40_000_000), Holder(None, 4321, None, RANK)],
+            f"maybe by pid 4321 (python -m rlhf_train.worker): {LEFT_BEHIND}",
+        ),
         # Where one is known to hold it, those that may are not named.
-        ([Holder(None, 9, None, "python a.py"), Holder(0, 4321, 1_000_000, RANK)], f"by pid 4321 (python -m rlhf_train.worker, 1 MB): {LEFT_BEHIND}"),
+        (
+            [Holder(None, 9, None, "python a.py"), Holder(0, 4321, 1_000_000, RANK)],
+            f"by pid 4321 (python -m rlhf_train.worker, 1 MB): {LEFT_BEHIND}",
+        ),
     ],
 )
 def test_gpu_memory_that_somebody_holds(holders: list[Holder], line: str) -> None:
-    assert said(replace(IN_USE, gpu_holders=tuple(holders))) == [f"warning: GPU 0 has 41 MB in use before the job begins, {line}"]
+    assert said(replace(IN_USE, gpu_holders=tuple(holders))) == [
+        f"warning: GPU 0 has 41 MB in use before the job begins, {line}"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +279,11 @@ def test_gpu_memory_of_the_cards_that_the_job_may_use(visible: str | None, named
 
 
 def test_gpu_memory_does_not_matter_to_a_job_on_the_cpu() -> None:
-    assert len(said(IN_USE)) == 1 and said(replace(IN_USE, device="cpu")) == [] and said(replace(IN_USE, visible_devices="")) == []
+    assert (
+        len(said(IN_USE)) == 1
+        and said(replace(IN_USE, device="cpu")) == []
+        and said(replace(IN_USE, visible_devices="")) == []
+    )
 
 
 # --- /dev/shm -------------------------------------------------------------------------------------------------------
@@ -284,13 +316,19 @@ def test_shared_memory(ranks: int | None, free: int, line: str | None) -> None:
     [
         (("cpu_adam",), ("avx2", "fma"), None),
         (("cpu_adam",), ("avx2", "fma4"), "this CPU lacks fma, for which DeepSpeed's cpu_adam was compiled"),
-        (("cpu_adam", "cpu_lion", "fused_adam"), (), "this CPU lacks avx2, fma, for which DeepSpeed's cpu_adam, cpu_lion was compiled"),
+        (
+            ("cpu_adam", "cpu_lion", "fused_adam"),
+            (),
+            "this CPU lacks avx2, fma, for which DeepSpeed's cpu_adam, cpu_lion was compiled",
+        ),
         (("fused_adam",), (), None),
         ((), (), None),
         (("cpu_adam",), None, None),
     ],
 )
-def test_operators_that_this_cpu_cannot_run(operators: tuple[str, ...], flags: tuple[str, ...] | None, line: str | None) -> None:
+def test_operators_that_this_cpu_cannot_run(
+    operators: tuple[str, ...], flags: tuple[str, ...] | None, line: str | None
+) -> None:
     found = said(replace(FIT, prebuilt_operators=operators, cpu_flags=flags))
     advice = "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
     assert found == ([f"warning: {line}: {advice}"] if line else [])
@@ -303,7 +341,10 @@ def test_operators_that_this_cpu_cannot_run(operators: tuple[str, ...], flags: t
     ("folder", "line"),
     [
         ({"uid": 0}, None),  # another's, but we may write
-        ({"uid": 0, "writable": False}, "runs/demo belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo"),
+        (
+            {"uid": 0, "writable": False},
+            "runs/demo belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo",
+        ),
         ({"uid": 1000, "writable": False}, "runs/demo is write-protected: chmod -R u+rwX runs/demo"),
         (
             {"found": ".", "missing": "runs", "uid": 0, "writable": False},
@@ -326,7 +367,10 @@ def test_operators_that_this_cpu_cannot_run(operators: tuple[str, ...], flags: t
             {"read_only": True, "writable": False, "uid": 0},
             "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path",
         ),
-        ({"writable": False, "uid": None}, "runs/demo cannot be written: choose another --output-dir, or mend the path"),
+        (
+            {"writable": False, "uid": None},
+            "runs/demo cannot be written: choose another --output-dir, or mend the path",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | None) -> None:
@@ -350,7 +394,9 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
         (
             {"free_bytes": 900_000},
             True,
-            ["unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an --output-dir on a larger disk"],
+            [
+                "unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an --output-dir on a larger disk"
+            ],
         ),
         ({"free_bytes": None, "free_inodes": None}, True, []),
         (
@@ -395,7 +441,11 @@ def test_all_findings_come_together_a_line_each() -> None:
     findings = judge(facts, LIMITS)
     assert [finding.level for finding in findings] == ["unfit", "unfit", "warning", "unfit", "unfit", "unfit"]
     error = error_of(findings)
-    assert error is not None and (error.what, error.exit_code, error.hint) == ("this machine is not fit for the job", ExitCode.UNFIT, "")
+    assert error is not None and (error.what, error.exit_code, error.hint) == (
+        "this machine is not fit for the job",
+        ExitCode.UNFIT,
+        "",
+    )
     lines = error.why.split("\n")
     assert [line.split()[0] for line in lines] == ["NVIDIA", "/dev/shm", "0", "0", "'cache"] and "\x1b" not in error.why
 
@@ -429,7 +479,12 @@ RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", "8.6")
             "550.40.06",
             "the peer access that driver 550.40.06 offers on NVIDIA GeForce RTX 4090 does not work",
         ),
-        ((RTX_4090, RTX_4090), True, None, "the peer access that driver unknown offers on NVIDIA GeForce RTX 4090 does not work"),
+        (
+            (RTX_4090, RTX_4090),
+            True,
+            None,
+            "the peer access that driver unknown offers on NVIDIA GeForce RTX 4090 does not work",
+        ),
         ((RTX_4090, RTX_4090), True, "550.40.07", ""),
         ((Gpu("NVIDIA A10", "8.6"),) * 2, False, "535.129.03", ""),  # NCCL finds out by itself
         ((Gpu("NVIDIA RTX 4000 Ada Generation", "8.9"),) * 2, True, "535.129.03", ""),
@@ -437,7 +492,9 @@ RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", "8.6")
         (None, None, None, ""),
     ],
 )
-def test_geforce_cards_without_peer_access(cards: tuple[Gpu, ...] | None, peer_access: bool | None, driver: str | None, why: str) -> None:
+def test_geforce_cards_without_peer_access(
+    cards: tuple[Gpu, ...] | None, peer_access: bool | None, driver: str | None, why: str
+) -> None:
     assert no_peer_access(replace(FIT, cards=cards, peer_access=peer_access, driver=driver), LIMITS) == why
 
 

@@ -51,7 +51,14 @@ def test_duration(seconds: object, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size_bytes", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (12_345_678, "12.3 MB"), (2_630_000_000, "2.63 GB"), (None, "nan GB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1500, "1.5 kB"),
+        (12_345_678, "12.3 MB"),
+        (2_630_000_000, "2.63 GB"),
+        (None, "nan GB"),
+    ],
 )
 def test_size(size_bytes: object, text: str) -> None:
     assert size(size_bytes) == text
@@ -75,7 +82,14 @@ def test_money(amount: float, currency: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "cells", "end"),
-    [("short", 5, "short"), ("too long", 5, "…long"), ("调调调", 6, "调调调"), ("调调调调", 6, "…调调"), ("ab调", 3, "…调"), ("x", 0, "…")],
+    [
+        ("short", 5, "short"),
+        ("too long", 5, "…long"),
+        ("调调调", 6, "调调调"),
+        ("调调调调", 6, "…调调"),
+        ("ab调", 3, "…调"),
+        ("x", 0, "…"),
+    ],
 )
 def test_tail(text: str, cells: int, end: str) -> None:
     assert tail(text, cells) == end
@@ -99,7 +113,15 @@ def test_fold(text: str, cells: int, most: int, lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "unsafe", [*(chr(i) for i in range(32) if chr(i) not in "\n\t"), *(chr(i) for i in range(0x7F, 0xA0)), "\u2028", "\u202e", "\u2066", "\udc80"]
+    "unsafe",
+    [
+        *(chr(i) for i in range(32) if chr(i) not in "\n\t"),
+        *(chr(i) for i in range(0x7F, 0xA0)),
+        "\u2028",
+        "\u202e",
+        "\u2066",
+        "\udc80",
+    ],
 )
 def test_what_a_terminal_would_obey_is_spelt_out(unsafe: str) -> None:
     shown = visible(f"a{unsafe}b")

@@ -34,7 +34,10 @@ def test_a_field_has_the_steps_of_its_section_unless_it_says_so() -> None:
 
 def test_a_row_shows_unit_default_and_meaning() -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    assert "| `data.max_prompt_tokens` | tokens | `256` | rows with a longer prompt are left out, and counted | 1, 2, 3 |" in lines
+    assert (
+        "| `data.max_prompt_tokens` | tokens | `256` | rows with a longer prompt are left out, and counted | 1, 2, 3 |"
+        in lines
+    )
     assert "| `sft.betas` |  | `[0.9, 0.95]` | AdamW's two averages: how much of the old value stays | 1 |" in lines
     assert "| `actor.lora` |  | not set | set: train low-rank adapters instead of all weights | 1, 3 |" in lines
     assert any(line.startswith("| `sft.learning_rate` |  | must be there |") for line in lines)

@@ -8,7 +8,11 @@ from jobs.run_dir import RunDir, StepDir
 def test_every_path_of_a_run() -> None:
     run = RunDir(Path("runs/my run"))
     assert run.name == "my run"
-    assert {name: str(getattr(run, name)) for name, value in vars(RunDir).items() if isinstance(value, property) and name != "name"} == {
+    assert {
+        name: str(getattr(run, name))
+        for name, value in vars(RunDir).items()
+        if isinstance(value, property) and name != "name"
+    } == {
         "job_file": "runs/my run/job.yaml",
         "format": "runs/my run/format",
         "events": "runs/my run/events.jsonl",

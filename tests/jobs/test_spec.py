@@ -49,12 +49,22 @@ def test_opt_1_3b_is_deepspeed_chats_single_node() -> None:
         "opt-1.3b", "facebook/opt-1.3b", "facebook/opt-350m", ("Dahoas/rm-static",),
     )  # fmt: skip
     # shared/reference/algorithms.md, 1.7
-    assert (job.sft.global_batch, job.reward.global_batch, job.ppo.global_batch, job.ppo.rollout_batch) == (128, 64, 64, 64)
+    assert (job.sft.global_batch, job.reward.global_batch, job.ppo.global_batch, job.ppo.rollout_batch) == (
+        128,
+        64,
+        64,
+        64,
+    )
     assert (job.sft.epochs, job.reward.epochs, job.ppo.epochs, job.ppo.ppo_epochs) == (1, 1, 1, 1)
     assert (job.sft.learning_rate, job.reward.learning_rate) == (9.65e-6, 5e-5)
     assert (job.ppo.actor_learning_rate, job.ppo.critic_learning_rate, job.ppo.warmup_updates) == (9.65e-6, 5e-6, 100)
     assert (job.sft.weight_decay, job.reward.weight_decay, job.ppo.weight_decay) == (0, 0.1, 0)
-    assert (job.data.max_prompt_tokens, job.data.max_response_tokens, job.data.split, job.data.seed) == (256, 256, (2, 4, 4), 1234)
+    assert (job.data.max_prompt_tokens, job.data.max_response_tokens, job.data.split, job.data.seed) == (
+        256,
+        256,
+        (2, 4, 4),
+        1234,
+    )
     assert [part.schedule for part in (job.sft, job.reward, job.ppo)] == ["cosine"] * 3
     assert job.actor.lora is None and job.hardware.ranks == "auto"
 
@@ -64,7 +74,13 @@ def test_opt_1_3b_lora_differs_where_lora_and_two_small_cards_ask_for_it() -> No
     assert lora.actor.lora is not None
     assert (lora.actor.lora.rank, lora.sft.learning_rate, lora.hardware.ranks) == (128, 5e-4, 2)
     changed = {line.split(":")[0] for line in difference(full.fields_of_step(3), lora.fields_of_step(3))}
-    assert changed == {"actor.lora.rank", "actor.lora.alpha", "actor.lora.target_modules", "sft.learning_rate", "ppo.actor_learning_rate"}
+    assert changed == {
+        "actor.lora.rank",
+        "actor.lora.alpha",
+        "actor.lora.target_modules",
+        "sft.learning_rate",
+        "ppo.actor_learning_rate",
+    }
 
 
 def test_demo_needs_no_hub_and_no_gpu() -> None:
@@ -160,10 +176,16 @@ def test_a_long_value_is_cut() -> None:
             "sftt.epochs=1",
             "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, hardware, checkpoint",
         ),
-        ("actor.lora.alpah=1", "actor.lora.alpah: unknown field; did you mean alpha? valid here: rank, alpha, target_modules"),
+        (
+            "actor.lora.alpah=1",
+            "actor.lora.alpah: unknown field; did you mean alpha? valid here: rank, alpha, target_modules",
+        ),
         ("critic.name=x", "critic.name: unknown field; valid here: model"),
         ("critic.config=x", "critic.config: unknown field; valid here: model"),
-        ("actor.model={config: {model_type: opt}, cofnig: 1}", "actor.model.cofnig: unknown field; did you mean config? valid here: config"),
+        (
+            "actor.model={config: {model_type: opt}, cofnig: 1}",
+            "actor.model.cofnig: unknown field; did you mean config? valid here: config",
+        ),
     ],
 )
 def test_an_unknown_field_is_told_the_names_there(setting: str, mistake: str) -> None:
@@ -206,7 +228,14 @@ def test_a_file_that_is_no_mapping(text: str, what: str) -> None:
 
 
 def test_set_reads_yaml_and_the_last_one_wins() -> None:
-    job = small("ppo.kl_coef=1e-2", "sft.epochs=3", "data.datasets=[a/b, c]", " seed =7", "sft.epochs=0.5", "actor.model={config: {model_type: opt}}")
+    job = small(
+        "ppo.kl_coef=1e-2",
+        "sft.epochs=3",
+        "data.datasets=[a/b, c]",
+        " seed =7",
+        "sft.epochs=0.5",
+        "actor.model={config: {model_type: opt}}",
+    )
     assert (job.ppo.kl_coef, job.sft.epochs, job.data.datasets, job.seed) == (0.01, 0.5, ("a/b", "c"), 7)
     assert job.actor.model == Scratch(config={"model_type": "opt"})
     assert small("critic.model=a=b").critic.model == "a=b"
@@ -216,7 +245,9 @@ def test_set_creates_fields_in_fields() -> None:
     lora = small("actor.lora.rank=8").actor.lora
     assert lora is not None and (lora.rank, lora.alpha) == (8, 64.0)
     assert small("hardware.ranks=2").hardware.ranks == 2
-    assert load_job("demo", ["actor.model.config.hidden_size=64"]).dump()["actor"]["model"]["config"]["hidden_size"] == 64
+    assert (
+        load_job("demo", ["actor.model.config.hidden_size=64"]).dump()["actor"]["model"]["config"]["hidden_size"] == 64
+    )
 
 
 @pytest.mark.parametrize("setting", ["", "seed", "=3", ".=3", "sft..epochs=1", "sft.=1"])
@@ -243,10 +274,14 @@ def test_a_job_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "own.yaml").write_text(SMALL, encoding="utf-8")
     (tmp_path / "demo").write_text(SMALL, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert [load_job(name).name for name in ("own.yaml", "./own.yaml", str(tmp_path / "own.yaml"), "./demo", "demo")] == ["small"] * 4 + ["demo"]
+    assert [
+        load_job(name).name for name in ("own.yaml", "./own.yaml", str(tmp_path / "own.yaml"), "./demo", "demo")
+    ] == ["small"] * 4 + ["demo"]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "own", "missing.yaml", "/", "jobs/", "a/../../b", "x" * 300, "x" * 300 + ".yaml", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "own", "missing.yaml", "/", "jobs/", "a/../../b", "x" * 300, "x" * 300 + ".yaml", "a\nb"]
+)
 def test_an_unknown_job_is_told_the_known_ones(name: str) -> None:
     with pytest.raises(ToolkitError) as caught:
         load_job(name)
@@ -262,7 +297,15 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo", "opt-1.3b", "opt-1.3b-lora"])
 def test_a_saved_job_reads_back_the_same(name: str, tmp_path: Path) -> None:
-    job = load_job(name, ["sft.learning_rate=1e-6", "name='1e5'", "data.datasets=['010', 'on', '22:22', 'é ''x', '3']", "ppo.kl_target=6"])
+    job = load_job(
+        name,
+        [
+            "sft.learning_rate=1e-6",
+            "name='1e5'",
+            "data.datasets=['010', 'on', '22:22', 'é ''x', '3']",
+            "ppo.kl_target=6",
+        ],
+    )
     save_job(job, tmp_path / "new" / "job.yaml")
     again = load_job(str(tmp_path / "new" / "job.yaml"))
     assert again == job and again.dump() == job.dump()
@@ -327,7 +370,13 @@ def test_a_critic_from_a_config_reads_with_the_actors_tokenizer() -> None:
 def test_fields_are_json_by_dotted_path() -> None:
     fields = small("actor.model={config: {model_type: opt, pad: null}}", "actor.lora.rank=8").fields_of_step(1)
     assert json.loads(json.dumps(fields)) == fields
-    expected = {"seed": 1234, "actor.model.config.model_type": "opt", "actor.model.config.pad": None, "actor.lora.rank": 8, "data.split": [2, 4, 4]}
+    expected = {
+        "seed": 1234,
+        "actor.model.config.model_type": "opt",
+        "actor.model.config.pad": None,
+        "actor.lora.rank": 8,
+        "data.split": [2, 4, 4],
+    }
     assert fields.items() >= expected.items()
     assert "sft.max_updates" not in fields  # not set
 
@@ -345,7 +394,9 @@ def test_the_difference_is_one_line_a_field() -> None:
 
 # --- every field has a reader ---------------------------------------------------------------------------------------
 
-Types = dict[str, set[type[BaseModel]]]  # a variable, or a path like `self.spec` -> the parts of the job that it may hold
+Types = dict[
+    str, set[type[BaseModel]]
+]  # a variable, or a path like `self.spec` -> the parts of the job that it may hold
 Reads = set[tuple[type[BaseModel], str]]
 
 
@@ -366,12 +417,15 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 class Reader(ast.NodeVisitor):
     """Finds attributes that are read from a variable that holds the job, or a part of it.
 
-    A variable is known by its annotation, by what is assigned to it, or by the name `job`. `job.dump()` reads no field.
+    A variable is known by its annotation, by what is assigned to it, or by the name `job`.
+    `job.dump()` reads no field.
     """
 
     def __init__(self, job: type[BaseModel]) -> None:
         self.job = job
-        self.named = {each.__name__: each for _, model in models(job) for each in model.__mro__ if issubclass(each, BaseModel)}
+        self.named = {
+            each.__name__: each for _, model in models(job) for each in model.__mro__ if issubclass(each, BaseModel)
+        }
         self.known: Types = {}
         self.reads: Reads = set()
 
@@ -422,7 +476,9 @@ class Reader(ast.NodeVisitor):
 
     def annotate(self, name: str, annotation: ast.expr | None) -> None:
         nodes = list(ast.walk(annotation)) if annotation else []
-        words = {each.id for each in nodes if isinstance(each, ast.Name)} | {each.attr for each in nodes if isinstance(each, ast.Attribute)}
+        words = {each.id for each in nodes if isinstance(each, ast.Name)} | {
+            each.attr for each in nodes if isinstance(each, ast.Attribute)
+        }
         self.known[name] = {self.named[word] for word in words & self.named.keys()}
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -442,7 +498,10 @@ def reads_of(job: type[BaseModel], source: str) -> Reads:
 
 
 def unread(job: type[BaseModel], sources: Iterable[str]) -> list[str]:
-    """Paths of the fields that no source reads. A field of a shared base is read where the base's is."""
+    """Paths of the fields that no source reads.
+
+    A field of a shared base is read where the base's is.
+    """
     reads: Reads = set()
     for source in sources:
         reads |= reads_of(job, source)
@@ -455,7 +514,11 @@ def unread(job: type[BaseModel], sources: Iterable[str]) -> list[str]:
 
 
 def sources() -> list[str]:
-    return [path.read_text(encoding="utf-8") for folder in ("rlhf_train", "remote") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        path.read_text(encoding="utf-8")
+        for folder in ("rlhf_train", "remote")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
 
 
 def test_every_field_has_a_reader() -> None:

@@ -8,7 +8,11 @@ from jobs.steps import PPO, STEPS, Step
 
 
 def test_the_steps_are_one_two_and_three() -> None:
-    assert [(number, step.number, step.section) for number, step in STEPS.items()] == [(1, 1, "sft"), (2, 2, "reward"), (3, 3, "ppo")]
+    assert [(number, step.number, step.section) for number, step in STEPS.items()] == [
+        (1, 1, "sft"),
+        (2, 2, "reward"),
+        (3, 3, "ppo"),
+    ]
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.section)

@@ -1,4 +1,6 @@
-"""Our folder on a box, as deploy, the supervisor and training leave it: real files, with what is in them made up."""
+"""Our folder on a box, as deploy, the supervisor and training leave it: real files, with what is in
+them made up.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class BoxFolder:
         with run.events.open("a") as file:
             file.write(json.dumps({"schema": 1, "kind": kind}) + end)
 
-    def step(self, run: RunDir, number: int, *, models: tuple[str, ...] = ("model",), size: int = 300_000, seed: object = "") -> None:
+    def step(
+        self, run: RunDir, number: int, *, models: tuple[str, ...] = ("model",), size: int = 300_000, seed: object = ""
+    ) -> None:
         """A complete one."""
         step = run.step(number)
         shutil.rmtree(step.path, ignore_errors=True)
@@ -50,16 +54,22 @@ class BoxFolder:
         step.fields.write_text("{}\n")
         step.complete.write_text(json.dumps({"kind": "end", "step": number, "seed": repr(seed)}))
 
-    def checkpoint(self, run: RunDir, number: int, update: int, *, shards: int = 3, size: int = 200_000, complete: bool = True) -> Path:
+    def checkpoint(
+        self, run: RunDir, number: int, update: int, *, shards: int = 3, size: int = 200_000, complete: bool = True
+    ) -> Path:
         """Beside it an older one is removed, as training does it."""
         step, folder = run.step(number), run.step(number).checkpoint(update)
         folder.mkdir(parents=True)
         step.fields.write_text("{}\n")
-        files = {f"tensors-{shard:03}.safetensors": content((update, shard), size) for shard in range(shards)} | {"state.json": b'{"update": 1}'}
+        files = {f"tensors-{shard:03}.safetensors": content((update, shard), size) for shard in range(shards)} | {
+            "state.json": b'{"update": 1}'
+        }
         for name, data in files.items():
             (folder / name).write_bytes(data)
         if complete:
-            marks = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+            marks = {
+                name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+            }
             (folder / "complete.json").write_text(json.dumps({"schema": 1, "files": marks}, indent=1) + "\n")
             for other in step.checkpoints.iterdir():
                 if other != folder:

@@ -1,4 +1,7 @@
-"""A real sshd on loopback, for this user, with keys of its own: the far end of every line. Ready in a tenth of a second."""
+"""A real sshd on loopback, for this user, with keys of its own: the far end of every line.
+
+Ready in a tenth of a second.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ KEY_SORTS = {"one": "ed25519", "two": "ed25519", "other": "ecdsa"}  # host keys 
 
 
 class Sshd:
-    """One server with its folder. `start` again with another `host_key` is another machine at the same address."""
+    """One server with its folder.
+
+    `start` again with another `host_key` is another machine at the same address.
+    """
 
     def __init__(self, program: str, folder: Path, *settings: str) -> None:
         """settings: lines for sshd_config."""
@@ -33,7 +39,9 @@ class Sshd:
         self.home.mkdir(parents=True, exist_ok=True)
         make_key(self.key)
         shutil.copy(f"{self.key}.pub", folder / "authorized_keys")
-        (folder / "config").write_text("Host *\n  IdentityAgent none\n")  # the laptop's ssh_config: nothing of this machine's
+        (folder / "config").write_text(
+            "Host *\n  IdentityAgent none\n"
+        )  # the laptop's ssh_config: nothing of this machine's
 
     @property
     def log(self) -> str:
@@ -56,13 +64,26 @@ class Sshd:
             *self._settings,  # the first word for a setting is the one that holds
             f'SetEnv "HOME={self.home}"',  # not the user's own, whose shell may also take its time to start
             *(f"Port {self.port}", "ListenAddress 127.0.0.1", *(["ListenAddress ::1"] if has_ipv6() else [])),
-            *(f'HostKey "{self._host_key(host_key)}"', f'AuthorizedKeysFile "{self.folder}/authorized_keys"', "StrictModes no", "UsePAM no"),
-            *("PasswordAuthentication no", "KbdInteractiveAuthentication no", "PidFile none", "LogLevel VERBOSE", "MaxStartups 100"),
+            *(
+                f'HostKey "{self._host_key(host_key)}"',
+                f'AuthorizedKeysFile "{self.folder}/authorized_keys"',
+                "StrictModes no",
+                "UsePAM no",
+            ),
+            *(
+                "PasswordAuthentication no",
+                "KbdInteractiveAuthentication no",
+                "PidFile none",
+                "LogLevel VERBOSE",
+                "MaxStartups 100",
+            ),
             *("AllowAgentForwarding yes", "AllowTcpForwarding yes", "PrintMotd no", "Subsystem sftp internal-sftp"),
         ]
         (self.folder / "sshd_config").write_text("\n".join(lines) + "\n")
         argv = [self._program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "log")]
-        self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         until = time.monotonic() + 10
         while not self._speaks():
             if time.monotonic() > until or self._process.poll() is not None:
@@ -114,17 +135,30 @@ class Sshd:
     # --- the laptop's side
 
     def box(self, name: str = "gpu-box", **fields: Any) -> Box:
-        return Box(**{"name": name, "address": "127.0.0.1", "port": self.port, "user": self.user, "key": str(self.key), **fields})
+        return Box(
+            **{
+                "name": name,
+                "address": "127.0.0.1",
+                "port": self.port,
+                "user": self.user,
+                "key": str(self.key),
+                **fields,
+            }
+        )
 
     def connection(self, state: Path, *, box: Box | None = None, **options: Any) -> Any:
         """A remote.ssh.connection.BoxConnection to it, not yet opened."""
         from remote.ssh.connection import BoxConnection  # fabric takes its time, and not every test here needs it
 
-        return BoxConnection(box or self.box(), state, **{"say": Sayer(), "ssh_config": self.folder / "config", **options})
+        return BoxConnection(
+            box or self.box(), state, **{"say": Sayer(), "ssh_config": self.folder / "config", **options}
+        )
 
 
 def make_key(file: Path, sort: str = "ed25519", passphrase: str = "") -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", sort, "-N", passphrase, "-C", f"{file.name}@test", "-f", file], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", sort, "-N", passphrase, "-C", f"{file.name}@test", "-f", file], check=True
+    )
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
-"""A checkout that is small and whole: our own scripts and a few files of each package, with stand-ins for what is large: three wheels of
-some lines, and locks that name them."""
+"""A checkout that is small and whole: our own scripts and a few files of each package, with
+stand-ins for what is large: three wheels of some lines, and locks that name them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +13,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (
-    *("remote/on_box/land.sh", "remote/on_box/environment.sh", "remote/on_box/lib.sh", "env/torch_wheel.sh", "env/cuda.sh", "env/caches.sh"),
+    *(
+        "remote/on_box/land.sh",
+        "remote/on_box/environment.sh",
+        "remote/on_box/lib.sh",
+        "env/torch_wheel.sh",
+        "env/cuda.sh",
+        "env/caches.sh",
+    ),
     *("docker/check_image.py", "docker/Dockerfile", "docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml"),
     *("env/mirrors/default.env", ".gitignore"),
 )
-# What makes a name hard: a blank, quotes, what a shell would run, a newline, a dash or what rsync takes for a comment in front, and bytes.
+# What makes a name hard: a blank, quotes, what a shell would run, a newline, a dash or what rsync
+# takes for a comment in front, and bytes.
 HOSTILE = (
     "a b",
     "it's",
@@ -51,7 +60,10 @@ WHEELS = {
             "torch/version.py": "cuda = None\n",
         },
     ),
-    "deepspeed": ("0.15.4", {"deepspeed/__init__.py": MAKES_FOLDERS, "deepspeed/git_version_info.py": "installed_ops = {}\n"}),
+    "deepspeed": (
+        "0.15.4",
+        {"deepspeed/__init__.py": MAKES_FOLDERS, "deepspeed/git_version_info.py": "installed_ops = {}\n"},
+    ),
     "alpha": ("1.0", {"alpha.py": "VALUE = 1\n"}),
 }
 
@@ -64,7 +76,16 @@ def write(path: Path, text: str, mode: int = 0o644) -> Path:
 
 
 def git(folder: Path, *words: str) -> None:
-    alone = ["-c", "core.excludesFile=/dev/null", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
+    alone = [
+        "-c",
+        "core.excludesFile=/dev/null",
+        "-c",
+        "user.name=t",
+        "-c",
+        "user.email=t@t",
+        "-c",
+        "init.defaultBranch=main",
+    ]
     subprocess.run(["git", "-C", str(folder), *alone, *words], check=True, capture_output=True)
 
 
@@ -75,15 +96,23 @@ def make_checkout(folder: Path, index: Path, *, with_git: bool = True) -> Path:
         shutil.copy(ROOT / name, folder / name)
     own = f"({sys.version_info[0]}, {sys.version_info[1]})"
     check = folder / "docker/check_image.py"
-    check.write_text(check.read_text(encoding="utf-8").replace("(3, 10)", own), encoding="utf-8")  # this Python makes the environment
-    write(folder / "env/mirrors/here.env", f"HF_ENDPOINT=http://127.0.0.1:9\nPIP_INDEX_URL={index.as_uri()}\nPYTORCH_WHEELS={index.as_uri()}\n")
+    check.write_text(
+        check.read_text(encoding="utf-8").replace("(3, 10)", own), encoding="utf-8"
+    )  # this Python makes the environment
+    write(
+        folder / "env/mirrors/here.env",
+        f"HF_ENDPOINT=http://127.0.0.1:9\nPIP_INDEX_URL={index.as_uri()}\nPYTORCH_WHEELS={index.as_uri()}\n",
+    )
     write(folder / "jobs/spec.py", "x = 1\n")
     write(folder / "rlhf_train/__init__.py", "")
     write(folder / "rlhf_train/main.py", "print('hello')\n")
     write(folder / "tool.sh", "#!/bin/sh\n", 0o755)
     locks = {"torch-cpu": ["torch"], "torch-cu118": ["torch"], "image": ["alpha", "deepspeed"], "pip": []}
     for name, packages in locks.items():
-        lines = [f"{package}=={WHEELS[package][0]} \\\n    --hash=sha256:{digest(index, package)}\n    # via here\n" for package in packages]
+        lines = [
+            f"{package}=={WHEELS[package][0]} \\\n    --hash=sha256:{digest(index, package)}\n    # via here\n"
+            for package in packages
+        ]
         write(folder / f"env/pins/{name}.txt", "# a lock\n" + "".join(lines))
     if with_git:
         git(folder, "init", "-q")

@@ -45,9 +45,19 @@ def mistakes(folder: Path, text: str) -> list[str]:
 def test_every_field(tmp_path: Path) -> None:
     known = boxes(tmp_path, WHOLE)
     box = known["gpu-box"]
-    assert (box.address, box.port, box.user, box.provider, box.price_per_hour) == ("connect.example.com", 41022, "root", "autodl", 1.98)
+    assert (box.address, box.port, box.user, box.provider, box.price_per_hour) == (
+        "connect.example.com",
+        41022,
+        "root",
+        "autodl",
+        1.98,
+    )
     assert (box.currency, box.data_folder, box.mirror, box.runtime) == ("¥", "$HOME/data", "cn", "bare")
-    assert (box.build["CUDA_ARCHS"], box.secrets, box.key) == ("80;90", ("HF_TOKEN", "WANDB_API_KEY"), str(tmp_path / "keys/one"))
+    assert (box.build["CUDA_ARCHS"], box.secrets, box.key) == (
+        "80;90",
+        ("HF_TOKEN", "WANDB_API_KEY"),
+        str(tmp_path / "keys/one"),
+    )
     assert known["2nd"] == Box(name="2nd", address="::1")
     assert (known["2nd"].secrets, known["2nd"].runtime, known["2nd"].port) == (("HF_TOKEN",), "auto", None)
 
@@ -115,7 +125,10 @@ e: {address: h, name: e}
     )
 
 
-@pytest.mark.parametrize(("text", "words"), [("[a, b]", "is not a list of boxes"), ("a: {", "is not valid YAML"), ("a: {}\na: {}", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[a, b]", "is not a list of boxes"), ("a: {", "is not valid YAML"), ("a: {}\na: {}", "not valid YAML")],
+)
 def test_what_is_no_mapping(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ToolkitError, match=words):
         boxes(tmp_path, text)
@@ -144,7 +157,10 @@ def test_find(tmp_path: Path) -> None:
 PASTED: list[tuple[str, dict[str, Any]]] = [
     ("ssh -p 41022 root@connect.example.com", {"address": "connect.example.com", "port": 41022, "user": "root"}),
     ("  $ ssh -p41022 root@h  ", {"address": "h", "port": 41022, "user": "root"}),
-    ("ssh root@1.2.3.4 -p 12345 -i ~/.ssh/id_ed25519", {"address": "1.2.3.4", "port": 12345, "user": "root", "key": "~/.ssh/id_ed25519"}),
+    (
+        "ssh root@1.2.3.4 -p 12345 -i ~/.ssh/id_ed25519",
+        {"address": "1.2.3.4", "port": 12345, "user": "root", "key": "~/.ssh/id_ed25519"},
+    ),
     ("ssh -p 12345 root@1.2.3.4 -L 8080:localhost:8080", {"address": "1.2.3.4", "port": 12345, "user": "root"}),
     ("ssh -o StrictHostKeyChecking=no -o 'Port 7' -A -tt h", {"address": "h", "port": 7}),
     ("ssh -i '/a b/k' -l me h", {"address": "h", "user": "me", "key": "/a b/k"}),
@@ -225,7 +241,9 @@ def test_add_refuses(tmp_path: Path) -> None:
     assert file.read_text() == before
 
 
-@pytest.mark.parametrize("text", ["{a: {address: h}}\n", "a: {address: h}\n...\n", "a:\n  address: h\n  currency: |+\n    x\n\n"])
+@pytest.mark.parametrize(
+    "text", ["{a: {address: h}}\n", "a: {address: h}\n...\n", "a:\n  address: h\n  currency: |+\n    x\n\n"]
+)
 def test_add_leaves_a_file_that_it_cannot_add_to(tmp_path: Path, text: str) -> None:
     file = tmp_path / "boxes.yaml"
     file.write_text(text)

@@ -18,7 +18,15 @@ from remote.output import HIDDEN, Sayer
 from remote.scripts import dispatch_script
 
 TOKEN = "hf_AbCdEf0123456789"
-VALUES = [TOKEN, "pass word", 'it\'s $(a) "b"', "back\\slash", "größe-中文-🔑", "a/b+c=d&e%20f", "tab\tand\nline and more"]
+VALUES = [
+    TOKEN,
+    "pass word",
+    'it\'s $(a) "b"',
+    "back\\slash",
+    "größe-中文-🔑",
+    "a/b+c=d&e%20f",
+    "tab\tand\nline and more",
+]
 
 
 def printed(value: str, text: str) -> str:
@@ -46,7 +54,10 @@ def test_streams_and_hosts() -> None:
     say.of("gpu-box").data(json.dumps({"token": TOKEN}))
     say.warning("four")
     say(ToolkitError("five", why="six", hint="seven"))
-    assert err.getvalue() == f"one\ngpu-box: two\ngpu-box: three {HIDDEN}\nwarning: four\nerror: five\n  why: six\n\nhint: seven\n"
+    assert (
+        err.getvalue()
+        == f"one\ngpu-box: two\ngpu-box: three {HIDDEN}\nwarning: four\nerror: five\n  why: six\n\nhint: seven\n"
+    )
     assert out.getvalue() == f'{{"token": "{HIDDEN}"}}\n'
 
 

@@ -1,4 +1,6 @@
-"""The scripts of remote/on_box as they are sent, what they share, and what PROTOCOL.md says of them."""
+"""The scripts of remote/on_box as they are sent, what they share, and what PROTOCOL.md says of
+them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_what_lies_there_reads_the_library_next_to_it(name: str) -> None:
 
 
 def test_what_goes_along_as_an_argument_needs_nothing() -> None:
-    assert "lib.sh" not in dispatch_script() and "#" not in {line.lstrip()[:1] for line in dispatch_script().splitlines()}
+    assert "lib.sh" not in dispatch_script() and "#" not in {
+        line.lstrip()[:1] for line in dispatch_script().splitlines()
+    }
 
 
 def test_each_script_is_one_or_the_other() -> None:
@@ -83,7 +87,14 @@ def test_the_library(tmp_path: Path, shell: list[str], strict: str) -> None:
         answer fields_of $child; answer fields_of 4194305
         is_number "$(free_kb /)" && echo free
     """
-    done = subprocess.run([*shell, "-c", text_of("lib.sh") + asked], capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ))
+    done = subprocess.run(
+        [*shell, "-c", text_of("lib.sh") + asked],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=dict(os.environ),
+    )
     assert (done.stdout, done.stderr, done.returncode) == (
         "yes no yes [no newline  here ] yes [\\one] no [] no [] yes yes no no no no yes child\nyes no no no no no free\n",
         "",
@@ -95,19 +106,27 @@ def test_the_library(tmp_path: Path, shell: list[str], strict: str) -> None:
 
 
 def verbs_of(name: str, text: str) -> set[str]:
-    """Of a script: the patterns of `case $verb in`, what the verb is compared with, or the words NAME=VALUE that it takes."""
+    """Of a script: the patterns of `case $verb in`, what the verb is compared with, or the words
+    NAME=VALUE that it takes.
+    """
     if name in BY_WORDS:
         return set(re.findall(r"\b([a-z_]+)=\*\)", text))
     cases = "".join(re.findall(r"^case \$verb in\b.*?\besac$", text, re.MULTILINE | re.DOTALL))
     patterns = re.findall(r"(?:^ {4}| in )([a-z_]+(?: \| [a-z_]+)*)\)", cases, re.MULTILINE)
-    return {verb for pattern in patterns for verb in pattern.split(" | ")} | set(re.findall(r'"\$verb" = ([a-z_]+) \]', text))
+    return {verb for pattern in patterns for verb in pattern.split(" | ")} | set(
+        re.findall(r'"\$verb" = ([a-z_]+) \]', text)
+    )
 
 
 def documented(name: str, protocol: str) -> set[str]:
     """Of a section: the first words of its calls, or of its table."""
     (section,) = re.findall(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", protocol, re.MULTILINE | re.DOTALL)
     if name in BY_WORDS:
-        return {word for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for word in re.findall(r"`([a-z_]+)`", row)}
+        return {
+            word
+            for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+            for word in re.findall(r"`([a-z_]+)`", row)
+        }
     return set(re.findall(r"^ {4}([a-z_]+)(?= |$)", section, re.MULTILINE)) - {"sh"}
 
 
@@ -119,8 +138,12 @@ def test_each_verb_stands_in_the_protocol_and_the_reverse(name: str) -> None:
 
 def test_a_verb_that_is_missing_is_seen() -> None:
     land, protocol = text_of("land.sh"), text_of("PROTOCOL.md")
-    assert verbs_of("land.sh", land.replace("in look |", "in peek | look |")) - documented("land.sh", protocol) == {"peek"}
-    assert documented("land.sh", protocol.replace("    look ROOT", "    peek ROOT\n    look ROOT")) - verbs_of("land.sh", land) == {"peek"}
+    assert verbs_of("land.sh", land.replace("in look |", "in peek | look |")) - documented("land.sh", protocol) == {
+        "peek"
+    }
+    assert documented("land.sh", protocol.replace("    look ROOT", "    peek ROOT\n    look ROOT")) - verbs_of(
+        "land.sh", land
+    ) == {"peek"}
     assert verbs_of("probe.sh", text_of("probe.sh") + "x=*) ;;") - documented("probe.sh", protocol) == {"x"}
 
 

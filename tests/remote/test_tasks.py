@@ -1,5 +1,8 @@
-"""The verbs as they are typed, against a real sshd and the real supervisor. What a deploy makes is laid out by hand, with this Python as
-the box's: the deploy itself is tested in deploy/test_deployment.py, and with the real environments in tests/integration/remote.
+"""The verbs as they are typed, against a real sshd and the real supervisor.
+
+What a deploy makes is laid out by hand, with this Python as
+the box's: the deploy itself is tested in deploy/test_deployment.py, and with the real environments
+in tests/integration/remote.
 """
 
 from __future__ import annotations
@@ -52,14 +55,27 @@ class Laptop:
 
     def fab(self, *words: str, code: int | None = 0, **environment: str) -> Said:
         said = subprocess.run(
-            self.command(*words), cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=300, check=False
+            self.command(*words),
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
-        assert code is None or said.returncode == code, f"{words} ended with {said.returncode}\n{said.stdout}\n{said.stderr}"
+        assert code is None or said.returncode == code, (
+            f"{words} ended with {said.returncode}\n{said.stdout}\n{said.stderr}"
+        )
         return said
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(*words), cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self.command(*words),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
 
@@ -79,7 +95,12 @@ class Place:
 
     def files(self) -> dict[str, bytes]:
         folders = [self.root, self.laptop.folder]
-        return {str(path): path.read_bytes() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()}
+        return {
+            str(path): path.read_bytes()
+            for folder in folders
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.is_symlink()
+        }
 
 
 def entry(server: Any, data: Path) -> dict[str, Any]:
@@ -97,7 +118,9 @@ def lay_out(root: Path) -> None:
     """As a deploy on a box without Docker leaves it."""
     code = checkout_tree(CHECKOUT).key
     for package in ("env", "jobs", "remote", "rlhf_train"):
-        shutil.copytree(CHECKOUT / package, root / "code" / code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            CHECKOUT / package, root / "code" / code / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for folder in ("runs", "inputs", "requests", "cache/tmp", "secrets"):
         (root / folder).mkdir(parents=True)
     (root / "secrets").chmod(0o700)
@@ -113,7 +136,11 @@ def place(make_sshd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     folder.mkdir()
     laptop, data = Laptop(folder / "laptop"), folder / "data $(x)"
     lay_out(data / "rlhf-box")
-    boxes = {"gpu-box": entry(make_sshd(), data), "second": entry(make_sshd(), folder / "empty"), "gone": entry(make_sshd(), data) | {"port": 1}}
+    boxes = {
+        "gpu-box": entry(make_sshd(), data),
+        "second": entry(make_sshd(), folder / "empty"),
+        "gone": entry(make_sshd(), data) | {"port": 1},
+    }
     (laptop.folder / "boxes.yaml").write_text(yaml.safe_dump(boxes))
     job = laptop.folder / "my job.yaml"
     rows = tiny.write_rows(laptop.folder / "rows")
@@ -121,7 +148,9 @@ def place(make_sshd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     place = Place(laptop, data / "rlhf-box", job)
     yield place
     for process in psutil.process_iter(["environ", "cmdline"]):  # whatever a failed test left there
-        if str(place.root) in " ".join(process.info["cmdline"] or []) or (process.info["environ"] or {}).get("RLHF_RUNS") == str(place.root / "runs"):
+        if str(place.root) in " ".join(process.info["cmdline"] or []) or (process.info["environ"] or {}).get(
+            "RLHF_RUNS"
+        ) == str(place.root / "runs"):
             process.kill()
 
 
@@ -142,7 +171,11 @@ def test_each_verb_explains_itself(verb: Any) -> None:
     arguments = verb.get_arguments()
     assert [argument.name for argument in arguments if not argument.help] == []
     flags = {argument.names[0] for argument in arguments}
-    assert "dry-run" in flags and ("json" in flags or verb.name in ("shell", "tunnel")) and ("host" in flags or verb.name == "add")
+    assert (
+        "dry-run" in flags
+        and ("json" in flags or verb.name in ("shell", "tunnel"))
+        and ("host" in flags or verb.name == "add")
+    )
 
 
 def test_help_is_shown_by_fab(tmp_path: Path) -> None:
@@ -187,13 +220,23 @@ def test_bad_input_is_one_clear_error(place: Place, words: list[str], code: int,
     ended = place.laptop.fab(*words, code=code)
     assert said in ended.stderr and "Traceback" not in ended.stderr
     after = place.files()
-    assert {name for name in after if after[name] != before.get(name)} <= {name for name in after if "known_hosts" in name}
+    assert {name for name in after if after[name] != before.get(name)} <= {
+        name for name in after if "known_hosts" in name
+    }
 
 
 def test_errors_are_json_for_programs(place: Place) -> None:
     said = json.loads(place.laptop.fab("ps", "--host", "second", "--json", code=3).stdout)
-    assert said == {"what": "nothing is deployed on `second`", "why": "", "hint": "fab deploy --host second", "exit_code": 3}
-    several = [json.loads(line) for line in place.laptop.fab("ps", "--host", "gone,second,gpu-box", "--json", code=8).stdout.splitlines()]
+    assert said == {
+        "what": "nothing is deployed on `second`",
+        "why": "",
+        "hint": "fab deploy --host second",
+        "exit_code": 3,
+    }
+    several = [
+        json.loads(line)
+        for line in place.laptop.fab("ps", "--host", "gone,second,gpu-box", "--json", code=8).stdout.splitlines()
+    ]
     assert {each["host"]: each.get("exit_code") for each in several} == {"gone": 8, "second": 3, "gpu-box": None}
 
 
@@ -203,7 +246,10 @@ def test_one_failure_hides_no_other_result(place: Place) -> None:
         assert re.fullmatch(r"== (gpu-box|second)\n\d+ a  b\n== (gpu-box|second)\n\d+ a  b\n", ended.stdout)
         assert ended.stderr.count("gone: error: ") == 1
     codes = [
-        json.loads(line) for line in place.laptop.fab("exec", "--host", "gpu-box,second", "--json", "--command", "exit 7", code=7).stdout.splitlines()
+        json.loads(line)
+        for line in place.laptop.fab(
+            "exec", "--host", "gpu-box,second", "--json", "--command", "exit 7", code=7
+        ).stdout.splitlines()
     ]
     assert sorted((said["host"], said["exit"]) for said in codes) == [("gpu-box", 7), ("second", 7)]
 
@@ -213,13 +259,20 @@ def test_doctor_by_json(place: Place) -> None:
     said = json.loads(ended.stdout)
     assert (said["host"], said["job"], ended.returncode) == ("gpu-box", "demo", 0 if said["fit"] else 3)
     assert [check["name"] for check in said["checks"]][:3] == ["reachable", "host key", "provider"]
-    assert json.loads(place.laptop.fab("doctor", "--host", "gone", "--json", code=8).stdout)["checks"][0]["status"] == "unfit"
+    assert (
+        json.loads(place.laptop.fab("doctor", "--host", "gone", "--json", code=8).stdout)["checks"][0]["status"]
+        == "unfit"
+    )
 
 
 def test_a_tunnel_needs_a_free_port_here(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = place.fab("tunnel", "--port", "80", "--local-port", str(taken.getsockname()[1]), code=2)
-    assert "cannot listen at 127.0.0.1" in ended.stderr and "--local-port" in ended.stderr and "until Ctrl-C" not in ended.stderr
+    assert (
+        "cannot listen at 127.0.0.1" in ended.stderr
+        and "--local-port" in ended.stderr
+        and "until Ctrl-C" not in ended.stderr
+    )
 
 
 def test_a_shell_is_had_before_the_first_deploy(place: Place) -> None:
@@ -276,7 +329,10 @@ def test_all_three_steps_and_the_model_at_home(place: Place) -> None:
 
     assert place.fab("logs", "--json", "--run", "whole").stdout.encode() == place.run("whole").events.read_bytes()
     raw = subprocess.run(
-        place.laptop.command("logs", "--raw", "--host", "gpu-box", "--run", "whole"), env=place.laptop.environment, capture_output=True, check=True
+        place.laptop.command("logs", "--raw", "--host", "gpu-box", "--run", "whole"),
+        env=place.laptop.environment,
+        capture_output=True,
+        check=True,
     )
     assert raw.stdout == place.run("whole").log.read_bytes()
     assert place.fab("logs", "--follow", "--run", "whole").returncode == 0
@@ -290,7 +346,9 @@ def test_all_three_steps_and_the_model_at_home(place: Place) -> None:
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(home / "step3/model").config.model_type == "opt"
-    assert (home / "step3/model/model.safetensors").read_bytes() == (place.run("whole").step(3).model / "model.safetensors").read_bytes()
+    assert (home / "step3/model/model.safetensors").read_bytes() == (
+        place.run("whole").step(3).model / "model.safetensors"
+    ).read_bytes()
     assert "nothing new" in place.fab("fetch").stderr
 
     again = place.fab("train", "--job", str(place.job), "--run", "whole", "--set", "sft.max_updates=3", "--wait")
@@ -300,7 +358,9 @@ def test_all_three_steps_and_the_model_at_home(place: Place) -> None:
 
 
 def test_a_job_that_fails_gives_its_own_code(place: Place) -> None:
-    ended = place.fab("train", "--job", str(place.job), "--run", "fails", "--set", "hardware.ranks=3", "--step", "1", "--wait", code=2)
+    ended = place.fab(
+        "train", "--job", str(place.job), "--run", "fails", "--set", "hardware.ranks=3", "--step", "1", "--wait", code=2
+    )
     assert "it ended before it could train" in ended.stderr and "cannot be shared by 3 ranks" in ended.stderr
     assert "cannot be shared by 3 ranks" in place.fab("logs", "--raw", "--run", "fails").stdout
     assert "failed (2)" in place.fab("ps").stdout
@@ -312,9 +372,22 @@ def long_run(place: Place) -> Iterator[str]:
     name = "long"
     shutil.rmtree(place.run(name).path, ignore_errors=True)
     place.fab(
-        "train", "--job", str(place.job), "--run", name, "--step", "1", "--set", "sft.max_updates=100000", "--set", "sft.epochs=100000", "--detach"
+        "train",
+        "--job",
+        str(place.job),
+        "--run",
+        name,
+        "--step",
+        "1",
+        "--set",
+        "sft.max_updates=100000",
+        "--set",
+        "sft.epochs=100000",
+        "--detach",
     )
-    wait_until(lambda: any(event["kind"] == "metrics" for event in read_events(place.run(name).events)[0]), "it does not train")
+    wait_until(
+        lambda: any(event["kind"] == "metrics" for event in read_events(place.run(name).events)[0]), "it does not train"
+    )
     yield name
     place.fab("cancel", "--grace", "0", code=None)
 
@@ -351,7 +424,9 @@ def test_ctrl_c_stops_the_watching_and_not_the_job(place: Place, long_run: str) 
 # --- leaving -----------------------------------------------------------------------------------------------------------
 
 
-def test_results_that_are_nowhere_else_hold_up_a_stop_and_a_purge(make_sshd: Callable[..., Any], tmp_path: Path) -> None:
+def test_results_that_are_nowhere_else_hold_up_a_stop_and_a_purge(
+    make_sshd: Callable[..., Any], tmp_path: Path
+) -> None:
     laptop = Laptop(tmp_path / "laptop")
     root = tmp_path / "data" / "rlhf-box"
     lay_out(root)
@@ -364,7 +439,9 @@ def test_results_that_are_nowhere_else_hold_up_a_stop_and_a_purge(make_sshd: Cal
 
     for verb in ("stop", "purge"):
         refused = laptop.fab(verb, "--host", "gpu-box", code=3)
-        assert "results that are nowhere else" in refused.stderr and "fab fetch --host gpu-box --run r" in refused.stderr
+        assert (
+            "results that are nowhere else" in refused.stderr and "fab fetch --host gpu-box --run r" in refused.stderr
+        )
     laptop.fab("fetch", "--host", "gpu-box", "--run", "r")
     card = laptop.fab("stop", "--host", "gpu-box", code=None)
     assert "meter" in card.stdout and card.returncode and "cannot stop itself" in card.stderr  # an unknown provider

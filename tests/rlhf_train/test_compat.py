@@ -1,4 +1,6 @@
-"""What differs between library versions, on whichever stack these tests run: today's, or the pinned one inside the image."""
+"""What differs between library versions, on whichever stack these tests run: today's, or the pinned
+one inside the image.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ IDS = torch.tensor([[2, 10, 11, 12], [2, 20, 21, 22], [2, 30, 31, 32]])
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig(vocab_size=64, dropout=0.0, **{key: value for key, value in tiny.OPT.items() if key != "model_type"})).eval()
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=64, dropout=0.0, **{key: value for key, value in tiny.OPT.items() if key != "model_type"})
+    ).eval()
 
 
 def test_deepspeed_is_imported_where_there_is_a_gpu_and_no_nvcc(tmp_path: Any) -> None:
-    """As in the image and on a rented box: CUDA_HOME is a folder without nvcc, which DeepSpeed 0.15 would run at import. Nor does it bring
-    in the compiler, which takes 2 s, when its ZeRO then asks for Muon (0.19; 0.15 has none).
+    """As in the image and on a rented box: CUDA_HOME is a folder without nvcc, which DeepSpeed 0.15
+    would run at import. Nor does it bring in the compiler, which takes 2 s, when its ZeRO then asks
+    for Muon (0.19; 0.15 has none).
     """
     script = """
 import sys, torch
@@ -40,7 +45,11 @@ except ImportError:
     pass
 assert "torch._inductor.compile_fx" not in sys.modules
 """
-    environment = os.environ | {"CUDA_HOME": str(tmp_path), "DS_ACCELERATOR": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "CUDA_HOME": str(tmp_path),
+        "DS_ACCELERATOR": "cuda",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -52,7 +61,10 @@ def test_the_dtype_is_the_one_asked_for_whatever_the_file_has(model: Any, tmp_pa
     for dtype in (torch.float32, torch.bfloat16):
         loaded = OPTForCausalLM.from_pretrained(tmp_path, **compat.dtype_argument(dtype))
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-        assert {parameter.dtype for parameter in OPTForCausalLM._from_config(model.config, **compat.dtype_argument(dtype)).parameters()} == {dtype}
+        assert {
+            parameter.dtype
+            for parameter in OPTForCausalLM._from_config(model.config, **compat.dtype_argument(dtype)).parameters()
+        } == {dtype}
 
 
 def test_rows_that_leave_the_cache(model: Any) -> None:
@@ -60,13 +72,20 @@ def test_rows_that_leave_the_cache(model: Any) -> None:
     with torch.no_grad():
         cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
         cache = compat.keep_rows(cache, torch.tensor([2, 0]))
-        left = model(input_ids=IDS[[2, 0], 3:], past_key_values=cache, attention_mask=torch.ones(2, 4, dtype=torch.long), use_cache=True)
+        left = model(
+            input_ids=IDS[[2, 0], 3:],
+            past_key_values=cache,
+            attention_mask=torch.ones(2, 4, dtype=torch.long),
+            use_cache=True,
+        )
         whole = model(input_ids=IDS).logits[[2, 0], 3]
     torch.testing.assert_close(left.logits[:, -1], whole, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_are_given_only_where_the_model_takes_them(model: Any) -> None:
-    """A row padded on the left gets the logits that it has alone: OPT counts real tokens itself in transformers 4, in 5 it is told."""
+    """A row padded on the left gets the logits that it has alone: OPT counts real tokens itself in
+    transformers 4, in 5 it is told.
+    """
     padded = torch.tensor([[1, 1, 2, 10, 11]])
     mask = (padded != 1).long()
     extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if compat.takes_position_ids(model) else {}

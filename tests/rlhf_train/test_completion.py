@@ -254,7 +254,9 @@ def test_a_redo_that_was_stopped_goes_on(run: RunDir) -> None:
     assert steps_to_do(job(), run, ALL, redo=True) == ALL  # a new one
 
 
-def test_a_redo_that_is_killed_while_a_step_is_marked_has_that_step_to_end(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redo_that_is_killed_while_a_step_is_marked_has_that_step_to_end(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its checkpoint, of the last update, is still there."""
     for step in ALL:
         do(job(), run, step)
@@ -333,7 +335,10 @@ def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
 
 
 def test_a_critic_from_the_actor_needs_step_1(run: RunDir) -> None:
-    assert refused(job("critic.model=actor"), run, [2]).what == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
+    assert (
+        refused(job("critic.model=actor"), run, [2]).what
+        == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
+    )
     assert steps_to_do(job("critic.model=actor"), run, [1, 2], redo=False) == [1, 2]
 
 
@@ -418,7 +423,11 @@ def test_the_events_that_still_hold_come_along_and_name_the_new_model(run: RunDi
         do(job(), run, step)
     take_over(run, new, [1, 3])
     lines, _ = read_events(new.events)
-    assert [(line["kind"], line["step"], line.get("response")) for line in lines] == [("sample", 3, "kept"), ("end", 1, None), ("end", 3, None)]
+    assert [(line["kind"], line["step"], line.get("response")) for line in lines] == [
+        ("sample", 3, "kept"),
+        ("end", 1, None),
+        ("end", 3, None),
+    ]
     assert [line["model"] for line in lines[1:]] == [str(new.step(1).model), str(new.step(3).model)]
     assert [line["seq"] for line in lines] == [0, 1, 2]
 

@@ -42,7 +42,9 @@ Said = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """Where `start` and `main` train the job `own.yaml`: in a folder that is not the checkout, its runs named by a relative path."""
+    """Where `start` and `main` train the job `own.yaml`: in a folder that is not the checkout, its
+    runs named by a relative path.
+    """
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(job(write_rows(tmp_path / "rows"))), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
@@ -110,7 +112,9 @@ def gone(process: psutil.Process) -> bool:
 # --- a launcher of its own ------------------------------------------------------------------------------------------
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with start() as launcher:
         wait_for_event(run, "progress")
         (rank,) = ranks_of(launcher.pid).values()
@@ -118,18 +122,24 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
         launcher.kill()
         launcher.wait()
     try:
-        with monkeypatch.context() as patch, pytest.raises(ToolkitError, match="processes of an earlier call still hold run `tiny`") as raised:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ToolkitError, match="processes of an earlier call still hold run `tiny`") as raised,
+        ):
             patch.setattr(launch, "GRACE_S", 0.2)
             with launch.locked(run):  # not while a rank is there, who may be writing
                 pass
         assert raised.value.why.startswith(f"process {rank.pid} (") and "rlhf_train.worker" in raised.value.why
-        assert raised.value.why.endswith(f"were left by process {launcher.pid} on {socket.gethostname()}, which is gone")
+        assert raised.value.why.endswith(
+            f"were left by process {launcher.pid} on {socket.gethostname()}, which is gone"
+        )
         assert (raised.value.hint, raised.value.exit_code) == (f"kill -9 {rank.pid}", 5)
     finally:
         rank.resume()
     with launch.locked(run):
         assert gone(rank)
-    # The packages of the folder that it is called from are not ours. (Python 3.10 cannot be told so.)
+    # The packages of the folder that it is called from are not ours. (Python 3.10 cannot be told
+    # so.)
     for package in ("jobs", "env", "rlhf_train") if sys.version_info >= (3, 11) else ():
         Path(package).mkdir()
         Path(package, "__init__.py").write_text("raise ImportError('not this one')", encoding="utf-8")
@@ -137,11 +147,20 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
         code, out, err = finish(launcher)
     assert code == 0, err
     assert [(event["step"], event["from_update"]) for event in events(run, "resumed")] == [(1, 0)]
-    assert [(event["step"], event["updates"], event["model"]) for event in events(run, "end")] == [(1, 4, "out/tiny/step1/model")]
+    assert [(event["step"], event["updates"], event["model"]) for event in events(run, "end")] == [
+        (1, 4, "out/tiny/step1/model")
+    ]
     assert {path.name for path in run.step(1).model.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert run.step(1).complete.exists() and "update 4/4" in run.log.read_text(encoding="utf-8")
     assert "step 1  update 4/4  loss " in err and "Traceback" not in err  # what it does, on standard error
-    assert out.splitlines()[0].split() == ["step", "on", "held-out", "data", "before", "after"]  # the report, on standard output
+    assert out.splitlines()[0].split() == [
+        "step",
+        "on",
+        "held-out",
+        "data",
+        "before",
+        "after",
+    ]  # the report, on standard output
     assert "out/tiny/step1/model" in out
 
 
@@ -189,7 +208,9 @@ def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
 
 
 def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
-    """Preemption: the ranks agree on an update, save it, and end with 75; the second signal changes nothing. Then the run goes on."""
+    """Preemption: the ranks agree on an update, save it, and end with 75; the second signal changes
+    nothing. Then the run goes on.
+    """
     words = [*FOREVER, "--set", "hardware.ranks=2"]
     with start(*words) as launcher:
         wait_for_event(run, "metrics")
@@ -234,7 +255,9 @@ def test_a_second_ctrl_c_waits_for_nothing(run: RunDir) -> None:
 
 
 def test_ranks_that_do_not_end_in_time(run: RunDir) -> None:
-    """The grace of the job file, less the launcher's own end: then nothing is saved, and the code is right all the same."""
+    """The grace of the job file, less the launcher's own end: then nothing is saved, and the code
+    is right all the same.
+    """
     with start(*FOREVER, "--set", "checkpoint.grace_s=4.0") as launcher:
         wait_for_event(run, "metrics")
         (rank,) = ranks_of(launcher.pid).values()
@@ -259,7 +282,9 @@ def test_sigterm_before_anything_runs(run: RunDir) -> None:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; in the end in any case, or the test would last forever."""
+    """Do `act` beside the test as soon as `condition` holds; in the end in any case, or the test
+    would last forever.
+    """
 
     def wait_and_act() -> None:
         try:
@@ -318,7 +343,9 @@ def test_of_two_ranks_one_is_killed_and_the_other_is_ended(run: RunDir, capsys: 
         ([4, 75], [0], [], []),
     ],
 )
-def test_a_rank_that_others_killed_is_the_cause(codes: list[int], failed: list[int], ended_here: list[int], found: list[int]) -> None:
+def test_a_rank_that_others_killed_is_the_cause(
+    codes: list[int], failed: list[int], ended_here: list[int], found: list[int]
+) -> None:
     assert launch.killed_by_others(codes, {*failed, *ended_here}) == found
 
 
@@ -326,7 +353,9 @@ def test_a_rank_that_others_killed_is_the_cause(codes: list[int], failed: list[i
 def test_of_two_ranks_one_is_killed_while_the_other_saves(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, grace_s: float, is_saved: bool
 ) -> None:
-    """What rank 0 writes beside the training is waited for, if that takes no longer than the machine's grace."""
+    """What rank 0 writes beside the training is waited for, if that takes no longer than the
+    machine's grace.
+    """
     go_on, partial = tmp_path / "go on", run.step(1).checkpoints / "update-2.partial"
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests/faults/shim"))
     monkeypatch.setenv("FAULT", json.dumps(fault("wait", "saving", file=str(go_on))))
@@ -339,7 +368,21 @@ def test_of_two_ranks_one_is_killed_while_the_other_saves(
             go_on.touch()
 
     thread = when(partial.exists, kill_rank_1)
-    assert main([*WORDS, *FOREVER, "--set", "hardware.ranks=2", "--set", "checkpoint.every_updates=2", "--set", f"checkpoint.grace_s={grace_s}"]) == 4
+    assert (
+        main(
+            [
+                *WORDS,
+                *FOREVER,
+                "--set",
+                "hardware.ranks=2",
+                "--set",
+                "checkpoint.every_updates=2",
+                "--set",
+                f"checkpoint.grace_s={grace_s}",
+            ]
+        )
+        == 4
+    )
     thread.join()
     assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
     assert ranks_of(os.getpid()) == {}
@@ -377,7 +420,12 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
 
     run.path.mkdir(parents=True)
     run.log.write_text("the last line\n", encoding="utf-8")
-    ranks = [ended(words("connection closed by peer", 7.5)), ended(words("out of memory", 7.25)), ended(""), ended('{"what": "tor')]
+    ranks = [
+        ended(words("connection closed by peer", 7.5)),
+        ended(words("out of memory", 7.25)),
+        ended(""),
+        ended('{"what": "tor'),
+    ]
     said = launch._all_last_words(ranks)
     assert sorted(said) == [0, 1]
     assert launch._failure(run, 3, ranks, [0], said).what == "out of memory"  # also when rank 0's end was seen first
@@ -396,13 +444,18 @@ def test_the_end_of_a_long_log_is_read_and_no_more(run: RunDir) -> None:
     error = launch._sudden_end(run, 0, 1)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert error.why == f"the last lines of {run.log}:\n" + "\n".join(f"line {number} \ufffd" for number in range(10, 20))
+    assert error.why == f"the last lines of {run.log}:\n" + "\n".join(
+        f"line {number} \ufffd" for number in range(10, 20)
+    )
     assert most < 2**22
 
 
 def test_a_log_that_is_gone(run: RunDir) -> None:
     error = launch._sudden_end(run, 1, -signal.SIGTERM)
-    assert (error.what, error.why) == ("rank 1 was ended by SIGTERM", f"the last lines of {run.log}:\n(No such file or directory)")
+    assert (error.what, error.why) == (
+        "rank 1 was ended by SIGTERM",
+        f"the last lines of {run.log}:\n(No such file or directory)",
+    )
 
 
 # --- NCCL -----------------------------------------------------------------------------------------------------------
@@ -434,7 +487,9 @@ def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
     told = {"GLOO_SOCKET_IFNAME": "eth7"}
     assert launch.crew_of(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
-    assert "GLOO_SOCKET_IFNAME" not in launch.crew_of(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(0, {})
+    assert "GLOO_SOCKET_IFNAME" not in launch.crew_of(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(
+        0, {}
+    )
 
 
 def test_ranks_with_peer_access_get_no_setting() -> None:
@@ -443,7 +498,13 @@ def test_ranks_with_peer_access_get_no_setting() -> None:
 
 @pytest.mark.parametrize(
     ("why", "notes"),
-    [("", ["a note"]), ("they are too far apart", ["a note", f"{' and '.join(f'{n}=1' for n in BOTH)} for the ranks: they are too far apart"])],
+    [
+        ("", ["a note"]),
+        (
+            "they are too far apart",
+            ["a note", f"{' and '.join(f'{n}=1' for n in BOTH)} for the ranks: they are too far apart"],
+        ),
+    ],
 )
 def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: str, notes: list[str]) -> None:
     """On the CPU, where it does nothing: what a placement's notes say becomes an event and a line."""
@@ -462,7 +523,9 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
 def disk(folder: Path, options: str) -> Iterator[None]:
     """A file system of its own in `folder`; skips the test where it may not be mounted."""
     folder.mkdir()
-    said = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+    )
     if said.returncode:
         pytest.skip(f"needs to mount a tmpfs: {said.stderr.strip()}")
     try:
@@ -471,8 +534,12 @@ def disk(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("size", ["16k", "28k"])  # pages of 4 kB: with the first, no event can be written, also none of an error
-def test_a_disk_that_is_too_small_for_the_job(run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+@pytest.mark.parametrize(
+    "size", ["16k", "28k"]
+)  # pages of 4 kB: with the first, no event can be written, also none of an error
+def test_a_disk_that_is_too_small_for_the_job(
+    run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
     monkeypatch.setattr(fitness, "judge", lambda *_: [])  # which asks for room for any run
     with disk(tmp_path / "out", f"size={size}"):
         code, err = main(WORDS), capsys.readouterr().err
@@ -484,7 +551,10 @@ def test_a_disk_that_is_too_small_for_the_job(run: RunDir, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("size=28k", "28.7 kB are free at out, and a run needs 500 MB at least: make room, or choose an --output-dir on a larger disk"),
+        (
+            "size=28k",
+            "28.7 kB are free at out, and a run needs 500 MB at least: make room, or choose an --output-dir on a larger disk",
+        ),
         (
             "size=600m,nr_inodes=1000",
             "999 inodes are free at out, and a run needs 2000 at least: remove many small files (`df -i` and `du --inodes` show where), "

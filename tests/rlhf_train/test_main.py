@@ -76,7 +76,9 @@ def test_sizes_are_opts() -> None:
     assert (job.actor.model, job.critic.model) == ("facebook/opt-6.7b", "facebook/opt-125m")
 
 
-@pytest.mark.parametrize("name", ["actor", "./my model", "[1", "a: b", "3", "1.3b-tuned", "null", "{x}", 'say "hi"', "modèle", "#x", "'"])
+@pytest.mark.parametrize(
+    "name", ["actor", "./my model", "[1", "a: b", "3", "1.3b-tuned", "null", "{x}", 'say "hi"', "modèle", "#x", "'"]
+)
 def test_a_model_is_a_name_whatever_it_looks_like(name: str) -> None:
     assert job_of("--reward-model", name).critic.model == name
 
@@ -95,7 +97,17 @@ def test_multi_node_is_refused_clearly(capsys: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--step"], ["--stepp", "1"], ["--dry"], ["--deployment-type", "cluster"], ["demo"], ["--set"], ["--run"], ["--redo=yes"]]
+    "words",
+    [
+        ["--step"],
+        ["--stepp", "1"],
+        ["--dry"],
+        ["--deployment-type", "cluster"],
+        ["demo"],
+        ["--set"],
+        ["--run"],
+        ["--redo=yes"],
+    ],
 )
 def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -208,7 +220,9 @@ def test_cuda_without_a_gpu_is_not_the_cpu(tmp_path: Path, capsys: Said, blind: 
 
 
 def test_a_driver_that_is_too_old_is_said_instead(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
-    (tmp_path / "nowhere").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  440.118.02  Wed\n", encoding="utf-8")
+    (tmp_path / "nowhere").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  440.118.02  Wed\n", encoding="utf-8"
+    )
     assert main(ON_AUTO) == 3
     (_, line) = capsys.readouterr().err.splitlines()
     assert line.startswith("  why: the NVIDIA driver 440.118.02 is too old for CUDA 11.8: install driver ")
@@ -216,7 +230,8 @@ def test_a_driver_that_is_too_old_is_said_instead(tmp_path: Path, capsys: Said, 
 
 
 @pytest.mark.parametrize(
-    ("visible", "words"), [("", ON_AUTO), ("-1", ON_AUTO), (None, ["--job", "demo"]), (None, [*ON_AUTO, "--set", "hardware.device=cpu"])]
+    ("visible", "words"),
+    [("", ON_AUTO), ("-1", ON_AUTO), (None, ["--job", "demo"]), (None, [*ON_AUTO, "--set", "hardware.device=cpu"])],
 )
 def test_the_cpu_on_purpose(
     monkeypatch: pytest.MonkeyPatch, capsys: Said, blind: list[tuple[str, int]], visible: str | None, words: list[str]
@@ -228,7 +243,9 @@ def test_the_cpu_on_purpose(
 
 
 @pytest.mark.parametrize(("device", "looked"), [("cpu", False), ("auto", True)])
-def test_a_job_for_the_cpu_does_not_touch_the_gpus(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[str, int]], device: str, looked: bool) -> None:
+def test_a_job_for_the_cpu_does_not_touch_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, blind: list[tuple[str, int]], device: str, looked: bool
+) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(Machine, "look", lambda gpus: asked.append(gpus) or Machine(cores=1))
     assert main([*ON_AUTO, "--set", f"hardware.device={device}"]) == 0
@@ -265,12 +282,20 @@ def test_a_warning_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Said, 
 def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[str, int]]) -> None:
     """What is known of the cards reaches the launcher."""
     cards = Machine(
-        cores=2, gpus=("NVIDIA GeForce RTX 3090",) * 2, gpu_bytes=24 * 2**30, bfloat16=True, capabilities=("8.6",) * 2, peer_access=False, cuda="11.8"
+        cores=2,
+        gpus=("NVIDIA GeForce RTX 3090",) * 2,
+        gpu_bytes=24 * 2**30,
+        bfloat16=True,
+        capabilities=("8.6",) * 2,
+        peer_access=False,
+        cuda="11.8",
     )
     settings: list[dict[str, str]] = []
     monkeypatch.setattr(Machine, "look", lambda gpus: cards)
     monkeypatch.setattr(machine, "SHARED_MEMORY", Path("/"))
-    monkeypatch.setattr(launch, "launch", lambda *given: settings.append(launch.nccl_settings(given[3], {})) or ExitCode.OK)
+    monkeypatch.setattr(
+        launch, "launch", lambda *given: settings.append(launch.nccl_settings(given[3], {})) or ExitCode.OK
+    )
     assert main(ON_AUTO) == 0
     assert settings == [{"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}]
 
@@ -297,14 +322,33 @@ OPT = "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_la
 
 
 def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
-    settings = [f"actor.model.config={OPT}", "actor.tokenizer_vocabulary=768", "sft.global_batch=32", "hardware={device: cpu, micro_batch: 16}"]
-    assert main(["--job", "demo", "--dry-run", "--run", "try", *(word for setting in settings for word in ("--set", setting))]) == 0
+    settings = [
+        f"actor.model.config={OPT}",
+        "actor.tokenizer_vocabulary=768",
+        "sft.global_batch=32",
+        "hardware={device: cpu, micro_batch: 16}",
+    ]
+    assert (
+        main(
+            [
+                "--job",
+                "demo",
+                "--dry-run",
+                "--run",
+                "try",
+                *(word for setting in settings for word in ("--set", setting)),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     resolved, facts = printed.out.split("\n\n")
     assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", settings)
     lines = facts.splitlines()
     assert lines[:2] == ["run: runs/try", "device: cpu (the job file says so), 1 rank, float32"]
-    assert lines[2].startswith("step 1 (supervised fine-tuning): to do; global batch 32 = 16 micro batch x 2 accumulation x 1 rank")
+    assert lines[2].startswith(
+        "step 1 (supervised fine-tuning): to do; global batch 32 = 16 micro batch x 2 accumulation x 1 rank"
+    )
     # OPT of 3 layers, 96 wide, feed-forward 384, 768 tokens and 128 + 2 positions, counted by hand:
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
@@ -314,24 +358,45 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
     assert f"memory, step 1: {mib} a rank, and activations" in lines
     # In step 3: two models, and two checkpoints of actor and critic with two moments each.
     needed = f"{(2 * 4 + 2 * 2 * 12) * count / 2**20:.1f} MiB"
-    assert lines[-1].startswith(f"disk: {needed} for models and checkpoints, of ") and lines[-1].endswith(" free for them")
+    assert lines[-1].startswith(f"disk: {needed} for models and checkpoints, of ") and lines[-1].endswith(
+        " free for them"
+    )
     assert printed.err == "" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
-    """The actor is its own reference, and rollouts have the adapted matrices of their own; at ZeRO 3 both are whole copies."""
+    """The actor is its own reference, and rollouts have the adapted matrices of their own; at ZeRO
+    3 both are whole copies.
+    """
     complete("one", 1, 2)
     hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"
-    settings = [f"actor.model.config={OPT}", "actor.tokenizer_vocabulary=768", "actor.lora={rank: 4, target_modules: [q_proj, v_proj]}", hardware]
-    words = ["--job", "demo", "--dry-run", "--run", "one", "--redo", *(word for setting in settings for word in ("--set", setting))]
+    settings = [
+        f"actor.model.config={OPT}",
+        "actor.tokenizer_vocabulary=768",
+        "actor.lora={rank: 4, target_modules: [q_proj, v_proj]}",
+        hardware,
+    ]
+    words = [
+        "--job",
+        "demo",
+        "--dry-run",
+        "--run",
+        "one",
+        "--redo",
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     assert main(words) == 0
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
     adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
     copies = adapted if stage == 0 else 2 * count
-    needed = (count + 3 * adapters) + 4 * count + (count + copies)  # in float32 numbers: actor, critic, and what is frozen
-    assert f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations" in capsys.readouterr().out.splitlines()
+    needed = (
+        (count + 3 * adapters) + 4 * count + (count + copies)
+    )  # in float32 numbers: actor, critic, and what is frozen
+    assert (
+        f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations" in capsys.readouterr().out.splitlines()
+    )
 
 
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
@@ -354,14 +419,20 @@ def test_dry_run_looks_at_another_run_too(tmp_path: Path, capsys: Said) -> None:
 def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
     program = [sys.executable, "-m", "rlhf_train", *words]
-    return subprocess.run(program, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    return subprocess.run(
+        program, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
 
 
 def test_dry_run_without_the_hub(tmp_path: Path) -> None:
     said = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     # What this machine may lack: a GPU for its PyTorch, or room for OPT-1.3b.
-    assert [line for line in said.stderr.splitlines() if not line.startswith(("unfit: PyTorch sees no GPU", "warning: only "))] == []
+    assert [
+        line
+        for line in said.stderr.splitlines()
+        if not line.startswith(("unfit: PyTorch sees no GPU", "warning: only "))
+    ] == []
     *_, prompts, last = said.stdout.splitlines()
     assert prompts == "  64 prompts a rollout, 1 update each"
     assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be had (")
@@ -377,7 +448,13 @@ def complete(name: str, *steps: int) -> RunDir:
     for step in steps:
         completion.begin_step(load_job("demo"), run, step)
         run.step(step).model.mkdir()
-        end = End(step=step, updates=4, seconds=90, model=str(run.step(step).model), perplexity_after=2.5 if step == 1 else None)
+        end = End(
+            step=step,
+            updates=4,
+            seconds=90,
+            model=str(run.step(step).model),
+            perplexity_after=2.5 if step == 1 else None,
+        )
         EventWriter(run.events)(end)
         completion.complete_step(run, step, asdict(end))
     return run
@@ -387,7 +464,15 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
     complete("demo", 1, 2, 3)
     code = "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); assert 'torch' not in sys.modules; sys.exit(code)"
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert (said.returncode, said.stderr) == (
         0,
         "step 1 (supervised fine-tuning) is complete: runs/demo/step1/model\n"
@@ -409,7 +494,9 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 def test_a_changed_field_is_refused(capsys: Said) -> None:
     complete("demo", 1, 2, 3)
     assert main(["--job", "demo", "--set", "ppo.kl_horizon=5"]) == 2
-    assert capsys.readouterr().err.startswith("error: run `demo` did step 3 with other settings\n  why: ppo.kl_horizon: 10000.0 -> 5.0\n")
+    assert capsys.readouterr().err.startswith(
+        "error: run `demo` did step 3 with other settings\n  why: ppo.kl_horizon: 10000.0 -> 5.0\n"
+    )
 
 
 def test_steps_of_another_run_are_taken_over(tmp_path: Path, capsys: Said) -> None:

@@ -1,8 +1,10 @@
-"""Faults for real ranks: with this folder on PYTHONPATH and a fault in FAULT (see tests/faults/scene.py), a rank meets it by itself.
+"""Faults for real ranks: with this folder on PYTHONPATH and a fault in FAULT (see
+tests/faults/scene.py), a rank meets it by itself.
 
-They come where ids are looked up in the embedding of tokens, which every forward pass of a model does once: memory that ends
-there, a number that is none, a process that stops; at a step of the decoder; or where a file of a checkpoint is put together.
-What the ranks and their launcher then do is all their own.
+They come where ids are looked up in the embedding of tokens, which every forward pass of a model
+does once: memory that ends there, a number that is none, a process that stops; at a step of the
+decoder; or where a file of a checkpoint is put together. What the ranks and their launcher then do
+is all their own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def wait_for(name: str) -> None:
 
 
 def meet(out: Any, rows: int) -> Any:
-    """The fault, in the pass of so many rows that it is to come in; `out`: what the pass would have got."""
+    """The fault, in the pass of so many rows that it is to come in; `out`: what the pass would have
+    got.
+    """
     import torch
 
     what = fault["what"]

@@ -1,4 +1,7 @@
-"""One laptop, one box of each sort, one long line for all the tests here. Nothing of it is on this machine when they are over."""
+"""One laptop, one box of each sort, one long line for all the tests here.
+
+Nothing of it is on this machine when they are over.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,15 @@ def network(docker: Docker) -> Iterator[Network]:
 
 
 @pytest.fixture(scope="session")
-def docker_box(built: images.Box, network: Network, laptop: Laptop, rig_folder: Path, sshd_program: str) -> Iterator[DockerBox]:
+def docker_box(
+    built: images.Box, network: Network, laptop: Laptop, rig_folder: Path, sshd_program: str
+) -> Iterator[DockerBox]:
     """Not yet deployed to; the image's layers are there."""
-    build = {name: built.variables[name] for name in ("BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS", "CA_BUNDLE") if name in built.variables}
+    build = {
+        name: built.variables[name]
+        for name in ("BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS", "CA_BUNDLE")
+        if name in built.variables
+    }
     addresses = [str(network.address(1)), "127.0.0.1"]
     with rig.docker_box(built.docker, sshd_program, rig_folder / "docker-box", laptop, build, addresses) as box:
         laptop.add(box.name, box.entry)
@@ -93,7 +102,9 @@ def job(laptop: Laptop) -> Path:
 
 @pytest.fixture(scope="session")
 def long_job(laptop: Laptop, job: Path) -> Path:
-    """Step 1 is quick, with a model of some megabytes, so that it takes a moment on the line; step 2 would take hours."""
+    """Step 1 is quick, with a model of some megabytes, so that it takes a moment on the line; step
+    2 would take hours.
+    """
     fields = yaml.safe_load(job.read_text())
     fields["name"] = "long"
     fields["actor"]["model"]["config"] |= {"hidden_size": 384, "word_embed_proj_dim": 384, "ffn_dim": 1024}

@@ -1,9 +1,11 @@
-"""A long line: a network namespace whose packets reach a bridge of this machine late, or not at all. Needs root.
+"""A long line: a network namespace whose packets reach a bridge of this machine late, or not at
+all. Needs root.
 
-`tc netem` would do the same, but not every kernel has it. So a program of its own stands between two taps, one in the namespace and one
-in the bridge, and passes Ethernet frames on after a while:
+`tc netem` would do the same, but not every kernel has it. So a program of its own stands between
+two taps, one in the namespace and one in the bridge, and passes Ethernet frames on after a while:
 
-    python far_line.py TAP TAP   on standard input: `delay SECONDS`, `rate BYTES_PER_SECOND` (each way; 0: as it comes), `cut`, `mend`;
+    python far_line.py TAP TAP   on standard input: `delay SECONDS`, `rate BYTES_PER_SECOND` (each
+    way; 0: as it comes), `cut`, `mend`;
                                  each is answered by `ok`
 """
 
@@ -62,7 +64,9 @@ class FarLine:
 def far_line(bridge: str, address: IPv4Interface, name: str) -> Iterator[FarLine]:
     """bridge: an interface of this machine; address: that of the far end, in the bridge's network."""
     here, there = f"{name}a", f"{name}b"
-    process = subprocess.Popen([sys.executable, __file__, here, there], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, here, there], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == "ok\n", "no taps: is /dev/net/tun there?"
         for words in (
@@ -118,7 +122,9 @@ def main(names: list[str]) -> None:
             selector.register(fd, selectors.EVENT_READ)
         while True:
             first = min((way.queue[0][0] for way in ways.values() if way.queue), default=None)
-            ready = {key.fd for key, _ in selector.select(None if first is None else max(0.0, first - time.monotonic()))}
+            ready = {
+                key.fd for key, _ in selector.select(None if first is None else max(0.0, first - time.monotonic()))
+            }
             if 0 in ready:
                 read = os.read(0, 4096)
                 if not read:

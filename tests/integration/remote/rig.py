@@ -1,6 +1,8 @@
-"""The far half of the end-to-end tests, from real parts: two boxes behind a real sshd each, a laptop that runs `fab`, a long line.
+"""The far half of the end-to-end tests, from real parts: two boxes behind a real sshd each, a
+laptop that runs `fab`, a long line.
 
-The box with Docker is this machine, with the engine of the tests; the bare box is a container with sshd and Python 3.10 and no more.
+The box with Docker is this machine, with the engine of the tests; the bare box is a container with
+sshd and Python 3.10 and no more.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig && python3.10 -m compil
 """
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 FAB_S = 300.0
-HEARS_CTRL_C = ("env", "--default-signal=INT")  # what a script has started in the background ignores it, and hands that on
+HEARS_CTRL_C = (
+    "env",
+    "--default-signal=INT",
+)  # what a script has started in the background ignores it, and hands that on
 T = TypeVar("T")
 
 
@@ -102,13 +107,19 @@ class Fab:
 
     def says(self, text: str, timeout_s: float = 60) -> None:
         """Waits for it, on either stream."""
-        until(lambda: text in self.out + self.err or self.process.poll() is not None, timeout_s, lambda: f"never said {text!r}\n{self._done(-1).all}")
+        until(
+            lambda: text in self.out + self.err or self.process.poll() is not None,
+            timeout_s,
+            lambda: f"never said {text!r}\n{self._done(-1).all}",
+        )
         assert text in self.out + self.err, self._done(self.process.returncode).all
 
 
 @dataclass(frozen=True)
 class Laptop:
-    """A person's machine, all in one folder: a checkout in git, a home, the boxes, and what `fab` remembers of them."""
+    """A person's machine, all in one folder: a checkout in git, a home, the boxes, and what `fab`
+    remembers of them.
+    """
 
     folder: Path
     through: tuple[str, ...] = ()  # in front of each command: FarLine.through
@@ -183,7 +194,11 @@ class Laptop:
         return done
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RLHF_", "HF_", "SSH_", "DOCKER_", "XDG_", "PYTEST_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RLHF_", "HF_", "SSH_", "DOCKER_", "XDG_", "PYTEST_"))
+        }
         ours = {"HOME": "home", "XDG_STATE_HOME": "state", "RLHF_BOXES": "boxes.yaml", "RLHF_RUNS": "runs"}
         return kept | {name: str(self.folder / value) for name, value in ours.items()}
 
@@ -207,7 +222,13 @@ class Box(ABC):
 
     @property
     def entry(self) -> dict[str, Any]:
-        return {"address": self.address, "port": self.port, "user": getpass.getuser(), "data_folder": self.data_folder, **self.fields}
+        return {
+            "address": self.address,
+            "port": self.port,
+            "user": getpass.getuser(),
+            "data_folder": self.data_folder,
+            **self.fields,
+        }
 
     @property
     @abstractmethod
@@ -282,7 +303,11 @@ class DockerBox(Box):
 
     def sh(self, script: str, *words: str, check: bool = True) -> str:
         done = subprocess.run(
-            ["sh", "-c", script, "sh", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(self.docker.environment), check=False
+            ["sh", "-c", script, "sh", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(self.docker.environment),
+            check=False,
         )
         assert not check or done.returncode == 0, done.stdout.decode(errors="replace")
         return done.stdout.decode(errors="replace")
@@ -315,10 +340,16 @@ class BareBox(Box):
 
     @contextlib.contextmanager
     def another_sshd(self, *, host_key: str = "host_key", force: str = "") -> Iterator[dict[str, Any]]:
-        """At another port. force: a shell script that gets each session's command as SSH_ORIGINAL_COMMAND. -> its entry in boxes.yaml"""
+        """At another port. force: a shell script that gets each session's command as
+        SSH_ORIGINAL_COMMAND. -> its entry in boxes.yaml
+        """
         port = 2222
         config = sshd_config(port, "/rig", host_key, {}) + ("ForceCommand exec sh /rig/force\n" if force else "")
-        self.sh('printf %s "$1" >/rig/force; printf %s "$2" >/rig/another; exec /usr/sbin/sshd -f /rig/another', force, config)
+        self.sh(
+            'printf %s "$1" >/rig/force; printf %s "$2" >/rig/another; exec /usr/sbin/sshd -f /rig/another',
+            force,
+            config,
+        )
         wait_for_ssh(self.address, port)
         try:
             yield {**self.entry, "port": port}
@@ -329,8 +360,11 @@ class BareBox(Box):
 
     @contextlib.contextmanager
     def clock_off(self, offset: str) -> Iterator[dict[str, Any]]:
-        """offset: as libfaketime has it, e.g. `-3h`. For all that a session starts, and for a job, which gets a provider's variables
-        alone. Not for sshd itself, whose sandbox libfaketime does not survive. -> its entry in boxes.yaml
+        """offset: as libfaketime has it, e.g.
+
+        `-3h`. For all that a session starts, and for a job, which gets a provider's variables
+        alone. Not for sshd itself, whose sandbox libfaketime does not survive. -> its entry in
+        boxes.yaml
         """
         variables = f"export LD_PRELOAD={FAKETIME} FAKETIME={offset}"
         self.sh('echo "$1" >/etc/rp_environment', variables)
@@ -341,22 +375,35 @@ class BareBox(Box):
             self.sh("rm /etc/rp_environment")
 
 
-def sshd_config(port: int, folder: str, host_key: str, variables: Mapping[str, str], addresses: Sequence[str] = ()) -> str:
+def sshd_config(
+    port: int, folder: str, host_key: str, variables: Mapping[str, str], addresses: Sequence[str] = ()
+) -> str:
     """variables: in each session; a shell that no login made has no others."""
     lines = [
         f"Port {port}",
         *(f"ListenAddress {address}" for address in addresses),
         f"HostKey {folder}/{host_key}",
         f"AuthorizedKeysFile {folder}/authorized_keys",
-        *("UsePAM no", "StrictModes no", "PasswordAuthentication no", "PidFile none", "MaxStartups 100", "Subsystem sftp internal-sftp"),
+        *(
+            "UsePAM no",
+            "StrictModes no",
+            "PasswordAuthentication no",
+            "PidFile none",
+            "MaxStartups 100",
+            "Subsystem sftp internal-sftp",
+        ),
         *([f"SetEnv {' '.join(f'{name}={value}' for name, value in variables.items())}"] if variables else []),
     ]
     return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
-def docker_box(docker: Docker, sshd: str, folder: Path, laptop: Laptop, build: Mapping[str, str], addresses: Sequence[str]) -> Iterator[DockerBox]:
-    """sshd: the program. addresses: that it listens on, the first one being the box's. build: of its entry."""
+def docker_box(
+    docker: Docker, sshd: str, folder: Path, laptop: Laptop, build: Mapping[str, str], addresses: Sequence[str]
+) -> Iterator[DockerBox]:
+    """sshd: the program. addresses: that it listens on, the first one being the box's. build: of
+    its entry.
+    """
     port = free_port()
     for each in ("data", "home"):
         (folder / each).mkdir(parents=True)
@@ -391,7 +438,9 @@ def docker_box(docker: Docker, sshd: str, folder: Path, laptop: Laptop, build: M
 def _remove_containers(docker: Docker, data_folder: str) -> None:
     """Those of jobs on this box alone: the engine may be a user's own."""
     label = "com.docker.compose.project.working_dir"
-    listed = docker("ps", "--all", "--filter", f"label={label}", "--format", f'{{{{.ID}}}} {{{{.Label "{label}"}}}}', check=False).stdout
+    listed = docker(
+        "ps", "--all", "--filter", f"label={label}", "--format", f'{{{{.ID}}}} {{{{.Label "{label}"}}}}', check=False
+    ).stdout
     for line in listed.splitlines():
         container, _, folder = line.partition(" ")
         if folder.startswith(data_folder):
@@ -400,7 +449,14 @@ def _remove_containers(docker: Docker, data_folder: str) -> None:
 
 @contextlib.contextmanager
 def bare_box(
-    docker: Docker, folder: Path, laptop: Laptop, base: str, network: Network, ca_bundle: Path, *, small: str = "size=8g,nr_inodes=2300"
+    docker: Docker,
+    folder: Path,
+    laptop: Laptop,
+    base: str,
+    network: Network,
+    ca_bundle: Path,
+    *,
+    small: str = "size=8g,nr_inodes=2300",
 ) -> Iterator[BareBox]:
     """small: of a disk of its own at /small, with room for few files."""
     docker("build", "--tag", BARE_IMAGE, "-", stdin=BARE.format(base=base))
@@ -410,9 +466,34 @@ def bare_box(
     shutil.copy(f"{laptop.key}.pub", folder / "authorized_keys")
     (folder / "sshd_config").write_text(sshd_config(22, "/rig", "host_key", {}))
     name = f"rlhf-tests-bare-{os.getpid()}"
-    where = ["--network", network.name, "--ip", str(network.address(2)), "--hostname", "bare-box", "--shm-size=1g", f"--tmpfs=/small:{small}"]
-    files = [f"--volume={folder / each}:/rig/{each}:ro" for each in ("host_key", "other_host_key", "authorized_keys", "sshd_config")]
-    docker("run", "--detach", "--name", name, *where, *files, BARE_IMAGE, "/usr/sbin/sshd", "-D", "-e", "-f", "/rig/sshd_config")
+    where = [
+        "--network",
+        network.name,
+        "--ip",
+        str(network.address(2)),
+        "--hostname",
+        "bare-box",
+        "--shm-size=1g",
+        f"--tmpfs=/small:{small}",
+    ]
+    files = [
+        f"--volume={folder / each}:/rig/{each}:ro"
+        for each in ("host_key", "other_host_key", "authorized_keys", "sshd_config")
+    ]
+    docker(
+        "run",
+        "--detach",
+        "--name",
+        name,
+        *where,
+        *files,
+        BARE_IMAGE,
+        "/usr/sbin/sshd",
+        "-D",
+        "-e",
+        "-f",
+        "/rig/sshd_config",
+    )
     build = {"TORCH": "torch-ci", "CA_BUNDLE": str(ca_bundle)}
     fields = {"provider": "generic", "mirror": "tests", "build": build}
     box = BareBox("bare-box", str(network.address(2)), 22, "/data", fields, docker, name)
@@ -429,7 +510,9 @@ def bare_box(
 
 @dataclass(frozen=True)
 class Network:
-    """A bridge of the engine's, with this machine at its first address, the bare box at its second, and the far end at its third."""
+    """A bridge of the engine's, with this machine at its first address, the bare box at its second,
+    and the far end at its third.
+    """
 
     name: str
     subnet: IPv4Network
@@ -451,7 +534,9 @@ def network(docker: Docker) -> Iterator[Network]:
 
 @contextlib.contextmanager
 def line_through(network: Network) -> Iterator[FarLine]:
-    with far_line(network.name, IPv4Interface(f"{network.address(3)}/{network.subnet.prefixlen}"), f"far{os.getpid()}") as connection:
+    with far_line(
+        network.name, IPv4Interface(f"{network.address(3)}/{network.subnet.prefixlen}"), f"far{os.getpid()}"
+    ) as connection:
         yield connection
 
 

@@ -1,4 +1,6 @@
-"""A box that is a container with Python 3.10 and sshd, without Docker, without rsync; over a connection of 100 ms."""
+"""A box that is a container with Python 3.10 and sshd, without Docker, without rsync; over a
+connection of 100 ms.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_three_steps_and_the_models_come_home(deployed: BareBox, laptop: Laptop,
 
 
 def test_nothing_lies_outside_of_the_folder(deployed: BareBox) -> None:
-    """After a deploy and a run: as the engine sees it, apart from what sshd, apt and the rig itself have written."""
+    """After a deploy and a run: as the engine sees it, apart from what sshd, apt and the rig itself
+    have written.
+    """
     changed = [line.split(maxsplit=1)[1] for line in deployed.docker("diff", deployed.container).stdout.splitlines()]
     known = ("/data", "/rig", "/run", "/etc", "/small", "/var/log")
     assert [path for path in changed if not path.startswith(known) and path not in ("/root", "/tmp", "/var")] == []
@@ -56,8 +60,12 @@ def test_rsync_serves_where_it_comes_later(deployed: BareBox, laptop: Laptop) ->
         deployed.sh("apt-get -qq purge -y rsync >/dev/null 2>&1; rm -rf /var/lib/apt/lists/*")
 
 
-def test_the_same_command_goes_on_and_its_events_are_one_story(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
-    """TERM is a preemption only for a provider; `cancel` keeps a checkpoint, and the same command resumes from it."""
+def test_the_same_command_goes_on_and_its_events_are_one_story(
+    deployed: BareBox, laptop: Laptop, long_job: Path
+) -> None:
+    """TERM is a preemption only for a provider; `cancel` keeps a checkpoint, and the same command
+    resumes from it.
+    """
     host, train = ("--host", deployed.name), ("--job", str(long_job), "--step", "2", "--run", "goes-on")
     laptop.fab("train", *host, *train, "--detach")
     until(lambda: re.search(r"checkpoint at update \d+", laptop.fab("logs", *host, "--run", "goes-on").out), 90)

@@ -1,4 +1,6 @@
-"""A box with Docker, from an SSH address to a model at home; and nothing is left there when it is over."""
+"""A box with Docker, from an SSH address to a model at home; and nothing is left there when it is
+over.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What goes wrong between a laptop and a box, each fault made for real: what was there before holds, nothing starts twice, nothing is lost."""
+"""What goes wrong between a laptop and a box, each fault made for real: what was there before
+holds, nothing starts twice, nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def end_all(laptop: Laptop, box: BareBox | DockerBox) -> None:
 
 
 @pytest.mark.parametrize("how", ["the server's side is killed", "packets are dropped"])
-def test_a_deploy_that_is_cut_while_it_sends(how: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine) -> None:
+def test_a_deploy_that_is_cut_while_it_sends(
+    how: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine
+) -> None:
     host, before = ("--host", deployed.name), deployed.read("deployed")
     change(laptop)
     line.rate(400_000)
@@ -75,7 +79,10 @@ def test_a_deploy_that_is_cut_while_it_sends(how: str, deployed: BareBox, laptop
 
 
 def test_a_deploy_that_is_cut_while_pip_installs(deployed: BareBox, laptop: Laptop) -> None:
-    """A folder of its own, with nothing in it yet. What pip does there ends by itself, soon after nobody hears it any more."""
+    """A folder of its own, with nothing in it yet.
+
+    What pip does there ends by itself, soon after nobody hears it any more.
+    """
     laptop.add("cut-box", {**deployed.entry, "data_folder": "/data2"})
     deployed.sh("mkdir -p /data2")
     host = ("--host", "cut-box")
@@ -85,7 +92,11 @@ def test_a_deploy_that_is_cut_while_pip_installs(deployed: BareBox, laptop: Lapt
     deployed.cut()
     done = deploying.wait(60)
     assert done.code == 8 and "the same command" in done.err, done.all
-    until(lambda: not deployed.processes("/data2"), 30, lambda: str([process.cmdline() for process in deployed.processes("/data2")]))
+    until(
+        lambda: not deployed.processes("/data2"),
+        30,
+        lambda: str([process.cmdline() for process in deployed.processes("/data2")]),
+    )
     assert deployed.sh("ls /data2/rlhf-box/deployed /data2/rlhf-box/env/*/complete 2>/dev/null || true") == ""
     assert "fab deploy --host cut-box" in laptop.fab("train", *host, "--job", "demo", "--detach", code=3).err
     laptop.fab("purge", *host)
@@ -97,7 +108,12 @@ def test_a_full_disk_is_told_and_nothing_half_done_is_taken_for_whole(deployed: 
     laptop.add("small-box", {**deployed.entry, "data_folder": "/small"})
     done = laptop.fab("deploy", "--host", "small-box", code=3)
     assert "the disk is full" in done.err and "hint: make room" in done.err, done.all
-    assert deployed.sh("ls /small/rlhf-box/deployed /small/rlhf-box/lock /small/rlhf-box/env/*/complete 2>/dev/null || true") == ""
+    assert (
+        deployed.sh(
+            "ls /small/rlhf-box/deployed /small/rlhf-box/lock /small/rlhf-box/env/*/complete 2>/dev/null || true"
+        )
+        == ""
+    )
     again = laptop.fab("deploy", "--host", "small-box", code=3)
     assert "inodes are free" in again.err and "hint: " in again.err, again.all
     laptop.fab("purge", "--host", "small-box")
@@ -157,8 +173,14 @@ BOX_IS_GONE = f"{ANSWER_IS_LOST} $(cat /rig/listener)"
 def sshd_that(deployed: BareBox, laptop: Laptop, force: str) -> Iterator[str]:
     deployed.sh("rm -f /rig/answer /rig/request")
     with deployed.another_sshd(force=force) as entry:
-        (listener,) = [process for process in deployed.processes("/rig/another") if process.ppid() == deployed.server.pid]
-        inside = next(line.split()[-1] for line in Path(f"/proc/{listener.pid}/status").read_text().splitlines() if line.startswith("NSpid"))
+        (listener,) = [
+            process for process in deployed.processes("/rig/another") if process.ppid() == deployed.server.pid
+        ]
+        inside = next(
+            line.split()[-1]
+            for line in Path(f"/proc/{listener.pid}/status").read_text().splitlines()
+            if line.startswith("NSpid")
+        )
         deployed.sh('echo "$1" >/rig/listener', inside)
         laptop.add("forced", entry)
         yield "forced"
@@ -167,7 +189,9 @@ def sshd_that(deployed: BareBox, laptop: Laptop, force: str) -> Iterator[str]:
 def test_a_start_whose_answer_was_lost_is_started_once(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
     requests = set(deployed.ls("requests"))
     with sshd_that(deployed, laptop, ANSWER_IS_LOST) as name:
-        done = laptop.fab("train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "launched", "--detach")
+        done = laptop.fab(
+            "train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "launched", "--detach"
+        )
     assert "it was started" in done.err, done.all
     assert deployed.sh("cat /rig/answer").startswith("started ")
     assert len(set(deployed.ls("requests")) - requests) == 1
@@ -177,19 +201,30 @@ def test_a_start_whose_answer_was_lost_is_started_once(deployed: BareBox, laptop
 
 def test_a_start_that_comes_late_is_refused(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
     with sshd_that(deployed, laptop, COMES_LATE) as name:
-        done = laptop.fab("train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "late", "--detach", code=8)
+        done = laptop.fab(
+            "train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "late", "--detach", code=8
+        )
         assert "was not started, and will not be" in done.err and "the same command again is safe" in done.err
         said = until(lambda: deployed.sh("cat /rig/answer 2>/dev/null || true"), 20)
     assert said.startswith("withdrawn ")
     assert "late" not in runs_of(laptop, deployed.name) and deployed.ls("slot") == []
 
 
-def test_a_box_that_is_gone_after_a_start_leaves_it_uncertain(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
+def test_a_box_that_is_gone_after_a_start_leaves_it_uncertain(
+    deployed: BareBox, laptop: Laptop, long_job: Path
+) -> None:
     with sshd_that(deployed, laptop, BOX_IS_GONE) as name:
-        done = laptop.fab("train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "uncertain", "--detach", code=6)
+        done = laptop.fab(
+            "train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "uncertain", "--detach", code=6
+        )
     assert "fab ps --host forced" in done.err
-    assert runs_of(laptop, deployed.name)["uncertain"]["state"] in ("queued", "running")  # by the way that is still there
-    twice = laptop.fab("train", "--host", deployed.name, "--job", str(long_job), "--step", "2", "--run", "another", "--detach", code=5)
+    assert runs_of(laptop, deployed.name)["uncertain"]["state"] in (
+        "queued",
+        "running",
+    )  # by the way that is still there
+    twice = laptop.fab(
+        "train", "--host", deployed.name, "--job", str(long_job), "--step", "2", "--run", "another", "--detach", code=5
+    )
     assert "`uncertain`" in twice.err
     end_all(laptop, deployed)
 
@@ -227,13 +262,22 @@ def running(deployed: BareBox, laptop: Laptop, long_job: Path) -> Iterator[str]:
     end_all(laptop, deployed)
 
 
-def test_a_view_is_exact_over_every_break_of_the_line(running: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine) -> None:
+def test_a_view_is_exact_over_every_break_of_the_line(
+    running: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine
+) -> None:
     host = ("--host", deployed.name, "--run", running)
-    views = {"train.log": far.start("logs", *host, "--follow", "--raw"), "events.jsonl": far.start("logs", *host, "--follow", "--json")}
+    views = {
+        "train.log": far.start("logs", *host, "--follow", "--raw"),
+        "events.jsonl": far.start("logs", *host, "--follow", "--json"),
+    }
 
     def grow() -> None:
         sizes = {name: len(view.out_bytes) for name, view in views.items()}
-        until(lambda: all(len(view.out_bytes) > sizes[name] for name, view in views.items()), 60, lambda: str([view.err for view in views.values()]))
+        until(
+            lambda: all(len(view.out_bytes) > sizes[name] for name, view in views.items()),
+            60,
+            lambda: str([view.err for view in views.values()]),
+        )
 
     def away(times: int) -> None:
         until(lambda: all(view.err.count("connection lost") >= times for view in views.values()), 60)
@@ -262,12 +306,20 @@ def test_a_second_job_is_refused_with_what_runs(running: str, deployed: BareBox,
     assert f"`{running}`" in done.err and "fab cancel" in done.err
 
 
-def test_a_fetch_that_is_cut_goes_on(running: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine) -> None:
+def test_a_fetch_that_is_cut_goes_on(
+    running: str, deployed: BareBox, laptop: Laptop, far: Laptop, line: FarLine
+) -> None:
     """Also while it trains: of what is complete."""
     home = laptop.runs / deployed.name / running
     line.rate(1_000_000)
     fetching: Fab = far.start("fetch", "--host", deployed.name, "--run", running)
-    until(lambda: sum(file.stat().st_size for file in laptop.runs.rglob("*") if file.is_file() and running in str(file)) > 3_000_000, 60)
+    until(
+        lambda: (
+            sum(file.stat().st_size for file in laptop.runs.rglob("*") if file.is_file() and running in str(file))
+            > 3_000_000
+        ),
+        60,
+    )
     deployed.cut()
     done = fetching.wait(120)
     if done.code:  # it may also go on by itself
@@ -300,7 +352,9 @@ def test_a_job_outlives_its_supervisor(running: str, deployed: BareBox, laptop: 
     assert deployed.processes("-m", "rlhf_train") == [] and deployed.ls("slot") == []
 
 
-def test_a_box_that_was_restarted_has_lost_its_job_and_the_same_command_goes_on(deployed: BareBox, laptop: Laptop, long_job: Path) -> None:
+def test_a_box_that_was_restarted_has_lost_its_job_and_the_same_command_goes_on(
+    deployed: BareBox, laptop: Laptop, long_job: Path
+) -> None:
     host = ("--host", deployed.name)
     train = ("train", *host, "--job", str(long_job), "--step", "2", "--run", "restarted")
     first = laptop.start(*train)
@@ -320,14 +374,22 @@ def test_a_clock_that_is_off(deployed: BareBox, laptop: Laptop, long_job: Path) 
     host = ("--host", "behind")
     with deployed.clock_off("-3h") as entry:
         laptop.add("behind", entry)
-        clock = next(check for check in json.loads(laptop.fab("doctor", *host, "--json").out)["checks"] if check["name"] == "clock")
+        clock = next(
+            check
+            for check in json.loads(laptop.fab("doctor", *host, "--json").out)["checks"]
+            if check["name"] == "clock"
+        )
         assert clock["status"] == "warning" and re.match(r"108\d\d\.\d s behind", clock["value"]), clock
         change(laptop)
         laptop.fab("deploy", *host)
         laptop.fab("train", *host, "--job", str(long_job), "--step", "2", "--run", "behind", "--detach")
         until(lambda: "update 1/" in laptop.fab("logs", *host, "--run", "behind").out, 90)
         events = [json.loads(line) for line in laptop.fab("logs", *host, "--run", "behind", "--json").out.splitlines()]
-        assert 10_700 < time.time() - datetime.fromisoformat(events[-1]["time"].replace("Z", "+00:00")).timestamp() < 11_100
+        assert (
+            10_700
+            < time.time() - datetime.fromisoformat(events[-1]["time"].replace("Z", "+00:00")).timestamp()
+            < 11_100
+        )
         run = runs_of(laptop, "behind")["behind"]
         assert run["state"] == "running" and 0 <= run["seconds"] < 300
         assert "update" in laptop.fab("logs", *host, "--run", "behind", "--since", "10m").out

@@ -77,7 +77,10 @@ def test_an_error_goes_to_standard_error_as_it_stands(capsys: pytest.CaptureFixt
     print_error(ToolkitError("cannot find [/model] " + "x" * 100, why="it is\ngone \x1b[2J", hint="look :eyes:"))
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == "error: cannot find [/model] " + "x" * 100 + "\n  why: it is\n       gone \\x1b[2J\n\nhint: look :eyes:\n"
+    assert (
+        said.err
+        == "error: cannot find [/model] " + "x" * 100 + "\n  why: it is\n       gone \\x1b[2J\n\nhint: look :eyes:\n"
+    )
 
 
 @pytest.mark.parametrize("module", [console, plain, panel, report, formatting])
@@ -85,4 +88,10 @@ def test_a_view_needs_no_training_code(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} & {"torch", "rlhf_train", "remote", "transformers", "deepspeed"} == set()
+    assert {name.split(".")[0] for name in names} & {
+        "torch",
+        "rlhf_train",
+        "remote",
+        "transformers",
+        "deepspeed",
+    } == set()

@@ -96,7 +96,11 @@ def test_the_last_checkpoint_stays_in_sight() -> None:
 
 def test_a_failed_step_says_so() -> None:
     lines = squeezed(shown([PPO, event("error", rank=0, what="out of\nmemory", exit_code=4)], 79))
-    assert lines[0].startswith("✗ step 3 PPO 120 of 480") and "eta" not in lines[0] and lines[-1] == "failed: out of memory"
+    assert (
+        lines[0].startswith("✗ step 3 PPO 120 of 480")
+        and "eta" not in lines[0]
+        and lines[-1] == "failed: out of memory"
+    )
 
 
 def test_a_resume_takes_back_the_curve_and_the_end() -> None:
@@ -117,7 +121,9 @@ def test_no_line_is_longer_than_the_terminal(width: int) -> None:
 
 def test_a_finished_line_shows_as_much_as_fits() -> None:
     assert squeezed(shown([END_3], 79)) == ["✓ step 3 PPO 1h02m good answers 48.0% → 94.0%"]
-    assert squeezed(shown([END_3], 119)) == ["✓ step 3 PPO 1h02m good answers 48.0% → 94.0% reward -0.52 → 1.93 kl 0.000 → 0.410"]
+    assert squeezed(shown([END_3], 119)) == [
+        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0% reward -0.52 → 1.93 kl 0.000 → 0.410"
+    ]
 
 
 def test_a_long_curve_drawn_by_means_names_the_values_between_which_it_went() -> None:
@@ -187,7 +193,8 @@ def test_a_narrower_terminal_has_folded_the_old_lines() -> None:
         screen.width = 60
         before = len(written(screen))
         live._live.refresh()
-        # Five lines (empty, title, bar, empty, status): four steps up, and one for the bar's second half.
+        # Five lines (empty, title, bar, empty, status): four steps up, and one for the bar's second
+        # half.
         assert written(screen)[before:].count("\x1b[1A") == 5
         before = len(written(screen))
         live._live.refresh()
@@ -197,11 +204,18 @@ def test_a_narrower_terminal_has_folded_the_old_lines() -> None:
 # --- a run on another machine
 
 BOX = BoxView(
-    name="gpu-box", line="run demo, connected", cards=(GpuUsage(0, 41_984, 81_920, 97),), price_per_hour=12.0, currency="¥", started_at=-3600.0
+    name="gpu-box",
+    line="run demo, connected",
+    cards=(GpuUsage(0, 41_984, 81_920, 97),),
+    price_per_hour=12.0,
+    currency="¥",
+    started_at=-3600.0,
 )
 
 
-def far(events: Iterable[RawEvent], box: BoxView = BOX, width: int = 79, height: int | None = None, now: float = 0.0) -> list[str]:
+def far(
+    events: Iterable[RawEvent], box: BoxView = BOX, width: int = 79, height: int | None = None, now: float = 0.0
+) -> list[str]:
     board = Board()
     for each in events:
         board.feed(each, 0.0)
@@ -261,12 +275,20 @@ ETA_288 = "¥12.00 so far, about ¥12.96"  # 288 s left at ¥12/h: 96 cents
         ([PPO], {}, f"{ETA_288} when the job ends, at ¥12.00/h"),
         ([PPO | {"step": 1}], {}, f"{ETA_288} after step 1, at ¥12.00/h"),  # what comes after it is not known
         ([PPO | {"step": 1}], {"steps": (1,)}, f"{ETA_288} when the job ends, at ¥12.00/h"),
-        ([PPO | {"step": 1}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 1, then steps 2 and 3"),  # the time of those is not known
+        (
+            [PPO | {"step": 1}],
+            {"steps": (1, 2, 3)},
+            f"{ETA_288} after step 1, then steps 2 and 3",
+        ),  # the time of those is not known
         ([PPO | {"step": 2}], {"steps": (1, 2, 3)}, f"{ETA_288} after step 2, then step 3"),
         ([PPO, event("error", 3, what="boom")], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO, END_3], {}, "¥12.00 so far, at ¥12.00/h"),
         ([PPO], {"ended_at": -1800.0}, "¥6.00 for this job, ¥12.00/h until the box is stopped"),
-        ([PPO], {"currency": "EUR", "started_at": -3.0, "ended_at": -1.0}, "0.0067 EUR for this job, 12.00 EUR/h until the box is stopped"),
+        (
+            [PPO],
+            {"currency": "EUR", "started_at": -3.0, "ended_at": -1.0},
+            "0.0067 EUR for this job, 12.00 EUR/h until the box is stopped",
+        ),
         ([PPO], {"price_per_hour": None}, None),
         ([PPO], {"started_at": None}, None),
     ],

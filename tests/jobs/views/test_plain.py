@@ -38,32 +38,62 @@ LINES = [
             "step 2  data of all steps: 9 rows, 1 too odd; left out: 2 identical answers",
         ],
     ),
-    (event("progress", 3, doing="evaluating on [held-out] prompts :eyes:"), ["step 3  evaluating on [held-out] prompts :eyes:"]),
+    (
+        event("progress", 3, doing="evaluating on [held-out] prompts :eyes:"),
+        ["step 3  evaluating on [held-out] prompts :eyes:"],
+    ),
     (SFT, ["step 1  update 1/10  loss 3.2100  learning_rate 9.65e-06  grad_norm 1.25  900 tok/s  eta 18s"]),
     (REWARD, ["step 2  update 10/10  loss 0.6931  accuracy 62.5%  margin 0.100  1000000 tok/s"]),
-    (PPO, ["step 3  update 120/480  policy_loss 0.0123  value_loss 0.4568  kl 0.032  reward 1.23  3120 tok/s  eta 4m48s"]),
+    (
+        PPO,
+        ["step 3  update 120/480  policy_loss 0.0123  value_loss 0.4568  kl 0.032  reward 1.23  3120 tok/s  eta 4m48s"],
+    ),
     (
         PPO | {"kl": "nan", "policy_loss": math.inf},
         ["step 3  update 120/480  policy_loss inf  value_loss 0.4568  kl nan  reward 1.23  3120 tok/s  eta 4m48s"],
     ),
     (
         sample("before", "I am \x1b[31mred\nand \x9b2J.", reward=-0.52, good=False),
-        ["step 3  before  reward -0.52  bad  prompt: Human: hi\\nAssistant:  response: I am \\x1b[31mred\\nand \\x9b2J."],
+        [
+            "step 3  before  reward -0.52  bad  prompt: Human: hi\\nAssistant:  response: I am \\x1b[31mred\\nand \\x9b2J."
+        ],
     ),
-    (sample("after", "Fine.", reward="nan"), ["step 3  after  reward nan  prompt: Human: hi\\nAssistant:  response: Fine."]),
+    (
+        sample("after", "Fine.", reward="nan"),
+        ["step 3  after  reward nan  prompt: Human: hi\\nAssistant:  response: Fine."],
+    ),
     (
         sample("after", "r" * 310, reward=1.0, prompt="p" * 25 + "q" * 100, good=True),
-        [f"step 3  after  reward 1.00  good  prompt: (25 characters) ... {'q' * 100}  response: {'r' * 300} ... (10 more characters)"],
+        [
+            f"step 3  after  reward 1.00  good  prompt: (25 characters) ... {'q' * 100}  response: {'r' * 300} ... (10 more characters)"
+        ],
     ),
     (
         event("checkpoint", 1, update=200, path="runs/a b/step1/model", size_bytes=2_630_000_000, seconds=12.4),
         ["step 1  checkpoint at update 200: 2.63 GB in 12s, runs/a b/step1/model"],
     ),
-    (event("warning", 3, message="KL is 41.2\nnats", hint="lower it"), ["step 3  warning: KL is 41.2 nats  hint: lower it"]),
+    (
+        event("warning", 3, message="KL is 41.2\nnats", hint="lower it"),
+        ["step 3  warning: KL is 41.2 nats  hint: lower it"],
+    ),
     (event("warning", message="slow disk"), ["warning: slow disk"]),
     (
-        event("error", 3, rank=1, what="out of memory", why="tried\nto \x1b[2J allocate", hint="lower hardware.micro_batch", exit_code=4),
-        ["error: step 3, rank 1: out of memory", "  why: tried", "       to \\x1b[2J allocate", "", "hint: lower hardware.micro_batch"],
+        event(
+            "error",
+            3,
+            rank=1,
+            what="out of memory",
+            why="tried\nto \x1b[2J allocate",
+            hint="lower hardware.micro_batch",
+            exit_code=4,
+        ),
+        [
+            "error: step 3, rank 1: out of memory",
+            "  why: tried",
+            "       to \\x1b[2J allocate",
+            "",
+            "hint: lower hardware.micro_batch",
+        ],
     ),
     (event("error", rank=0, what="no", exit_code=1), ["error: rank 0: no"]),
     (event("resumed", 3, from_update=200), ["step 3  resumed after update 200"]),
@@ -94,7 +124,16 @@ def test_events_with_missing_fields_break_no_line() -> None:
 def curve(updates: int, step: int = 1, seconds: float = 1.0, start_s: float = 0.0) -> list[RawEvent]:
     """One update every `seconds`."""
     return [
-        event("metrics", step, start_s + i * seconds, update=i, updates=updates, elapsed_s=i * seconds, tokens_per_s=1.0, loss=1.0)
+        event(
+            "metrics",
+            step,
+            start_s + i * seconds,
+            update=i,
+            updates=updates,
+            elapsed_s=i * seconds,
+            tokens_per_s=1.0,
+            loss=1.0,
+        )
         for i in range(1, updates + 1)
     ]
 
@@ -112,7 +151,8 @@ def test_slow_updates_are_all_shown() -> None:
 
 
 def test_a_long_log_stays_short() -> None:
-    # 21 lines in the first 201 s, one in 10 s; then each gap is a twentieth of the elapsed time: 201 * (20/19)^n = 900, n = 29.2.
+    # 21 lines in the first 201 s, one in 10 s; then each gap is a twentieth of the elapsed time:
+    # 201 * (20/19)^n = 900, n = 29.2.
     assert 45 <= len(plain(curve(900))) <= 53
     assert updates_shown(plain(curve(900)))[-1] == "900/900"
 

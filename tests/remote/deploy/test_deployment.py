@@ -1,4 +1,6 @@
-"""Deploys to a real sshd: what is done, what is not done again, and what a deploy that is killed, cut, or not alone leaves behind."""
+"""Deploys to a real sshd: what is done, what is not done again, and what a deploy that is killed,
+cut, or not alone leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ from tests.disks import unmount
 from tests.remote.small_checkout import HOSTILE, make_checkout, make_index, write
 
 LIMITS, PROVIDERS = Limits.load(), Provider.load_all()
-ROOMY = LIMITS.model_copy(update={"environment": LIMITS.environment.model_copy(update={"bytes_cpu": 1, "bytes_cuda": 1})})
+ROOMY = LIMITS.model_copy(
+    update={"environment": LIMITS.environment.model_copy(update={"bytes_cpu": 1, "bytes_cuda": 1})}
+)
 GPU = "gpu\t0|GPU-0|00000000:01:00.0|24564|1|0|535.129.03|NVIDIA GeForce RTX 4090"
 
 
-def probed(folder: Path, *more: str, python: str = "", conda: str = "", machine: str = "x86_64", free_kb: int = 10**9) -> str:
+def probed(
+    folder: Path, *more: str, python: str = "", conda: str = "", machine: str = "x86_64", free_kb: int = 10**9
+) -> str:
     """What the probe would say of a box with this data disk; more: lines of its own."""
     root = f"{folder}/rlhf-box"
     lines = [
@@ -62,9 +68,18 @@ class Scene:
     def knows(self, probe: str, identity: str = "") -> None:
         self.state.mkdir(exist_ok=True)
         if not identity:
-            said = subprocess.run(["sh", "-s", "--", "look", self.root, "-", "-", "-"], input=script("land.sh"), capture_output=True, check=True)
+            said = subprocess.run(
+                ["sh", "-s", "--", "look", self.root, "-", "-", "-"],
+                input=script("land.sh"),
+                capture_output=True,
+                check=True,
+            )
             identity = parse_look(said.stdout.decode()).identity
-        remember(self.state, self.box.name, CachedProbe(arguments(self.box, PROVIDERS), probe, 0.0, 0.0, identity, str(self.root)))
+        remember(
+            self.state,
+            self.box.name,
+            CachedProbe(arguments(self.box, PROVIDERS), probe, 0.0, 0.0, identity, str(self.root)),
+        )
 
     def deploy(self, **more: Any) -> DeployResult:
         connection = more.pop("connection", None) or self.sshd.connection(self.state, box=self.box)
@@ -134,11 +149,15 @@ def own_scene(tmp_path: Path, own_sshd: Any, index: Path) -> Iterator[Scene]:
 
 
 def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(scene: Scene, index: Path) -> None:
-    """The real probe, except for its way to a hub that is not here; a real environment, of small wheels."""
+    """The real probe, except for its way to a hub that is not here; a real environment, of small
+    wheels.
+    """
     for mirror in ("default", "cn"):
         write(scene.checkout / f"env/mirrors/{mirror}.env", (scene.checkout / "env/mirrors/here.env").read_text())
     shutil.rmtree(scene.state)
-    python = {"python3.10": f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {sys.executable} "$@" ;; esac\n'}
+    python = {
+        "python3.10": f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {sys.executable} "$@" ;; esac\n'
+    }
     known = {
         name: each.model_copy(update={"pythons": (str(write(scene.disk / name, text, 0o755)),)})
         for name, text in python.items()
@@ -168,7 +187,9 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
     assert not (scene.root / "lock").exists()
     stages = [text for text in scene.said if text.startswith("environment: ")]
     assert (
-        stages[0] == "environment: a virtual environment ..." and len(stages) == 13 and stages[-1].startswith("environment: a virtual environment, ")
+        stages[0] == "environment: a virtual environment ..."
+        and len(stages) == 13
+        and stages[-1].startswith("environment: a virtual environment, ")
     )
     assert all(text.endswith(" ...") for text in stages[:-1:2]) and all(": done (" in text for text in stages[1:-1:2])
     assert scene.moments[0].startswith("sync: ") and scene.moments[-1] == ""
@@ -176,7 +197,9 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
 
     def again() -> tuple[DeployResult, list[str]]:
         with Counting(scene.sshd.connection(scene.state, box=scene.box)) as connection:
-            return deploy(connection, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state), connection.calls  # type: ignore[arg-type]
+            return deploy(
+                connection, scene.checkout, scene.box, limits=ROOMY, providers=providers, state=scene.state
+            ), connection.calls  # type: ignore[arg-type]
 
     before = (scene.root / "deployed").stat()
     second, calls = again()
@@ -196,7 +219,9 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
 
 
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:
-    """A running job keeps what it was started with; the one before the last stays, for a start that is on its way."""
+    """A running job keeps what it was started with; the one before the last stays, for a start that
+    is on its way.
+    """
     key = scene.environment_is_there()
     write(scene.root / f"env/{'a' * 16}/complete", "")
     write(scene.root / f"env/{'a' * 16}.log", "")
@@ -227,7 +252,11 @@ def test_hostile_names_and_a_hostile_place(tmp_path: Path, sshd: Any, index: Pat
         write(scene.checkout / "rlhf_train" / name / "file", name)
     scene.deploy()
     there = scene.root / "code" / scene.deployed()["code"]
-    assert [name for name in HOSTILE if (there / name).read_text() != name or not (there / "rlhf_train" / name / "file").exists()] == []
+    assert [
+        name
+        for name in HOSTILE
+        if (there / name).read_text() != name or not (there / "rlhf_train" / name / "file").exists()
+    ] == []
     assert scene.deploy().changed is False
 
 
@@ -255,7 +284,9 @@ def test_tar_serves_where_no_rsync_is(scene: Scene) -> None:
     assert scene.deploy().changed is False
 
 
-def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scene.environment_is_there()
     real = deploying.sync.send
 
@@ -272,16 +303,25 @@ def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(scene: S
     assert scene.whole_code() == [done.plan.code]
 
 
-def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(
+    scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True))
     assert done.changed and not scene.root.exists()
     shown = capsys.readouterr().err
     tree = checkout_tree(scene.checkout)
-    said = ["lock: would be taken", f"sync: would send {tree}", f"environment: would make a virtual environment, {done.plan.environment}"]
-    assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [*said, "settle: would write down what is deployed"]
-    assert scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True), rsync="").parts[2].said == (
-        f"would send {tree} by tar (no rsync here, or an old one)"
-    )
+    said = [
+        "lock: would be taken",
+        f"sync: would send {tree}",
+        f"environment: would make a virtual environment, {done.plan.environment}",
+    ]
+    assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [
+        *said,
+        "settle: would write down what is deployed",
+    ]
+    assert scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True), rsync="").parts[
+        2
+    ].said == (f"would send {tree} by tar (no rsync here, or an old one)")
     for command in ("sh -s -- look", "sh -s -- lock", "rsync --recursive", "environment.sh", "sh -s -- settle"):
         assert command in shown, command
 
@@ -307,9 +347,24 @@ with BoxConnection(box, Path(state), ssh_config=Path(config)) as line:
 
 def deployer(scene: Scene) -> subprocess.Popen[str]:
     """A deploy as a process of its own, which can be killed."""
-    argv = [sys.executable, "-c", DEPLOYER, str(scene.state), str(scene.checkout), str(scene.sshd.folder / "config"), scene.box.model_dump_json()]
+    argv = [
+        sys.executable,
+        "-c",
+        DEPLOYER,
+        str(scene.state),
+        str(scene.checkout),
+        str(scene.sshd.folder / "config"),
+        scene.box.model_dump_json(),
+    ]
     root = Path(__file__).parents[3]
-    return subprocess.Popen(argv, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        argv,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(what: Any, seconds: float = 30) -> None:
@@ -320,7 +375,9 @@ def wait_for(what: Any, seconds: float = 30) -> None:
 
 
 def test_killed_in_the_middle_of_sync_and_called_again(scene: Scene) -> None:
-    """KILL, which runs no handler: the lock stays, the next call on this laptop sees that nobody is behind it."""
+    """KILL, which runs no handler: the lock stays, the next call on this laptop sees that nobody is
+    behind it.
+    """
     scene.environment_is_there()
     scene.deploy()
     before = scene.deployed()
@@ -350,7 +407,9 @@ def test_killed_while_the_environment_is_made_and_called_again(scene: Scene) -> 
     write(scene.disk / "quick", "")
     done = scene.deploy()
     assert [part.name for part in done.parts] == ["look", "lock", "environment", "settle"]  # the code was whole
-    assert (scene.root / f"env/{done.plan.environment}/complete").exists() and scene.deployed()["code"] == done.plan.code
+    assert (scene.root / f"env/{done.plan.environment}/complete").exists() and scene.deployed()[
+        "code"
+    ] == done.plan.code
     assert subprocess.run(["pgrep", "-f", "sleep 63"], capture_output=True, check=False).stdout == b""
 
 
@@ -361,7 +420,9 @@ def test_two_deployers_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
         (scene.checkout / f"large{number}").write_bytes(os.urandom(1_000_000))
     process = deployer(scene)
     wait_for((scene.root / "lock/owner").exists)
-    old_driver = probed(scene.disk, GPU.replace("535", "400"), python=sys.executable)  # to be noted, if there were no error instead
+    old_driver = probed(
+        scene.disk, GPU.replace("535", "400"), python=sys.executable
+    )  # to be noted, if there were no error instead
     answer = CachedProbe(arguments(scene.box, PROVIDERS), old_driver, 0.0, 0.0)
     monkeypatch.setattr(deploying, "probe", lambda *words: answer)
     with pytest.raises(ToolkitError) as busy:
@@ -425,14 +486,19 @@ def test_an_environment_that_fails_leaves_what_was_there(scene: Scene) -> None:
     scene.knows(probed(scene.disk, python="/no/such/python"))
     with pytest.raises(ToolkitError) as failed:
         scene.deploy()
-    assert failed.value.exit_code == ExitCode.UNFIT and "cannot make the environment: a virtual environment" in failed.value.what
+    assert (
+        failed.value.exit_code == ExitCode.UNFIT
+        and "cannot make the environment: a virtual environment" in failed.value.what
+    )
     assert "/no/such/python" in failed.value.why
     assert scene.deployed() == before and not (scene.root / "lock").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a disk of its own")
 def test_a_disk_that_fills_up(scene: Scene) -> None:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", scene.disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", scene.disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
     try:
@@ -464,7 +530,9 @@ def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatc
     assert scene.deploy().plan.device == "cpu"  # the card that is remembered is gone
     assert asked == [1]
     assert scene.deploy().changed is False and asked == [1]
-    elsewhere = scene.box.model_copy(update={"data_folder": "/another/disk"})  # boxes.yaml changed, and this answer says nothing of it
+    elsewhere = scene.box.model_copy(
+        update={"data_folder": "/another/disk"}
+    )  # boxes.yaml changed, and this answer says nothing of it
     with pytest.raises(ToolkitError, match="not fit to be deployed to"):
         scene.deploy(box=elsewhere)
     assert asked == [1, 1]
@@ -483,7 +551,9 @@ def planned(tmp_path: Path, index: Path, sshd: Any) -> Any:
 
     def plan(*more: str, box: dict[str, Any] | None = None, provider: str = "generic", **options: Any) -> Any:
         made = sshd.box(**{"data_folder": "/data", **(box or {})})
-        return plan_for(known(probed(Path("/data"), *more, **options)), made, LIMITS, PROVIDERS[provider], checkout, "c" * 16)
+        return plan_for(
+            known(probed(Path("/data"), *more, **options)), made, LIMITS, PROVIDERS[provider], checkout, "c" * 16
+        )
 
     return plan
 
@@ -509,7 +579,10 @@ def test_what_is_measured_decides_the_way(planned: Any) -> None:
         plan = planned(*routes)
         assert (plan.route, plan.mirror) == expected
     assert planned().notes == ("no way to the model hub was found: models and data have to come from here",)
-    assert (planned(quick, mirror, box={"mirror": "cn"}).route, planned(quick, provider="autodl").mirror) == ("mirror", "cn")
+    assert (planned(quick, mirror, box={"mirror": "cn"}).route, planned(quick, provider="autodl").mirror) == (
+        "mirror",
+        "cn",
+    )
     plan = planned(slow, proxy, provider="autodl")
     assert plan.settings("t")["proxy"] == "/etc/network_turbo" and "proxy_file /etc/network_turbo" in plan.lines()
 
@@ -522,13 +595,20 @@ def test_cards_that_copy_wrong_do_not_copy_to_each_other(planned: Any) -> None:
 
 def test_which_python(planned: Any) -> None:
     found = "python\t3.10.4|1|/root/miniconda3/bin/python"
-    assert (planned(found, python="/usr/bin/python3.10").python, planned(found).python) == ("/usr/bin/python3.10", "/root/miniconda3/bin/python")
+    assert (planned(found, python="/usr/bin/python3.10").python, planned(found).python) == (
+        "/usr/bin/python3.10",
+        "/root/miniconda3/bin/python",
+    )
     assert (planned("python\t3.12.1|1|/usr/bin/python3", conda="/opt/conda/bin/conda").maker) == "/opt/conda/bin/conda"
     assert planned("python\t3.10.4|0|/usr/bin/python3.10").settings("t").keys() & {"python", "maker"} == set()
 
 
 def test_docker_where_it_is(planned: Any) -> None:
-    docker = ("docker\tDocker version 27.3.1", "docker_daemon\t27.3.1|runc|runc nvidia|/var/lib/docker", "docker_compose\t2.29.7")
+    docker = (
+        "docker\tDocker version 27.3.1",
+        "docker_daemon\t27.3.1|runc|runc nvidia|/var/lib/docker",
+        "docker_compose\t2.29.7",
+    )
     plan = planned(*docker, box={"build": {"BASE_IMAGE": "ubuntu:22.04", "CA_BUNDLE": "/x.pem"}})
     assert (plan.runtime, plan.image, plan.python_there) == ("docker", f"rlhf-box:{plan.environment}", "")
     assert plan.build == (("BASE_IMAGE", "ubuntu:22.04"), ("CUDA_ARCHS", ""))
@@ -546,7 +626,9 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
         return environment_key(checkout, runtime, "torch-cpu", mirror, build, "cpu")
 
     bare, image = key(), key("docker")
-    assert bare == key(mirror="here") and image != key("docker", "here")  # the image keeps the mirror's settings, an environment nothing of it
+    assert bare == key(mirror="here") and image != key(
+        "docker", "here"
+    )  # the image keeps the mirror's settings, an environment nothing of it
     assert bare == key(BASE_IMAGE="x") and image != key("docker", BASE_IMAGE="x")
     write(checkout / "jobs/spec.py", "another")
     assert (key(), key("docker")) == (bare, image)
@@ -567,7 +649,9 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
         (("python\t3.12.1|1|/usr/bin/python3",), {"python": ""}, {}, "no Python 3.10 with venv, and no conda or uv to make it with"),
     ],
 )  # fmt: skip
-def test_what_deploy_itself_needs(planned: Any, sshd: Any, more: tuple[str, ...], options: dict[str, Any], there: dict[str, Any], why: str) -> None:
+def test_what_deploy_itself_needs(
+    planned: Any, sshd: Any, more: tuple[str, ...], options: dict[str, Any], there: dict[str, Any], why: str
+) -> None:
     options = {"python": "/usr/bin/python3.10", **options}
     plan, facts = planned(*more, **options), known(probed(Path("/data"), *more, **options))
     found = replace(BoxContents(root="none", tools=frozenset({"rsync", "tar"})), **there)

@@ -1,4 +1,6 @@
-"""Two deployers and one lock, with the real script behind a real sshd: who has it is said, and who is dead loses it."""
+"""Two deployers and one lock, with the real script behind a real sshd: who has it is said, and who
+is dead loses it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def test_it_is_taken_with_our_folder_and_given_back(connection: Any, root: str) 
     assert (Path(root) / "secrets").stat().st_mode & 0o777 == 0o700
     owner = lock.holder(connection, root)
     assert owner is not None
-    assert (owner.why, owner.laptop, owner.pid, owner.token) == ("a 'test' of two lines; $(touch owned)", "here", os.getpid(), held.token)
+    assert (owner.why, owner.laptop, owner.pid, owner.token) == (
+        "a 'test' of two lines; $(touch owned)",
+        "here",
+        os.getpid(),
+        held.token,
+    )
     assert abs(owner.expires - time.time() - EXPIRES_S) < 5 and abs(owner.when - time.time()) < 5
     release(connection, held)
     assert lock.holder(connection, root) is None and not (Path(root) / "lock").exists()
@@ -117,7 +124,12 @@ def test_a_killed_deploy_of_this_laptop_is_taken_over_at_once_and_its_work_ended
         start = Path(f"/proc/{worker.pid}/stat").read_text().rsplit(") ", 1)[1].split()[19]
         (Path(root) / "lock/worker").write_text(f"{worker.pid} {start}\n")
         seen = lock.holder(connection, root)
-        assert seen is not None and seen.worker == worker.pid and is_gone(seen, "here") and not is_gone(seen, "another laptop")
+        assert (
+            seen is not None
+            and seen.worker == worker.pid
+            and is_gone(seen, "here")
+            and not is_gone(seen, "another laptop")
+        )
         held = take(connection, root, CODE, why="again", laptop="here", seen=seen)
         assert held.took_over.endswith(": its deploy was killed")
         assert worker.wait(5) == -15
@@ -178,4 +190,6 @@ def test_a_laptop_has_one_name(tmp_path: Path) -> None:
 
 def test_a_torn_answer_names_nobody() -> None:
     assert owner_of(["busy", "clock 10"]) is None
-    assert owner_of(["clock 1000", "lock who a\x1b[2J", "lock when x", "lock expires 1060"]) == Owner(who="a\\x1b[2J", expires=1060, now=1000)
+    assert owner_of(["clock 1000", "lock who a\x1b[2J", "lock when x", "lock expires 1060"]) == Owner(
+        who="a\\x1b[2J", expires=1060, now=1000
+    )

@@ -1,4 +1,6 @@
-"""What is sent is what git says, and what arrives is that or nothing: real git, real rsync and tar, a real sshd, the shells that boxes have."""
+"""What is sent is what git says, and what arrives is that or nothing: real git, real rsync and tar,
+a real sshd, the shells that boxes have.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,12 @@ def test_without_git_all_but_the_obvious(tmp_path: Path, index: Path) -> None:
     for kept in ("runs/.gitkeep", "secrets/.gitkeep", "README.md", "tests/runs/x"):
         write(checkout / kept, "")
     with_git = make_checkout(tmp_path / "git", index)
-    assert names(checkout_tree(checkout)) == names(checkout_tree(with_git)) | {"runs/.gitkeep", "secrets/.gitkeep", "README.md", "tests/runs/x"}
+    assert names(checkout_tree(checkout)) == names(checkout_tree(with_git)) | {
+        "runs/.gitkeep",
+        "secrets/.gitkeep",
+        "README.md",
+        "tests/runs/x",
+    }
 
 
 def test_a_git_that_refuses_is_not_passed_over(checkout: Path) -> None:
@@ -141,9 +148,9 @@ def test_what_is_too_large_is_refused_with_its_largest_folders(checkout: Path, m
     monkeypatch.setattr(sync, "ADVISED_BYTES", 2_000_000)
     monkeypatch.setattr(sync, "MOST_BYTES", 5_000_000)
     write(checkout / "models/opt/a", "x" * 2_000_000)
-    assert sync.check_size(checkout_tree(checkout)).startswith("the checkout is large") and "models/opt: 1 file, 2 MB" in sync.check_size(
-        checkout_tree(checkout)
-    )
+    assert sync.check_size(checkout_tree(checkout)).startswith(
+        "the checkout is large"
+    ) and "models/opt: 1 file, 2 MB" in sync.check_size(checkout_tree(checkout))
     write(checkout / "models/opt/b", "x" * 3_100_000)
     with pytest.raises(ToolkitError) as refused:
         checkout_tree(checkout)
@@ -196,19 +203,31 @@ def hostile_tree(folder: Path) -> Tree:
     (folder / os.fsdecode(b"bytes\xff")).write_text("z")
     write(folder / "empty", "")
     write(folder / ("long" * 40) / ("name" * 50), "long")
-    return tree_of(folder, [*made, "link to\nit", "dangling", os.fsdecode(b"bytes\xff"), "empty", f"{'long' * 40}/{'name' * 50}"])
+    return tree_of(
+        folder, [*made, "link to\nit", "dangling", os.fsdecode(b"bytes\xff"), "empty", f"{'long' * 40}/{'name' * 50}"]
+    )
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0])
 def test_the_box_computes_the_same_fingerprint(tmp_path: Path, shell: list[str]) -> None:
     tree = hostile_tree(tmp_path / "there.partial")
     folder = tmp_path / "there"
-    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=script("land.sh"), capture_output=True, check=False)
+    said = subprocess.run(
+        [*shell, "-s", "--", "land", folder, tree.fingerprint],
+        input=script("land.sh"),
+        capture_output=True,
+        check=False,
+    )
     assert (said.returncode, said.stdout.decode().split()) == (0, ["landed"]), said.stderr
     assert len(seen(folder)) == len(tree.files)
     shutil.move(folder, tmp_path / "there.partial")
     write(tmp_path / "there.partial/stray", "")
-    said = subprocess.run([*shell, "-s", "--", "land", folder, tree.fingerprint], input=script("land.sh"), capture_output=True, check=False)
+    said = subprocess.run(
+        [*shell, "-s", "--", "land", folder, tree.fingerprint],
+        input=script("land.sh"),
+        capture_output=True,
+        check=False,
+    )
     assert (said.returncode, said.stdout.split()[0], folder.exists()) == (4, b"differs", False)
 
 
@@ -216,7 +235,9 @@ def test_the_box_computes_the_same_fingerprint(tmp_path: Path, shell: list[str])
 def test_hostile_names_arrive_as_they_are(tmp_path: Path, connection: Any, how: str) -> None:
     tree = hostile_tree(tmp_path / "it's here")
     folder = tmp_path / "on the $(box)" / "what's there"
-    sent = send_whole(connection, tree, str(folder), rsync_there=how != "no rsync there", rsync="" if how == "tar" else "rsync")
+    sent = send_whole(
+        connection, tree, str(folder), rsync_there=how != "no rsync there", rsync="" if how == "tar" else "rsync"
+    )
     assert sent.how == ("rsync" if how == "rsync" else "tar")
     expected = seen(tmp_path / "it's here")
     assert seen(folder) == expected and len(expected) == len(tree.files)
@@ -225,7 +246,9 @@ def test_hostile_names_arrive_as_they_are(tmp_path: Path, connection: Any, how: 
     assert modes == {0o644, 0o755}
 
 
-def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path, tmp_path: Path, connection: Any) -> None:
+def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(
+    checkout: Path, tmp_path: Path, connection: Any
+) -> None:
     old = tmp_path / "old"
     send_whole(connection, checkout_tree(checkout), str(old))
     before = seen(old)
@@ -245,7 +268,9 @@ def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(checkout: Path
 
 
 def test_a_change_that_size_and_time_hide_is_found_and_mended(checkout: Path, tmp_path: Path, connection: Any) -> None:
-    """Nothing wrong is ever landed, and comparing by content mends it without touching the folder that was linked from."""
+    """Nothing wrong is ever landed, and comparing by content mends it without touching the folder
+    that was linked from.
+    """
     old, new = tmp_path / "old", tmp_path / "new"
     send_whole(connection, checkout_tree(checkout), str(old))
     spec = checkout / "jobs/spec.py"
@@ -288,7 +313,9 @@ def test_a_line_that_breaks_leaves_nothing_whole_and_the_next_call_goes_on(own_s
     for rsync in ("rsync", ""):
         folder = tmp_path / f"there{rsync}"
         with own_sshd.connection(tmp_path / "state") as connection:
-            threading.Thread(target=cut_once_files_travel, args=(Path(f"{folder}.partial"), own_sshd), daemon=True).start()
+            threading.Thread(
+                target=cut_once_files_travel, args=(Path(f"{folder}.partial"), own_sshd), daemon=True
+            ).start()
             with pytest.raises(ToolkitError) as broke:
                 send_whole(connection, tree, str(folder), rsync=rsync)
         assert broke.value.exit_code == ExitCode.UNREACHABLE, broke.value

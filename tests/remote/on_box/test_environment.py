@@ -1,4 +1,6 @@
-"""remote/on_box/environment.sh with small wheels from an index on the disk: a real Python, a real venv, a real pip."""
+"""remote/on_box/environment.sh with small wheels from an index on the disk: a real Python, a real
+venv, a real pip.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,33 @@ class OnBox:
 
     def start(self, *more: str, pipe_ignored: bool = False, **settings: Any) -> subprocess.Popen[str]:
         """pipe_ignored: SIGPIPE is, as under many a daemon; then a shell cannot trap it."""
-        words = {"root": str(self.root), "token": "t", "key": KEY, "runtime": "bare", "torch": "torch-cpu", "mirror": "here", "device": "cpu"}
+        words = {
+            "root": str(self.root),
+            "token": "t",
+            "key": KEY,
+            "runtime": "bare",
+            "torch": "torch-cpu",
+            "mirror": "here",
+            "device": "cpu",
+        }
         words |= {"python": sys.executable, **settings}
-        argv = ["sh", str(self.code / "remote/on_box/environment.sh"), *(f"{key}={value}" for key, value in words.items() if value), *more]
+        argv = [
+            "sh",
+            str(self.code / "remote/on_box/environment.sh"),
+            *(f"{key}={value}" for key, value in words.items() if value),
+            *more,
+        ]
         clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(self.home)}
         pipe = subprocess.PIPE
-        return subprocess.Popen(argv, env=clean, stdout=pipe, stderr=pipe, text=True, start_new_session=True, restore_signals=not pipe_ignored)
+        return subprocess.Popen(
+            argv,
+            env=clean,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+            restore_signals=not pipe_ignored,
+        )
 
     def run(self, *more: str, **settings: Any) -> tuple[int, list[str]]:
         process = self.start(*more, **settings)
@@ -94,7 +117,9 @@ def test_the_locks_become_an_environment_that_checked_itself(on_box: OnBox) -> N
     ]  # fmt: skip
     assert on_box.is_whole and not (on_box.environment / "lib/left by a killed call").exists()
     imports = subprocess.run(
-        [on_box.environment / "bin/python", "-c", "import alpha, deepspeed, torch; print(alpha.VALUE)"], capture_output=True, check=True
+        [on_box.environment / "bin/python", "-c", "import alpha, deepspeed, torch; print(alpha.VALUE)"],
+        capture_output=True,
+        check=True,
     )
     assert imports.stdout == b"1\n"
     assert list((on_box.root / "cache/tmp").iterdir()) == []
@@ -102,7 +127,9 @@ def test_the_locks_become_an_environment_that_checked_itself(on_box: OnBox) -> N
     write(on_box.root / ".rlhf-box", "")
     shutil.rmtree(on_box.root / "lock")
     no_docker = on_box.stand_in("bin/docker", "exit 1")
-    said = ask("purge", str(on_box.root), env={"HOME": str(on_box.home), "PATH": f"{Path(no_docker).parent}:/usr/bin:/bin"}).decode()
+    said = ask(
+        "purge", str(on_box.root), env={"HOME": str(on_box.home), "PATH": f"{Path(no_docker).parent}:/usr/bin:/bin"}
+    ).decode()
     assert parse(said, "box", "").is_clean and [path.name for path in on_box.home.parent.iterdir()] == ["home"]
 
 
@@ -172,7 +199,9 @@ def test_it_keeps_the_lock_alive_and_says_so(on_box: OnBox) -> None:
 
 @pytest.mark.parametrize("end", ["terminated", "nobody listens", "nobody listens, PIPE ignored", "killed"])
 def test_nothing_of_it_lives_on(on_box: OnBox, end: str) -> None:
-    """By TERM, which a takeover sends; by the end of the line; and by KILL, after which the next call ends what was left."""
+    """By TERM, which a takeover sends; by the end of the line; and by KILL, after which the next
+    call ends what was left.
+    """
     process = on_box.start(python=slow_python(on_box), pipe_ignored="ignored" in end)
     wait_for(lambda: (on_box.root / "started").exists() and (on_box.root / "started").read_text())
     child = int((on_box.root / "started").read_text())
@@ -215,16 +244,17 @@ def test_python_is_made_where_there_is_none(on_box: OnBox, tool: str, asked: str
     on_box.stand_in("python", f"echo \"$0 $*\" >>'{on_box.root}/asked'\nexit 7")
     code, said = on_box.run(python="", maker=maker)
     assert (code, said[0]) == (3, f"begin Python 3.10, by {tool}")
-    assert (on_box.root / "asked").read_text().splitlines() == [asked.format(base=base), f"{place}/python3.10 -m venv {on_box.environment}"]
+    assert (on_box.root / "asked").read_text().splitlines() == [
+        asked.format(base=base),
+        f"{place}/python3.10 -m venv {on_box.environment}",
+    ]
     assert [path.name for path in on_box.home.rglob("*")] == [".condarc"]
     assert (on_box.root / "cache/home/.conda/seen").read_text() == "channels: [a mirror]\n"
 
 
 def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
     write(on_box.home / ".docker/config.json", "a login")
-    writes = (
-        'mkdir -p "${BUILDX_CONFIG:-$HOME/.docker/buildx}"; config=${DOCKER_CONFIG:-$HOME/.docker}; cp "$config/config.json" "$config/.token_seed"'
-    )
+    writes = 'mkdir -p "${BUILDX_CONFIG:-$HOME/.docker/buildx}"; config=${DOCKER_CONFIG:-$HOME/.docker}; cp "$config/config.json" "$config/.token_seed"'
     docker = on_box.stand_in(
         "docker",
         f"echo \"$*\" >>'{on_box.root}/asked'; [ \"$2\" = inspect ] || env >'{on_box.root}/environment'; echo '#7 [build 3/9] RUN'; {writes}",
@@ -243,9 +273,19 @@ def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
     assert (code, said[-1]) == (0, "made")
     files = [f"--file {on_box.code}/{name}" for name in ("docker-compose.yml", "docker/compose.cpu.yml")]
     compose = f"compose --project-directory {on_box.code} --env-file /dev/null {' '.join(files)}"
-    assert (on_box.root / "asked").read_text().splitlines() == [f"{compose} --progress plain build train", f"image inspect rlhf-box:{KEY}"]
+    assert (on_box.root / "asked").read_text().splitlines() == [
+        f"{compose} --progress plain build train",
+        f"image inspect rlhf-box:{KEY}",
+    ]
     found = dict(line.split("=", 1) for line in (on_box.root / "environment").read_text().splitlines() if "=" in line)
-    wanted = {"RLHF_TAG": KEY, "MIRROR": "here", "TORCH": "torch-cpu", "CUDA_ARCHS": "", "BASE_IMAGE": "a b", "CA_BUNDLE": "/a/ca.pem"}
+    wanted = {
+        "RLHF_TAG": KEY,
+        "MIRROR": "here",
+        "TORCH": "torch-cpu",
+        "CUDA_ARCHS": "",
+        "BASE_IMAGE": "a b",
+        "CA_BUNDLE": "/a/ca.pem",
+    }
     assert {key: found.get(key) for key in wanted} == wanted
     assert [path.name for path in on_box.home.rglob("*")] == [".docker", "config.json"]
     assert (on_box.root / "cache/docker/.token_seed").read_text() == "a login"
@@ -254,7 +294,9 @@ def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a disk of its own")
 def test_a_full_disk_is_named(on_box: OnBox, tmp_path: Path) -> None:
     (on_box.root / "env").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", on_box.root / "env"], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", on_box.root / "env"], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
     try:

@@ -1,5 +1,6 @@
-"""The real probe.sh, under the shells that boxes have, in front of the real system; fakes only for what cannot be here:
-a GPU, Docker's GPU runtime, a provider."""
+"""The real probe.sh, under the shells that boxes have, in front of the real system; fakes only for
+what cannot be here: a GPU, Docker's GPU runtime, a provider.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,12 @@ class Fakes:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.home), "FAKE": str(self.files), "OMP_NUM_THREADS": "1"}
+        return {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "HOME": str(self.home),
+            "FAKE": str(self.files),
+            "OMP_NUM_THREADS": "1",
+        }
 
 
 @pytest.fixture
@@ -91,10 +97,19 @@ def fakes(tmp_path: Path) -> Fakes:
 
 
 def ask(fakes: Fakes, *args: str, shell: list[str] | None = None, **environ: str) -> BoxFacts:
-    """As box.call sends it: the script comes by standard input, and something after it that nobody may eat."""
+    """As box.call sends it: the script comes by standard input, and something after it that nobody
+    may eat.
+    """
     sent = script("probe.sh")
     command = [*(shell or SHELLS[0]), "-c", f'eval "$(head -c {len(sent)})"; cat', "sh", *args]
-    done = subprocess.run(command, input=sent + b"left alone", env={**fakes.environ, **environ}, capture_output=True, timeout=90, check=False)
+    done = subprocess.run(
+        command,
+        input=sent + b"left alone",
+        env={**fakes.environ, **environ},
+        capture_output=True,
+        timeout=90,
+        check=False,
+    )
     assert done.stderr == b"" and done.stdout.endswith(b"\nleft alone"), done.stderr
     return parse(done.stdout.removesuffix(b"left alone"))
 
@@ -108,20 +123,36 @@ def test_this_machine(fakes: Fakes, shell: list[str]) -> None:
     facts = ask(fakes, *probe_args(PROVIDERS, hub=""), shell=shell)
     assert facts.complete and facts.elapsed_s is not None
     assert facts.clock is not None and before - 1 <= facts.clock <= time.time() + 1
-    assert (facts.uid, facts.gid, facts.machine, facts.home) == (os.getuid(), os.getgid(), os.uname().machine, str(fakes.home))
-    assert facts.hostname == os.uname().nodename and facts.boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert (facts.uid, facts.gid, facts.machine, facts.home) == (
+        os.getuid(),
+        os.getgid(),
+        os.uname().machine,
+        str(fakes.home),
+    )
+    assert (
+        facts.hostname == os.uname().nodename
+        and facts.boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    )
     assert facts.cores is not None and 0 < facts.cores <= len(os.sched_getaffinity(0))
-    assert facts.cores > 1 or len(os.sched_getaffinity(0)) == 1 or Path("/sys/fs/cgroup/cpu.max").exists()  # not OMP_NUM_THREADS
+    assert (
+        facts.cores > 1 or len(os.sched_getaffinity(0)) == 1 or Path("/sys/fs/cgroup/cpu.max").exists()
+    )  # not OMP_NUM_THREADS
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert facts.memory_bytes is not None and 0 < facts.memory_bytes <= pages
     assert facts.shm_bytes == os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
     assert facts.tools is not None and facts.tools["tar"] and facts.cpu_flags
     home = place_of(facts, PROVIDERS["generic"])
     room = os.statvfs(fakes.home)
-    assert (home.root, home.found, home.missing) == (f"{fakes.home}/rlhf-box", str(fakes.home), f"{fakes.home}/rlhf-box")
+    assert (home.root, home.found, home.missing) == (
+        f"{fakes.home}/rlhf-box",
+        str(fakes.home),
+        f"{fakes.home}/rlhf-box",
+    )
     assert (home.writable, home.is_folder, home.read_only, home.uid) == (True, True, False, os.getuid())
     assert home.free_bytes is not None and 0 < home.free_bytes < room.f_blocks * room.f_frsize and home.file_system
-    assert any(python.version.startswith("3.") for python in facts.pythons) or "python" in facts.late  # of a machine that is very busy
+    assert (
+        any(python.version.startswith("3.") for python in facts.pythons) or "python" in facts.late
+    )  # of a machine that is very busy
     assert facts.docker.server == "" and runtime_of(facts).name == "bare"
 
 
@@ -134,7 +165,9 @@ def test_nothing_is_left_behind(fakes: Fakes, tmp_path: Path) -> None:
 
 def test_no_value_of_the_environment_is_said(fakes: Fakes) -> None:
     facts = ask(fakes, HF_TOKEN="hf_secret\nSECOND_LINE=hf_other\nhf_third", ODD="a=b")
-    assert {"HF_TOKEN", "ODD"} <= facts.variables and not any("hf_" in name or name == "SECOND_LINE" for name in facts.variables)
+    assert {"HF_TOKEN", "ODD"} <= facts.variables and not any(
+        "hf_" in name or name == "SECOND_LINE" for name in facts.variables
+    )
 
 
 @pytest.mark.parametrize("name", ["with blank", "a|bar", "$(touch pwned)", "quote'\"", "-n", "*", "line\nbreak"])
@@ -161,7 +194,13 @@ def test_what_is_deployed_and_what_runs(fakes: Fakes) -> None:
             (fakes.home / root / "deployed").write_text("code abc\nenv 12 34\n")
             stat = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(") ")[2].split()
             boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-            slot = {"run": "ppo|1", "request": "r1", "pid": str(sleeper.pid), "start": stat[19] if start == "own" else start, "boot": boot}
+            slot = {
+                "run": "ppo|1",
+                "request": "r1",
+                "pid": str(sleeper.pid),
+                "start": stat[19] if start == "own" else start,
+                "boot": boot,
+            }
             for name, value in slot.items():
                 (fakes.home / root / "slot" / name).write_text(value)
         alive, stale, empty = ask(fakes, "root=$HOME/a", "root=$HOME/b", "root=$HOME/c").places
@@ -185,14 +224,21 @@ def system(folder: Path, files: dict[str, str]) -> str:
 
 
 def test_autodl(fakes: Fakes, tmp_path: Path) -> None:
-    files = {"proc/sys/kernel/hostname": "autodl-container-a1b2c3-4d5e\n", "etc/network_turbo": "export https_proxy=http://127.0.0.1:1\n"}
+    files = {
+        "proc/sys/kernel/hostname": "autodl-container-a1b2c3-4d5e\n",
+        "etc/network_turbo": "export https_proxy=http://127.0.0.1:1\n",
+    }
     facts = ask(fakes, system(tmp_path / "sys", files), *probe_args(PROVIDERS, hub=""))
     assert "/etc/network_turbo" in facts.files and provider_of(facts, PROVIDERS).name == "autodl"
 
 
-@pytest.mark.parametrize(("name", "provider"), [("RUNPOD_POD_ID", "runpod"), ("VAST_CONTAINERLABEL", "vast"), ("OTHER", "generic")])
+@pytest.mark.parametrize(
+    ("name", "provider"), [("RUNPOD_POD_ID", "runpod"), ("VAST_CONTAINERLABEL", "vast"), ("OTHER", "generic")]
+)
 def test_variables_of_process_1(fakes: Fakes, tmp_path: Path, name: str, provider: str) -> None:
-    under = system(tmp_path / "sys", {"proc/1/environ": f"A=x\0{name}=secret\n\0", "proc/1/cgroup": "0::/kubepods/besteffort\n"})
+    under = system(
+        tmp_path / "sys", {"proc/1/environ": f"A=x\0{name}=secret\n\0", "proc/1/cgroup": "0::/kubepods/besteffort\n"}
+    )
     facts = ask(fakes, under, *probe_args(PROVIDERS, hub=""))
     assert provider_of(facts, PROVIDERS).name == provider and facts.container and facts.variables == {"A", name}
 
@@ -200,8 +246,15 @@ def test_variables_of_process_1(fakes: Fakes, tmp_path: Path, name: str, provide
 MEMINFO = "MemTotal:       65536000 kB\nMemFree: 1 kB\nMemAvailable:   60000000 kB\n"
 CGROUPS = {
     "version 2, in a container": (
-        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n", "sys/fs/cgroup/memory.max": "2147483648\n"}
-        | {"sys/fs/cgroup/memory.current": "1000000000\n", "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 400000000\n"},
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/cpu.max": "50000 100000\n",
+            "sys/fs/cgroup/memory.max": "2147483648\n",
+        }
+        | {
+            "sys/fs/cgroup/memory.current": "1000000000\n",
+            "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 400000000\n",
+        },
         (0.5, 2147483648, 2147483648 - 600000000),
     ),
     "version 2, narrower above": (
@@ -211,8 +264,14 @@ CGROUPS = {
         (0.75, 65536000 * 1024, 60000000 * 1024),
     ),
     "version 1": (
-        {"proc/self/cgroup": "4:memory:/docker/ab\n3:cpu,cpuacct:/docker/ab\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "25000\n"}
-        | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n"}
+        {
+            "proc/self/cgroup": "4:memory:/docker/ab\n3:cpu,cpuacct:/docker/ab\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "25000\n",
+        }
+        | {
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n",
+        }
         | {
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "1500000000\n",
             "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500000000\n",
@@ -243,9 +302,24 @@ def test_two_rtx_4090(fakes: Fakes) -> None:
     facts = ask(fakes)
     assert facts.driver == "535.129.03" and facts.cards is not None and len(facts.cards) == 2
     card = facts.cards[0]
-    assert (card.index, card.name, card.bus, card.uuid) == (1, "NVIDIA GeForce RTX 4090", "00000000:01:00.0", "GPU-4090-1")
-    assert (card.total_bytes, card.used_bytes, card.utilisation, card.ecc_now, card.xids) == (24564 * 2**20, 2**20, 0, None, ())
-    assert facts.topology[1].split() == ["GPU0", "X", "SYS", "0-15"] and len(facts.topology) == 3 and "\x1b" not in str(facts.topology)
+    assert (card.index, card.name, card.bus, card.uuid) == (
+        1,
+        "NVIDIA GeForce RTX 4090",
+        "00000000:01:00.0",
+        "GPU-4090-1",
+    )
+    assert (card.total_bytes, card.used_bytes, card.utilisation, card.ecc_now, card.xids) == (
+        24564 * 2**20,
+        2**20,
+        0,
+        None,
+        (),
+    )
+    assert (
+        facts.topology[1].split() == ["GPU0", "X", "SYS", "0-15"]
+        and len(facts.topology) == 3
+        and "\x1b" not in str(facts.topology)
+    )
     assert facts.peers == () and facts.peers_said == "no libcuda.so.1"
 
 
@@ -253,9 +327,7 @@ def test_who_holds_memory_ecc_and_xid(fakes: Fakes) -> None:
     apps = f"GPU-h100-5, {os.getpid()}, 40000\nGPU-h100-5, 4194304, [N/A]\n[Not Found], [N/A], [N/A]\n"
     fakes.cards(GPU["H100"].format(i=5), capability="9.0", ecc="2, 17", apps=apps)
     log = "[  9.1] NVRM: Xid (PCI:0000:65:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
-    log += (
-        "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
-    )
+    log += "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
     fakes.command("dmesg", f"#!/bin/sh\ncat <<'END'\n{log}END\n")
     facts = ask(fakes)
     assert facts.cards is not None and facts.kernel_log
@@ -267,9 +339,15 @@ def test_who_holds_memory_ecc_and_xid(fakes: Fakes) -> None:
 
 
 def test_a_driver_that_does_not_know_what_is_asked_and_a_lost_card(fakes: Fakes) -> None:
-    fakes.command("nvidia-smi", '#!/bin/sh\necho "Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost."; exit 15\n')
+    fakes.command(
+        "nvidia-smi",
+        '#!/bin/sh\necho "Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost."; exit 15\n',
+    )
     facts = ask(fakes)
-    assert facts.cards is None and facts.smi_error == "Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost."
+    assert (
+        facts.cards is None
+        and facts.smi_error == "Unable to determine the device handle for GPU 0000:65:00.0: GPU is lost."
+    )
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -279,7 +357,8 @@ def test_tools_that_hang_take_nothing_with_them(fakes: Fakes, shell: list[str]) 
     for name in ("nvidia-smi", "docker", "curl", "dmesg", "df"):
         fakes.command(name, f"#!/bin/sh\nsleep {mark}\necho late\n")
     facts = ask(fakes, "root=$HOME/rlhf-box", "direct=http://127.0.0.1:1/x", shell=shell)
-    # PROBE_S on a quiet machine; what is shown here is that it does not wait for the 61 s of those that hang.
+    # PROBE_S on a quiet machine; what is shown here is that it does not wait for the 61 s of those
+    # that hang.
     assert facts.complete and facts.elapsed_s is not None and facts.elapsed_s < 5 * PROBE_S
     assert {"cards", "docker", "hub_direct", "disk0", "shm", "kernel_log"} <= set(facts.late)
     assert facts.cards is None and facts.tools is not None and facts.tools["tar"] and facts.pythons
@@ -291,7 +370,12 @@ def test_a_broken_line_leaves_no_process(fakes: Fakes, how: signal.Signals | str
     mark = f"62.{os.getpid()}"
     for name in ("nvidia-smi", "docker"):
         fakes.command(name, f"#!/bin/sh\nsleep {mark}\n")
-    probe = subprocess.Popen([*SHELLS[0], "-c", script("probe.sh").decode(), "sh"], stdout=subprocess.PIPE, env=fakes.environ, start_new_session=True)
+    probe = subprocess.Popen(
+        [*SHELLS[0], "-c", script("probe.sh").decode(), "sh"],
+        stdout=subprocess.PIPE,
+        env=fakes.environ,
+        start_new_session=True,
+    )
     assert probe.stdout is not None and probe.stdout.readline().startswith(b"clock\t")
     wait_for(lambda: sleepers(mark) != [])
     if isinstance(how, signal.Signals):
@@ -302,10 +386,15 @@ def test_a_broken_line_leaves_no_process(fakes: Fakes, how: signal.Signals | str
 
 
 def test_only_its_own_children_are_ever_ended(fakes: Fakes) -> None:
-    """A wrong number in its list must not reach a stranger: process 1 of a container is everybody's parent."""
+    """A wrong number in its list must not reach a stranger: process 1 of a container is everybody's
+    parent.
+    """
     text = script("probe.sh").decode()
     function = text[text.index("end_tree() {") : text.index("end_all() {")].replace("kill -KILL", "echo would end")
-    calls = function.replace("2>/dev/null\n}", "\n}") + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill -KILL $!"
+    calls = (
+        function.replace("2>/dev/null\n}", "\n}")
+        + "\nend_tree 1 $PPID 0 '' $$; sleep 30 & end_tree 1 $! '' $$; kill -KILL $!"
+    )
     done = subprocess.run([*SHELLS[0], "-c", calls], capture_output=True, text=True, check=True, timeout=10)
     (line,) = done.stdout.splitlines()
     assert len(line.removeprefix("would end").split()) == 1
@@ -380,7 +469,14 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("zeros", 2, ["peer\t0|1|1|wrong", "peer\t1|0|1|wrong"]),  # as on RTX 4090 with old drivers
         ("far", 2, ["peer\t0|1|0|right", "peer\t1|0|0|right"]),
         ("far, zeros", 2, ["peer\t0|1|0|wrong", "peer\t1|0|0|wrong"]),
-        ("one bit", 3, [f"peer\t{a}|{b}|1|{'wrong' if (a, b) == (0, 1) else 'right'}" for a, b in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))]),
+        (
+            "one bit",
+            3,
+            [
+                f"peer\t{a}|{b}|1|{'wrong' if (a, b) == (0, 1) else 'right'}"
+                for a, b in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))
+            ],
+        ),
         ("refused", 2, ["peer\t0|1|1|right", "peer\t1|0|1|failed cuMemcpyPeer 217"]),
         ("full", 2, ["peers\tfailed cuDevicePrimaryCtxRetain 2"]),
         ("no driver", 2, ["peers\tfailed cuInit 100"]),
@@ -390,7 +486,13 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_copies_are_compared(libcuda: Path, behaviour: str, cards: int, lines: list[str]) -> None:
     environ = {"LD_LIBRARY_PATH": str(libcuda), "FAKE_CUDA": behaviour, "FAKE_CARDS": str(cards)}
     done = subprocess.run(
-        [sys.executable, "-"], input=script("gpu_copy_check.py").decode(), env=environ, capture_output=True, text=True, timeout=90, check=True
+        [sys.executable, "-"],
+        input=script("gpu_copy_check.py").decode(),
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
     )
     assert done.stdout.splitlines() == lines and done.stderr == ""
 
@@ -409,7 +511,11 @@ def test_the_probe_tries_them(fakes: Fakes, libcuda: Path) -> None:
     ("code", "said", "runtime"),
     [
         (0, "GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-4090-0)", "docker"),
-        (125, 'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].', "bare"),
+        (
+            125,
+            'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].',
+            "bare",
+        ),
         (0, "", "bare"),  # a container without a card
         (127, "exec: nvidia-smi: not found", "docker"),  # the image's fault; the runtime is listed
     ],
@@ -427,7 +533,10 @@ def test_dockers_gpu_runtime_is_tried(fakes: Fakes, code: int, said: str, runtim
     assert runtime_of(facts).name == runtime
     run = (fakes.files / "run").read_text().split()
     assert (
-        "--rm" in run and run[run.index("--gpus") + 1] == "all" and run[run.index("--pull") + 1] == "never" and run[-2:] == ["rlhf-box:cu118", "-L"]
+        "--rm" in run
+        and run[run.index("--gpus") + 1] == "all"
+        and run[run.index("--pull") + 1] == "never"
+        and run[-2:] == ["rlhf-box:cu118", "-L"]
     )
 
 
@@ -440,7 +549,10 @@ def test_what_docker_says_of_its_daemon_comes_before_what_it_says_of_the_format(
 
 def test_docker_without_its_daemon(fakes: Fakes) -> None:
     refusal = "permission denied while trying to connect to the Docker daemon socket"
-    fakes.command("docker", f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 ;; esac\n")
+    fakes.command(
+        "docker",
+        f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 ;; esac\n",
+    )
     facts = ask(fakes)
     assert (facts.docker.client, facts.docker.server, facts.docker.error) == ("27.3.1", "", refusal)
     assert runtime_of(facts).lacking == "daemon"
@@ -481,14 +593,30 @@ def test_ways_to_the_hub_are_not_mixed(fakes: Fakes, hub: tuple[str, list[str]],
     routes = {route.name: route for route in ask(fakes, under, *args).routes}
     assert {name: route.works for name, route in routes.items()} == {"direct": False, "mirror": True, "proxy": True}
     assert routes["mirror"].status == 200 and (routes["mirror"].total_s or 9) < 3 and routes["direct"].status is None
-    assert sorted(asked) == ["/facebook/opt-125m/resolve/main/config.json", "http://hub.invalid/facebook/opt-125m/resolve/main/config.json"]
+    assert sorted(asked) == [
+        "/facebook/opt-125m/resolve/main/config.json",
+        "http://hub.invalid/facebook/opt-125m/resolve/main/config.json",
+    ]
 
 
-def test_a_proxy_of_the_environment_is_neither_the_direct_way_nor_the_mirrors(fakes: Fakes, hub: tuple[str, list[str]]) -> None:
+def test_a_proxy_of_the_environment_is_neither_the_direct_way_nor_the_mirrors(
+    fakes: Fakes, hub: tuple[str, list[str]]
+) -> None:
     address, _ = hub
     dead = "http://127.0.0.1:9"
-    routes = ask(fakes, f"direct={address}/config.json", f"mirror={address}/none", http_proxy=dead, https_proxy=dead, HTTPS_PROXY=dead).routes
-    assert {route.name: (route.works, route.status) for route in routes} == {"direct": (True, 200), "mirror": (False, 404), "proxy": (False, None)}
+    routes = ask(
+        fakes,
+        f"direct={address}/config.json",
+        f"mirror={address}/none",
+        http_proxy=dead,
+        https_proxy=dead,
+        HTTPS_PROXY=dead,
+    ).routes
+    assert {route.name: (route.works, route.status) for route in routes} == {
+        "direct": (True, 200),
+        "mirror": (False, 404),
+        "proxy": (False, None),
+    }
 
 
 @pytest.mark.parametrize("missing", [("curl",), ("curl", "wget")], ids=["by wget", "by Python"])
@@ -496,7 +624,26 @@ def test_without_curl(hub: tuple[str, list[str]], tmp_path: Path, missing: tuple
     """On a box with few tools: a PATH of our own, and none of the usual places behind it."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    names = ("sh", "sed", "tr", "cat", "date", "uname", "id", "sort", "grep", "df", "stat", "ls", "cut", "tail", "nproc", "wc", "sleep", "wget")
+    names = (
+        "sh",
+        "sed",
+        "tr",
+        "cat",
+        "date",
+        "uname",
+        "id",
+        "sort",
+        "grep",
+        "df",
+        "stat",
+        "ls",
+        "cut",
+        "tail",
+        "nproc",
+        "wc",
+        "sleep",
+        "wget",
+    )
     for name in (*names, "python3"):
         found = sys.executable if name == "python3" else shutil.which(name)
         if name not in missing and found:
@@ -507,7 +654,12 @@ def test_without_curl(hub: tuple[str, list[str]], tmp_path: Path, missing: tuple
     assert shell is not None
     command = [shell, "-c", text, "sh", f"direct={address}/config.json", f"mirror={address}/none"]
     done = subprocess.run(
-        command, env={"PATH": str(tools), "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True, timeout=90, check=False
+        command,
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=90,
+        check=False,
     )
     facts = parse(done.stdout)
     assert facts.complete and facts.tools is not None and "curl" not in facts.tools

@@ -1,5 +1,6 @@
-"""The real supervisor.sh under the shells that boxes have, with real processes; a script stands for the training at the boundary,
-and for Docker's client, since no engine is here. One job is a real one.
+"""The real supervisor.sh under the shells that boxes have, with real processes; a script stands for
+the training at the boundary, and for Docker's client, since no engine is here. One job is a real
+one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,15 @@ class Box:
         path.chmod(0o755)
 
     def deployed(self, *more: str, **changed: str) -> None:
-        lines = {"code": FP, "runtime": "bare", "environment": KEY, "python": str(self.python), "route": "direct", "mirror": "default", "p2p": "0"}
+        lines = {
+            "code": FP,
+            "runtime": "bare",
+            "environment": KEY,
+            "python": str(self.python),
+            "route": "direct",
+            "mirror": "default",
+            "p2p": "0",
+        }
         text = [f"{key} {value}" for key, value in (lines | changed).items()]
         (self.root / "deployed").write_text("\n".join([*text, *more, ""]), encoding="utf-8")
 
@@ -94,7 +103,9 @@ class Box:
         assert done.returncode == code, (done.stdout, done.stderr)
         return done.stdout.decode().splitlines() if code == 0 else done.stderr.decode().splitlines()
 
-    def start(self, run: str = "run-1", request: str = "req-1", *args: str, stdin: bytes | None = None, fp: str = FP) -> str:
+    def start(
+        self, run: str = "run-1", request: str = "req-1", *args: str, stdin: bytes | None = None, fp: str = FP
+    ) -> str:
         (line,) = self.ask("start", run, request, fp, "60", "--", *args, stdin=sent() if stdin is None else stdin)
         return line
 
@@ -133,12 +144,19 @@ class Box:
     def watch(self, file: str, offset: int = 0, **more: Any) -> tuple[Watched, Seen]:
         view = Seen(file)
         return follow(
-            self.stream, view, WatchedRun("box", "run-1"), limits=StreamTimeouts(silence_s=5, first_pause_s=0.05), offset=offset, **more
+            self.stream,
+            view,
+            WatchedRun("box", "run-1"),
+            limits=StreamTimeouts(silence_s=5, first_pause_s=0.05),
+            offset=offset,
+            **more,
         ), view
 
     def stream(self, run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
         argv = self.argv("follow", run, file, str(offset))
-        return subprocess.Popen([str(self.bin / "sh"), *argv[1:]], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [str(self.bin / "sh"), *argv[1:]], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     def everything(self) -> list[psutil.Process]:
         """What was started here: our folder of commands is in its PATH."""
@@ -168,7 +186,9 @@ class Seen:
     def __enter__(self) -> Seen:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return
 
     def data(self, data: bytes) -> None:
@@ -229,7 +249,9 @@ every_shell = pytest.mark.parametrize("shell", SHELLS)
 @every_shell
 def test_a_job_from_its_start_to_its_end(made: Callable[[str], Box], shell: str) -> None:
     box = made(shell)
-    box.scenario('printf "%s\\n" begun >&2; echo one >"$run/events.jsonl"; sleep 0.5; echo two >>"$run/events.jsonl"; printf last; exit 75')
+    box.scenario(
+        'printf "%s\\n" begun >&2; echo one >"$run/events.jsonl"; sleep 0.5; echo two >>"$run/events.jsonl"; printf last; exit 75'
+    )
     pid = box.started("run-1", "req-1", "--step", "1", "2")
     assert psutil.Process(pid).ppid() != os.getpid() and os.getsid(pid) == pid
     running = box.job()
@@ -294,7 +316,13 @@ def test_nvidia_smi_that_hangs_holds_nothing_up(box: Box) -> None:
 
 
 def test_the_environment_is_a_clean_one(box: Box) -> None:
-    box.environ |= {"EVIL": "1", "PYTHONHOME": "/nowhere", "https_proxy": "http://127.0.0.1:9", "HF_ENDPOINT": "http://other", "LC_ALL": "C"}
+    box.environ |= {
+        "EVIL": "1",
+        "PYTHONHOME": "/nowhere",
+        "https_proxy": "http://127.0.0.1:9",
+        "HF_ENDPOINT": "http://other",
+        "LC_ALL": "C",
+    }
     box.scenario("env; echo begun")
     box.started()
     lines = dict(line.split("=", 1) for line in box.output().splitlines() if "=" in line)
@@ -314,7 +342,9 @@ def test_route_peer_access_and_the_providers_files(box: Box, tmp_path: Path) -> 
     (tmp_path / "rp").write_text('export GIVEN="a b"\nPATH=/given:$PATH\nHF_HOME=/given\n')
     (tmp_path / "broken").write_text("if [ ; then (\n")
     (tmp_path / "turbo").write_text("export http_proxy=http://proxy:1 https_proxy=http://proxy:1\n")
-    box.scenario('echo "$GIVEN|$HF_ENDPOINT|$HF_HUB_DISABLE_XET|$https_proxy|$NCCL_P2P_DISABLE|$HF_HOME|$PATH"; echo begun')
+    box.scenario(
+        'echo "$GIVEN|$HF_ENDPOINT|$HF_HUB_DISABLE_XET|$https_proxy|$NCCL_P2P_DISABLE|$HF_HOME|$PATH"; echo begun'
+    )
     files = [f"env_file {tmp_path / name}" for name in ("gone", "broken", "rp")]
     said = {}
     for route in ("direct", "mirror", "proxy"):
@@ -322,7 +352,9 @@ def test_route_peer_access_and_the_providers_files(box: Box, tmp_path: Path) -> 
         box.started("run-1", route)
         said[route] = box.output().splitlines()[0].split("|")
         box.ended()
-    assert {(words[5], words[0], words[4]) for words in said.values()} == {(f"{box.root}/cache/huggingface", "a b", "1")}
+    assert {(words[5], words[0], words[4]) for words in said.values()} == {
+        (f"{box.root}/cache/huggingface", "a b", "1")
+    }
     assert said["direct"][1:4] == ["https://huggingface.co", "", ""]
     assert said["mirror"][1:4] == ["https://hf-mirror.com", "1", ""]
     assert said["proxy"][1:4] == ["https://huggingface.co", "", "http://proxy:1"]
@@ -348,7 +380,9 @@ def test_hostile_names_are_refused(box: Box, name: str) -> None:
     assert box.ask("follow", name, "events", "0", code=2) == ["error: this cannot name a run"]
     assert box.ask("cancel", name, "1", code=2) == ["error: this cannot name a run"]
     assert box.ask("withdraw", name, code=2) == ["error: this cannot name a request"]
-    assert not (box.root / "runs").exists() and not (box.root / "requests").exists() and not list(box.root.rglob("pwned"))
+    assert (
+        not (box.root / "runs").exists() and not (box.root / "requests").exists() and not list(box.root.rglob("pwned"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -385,7 +419,11 @@ def test_an_unknown_run_is_told(box: Box) -> None:
 def test_what_is_not_deployed_is_refused(box: Box, spoil: Callable[[Box], None], said: str) -> None:
     spoil(box)
     assert box.start().startswith(f"refused {said}")
-    assert not (box.root / "runs").exists() and not (box.root / "requests").exists() and not list((box.root / "inputs").iterdir())
+    assert (
+        not (box.root / "runs").exists()
+        and not (box.root / "requests").exists()
+        and not list((box.root / "inputs").iterdir())
+    )
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
@@ -396,7 +434,8 @@ def test_secrets_are_in_the_jobs_environment_and_nowhere_else(made: Callable[[st
     box = made(shell)
     value = "hf_'a b$(touch pwned)\"\\n=#"
     box.scenario(
-        '[ "$HF_TOKEN" = "$(cat "$RLHF_RUNS/../expected")" ] && echo right; cd "${RLHF_RUNS%/runs}/secrets/req-1"; stat -c "%a %n" *; ' + TRAINS
+        '[ "$HF_TOKEN" = "$(cat "$RLHF_RUNS/../expected")" ] && echo right; cd "${RLHF_RUNS%/runs}/secrets/req-1"; stat -c "%a %n" *; '
+        + TRAINS
     )
     (box.root / "expected").write_text(value)
     pid = box.started(stdin=sent(f"HF_TOKEN={value}", "OTHER_KEY=two"))
@@ -404,7 +443,9 @@ def test_secrets_are_in_the_jobs_environment_and_nowhere_else(made: Callable[[st
     folder = box.root / "secrets" / "req-1"
     assert box.output().splitlines()[:3] == ["right", "600 HF_TOKEN", "600 OTHER_KEY"]
     assert folder.stat().st_mode & 0o777 == 0o700
-    holders = {_environ(process).get("RLHF_REQUEST") for process in psutil.process_iter() if "HF_TOKEN" in _environ(process)}
+    holders = {
+        _environ(process).get("RLHF_REQUEST") for process in psutil.process_iter() if "HF_TOKEN" in _environ(process)
+    }
     assert holders == {"req-1"}
     for process in psutil.process_iter():
         assert "hf_'a" not in " ".join(_cmdline(process))
@@ -447,7 +488,14 @@ def _cmdline(process: psutil.Process) -> list[str]:
 )
 def test_what_did_not_come_whole_starts_nothing(box: Box, stdin: bytes, said: str) -> None:
     assert box.start(stdin=stdin).startswith(f"refused {said}")
-    assert {path.name for path in box.root.iterdir()} <= {".rlhf-box", "deployed", "code", "env", "scenario.sh", "inputs"}
+    assert {path.name for path in box.root.iterdir()} <= {
+        ".rlhf-box",
+        "deployed",
+        "code",
+        "env",
+        "scenario.sh",
+        "inputs",
+    }
     assert not (box.root / "inputs").exists() or list((box.root / "inputs").iterdir()) == []
 
 
@@ -522,7 +570,10 @@ def test_a_refused_or_busy_request_may_come_again_or_be_withdrawn(box: Box) -> N
 def test_start_and_withdraw_at_once_agree(box: Box) -> None:
     box.scenario('echo "$RLHF_REQUEST" >>"$RLHF_RUNS/../starts"')
     seen, delay_s = list[bool](), 0.0
-    while len(seen) < 12 or set(seen) != {True, False}:  # a start takes some hundredths of a second, on a busy machine more
+    while len(seen) < 12 or set(seen) != {
+        True,
+        False,
+    }:  # a start takes some hundredths of a second, on a busy machine more
         request = f"req-{len(seen)}"
         call = subprocess.Popen(
             [str(box.bin / "sh"), *box.argv("start", "run-1", request, FP, "60", "--")[1:]],
@@ -537,7 +588,10 @@ def test_start_and_withdraw_at_once_agree(box: Box) -> None:
         call.wait()
         until(lambda: not (box.root / "slot").exists())
         ran = (box.root / "starts").exists() and request in (box.root / "starts").read_text().split()
-        assert (withdrawn, said[0], ran) in {(f"not_run {request}", "withdrawn", False), (f"started {request}", "started", True)}
+        assert (withdrawn, said[0], ran) in {
+            (f"not_run {request}", "withdrawn", False),
+            (f"started {request}", "started", True),
+        }
         seen.append(ran)
         delay_s = 1.3 * delay_s + 0.006
         assert delay_s < 20, f"it always ended alike: {seen}"
@@ -553,7 +607,11 @@ def test_the_line_that_breaks_in_the_middle_of_stdin_starts_nothing(box: Box) ->
     os.killpg(call.pid, signal.SIGKILL)
     call.stdin.close()
     until(lambda: not box.everything())
-    assert list((box.root / "inputs").iterdir()) == [] and not (box.root / "runs").exists() and not (box.root / "secrets").exists()
+    assert (
+        list((box.root / "inputs").iterdir()) == []
+        and not (box.root / "runs").exists()
+        and not (box.root / "secrets").exists()
+    )
     assert box.ask("withdraw", "req-1") == ["not_run req-1"]
 
 
@@ -581,7 +639,9 @@ def test_every_byte_comes_once_and_in_order(made: Callable[[str], Box], shell: s
     """Bytes of all sorts, written while they are read, in pieces that end anywhere."""
     box = made(shell)
     (box.root / "bytes").write_bytes(os.urandom(700_000) + b"\n\0bytes 3 4\n" * 100)
-    box.scenario('echo begun; for i in 1 2 3; do cat "$RLHF_RUNS/../bytes"; sleep 0.3; done >"$run/train.log"; printf end >>"$run/train.log"')
+    box.scenario(
+        'echo begun; for i in 1 2 3; do cat "$RLHF_RUNS/../bytes"; sleep 0.3; done >"$run/train.log"; printf end >>"$run/train.log"'
+    )
     box.started()
     watched, seen = box.watch("log")
     assert watched.done and watched.exit == 0 and seen.aways == 0
@@ -599,7 +659,15 @@ def test_standard_output_may_be_a_socket(box: Box) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         argv = [str(box.bin / "sh"), *box.argv("follow", "run-1", "log", "0")[1:]]
-        subprocess.run(argv, env=box.environ, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL, check=True, timeout=20)
+        subprocess.run(
+            argv,
+            env=box.environ,
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.DEVNULL,
+            check=True,
+            timeout=20,
+        )
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
             assert b"\nbytes 0 7\none\ntwobeat " in file.read()
@@ -607,7 +675,8 @@ def test_standard_output_may_be_a_socket(box: Box) -> None:
 
 def test_following_begins_at_once_and_new_bytes_come_soon(box: Box) -> None:
     box.scenario(
-        'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two >>"$run/train.log"; ' + TRAINS
+        'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two >>"$run/train.log"; '
+        + TRAINS
     )
     box.started()
     process = box.stream("run-1", "log", 0)
@@ -619,7 +688,10 @@ def test_following_begins_at_once_and_new_bytes_come_soon(box: Box) -> None:
     (box.run().path / "go").touch()
     written = time.monotonic()
     assert next(frame for frame in frames if frame.word == "bytes").data == b"two\n" and time.monotonic() - written < 1
-    beats = [int(frame.args[0]) for frame, _ in zip((frame for frame in frames if frame.word == "beat"), range(2), strict=False)]
+    beats = [
+        int(frame.args[0])
+        for frame, _ in zip((frame for frame in frames if frame.word == "beat"), range(2), strict=False)
+    ]
     assert beats == sorted(set(beats)) and abs(beats[-1] - time.time()) < 5
     assert process.stdout
     process.stdout.close()  # ssh is gone
@@ -648,8 +720,13 @@ def test_a_file_that_was_cut_is_told(box: Box) -> None:
 
 
 def test_a_torn_event_is_read_whole_over_a_line_that_breaks(box: Box) -> None:
-    """Each connection is killed after some bytes; the file also gets a torn line that a resume cuts off."""
-    lines = [b'{"kind": "progress", "seq": %d, "doing": "%s"}\n' % (number, b"x" * (number * 37 % 400)) for number in range(300)]
+    """Each connection is killed after some bytes; the file also gets a torn line that a resume cuts
+    off.
+    """
+    lines = [
+        b'{"kind": "progress", "seq": %d, "doing": "%s"}\n' % (number, b"x" * (number * 37 % 400))
+        for number in range(300)
+    ]
     box.run().path.mkdir(parents=True)
     box.run().events.write_bytes(b"".join(lines[:150]) + lines[150][:20])
     box.scenario(TRAINS)
@@ -665,7 +742,9 @@ def test_a_torn_event_is_read_whole_over_a_line_that_breaks(box: Box) -> None:
         if count > 4:
             box.ask("cancel", "run-1", "5")
             return process
-        cut = subprocess.Popen(["head", "-c", str(9000 * count)], stdin=process.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        cut = subprocess.Popen(
+            ["head", "-c", str(9000 * count)], stdin=process.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         assert process.stdout
         process.stdout.close()
         return cut
@@ -694,7 +773,9 @@ def test_list_says_what_is_there(box: Box) -> None:
     (box.root / "runs" / "not a run").mkdir()
     lines = box.ask("list")
     words = next(line for line in lines if line.startswith("run run-1 ")).split()
-    assert {"alive=0", "training=0", "complete=1,2", "checkpoint=1:7,2:20,2:40"} <= set(words) and 'last run-1 {"kind": "b c"}' in lines
+    assert {"alive=0", "training=0", "complete=1,2", "checkpoint=1:7,2:20,2:40"} <= set(
+        words
+    ) and 'last run-1 {"kind": "b c"}' in lines
     assert sum(line.startswith("run ") for line in lines) == 1
     (disk,) = (int(line.split()[1]) for line in lines if line.startswith("disk "))
     assert abs(disk * 1024 - shutil.disk_usage(box.root).free) < 1e9
@@ -707,7 +788,9 @@ def test_list_says_what_is_there(box: Box) -> None:
 @every_shell
 def test_cancel_asks_first(made: Callable[[str], Box], shell: str) -> None:
     box = made(shell)
-    box.scenario('trap \'[ -e "$run/job/cancelled" ] && echo "seen"; exit 143\' TERM; echo begun; while :; do sleep 0.05; done')
+    box.scenario(
+        'trap \'[ -e "$run/job/cancelled" ] && echo "seen"; exit 143\' TERM; echo begun; while :; do sleep 0.05; done'
+    )
     box.started()
     began = time.monotonic()
     assert box.ask("cancel", "run-1", "30") == ["term", "ended 143", "free"]
@@ -725,7 +808,12 @@ def test_the_whole_tree_is_killed_when_the_grace_is_over(made: Callable[[str], B
     box = made(shell)
     box.scenario(DEAF)
     box.started()
-    until(lambda: any(os.getsid(process.pid) == process.pid and "rank-of-its-own" in process.cmdline() for process in box.members()))
+    until(
+        lambda: any(
+            os.getsid(process.pid) == process.pid and "rank-of-its-own" in process.cmdline()
+            for process in box.members()
+        )
+    )
     bystander = subprocess.Popen(["sleep", "60"], env={**os.environ, "RLHF_REQUEST": "req-11"})
     try:
         assert box.ask("cancel", "run-1", "1") == ["term", "kill", "ended 137", "free"]
@@ -753,11 +841,18 @@ def test_ranks_that_outlive_the_job_are_ended_with_it(box: Box) -> None:
 
 def test_cancel_names_who_holds_a_card(box: Box) -> None:
     holder = subprocess.Popen(["sleep", "61"])
-    box.command("nvidia-smi", f"#!/bin/sh\ncase $1 in *compute-apps*) echo 'GPU-aa, {holder.pid}, 512'; echo 'GPU-bb, 4194999, [N/A]' ;; esac\n")
+    box.command(
+        "nvidia-smi",
+        f"#!/bin/sh\ncase $1 in *compute-apps*) echo 'GPU-aa, {holder.pid}, 512'; echo 'GPU-bb, 4194999, [N/A]' ;; esac\n",
+    )
     box.scenario(TRAINS)
     box.started()
     try:
-        assert box.ask("cancel", "run-1", "5")[-3:] == ["ended 143", f"gpu_held GPU-aa {holder.pid} 512 sleep 61 ", "gpu_held GPU-bb 4194999 - "]
+        assert box.ask("cancel", "run-1", "5")[-3:] == [
+            "ended 143",
+            f"gpu_held GPU-aa {holder.pid} 512 sleep 61 ",
+            "gpu_held GPU-bb 4194999 - ",
+        ]
     finally:
         holder.kill()
         holder.wait()
@@ -774,7 +869,9 @@ def kill(pid: int) -> None:
 @every_shell
 def test_the_job_goes_on_without_its_supervisor(made: Callable[[str], Box], shell: str) -> None:
     box = made(shell)
-    box.scenario('echo begun; while [ ! -e "$run/go" ]; do sleep 0.05; done; echo \'{"kind": "end", "step": 1}\' >"$run/events.jsonl"; exit 0')
+    box.scenario(
+        'echo begun; while [ ! -e "$run/go" ]; do sleep 0.05; done; echo \'{"kind": "end", "step": 1}\' >"$run/events.jsonl"; exit 0'
+    )
     pid = box.started("run-1", "req-1", "--step", "1", stdin=sent("HF_TOKEN=x"))
     kill(pid)
     job = box.job()
@@ -859,7 +956,13 @@ def test_a_slot_that_another_takes_over_is_left_to_it(box: Box) -> None:
     slot = box.root / "slot"
     (slot / "taken").mkdir(parents=True)
     own_start = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19]
-    for name, text in {"run": "run-9", "request": "req-9", "pid": "1", "start": "1", "taken/by": f"{os.getpid()} {own_start}"}.items():
+    for name, text in {
+        "run": "run-9",
+        "request": "req-9",
+        "pid": "1",
+        "start": "1",
+        "taken/by": f"{os.getpid()} {own_start}",
+    }.items():
         (slot / name).write_text(f"{text}\n")
     assert box.start() == "refused another start is taking over the slot of run run-9, and does not come to an end"
     assert (slot / "taken/by").exists() and not (box.root / "requests").exists()
@@ -899,7 +1002,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     if (
         os.getuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(place)], capture_output=True, check=False).returncode
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(place)], capture_output=True, check=False
+        ).returncode
     ):
         pytest.skip("needs the right to mount a file system")
     try:
@@ -924,7 +1029,9 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     box.deployed()
     fill(small_disk)
     assert box.start().startswith(f"refused cannot write in {box.root}: 0 KB are free there")
-    assert not (box.root / "slot").exists() and not list((box.root / "runs").glob("*/job/new.*") if (box.root / "runs").exists() else [])
+    assert not (box.root / "slot").exists() and not list(
+        (box.root / "runs").glob("*/job/new.*") if (box.root / "runs").exists() else []
+    )
     (small_disk / "filling").unlink()
     box.scenario(f'echo begun; dd if=/dev/zero of="{small_disk}/filling" bs=4096 2>/dev/null; exit 3')
     box.started("run-1", "req-2", stdin=sent("HF_TOKEN=x"))
@@ -987,7 +1094,10 @@ def contained(box: Box, scenario: str) -> None:
 
 
 def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None:
-    contained(docked, 'for word; do printf "<%s>" "$word"; done; echo; echo begun; echo lines >&2; sleep 0.3; printf last; exit 75')
+    contained(
+        docked,
+        'for word; do printf "<%s>" "$word"; done; echo; echo begun; echo lines >&2; sleep 0.3; printf last; exit 75',
+    )
     docked.environ["HTTPS_PROXY"] = "http://never"
     docked.started("run-1", "req-1", "--step", "1", "a b'c", stdin=sent("HF_TOKEN=hf_x"))
     job = docked.job()
@@ -996,18 +1106,32 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
     secrets = root / "secrets/req-1"
     assert (secrets / "HF_TOKEN").read_text() == "hf_x\n"
     if os.getuid() == 0:  # the container does not run as root
-        owned = (secrets, secrets / "HF_TOKEN", root / "runs/run-1", root / "runs/run-1/job", root / "cache/tmp", root / "inputs" / _hash())
+        owned = (
+            secrets,
+            secrets / "HF_TOKEN",
+            root / "runs/run-1",
+            root / "runs/run-1/job",
+            root / "cache/tmp",
+            root / "inputs" / _hash(),
+        )
         assert {path.stat().st_uid for path in owned} == {1000} and secrets.stat().st_mode & 0o777 == 0o700
     docked.ended()
     job_file = root / "inputs" / _hash() / "job.yaml"
-    assert docked.output() == f"<--job><{job_file}><--run><run-1><--step><1><a b'c>\nbegun\nlines\nlast" and docked.job().exit == 75
+    assert (
+        docked.output() == f"<--job><{job_file}><--run><run-1><--step><1><a b'c>\nbegun\nlines\nlast"
+        and docked.job().exit == 75
+    )
     calls = (engine(docked) / "calls").read_text().splitlines()
     (compose,) = (call for call in calls if call.startswith("compose"))
     assert compose == (
         f"compose --project-directory {code} --env-file /dev/null -f {code}/docker-compose.yml -f {code}/docker/compose.cpu.yml "
         f"-f {code}/docker/compose.box.yml run -d -T --no-deps --name rlhf-box-req-1 train --job {job_file} --run run-1 --step 1 a b'c"
     )
-    assert "wait rlhf-box-req-1" in calls and calls[-1] == "rm -f rlhf-box-req-1" and not any("hf_x" in call for call in calls)
+    assert (
+        "wait rlhf-box-req-1" in calls
+        and calls[-1] == "rm -f rlhf-box-req-1"
+        and not any("hf_x" in call for call in calls)
+    )
     variables = dict(line.split("=", 1) for line in (engine(docked) / "env").read_text().splitlines())
     uid = 1000 if os.getuid() == 0 else os.getuid()
     expected = {
@@ -1077,10 +1201,23 @@ def test_a_container_that_somebody_removed_is_lost(docked: Box) -> None:
 
 def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:
     """As the real client resolves it; it asks no daemon for that."""
-    if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("docker")
+        or subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs Docker's client with Compose")
-    files = [word for name in ("docker-compose.yml", "docker/compose.cpu.yml", "docker/compose.box.yml") for word in ("-f", str(CHECKOUT / name))]
-    variables = {"RLHF_INPUTS": "/data/box/inputs", "RLHF_TAG": KEY, "RLHF_REQUEST": "req-1", "RLHF_GRACE": "90", "RLHF_RUNS": "/data/box/runs"}
+    files = [
+        word
+        for name in ("docker-compose.yml", "docker/compose.cpu.yml", "docker/compose.box.yml")
+        for word in ("-f", str(CHECKOUT / name))
+    ]
+    variables = {
+        "RLHF_INPUTS": "/data/box/inputs",
+        "RLHF_TAG": KEY,
+        "RLHF_REQUEST": "req-1",
+        "RLHF_GRACE": "90",
+        "RLHF_RUNS": "/data/box/runs",
+    }
     said = subprocess.run(
         ["docker", "compose", "--project-directory", str(CHECKOUT), "--env-file", "/dev/null", *files, "config"],
         env={"PATH": os.environ["PATH"], **variables}, capture_output=True, text=True, check=True,

@@ -1,4 +1,7 @@
-"""Nothing of ours is left, and nothing of anybody else's is touched. Docker is a script: what it is asked to do is what is tested."""
+"""Nothing of ours is left, and nothing of anybody else's is touched.
+
+Docker is a script: what it is asked to do is what is tested.
+"""
 
 from __future__ import annotations
 
@@ -96,13 +99,29 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     ):  # fmt: skip
         (docker / folder / name).write_text(text)
     error = refused(far, tmp_path, box.root)
-    assert error.exit_code == ExitCode.UNFIT and "the models of step 1" in error.why and "fab fetch" in error.hint and box.root.exists()
+    assert (
+        error.exit_code == ExitCode.UNFIT
+        and "the models of step 1" in error.why
+        and "fab fetch" in error.hint
+        and box.root.exists()
+    )
     found = purged(far, tmp_path, box.root)
     assert found.is_clean and [proof.name for proof in found.proofs] == ["folder", "processes", "docker"]
-    assert found.removed == ("container odd", "container rlhf-box-1", str(box.root), "image rlhf-box:x", "volume v", "network n")
+    assert found.removed == (
+        "container odd",
+        "container rlhf-box-1",
+        str(box.root),
+        "image rlhf-box:x",
+        "volume v",
+        "network n",
+    )
     assert not box.root.exists() and (tmp_path / "box" / "mine").read_text() == "mine"
-    assert [path.name for path in docker.rglob("*") if path.parent.name in ("containers", "images", "volumes", "networks")] == ["mine"]
-    assert [note for note in found.notes if "authorized_keys" in note] == [] and "docker builder prune" in "".join(found.notes)
+    assert [
+        path.name for path in docker.rglob("*") if path.parent.name in ("containers", "images", "volumes", "networks")
+    ] == ["mine"]
+    assert [note for note in found.notes if "authorized_keys" in note] == [] and "docker builder prune" in "".join(
+        found.notes
+    )
     (tmp_path / "home" / ".ssh").mkdir(parents=True)
     (tmp_path / "home" / ".ssh" / "authorized_keys").write_text("ssh-ed25519 AAAA me\n")
     assert "authorized_keys stays" in "".join(purged(far, tmp_path, box.root).notes)
@@ -118,7 +137,12 @@ def test_what_is_left_is_said(far: Sshd, docker: Path, box: BoxFolder, tmp_path:
     finally:
         process.kill()
         process.wait()
-    assert error.exit_code == ExitCode.UNFIT and "rlhf-box:x" in error.why and f"{process.pid} " in error.why and not box.root.exists()
+    assert (
+        error.exit_code == ExitCode.UNFIT
+        and "rlhf-box:x" in error.why
+        and f"{process.pid} " in error.why
+        and not box.root.exists()
+    )
     (docker / "stuck").unlink()
     assert purged(far, tmp_path, box.root).is_clean
 
@@ -160,7 +184,9 @@ def no_docker(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0])
-def test_a_folder_that_is_not_ours_stays(shell: list[str], box: BoxFolder, tmp_path: Path, no_docker: dict[str, str]) -> None:
+def test_a_folder_that_is_not_ours_stays(
+    shell: list[str], box: BoxFolder, tmp_path: Path, no_docker: dict[str, str]
+) -> None:
     (tmp_path / "link").symlink_to(box.root)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
@@ -203,7 +229,9 @@ def test_another_file_system_is_never_entered(box: BoxFolder, tmp_path: Path, no
 
 
 def test_files_of_another_user() -> None:
-    """A container of our image may remove them; and while they are there, the folder keeps its mark, and that is said."""
+    """A container of our image may remove them; and while they are there, the folder keeps its
+    mark, and that is said.
+    """
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
     folder = Path(tempfile.mkdtemp(prefix="rlhf-box-test-"))
@@ -222,7 +250,16 @@ def test_files_of_another_user() -> None:
         (theirs / "file").touch()
         words = ["sh", "-s", "--", "purge", str(box.root)]
         env = {"PATH": f"{docker}/bin:/usr/bin:/bin"}
-        answer = subprocess.run(words, input=script("results.sh"), capture_output=True, user=65534, group=65534, extra_groups=[], env=env, check=True)
+        answer = subprocess.run(
+            words,
+            input=script("results.sh"),
+            capture_output=True,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            env=env,
+            check=True,
+        )
         proofs = {proof.name: proof for proof in parse(answer.stdout.decode(), "box", "").proofs}
         assert not proofs["folder"].ok and str(box.root) in proofs["folder"].text and (box.root / ".rlhf-box").exists()
         assert not (box.root / "code").exists() and (theirs / "file").exists()
@@ -248,16 +285,28 @@ def test_an_answer_that_is_cut_short_proves_nothing() -> None:
         assert caught.value.exit_code == ExitCode.UNCERTAIN
 
 
-def test_a_dry_run_lists_what_would_go_and_removes_nothing(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:
+def test_a_dry_run_lists_what_would_go_and_removes_nothing(
+    far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path
+) -> None:
     box.step(box.run(), 1, size=3_000_000)
-    for folder, name, text in (("containers", "rlhf-box-1", "rlhf-box:x|Exited (0) 3 hours ago"), ("images", "x", ""), ("volumes", "v", "")):
+    for folder, name, text in (
+        ("containers", "rlhf-box-1", "rlhf-box:x|Exited (0) 3 hours ago"),
+        ("images", "x", ""),
+        ("volumes", "v", ""),
+    ):
         (docker / folder / name).write_text(text)
     with far.connection(tmp_path / "state", dry_run=True) as connection:
         found = purge(connection, str(box.root), {}, yes=True)
         assert found == Purged(notes=found.notes, would=found.would) and read_results(connection, str(box.root)).marked
         assert found.would[0] == "container rlhf-box-1" and found.would[2:] == ("image rlhf-box:x", "volume v")
-        assert found.would[1].startswith(f"{box.root}, 3.") and found.would[1].endswith(" MB") and "builder prune" in found.notes[-1]
-        assert "only --yes removes it: run `tiny`: the models of step 1" in purge(connection, str(box.root), {}).notes[0]
+        assert (
+            found.would[1].startswith(f"{box.root}, 3.")
+            and found.would[1].endswith(" MB")
+            and "builder prune" in found.notes[-1]
+        )
+        assert (
+            "only --yes removes it: run `tiny`: the models of step 1" in purge(connection, str(box.root), {}).notes[0]
+        )
         assert (docker / "images" / "x").exists() and box.root.exists()
         shutil.rmtree(box.root)
         assert str(box.root) not in "".join(purge(connection, str(box.root), {}).would)

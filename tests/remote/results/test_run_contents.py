@@ -1,4 +1,6 @@
-"""results.sh under the shells that boxes have, and what is made of its answers; all here, without a line."""
+"""results.sh under the shells that boxes have, and what is made of its answers; all here, without a
+line.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ A, B = "a" * 64, "b" * 64
 
 def ask(*words: str, shell: list[str] = SHELLS[0], env: dict[str, str] | None = None) -> bytes:
     answer = subprocess.run(
-        [*shell, "-s", "--", *words], input=script("results.sh"), capture_output=True, env={**os.environ, **(env or {})}, check=False
+        [*shell, "-s", "--", *words],
+        input=script("results.sh"),
+        capture_output=True,
+        env={**os.environ, **(env or {})},
+        check=False,
     )
     assert (answer.returncode, answer.stderr) == (0, b"")
     greeting, _, said = answer.stdout.partition(b"\nbegin\n")
@@ -81,13 +87,34 @@ def test_manifest_and_send(shell: list[str], box: BoxFolder) -> None:
     run.log.write_bytes(b"0123456789")
     said = ask("manifest", str(box.root), "tiny", "checkpoints", shell=shell)
     manifest = ManifestReader(io.BytesIO(said)).read()
-    assert manifest is not None and manifest.steps == {1: sha(run.step(1).complete)} and manifest.checkpoints[2].update == 9
+    assert (
+        manifest is not None
+        and manifest.steps == {1: sha(run.step(1).complete)}
+        and manifest.checkpoints[2].update == 9
+    )
     assert {file.path: (file.size_bytes, file.sha256) for file in manifest.files} == {
-        path.relative_to(run.path).as_posix(): (path.stat().st_size, sha(path)) for path in run.path.rglob("*") if path.is_file()
+        path.relative_to(run.path).as_posix(): (path.stat().st_size, sha(path))
+        for path in run.path.rglob("*")
+        if path.is_file()
     }
     weights = "step1/model/model.safetensors"
     answer = ask(
-        "send", str(box.root), "tiny", "900", "1000", weights, "0", "5", "nowhere", "4", "7", "train.log", "0", "11", "train.log", shell=shell
+        "send",
+        str(box.root),
+        "tiny",
+        "900",
+        "1000",
+        weights,
+        "0",
+        "5",
+        "nowhere",
+        "4",
+        "7",
+        "train.log",
+        "0",
+        "11",
+        "train.log",
+        shell=shell,
     )
     assert answer == b"bytes 0 100\n" + content((1, "model", ""), 1000)[900:] + b"gone 1\nbytes 2 3\n456gone 3\nend\n"
 
@@ -102,8 +129,12 @@ def test_hashes_are_made_once(box: BoxFolder) -> None:
     weights = run.step(1).model / "model.safetensors"
     times = weights.stat()
     weights.write_bytes(b"x" * 1000)
-    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same size and time: the inode has changed nonetheless
-    assert f"file 1000 {sha(weights)} step1/model/model.safetensors\n".encode() in ask("manifest", str(box.root), "tiny")
+    os.utime(
+        weights, ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # of the same size and time: the inode has changed nonetheless
+    assert f"file 1000 {sha(weights)} step1/model/model.safetensors\n".encode() in ask(
+        "manifest", str(box.root), "tiny"
+    )
     shutil.rmtree(box.root / "cache")
     (box.root / "cache").write_text("no folder can be made here")
     assert b"hashing 1000" in ask("manifest", str(box.root), "tiny")
@@ -134,15 +165,44 @@ def test_a_manifest_that_is_torn_is_none() -> None:
 def test_of_a_step_that_changed_nothing_is_taken() -> None:
     said = f"begin\nfile 3 {A} step1/model/a\nfile 3 {A} step2/model/a\nfile 1 {B} step2/complete.json\nstep 2 {B}\nchanged 1\nend\n"
     read = ManifestReader(io.BytesIO(said.encode())).read()
-    assert read is not None and read.changed == (1,) and [unit.path for unit in read.units()] == ["step2/model", "step2/complete.json"]
+    assert (
+        read is not None
+        and read.changed == (1,)
+        and [unit.path for unit in read.units()] == ["step2/model", "step2/complete.json"]
+    )
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        *("/etc/passwd", "../x", "step1/model/../../../x", "step1/model/..", "step1/model/", "step1/model//x", "step1/model", ".ssh/x", "job/pid"),
-        *("step4/model/x", "step1/x", "step1/model/a\nb", "step1/model/a\x1b[2J", "step1/model/\ufffd", "step1/checkpoints/update-x/a", "tokenizer"),
-        *("step1/checkpoints/update-1/a/b", "step1/checkpoints/update-1", "step1/model/" + "x" * 256, "events.jsonl/x", ".fetched.json", ""),
+        *(
+            "/etc/passwd",
+            "../x",
+            "step1/model/../../../x",
+            "step1/model/..",
+            "step1/model/",
+            "step1/model//x",
+            "step1/model",
+            ".ssh/x",
+            "job/pid",
+        ),
+        *(
+            "step4/model/x",
+            "step1/x",
+            "step1/model/a\nb",
+            "step1/model/a\x1b[2J",
+            "step1/model/\ufffd",
+            "step1/checkpoints/update-x/a",
+            "tokenizer",
+        ),
+        *(
+            "step1/checkpoints/update-1/a/b",
+            "step1/checkpoints/update-1",
+            "step1/model/" + "x" * 256,
+            "events.jsonl/x",
+            ".fetched.json",
+            "",
+        ),
     ],
 )
 def test_a_box_cannot_name_a_file_that_no_run_has(path: str) -> None:
@@ -152,7 +212,13 @@ def test_a_box_cannot_name_a_file_that_no_run_has(path: str) -> None:
 
 
 def test_names_that_are_odd_and_harmless() -> None:
-    names = ["step1/model/a b", "step3/model_ema/-rf", "step1/model/..x/...", "tokenizer/$(x)", "step2/checkpoints/update-40/tensors-000.safetensors"]
+    names = [
+        "step1/model/a b",
+        "step3/model_ema/-rf",
+        "step1/model/..x/...",
+        "tokenizer/$(x)",
+        "step2/checkpoints/update-40/tensors-000.safetensors",
+    ]
     assert all(map(is_safe, names))
 
 
@@ -165,7 +231,9 @@ def test_what_runs_is_seen(box: BoxFolder) -> None:
     shutil.rmtree(box.root / "slot")
     (run.path / "job" / "request").write_text("request-1\n")  # its supervisor was killed: its processes go on
     job = subprocess.Popen(["sleep", "60"], env={**os.environ, "RLHF_REQUEST": "request-1"})
-    other = subprocess.Popen(["sleep", "60"], env={**os.environ, "RLHF_REQUEST": "request-2", "NOT_RLHF_REQUEST": "request-1"})
+    other = subprocess.Popen(
+        ["sleep", "60"], env={**os.environ, "RLHF_REQUEST": "request-2", "NOT_RLHF_REQUEST": "request-1"}
+    )
     try:
         assert parse_look(ask("look", str(box.root)).decode()).running == "tiny"
         job.kill()
@@ -186,7 +254,14 @@ def test_what_was_fetched_is_remembered(tmp_path: Path) -> None:
     remember(tmp_path, "../box", "other", FetchedRun())
     assert recall(tmp_path, "../box") == {"tiny": fetched, "other": FetchedRun()} and recall(tmp_path, "box") == {}
     (file,) = (tmp_path / "fetched").iterdir()
-    for damaged in ("", "{", "[]", '{"schema": 2, "runs": {}}', '{"schema": 1, "runs": {"a": {}}}', '{"schema": 1, "runs": []}'):
+    for damaged in (
+        "",
+        "{",
+        "[]",
+        '{"schema": 2, "runs": {}}',
+        '{"schema": 1, "runs": {"a": {}}}',
+        '{"schema": 1, "runs": []}',
+    ):
         file.write_text(damaged)
         assert recall(tmp_path, "../box") == {}
 

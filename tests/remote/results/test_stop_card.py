@@ -28,9 +28,25 @@ SAFE = {"tiny": FetchedRun("", 0, 10, {1: FetchedStep(A, B)})}
 TINY = Run("tiny", 10, {1: FinishedStep(A, 2_000_000_000)})
 
 
-def card(provider: str = "autodl", root: str = "", *, running: str | None = None, runs: tuple[Run, ...] = (TINY,), fetched: Any = SAFE) -> StopCard:
+def card(
+    provider: str = "autodl",
+    root: str = "",
+    *,
+    running: str | None = None,
+    runs: tuple[Run, ...] = (TINY,),
+    fetched: Any = SAFE,
+) -> StopCard:
     root = root or {"autodl": "/root/autodl-tmp/rlhf-box"}.get(provider, "/root/rlhf-box")
-    return card_of("box", KNOWN[provider], Results(root, True, running, runs), fetched, home="/root", now=NOW, price_per_hour=1.98, currency="¥")
+    return card_of(
+        "box",
+        KNOWN[provider],
+        Results(root, True, running, runs),
+        fetched,
+        home="/root",
+        now=NOW,
+        price_per_hour=1.98,
+        currency="¥",
+    )
 
 
 def refusal(shown: StopCard, *, yes: bool = False) -> ToolkitError:
@@ -84,7 +100,10 @@ def test_nothing_is_stopped_while_something_would_be_lost() -> None:
     error = refusal(card(fetched={}))
     assert error.exit_code == ExitCode.UNFIT and "2 GB" in error.why and "they survive a stop, for 15 days" in error.why
     assert error.hint == "fab fetch --host box --run tiny\nor --yes, to stop it all the same"
-    assert "a stop destroys them" in refusal(card("runpod", fetched={})).why and "is not known" in refusal(card("generic", fetched={})).why
+    assert (
+        "a stop destroys them" in refusal(card("runpod", fetched={})).why
+        and "is not known" in refusal(card("generic", fetched={})).why
+    )
     error = refusal(card(running="tiny"))
     assert error.exit_code == ExitCode.BUSY and "run `tiny`" in error.why
     may_stop(card(running="tiny", fetched={}), yes=True)
@@ -94,7 +113,11 @@ def test_a_box_whose_meter_goes_on_is_not_shut_down() -> None:
     for shown in (card("lambda"), replace(card("lambda"), command=("shutdown", "now"))):
         with pytest.raises(ToolkitError) as caught:
             stop_command(shown)
-        assert caught.value.exit_code == ExitCode.UNFIT and "does not stop its meter" in caught.value.what and "Terminate" in caught.value.hint
+        assert (
+            caught.value.exit_code == ExitCode.UNFIT
+            and "does not stop its meter" in caught.value.what
+            and "Terminate" in caught.value.hint
+        )
     with pytest.raises(ToolkitError, match="cannot stop itself") as caught:
         stop_command(card("generic"))
     assert "page where the box was rented" in caught.value.hint
@@ -112,10 +135,15 @@ def test_variables_of_the_first_process(tmp_path: Path) -> None:
     environ.write_bytes(b"\0".join([b"OTHER=MY_KEY=no", f"MY_KEY={key}".encode(), b"MY_ID=7"]) + b"\0")
     command = ["sh", "-c", 'printf "%s|%s|%s|%s" "$MY_KEY" "$MY_ID" "${OTHER-none}" "$1"', "sh", "-- a b"]
     words = ["sh", "-s", "--", "stop", str(environ), "MY_KEY", "MY_ID", "MISSING", "--", *command]
-    answer = subprocess.run(words, input=script("results.sh"), capture_output=True, env={"PATH": os.environ["PATH"]}, check=True)
+    answer = subprocess.run(
+        words, input=script("results.sh"), capture_output=True, env={"PATH": os.environ["PATH"]}, check=True
+    )
     assert answer.stdout.decode() == f"\nbegin\n{key}|7|none|-- a b"
     words[5] = "x;touch pwned"
-    assert subprocess.run(words, input=script("results.sh"), capture_output=True, cwd=tmp_path, check=False).returncode == 2
+    assert (
+        subprocess.run(words, input=script("results.sh"), capture_output=True, cwd=tmp_path, check=False).returncode
+        == 2
+    )
 
 
 def own(command: list[str], variables: tuple[str, ...] = ()) -> StopCard:
@@ -125,7 +153,10 @@ def own(command: list[str], variables: tuple[str, ...] = ()) -> StopCard:
 def test_stop_runs_the_command_in_the_box(sshd: Sshd, tmp_path: Path) -> None:
     file = tmp_path / "a b"
     with sshd.connection(tmp_path / "state") as connection:
-        assert stop(connection, own(["sh", "-c", 'echo "$1" >"$1"; echo going down', "sh", str(file)])).said == "going down"
+        assert (
+            stop(connection, own(["sh", "-c", 'echo "$1" >"$1"; echo going down', "sh", str(file)])).said
+            == "going down"
+        )
         assert file.exists()
         with pytest.raises(ToolkitError, match="was not stopped") as caught:
             stop(connection, own(["sh", "-c", "echo no such client; exit 127"]))
@@ -138,7 +169,9 @@ def test_stop_runs_the_command_in_the_box(sshd: Sshd, tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_a_box_that_goes_down_takes_the_line_with_it(own_sshd: Sshd, tmp_path: Path, wait_for: Callable[[Path], None]) -> None:
+def test_a_box_that_goes_down_takes_the_line_with_it(
+    own_sshd: Sshd, tmp_path: Path, wait_for: Callable[[Path], None]
+) -> None:
     down = tmp_path / "down"
 
     def go_down() -> None:
@@ -151,7 +184,10 @@ def test_a_box_that_goes_down_takes_the_line_with_it(own_sshd: Sshd, tmp_path: P
         stopped = stop(connection, own(["sh", "-c", 'touch "$1"; sleep 30', "sh", str(down)]))
     thread.join()
     assert stopped.broke
-    with own_sshd.connection(tmp_path / "state") as connection, pytest.raises(ToolkitError) as caught:  # it was down before
+    with (
+        own_sshd.connection(tmp_path / "state") as connection,
+        pytest.raises(ToolkitError) as caught,
+    ):  # it was down before
         stop(connection, own(["true"]))
     assert caught.value.exit_code == ExitCode.UNREACHABLE
 

@@ -37,10 +37,24 @@ class Laptop:
         self.sshd, self.box, self.state, self.runs = sshd, box, folder / "state", folder / "my runs" / "gpu-box"
 
     def fetch(
-        self, run: str = "tiny", what: FetchSelection = EVERYTHING, *, root: str = "", dry_run: bool = False, progress: object = silent
+        self,
+        run: str = "tiny",
+        what: FetchSelection = EVERYTHING,
+        *,
+        root: str = "",
+        dry_run: bool = False,
+        progress: object = silent,
     ) -> Fetched:
         with self.sshd.connection(self.state, dry_run=dry_run) as connection:
-            return fetch(connection, root or str(self.box.root), run, self.runs / run, state=self.state, what=what, progress=progress)  # type: ignore[arg-type]
+            return fetch(
+                connection,
+                root or str(self.box.root),
+                run,
+                self.runs / run,
+                state=self.state,
+                what=what,
+                progress=progress,
+            )  # type: ignore[arg-type]
 
     def refused(self, *arguments: object, **options: object) -> ToolkitError:
         with pytest.raises(ToolkitError) as caught:
@@ -86,11 +100,20 @@ def test_all_that_is_complete_comes_home_and_is_remembered(laptop: Laptop, box: 
     fetched = laptop.fetch()
     there = files_of(run.path)
     wanted = {name: data for name, data in there.items() if not name.startswith(("step3", "job/"))}
-    assert laptop.here == wanted and {"step1/best/sub/empty", "step2/checkpoints/update-40/tensors-002.safetensors"} <= wanted.keys()
+    assert (
+        laptop.here == wanted
+        and {"step1/best/sub/empty", "step2/checkpoints/update-40/tensors-002.safetensors"} <= wanted.keys()
+    )
     assert fetched.steps == (1,) and fetched.left == () and fetched.moved_bytes > 1_000_000 and laptop.on_the_way == []
-    assert fetched.placed[-1] == "step2/fields.json" and fetched.placed.index("step1/model") < fetched.placed.index("step1/complete.json")
+    assert fetched.placed[-1] == "step2/fields.json" and fetched.placed.index("step1/model") < fetched.placed.index(
+        "step1/complete.json"
+    )
     known = recall(laptop.state, "gpu-box")["tiny"]
-    assert known.steps.keys() == {1} and known.checkpoints[2].update == 40 and known.events_bytes == run.events.stat().st_size
+    assert (
+        known.steps.keys() == {1}
+        and known.checkpoints[2].update == 40
+        and known.events_bytes == run.events.stat().st_size
+    )
     again = laptop.fetch()
     assert (again.placed, again.moved_bytes) == ((), 0) and set(again.same) == set(fetched.placed)
     assert recall(laptop.state, "gpu-box")["tiny"].steps == known.steps
@@ -101,7 +124,9 @@ def test_what_was_not_asked_for_is_named(laptop: Laptop, box: BoxFolder, run: Ru
     box.checkpoint(run, 2, 7)
     fetched = laptop.fetch(what=FetchSelection())
     assert not any("checkpoints" in name for name in laptop.here) and "step1/model/config.json" in laptop.here
-    assert [text.partition(",")[0] for text in fetched.left] == ["the checkpoint of step 2"] and "--checkpoints" in fetched.left[0]
+    assert [text.partition(",")[0] for text in fetched.left] == [
+        "the checkpoint of step 2"
+    ] and "--checkpoints" in fetched.left[0]
     assert recall(laptop.state, "gpu-box")["tiny"].checkpoints == {}
     events = laptop.fetch(what=FetchSelection(models=False))
     assert events.left[-1] == "the models of step 1: they were not asked for" and events.steps == ()
@@ -130,7 +155,9 @@ def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: B
     run.log.write_bytes(content("log", 400_000))
     box.event(run, "progress", end="")
     laptop.fetch()
-    assert laptop.here["events.jsonl"] == b'{"schema": 1, "kind": "plan"}\n' and laptop.here["train.log"] == content("log", 400_000)
+    assert laptop.here["events.jsonl"] == b'{"schema": 1, "kind": "plan"}\n' and laptop.here["train.log"] == content(
+        "log", 400_000
+    )
     box.event(run, "", end="\n")
     with run.log.open("ab") as log:
         log.write(b"more\n")
@@ -159,7 +186,10 @@ def test_a_checkpoint_that_is_replaced_on_the_way(laptop: Laptop, box: BoxFolder
     assert {name.split("/")[2] for name in laptop.here if "checkpoints" in name} == {"update-30"}
     box.step(run, 1)  # complete: nothing goes on from a checkpoint
     laptop.fetch()
-    assert not (laptop.runs / "tiny" / "step1" / "checkpoints").exists() and recall(laptop.state, "gpu-box")["tiny"].checkpoints == {}
+    assert (
+        not (laptop.runs / "tiny" / "step1" / "checkpoints").exists()
+        and recall(laptop.state, "gpu-box")["tiny"].checkpoints == {}
+    )
 
 
 def test_checkpoints_that_are_replaced_faster_than_they_come(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
@@ -177,7 +207,9 @@ def test_checkpoints_that_are_replaced_faster_than_they_come(laptop: Laptop, box
 
 
 def test_a_step_that_goes_away_while_it_comes(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """Half of its models are here by then, and its mark is the last to go there: nothing says here that it is complete."""
+    """Half of its models are here by then, and its mark is the last to go there: nothing says here
+    that it is complete.
+    """
     box.step(run, 3, models=("best", "model", "model_ema"), size=3_000_000)
 
     def remove(done: int, total: int, what: str) -> None:
@@ -200,11 +232,17 @@ def test_the_mark_of_an_earlier_training_goes_first(laptop: Laptop, box: BoxFold
 
     laptop.refused(progress=stop)
     assert laptop.here["step1/best/model.safetensors"] == content((1, "best", "again"), 3_000_000)
-    assert laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 300_000) and "step1/complete.json" not in laptop.here
+    assert (
+        laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 300_000)
+        and "step1/complete.json" not in laptop.here
+    )
 
 
 def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """Once: it goes on by itself. For good: a clear error, and the next call goes on at the byte."""
+    """Once: it goes on by itself.
+
+    For good: a clear error, and the next call goes on at the byte.
+    """
     box.step(run, 1, size=30_000_000)
     cuts: list[int] = []
 
@@ -258,11 +296,15 @@ with BoxConnection(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop
     process.wait()
     assert other.exit_code == ExitCode.BUSY
     assert not any(name.startswith("step1/model") for name in laptop.here) and "step1/complete.json" not in laptop.here
-    assert laptop.fetch().moved_bytes < 26_000_000 and laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 40_000_000)
+    assert laptop.fetch().moved_bytes < 26_000_000 and laptop.here["step1/model/model.safetensors"] == content(
+        (1, "model", ""), 40_000_000
+    )
 
 
 def test_stopped_between_two_renames(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """The old model was taken away, and the new one had not its place yet: the old one comes back first."""
+    """The old model was taken away, and the new one had not its place yet: the old one comes back
+    first.
+    """
     box.step(run, 1)
     laptop.fetch()
     staging = laptop.runs / ".tiny.fetch"
@@ -308,7 +350,9 @@ def test_damage_on_the_box_is_not_taken_for_a_checkpoint(laptop: Laptop, box: Bo
     assert "whose names or marks" in laptop.fetch().left[0]
 
 
-def test_a_step_that_was_trained_again_takes_the_place_of_the_fetched_one(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+def test_a_step_that_was_trained_again_takes_the_place_of_the_fetched_one(
+    laptop: Laptop, box: BoxFolder, run: RunDir
+) -> None:
     box.step(run, 3, models=("model", "model_ema"))
     laptop.fetch()
     first = recall(laptop.state, "gpu-box")["tiny"].steps[3]
@@ -342,7 +386,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     def make(size: int) -> Path:
         folder.mkdir()
-        said = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False)
+        said = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False
+        )
         if said.returncode:
             pytest.skip(f"needs to mount a tmpfs: {said.stderr.strip()}")
         return folder
@@ -391,22 +437,43 @@ def test_hostile_names_go_through(sshd: Sshd, tmp_path: Path) -> None:
         for each in (*HOSTILE, "line\nbreak"):
             (run.step(1).model / each).write_text(each)
         fetched = laptop.fetch(name)
-        assert {each: (laptop.runs / name / "step1" / "model" / each).read_text() for each in HOSTILE} == {each: each for each in HOSTILE}
-        assert fetched.left[1:] == ("1 file whose names or marks are not those of a run",) and not list(tmp_path.rglob("pwned"))
+        assert {each: (laptop.runs / name / "step1" / "model" / each).read_text() for each in HOSTILE} == {
+            each: each for each in HOSTILE
+        }
+        assert fetched.left[1:] == ("1 file whose names or marks are not those of a run",) and not list(
+            tmp_path.rglob("pwned")
+        )
         assert recall(laptop.state, "gpu-box")[name].steps.keys() == {1}
 
 
-def test_a_login_that_says_something(make_sshd: Callable[..., Sshd], tmp_path: Path, box: BoxFolder, run: RunDir) -> None:
+def test_a_login_that_says_something(
+    make_sshd: Callable[..., Sshd], tmp_path: Path, box: BoxFolder, run: RunDir
+) -> None:
     box.step(run, 1)
-    laptop = Laptop(tmp_path / "laptop", make_sshd("ForceCommand printf 'Welcome!\\nbytes 0 9'; eval \"$SSH_ORIGINAL_COMMAND\""), box)
+    laptop = Laptop(
+        tmp_path / "laptop",
+        make_sshd("ForceCommand printf 'Welcome!\\nbytes 0 9'; eval \"$SSH_ORIGINAL_COMMAND\""),
+        box,
+    )
     assert laptop.fetch().steps == (1,) and "step1/complete.json" in laptop.here
 
 
-def test_a_dry_run_asks_and_changes_nothing(laptop: Laptop, box: BoxFolder, run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_asks_and_changes_nothing(
+    laptop: Laptop, box: BoxFolder, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
     box.step(run, 1)
     fetched = laptop.fetch(dry_run=True)
-    assert fetched.would == ("events.jsonl", "job.yaml", "train.log", "step1/fields.json", "step1/model", "step1/complete.json")
-    assert not laptop.runs.exists() and not (laptop.state / "fetched").exists() and "manifest" in capsys.readouterr().err
+    assert fetched.would == (
+        "events.jsonl",
+        "job.yaml",
+        "train.log",
+        "step1/fields.json",
+        "step1/model",
+        "step1/complete.json",
+    )
+    assert (
+        not laptop.runs.exists() and not (laptop.state / "fetched").exists() and "manifest" in capsys.readouterr().err
+    )
 
 
 def test_progress_ends_with_all_of_it(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
@@ -421,7 +488,9 @@ def test_progress_ends_with_all_of_it(laptop: Laptop, box: BoxFolder, run: RunDi
     assert said == []  # the box remembers its hashes
 
 
-def test_many_files_take_several_commands(laptop: Laptop, box: BoxFolder, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_take_several_commands(
+    laptop: Laptop, box: BoxFolder, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     box.step(run, 1, size=10)
     lengths: list[int] = []
     said = fetching._said

@@ -48,9 +48,15 @@ def test_a_file_and_a_local_model_travel(here: Path) -> None:
     model = here / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    packed = pack(job("data.datasets=['my data/train.jsonl', Dahoas/rm-static]", "critic.model=./model"), here, CHECKOUT)
+    packed = pack(
+        job("data.datasets=['my data/train.jsonl', Dahoas/rm-static]", "critic.model=./model"), here, CHECKOUT
+    )
     assert [luggage.path.name for luggage in packed] == ["train.jsonl", "model"]
-    text = job_on_box(job("data.datasets=['my data/train.jsonl', Dahoas/rm-static]", "critic.model=./model"), packed, "/data/a b/rlhf-box").decode()
+    text = job_on_box(
+        job("data.datasets=['my data/train.jsonl', Dahoas/rm-static]", "critic.model=./model"),
+        packed,
+        "/data/a b/rlhf-box",
+    ).decode()
     there = parse_job(text, "job.yaml")
     inputs = "/data/a b/rlhf-box/inputs"
     assert there.data.datasets == (f"{inputs}/{packed[0].tree.key}/train.jsonl", "Dahoas/rm-static")

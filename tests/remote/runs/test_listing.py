@@ -1,4 +1,7 @@
-"""What `supervisor.sh list` says, as a person and a program get to see it. Expected texts by hand."""
+"""What `supervisor.sh list` says, as a person and a program get to see it.
+
+Expected texts by hand.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,11 @@ beat 5000
 
 def test_what_is_said() -> None:
     found = listing.parse(TEXT)
-    assert [(run.name, run.state) for run in found.runs] == [("done", "done"), ("orphan", "running"), ("torn", "failed")]
+    assert [(run.name, run.state) for run in found.runs] == [
+        ("done", "done"),
+        ("orphan", "running"),
+        ("torn", "failed"),
+    ]
     assert (found.slot, found.disk_free_bytes, found.clock) == ("orphan", 1024 * 1024, 5000.0)
     assert [card.use for card in found.cards][:1] == [97.0]
     assert found.newest() == found.run("orphan") == found.running
@@ -44,12 +51,18 @@ def test_a_line_for_each_run() -> None:
         "gpu-box | orphan | running, unattended | step 2, update 40/100 | 1 | 16m40s | ¥1.00",
         "gpu-box | torn | failed (4) | 10s | ¥0.01",
     ]
-    assert {line.index(word) for line, word in zip(lines, ("state", "done     ", "running", "failed"), strict=True)} == {lines[0].index("state")}
+    assert {
+        line.index(word) for line, word in zip(lines, ("state", "done     ", "running", "failed"), strict=True)
+    } == {lines[0].index("state")}
 
 
 def test_for_programs() -> None:
     said = listing.as_json("gpu-box", listing.parse(TEXT), 5000.0, 3.6, "¥")
-    assert (said["running"], said["runs"][1]["supervised"], said["runs"][1]["checkpoint"]) == ("orphan", False, {"step": 2, "update": 40})
+    assert (said["running"], said["runs"][1]["supervised"], said["runs"][1]["checkpoint"]) == (
+        "orphan",
+        False,
+        {"step": 2, "update": 40},
+    )
     assert [round(run["spent"], 4) for run in said["runs"]] == [3.6, 1.0, 0.01]
     assert said["gpus"][1] == {"index": 1, "used_mib": None, "total_mib": None, "use": None}
 
@@ -59,7 +72,11 @@ def test_one_run_in_full() -> None:
     run = found.run("orphan")
     assert run is not None
     card = dict(listing.card(run, 5000.0, 3.6, "¥"))
-    assert card["spent"] == "¥1.00 (¥3.60/h)" and card["last event"] == "metrics, 20s ago" and card["checkpoint"] == "step 2, update 40"
+    assert (
+        card["spent"] == "¥1.00 (¥3.60/h)"
+        and card["last event"] == "metrics, 20s ago"
+        and card["checkpoint"] == "step 2, update 40"
+    )
     assert "unattended" in card[""]
 
 

@@ -1,5 +1,6 @@
-"""Watching over lines that break: the far end is a real process (far_end.py), killed, frozen and refused; what was shown is compared
-with the file. Ctrl-C is a real signal to a real process that runs `follow`.
+"""Watching over lines that break: the far end is a real process (far_end.py), killed, frozen and
+refused; what was shown is compared with the file. Ctrl-C is a real signal to a real process that
+runs `follow`.
 """
 
 import contextlib
@@ -99,7 +100,15 @@ def far(tmp_path: Path) -> Iterator[Far]:
 
 def line(number: int, kind: str = "progress", at: float = 0.0, **fields: Any) -> bytes:
     when = datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    event = {"schema": 1, "seq": number, "time": when, "kind": kind, "step": 1, "doing": f"n {number} é\u2028", **fields}
+    event = {
+        "schema": 1,
+        "seq": number,
+        "time": when,
+        "kind": kind,
+        "step": 1,
+        "doing": f"n {number} é\u2028",
+        **fields,
+    }
     return json.dumps(event, ensure_ascii=False).encode() + b"\n"
 
 
@@ -143,7 +152,9 @@ def log(path: Path) -> io.TextIOWrapper:
 # --- frames
 
 
-STREAM = b"Welcome to a box!\n\njob run=demo alive=1\nbytes 5 13\nline\nbytes 0 3gpu 0 1 2 3\nbytes 18 0\nbeat 1.5\ndone\n"
+STREAM = (
+    b"Welcome to a box!\n\njob run=demo alive=1\nbytes 5 13\nline\nbytes 0 3gpu 0 1 2 3\nbytes 18 0\nbeat 1.5\ndone\n"
+)
 
 
 def joined(chunks: list[bytes]) -> list[Frame]:
@@ -174,7 +185,9 @@ def test_frames_are_the_same_wherever_the_stream_is_cut() -> None:
         assert joined([STREAM[:i], STREAM[i:]]) == FRAMES
 
 
-@pytest.mark.parametrize("damaged", [b"bytes 1\n", b"bytes -1 4\n", b"bytes 1 four\n", b"bytes \xd9\xa1 4\n", b"x" * 70_000])
+@pytest.mark.parametrize(
+    "damaged", [b"bytes 1\n", b"bytes -1 4\n", b"bytes 1 four\n", b"bytes \xd9\xa1 4\n", b"x" * 70_000]
+)
 def test_a_stream_that_is_none_breaks_the_line(damaged: bytes) -> None:
     with pytest.raises(ConnectionLost):
         list(Framing().feed(damaged))
@@ -351,7 +364,9 @@ def test_a_box_that_refuses_is_not_asked_again(far: Far) -> None:
     far.say("refuse", "255 Host key verification failed.")
 
     def refused(code: int, said: str) -> ToolkitError | None:
-        return ToolkitError("the host key has changed") if (code, said) == (255, "Host key verification failed.") else None
+        return (
+            ToolkitError("the host key has changed") if (code, said) == (255, "Host key verification failed.") else None
+        )
 
     with pytest.raises(ToolkitError, match="host key has changed"):
         watched(far, JsonLines(io.BytesIO()), refused=refused)
@@ -369,11 +384,16 @@ def test_what_was_said_there_instead_of_a_stream_is_an_error(first: str) -> None
 
     with pytest.raises(ToolkitError) as caught:
         follow(open_stream, JsonLines(io.BytesIO()), WHERE, limits=LIMITS)
-    assert str(caught.value) == "error: cannot watch run `demo` on `gpu-box`: exit code 2 there\n  why: no run\n       \\x1b[2Jdemo"
+    assert (
+        str(caught.value)
+        == "error: cannot watch run `demo` on `gpu-box`: exit code 2 there\n  why: no run\n       \\x1b[2Jdemo"
+    )
     assert opened == [0]
 
 
-def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(
+    far: Far, capsys: pytest.CaptureFixture[str]
+) -> None:
     far.say("refuse", "255 ssh: connect to host gpu-box: \x1b[2JNo route")
     with pytest.raises(ToolkitError) as caught:
         watched(far, JsonLines(io.BytesIO()), StreamTimeouts(first_pause_s=0.01, longest_pause_s=0.02, tries=4))
@@ -382,7 +402,9 @@ def test_a_line_that_stays_away_is_told_once_and_given_up_after_so_many_tries(fa
     assert capsys.readouterr().err == "connection lost: ssh: connect to host gpu-box: \\x1b[2JNo route; reconnecting\n"
 
 
-def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(far: Far, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_box_that_never_spoke_is_given_up_and_one_that_did_is_not(
+    far: Far, capsys: pytest.CaptureFixture[str]
+) -> None:
     far.say("refuse", "255 ssh: connect to host gpu-box: No route")
     limits = StreamTimeouts(silence_s=5, connect_s=10, first_pause_s=0.01, longest_pause_s=0.02, first_tries=2)
     with pytest.raises(ToolkitError, match="cannot reach `gpu-box`") as caught:
@@ -449,7 +471,12 @@ def shown(far: Far, **form: Any) -> bytes:
 
 
 def test_plain_lines_on_a_pipe(far: Far) -> None:
-    far.write(line(0, doing="loading") + b"damaged\n" + line(1, "metrics", update=[], loss={}) + line(2, doing="\x1b[2J saving"))
+    far.write(
+        line(0, doing="loading")
+        + b"damaged\n"
+        + line(1, "metrics", update=[], loss={})
+        + line(2, doing="\x1b[2J saving")
+    )
     far.say("job", ENDED)
     text = shown(far).decode()
     assert text.startswith("step 1  loading\n") and text.endswith("step 1  \\x1b[2J saving\n")
@@ -556,7 +583,10 @@ def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
     far.say("gpu", "0 1024 81920 50\n1 [N/A] 81920 [N/A]\n")
     far.say("job", f"{RUNNING} started={now - 100:.3f}")
     numbers = {"updates": 40, "learning_rate": 1e-5, "tokens_per_s": 100.0, "grad_norm": 1.0, "loss": 2.0}
-    far.write(line(0, "metrics", at=now - 20, update=10, elapsed_s=50.0, **numbers) + line(1, "warning", message="hot", at=now))
+    far.write(
+        line(0, "metrics", at=now - 20, update=10, elapsed_s=50.0, **numbers)
+        + line(1, "warning", message="hot", at=now)
+    )
 
     def work() -> None:
         until(lambda: has(screen, "cost"))
@@ -619,9 +649,7 @@ where = Where("gpu box", "demo")
 end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=Limits(silence_s=60, connect_s=60, first_pause_s=60))
 print("watched", end.done, end.stopped, file=sys.stderr)
 """
-STOPPED = (
-    "stopped watching; the job keeps running: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
-)
+STOPPED = "stopped watching; the job keeps running: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
 
 
 def watcher(far: Far, form: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
@@ -645,7 +673,9 @@ def gone(pid: int) -> bool:
 
 
 def ended_within(process: "subprocess.Popen[bytes]", began: float, seconds: float = 1.0) -> str:
-    """0.3 s is what is promised, and what it takes on an idle machine; this one may have other work. Gives standard error."""
+    """0.3 s is what is promised, and what it takes on an idle machine; this one may have other
+    work. Gives standard error.
+    """
     process.wait(20)
     took = time.monotonic() - began
     assert took < seconds, f"{took:.2f} s"
@@ -746,7 +776,11 @@ def test_a_panel_goes_by_the_wall_clock() -> None:
             patch.setenv("TERM", "xterm-256color")
             patch.delenv("TTY_COMPATIBLE", raising=False)
             view = view_of(WHERE, out=out)
-            assert isinstance(view, PanelView) and isinstance(view._view, Live) and abs(view._view._clock() - time.time()) < 60
+            assert (
+                isinstance(view, PanelView)
+                and isinstance(view._view, Live)
+                and abs(view._view._clock() - time.time()) < 60
+            )
     finally:
         os.close(master)
     assert not math.isclose(time.time(), time.monotonic(), abs_tol=60)

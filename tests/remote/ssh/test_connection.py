@@ -1,4 +1,6 @@
-"""BoxConnection against a real sshd: what goes there and comes back, host keys, the ways through other hosts, and everything that can be in between."""
+"""BoxConnection against a real sshd: what goes there and comes back, host keys, the ways through
+other hosts, and everything that can be in between.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_answer(connection: BoxConnection) -> None:
 
 
 def test_a_command_that_a_signal_ends(connection: BoxConnection) -> None:
-    assert connection.query(["sh", "-c", "kill -9 $$"], check=False).code in (137, 255)  # by the shell there, or without one
+    assert connection.query(["sh", "-c", "kill -9 $$"], check=False).code in (
+        137,
+        255,
+    )  # by the shell there, or without one
     assert connection.query(["echo", "still there"]).out == "still there\n"
 
 
@@ -92,7 +97,11 @@ def test_a_failed_command_says_all(connection: BoxConnection) -> None:
 @pytest.mark.parametrize("way", ["fabric", "openssh"])
 def test_arguments_arrive_as_they_are(connection: BoxConnection, way: str) -> None:
     argv = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *HOSTILE]
-    shown = connection.query(argv).out if way == "fabric" else subprocess.run(connection.stream(argv), capture_output=True, check=True).stdout
+    shown = (
+        connection.query(argv).out
+        if way == "fabric"
+        else subprocess.run(connection.stream(argv), capture_output=True, check=True).stdout
+    )
     assert json.loads(shown) == HOSTILE
 
 
@@ -148,7 +157,11 @@ def test_a_host_key_is_said_once_and_kept(sshd: Sshd, tmp_path: Path) -> None:
         assert connection.link.host_key == "new" and connection.link.fingerprint == sshd.host_key()
     with sshd.connection(tmp_path, say=Sayer(err=spoken)) as connection:
         connection.query(["true"])
-        assert (connection.link.host_key, connection.link.fingerprint, connection.link.reached) == ("known", sshd.host_key(), True)
+        assert (connection.link.host_key, connection.link.fingerprint, connection.link.reached) == (
+            "known",
+            sshd.host_key(),
+            True,
+        )
     assert spoken.getvalue() == f"gpu-box: new host key {sshd.host_key()} (ssh-ed25519), kept from now on\n"
     assert (tmp_path / "known_hosts/gpu-box").read_text().startswith("gpu-box ssh-ed25519 AAAA")
 
@@ -171,10 +184,17 @@ def test_a_changed_host_key_stops_all(own_sshd: Sshd, tmp_path: Path, other: str
     with own_sshd.connection(tmp_path, ssh_config=careless) as connection:
         with pytest.raises(HostKeyChanged) as raised:
             connection.change(["touch", str(tmp_path / "was there")])
-        assert (raised.value.what, raised.value.exit_code) == ("the host key of `gpu-box` has changed", ExitCode.UNREACHABLE)
+        assert (raised.value.what, raised.value.exit_code) == (
+            "the host key of `gpu-box` has changed",
+            ExitCode.UNREACHABLE,
+        )
         assert own_sshd.host_key("one") in raised.value.why and own_sshd.host_key(other) in raised.value.why
         assert "fab trust --host gpu-box --replace" in raised.value.hint
-        assert (connection.link.host_key, connection.link.reached, connection.link.fingerprint) == ("changed", False, own_sshd.host_key(other))
+        assert (connection.link.host_key, connection.link.reached, connection.link.fingerprint) == (
+            "changed",
+            False,
+            own_sshd.host_key(other),
+        )
     assert subprocess.run(argv, capture_output=True, check=False).returncode == 255
     assert not (tmp_path / "was there").exists()
 
@@ -220,7 +240,10 @@ def host(name: str, sshd: Sshd, more: str = "") -> str:
 def both_ways(connection: BoxConnection) -> list[str]:
     """What a command says there, by Fabric and by OpenSSH."""
     argv = ["echo", "$HOME a"]
-    return [connection.query(argv).out, subprocess.run(connection.stream(argv), capture_output=True, text=True, check=False).stdout]
+    return [
+        connection.query(argv).out,
+        subprocess.run(connection.stream(argv), capture_output=True, text=True, check=False).stdout,
+    ]
 
 
 def test_a_name_of_an_included_file(sshd: Sshd, tmp_path: Path) -> None:
@@ -255,7 +278,16 @@ def test_rsync_goes_the_same_way(sshd: Sshd, hop: Sshd, tmp_path: Path) -> None:
         with sshd.connection(tmp_path / "st ate%", box=box, ssh_config=file) as connection:
             there = f"{connection.target}:{tmp_path}/there"
             connection.local(
-                ["rsync", "-a", "-s", "-e", shlex.join(connection.rsync_shell()), f"{tmp_path}/it's here/", f"{there} {box.name}"], changes=True
+                [
+                    "rsync",
+                    "-a",
+                    "-s",
+                    "-e",
+                    shlex.join(connection.rsync_shell()),
+                    f"{tmp_path}/it's here/",
+                    f"{there} {box.name}",
+                ],
+                changes=True,
             )
         assert (tmp_path / f"there {box.name}/a b").read_text() == "sent"
 
@@ -292,21 +324,34 @@ def test_through_two_jump_hosts(sshd: Sshd, hop: Sshd, own_sshd: Sshd, tmp_path:
         assert both_ways(connection) == ["$HOME a\n"] * 2
     assert spoken.getvalue().count("on the way to inner") == 2
     assert f"ssh://{own_sshd.user}@middle:{own_sshd.port}, on the way" in spoken.getvalue()
-    with sshd.connection(tmp_path, box=find(f"ssh://{own_sshd.user}@middle:{own_sshd.port}", {}), ssh_config=file) as connection:
+    with sshd.connection(
+        tmp_path, box=find(f"ssh://{own_sshd.user}@middle:{own_sshd.port}", {}), ssh_config=file
+    ) as connection:
         assert len(connection.known_hosts.keys) == 1  # `fab trust --host` of that name means the same file
 
 
 def test_forwards_of_the_configuration_stay_away(sshd: Sshd, tmp_path: Path) -> None:
     """A second stream would fail for the port that the first one holds."""
-    file = config(tmp_path, f"Host 127.0.0.1\n  LocalForward {sshd.port} localhost:1\n  ExitOnForwardFailure yes\n  RemoteCommand false\n")
+    file = config(
+        tmp_path,
+        f"Host 127.0.0.1\n  LocalForward {sshd.port} localhost:1\n  ExitOnForwardFailure yes\n  RemoteCommand false\n",
+    )
     with sshd.connection(tmp_path, ssh_config=file) as connection:
         assert both_ways(connection) == ["$HOME a\n"] * 2
-        assert subprocess.run([*connection.rsync_shell(), connection.target, "true"], capture_output=True, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                [*connection.rsync_shell(), connection.target, "true"], capture_output=True, check=False
+            ).returncode
+            == 0
+        )
 
 
 def test_jump_hosts_in_a_circle(sshd: Sshd, tmp_path: Path) -> None:
     file = config(tmp_path, "Host a\n  ProxyJump b\nHost b\n  ProxyJump a\n")
-    with sshd.connection(tmp_path, box=find("a", {}), ssh_config=file) as connection, pytest.raises(ToolkitError, match="circle"):
+    with (
+        sshd.connection(tmp_path, box=find("a", {}), ssh_config=file) as connection,
+        pytest.raises(ToolkitError, match="circle"),
+    ):
         connection.query(["true"])
 
 
@@ -336,7 +381,10 @@ def test_a_proxy_command(sshd: Sshd, tmp_path: Path) -> None:
 
 def test_a_proxy_command_that_fails(sshd: Sshd, tmp_path: Path) -> None:
     file = config(tmp_path, host("inner", sshd, "ProxyCommand echo no way there >&2; exit 9"))
-    with sshd.connection(tmp_path, box=find("inner", {}), ssh_config=file) as connection, pytest.raises(ToolkitError) as raised:
+    with (
+        sshd.connection(tmp_path, box=find("inner", {}), ssh_config=file) as connection,
+        pytest.raises(ToolkitError) as raised,
+    ):
         connection.query(["true"])
     assert (raised.value.exit_code, "no way there" in raised.value.why) == (ExitCode.UNREACHABLE, True)
 
@@ -389,7 +437,13 @@ def test_a_locked_key_that_an_agent_holds(sshd: Sshd, tmp_path: Path, agent: Pat
     ask = tmp_path / "ask"
     ask.write_text("#!/bin/sh\necho open sesame\n")
     ask.chmod(0o700)
-    environment = {**os.environ, "SSH_AUTH_SOCK": str(agent), "SSH_ASKPASS": str(ask), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":0"}
+    environment = {
+        **os.environ,
+        "SSH_AUTH_SOCK": str(agent),
+        "SSH_ASKPASS": str(ask),
+        "SSH_ASKPASS_REQUIRE": "force",
+        "DISPLAY": ":0",
+    }
     subprocess.run(["ssh-add", str(key)], env=environment, check=True, capture_output=True)
     file = tmp_path / "config"
     file.write_text(f'Host *\n  IdentityAgent "{agent}"\n')
@@ -409,9 +463,14 @@ def test_a_refused_key(sshd: Sshd, tmp_path: Path) -> None:
 def test_a_box_that_ends_the_connection_at_a_key(make_sshd: MakeSshd, tmp_path: Path) -> None:
     server = make_sshd("MaxAuthTries 1")
     make_key(tmp_path / "mine")
-    with server.connection(tmp_path / "state", box=server.box(key=str(tmp_path / "mine"))) as connection, pytest.raises(ToolkitError) as caught:
+    with (
+        server.connection(tmp_path / "state", box=server.box(key=str(tmp_path / "mine"))) as connection,
+        pytest.raises(ToolkitError) as caught,
+    ):
         connection.connect()
-    assert "then the box ended the connection" in caught.value.why and caught.value.hint.startswith("the same command again")
+    assert "then the box ended the connection" in caught.value.why and caught.value.hint.startswith(
+        "the same command again"
+    )
 
 
 def test_a_key_that_is_not_there(sshd: Sshd, tmp_path: Path) -> None:
@@ -426,14 +485,19 @@ def test_a_key_that_is_not_there(sshd: Sshd, tmp_path: Path) -> None:
 
 def test_a_key_that_is_none(sshd: Sshd, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("no key\n")
-    with sshd.connection(tmp_path, box=sshd.box(key=str(tmp_path / "key"))) as connection, pytest.raises(KeyRefused) as raised:
+    with (
+        sshd.connection(tmp_path, box=sshd.box(key=str(tmp_path / "key"))) as connection,
+        pytest.raises(KeyRefused) as raised,
+    ):
         connection.query(["true"])
     assert f"cannot be read as a private key: {tmp_path}/key" in raised.value.why
 
 
 def test_other_sorts_of_keys(sshd: Sshd, tmp_path: Path) -> None:
     """Old RSA keys in PEM, as clouds hand them out, too."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-m", "PEM", "-N", "", "-f", tmp_path / "rsa"], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-m", "PEM", "-N", "", "-f", tmp_path / "rsa"], check=True
+    )
     make_key(tmp_path / "ecdsa", "ecdsa")
     for name in ("rsa", "ecdsa"):
         with (sshd.folder / "authorized_keys").open("a") as keys:
@@ -475,7 +539,10 @@ def test_a_server_that_freezes_after_its_first_word(own_sshd: Sshd, tmp_path: Pa
     """In the middle of the handshake, and with a password's time to wait."""
     with speaks_first(b"SSH-2.0-OpenSSH_9.2\r\n") as port:
         started = time.monotonic()
-        with own_sshd.connection(tmp_path, box=own_sshd.box(port=port), connect_s=1) as connection, pytest.raises(ToolkitError, match="no answer"):
+        with (
+            own_sshd.connection(tmp_path, box=own_sshd.box(port=port), connect_s=1) as connection,
+            pytest.raises(ToolkitError, match="no answer"),
+        ):
             connection.query(["true"])
         assert time.monotonic() - started < 5
 
@@ -583,7 +650,10 @@ def test_one_dropped_connection_means_nothing(sshd: Sshd, tmp_path: Path) -> Non
 
 
 def test_what_speaks_is_no_ssh(sshd: Sshd, tmp_path: Path) -> None:
-    with speaks_first(b"220 mail.example ESMTP\r\n" * 200) as port, sshd.connection(tmp_path, box=sshd.box(port=port), connect_s=2) as connection:
+    with (
+        speaks_first(b"220 mail.example ESMTP\r\n" * 200) as port,
+        sshd.connection(tmp_path, box=sshd.box(port=port), connect_s=2) as connection,
+    ):
         assert code_of(connection) == ExitCode.UNREACHABLE
 
 
@@ -593,7 +663,9 @@ def test_what_speaks_is_no_ssh(sshd: Sshd, tmp_path: Path) -> None:
 def test_a_local_command(connection: BoxConnection) -> None:
     heard: list[str] = []
     script = "echo one; echo two >&2; cat; exit 5"
-    answer = connection.local(["sh", "-c", script], changes=True, stdin=b"\xff three\n", check=False, heard=heard.append)
+    answer = connection.local(
+        ["sh", "-c", script], changes=True, stdin=b"\xff three\n", check=False, heard=heard.append
+    )
     assert (answer.code, answer.out, answer.err, heard) == (5, "one\n\ufffd three\n", "two\n", ["one", "\ufffd three"])
     with pytest.raises(CommandFailed, match="exit code 5"):
         connection.local(["sh", "-c", script], changes=True)
@@ -628,7 +700,9 @@ def test_interrupted_it_leaves_no_child(connection: BoxConnection, tmp_path: Pat
 
 def test_forwards_and_a_terminal(connection: BoxConnection, sshd: Sshd) -> None:
     port = free_port()
-    process = subprocess.Popen(connection.stream(forward=[f"127.0.0.1:{port}:127.0.0.1:{sshd.port}"]), stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        connection.stream(forward=[f"127.0.0.1:{port}:127.0.0.1:{sshd.port}"]), stdin=subprocess.DEVNULL
+    )
     try:
         for _ in range(1000):
             try:
@@ -642,7 +716,9 @@ def test_forwards_and_a_terminal(connection: BoxConnection, sshd: Sshd) -> None:
     finally:
         process.terminate()
         process.wait()
-    seen = subprocess.run(connection.stream(["test", "-t", "1"], tty=True), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    seen = subprocess.run(
+        connection.stream(["test", "-t", "1"], tty=True), stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
     assert seen.returncode == 0
 
 
@@ -650,7 +726,12 @@ def test_the_printed_words(sshd: Sshd, tmp_path: Path, connection: BoxConnection
     """What guards a connection stands in every command, before all that a configuration may say."""
     for argv in (connection.stream(["true"]), connection.rsync_shell(), connection.with_password(["true"])):
         words = " ".join(argv)
-        assert "StrictHostKeyChecking=yes" in words and "ForwardAgent=no" in words and "HostKeyAlias=gpu-box" in words and "ControlPath=none" in words
+        assert (
+            "StrictHostKeyChecking=yes" in words
+            and "ForwardAgent=no" in words
+            and "HostKeyAlias=gpu-box" in words
+            and "ControlPath=none" in words
+        )
         assert ("BatchMode=yes" in words) == ("PubkeyAuthentication=no" not in words)
 
 

@@ -1,4 +1,6 @@
-"""Host keys by name, and the user's key put on a box after one password: against a real sshd, and a server that asks for a password."""
+"""Host keys by name, and the user's key put on a box after one password: against a real sshd, and a
+server that asks for a password.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_of_two_at_once_one_is_first(tmp_path: Path) -> None:
 
 def test_lines_that_are_none(tmp_path: Path) -> None:
     known = KnownHosts(tmp_path / "gpu-box", "gpu-box")
-    known.file.write_text(f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\nx,gpu-box ssh-rsa {'YWFh'} words\n")
+    known.file.write_text(
+        f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\nx,gpu-box ssh-rsa {'YWFh'} words\n"
+    )
     assert known.keys == (HostKey("ssh-rsa", b"aaa"),)
     known.file.write_text("")
     assert known.keep(key())  # an empty file is no key
@@ -71,7 +75,10 @@ def test_a_fingerprint_is_that_of_ssh_keygen(tmp_path: Path, sshd: Sshd) -> None
     assert offered.fingerprint == sshd.host_key()
     known = KnownHosts(tmp_path / "file", "x")
     known.keep(offered)
-    assert sshd.host_key() in subprocess.run(["ssh-keygen", "-lf", known.file], capture_output=True, text=True, check=True).stdout
+    assert (
+        sshd.host_key()
+        in subprocess.run(["ssh-keygen", "-lf", known.file], capture_output=True, text=True, check=True).stdout
+    )
 
 
 # --- fab trust
@@ -90,7 +97,9 @@ def test_trust(own_sshd: Sshd, tmp_path: Path) -> None:
         with pytest.raises(HostKeyChanged):
             trust(connection, host_key=two)  # to know it is not to say that the old one may go
         assert [each.fingerprint for each in connection.known_hosts.keys] == [one]
-        assert str(trust(connection, replace=True, host_key=two)) == f"host key {two} (ssh-ed25519): replaced (was {one})"
+        assert (
+            str(trust(connection, replace=True, host_key=two)) == f"host key {two} (ssh-ed25519): replaced (was {one})"
+        )
         connection.query(["true"])
         assert trust(connection, replace=True).status == "known"
 
@@ -161,7 +170,9 @@ def test_a_jump_host_is_trusted_by_its_own_name(sshd: Sshd, own_sshd: Sshd, tmp_
 
 
 class AsksForPassword(paramiko.ServerInterface):
-    """Runs commands for whom the password or a key of authorized_keys lets in: what sshd does only for root, by PAM."""
+    """Runs commands for whom the password or a key of authorized_keys lets in: what sshd does only
+    for root, by PAM.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -185,7 +196,12 @@ class AsksForPassword(paramiko.ServerInterface):
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         def run() -> None:
-            done = subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(self.home), "PATH": os.defpath}, capture_output=True, check=False)
+            done = subprocess.run(
+                ["/bin/sh", "-c", command],
+                env={"HOME": str(self.home), "PATH": os.defpath},
+                capture_output=True,
+                check=False,
+            )
             channel.sendall(done.stdout)
             channel.sendall_stderr(done.stderr)
             channel.send_exit_status(done.returncode)
@@ -286,12 +302,29 @@ def test_without_a_terminal_nobody_is_asked_and_that_is_said(sshd: Sshd, tmp_pat
     clean = {name: value for name, value in os.environ.items() if "ASKPASS" not in name and "DISPLAY" not in name}
     with password_server(home) as port:
         box = Box(name="gpu-box", address="127.0.0.1", port=port, user="root", key=str(mine))
-        argv = [sys.executable, "-c", WITHOUT_A_TERMINAL, str(tmp_path), box.model_dump_json(), str(sshd.folder / "config")]
+        argv = [
+            sys.executable,
+            "-c",
+            WITHOUT_A_TERMINAL,
+            str(tmp_path),
+            box.model_dump_json(),
+            str(sshd.folder / "config"),
+        ]
         root = Path(__file__).parents[3]
         done = subprocess.run(
-            argv, cwd=root, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, check=False
+            argv,
+            cwd=root,
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+            check=False,
         )
-    assert "there is no terminal to ask for its password on" in done.stderr and Path(f"{mine}.pub").read_text().strip() in done.stderr
+    assert (
+        "there is no terminal to ask for its password on" in done.stderr
+        and Path(f"{mine}.pub").read_text().strip() in done.stderr
+    )
     assert not (home / "asked").exists()  # not even an empty password, which would count as a wrong one
 
 
@@ -305,7 +338,12 @@ def test_only_trust_asks_for_a_password(sshd: Sshd, tmp_path: Path, person: Path
             with pytest.raises(ToolkitError):
                 connection.query(["true"])
             assert subprocess.run(connection.stream(["true"]), capture_output=True, check=False).returncode == 255
-            assert subprocess.run([*connection.rsync_shell(), "127.0.0.1", "true"], capture_output=True, check=False).returncode == 255
+            assert (
+                subprocess.run(
+                    [*connection.rsync_shell(), "127.0.0.1", "true"], capture_output=True, check=False
+                ).returncode
+                == 255
+            )
     assert not (home / "asked").exists() and not (tmp_path / "prompts").exists()
 
 

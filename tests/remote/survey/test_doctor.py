@@ -18,7 +18,18 @@ GB, MIB = 10**9, 2**20
 JOB, DEMO = load_job("opt-1.3b"), load_job("demo")
 RTX_4090 = GpuCard(0, "GPU-a", "00000000:01:00.0", "NVIDIA GeForce RTX 4090", 24 * GB, 0, 0, "8.9")
 H100 = GpuCard(0, "GPU-h", "00000000:65:00.0", "NVIDIA H100 80GB HBM3", 80 * GB, 0, 0, "9.0", 0, 0)
-PLACE = Place("/root/autodl-tmp/rlhf-box", "/root/autodl-tmp", "/root/autodl-tmp/rlhf-box", True, True, 0, 50 * GB, 3_000_000, "xfs", False)
+PLACE = Place(
+    "/root/autodl-tmp/rlhf-box",
+    "/root/autodl-tmp",
+    "/root/autodl-tmp/rlhf-box",
+    True,
+    True,
+    0,
+    50 * GB,
+    3_000_000,
+    "xfs",
+    False,
+)
 BARE = BoxFacts(
     complete=True,
     elapsed_s=1.2,
@@ -42,7 +53,19 @@ BARE = BoxFacts(
 WHOLE = Docker("27.3.1", "27.3.1", "", "2.29.7", "0.17.1", ("nvidia", "runc"), 0, 1, "rlhf-box:cu118", "GPU 0: H100")
 MACHINE = replace(BARE, container=False, docker=WHOLE)
 LINK = Link(seconds=0.142, host_key="known", fingerprint="SHA256:abc")
-NAMES = ["reachable", "host key", "provider", "driver", "card 0", "capability", "P2P", "/dev/shm", "CPU and memory", "disk", "inodes"]
+NAMES = [
+    "reachable",
+    "host key",
+    "provider",
+    "driver",
+    "card 0",
+    "capability",
+    "P2P",
+    "/dev/shm",
+    "CPU and memory",
+    "disk",
+    "inodes",
+]
 NAMES += ["Python", "Docker", "hub", "clock"]
 
 
@@ -110,19 +133,30 @@ def test_a_box_that_is_not_reached() -> None:
     diagnosis = examine(None, link=link)
     assert not diagnosis.fit and diagnosis.verdict == "not fit for opt-1.3b: it was not reached"
     assert {each.status for each in diagnosis.checks[1:]} == {"unknown"}
-    assert [line.split()[:2] for line in diagnosis.lines()] == [["unfit", "reachable"], ["unknown", "host"], ["not", "fit"]]
+    assert [line.split()[:2] for line in diagnosis.lines()] == [
+        ["unfit", "reachable"],
+        ["unknown", "host"],
+        ["not", "fit"],
+    ]
 
 
 def test_a_changed_host_key_is_said_once() -> None:
     link = Link(reached=False, error="the host key changed", host_key="changed", fingerprint="SHA256:new")
     lines = examine(None, link=link).lines()
-    assert [line.split()[0] for line in lines] == ["unfit", "unfit", "not"] and sum("fab trust" in line for line in lines) == 1
+    assert [line.split()[0] for line in lines] == ["unfit", "unfit", "not"] and sum(
+        "fab trust" in line for line in lines
+    ) == 1
 
 
 def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:
     assert examine(job=None).verdict == "fit"
-    assert examine(replace(BARE, cores=1.0, late=("ecc",)), offset=ClockOffset(90.0, 0.1)).verdict == "fit for opt-1.3b, with 2 warnings"
-    blackwell = replace(BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0)
+    assert (
+        examine(replace(BARE, cores=1.0, late=("ecc",)), offset=ClockOffset(90.0, 0.1)).verdict
+        == "fit for opt-1.3b, with 2 warnings"
+    )
+    blackwell = replace(
+        BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0
+    )
     assert examine(blackwell).verdict == (
         "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
         "take a box with an older card, or a PyTorch for a newer CUDA without the image"
@@ -143,13 +177,17 @@ def test_what_a_box_says_cannot_draw_on_the_terminal() -> None:
 # --- check by check -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "wanted"), [("known", "ok"), ("new", "ok"), ("changed", "unfit"), ("unknown", "unknown")])
+@pytest.mark.parametrize(
+    ("key", "wanted"), [("known", "ok"), ("new", "ok"), ("changed", "unfit"), ("unknown", "unknown")]
+)
 def test_the_host_key(key: Any, wanted: str) -> None:
     assert status("host key", link=replace(LINK, host_key=key)) == wanted
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"), [({}, "ok"), ({"complete": False}, "warning"), ({"late": ("cards",)}, "warning")], ids=["whole", "torn", "late"]
+    ("change", "wanted"),
+    [({}, "ok"), ({"complete": False}, "warning"), ({"late": ("cards",)}, "warning")],
+    ids=["whole", "torn", "late"],
 )
 def test_the_answer(change: dict[str, Any], wanted: str) -> None:
     assert status("reachable", replace(BARE, **change)) == wanted
@@ -163,12 +201,15 @@ def test_another_processor() -> None:
 def test_what_is_deployed_and_runs_is_said() -> None:
     slot = {"run": "ppo-0412", "pid": "7"}
     place = replace(PLACE, deployed={"code": "3f2a" * 16}, slot=slot, slot_alive=True)
-    assert check("provider", replace(BARE, places=(place,))).value.endswith("; deployed: 3f2a3f2a3f2a; a job runs: ppo-0412")
+    assert check("provider", replace(BARE, places=(place,))).value.endswith(
+        "; deployed: 3f2a3f2a3f2a; a job runs: ppo-0412"
+    )
     assert "a job runs" not in check("provider", replace(BARE, places=(replace(place, slot_alive=False),))).value
 
 
 @pytest.mark.parametrize(
-    ("driver", "wanted"), [("450.80.02", "ok"), ("450.80.01", "unfit"), ("440.33.01", "unfit"), ("580.65.06", "ok"), (None, "unknown")]
+    ("driver", "wanted"),
+    [("450.80.02", "ok"), ("450.80.01", "unfit"), ("440.33.01", "unfit"), ("580.65.06", "ok"), (None, "unknown")],
 )
 def test_the_driver(driver: str | None, wanted: str) -> None:
     assert status("driver", replace(BARE, driver=driver)) == wanted
@@ -177,7 +218,11 @@ def test_the_driver(driver: str | None, wanted: str) -> None:
 
 CARDS = {
     "idle": ({}, "ok", "NVIDIA H100 80GB HBM3, 80 GB, 0 bytes in use"),
-    "in use": ({"used_bytes": 41 * GB}, "warning", "GPU 0 has 41 GB in use before the job begins, by pid 4321 (python train.py, 40 GB)"),
+    "in use": (
+        {"used_bytes": 41 * GB},
+        "warning",
+        "GPU 0 has 41 GB in use before the job begins, by pid 4321 (python train.py, 40 GB)",
+    ),
     "ECC": ({"ecc_now": 2}, "unfit", "2 uncorrected memory errors (ECC) since its driver was loaded"),
     "ECC of the past": ({"ecc_ever": 2}, "ok", ""),
     "off the bus": ({"xids": (13, 79)}, "unfit", "the kernel logged Xid 79 for it"),
@@ -198,13 +243,17 @@ def test_a_card(case: str) -> None:
 
 def test_the_worst_comes_first_and_nothing_is_passed_over() -> None:
     found = check("card 0", replace(BARE, cards=(replace(H100, used_bytes=9 * GB, ecc_now=1),)))
-    assert found.status == "unfit" and found.value.index("1 uncorrected memory error (ECC)") < found.value.index("9 GB in use before")
+    assert found.status == "unfit" and found.value.index("1 uncorrected memory error (ECC)") < found.value.index(
+        "9 GB in use before"
+    )
 
 
 def test_each_card_has_its_line() -> None:
     second = replace(H100, index=1, used_bytes=5 * GB)
     facts = replace(BARE, cards=(H100, second), holders=(Holder(1, 7, 5 * GB, "python a.py"),))
-    assert [status(f"card {i}", facts) for i in (0, 1)] == ["ok", "warning"] and "by pid 7" in check("card 1", facts).value
+    assert [status(f"card {i}", facts) for i in (0, 1)] == ["ok", "warning"] and "by pid 7" in check(
+        "card 1", facts
+    ).value
 
 
 @pytest.mark.parametrize(
@@ -224,7 +273,9 @@ def test_no_card(job: Job | None, wanted: str) -> None:
 
 def test_a_card_that_is_lost() -> None:
     found = check("cards", replace(BARE, cards=None, smi_error="GPU is lost"))
-    assert (found.status, found.value) == ("unfit", "GPU is lost") and status("cards", replace(BARE, cards=None)) == "unknown"
+    assert (found.status, found.value) == ("unfit", "GPU is lost") and status(
+        "cards", replace(BARE, cards=None)
+    ) == "unknown"
 
 
 @pytest.mark.parametrize(("ranks", "cards", "wanted"), [("2", 1, "unfit"), ("2", 2, None), ("auto", 1, None)])
@@ -235,7 +286,16 @@ def test_more_ranks_than_cards(ranks: str, cards: int, wanted: str | None) -> No
 
 
 @pytest.mark.parametrize(
-    ("capability", "wanted"), [("7.0", "ok"), ("8.9", "ok"), ("9.0", "ok"), ("6.1", "unfit"), ("10.0", "unfit"), ("12.0", "unfit"), (None, "unknown")]
+    ("capability", "wanted"),
+    [
+        ("7.0", "ok"),
+        ("8.9", "ok"),
+        ("9.0", "ok"),
+        ("6.1", "unfit"),
+        ("10.0", "unfit"),
+        ("12.0", "unfit"),
+        (None, "unknown"),
+    ],
 )
 def test_capability(capability: str | None, wanted: str) -> None:
     facts = replace(BARE, cards=(replace(H100, capability=capability),))
@@ -256,10 +316,22 @@ def both(access: bool, *results: str) -> tuple[Peer, ...]:
     [
         ({"peers": both(True, "right")}, "ok", "2 of 2 ways direct, all 2 copies right"),
         ({"peers": both(False, "right")}, "warning", "NVIDIA GeForce RTX 4090 has no peer access here"),
-        ({"peers": both(True, "right", "wrong")}, "warning", "what one GPU writes into another's memory arrives changed"),
-        ({"peers": both(False, "right", "wrong")}, "unfit", "a copy through the main memory (GPU 1 to GPU 0) arrives changed"),
+        (
+            {"peers": both(True, "right", "wrong")},
+            "warning",
+            "what one GPU writes into another's memory arrives changed",
+        ),
+        (
+            {"peers": both(False, "right", "wrong")},
+            "unfit",
+            "a copy through the main memory (GPU 1 to GPU 0) arrives changed",
+        ),
         ({"peers": both(True, "right", "failed cuMemcpyPeer 217")}, "unfit", "GPU 1 to GPU 0: failed cuMemcpyPeer 217"),
-        ({"peers": both(True, "right"), "driver": "535.129.03"}, "warning", "the peer access that driver 535.129.03 offers on"),
+        (
+            {"peers": both(True, "right"), "driver": "535.129.03"},
+            "warning",
+            "the peer access that driver 535.129.03 offers on",
+        ),
         ({"peers_said": "no libcuda.so.1"}, "unknown", "not tried: no libcuda.so.1"),
         ({"peers": both(True, "right")[:1]}, "unknown", "1 of 2 copies in time, all right"),
     ],
@@ -271,8 +343,13 @@ def test_copies_between_cards(change: dict[str, Any], wanted: str, value: str) -
 
 
 def test_what_deploy_sets_for_the_box() -> None:
-    assert peer_access_off(replace(TWO, peers=both(True, "wrong")), LIMITS) == "what one GPU writes into another's memory arrives changed"
-    assert peer_access_off(replace(TWO, peers=both(True, "right")), LIMITS) == "" and peer_access_off(BARE, LIMITS) == ""
+    assert (
+        peer_access_off(replace(TWO, peers=both(True, "wrong")), LIMITS)
+        == "what one GPU writes into another's memory arrives changed"
+    )
+    assert (
+        peer_access_off(replace(TWO, peers=both(True, "right")), LIMITS) == "" and peer_access_off(BARE, LIMITS) == ""
+    )
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -283,7 +360,10 @@ def test_shared_memory() -> None:
     assert status("/dev/shm", small) == "unfit" and status("/dev/shm", small, DEMO) == "ok"
     assert status("/dev/shm", replace(BARE, shm_free_bytes=64 * MIB)) == "ok"  # one rank
     assert status("/dev/shm", replace(small, docker=replace(WHOLE, gpu_cards=2))) == "ok"  # the container has its own
-    assert status("/dev/shm", replace(TWO, shm_free_bytes=512 * MIB)) == "ok" and status("/dev/shm", replace(TWO, shm_free_bytes=None)) == "unknown"
+    assert (
+        status("/dev/shm", replace(TWO, shm_free_bytes=512 * MIB)) == "ok"
+        and status("/dev/shm", replace(TWO, shm_free_bytes=None)) == "unknown"
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,8 +415,18 @@ def test_a_disk_that_does_not_answer() -> None:
     [
         ((Python("/usr/bin/python3", "3.10.12", True),), (), "ok", "3.10.12 at /usr/bin/python3"),
         ((Python("/usr/bin/python3", "3.10.12", False),), (), "unfit", "/usr/bin/python3 has no venv or ensurepip"),
-        ((Python("/usr/bin/python3", "3.10.12", False),), BARE.condas, "ok", "3.10 will be made by /root/miniconda3/bin/conda"),
-        ((Python("/usr/bin/python3", "3.11.2", True),), (), "unfit", "no Python 3.10 and no conda to make it with (there is: 3.11.2)"),
+        (
+            (Python("/usr/bin/python3", "3.10.12", False),),
+            BARE.condas,
+            "ok",
+            "3.10 will be made by /root/miniconda3/bin/conda",
+        ),
+        (
+            (Python("/usr/bin/python3", "3.11.2", True),),
+            (),
+            "unfit",
+            "no Python 3.10 and no conda to make it with (there is: 3.11.2)",
+        ),
         ((), (), "unfit", "no Python 3.10 and no conda to make it with (there is: none)"),
     ],
 )
@@ -351,10 +441,22 @@ REFUSAL = 'docker: Error response from daemon: could not select device driver ""
 @pytest.mark.parametrize(
     ("change", "wanted", "value"),
     [
-        ({"server": "", "error": "permission denied"}, "warning", "Docker's daemon does not answer (permission denied)"),
+        (
+            {"server": "", "error": "permission denied"},
+            "warning",
+            "Docker's daemon does not answer (permission denied)",
+        ),
         ({"compose": ""}, "warning", "Docker has no Compose"),
-        ({"gpu_code": 125, "gpu_cards": 0, "gpu_said": REFUSAL}, "warning", f"Docker does not reach the GPUs ({REFUSAL})"),
-        ({"gpu_code": 0, "gpu_cards": 0, "gpu_said": ""}, "warning", "Docker does not reach the GPUs (a container saw no card)"),
+        (
+            {"gpu_code": 125, "gpu_cards": 0, "gpu_said": REFUSAL},
+            "warning",
+            f"Docker does not reach the GPUs ({REFUSAL})",
+        ),
+        (
+            {"gpu_code": 0, "gpu_cards": 0, "gpu_said": ""},
+            "warning",
+            "Docker does not reach the GPUs (a container saw no card)",
+        ),
         ({"gpu_cards": 3}, "warning", "27.3.1, Compose 2.29.7, buildx 0.17.1; a container saw 3 cards of 1"),
         ({"buildx": ""}, "warning", "27.3.1, Compose 2.29.7; a container saw 1 card"),
         (
@@ -376,8 +478,20 @@ def test_docker(change: dict[str, Any], wanted: str, value: str) -> None:
     ("routes", "prefer", "job", "wanted", "value"),
     [
         ((HubRoute("direct", 200, 0.1, 0.5),), "", JOB, "ok", "direct (direct 0.50 s)"),
-        ((HubRoute("direct", 200, 0.1, 3.5),), "", JOB, "warning", "direct (direct 3.50 s), which is slow for a small file"),
-        ((HubRoute("direct", 200, 0.1, 0.5), HubRoute("mirror", 200, 0.1, 0.2)), "mirror", JOB, "ok", "mirror (direct 0.50 s, mirror 0.20 s)"),
+        (
+            (HubRoute("direct", 200, 0.1, 3.5),),
+            "",
+            JOB,
+            "warning",
+            "direct (direct 3.50 s), which is slow for a small file",
+        ),
+        (
+            (HubRoute("direct", 200, 0.1, 0.5), HubRoute("mirror", 200, 0.1, 0.2)),
+            "mirror",
+            JOB,
+            "ok",
+            "mirror (direct 0.50 s, mirror 0.20 s)",
+        ),
         ((HubRoute("direct", 403, 0.1, 0.2),), "", JOB, "unfit", "no way to it (direct HTTP 403)"),
         ((HubRoute("direct", 403, 0.1, 0.2),), "", None, "warning", "no way to it (direct HTTP 403)"),
         ((HubRoute("direct", None),), "", DEMO, "ok", "no way to it (direct no answer), and this job needs none"),
@@ -391,7 +505,9 @@ def test_the_hub(routes: tuple[HubRoute, ...], prefer: str, job: Job | None, wan
 
 def test_what_comes_from_the_hub() -> None:
     assert hub_names(JOB) == ["facebook/opt-1.3b", "facebook/opt-350m", "Dahoas/rm-static"] and hub_names(DEMO) == []
-    local = with_settings("actor.model=/data/opt", "critic.model=./opt", "data.datasets=[rows.jsonl, ../rows, ~/rows, gpt2]")
+    local = with_settings(
+        "actor.model=/data/opt", "critic.model=./opt", "data.datasets=[rows.jsonl, ../rows, ~/rows, gpt2]"
+    )
     assert hub_names(local) == ["gpt2"]
 
 

@@ -109,11 +109,20 @@ def test_what_the_probe_says() -> None:
     facts = parse(RUNPOD)
     assert facts == parse(RUNPOD.encode())
     assert (facts.complete, facts.elapsed_s, facts.clock, facts.late) == (True, 1.5, 1700000000.25, ("docker",))
-    assert (facts.hostname, facts.boot, facts.machine, facts.user, facts.uid, facts.gid) == ("3f2a1b", "b0-0t", "x86_64", "root", 0, 0)
+    assert (facts.hostname, facts.boot, facts.machine, facts.user, facts.uid, facts.gid) == (
+        "3f2a1b",
+        "b0-0t",
+        "x86_64",
+        "root",
+        0,
+        0,
+    )
     assert (facts.container, facts.hypervisor, facts.driver, facts.kernel_log) == (True, False, "550.54.15", True)
     assert facts.cards == (
         GpuCard(0, "GPU-a", "00000000:01:00.0", "NVIDIA GeForce RTX 4090", 24564 * MIB, 1024 * MIB, 7, "8.9", 0, 3, ()),
-        GpuCard(1, "GPU-b", "00000000:C1:00.0", "NVIDIA GeForce RTX 4090", 24564 * MIB, None, None, None, None, None, (79,)),
+        GpuCard(
+            1, "GPU-b", "00000000:C1:00.0", "NVIDIA GeForce RTX 4090", 24564 * MIB, None, None, None, None, None, (79,)
+        ),
     )
     assert facts.holders == (
         Holder(0, 4321, 900 * MIB, "/usr/bin/python -m rlhf_train.worker | tee"),
@@ -123,10 +132,21 @@ def test_what_the_probe_says() -> None:
     assert facts.peers == (Peer(0, 1, True, "right"), Peer(1, 0, False, "failed cuMemcpyPeer 217"))
     assert (facts.shm_bytes, facts.shm_free_bytes, facts.cores) == (64 * MIB, 64 * MIB, 8.0)
     assert (facts.memory_bytes, facts.memory_free_bytes) == (512_000_000, 212_000_000)
-    assert facts.pythons == (Python("/usr/bin/python3", "3.11.9", True), Python("/usr/bin/python3.10", "3.10.12", False))
+    assert facts.pythons == (
+        Python("/usr/bin/python3", "3.11.9", True),
+        Python("/usr/bin/python3.10", "3.10.12", False),
+    )
     assert facts.condas == (("/root/miniconda3/bin/conda", "conda 24.1"), ("/usr/bin/uv", "uv 0.4.1"))
-    assert (facts.rsync, facts.gnu_tar, facts.tools, facts.docker) == ("3.2.7", True, {"rsync": "/usr/bin/rsync"}, Docker())
-    assert facts.routes == (HubRoute("direct", 200, 0.12, 0.61), HubRoute("mirror", None, 0.0, 4.0, "curl: (28) timed out | really"))
+    assert (facts.rsync, facts.gnu_tar, facts.tools, facts.docker) == (
+        "3.2.7",
+        True,
+        {"rsync": "/usr/bin/rsync"},
+        Docker(),
+    )
+    assert facts.routes == (
+        HubRoute("direct", 200, 0.12, 0.61),
+        HubRoute("mirror", None, 0.0, 4.0, "curl: (28) timed out | really"),
+    )
 
 
 def test_where_our_folder_may_lie() -> None:
@@ -134,8 +154,17 @@ def test_where_our_folder_may_lie() -> None:
     assert workspace == Place(
         "/workspace/rlhf-box", "/workspace", "/workspace/rlhf-box", True, True, 0, 600 * 1024, 99000, "ext4", False
     )  # the device's name has a blank
-    assert (home.free_bytes, home.free_inodes, home.read_only) == (0, None, True)  # reserved blocks are less than none; no inodes are counted
-    assert (autodl.found, autodl.missing, autodl.free_bytes, autodl.read_only) == ("/root", "/root/autodl-tmp", None, None)
+    assert (home.free_bytes, home.free_inodes, home.read_only) == (
+        0,
+        None,
+        True,
+    )  # reserved blocks are less than none; no inodes are counted
+    assert (autodl.found, autodl.missing, autodl.free_bytes, autodl.read_only) == (
+        "/root",
+        "/root/autodl-tmp",
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("length", range(0, len(RUNPOD), 37))
@@ -148,7 +177,17 @@ def test_an_answer_that_broke_off(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "\n", "sh: 1: eval: not found\n", "gpu\t\n", "gpu\tx|y\n", "place\t0\nroot\t0|/a\n", b"\xff\xfe\t\xff\n", "end\tsoon\n"]
+    "answer",
+    [
+        "",
+        "\n",
+        "sh: 1: eval: not found\n",
+        "gpu\t\n",
+        "gpu\tx|y\n",
+        "place\t0\nroot\t0|/a\n",
+        b"\xff\xfe\t\xff\n",
+        "end\tsoon\n",
+    ],
 )
 def test_nonsense_is_not_known(answer: str | bytes) -> None:
     facts = parse(answer)
@@ -215,7 +254,9 @@ def test_the_folder() -> None:
 
 
 def test_a_folder_that_is_there_already() -> None:
-    facts = BoxFacts(home="/root", places=(Place("/workspace/rlhf-box", "/workspace/rlhf-box"), Place("/root/rlhf-box", "/root")))
+    facts = BoxFacts(
+        home="/root", places=(Place("/workspace/rlhf-box", "/workspace/rlhf-box"), Place("/root/rlhf-box", "/root"))
+    )
     assert place_of(facts, PROVIDERS["vast"]).root == "/workspace/rlhf-box"
 
 
@@ -225,9 +266,11 @@ def test_what_the_probe_is_asked() -> None:
     assert {"proxy=/etc/network_turbo", "file=/etc/rp_environment", "conda=/root/miniconda3/bin/conda"} <= set(args)
     assert "direct=https://huggingface.co/facebook/opt-125m/resolve/main/config.json" in args
     assert "mirror=https://hf-mirror.com/facebook/opt-125m/resolve/main/config.json" in args
-    assert [arg for arg in probe_args(PROVIDERS, data_folder="/a b/", hub="") if arg.startswith(("root", "direct", "mirror"))] == [
-        "root=/a b/rlhf-box"
-    ]
+    assert [
+        arg
+        for arg in probe_args(PROVIDERS, data_folder="/a b/", hub="")
+        if arg.startswith(("root", "direct", "mirror"))
+    ] == ["root=/a b/rlhf-box"]
     assert b"@GPU_COPY_CHECK@" not in script("probe.sh") and b"cuMemcpyPeer" in script("probe.sh")
 
 
@@ -260,7 +303,11 @@ def test_the_runtime(docker: dict[str, object], cards: tuple[GpuCard, ...] | Non
 
 # --- the hub and the clock ------------------------------------------------------------------------------------------
 
-DIRECT, MIRROR, PROXY = HubRoute("direct", 200, 0.1, 0.9), HubRoute("mirror", 206, 0.1, 0.2), HubRoute("proxy", 200, 0.1, 0.5)
+DIRECT, MIRROR, PROXY = (
+    HubRoute("direct", 200, 0.1, 0.9),
+    HubRoute("mirror", 206, 0.1, 0.2),
+    HubRoute("proxy", 200, 0.1, 0.5),
+)
 SLOW, SHUT = replace(DIRECT, total_s=3.5), replace(DIRECT, status=None, error="timed out")
 
 
@@ -291,5 +338,7 @@ def test_one_way_to_the_hub(routes: tuple[HubRoute, ...], prefer: str, chosen: H
         (None, 2.0, 1000.0, 1003.0, None),
     ],
 )
-def test_the_clock(clock: float | None, elapsed: float, sent: float, received: float, offset: ClockOffset | None) -> None:
+def test_the_clock(
+    clock: float | None, elapsed: float, sent: float, received: float, offset: ClockOffset | None
+) -> None:
     assert clock_offset(BoxFacts(clock=clock, elapsed_s=elapsed), sent, received) == offset

@@ -1,4 +1,6 @@
-"""Expected tokens and positions are counted by hand: the tokenizer of these tests has one token a byte."""
+"""Expected tokens and positions are counted by hand: the tokenizer of these tests has one token a
+byte.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,21 @@ ONE_ROW = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """`<pad>` 0, `</s>` 1, then one token a byte: no room in the vocabulary for a merge. `</s>` goes in front, as OPT's BOS."""
+    """`<pad>` 0, `</s>` 1, then one token a byte: no room in the vocabulary for a merge.
+
+    `</s>` goes in front, as OPT's BOS.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=258, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=258, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(["some words"], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", pair="</s> $A $B", special_tokens=[("</s>", EOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A $B", special_tokens=[("</s>", EOS)]
+    )
     return tokenizer
 
 
@@ -52,7 +61,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def letters(text: str) -> list[int]:
-    """The ids of printable ASCII, looked up one by one: byte-level BPE writes such a byte as itself, and a space as Ġ."""
+    """The ids of printable ASCII, looked up one by one: byte-level BPE writes such a byte as
+    itself, and a space as Ġ.
+    """
     vocabulary = bytes_tokenizer().get_vocab()
     return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
 
@@ -77,7 +88,9 @@ def spec_for(*datasets: Path | str, **fields: Any) -> Data:
     return Data(datasets=tuple(map(str, datasets)), **{"split": (1.0, 1.0, 1.0), **fields})
 
 
-def prepared(spec: Data, tokenizer: Any, tmp_path: Path, say: Callable[[str], None] = lambda line: None) -> dataset.Corpus:
+def prepared(
+    spec: Data, tokenizer: Any, tmp_path: Path, say: Callable[[str], None] = lambda line: None
+) -> dataset.Corpus:
     return dataset.prepare(spec, tokenizer, cache=tmp_path / "cache", say=say)
 
 
@@ -107,7 +120,9 @@ def test_ragged_is_a_list_of_lists() -> None:
 
 
 def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", [*ONE_ROW, {"prompt": "p", "response": "s", "chosen": "c", "rejected": "r", "score": 1}])
+    write(
+        tmp_path / "a.jsonl", [*ONE_ROW, {"prompt": "p", "response": "s", "chosen": "c", "rejected": "r", "score": 1}]
+    )
     assert dataset.read_rows("a.jsonl", [tmp_path]) == ([("p", "c", "c", "r"), ("p", "s", "c", "r")], [])
 
 
@@ -129,12 +144,23 @@ GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
         # Characters 1-12 the same, é is 13, `"` 14, a space 15.
         ('{"prompt": "é" 7}'.encode(), ["column 16: not JSON: Expecting ',' delimiter"]),
         (b"", ["column 1: not JSON: Expecting value"]),
-        (b"[" * 100_000, ["column 1: no JSON that can be read: maximum recursion depth exceeded while decoding a JSON array from a unicode string"]),
+        (
+            b"[" * 100_000,
+            [
+                "column 1: no JSON that can be read: maximum recursion depth exceeded while decoding a JSON array from a unicode string"
+            ],
+        ),
         (b'["p", "c"]', ['column 1: a row is an object with prompt, chosen, rejected, not ["p", "c"]']),
         (b'{"prompt": "p", "chosen": "c"}', ["column `rejected`: missing; the row has prompt, chosen"]),
-        (b'{"prompt": null, "chosen": 5, "rejected": "r"}', ["column `prompt`: text is wanted, not null", "column `chosen`: text is wanted, not 5"]),
+        (
+            b'{"prompt": null, "chosen": 5, "rejected": "r"}',
+            ["column `prompt`: text is wanted, not null", "column `chosen`: text is wanted, not 5"],
+        ),
         (GOOD[:-1] + b', "response": ["a"]}', ['column `response`: text is wanted, not ["a"]']),
-        (GOOD[:-1] + b', "response": "a\\udc80"}', ['column `response`: "\\udc80" is half a character (a lone surrogate)']),
+        (
+            GOOD[:-1] + b', "response": "a\\udc80"}',
+            ['column `response`: "\\udc80" is half a character (a lone surrogate)'],
+        ),
     ],
 )
 def test_a_bad_line_is_named_by_file_line_and_column(tmp_path: Path, line: bytes, mistakes: list[str]) -> None:
@@ -143,7 +169,9 @@ def test_a_bad_line_is_named_by_file_line_and_column(tmp_path: Path, line: bytes
     with pytest.raises(ToolkitError) as caught:
         dataset.read_rows("a.jsonl", [tmp_path])
     assert (caught.value.what, caught.value.exit_code) == (f"bad rows in {file}", ExitCode.USAGE)
-    assert [_without_recursion(line) for line in caught.value.why.splitlines()] == [f"line 3, {_without_recursion(mistake)}" for mistake in mistakes]
+    assert [_without_recursion(line) for line in caught.value.why.splitlines()] == [
+        f"line 3, {_without_recursion(mistake)}" for mistake in mistakes
+    ]
 
 
 def _without_recursion(line: str) -> str:
@@ -194,7 +222,9 @@ def test_a_path_is_looked_for_in_each_folder_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./here", "../here", "/here/and/there", "a/b/c", "a/b.jsonl", "~/rows"])
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ToolkitError) as caught:
         next(dataset.texts(spec_for(name)))
@@ -219,7 +249,9 @@ def test_files_that_give_no_rows(tmp_path: Path) -> None:
 
 def test_texts_are_those_of_the_training_rows_once_each(tmp_path: Path) -> None:
     first = folder_of(
-        tmp_path / "a", [{"prompt": "p", "response": "s", "chosen": "c", "rejected": "r"}, *ONE_ROW], [{**ONE_ROW[0], "prompt": "held"}]
+        tmp_path / "a",
+        [{"prompt": "p", "response": "s", "chosen": "c", "rejected": "r"}, *ONE_ROW],
+        [{**ONE_ROW[0], "prompt": "held"}],
     )
     assert list(dataset.texts(spec_for(first))) == ["p", "s", "c", "r", "p", "c", "r"]
 
@@ -260,7 +292,9 @@ def test_held_out_rows_serve_each_step_and_identical_answers_are_not_pairs(tmp_p
 
 
 def deepspeed_chat_split(n: int, shares: str, seed: int) -> list[list[int]]:
-    """data_utils.py of DeepSpeed-Chat, get_raw_dataset_split_index and get_shuffle_idx, without their files."""
+    """data_utils.py of DeepSpeed-Chat, get_raw_dataset_split_index and get_shuffle_idx, without
+    their files.
+    """
     splits = [float(s) for s in shares.split(",")]
     splits = [split / sum(splits) for split in splits]
     splits_index = [0]
@@ -302,12 +336,17 @@ def test_the_split_is_deepspeed_chats() -> None:
 
 
 def test_several_data_sets_are_split_each_and_mixed(tmp_path: Path, tokenizer: Any) -> None:
-    first, second = folder_of(tmp_path / "1", numbered(10), ONE_ROW), folder_of(tmp_path / "2", numbered(5, start=10), ONE_ROW)
+    first, second = (
+        folder_of(tmp_path / "1", numbered(10), ONE_ROW),
+        folder_of(tmp_path / "2", numbered(5, start=10), ONE_ROW),
+    )
     alone = prepared(spec_for(first, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
     assert [order.tolist() for order in alone.step_rows.values()] == deepspeed_chat_split(10, "2,4,4", 7)
     found = prepared(spec_for(first, second, split=(2.0, 4.0, 4.0), seed=7), tokenizer, tmp_path).train
     for step in (1, 2, 3):
-        joined = deepspeed_chat_split(10, "2,4,4", 7)[step - 1] + [10 + row for row in deepspeed_chat_split(5, "2,4,4", 7)[step - 1]]
+        joined = deepspeed_chat_split(10, "2,4,4", 7)[step - 1] + [
+            10 + row for row in deepspeed_chat_split(5, "2,4,4", 7)[step - 1]
+        ]
         again = np.arange(len(joined), dtype=np.uint32)
         np.random.RandomState(7).shuffle(again)
         assert found.step_rows[step].tolist() == [joined[i] for i in again]
@@ -317,14 +356,21 @@ def test_several_data_sets_are_split_each_and_mixed(tmp_path: Path, tokenizer: A
 def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, tokenizer: Any) -> None:
     same = [{"prompt": "p", "chosen": "c", "rejected": "c"}] * 4
     folder = folder_of(tmp_path / "d", same, same)
-    assert [len(order) for order in prepared(spec_for(folder, split=(1.0, 0.0, 1.0)), tokenizer, tmp_path).train.step_rows.values()] == [2, 0, 2]
+    assert [
+        len(order)
+        for order in prepared(spec_for(folder, split=(1.0, 0.0, 1.0)), tokenizer, tmp_path).train.step_rows.values()
+    ] == [2, 0, 2]
     with pytest.raises(ToolkitError) as caught:
         prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
     assert caught.value.what == "step 2 has no training rows left"
     row_counts = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
     assert caught.value.why == f"its share of the training data: 2 rows; row_counts in the whole of it: {row_counts}"
     with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
-        prepared(spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])), tokenizer, tmp_path)
+        prepared(
+            spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])),
+            tokenizer,
+            tmp_path,
+        )
 
 
 def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: Any) -> None:
@@ -340,7 +386,11 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
         return [table.digest(step) for step in (1, 2, 3)]
 
     def differ(*arguments: str, **fields: Any) -> list[int]:
-        return [step for step, (old, new) in enumerate(zip(digests(), digests(*arguments, **fields), strict=True), 1) if old != new]
+        return [
+            step
+            for step, (old, new) in enumerate(zip(digests(), digests(*arguments, **fields), strict=True), 1)
+            if old != new
+        ]
 
     assert differ() == []
     assert (differ(first, "chosen"), differ(first, "rejected")) == ([1], [])
@@ -352,7 +402,8 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
 # --- row_counts ------------------------------------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9
-# In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6 and 10.
+# In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6
+# and 10.
 FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),  # an exact duplicate is fine
@@ -366,22 +417,34 @@ FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "p", "chosen": A, "rejected": B + "c"}, "answer_cut"),
     ({"prompt": "p", "response": A + "c", "chosen": A, "rejected": B}, "answer_cut"),
     ({"prompt": "p", "chosen": A, "rejected": A}, "identical_answers"),
-    ({"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"}, "identical_answers and answer_cut"),  # alike after cutting: 9 + c
+    (
+        {"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"},
+        "identical_answers and answer_cut",
+    ),  # alike after cutting: 9 + c
     ({"prompt": "p", "chosen": A + "c", "rejected": A + "d"}, "answer_cut"),
-    ({"prompt": "123456", "chosen": A + "c", "rejected": A + "c"}, "prompt_too_long"),  # a row that is left out counts once
+    (
+        {"prompt": "123456", "chosen": A + "c", "rejected": A + "c"},
+        "prompt_too_long",
+    ),  # a row that is left out counts once
 ]
 
 
 def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     folder = folder_of(tmp_path / "d", [row for row, _ in FATES], numbered(3))
-    table = prepared(spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    table = prepared(
+        spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path
+    ).train
     counted = Counter(fate for _, row_counts in FATES for fate in row_counts.split(" and ") if fate != "fits")
     assert table.row_counts == {"rows": 15, **counted}
     left_out = {i for i, (_, fate) in enumerate(FATES) if fate in ("empty_prompt", "empty_answer", "prompt_too_long")}
     assert sorted(table.step_rows[1].tolist()) == [i for i in range(15) if i not in left_out]
-    pairs = prepared(spec_for(folder, split=(0.0, 1.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    pairs = prepared(
+        spec_for(folder, split=(0.0, 1.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path
+    ).train
     assert sorted(pairs.step_rows[2].tolist()) == [i for i in range(15) if i not in left_out | {11, 12}]
-    third = prepared(spec_for(folder, split=(0.0, 0.0, 1.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path).train
+    third = prepared(
+        spec_for(folder, split=(0.0, 0.0, 1.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path
+    ).train
     assert sorted(third.step_rows[3].tolist()) == [i for i in range(15) if i not in left_out]
 
     a, b, c = letters("abc")
@@ -397,7 +460,9 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.fixture
 def transformers_log() -> Iterator[list[str]]:
-    """What transformers would print on stderr: its logger neither propagates nor writes to today's sys.stderr."""
+    """What transformers would print on stderr: its logger neither propagates nor writes to today's
+    sys.stderr.
+    """
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -407,7 +472,9 @@ def transformers_log() -> Iterator[list[str]]:
 
 
 def one_table(tmp_path: Path, tokenizer: Any, row: dict[str, str], **fields: Any) -> dataset.Table:
-    return prepared(spec_for(folder_of(tmp_path / "d", [row], ONE_ROW), split=(1.0, 0.0, 0.0), **fields), tokenizer, tmp_path).train
+    return prepared(
+        spec_for(folder_of(tmp_path / "d", [row], ONE_ROW), split=(1.0, 0.0, 0.0), **fields), tokenizer, tmp_path
+    ).train
 
 
 def test_a_prompt_begins_with_bos_and_an_answer_ends_with_eos(tmp_path: Path, tokenizer: Any) -> None:
@@ -422,7 +489,9 @@ def test_a_prompt_begins_with_bos_and_an_answer_ends_with_eos(tmp_path: Path, to
 
 def test_an_eos_that_the_tokenizer_adds_behind_is_left_away(tmp_path: Path) -> None:
     inner = bytes_tokenizer()
-    inner.post_processor = processors.TemplateProcessing(single="<pad> $A </s>", special_tokens=[("</s>", EOS), ("<pad>", PAD)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<pad> $A </s>", special_tokens=[("</s>", EOS), ("<pad>", PAD)]
+    )
     table = one_table(tmp_path, wrapped(inner), {"prompt": "ab", "chosen": "c", "rejected": "d"})
     assert (rows(table.prompt), rows(table.chosen)) == ([[PAD, *letters("ab")]], [[*letters("c"), EOS]])
 
@@ -435,7 +504,11 @@ def test_typed_control_tokens_stay_text(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_typed_control_tokens_stay_text_where_the_model_itself_knows_them(tmp_path: Path) -> None:
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd</>s")]  # Unigram would take `</s>` as one piece
+    pieces = [
+        ("<unk>", 0.0),
+        ("</s>", 0.0),
+        *((letter, -3.0) for letter in "abcd</>s"),
+    ]  # Unigram would take `</s>` as one piece
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))
     inner.add_special_tokens(["</s>"])
     known = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
@@ -465,7 +538,11 @@ def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
     tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
     before = tokenizer.backend_tokenizer.to_str()
     table = one_table(tmp_path, tokenizer, {"prompt": "abcdef", "chosen": "c" * 20, "rejected": "d"})
-    assert (table.prompt.lengths.tolist(), table.chosen.lengths.tolist(), table.rejected.lengths.tolist()) == ([7], [21], [2])
+    assert (table.prompt.lengths.tolist(), table.chosen.lengths.tolist(), table.rejected.lengths.tolist()) == (
+        [7],
+        [21],
+        [2],
+    )
     assert tokenizer.backend_tokenizer.to_str() == before
     assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
 
@@ -484,9 +561,14 @@ def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> No
     before = stamps(tmp_path)
     assert said == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
     said.clear()
-    tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)  # leaves its marks on a fast tokenizer; they are not ours
+    tokenizer(
+        ["abc", "d"], truncation=True, max_length=2, padding=True
+    )  # leaves its marks on a fast tokenizer; they are not ours
     second = prepared(
-        spec_for(folder, seed=3, split=(1.0, 2.0, 3.0), max_prompt_tokens=9, max_response_tokens=7, eval_rows=1), tokenizer, tmp_path, said.append
+        spec_for(folder, seed=3, split=(1.0, 2.0, 3.0), max_prompt_tokens=9, max_response_tokens=7, eval_rows=1),
+        tokenizer,
+        tmp_path,
+        said.append,
     )
     assert stamps(tmp_path) == before
     assert said == [f"reading {folder}"]
@@ -528,7 +610,9 @@ def test_many_chunks_make_the_same_table(tmp_path: Path, tokenizer: Any, monkeyp
     assert rows(whole.response)[:2] == [[*letters("yes0"), EOS], [*letters("other"), EOS]]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:-9] + b"x" + content[-8:]])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:-9] + b"x" + content[-8:]]
+)
 def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Callable[[bytes], bytes]) -> None:
     folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
     whole = prepared(spec_for(folder), tokenizer, tmp_path).train
@@ -537,7 +621,9 @@ def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Call
         path.write_bytes(damage(content))
     again = prepared(spec_for(folder), tokenizer, tmp_path).train
     assert rows(again.chosen) == rows(whole.chosen)
-    assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [hash(content[:32]) for content in good.values()]
+    assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [
+        hash(content[:32]) for content in good.values()
+    ]
     assert chunk_files(tmp_path) == list(good)  # and nothing lies beside them
 
 
@@ -580,15 +666,21 @@ print(json.dumps([written, said, corpus.train.chosen.values.tolist(), corpus.tra
 """
 
 
-def start(tmp_path: Path, *, rank: int = 0, world_size: int = 1, slow_s: float = 0, largest_file: int = 0) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, *, rank: int = 0, world_size: int = 1, slow_s: float = 0, largest_file: int = 0
+) -> subprocess.Popen[str]:
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
     paths = [str(tmp_path / name) for name in ("d", "cache", "tokenizer.json")]
     argument = json.dumps([rank, world_size, slow_s, largest_file, *paths])
-    return subprocess.Popen([sys.executable, "-c", CHILD, argument], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, argument], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_ranks_share_the_work_and_the_quick_one_waits_for_the_slow_one(tmp_path: Path, tokenizer: Any) -> None:
-    folder_of(tmp_path / "d", numbered(45), numbered(3))  # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows
+    folder_of(
+        tmp_path / "d", numbered(45), numbered(3)
+    )  # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows
     ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, slow_s=1.0)]
     results = [process.communicate(timeout=120) for process in ranks]
     (quick_wrote, quick_said, *quick), (slow_wrote, _, *slow) = (json.loads(output) for output, _ in results)
@@ -643,12 +735,28 @@ class Reader:
     def __init__(self, root: Path, hub: Hub) -> None:
         self.root, self.hub = root, hub
 
-    def __call__(self, *names: str, parquet: dict[str, Any] | None = None, saved: dict[str, Any] | None = None, **environment: str) -> list[Any]:
+    def __call__(
+        self,
+        *names: str,
+        parquet: dict[str, Any] | None = None,
+        saved: dict[str, Any] | None = None,
+        **environment: str,
+    ) -> list[Any]:
         (self.root / "here").mkdir(exist_ok=True)
-        settings = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.root / "home"), "PYTHONPATH": str(ROOT), "HF_TOKEN": "", **environment}
-        argument = json.dumps([names, {str(self.root / file): rows for file, rows in (parquet or {}).items()}, saved or {}])
+        settings = {
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.root / "home"),
+            "PYTHONPATH": str(ROOT),
+            "HF_TOKEN": "",
+            **environment,
+        }
+        argument = json.dumps(
+            [names, {str(self.root / file): rows for file, rows in (parquet or {}).items()}, saved or {}]
+        )
         command, settings = [sys.executable, "-c", READER, argument], os.environ | settings
-        done = subprocess.run(command, cwd=self.root / "here", env=settings, check=False, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command, cwd=self.root / "here", env=settings, check=False, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr
         assert "Generating" not in done.stderr  # a progress bar; those of many ranks would be mixed
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -676,7 +784,17 @@ def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> Non
         "here/local/validation.parquet": texts_of(2, 1),
     }
     saved = {"saved": {"train": texts_of(0, 2), "test": texts_of(2, 1)}, "saved one": {"train": texts_of(0, 2)}}
-    names = ["Dahoas/rm-static", "no/such", "some/gated", "some/renamed", "some/nulls", "local", "saved", "saved one", str(here / "empty")]
+    names = [
+        "Dahoas/rm-static",
+        "no/such",
+        "some/gated",
+        "some/renamed",
+        "some/nulls",
+        "local",
+        "saved",
+        "saved one",
+        str(here / "empty"),
+    ]
     (here / "empty").mkdir(parents=True)
     static, absent, gated, renamed, nulls, local, both, one, empty = reader(*names, parquet=parquet, saved=saved)
 
@@ -687,12 +805,21 @@ def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> Non
     assert one == [local_rows[:2], []]
 
     for what, _, hint, _ in (absent, gated):
-        assert what in ("cannot load the data set `no/such` from the hub", "cannot load the data set `some/gated` from the hub")
+        assert what in (
+            "cannot load the data set `no/such` from the hub",
+            "cannot load the data set `some/gated` from the hub",
+        )
         assert hint == "check the name; HF_TOKEN opens a gated or private data set"
     assert "no/such" in absent[1]
     assert absent[3] == ExitCode.USAGE
-    assert renamed[:2] == ["data set `some/renamed`, split `train`: no column `prompt`", "its columns: question, chosen, rejected"]
-    nulls_found = ["row 1, column `prompt`: text is wanted, not null", "row 1, column `rejected`: text is wanted, not null"]
+    assert renamed[:2] == [
+        "data set `some/renamed`, split `train`: no column `prompt`",
+        "its columns: question, chosen, rejected",
+    ]
+    nulls_found = [
+        "row 1, column `prompt`: text is wanted, not null",
+        "row 1, column `rejected`: text is wanted, not null",
+    ]
     assert (nulls[0], nulls[1].splitlines()) == ("bad rows in data set `some/nulls`, split `train`", nulls_found)
     assert empty[0] == f"cannot load the data set in {here}/empty"
 

@@ -1,4 +1,7 @@
-"""The real clients against a real HTTP server that fails. Contents are compared with the bytes that the server has."""
+"""The real clients against a real HTTP server that fails.
+
+Contents are compared with the bytes that the server has.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ WEIGHTS = bytes(range(256)) * 4000  # 1 MB: more than the buffers of a socket
 WEIGHTS_FILE = "GET /some/model/resolve/.*/model.safetensors"
 ROWS = [{"prompt": f"q{i}", "chosen": f"yes{i}", "rejected": f"no{i}"} for i in range(40)]
 
-# What is asked, in one process: calls of `hub`, each answered by a line of JSON on stdout. Waits and chunks are cut a hundredfold.
+# What is asked, in one process: calls of `hub`, each answered by a line of JSON on stdout. Waits
+# and chunks are cut a hundredfold.
 CLIENT = """
 import hashlib, json, sys
 from pathlib import Path
@@ -57,10 +61,23 @@ class Client:
     def __init__(self, url: str, home: Path, **environment: str) -> None:
         home.mkdir(exist_ok=True)
         self.home = home
-        settings = {"HF_ENDPOINT": url, "HF_HOME": str(home / ".cache"), "PYTHONPATH": str(ROOT), "HF_TOKEN": "", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+        settings = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home / ".cache"),
+            "PYTHONPATH": str(ROOT),
+            "HF_TOKEN": "",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        }
         command, pipe = [sys.executable, "-c", CLIENT], subprocess.PIPE
         self.process = subprocess.Popen(
-            command, cwd=home, env=os.environ | settings | environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1
+            command,
+            cwd=home,
+            env=os.environ | settings | environment,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            bufsize=1,
         )
 
     def ask(self, call: str) -> tuple[Any, list[str]]:
@@ -112,7 +129,10 @@ def jsonl(rows: list[dict[str, str]]) -> bytes:
 
 
 def card(configs: list[tuple[str, str]], default: str = "") -> bytes:
-    entries = [{"config_name": name, "data_files": files, **({"default": True} if name == default else {})} for name, files in configs]
+    entries = [
+        {"config_name": name, "data_files": files, **({"default": True} if name == default else {})}
+        for name, files in configs
+    ]
     return f"---\nconfigs: {json.dumps(entries)}\n---\n".encode()
 
 
@@ -133,7 +153,9 @@ def tried_again(said: list[str]) -> int:
 
 
 def weights_asked(server: Hub, status: str = "") -> int:
-    return sum(line.startswith("GET ") and "/model.safetensors" in line and line.endswith(status) for line in server.requests)
+    return sum(
+        line.startswith("GET ") and "/model.safetensors" in line and line.endswith(status) for line in server.requests
+    )
 
 
 @pytest.fixture
@@ -157,7 +179,8 @@ def forget(client: Client) -> None:
 
 def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(server: Hub, clients: Any) -> None:
     client = clients()
-    # Six cuts are more than there are tries, but each of the first four comes further than the one before.
+    # Six cuts are more than there are tries, but each of the first four comes further than the one
+    # before.
     faults: list[tuple[Any, int, int]] = [
         (500, 2, 2),
         (503, 1, 1),
@@ -176,14 +199,17 @@ def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(s
         answer, said = client.ask("fetched('some/model')")
         assert answer == whole(server), (how, said)
         assert weights_asked(server) == (1 if how == "slow" else times + 1), (how, server.requests)
-        # huggingface_hub goes on by itself after a stall; some versions also after a cut, and some before they answer 429.
+        # huggingface_hub goes on by itself after a stall; some versions also after a cut, and some
+        # before they answer 429.
         assert tried_again(said) <= most, (how, said)
         if how in (500, 503, "flip"):
             assert tried_again(said) == times, (how, said)
         if how == "stall":
             assert weights_asked(server, "206") == 1  # from where it stopped
         if how == "slow":
-            assert time.monotonic() - start >= (PIECES - 1) * PIECE_S > 2 * 1  # longer than HF_HUB_DOWNLOAD_TIMEOUT, and never stopped
+            assert (
+                time.monotonic() - start >= (PIECES - 1) * PIECE_S > 2 * 1
+            )  # longer than HF_HUB_DOWNLOAD_TIMEOUT, and never stopped
         forget(client)
 
     for how, word in ((500, "500"), ("flip", hashlib.sha256(WEIGHTS).hexdigest()), ("cut", "")):
@@ -207,8 +233,12 @@ def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(s
         forget(client)
 
 
-@pytest.mark.parametrize(("said_by_hub", "wait"), [("2", "2"), ("0", "0.01"), ("Wed, 21 Oct 2015 07:28:00 GMT", "0.01"), ("", "0.01")])
-def test_a_hub_that_is_asked_too_often_says_when_to_come_again(server: Hub, clients: Any, said_by_hub: str, wait: str) -> None:
+@pytest.mark.parametrize(
+    ("said_by_hub", "wait"), [("2", "2"), ("0", "0.01"), ("Wed, 21 Oct 2015 07:28:00 GMT", "0.01"), ("", "0.01")]
+)
+def test_a_hub_that_is_asked_too_often_says_when_to_come_again(
+    server: Hub, clients: Any, said_by_hub: str, wait: str
+) -> None:
     server.retry_after = said_by_hub
     server.fail("GET /api/models/some/model.*", 429, 1)
     start = time.monotonic()
@@ -233,13 +263,17 @@ def test_names_and_tokens(server: Hub, clients: Any) -> None:
         assert answer["hint"] == "check the name; HF_TOKEN opens a gated or private model"
         assert not [line for line in said if "again" in line]
         assert len(server.requests) <= 2  # nothing is asked twice: it would not help
-    assert clients(HF_TOKEN=TOKEN).ask("fetched('some/gated')")[0] == sums(server, "config.json", name="models/some/gated")
+    assert clients(HF_TOKEN=TOKEN).ask("fetched('some/gated')")[0] == sums(
+        server, "config.json", name="models/some/gated"
+    )
 
 
 def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub, clients: Any) -> None:
     nobody = "http://127.0.0.1:9"  # the port `discard`: nobody answers
     first = clients("home")
-    assert first.ask("fetched('some/model', wanted=hub.tokenizer_files)")[0] == sums(server, "config.json", "tokenizer.json")
+    assert first.ask("fetched('some/model', wanted=hub.tokenizer_files)")[0] == sums(
+        server, "config.json", "tokenizer.json"
+    )
     server.fail("GET /datasets/some/set/resolve/.*/train-1.jsonl", "flip")
     assert first.ask("rows('some/set')")[0]["code"] == ExitCode.UNFIT
     away, offline = clients("home", url=nobody), clients("home", HF_HUB_OFFLINE="1")
@@ -258,8 +292,12 @@ def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub
     assert not [line for line in said if "again" in line]
 
 
-def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(server: Hub, clients: Any, tmp_path: Path) -> None:
-    script = "import sys, huggingface_hub; [huggingface_hub.hf_hub_download('some/model', file) for file in sys.argv[1:]]"
+def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(
+    server: Hub, clients: Any, tmp_path: Path
+) -> None:
+    script = (
+        "import sys, huggingface_hub; [huggingface_hub.hf_hub_download('some/model', file) for file in sys.argv[1:]]"
+    )
 
     def other(*files: str) -> None:
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home/.cache"), "HF_TOKEN": ""}
@@ -296,7 +334,9 @@ def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any
     # The next version of the data set, and a file of the cache that went bad.
     (server.root / "datasets/some/set/train-1.jsonl").write_bytes(jsonl(ROWS[:1]))
     assert client.ask("rows('some/set')")[0] == [as_rows([*ROWS[:20], ROWS[0]]), as_rows(ROWS[30:])]
-    blob = next(path for path in client.home.rglob("snapshots/*/train-1.jsonl") if path.read_bytes() == jsonl(ROWS[:1])).resolve()
+    blob = next(
+        path for path in client.home.rglob("snapshots/*/train-1.jsonl") if path.read_bytes() == jsonl(ROWS[:1])
+    ).resolve()
     blob.write_bytes(blob.read_bytes().replace(b"q0", b"q7"))
     assert client.ask("rows('some/set')")[0] == [as_rows([*ROWS[:20], ROWS[0]]), as_rows(ROWS[30:])]
 
@@ -317,11 +357,15 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatc
     file.write_bytes(jsonl(ROWS[:1]))  # a blob that was damaged, and fetched again
     hub._link(snapshot, plain, ["data/train.jsonl"])
     assert place.read_bytes() == jsonl(ROWS[:1])
-    assert [path for path in (tmp_path / "rlhf-box").rglob("*") if path.is_file()] == [place]  # nothing else that could be taken for data
+    assert [path for path in (tmp_path / "rlhf-box").rglob("*") if path.is_file()] == [
+        place
+    ]  # nothing else that could be taken for data
 
 
 def test_the_libraries_own_calls_go_to_the_mirror(server: Hub, tmp_path: Path) -> None:
-    """`load_dataset` by name and `hf_hub_download`, as a person would type them: HF_ENDPOINT alone sends them there."""
+    """`load_dataset` by name and `hf_hub_download`, as a person would type them: HF_ENDPOINT alone
+    sends them there.
+    """
     script = """
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download

@@ -1,4 +1,6 @@
-"""Which rows an update takes and how they are cut: by hand, and the promises about ranks and micro batches."""
+"""Which rows an update takes and how they are cut: by hand, and the promises about ranks and micro
+batches.
+"""
 
 from itertools import pairwise
 
@@ -66,7 +68,9 @@ def test_count_updates(rows, batch, epochs, limit, expected):
 
 
 def test_updates_pass_over_every_row_once_an_epoch():
-    """10 rows, batches of 4: five updates are two epochs, the third update crosses from one to the next."""
+    """10 rows, batches of 4: five updates are two epochs, the third update crosses from one to the
+    next.
+    """
     seen = np.concatenate([rows_of_update(update, 10, 4, (1, 2)) for update in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
@@ -196,7 +200,9 @@ def test_rows_and_their_last_tokens_are_found_in_flat_numbers():
     assert batch.by_row(torch.arange(8)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-@pytest.mark.parametrize(("rows", "global_batch", "updates"), [(64, 4, 16), (100, 32, 4), (40, 8, 5), (100, 10, 25), (30, 4, 3), (5, 8, 2)])
+@pytest.mark.parametrize(
+    ("rows", "global_batch", "updates"), [(64, 4, 16), (100, 32, 4), (40, 8, 5), (100, 10, 25), (30, 4, 3), (5, 8, 2)]
+)
 def test_grouping_by_length_trains_on_the_same_rows(rows: int, global_batch: int, updates: int) -> None:
     lengths = np.random.RandomState(0).randint(1, 100, rows)
     grouped = np.concatenate([grouped_rows_of_update(u, updates, lengths, global_batch, (1,)) for u in range(updates)])

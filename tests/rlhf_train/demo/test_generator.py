@@ -34,7 +34,9 @@ BOTH = pytest.mark.parametrize("rows", [TRAIN, TEST], ids=["train", "test"])
 
 
 def tokens(text: str) -> int:
-    """As the demo's BPE counts: each word, mark of punctuation and line feed is one token (tested below)."""
+    """As the demo's BPE counts: each word, mark of punctuation and line feed is one token (tested
+    below).
+    """
     return len(re.findall(r"\w+|[^\w\s]|\n", text))
 
 
@@ -103,10 +105,16 @@ def test_a_bpe_of_512_entries_holds_every_word_as_one_token() -> None:
 
 
 def test_pairs_show_the_faults_that_ppo_finds() -> None:
-    """One of two names taken for the other, and a true sentence of the task that was asked, but about another thing."""
+    """One of two names taken for the other, and a true sentence of the task that was asked, but
+    about another thing.
+    """
     greeting = re.compile(r"(?:, (\w+))?\. I wish you a good \w+, my dear (\w+)\. ")
     greetings = [(greeting.search(row["chosen"]), greeting.search(row["rejected"])) for row in TRAIN]
-    swapped = [bad[1] == bad[2] for good, bad in greetings if good and good[1] and bad and bad[1] and good.groups() != bad.groups()]
+    swapped = [
+        bad[1] == bad[2]
+        for good, bad in greetings
+        if good and good[1] and bad and bad[1] and good.groups() != bad.groups()
+    ]
     assert sum(swapped) > 0.25 * len(swapped) > 100
     number = re.compile(r"After (\w+) comes (\w+)\. ")
     numbers = [(number.search(row["chosen"]), number.search(row["rejected"])) for row in TRAIN]
@@ -126,7 +134,10 @@ def test_prompts_and_answers_have_many_lengths() -> None:
 
 @BOTH
 def test_length_does_not_tell_good_from_bad(rows: list[Row]) -> None:
-    longer = [(tokens(row["chosen"]) > tokens(row["rejected"])) - (tokens(row["chosen"]) < tokens(row["rejected"])) for row in rows]
+    longer = [
+        (tokens(row["chosen"]) > tokens(row["rejected"])) - (tokens(row["chosen"]) < tokens(row["rejected"]))
+        for row in rows
+    ]
     assert longer.count(0) / len(rows) > 0.4
     assert max(longer.count(1), longer.count(-1)) / len(rows) < 0.35
 
@@ -144,7 +155,11 @@ def test_each_kind_of_bad_answer_has_its_fault_and_no_other(kind: str) -> None:
 
 def test_without_a_name_there_is_no_wrong_name() -> None:
     draw = Draw(seed=4)
-    unnamed = [dialogue for dialogue in (generator.new_dialogue(draw, held_out=False) for _ in range(1000)) if dialogue.user is None]
+    unnamed = [
+        dialogue
+        for dialogue in (generator.new_dialogue(draw, held_out=False) for _ in range(1000))
+        if dialogue.user is None
+    ]
     kinds = Counter(generator.bad_kind(draw, dialogue, PAIR_WEIGHTS) for dialogue in unnamed)
     assert kinds.keys() == VERDICTS.keys() - {"name"}
 

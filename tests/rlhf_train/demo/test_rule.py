@@ -84,12 +84,28 @@ CASES = [
     (COLOUR, "Sure. The colour of snow is white. You are welcome. ", "cut"),
     (COLOUR, "Sure. The colour of snow is white.\n\nHuman: What colour is coal. You are welcome.", "wrong"),
     # no question of this world
-    ("\n\nHuman: What colour is Monday?\n\nAssistant:", "Sure. The colour of Monday is blue. You are welcome.", "unclear"),
+    (
+        "\n\nHuman: What colour is Monday?\n\nAssistant:",
+        "Sure. The colour of Monday is blue. You are welcome.",
+        "unclear",
+    ),
     ("\n\nHuman: I have a question.\n\nAssistant:", "Sure. You need rice. You are welcome.", "unclear"),
     ("\n\nHuman: Write down sand for me.\n\nAssistant:", "Sure. You need sand. You are welcome.", "unclear"),
-    ("\n\nHuman: Greet my friend Anna.\n\nAssistant:", "Sure. I wish you a good morning, my dear Anna. You are welcome.", "unclear"),
-    ("\n\nHuman: It is morning. Greet my friend Zoe.\n\nAssistant:", "Sure. I wish you a good morning, my dear Zoe. You are welcome.", "unclear"),
-    ("\n\nHuman: Hello.\n\nAssistant: What colour is snow?", "Sure. The colour of snow is white. You are welcome.", "unclear"),
+    (
+        "\n\nHuman: Greet my friend Anna.\n\nAssistant:",
+        "Sure. I wish you a good morning, my dear Anna. You are welcome.",
+        "unclear",
+    ),
+    (
+        "\n\nHuman: It is morning. Greet my friend Zoe.\n\nAssistant:",
+        "Sure. I wish you a good morning, my dear Zoe. You are welcome.",
+        "unclear",
+    ),
+    (
+        "\n\nHuman: Hello.\n\nAssistant: What colour is snow?",
+        "Sure. The colour of snow is white. You are welcome.",
+        "unclear",
+    ),
     ("", "Sure. You need rice. You are welcome.", "unclear"),
 ]
 
@@ -102,7 +118,10 @@ def test_verdict(prompt: str, answer: str, verdict: str) -> None:
 
 @pytest.mark.parametrize(("question", "answer"), ALL_PHRASINGS)
 def test_every_phrasing_has_its_answer(question: str, answer: str) -> None:
-    verdicts = [judge(f"\n\nHuman: {question}\n\nAssistant:", f" Sure. {offered} You are welcome.", True) for _, offered in ALL_PHRASINGS]
+    verdicts = [
+        judge(f"\n\nHuman: {question}\n\nAssistant:", f" Sure. {offered} You are welcome.", True)
+        for _, offered in ALL_PHRASINGS
+    ]
     assert verdicts == ["good" if offered == answer else "wrong" for _, offered in ALL_PHRASINGS]
 
 
@@ -116,7 +135,9 @@ def test_every_introduction_gives_a_name(introduction: str) -> None:
 @pytest.mark.parametrize("before", ["", "</s>", "<pad><pad></s>", "<pad> </s> "])
 @pytest.mark.parametrize("after", ["", "</s>", " "])
 @pytest.mark.parametrize("space", ["", " "])
-def test_special_tokens_around_the_prompt_and_a_leading_space_do_not_matter(before: str, after: str, space: str) -> None:
+def test_special_tokens_around_the_prompt_and_a_leading_space_do_not_matter(
+    before: str, after: str, space: str
+) -> None:
     answer = "Of course, Ben. The word for the opposite of hot is cold. Have a nice day."
     for prompt in (OPPOSITE, OPPOSITE.strip()):
         assert judge(f"{before}{prompt}{after}", space + answer, True) == "good"

@@ -1,4 +1,6 @@
-"""A step without a model, for what saves it and what applies its updates; and a checkpoint's tensors."""
+"""A step without a model, for what saves it and what applies its updates; and a checkpoint's
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def nobody(message: str) -> None:
 class Step:
     """A step that adds 1 to a weight and draws a number at each update."""
 
-    def __init__(self, run: RunDir, settings: dict[str, Any], updates: int = 6, saved: Saved | None = None, rows: str = "abc") -> None:
+    def __init__(
+        self, run: RunDir, settings: dict[str, Any], updates: int = 6, saved: Saved | None = None, rows: str = "abc"
+    ) -> None:
         job = Job.model_validate(tiny.job(run.path / "rows") | {"checkpoint": settings})
         self.events: list[Event] = []
         placement = Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 8, 1)
@@ -48,7 +52,9 @@ class Step:
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
         self.ema = Ema(self.module, 0.5)
-        self.checkpointer, self.divergence = start_checkpoints(self.context, 1, updates, {"ema": self.ema}, rows=rows, model_bytes=100)
+        self.checkpointer, self.divergence = start_checkpoints(
+            self.context, 1, updates, {"ema": self.ema}, rows=rows, model_bytes=100
+        )
         self.seen: list[float] = []
 
     def update(self, number: int) -> None:

@@ -35,7 +35,9 @@ def test_what_is_written_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch, s
         assert found.dtype == tensor.dtype and found.equal(tensor) and found.signbit().equal(tensor.signbit())
     assert set(saved.tensors("loop")) == {"mask", "ids"}
     assert size == sum(file.stat().st_size for file in folder.iterdir() if file.name != "complete.json")
-    assert len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]  # of 60, 4, 4, 56 and 8 bytes
+    assert (
+        len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]
+    )  # of 60, 4, 4, 56 and 8 bytes
 
 
 def spoil_nothing(folder: Path) -> None:
@@ -133,7 +135,9 @@ def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
     for update, inputs in ((8, {"1": "old"}), (2, {"1": "new"})):
         write(run.step(3).checkpoint(update), [], {"update": update, "inputs": inputs})
     assert latest(run.step(3), complaints.append, {"1": "new"}) == Saved(run.step(3).checkpoint(2))
-    assert complaints == [f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"]
+    assert complaints == [
+        f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"
+    ]
 
 
 # --- random states ---------------------------------------------------------------------------------------------------

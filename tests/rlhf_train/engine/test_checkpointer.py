@@ -1,4 +1,6 @@
-"""What makes a step's checkpoints and resumes from them; whole runs that are killed are in tests/faults."""
+"""What makes a step's checkpoints and resumes from them; whole runs that are killed are in
+tests/faults.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
     beats = again.context.heartbeat._count
     state = again.checkpointer.resume()
     assert state is not None
-    assert again.context.heartbeat._count == beats + 3  # what it does, and each tensor: a slow disk is not taken for a hang
+    assert (
+        again.context.heartbeat._count == beats + 3
+    )  # what it does, and each tensor: a slow disk is not taken for a hang
     again.seen = state["seen"]
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
@@ -135,7 +139,13 @@ def test_the_best_is_kept(run: RunDir) -> None:
     assert [number for number in range(1, 7) if step.checkpointer.wants_best(number)] == [2, 4, 6]
     kept: list[tuple[Path, int]] = []
     for number, value in ((2, 3.0), (4, 2.5), (6, 2.75)):
-        step.checkpointer.offer(number, "perplexity", value, lower_is_better=True, save=lambda folder, number=number: kept.append((folder, number)))  # type: ignore[misc]
+        step.checkpointer.offer(
+            number,
+            "perplexity",
+            value,
+            lower_is_better=True,
+            save=lambda folder, number=number: kept.append((folder, number)),
+        )  # type: ignore[misc]
     assert kept == [(run.step(1).best, 2), (run.step(1).best, 4)]
     assert step.events[-1] == Progress(step=1, doing="held-out perplexity at update 6: 2.75 (best: 2.5 at update 4)")
     step.checkpointer.offer(8, "reward", 2.75, lower_is_better=False, save=lambda folder: kept.append((folder, 8)))
@@ -213,7 +223,9 @@ def test_another_step_that_was_done_again(run: RunDir) -> None:
     assert saved is not None and saved.state["inputs"] == {"1": "abc"}
 
 
-def test_what_is_still_being_written_when_the_model_is_saved_is_given_up(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_still_being_written_when_the_model_is_saved_is_given_up(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", 1)
     step = Step(run, {"every_updates": 1})
     at_a_file = threading.Event()
@@ -253,7 +265,9 @@ def test_what_a_killed_save_has_left_goes_at_the_start(run: RunDir) -> None:
 
 
 def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
-    """The weights are those of the update before: they are saved, and the older checkpoint is not removed for them."""
+    """The weights are those of the update before: they are saved, and the older checkpoint is not
+    removed for them.
+    """
     step = Step(run, {"every_updates": 1})
     step.update(1)
     step.divergence.skip(2, "its loss is not finite")
@@ -280,7 +294,9 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
     write(left, [], {"update": 3})
     run.step(2).complete.write_text("{}")
     step = Step(run, {"every_updates": 1})
-    monkeypatch.setattr(checkpointer, "room", lambda folder: (10, 10_000))  # of the 24 bytes that a checkpoint is thought to have
+    monkeypatch.setattr(
+        checkpointer, "room", lambda folder: (10, 10_000)
+    )  # of the 24 bytes that a checkpoint is thought to have
     for number in (1, 2):
         step.update(number)
     assert step.saved_updates() == [1, 2] and not left.exists()
@@ -293,7 +309,9 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
 def test_inodes_for_every_shard(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of some size there are more shards than all else has files."""
     monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", 1)
-    monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1))  # two checkpoints of 24 bytes, and a model
+    monkeypatch.setattr(
+        checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1)
+    )  # two checkpoints of 24 bytes, and a model
     with pytest.raises(ToolkitError, match="the disk is too small"):
         Step(run, {})
     monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64))

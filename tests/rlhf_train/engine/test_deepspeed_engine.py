@@ -1,4 +1,6 @@
-"""Real DeepSpeed engines on one rank against plain PyTorch; two ranks are in tests/integration/test_ranks.py and steps/test_export.py."""
+"""Real DeepSpeed engines on one rank against plain PyTorch; two ranks are in
+tests/integration/test_ranks.py and steps/test_export.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from jobs.errors import ToolkitError
 from jobs.spec import Lora, Optimization, Scratch
 from rlhf_train import compat
 from rlhf_train.data.sequences import BatchPlan, Sequences
-from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, copy_weights, full_state, learning_rate_factor, trial_update
+from rlhf_train.engine.deepspeed_engine import (
+    DTYPES,
+    Ema,
+    Engine,
+    copy_weights,
+    full_state,
+    learning_rate_factor,
+    trial_update,
+)
 from rlhf_train.models.networks import ActorForward, add_lora, load_causal, train_tokenizer
 from rlhf_train.ranks.collectives import World
 from tests import ranks, tiny
@@ -36,7 +46,15 @@ def make_model() -> Callable[..., Any]:
     return lambda precision="float32": load_causal(Scratch(config=tiny.OPT), tokenizer, DTYPES[precision], 5)
 
 
-def engine(model: Any, world: World, optimization: Optimization, *, micro_batch: int = 4, stage: int = 0, precision: str = "float32") -> Engine:
+def engine(
+    model: Any,
+    world: World,
+    optimization: Optimization,
+    *,
+    micro_batch: int = 4,
+    stage: int = 0,
+    precision: str = "float32",
+) -> Engine:
     plan = BatchPlan.of(4, micro_batch, 1, "sft")
     return Engine(ActorForward(model), optimization, 1e-2, 12, plan, precision=precision, zero_stage=stage, world=world)
 
@@ -89,10 +107,16 @@ def update(trained: Engine, micro_batch: int, seed: int = 0) -> tuple[float, flo
         ({"schedule": "constant"}, [1, 1, 1, 1, 1, 1, 1, 1]),
         ({"schedule": "linear"}, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
         ({"schedule": "linear", "warmup_updates": 4}, [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
-        ({"schedule": "linear", "warmup_updates": 4, "final_learning_rate": 0.2}, [0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4]),
+        (
+            {"schedule": "linear", "warmup_updates": 4, "final_learning_rate": 0.2},
+            [0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4],
+        ),
         # (1 + cos 0°, 45°, 90°, 135°) / 2
         ({"schedule": "cosine", "warmup_updates": 4}, [0.25, 0.5, 0.75, 1, 1, 0.853553, 0.5, 0.146447]),
-        ({"schedule": "cosine", "warmup_updates": 4, "final_learning_rate": 0.5}, [0.25, 0.5, 0.75, 1, 1, 0.926777, 0.75, 0.573223]),
+        (
+            {"schedule": "cosine", "warmup_updates": 4, "final_learning_rate": 0.5},
+            [0.25, 0.5, 0.75, 1, 1, 0.926777, 0.75, 0.573223],
+        ),
         ({"schedule": "constant", "warmup_updates": 2, "final_learning_rate": 0.5}, [0.5, 1, 1, 1, 1, 1, 1, 1]),
         ({"schedule": "cosine", "warmup_updates": 16}, [n / 16 for n in range(1, 9)]),  # the end comes before the top
     ],
@@ -106,12 +130,16 @@ def test_learning_rate_by_hand(fields: dict[str, Any], expected: list[float]) ->
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_the_gradient_is_that_of_plain_pytorch(world: World, make_model: Callable[..., Any], micro_batch: int, stage: int) -> None:
+def test_the_gradient_is_that_of_plain_pytorch(
+    world: World, make_model: Callable[..., Any], micro_batch: int, stage: int
+) -> None:
     plain = make_model()
     expected_loss = plain_loss(plain, rows())
     expected_loss.backward()
     expected = [p.grad for p in plain.parameters()]
-    loss, norm, gradients = update(engine(make_model(), world, spec(), micro_batch=micro_batch, stage=stage), micro_batch)
+    loss, norm, gradients = update(
+        engine(make_model(), world, spec(), micro_batch=micro_batch, stage=stage), micro_batch
+    )
 
     assert loss == pytest.approx(expected_loss.item(), rel=1e-6)
     for found, wanted in zip(gradients, expected, strict=True):
@@ -123,7 +151,10 @@ def test_the_gradient_is_that_of_plain_pytorch(world: World, make_model: Callabl
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_is_told_the_norm(world: World, make_model: Callable[..., Any], stage: int) -> None:
-    """That of all gradients; to work it out itself would convert each to float64. PyTorch 2.0 has no quicker way."""
+    """That of all gradients; to work it out itself would convert each to float64.
+
+    PyTorch 2.0 has no quicker way.
+    """
     trained, asked = engine(make_model(), world, spec(), micro_batch=4, stage=stage), []
     theirs = trained.optimizer.scaled_global_norm
     trained.optimizer.scaled_global_norm = lambda *args, **kwargs: asked.append(stage) or theirs(*args, **kwargs)
@@ -137,7 +168,9 @@ def test_updates_are_those_of_plain_adamw(world: World, make_model: Callable[...
     optimization = spec(schedule="linear", warmup_updates=2, weight_decay=0.1, betas=(0.8, 0.9), max_grad_norm=0.3)
     plain = make_model()
     matrices, others = ([p for p in plain.parameters() if (p.ndim >= 2) is wanted] for wanted in (True, False))
-    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.8, 0.9))
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.8, 0.9)
+    )
     model = make_model()
     trained = engine(model, world, optimization, micro_batch=2, stage=stage)
     for n, rate in enumerate((0.5e-2, 1e-2, 1e-2)):
@@ -173,13 +206,19 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], stage: int) -> None:
-    """Weights, activations and gradients have 8 bits (relative error 2^-9 each); the optimizer's copy has 24."""
+    """Weights, activations and gradients have 8 bits (relative error 2^-9 each); the optimizer's
+    copy has 24.
+    """
     model = make_model("bfloat16")
-    small, whole = (engine(m, world, spec(), stage=s, precision=p) for m, s, p in ((model, stage, "bfloat16"), (make_model(), 0, "float32")))
+    small, whole = (
+        engine(m, world, spec(), stage=s, precision=p)
+        for m, s, p in ((model, stage, "bfloat16"), (make_model(), 0, "float32"))
+    )
     for number in range(5):
         (loss, norm, _), (expected_loss, expected_norm, _) = update(small, 4), update(whole, 4)
         assert loss == pytest.approx(expected_loss, rel=0.01)
-        # Adam makes a whole step of the rounding of a gradient that is near 0, another one on each CPU: 4 % was seen in the fourth update.
+        # Adam makes a whole step of the rounding of a gradient that is near 0, another one on each
+        # CPU: 4 % was seen in the fourth update.
         assert norm == pytest.approx(expected_norm, rel=0.01 if number == 0 else 0.1)
     assert expected_loss < 4  # of 6 at the start: they went somewhere together
     assert {value.dtype for value in full_state(model, keep=True).values()} == {torch.bfloat16}
@@ -191,7 +230,9 @@ def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], 
 @pytest.mark.parametrize("stage", STAGES)
 def test_whole_weights(world: World, make_model: Callable[..., Any], stage: int) -> None:
     model, copied = make_model(), make_model()
-    expected = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied: it stands once
+    expected = {
+        name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }  # tied: it stands once
     for parameter in copied.parameters():
         parameter.data.zero_()
     trained = engine(model, world, spec(), stage=stage)
@@ -203,7 +244,9 @@ def test_whole_weights(world: World, make_model: Callable[..., Any], stage: int)
     assert all(copied.state_dict()[name].equal(value) for name, value in expected.items())
     update(trained, 4)
     assert all(state[name].equal(value) for name, value in expected.items())  # a copy, not a view
-    assert not full_state(model, keep=True)["model.decoder.final_layer_norm.weight"].equal(state["model.decoder.final_layer_norm.weight"])
+    assert not full_state(model, keep=True)["model.decoder.final_layer_norm.weight"].equal(
+        state["model.decoder.final_layer_norm.weight"]
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -266,11 +309,15 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.pinned_gloo
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_restored_engine_goes_on_with_the_same_bits(world: World, make_model: Callable[..., Any], stage: int, precision: str) -> None:
+def test_a_restored_engine_goes_on_with_the_same_bits(
+    world: World, make_model: Callable[..., Any], stage: int, precision: str
+) -> None:
     if precision == "bfloat16" and stage == 0:
         return  # is run as ZeRO 1: see placement.py
     optimization = spec(schedule="cosine", warmup_updates=2, weight_decay=0.1, max_grad_norm=0.5)
-    first = rehearsed(engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision))
+    first = rehearsed(
+        engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision)
+    )
     for n in range(3):
         update(first, 2, seed=n)
     tensors, numbers = state_of(first)
@@ -279,7 +326,9 @@ def test_a_restored_engine_goes_on_with_the_same_bits(world: World, make_model: 
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     expected = [update(first, 2, seed=n)[:2] for n in range(3, 6)]
 
-    second = rehearsed(engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision))
+    second = rehearsed(
+        engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision)
+    )
     second.restore(tensors.__getitem__, numbers)
     assert same_bits(state_of(second)[0], tensors)
     assert [update(second, 2, seed=n)[:2] for n in range(3, 6)] == expected
@@ -302,7 +351,9 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
 def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
-    """For the step has gradients of its own in 16 bit: without room for them, the first update ran out of memory."""
+    """For the step has gradients of its own in 16 bit: without room for them, the first update ran
+    out of memory.
+    """
     trained = engine(make_model(precision), world, spec(), stage=stage, precision=precision)
     passes, steps = list[int](), list[int]()
 
@@ -318,7 +369,9 @@ def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
     whole = moments()  # flat parts are filled up at their end
     assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
     assert passes == [0, whole]
-    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)  # DeepSpeed steps by groups of parameters
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (
+        len(steps) // 2
+    )  # DeepSpeed steps by groups of parameters
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 
@@ -358,8 +411,13 @@ def test_the_micro_batch_may_change_between_updates(world: World, make_model: Ca
 
 
 @pytest.mark.pinned_gloo
-@pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")])
-def test_gradients_that_are_not_finite(world: World, make_model: Callable[..., Any], stage: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")],
+)
+def test_gradients_that_are_not_finite(
+    world: World, make_model: Callable[..., Any], stage: int, precision: str
+) -> None:
     """They do not reach the weights; where the DeepSpeed at hand lets them in, the engine knows it."""
     trained = rehearsed(engine(make_model(precision), world, spec(), stage=stage, precision=precision))
     update(trained, 4)
@@ -373,7 +431,9 @@ def test_gradients_that_are_not_finite(world: World, make_model: Callable[..., A
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rehearsal_on_numbers_that_are_not_finite_is_refused(world: World, make_model: Callable[..., Any], stage: int) -> None:
+def test_a_rehearsal_on_numbers_that_are_not_finite_is_refused(
+    world: World, make_model: Callable[..., Any], stage: int
+) -> None:
     trained = engine(make_model(), world, spec(), stage=stage)
     with pytest.raises(ToolkitError, match="the longest rows give numbers that are not finite"):
         trial_update((trained, lambda: trained(rows())[0].sum() * float("inf")))

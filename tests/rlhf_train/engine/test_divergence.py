@@ -1,4 +1,6 @@
-"""Updates that are skipped because of numbers that are not finite, and runs that end for them; whole runs are in tests/faults."""
+"""Updates that are skipped because of numbers that are not finite, and runs that end for them;
+whole runs are in tests/faults.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,14 @@ def test_updates_that_are_left_out(run: RunDir) -> None:
         step.update(number)
     assert step.saved_updates() == [1]  # what comes of it is not known to be good
     warnings = [event.message for event in step.events if isinstance(event, Warning)]
-    assert warnings == [f"update {number} is left out: its loss is not finite ({number - 1} so far)" for number in range(2, 6)]
+    assert warnings == [
+        f"update {number} is left out: its loss is not finite ({number - 1} so far)" for number in range(2, 6)
+    ]
     with pytest.raises(ToolkitError, match="step 1 diverged at update 6") as raised:
         step.divergence.skip(6, "its loss is not finite")
-    assert raised.value.why == "its loss is not finite; 5 updates in a row were left out" and raised.value.exit_code == 4
+    assert (
+        raised.value.why == "its loss is not finite; 5 updates in a row were left out" and raised.value.exit_code == 4
+    )
     assert raised.value.hint.endswith("the last good checkpoint is that of update 1")
 
 
@@ -37,14 +43,19 @@ def test_weights_that_are_spoiled_end_the_run(run: RunDir, scale_can_fall: bool)
     """Also beside another engine whose loss scale is the reason of its own norm."""
     step = Step(run, {"every_updates": 1})
     step.update(1)
-    well, spoiled = (SimpleNamespace(step=lambda: math.inf, scale_can_fall=scale_can_fall, is_spoiled=bad, update=2) for bad in (False, True))
+    well, spoiled = (
+        SimpleNamespace(step=lambda: math.inf, scale_can_fall=scale_can_fall, is_spoiled=bad, update=2)
+        for bad in (False, True)
+    )
     with pytest.raises(ToolkitError, match="step 1 diverged at update 2") as raised:
         step.divergence.apply(well, spoiled)  # type: ignore[arg-type]
     assert raised.value.why == "its gradient norm is inf, and the weights have taken it"
 
 
 @pytest.mark.parametrize(("scale_can_fall", "in_a_row"), [(True, 0), (False, 1)])
-def test_a_norm_that_is_not_finite_counts_when_the_loss_scale_is_at_its_floor(run: RunDir, scale_can_fall: bool, in_a_row: int) -> None:
+def test_a_norm_that_is_not_finite_counts_when_the_loss_scale_is_at_its_floor(
+    run: RunDir, scale_can_fall: bool, in_a_row: int
+) -> None:
     step = Step(run, {})
     engine = SimpleNamespace(step=lambda: math.inf, scale_can_fall=scale_can_fall, is_spoiled=False, update=1)
     assert step.divergence.apply(engine) == [math.inf]  # type: ignore[arg-type]

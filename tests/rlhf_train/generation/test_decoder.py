@@ -1,4 +1,6 @@
-"""The static decoder: its parts against plain formulas and its slow twins, its slots, and Triton's kernels in their interpreter."""
+"""The static decoder: its parts against plain formulas and its slow twins, its slots, and Triton's
+kernels in their interpreter.
+"""
 
 import numpy as np
 import pytest
@@ -52,7 +54,9 @@ def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
 
 
 def test_adjacent_weights_are_one_product(monkeypatch):
-    """As DeepSpeed lays them out: all matrices in one flat buffer in the order of the model, all vectors in another."""
+    """As DeepSpeed lays them out: all matrices in one flat buffer in the order of the model, all
+    vectors in another.
+    """
     model, prompts = opt(), some_prompts()
     apart = answers(model, prompts)
     assert network_of(model).layers[0].joined is None
@@ -77,26 +81,50 @@ def test_it_generates_with_the_weights_of_the_moment():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)  # in place, as an optimizer does
-    fresh = Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=8, device=torch.device("cpu"), is_static=False)
+    fresh = Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=12,
+        temperature=1.0,
+        batch=8,
+        device=torch.device("cpu"),
+        is_static=False,
+    )
     expected = fresh.generate(prompts, seed=1, row_ids=range(7))
     after = made.generate(prompts, seed=1, row_ids=range(7))
     assert made._decoder is first
     assert any(not np.array_equal(a, b) for a, b in zip(before.tokens, after.tokens, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, after.tokens, strict=True))
-    model.model.decoder.layers[1].fc1.weight.data = model.model.decoder.layers[1].fc1.weight.data.clone()  # another place in memory
+    model.model.decoder.layers[1].fc1.weight.data = model.model.decoder.layers[
+        1
+    ].fc1.weight.data.clone()  # another place in memory
     again = made.generate(prompts, seed=1, row_ids=range(7))
     assert made._decoder is not first
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, again.tokens, strict=True))
 
 
 def test_a_prompt_does_not_wait_for_the_longest_answer():
-    """3 slots for 20 prompts: a slot whose answer ended takes the next one, and the answers are those of each prompt alone."""
+    """3 slots for 20 prompts: a slot whose answer ended takes the next one, and the answers are
+    those of each prompt alone.
+    """
     model, prompts, fed = opt(), some_prompts(20), []
-    made = Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=3, device=torch.device("cpu"), beat=lambda: fed.append(1))
+    made = Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=12,
+        temperature=1.0,
+        batch=3,
+        device=torch.device("cpu"),
+        beat=lambda: fed.append(1),
+    )
     together = made.generate(prompts, seed=3, row_ids=range(20))
     lengths = together.lengths
     assert lengths.min() < lengths.max() == 12
-    assert len(fed) < sum(lengths[order].max() for order in np.array_split(np.argsort([len(p) for p in prompts], kind="stable"), 7))
+    assert len(fed) < sum(
+        lengths[order].max() for order in np.array_split(np.argsort([len(p) for p in prompts], kind="stable"), 7)
+    )
     for place in (0, 7, 19):
         alone = made.generate([prompts[place]], seed=3, row_ids=[place])
         assert np.array_equal(alone.tokens[0], together.tokens[place])
@@ -113,9 +141,18 @@ class Late(FinishedSlots):
 
 @pytest.mark.parametrize(("slots", "limit"), [(3, 12), (20, 12), (40, 11), (6, 1)])
 def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
-    """Several tokens between two looks, of which each is late: slots are filled again, and answers move to fewer, all the same."""
+    """Several tokens between two looks, of which each is late: slots are filled again, and answers
+    move to fewer, all the same.
+    """
     model, prompts = opt(), some_prompts(40)
-    common = {"eos_id": EOS, "pad_id": PAD, "max_tokens": limit, "temperature": 1.0, "batch": slots, "device": torch.device("cpu")}
+    common = {
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_tokens": limit,
+        "temperature": 1.0,
+        "batch": slots,
+        "device": torch.device("cpu"),
+    }
     expected = Rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
     monkeypatch.setitem(rollout.STEPS, "cpu", 3)
     monkeypatch.setattr(rollout, "Looks", Late)
@@ -128,9 +165,9 @@ def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch
 
 def test_no_prompts_no_answers():
     """A rank can have none."""
-    made = Rollouts(opt(), eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=3, device=torch.device("cpu")).generate(
-        [], seed=0, row_ids=[]
-    )
+    made = Rollouts(
+        opt(), eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=3, device=torch.device("cpu")
+    ).generate([], seed=0, row_ids=[])
     assert (made.tokens, made.log_probs, list(made.ended)) == ([], [], [])
 
 
@@ -173,7 +210,8 @@ def test_looks_on_a_cpu_are_of_now():
 
 
 @pytest.mark.parametrize(
-    ("live", "count", "expected"), [(64, 64, 64), (63, 64, 64), (48, 64, 48), (33, 64, 48), (9, 64, 12), (1, 64, 8), (1, 4, 4), (513, 600, 600)]
+    ("live", "count", "expected"),
+    [(64, 64, 64), (63, 64, 64), (48, 64, 48), (33, 64, 48), (9, 64, 12), (1, 64, 8), (1, 4, 4), (513, 600, 600)],
 )
 def test_sizes_on_a_gpu_are_few(live, count, expected):
     assert fewer_slots(live, count, on_gpu=True) == expected
@@ -186,27 +224,45 @@ def test_sizes_on_a_cpu_follow_the_answers():
 def test_top_k_and_top_p_leave_the_rest_out_of_the_draw():
     probabilities = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
     logits, uniform = probabilities.log().repeat(1000, 1), torch.arange(1000, dtype=torch.float64) / 1000
-    for limits, kept in (({"top_k": 2}, [1, 3]), ({"top_p": 0.71}, [1, 3, 4]), ({"top_p": 0.3}, [1]), ({"top_k": 3, "top_p": 0.5}, [1, 3])):
+    for limits, kept in (
+        ({"top_k": 2}, [1, 3]),
+        ({"top_p": 0.71}, [1, 3, 4]),
+        ({"top_p": 0.3}, [1]),
+        ({"top_k": 3, "top_p": 0.5}, [1, 3]),
+    ):
         tokens, log_probs = draw(logits, uniform, Sampling(**limits))
         counts = torch.bincount(tokens, minlength=5)
         expected = torch.zeros(5)
         expected[kept] = probabilities[kept] / probabilities[kept].sum() * 1000
         torch.testing.assert_close(counts.float(), expected, atol=1.01, rtol=0)
-        torch.testing.assert_close(log_probs, probabilities.log()[tokens])  # of the whole distribution, as the trainer sees it
+        torch.testing.assert_close(
+            log_probs, probabilities.log()[tokens]
+        )  # of the whole distribution, as the trainer sees it
 
 
 def test_families():
     assert network_of(opt()) is not None
     assert network_of(opt(activation_function="gelu")) is None
     assert network_of(opt(layer_norm_elementwise_affine=False)) is None
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     said = []
     unknown = Rollouts(
-        LlamaForCausalLM(config), eos_id=EOS, pad_id=PAD, max_tokens=2, temperature=1.0, batch=2, device=torch.device("cpu"), warn=said.append
+        LlamaForCausalLM(config),
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=2,
+        temperature=1.0,
+        batch=2,
+        device=torch.device("cpu"),
+        warn=said.append,
     )
     unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
     assert not unknown.is_static
-    assert said == ["rollouts of LlamaForCausalLM run by its own forward, which is slower: the static decoder knows plain OPT models only"]
+    assert said == [
+        "rollouts of LlamaForCausalLM run by its own forward, which is slower: the static decoder knows plain OPT models only"
+    ]
 
 
 class NoStream:
@@ -226,7 +282,9 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     made.begin(draw_uniforms(7, range(7), 12))
     made.prefill(range(7), range(7), prompts)
     made._graphs = {}
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream(RuntimeError("operation not permitted when stream is capturing\nmore")))
+    monkeypatch.setattr(
+        torch.cuda, "Stream", NoStream(RuntimeError("operation not permitted when stream is capturing\nmore"))
+    )
     for step in range(11):
         made.advance(7, 9 + step + 1, 1)
     assert torch.equal(made.state.tokens[:, :-1], expected.tokens[:, :-1])
@@ -240,7 +298,9 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
 
 def test_heads_that_are_no_power_of_two_go_without_kernels():
     assert decode_step.network_supported(network_of(opt()))
-    assert not decode_step.network_supported(network_of(opt(hidden_size=48, word_embed_proj_dim=48)))  # 24 numbers; OPT-2.7b's have 80
+    assert not decode_step.network_supported(
+        network_of(opt(hidden_size=48, word_embed_proj_dim=48))
+    )  # 24 numbers; OPT-2.7b's have 80
 
 
 def test_a_step_changes_nothing_of_a_slot_that_is_done():
@@ -253,17 +313,22 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
     made.advance(4, 20, 3)
     for name, before in kept.items():
         now = getattr(made.state, name)
-        assert torch.equal(now[:, :-1] if name in ("tokens", "log_probs") else now, before[:, :-1] if name in ("tokens", "log_probs") else before), (
-            name
-        )
+        assert torch.equal(
+            now[:, :-1] if name in ("tokens", "log_probs") else now,
+            before[:, :-1] if name in ("tokens", "log_probs") else before,
+        ), name
 
 
 def test_attention_of_a_step_is_plain_attention():
-    """5 slots of 1 to 9 tokens in a cache of 12: in float64 as on a GPU without kernels, in float32 as on a CPU, and by its formula."""
+    """5 slots of 1 to 9 tokens in a cache of 12: in float64 as on a GPU without kernels, in float32
+    as on a CPU, and by its formula.
+    """
     numbers = torch.Generator().manual_seed(0)
     query, lengths = torch.randn(5, 3, 8, generator=numbers, dtype=torch.float64), torch.tensor([1, 9, 4, 2, 7])
     keys, values = (torch.randn(5, 3, 12, 8, generator=numbers, dtype=torch.float64) for _ in range(2))
-    bias = torch.zeros(5, 1, 1, 9, dtype=torch.float64).masked_fill(torch.arange(9) >= lengths[:, None, None, None], -torch.inf)
+    bias = torch.zeros(5, 1, 1, 9, dtype=torch.float64).masked_fill(
+        torch.arange(9) >= lengths[:, None, None, None], -torch.inf
+    )
     expected = torch.empty_like(query)
     for slot, length in enumerate(lengths):
         for head in range(3):

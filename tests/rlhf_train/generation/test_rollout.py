@@ -1,4 +1,6 @@
-"""Sampling: the right distribution, the same answers whatever the company, and log-probs that a plain forward confirms."""
+"""Sampling: the right distribution, the same answers whatever the company, and log-probs that a
+plain forward confirms.
+"""
 
 import numpy as np
 import pytest
@@ -24,7 +26,11 @@ def model(request):
             max_position_embeddings=64, initializer_range=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
-    shape = {"do_layer_norm_before": False, "word_embed_proj_dim": 16} if request.param == "opt-post-norm" else {"word_embed_proj_dim": 32}
+    shape = (
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+        if request.param == "opt-post-norm"
+        else {"word_embed_proj_dim": 32}
+    )
     config = OPTConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64, dropout=0.0,
         init_std=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **shape,
@@ -33,7 +39,16 @@ def model(request):
 
 
 def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0, **others):
-    return Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=max_tokens, temperature=temperature, batch=batch, device=torch.device("cpu"), **others)
+    return Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        batch=batch,
+        device=torch.device("cpu"),
+        **others,
+    )
 
 
 def sample(logits, uniform, **limits):
@@ -65,7 +80,10 @@ def test_log_probs_are_those_of_a_plain_forward(model, temperature):
     made = rollouts(model, temperature=temperature).generate(prompts, seed=1, row_ids=list(range(7)))
     for prompt, tokens, log_probs in zip(prompts, made.tokens, made.log_probs, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor(np.concatenate([prompt, tokens]))[None]).logits[0, len(prompt) - 1 : -1] / temperature
+            logits = (
+                model(torch.tensor(np.concatenate([prompt, tokens]))[None]).logits[0, len(prompt) - 1 : -1]
+                / temperature
+            )
         expected = logits.log_softmax(-1)[torch.arange(len(tokens)), torch.from_numpy(tokens)]
         np.testing.assert_allclose(log_probs, expected.numpy(), atol=1e-4)
 
@@ -82,12 +100,21 @@ def test_a_response_stops_at_its_first_eos_or_at_the_limit(model):
 
 
 def test_greedy_limit_is_hugging_faces_greedy_search(model):
-    """At a temperature near 0 every number picks the likeliest token, as `generate(do_sample=False)` does."""
+    """At a temperature near 0 every number picks the likeliest token, as
+    `generate(do_sample=False)` does.
+    """
     prompts = some_prompts()
     made = rollouts(model, temperature=1e-4).generate(prompts, seed=0, row_ids=list(range(7)))
     for prompt, tokens in zip(prompts, made.tokens, strict=True):
         ids = torch.from_numpy(prompt)[None]
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=PAD, eos_token_id=EOS)
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
         assert tokens.tolist() == expected[0, len(prompt) :].tolist()
 
 
@@ -105,7 +132,9 @@ def test_sample_inverts_the_distribution():
 
 
 def test_samples_follow_the_softmax():
-    """Chi-square over 50,000 draws from a 12-token distribution: below the 0.999 quantile of 11 degrees of freedom."""
+    """Chi-square over 50,000 draws from a 12-token distribution: below the 0.999 quantile of 11
+    degrees of freedom.
+    """
     torch.manual_seed(0)
     logits, draws = torch.randn(12), 50_000
     numbers = draw_uniforms(5, range(draws), 1)[:, 0]
@@ -152,10 +181,19 @@ def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers
 
 
 def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypatch):
-    """On a GPU of which 20 GiB are free, and training has needed 5 of them; the peak of the failed rollout is the whole GPU."""
+    """On a GPU of which 20 GiB are free, and training has needed 5 of them; the peak of the failed
+    rollout is the whole GPU.
+    """
     torch.manual_seed(0)
     model = OPTForCausalLM(
-        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+        )
     ).eval()
     prompts, ids = some_prompts(), list(range(7))
     expected = rollouts(model).generate(prompts, seed=7, row_ids=ids)
@@ -185,20 +223,35 @@ def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypat
 
 
 def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
-    """Of 11 GiB that no tensor holds, 1 is always left and 4 are training's: 6 GiB are three caches of 2 GiB."""
+    """Of 11 GiB that no tensor holds, 1 is always left and 4 are training's: 6 GiB are three caches
+    of 2 GiB.
+    """
     torch.manual_seed(0)
     model = OPTForCausalLM(
-        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64)
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+        )
     ).eval()
     slot_bytes = 2 * 2 * 32 * 64 * 4  # keys and values of 2 layers, 32 units, 64 tokens, 4 bytes
     unit, warnings = slot_bytes // 2, []
-    for name, number in (("mem_get_info", (3 * unit + rollout.SPARE_BYTES, 0)), ("memory_reserved", 30 * unit), ("memory_allocated", 23 * unit)):
+    for name, number in (
+        ("mem_get_info", (3 * unit + rollout.SPARE_BYTES, 0)),
+        ("memory_reserved", 30 * unit),
+        ("memory_allocated", 23 * unit),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 27 * unit)
     few = rollouts(model, warn=warnings.append)
     few.device = torch.device("cuda")
     few.generate(some_prompts(), seed=7, row_ids=list(range(7)))
-    assert warnings == ["what is free on the GPU holds the cache of 3 answers, not of 7: so many are generated at once, which is slower"]
+    assert warnings == [
+        "what is free on the GPU holds the cache of 3 answers, not of 7: so many are generated at once, which is slower"
+    ]
 
 
 def test_where_not_even_one_fits(model):

@@ -1,4 +1,6 @@
-"""Triton's kernels of the decode step in their interpreter, on a CPU, against plain PyTorch. tests/conftest.py switches it on."""
+"""Triton's kernels of the decode step in their interpreter, on a CPU, against plain PyTorch.
+tests/conftest.py switches it on.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def test_the_kernels_draw_what_plain_torch_draws(shape, sampling, monkeypatch):
     assert (plain.done == 1).all()
     assert torch.equal(plain.done, triton.done)
     assert torch.equal(plain.length, triton.length)
-    torch.testing.assert_close(plain.log_probs[:, :-1] * written, triton.log_probs[:, :-1] * written, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plain.log_probs[:, :-1] * written, triton.log_probs[:, :-1] * written, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_kernel_reads_no_more_of_the_cache_than_is_live():
@@ -58,7 +62,9 @@ def test_the_kernel_of_sums_and_norms():
     norm = network_of(opt(hidden_size=24, word_embed_proj_dim=24)).layers[0].after_attention
     total, normed = decode_step.add_norm(x, residual, norm)
     assert torch.equal(total, x + residual)
-    expected = (total - total.mean(1, keepdim=True)) / (total.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    expected = (total - total.mean(1, keepdim=True)) / (
+        total.var(1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(normed, expected)
 
 

@@ -1,4 +1,6 @@
-"""What a GPU takes in layers, on a CPU: Triton's kernels in their interpreter, cuBLAS's epilogue as PyTorch's own; against the plain layers."""
+"""What a GPU takes in layers, on a CPU: Triton's kernels in their interpreter, cuBLAS's epilogue as
+PyTorch's own; against the plain layers.
+"""
 
 import copy
 
@@ -42,7 +44,11 @@ def test_a_sum_and_its_norm(with_residual, asked, is_frozen, as_on_a_gpu):
     expected = (total, plain(total))
     of_sum, of_norm = (numbers(11, 40, seed=seed) for seed in (7, 8))
     for sums, normed in (found, expected):
-        torch.autograd.backward(*{"both": ([sums, normed], [of_sum, of_norm]), "sum": ([sums], [of_sum]), "norm": ([normed], [of_norm])}[asked])
+        torch.autograd.backward(
+            *{"both": ([sums, normed], [of_sum, of_norm]), "sum": ([sums], [of_sum]), "norm": ([normed], [of_norm])}[
+                asked
+            ]
+        )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip([*inputs, *norm.parameters()], [*twins, *plain.parameters()], strict=True):
@@ -65,7 +71,12 @@ def test_a_product_with_its_relu(frozen, kernels_run, as_on_a_gpu, monkeypatch):
         return [y.detach(), *(tensor.grad for tensor in tensors.values())]
 
     plain = run(lambda x, weight, bias: F.relu(F.linear(x, weight, bias)))
-    assert "LinearRelu" in type(fused_layers.linear_relu(numbers(3, 24).requires_grad_(), numbers(40, 24), numbers(40)).grad_fn).__name__
+    assert (
+        "LinearRelu"
+        in type(
+            fused_layers.linear_relu(numbers(3, 24).requires_grad_(), numbers(40, 24), numbers(40)).grad_fn
+        ).__name__
+    )
     for found, expected in zip(run(fused_layers.linear_relu), plain, strict=True):
         assert (found is None) == (expected is None)
         if expected is not None:
@@ -84,21 +95,26 @@ def test_what_zero_3_takes_away_goes_through_its_module(as_on_a_gpu):
     assert "LinearRelu" not in type(y.grad_fn).__name__ and y.min() == 0
 
 
-@pytest.mark.parametrize("shape", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}], ids=["opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}], ids=["opt", "opt-350m"]
+)
 def test_a_model_that_takes_packed_rows(shape, as_on_a_gpu, monkeypatch):
     plain = opt(**shape)
     quick = copy.deepcopy(plain)
     for model in (plain, quick):
         assert padding(None, model) is None
     assert all(
-        isinstance(layer.fc1, fused_layers.LinearRelu) and isinstance(layer.activation_fn, nn.Identity) for layer in quick.model.decoder.layers
+        isinstance(layer.fc1, fused_layers.LinearRelu) and isinstance(layer.activation_fn, nn.Identity)
+        for layer in quick.model.decoder.layers
     )
     texts = [np.array(text) for text in some_prompts(6)]
     packed = Sequences.of(texts[:3], texts[3:], None, torch.device("cpu"))
     made = []
     for name in ("norm_gradient", "relu_gradient"):
         kernel = getattr(layer_gradients, name)
-        monkeypatch.setattr(layer_gradients, name, lambda *tensors, kernel=kernel: made.append(kernel.__name__) or kernel(*tensors))
+        monkeypatch.setattr(
+            layer_gradients, name, lambda *tensors, kernel=kernel: made.append(kernel.__name__) or kernel(*tensors)
+        )
 
     def run(model):
         log_probs = ActorForward(model)(packed)[0]

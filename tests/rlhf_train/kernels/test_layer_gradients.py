@@ -1,4 +1,6 @@
-"""Triton's kernels of the backward pass in their interpreter, on a CPU, against PyTorch's gradients. tests/conftest.py switches it on."""
+"""Triton's kernels of the backward pass in their interpreter, on a CPU, against PyTorch's
+gradients. tests/conftest.py switches it on.
+"""
 
 import pytest
 import torch
@@ -18,14 +20,19 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 @DTYPES
 @pytest.mark.parametrize("adds", [True, False])
 def test_the_gradient_of_a_norm(dtype, tolerance, adds, monkeypatch):
-    """Three programs for eleven rows, of a length that is no power of two. The reference is PyTorch's, in float64."""
+    """Three programs for eleven rows, of a length that is no power of two.
+
+    The reference is PyTorch's, in float64.
+    """
     monkeypatch.setattr(layer_gradients, "PROGRAMS", 3)
     x, of_normed, more = (3 * numbers(11, 40, seed=seed, dtype=dtype) + 1 for seed in range(3))
     weight, bias = numbers(40, seed=3, dtype=dtype), numbers(40, seed=4, dtype=dtype)
     exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
     F.layer_norm(exact[0], (40,), *exact[1:], eps=1e-5).backward(of_normed.double())
     expected = [exact[0].grad + (more.double() if adds else 0), exact[1].grad, exact[2].grad]
-    for found, wanted in zip(layer_gradients.norm_gradient(x, weight, more if adds else None, of_normed, 1e-5), expected, strict=True):
+    for found, wanted in zip(
+        layer_gradients.norm_gradient(x, weight, more if adds else None, of_normed, 1e-5), expected, strict=True
+    ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 

@@ -1,4 +1,6 @@
-"""Triton's kernels of the log-probs in their interpreter, on a CPU, against plain PyTorch. tests/conftest.py switches it on."""
+"""Triton's kernels of the log-probs in their interpreter, on a CPU, against plain PyTorch.
+tests/conftest.py switches it on.
+"""
 
 import pytest
 import torch

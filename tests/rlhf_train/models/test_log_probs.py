@@ -1,4 +1,6 @@
-"""Log-probs over a vocabulary against log_softmax with autograd in float64: values, gradients, and what is held meanwhile."""
+"""Log-probs over a vocabulary against log_softmax with autograd in float64: values, gradients, and
+what is held meanwhile.
+"""
 
 import pytest
 import torch
@@ -49,9 +51,14 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, dtype, rows,
     (found * above).sum().backward()
     assert found.dtype == entropies.dtype == torch.float32
     assert not entropies.requires_grad
-    # bfloat16 has 8 bits: a logit of 8 is off by up to 1/32 nat, before it is divided by the temperature.
+    # bfloat16 has 8 bits: a logit of 8 is off by up to 1/32 nat, before it is divided by the
+    # temperature.
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-    for ours, theirs in zip((found, entropies, hidden.grad, head.weight.grad), twin(hidden, index, labels, head, above, temperature), strict=True):
+    for ours, theirs in zip(
+        (found, entropies, hidden.grad, head.weight.grad),
+        twin(hidden, index, labels, head, above, temperature),
+        strict=True,
+    ):
         torch.testing.assert_close(ours.double(), theirs, **close)
 
 
@@ -90,7 +97,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        found = [tensor.numel() for tensor in tree_flatten(out)[0] if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32]
+        found = [
+            tensor.numel()
+            for tensor in tree_flatten(out)[0]
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+        ]
         self.numbers = max([self.numbers, *found])
         return out
 
@@ -103,5 +114,7 @@ def test_no_float32_tensor_holds_the_logits(monkeypatch):
         (values * above).sum().backward()
     assert largest.numbers == 2 * VOCABULARY
     with Largest() as naive:
-        (F.log_softmax((hidden[index] @ head.weight.T).float(), -1).gather(1, labels[:, None])[:, 0] * above).sum().backward()
+        (
+            F.log_softmax((hidden[index] @ head.weight.T).float(), -1).gather(1, labels[:, None])[:, 0] * above
+        ).sum().backward()
     assert naive.numbers == len(index) * VOCABULARY

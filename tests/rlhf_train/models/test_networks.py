@@ -1,4 +1,6 @@
-"""The forward passes against plain Hugging Face, LoRA's merge against PEFT's own forward, and tokenizers."""
+"""The forward passes against plain Hugging Face, LoRA's merge against PEFT's own forward, and
+tokenizers.
+"""
 
 import copy
 import math
@@ -75,7 +77,10 @@ def batch(texts):
 
 def rows_of(batch):
     """Each row without padding: (ids, prompt length)."""
-    return [(batch.input_ids[i, : batch.lengths[i]][None], int(batch.prompt_lengths[i])) for i in range(len(batch.input_ids))]
+    return [
+        (batch.input_ids[i, : batch.lengths[i]][None], int(batch.prompt_lengths[i]))
+        for i in range(len(batch.input_ids))
+    ]
 
 
 @pytest.mark.parametrize("from_prompt", [False, True])
@@ -125,12 +130,20 @@ def test_lm_head_of_the_reward_model_is_the_tied_embedding(tokenizer, batch):
     scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=4).eval()
     scorer.model.load_state_dict(causal.model.state_dict())
     _, log_probs = ScoreForward(scorer, with_lm=True)(batch, lm_rows=2)
-    expected = ActorForward(causal)(Sequences(batch.input_ids[:2], batch.host_prompt_lengths[:2], batch.host_response_lengths[:2]))[0]
+    expected = ActorForward(causal)(
+        Sequences(batch.input_ids[:2], batch.host_prompt_lengths[:2], batch.host_response_lengths[:2])
+    )[0]
     torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lm_coef_is_refused_without_tied_embeddings(tokenizer):
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     scorer = load_scorer(Scratch(config=config), tokenizer, torch.float32, seed=0)
     with pytest.raises(ToolkitError, match=r"reward\.lm_coef needs a model"):
         ScoreForward(scorer, with_lm=True)
@@ -194,9 +207,15 @@ def test_padding_gets_a_token_of_its_own(tokenizer, tmp_path):
 
 
 def test_embeddings_grow_for_an_added_padding_token(tmp_path, tokenizer):
-    config = OPTConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=len(tokenizer) - 1, max_position_embeddings=64)
+    config = OPTConfig(
+        **{k: v for k, v in CONFIG.items() if k != "model_type"},
+        vocab_size=len(tokenizer) - 1,
+        max_position_embeddings=64,
+    )
     OPTForCausalLM(config).save_pretrained(tmp_path)
-    assert load_causal(str(tmp_path), tokenizer, torch.float32, seed=0).get_input_embeddings().num_embeddings == len(tokenizer)
+    assert load_causal(str(tmp_path), tokenizer, torch.float32, seed=0).get_input_embeddings().num_embeddings == len(
+        tokenizer
+    )
 
 
 def test_missing_models_are_named_with_a_next_step(tmp_path):
@@ -223,7 +242,15 @@ def test_other_tokenizers_are_refused(tokenizer):
         check_same_tokenizer(tokenizer, train_tokenizer(["quite another text"] * 20, 300))
 
 
-WIDE_OPT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "dropout": 0.0, "init_std": 0.2}
+WIDE_OPT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "dropout": 0.0,
+    "init_std": 0.2,
+}
 FAMILIES = {
     "opt": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=32)),
     "opt-350m": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
@@ -263,7 +290,10 @@ def test_each_family_learns_from_a_batch_what_it_learns_from_rows_alone(family, 
     ours = FAMILIES[family]()
     theirs = copy.deepcopy(ours)
     log_probs, _ = ActorForward(ours)(laid_out(layout, texts, tokenizer, ours))
-    rows = [theirs(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :] for ids, prompt in rows_of(batch)]
+    rows = [
+        theirs(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][prompt - 1 :]
+        for ids, prompt in rows_of(batch)
+    ]
     expected = torch.cat(rows)
     torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
     weights = torch.arange(1.0, len(expected) + 1)
@@ -288,7 +318,9 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
     assert wanted
     for name, gradient in wanted.items():
         torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
-        assert (gradients(padded)[name] - gradient).norm() < 1e-5 * gradient.norm()  # packed, q is scaled after its product with k
+        assert (
+            gradients(padded)[name] - gradient
+        ).norm() < 1e-5 * gradient.norm()  # packed, q is scaled after its product with k
 
 
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
@@ -351,7 +383,9 @@ def test_rows_are_padded_where_one_of_the_models_cannot_have_them_packed(tokeniz
 @pytest.mark.parametrize("load", [load_causal, load_scorer])
 def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, tokenizer, tmp_path):
     """As LLaMA-2's tokenizer: the id that is added is the first beyond the vocabulary."""
-    config = LlamaConfig(vocab_size=len(tokenizer) - 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) - 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     padded = copy.deepcopy(tokenizer)
     padded.pad_token = padded.convert_ids_to_tokens(len(tokenizer) - 1)
@@ -360,7 +394,9 @@ def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, t
 
 
 def test_a_model_comes_from_the_hub_by_its_name(actor, tokenizer, tmp_path):
-    """In a fresh process, since HF_ENDPOINT is read at import; the weights arrive although the hub fails twice."""
+    """In a fresh process, since HF_ENDPOINT is read at import; the weights arrive although the hub
+    fails twice.
+    """
     for part in (actor, tokenizer):
         part.save_pretrained(tmp_path / "models/some/opt")
     code = (
@@ -371,9 +407,15 @@ def test_a_model_comes_from_the_hub_by_its_name(actor, tokenizer, tmp_path):
     with Hub(tmp_path) as hub:
         hub.fail("GET /some/opt/resolve/.*safetensors", 500, times=1)
         hub.fail("GET /some/opt/resolve/.*tokenizer.json", "flip", times=1)
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[3])}
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+        }
         command = [sys.executable, "-c", code, str(tmp_path / "got")]
-        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=120
+        )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trying again") == 2
     state, vocabulary = torch.load(tmp_path / "got")

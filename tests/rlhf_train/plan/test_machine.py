@@ -75,7 +75,11 @@ def test_listed_cards(text: str, driver: str | None, cards: list[Gpu]) -> None:
     [
         ("0, GPU-1b-2c, 4\n", {"GPU-1b-2c": 0}, (4_194_304,)),
         ("1, GPU-b, 40960\r\n0, GPU-a, 0\r\n", {"GPU-a": 0, "GPU-b": 1}, (0, 42_949_672_960)),
-        ("0, GPU-a, [N/A]\n1, GPU-b, [Insufficient Permissions]\n2, GPU-c, 1\n", {"GPU-a": 0, "GPU-b": 1, "GPU-c": 2}, (None, None, 1_048_576)),
+        (
+            "0, GPU-a, [N/A]\n1, GPU-b, [Insufficient Permissions]\n2, GPU-c, 1\n",
+            {"GPU-a": 0, "GPU-b": 1, "GPU-c": 2},
+            (None, None, 1_048_576),
+        ),
         ("0, GPU-a, 1\n2, GPU-c, 2\n", {"GPU-a": 0, "GPU-c": 2}, (1_048_576, None, 2_097_152)),  # each at its index
         ("No devices were found\n", {}, ()),
         ("", {}, ()),
@@ -91,7 +95,10 @@ def test_cards_in_use(text: str, indexes: dict[str, int], used: tuple[int | None
         ("GPU-b, 4321, 1024\nGPU-a, 77, 1\n", [Holder(1, 4321, 1_073_741_824), Holder(0, 77, 1_048_576)]),
         ("GPU-a, 4321, [N/A]\r\nGPU-a, 77, [Not Found]\r\n", [Holder(0, 4321), Holder(0, 77)]),
         ("GPU-else, 4321, 1024\n", [Holder(None, 4321, 1_073_741_824)]),
-        ("GPU-a, [N/A], 1024\n[N/A], 4321, 1\n", [Holder(None, 4321, 1_048_576)]),  # without a pid there is nobody to name
+        (
+            "GPU-a, [N/A], 1024\n[N/A], 4321, 1\n",
+            [Holder(None, 4321, 1_048_576)],
+        ),  # without a pid there is nobody to name
         ("No running processes found\n", []),
         ("", []),
     ],
@@ -103,7 +110,10 @@ def test_listed_holders(text: str, holders: list[Holder]) -> None:
 @pytest.mark.parametrize(
     ("text", "flags"),
     [
-        ("processor\t: 0\nmodel name\t: A\nflags\t\t: fpu avx2 fma\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n", ("fpu", "avx2", "fma")),
+        (
+            "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu avx2 fma\nbugs\t\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+            ("fpu", "avx2", "fma"),
+        ),
         ("processor\t: 0\nFeatures\t: fp asimd\n", None),  # aarch64
         ("vmx flags\t: vnmi\n", None),
         ("", None),
@@ -155,12 +165,19 @@ def test_nvidia_smi_that_is_not_there_or_hangs(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """-> the pid of a process that has a card open (here a file in its place), as this one has, too."""
+    """-> the pid of a process that has a card open (here a file in its place), as this one has,
+    too.
+    """
     card = tmp_path / "nvidia0"
     card.touch()
     monkeypatch.setattr(machine, "GPU_FILE", re.compile(re.escape(str(card.resolve()))))
     # The file is its stdin, so that it is open from the start.
-    with card.open() as file, subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "--left behind"], stdin=file) as process:
+    with (
+        card.open() as file,
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)", "--left behind"], stdin=file
+        ) as process,
+    ):
         try:
             yield process.pid
         finally:
@@ -187,14 +204,20 @@ NOBODY = 2**22 + 1  # above the highest pid that Linux gives
         ("echo 'GPU-b, {pid}, 2'; exit 6", [Holder(None, 1, None, SLEEPS)]),
     ],
 )
-def test_who_holds_gpu_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: int, apps: str, holders: list[Holder]) -> None:
-    nvidia_smi(tmp_path, monkeypatch, TWO_CARDS.format(apps=apps.format(pid=left_behind, us=os.getpid(), nobody=NOBODY)))
+def test_who_holds_gpu_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: int, apps: str, holders: list[Holder]
+) -> None:
+    nvidia_smi(
+        tmp_path, monkeypatch, TWO_CARDS.format(apps=apps.format(pid=left_behind, us=os.getpid(), nobody=NOBODY))
+    )
     wanted = tuple(replace(holder, pid=left_behind) if holder.pid == 1 else holder for holder in holders)
     assert machine.gpu_memory() == ((2**20, 2 * 2**20), wanted)
 
 
 @pytest.mark.parametrize("script", ["echo '0, GPU-a, 1'; exit 9", "while :; do :; done"])
-def test_gpu_memory_of_which_nvidia_smi_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def test_gpu_memory_of_which_nvidia_smi_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
     nvidia_smi(tmp_path, monkeypatch, script)
     monkeypatch.setattr(machine, "NVIDIA_SMI_S", 0.2)
     assert machine.gpu_memory() == (None, ())
@@ -212,7 +235,12 @@ def test_the_files_of_cards() -> None:
 
 def test_prebuilt_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "deepspeed"
-    for name in ("ops/adam/cpu_adam_op.cpython-310-x86_64-linux-gnu.so", "ops/adam/fused_adam_op.so", "ops/adam/cpu_adam.py", "lib/other_op.so"):
+    for name in (
+        "ops/adam/cpu_adam_op.cpython-310-x86_64-linux-gnu.so",
+        "ops/adam/fused_adam_op.so",
+        "ops/adam/cpu_adam.py",
+        "lib/other_op.so",
+    ):
         file = package / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -232,7 +260,9 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
     assert (found.path, found.found, found.missing) == (str(tmp_path), str(tmp_path), "")
     assert (found.is_folder, found.writable, found.read_only, found.uid) == (True, True, False, os.geteuid())
     room = os.statvfs(tmp_path)
-    assert found.free_bytes is not None and abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30  # others write, too
+    assert (
+        found.free_bytes is not None and abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30
+    )  # others write, too
 
 
 @pytest.mark.parametrize(
@@ -244,7 +274,9 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
         ("file/runs/demo", "file", "file/runs", False),
     ],
 )
-def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, found: str, missing: str, is_folder: bool) -> None:
+def test_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, found: str, missing: str, is_folder: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a").mkdir()
     Path("file").touch()
@@ -285,7 +317,12 @@ for finding in judge(Facts(uid=os.geteuid(), gid=os.getegid(), folders=(found,))
 def as_other(cwd: Path, path: str) -> list[str]:
     checkout = str(Path(__file__).parents[3])
     said = subprocess.run(
-        [sys.executable, "-c", AS_OTHER, path], cwd=cwd, env=os.environ | {"PYTHONPATH": checkout}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", AS_OTHER, path],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": checkout},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert said.returncode == 0, said.stderr
     return said.stdout.splitlines()
@@ -300,7 +337,9 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
     assert as_other(tmp_path, "runs/demo") == [
         f"runs/demo belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs/demo"
     ]
-    assert as_other(tmp_path, "runs/new") == [f"runs belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs"]
+    assert as_other(tmp_path, "runs/new") == [
+        f"runs belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs"
+    ]
     assert as_other(tmp_path, "out/new") == [
         f". belongs to uid 0, and uid {OTHER} may not write to it: sudo mkdir -p out && sudo chown -R {OTHER}:{OTHER} out"
     ]
@@ -341,15 +380,29 @@ def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "version"
 
 
-TWO = Machine(cores=8, gpus=("NVIDIA GeForce RTX 4090", "NVIDIA H100"), gpu_bytes=1, capabilities=("8.9", "9.0"), peer_access=False, cuda="11.8")
+TWO = Machine(
+    cores=8,
+    gpus=("NVIDIA GeForce RTX 4090", "NVIDIA H100"),
+    gpu_bytes=1,
+    capabilities=("8.9", "9.0"),
+    peer_access=False,
+    cuda="11.8",
+)
 
 
 def test_gpus_that_pytorch_sees(no_driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\n", encoding="utf-8")
+    no_driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\n", encoding="utf-8"
+    )
     monkeypatch.setattr(machine, "nvidia_smi", lambda: pytest.fail("not needed, and slow"))
     seen = facts(load_job("opt-1.3b"), TWO, {"CUDA_VISIBLE_DEVICES": "0,1"})
     assert (seen.device, seen.cuda, seen.gpus, seen.ranks, seen.pretrained) == ("auto", "11.8", 2, 2, True)
-    assert (seen.driver, seen.peer_access, seen.visible_devices, seen.shared_memory_used) == ("515.65.01", False, "0,1", True)
+    assert (seen.driver, seen.peer_access, seen.visible_devices, seen.shared_memory_used) == (
+        "515.65.01",
+        False,
+        "0,1",
+        True,
+    )
     assert seen.cards == (Gpu("NVIDIA GeForce RTX 4090", "8.9"), Gpu("NVIDIA H100", "9.0"))
     assert [(folder.path, folder.missing) for folder in seen.folders] == [("runs", "runs"), ("cache", "cache")]
     assert seen.folders[0].free_bytes and seen.folders[1].free_bytes is None and seen.folders[1].free_inodes is None
@@ -364,11 +417,15 @@ def test_memory_of_gpus_in_use(no_driver: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(machine, "gpu_memory", lambda: held)
     seen = facts(load_job("opt-1.3b"), TWO)
     assert (seen.gpu_used_bytes, seen.gpu_holders) == held
-    monkeypatch.setattr(machine, "gpu_memory", lambda: pytest.fail("nvidia-smi is asked again, though it said nothing of the cards"))
+    monkeypatch.setattr(
+        machine, "gpu_memory", lambda: pytest.fail("nvidia-smi is asked again, though it said nothing of the cards")
+    )
     assert facts(load_job("opt-1.3b"), Machine(cores=1, cuda="11.8")).gpu_used_bytes is None
 
 
-@pytest.mark.parametrize(("environ", "used"), [({}, True), ({"NCCL_SHM_DISABLE": "0"}, True), ({"NCCL_SHM_DISABLE": "1"}, False)])
+@pytest.mark.parametrize(
+    ("environ", "used"), [({}, True), ({"NCCL_SHM_DISABLE": "0"}, True), ({"NCCL_SHM_DISABLE": "1"}, False)]
+)
 def test_ranks_and_nccls_shared_memory(no_driver: Path, environ: dict[str, str], used: bool) -> None:
     seen = facts(load_job("opt-1.3b", ["hardware.ranks=7"]), TWO, environ)
     assert (seen.ranks, seen.shared_memory_used) == (7, used)
@@ -433,7 +490,9 @@ def other_disk() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_the_disk_of_the_hubs_files(no_driver: Path, tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_of_the_hubs_files(
+    no_driver: Path, tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def seen(model: str, critic: str = "actor") -> Folder | None:
         return facts(load_job("demo", [f"actor.model={model}", f"critic.model={critic}"]), Machine(cores=1)).hub_cache
 
@@ -443,7 +502,11 @@ def test_the_disk_of_the_hubs_files(no_driver: Path, tmp_path: Path, other_disk:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(other_disk / "hub"))
     assert seen(SCRATCH) is None and seen("./here") is None  # nothing to fetch
     found = seen("a/b")
-    assert found is not None and (found.path, found.found) == (str(other_disk / "hub"), str(other_disk)) and found.free_bytes
+    assert (
+        found is not None
+        and (found.path, found.found) == (str(other_disk / "hub"), str(other_disk))
+        and found.free_bytes
+    )
 
     store = other_disk / "hub/models--a--b"
     for file in ("refs/main", "snapshots/c0ffee/config.json", "snapshots/c0ffee/model.safetensors"):

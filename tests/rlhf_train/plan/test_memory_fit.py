@@ -1,4 +1,6 @@
-"""The sizes that fitted into memory: halved, remembered, and taken up only where they still say something."""
+"""The sizes that fitted into memory: halved, remembered, and taken up only where they still say
+something.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,12 @@ def test_what_is_remembered_is_taken_up(run: RunDir) -> None:
     assert memory_fit.fit(job(), run, smaller) == smaller  # never larger than what is asked for
 
 
-CHANGED: list[dict[str, Any]] = [{"micro_batch": 4}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}, {"ranks": 2}]
+CHANGED: list[dict[str, Any]] = [
+    {"micro_batch": 4},
+    {"gradient_checkpointing": True},
+    {"precision": "bfloat16"},
+    {"ranks": 2},
+]
 
 
 @pytest.mark.parametrize("hardware", CHANGED)

@@ -90,7 +90,12 @@ def test_the_jobs_word_wins() -> None:
         critic_zero_stage=0, micro_batches=(32, 32, 32), rollout_micro_batch=7, cpu_threads=3, notes=(),
     )  # fmt: skip
     on_cpu = place(opt("hardware.device=cpu"), TWO_4090)
-    assert (on_cpu.device, on_cpu.device_reason, on_cpu.ranks, on_cpu.precision) == ("cpu", "the job file says so", 1, "float32")
+    assert (on_cpu.device, on_cpu.device_reason, on_cpu.ranks, on_cpu.precision) == (
+        "cpu",
+        "the job file says so",
+        1,
+        "float32",
+    )
 
 
 def test_cpu_ranks_share_the_cores() -> None:
@@ -134,10 +139,22 @@ def test_float16_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("settings", "what", "hint"),
     [
-        (["sft.global_batch=127"], "sft.global_batch 127 cannot be shared by 2 ranks", "use a multiple of 2, or hardware.ranks with one of [1, 127]"),
+        (
+            ["sft.global_batch=127"],
+            "sft.global_batch 127 cannot be shared by 2 ranks",
+            "use a multiple of 2, or hardware.ranks with one of [1, 127]",
+        ),
         (["reward.global_batch=9"], "reward.global_batch 9 cannot be shared by 2 ranks", "one of [1, 3, 9]"),
-        (["ppo.rollout_batch=9", "ppo.global_batch=9"], "ppo.rollout_batch 9 cannot be shared by 2 ranks", "use a multiple of 2"),
-        (["hardware.micro_batch=5"], "sft.global_batch 128 over 2 ranks is 64, not a multiple of micro_batch 5", "[1, 2, 4, 8, 16, 32, 64]"),
+        (
+            ["ppo.rollout_batch=9", "ppo.global_batch=9"],
+            "ppo.rollout_batch 9 cannot be shared by 2 ranks",
+            "use a multiple of 2",
+        ),
+        (
+            ["hardware.micro_batch=5"],
+            "sft.global_batch 128 over 2 ranks is 64, not a multiple of micro_batch 5",
+            "[1, 2, 4, 8, 16, 32, 64]",
+        ),
     ],
 )
 def test_batches_that_do_not_divide(settings: list[str], what: str, hint: str) -> None:
@@ -184,18 +201,26 @@ def two_cards(monkeypatch: pytest.MonkeyPatch, reached: set[tuple[int, int]]) ->
 def test_a_machine_with_two_cards(monkeypatch: pytest.MonkeyPatch, reached: set[tuple[int, int]], found: bool) -> None:
     two_cards(monkeypatch, reached)
     machine = Machine.look()
-    assert machine == Machine(machine.cores, ("card 8", "card 7"), 7 * GIB, False, ("8.6", "7.6"), found, torch.version.cuda)
+    assert machine == Machine(
+        machine.cores, ("card 8", "card 7"), 7 * GIB, False, ("8.6", "7.6"), found, torch.version.cuda
+    )
 
 
 def test_why_pytorch_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     def is_available() -> bool:
-        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 10010).\nPlease", stacklevel=1)
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010).\nPlease",
+            stacklevel=1,
+        )
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     warnings.simplefilter("ignore")  # as PYTHONWARNINGS=ignore does; pytest puts it back
     for _ in range(2):  # Python shows a warning once, unless told otherwise
-        assert Machine.look().gpu_error == "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010)."
+        assert (
+            Machine.look().gpu_error
+            == "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010)."
+        )
     assert list(recwarn) == []  # said in the finding
 
 

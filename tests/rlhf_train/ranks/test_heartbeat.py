@@ -46,7 +46,9 @@ def test_meetings_are_counted_apart(watch: HeartbeatReader) -> None:
 
 
 def test_a_sign_is_written_at_once() -> None:
-    """Who reads in between must not see zeros: a rank without anything to save is not waited for when the run is to stop."""
+    """Who reads in between must not see zeros: a rank without anything to save is not waited for
+    when the run is to stop.
+    """
 
     class Memory(bytearray):
         writes = 0
@@ -58,7 +60,11 @@ def test_a_sign_is_written_at_once() -> None:
     memory = Memory(3 * SLOT_BYTES)
     heartbeat = Heartbeat(memory, 2)
     heartbeat.beat("update 7")
-    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES and sign_in(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
+    assert (
+        memory.writes == 2
+        and len(memory) == 3 * SLOT_BYTES
+        and sign_in(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
+    )
 
 
 def test_ranks_do_not_write_over_each_other(watch: HeartbeatReader) -> None:
@@ -90,7 +96,9 @@ def test_any_text_is_a_phase(watch: HeartbeatReader, phase: str, read: str) -> N
 def test_another_process_is_seen(watch: HeartbeatReader) -> None:
     code = "import sys; from rlhf_train.ranks.heartbeat import Heartbeat; Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
     command = [sys.executable, "-c", code, str(watch.file)]
-    subprocess.run(command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    subprocess.run(
+        command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    )
     assert watch.signs()[2] == RankSign(2, 0, False, False, False, "update 1")  # also after it is gone
 
 

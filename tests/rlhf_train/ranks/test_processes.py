@@ -65,7 +65,9 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
     processes.end(again)
 
 
-@pytest.mark.parametrize("job", [load_job("demo", []), Job.model_validate(tiny.job(Path("rows"))), load_job("demo", ["hardware.ranks=2"])])
+@pytest.mark.parametrize(
+    "job", [load_job("demo", []), Job.model_validate(tiny.job(Path("rows"))), load_job("demo", ["hardware.ranks=2"])]
+)
 def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GPU_FILES", (Path("/nowhere"), "*"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -89,8 +91,12 @@ def test_a_guess_where_there_are_gpus(
     for name in [*(f"nvidia{number}" for number in range(cards)), "nvidiactl", "nvidia-uvm"]:
         (tmp_path / name).touch()
     monkeypatch.setattr(processes, "GPU_FILES", (tmp_path, "nvidia[0-9]*"))
-    job = load_job("demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"])
-    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(device, count, 4)
+    job = load_job(
+        "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"]
+    )
+    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(
+        device, count, 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,9 @@ def test_a_guess_where_there_are_gpus(
         (["rlhf_train/demo/data"], ()),  # in the checkout
     ],
 )
-def test_what_reads_the_rows_is_imported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], libraries: tuple[str, ...]) -> None:
+def test_what_reads_the_rows_is_imported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], libraries: tuple[str, ...]
+) -> None:
     tiny.write_rows(tmp_path / "rows")
     (tmp_path / "parquet").mkdir()
     (tmp_path / "parquet" / "train.parquet").touch()
@@ -119,7 +127,9 @@ def test_what_reads_the_rows_is_imported_too(tmp_path: Path, monkeypatch: pytest
 
 
 def test_one_that_waits_leaves_with_the_launcher() -> None:
-    """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else would cut short."""
+    """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else
+    would cut short.
+    """
     start = "s = Spares(os.environ); s.start(Crew('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
     code = f"import os, time; from rlhf_train.ranks.processes import *; {start}; time.sleep(99)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
@@ -133,7 +143,9 @@ def test_one_that_waits_leaves_with_the_launcher() -> None:
 
 def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> None:
     """What it printed before is in the log, too."""
-    (tmp_path / "transformers.py").write_text("print('a warning')\nraise ImportError('no such library')\n", encoding="utf-8")
+    (tmp_path / "transformers.py").write_text(
+        "print('a warning')\nraise ImportError('no such library')\n", encoding="utf-8"
+    )
     watch = HeartbeatReader(1)
     rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
     until(lambda: rank.early_words() == b"a warning\n")

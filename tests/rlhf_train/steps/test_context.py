@@ -26,9 +26,13 @@ ROWS = 20
 
 @pytest.mark.parametrize("measure", [perplexity, accuracy])
 @pytest.mark.parametrize(("asked_in", "batches"), [(1, 1), (3, 3), (99, 5)])
-def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(measure: Callable[..., float], asked_in: int, batches: int) -> None:
+def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(
+    measure: Callable[..., float], asked_in: int, batches: int
+) -> None:
     job, place = Job.model_validate(tiny.job(Path("rows"))), Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 64, 1)
-    context = StepContext(job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), lambda event: None)
+    context = StepContext(
+        job, RunDir(Path("run")), World(0, 1, torch.device("cpu")), place, Path("cache"), lambda event: None
+    )
     tokens = Ragged.of([[5, 6]] * ROWS)
     table = Table(tokens, tokens, tokens, tokens, {}, {})
     seen: list[Sequences] = []

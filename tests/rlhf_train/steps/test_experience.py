@@ -33,12 +33,15 @@ def scored(response, log_probs, ref_log_probs, values, score, *, ended=True):
     )  # fmt: skip
 
 
-ROWS = [scored([7, 3], [-1.0, -2.0], [-1.5, -1.0], [0.5, 1.0], 2.0), scored([8], [-0.5], [-0.5], [0.25], 9.0, ended=False)]
+ROWS = [
+    scored([7, 3], [-1.0, -2.0], [-1.5, -1.0], [0.5, 1.0], 2.0),
+    scored([8], [-0.5], [-0.5], [0.25], 9.0, ended=False),
+]
 
 
 def test_rewards_advantages_and_returns_by_hand():
-    # Row 0: r = -0.1*0.5, -0.1*-1 + 2; returns are sums to the end: 2.05, 2.1; advantages: minus the values.
-    # Row 1 did not end: 9 - 1 = 8, clipped to 5.
+    # Row 0: r = -0.1*0.5, -0.1*-1 + 2; returns are sums to the end: 2.05, 2.1; advantages: minus
+    # the values. Row 1 did not end: 9 - 1 = 8, clipped to 5.
     made = Experience.of(ROWS, ppo(missing_eos_penalty=1.0), kl_coef=0.1, on_policy=False)
     assert made.mask.tolist() == [[True, True], [True, False]]
     torch.testing.assert_close(made.targets["returns"], torch.tensor([[2.05, 2.1], [5.0, 0.0]]))
@@ -80,7 +83,9 @@ def test_cut_takes_rows_and_trims_to_their_longest_response():
 
 
 def test_on_policy_the_numbers_are_the_rollouts_and_the_targets_come_later():
-    """The log-probs of ROWS' rollout are 0.25 above the trainer's: each token costs 0.1 * 0.25 more."""
+    """The log-probs of ROWS' rollout are 0.25 above the trainer's: each token costs 0.1 * 0.25
+    more.
+    """
     spec = ppo(missing_eos_penalty=1.0)
     made = Experience.of(ROWS, spec, kl_coef=0.1, on_policy=True)
     torch.testing.assert_close(made.old_log_probs, torch.tensor([[-0.75, -1.75], [-0.25, 0.0]]))

@@ -1,4 +1,6 @@
-"""What a step leaves behind: plain Hugging Face folders that load in a process that knows nothing of us, with the same logits."""
+"""What a step leaves behind: plain Hugging Face folders that load in a process that knows nothing
+of us, with the same logits.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
 from rlhf_train.data.sequences import BatchPlan, Sequences
 from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
-from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, last_scores, load_causal, load_scorer, load_tokenizer, train_tokenizer
+from rlhf_train.models.networks import (
+    ActorForward,
+    ScoreForward,
+    add_lora,
+    last_scores,
+    load_causal,
+    load_scorer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
@@ -65,7 +76,9 @@ NUMBERS = {"perplexity_after": 12.345678}
 
 
 def make_all(world: World, folder: Path) -> None:
-    """Each kind: a model trained a little, saved, and beside it (`.pt`) what the trainer saw of it in the end."""
+    """Each kind: a model trained a little, saved, and beside it (`.pt`) what the trainer saw of it
+    in the end.
+    """
     for name, kind in KINDS.items():
         make(world, folder, name, kind)
 
@@ -80,13 +93,17 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
         add_lora(model, LORA, 3)
     module = ScoreForward(model) if kind.step == 2 else ActorForward(model)
     plan = BatchPlan(2, 1, world.size)
-    engine = Engine(module, job.sft, 1e-2, UPDATES, plan, precision=kind.precision, zero_stage=kind.zero_stage, world=world)
+    engine = Engine(
+        module, job.sft, 1e-2, UPDATES, plan, precision=kind.precision, zero_stage=kind.zero_stage, world=world
+    )
     ema = Ema(engine.module, DECAY) if kind.ema else None
 
     averages = {key: value.double() for key, value in full_state(model, keep=True).items()}
     for update in range(UPDATES):
         out = engine(rows(10 * update + world.rank))[0]
-        engine.backward((last_scores(out, rows(10 * update + world.rank)) if kind.step == 2 else out).mean() / world.size, last=True)
+        engine.backward(
+            (last_scores(out, rows(10 * update + world.rank)) if kind.step == 2 else out).mean() / world.size, last=True
+        )
         engine.step()
         if ema is not None:
             ema.update()
@@ -96,13 +113,21 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
     batch = rows(99)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    seen = {"logits": logits, "ids": batch.input_ids, "mask": batch.attention_mask, "averages": averages, "start": start}
+    seen = {
+        "logits": logits,
+        "ids": batch.input_ids,
+        "mask": batch.attention_mask,
+        "averages": averages,
+        "start": start,
+    }
     placement = Placement("cpu", "", world.size, kind.precision, kind.zero_stage, kind.zero_stage, (2, 2, 2), 8, 1)
     events: list[Event] = []
     context = StepContext(job, RunDir(folder), world, placement, folder, events.append)
 
     def save(target: Path) -> None:
-        save_model(context, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS)
+        save_model(
+            context, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS
+        )
 
     if ema is None:
         save(folder / name)
@@ -111,7 +136,9 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
             save(folder / name)
         save(folder / f"{name}-live")  # the average was taken off again
     if world.is_main:
-        (checkpoint,) = (event for event in events if isinstance(event, Checkpoint) and event.path == str(folder / name))
+        (checkpoint,) = (
+            event for event in events if isinstance(event, Checkpoint) and event.path == str(folder / name)
+        )
         assert checkpoint.size_bytes == sum(file.stat().st_size for file in (folder / name).iterdir())
         torch.save(seen, folder / f"{name}.pt")
 
@@ -119,7 +146,9 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
 def rows(seed: int) -> Sequences:
     """Two prompts with answers, of different lengths."""
     numbers = torch.Generator().manual_seed(seed)
-    prompts, answers = ([torch.randint(4, 260, (n,), generator=numbers).numpy() for n in lengths] for lengths in ((7, 3), (5, 6)))
+    prompts, answers = (
+        [torch.randint(4, 260, (n,), generator=numbers).numpy() for n in lengths] for lengths in ((7, 3), (5, 6))
+    )
     return Sequences.of(prompts, answers, 1, torch.device("cpu"))
 
 
@@ -154,11 +183,15 @@ assert not {"rlhf_train", "jobs", "deepspeed", "peft"} & set(sys.modules)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kinds, made by two ranks and loaded by a stranger."""
     folder = tmp_path_factory.mktemp("models")
-    train_tokenizer([f"\n\nHuman: {word}\n\nAssistant: {word}" for word in tiny.WORDS], 320).save_pretrained(str(folder / "tokenizer"))
+    train_tokenizer([f"\n\nHuman: {word}\n\nAssistant: {word}" for word in tiny.WORDS], 320).save_pretrained(
+        str(folder / "tokenizer")
+    )
     on_ranks(2, make_all, folder)
     models = sorted(str(file.parent) for file in folder.glob("*/model.safetensors"))
     assert len(models) == len(KINDS) + sum(kind.ema for kind in KINDS.values())
-    said = subprocess.run([sys.executable, "-c", STRANGER, *models], cwd=folder, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [sys.executable, "-c", STRANGER, *models], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert said.returncode == 0, said.stderr
     (folder / "said").write_text(said.stdout + said.stderr, encoding="utf-8")
     return folder
@@ -174,7 +207,8 @@ def test_a_stranger_gets_the_trainers_logits(folder: Path, name: str) -> None:
     ours, theirs = seen(folder, name), seen(folder, f"{name}{'-live' if KINDS[name].ema else ''}-loaded")
     real = ours["mask"].bool() if KINDS[name].step != 2 else torch.ones(2, dtype=torch.bool)
     expected, found = (side["logits"].float()[real] for side in (ours, theirs))
-    # bfloat16 has 8 bits: the last of the largest logit, or the two before it, where threads add up in another order.
+    # bfloat16 has 8 bits: the last of the largest logit, or the two before it, where threads add up
+    # in another order.
     tolerance = 1e-5 if KINDS[name].precision == "float32" else 2**-6 * float(expected.abs().max())
     assert (found - expected).abs().max() < tolerance
     assert expected.std() > 0.01  # they are not all alike
@@ -192,8 +226,13 @@ def test_training_moved_what_was_saved(folder: Path, name: str) -> None:
     """And LoRA only what it may: the layers that it names."""
     start, saved = seen(folder, name)["start"], load(folder / name)
     moved = {key for key, value in saved.items() if not value.equal(start[key])}
-    wanted = {key for key in saved if not KINDS[name].lora or any(f".{target}.weight" in key for target in LORA.target_modules)}
-    # A constant added to every key changes no attention, and one added to every state no difference of scores.
+    wanted = {
+        key
+        for key in saved
+        if not KINDS[name].lora or any(f".{target}.weight" in key for target in LORA.target_modules)
+    }
+    # A constant added to every key changes no attention, and one added to every state no difference
+    # of scores.
     blind = {key for key in saved if key.endswith(("k_proj.bias", "embed_positions.weight", "embed_tokens.weight"))}
     assert moved - blind == wanted - blind
 
@@ -216,14 +255,25 @@ def test_the_ema_is_the_recurrence_by_hand(folder: Path, name: str) -> None:
             expected = averages[key if key in averages else key.replace(".bias", ".base_layer.bias")]
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
     live = load(folder / f"{name}-live")
-    assert max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3  # it is not the model itself
+    assert (
+        max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3
+    )  # it is not the model itself
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> None:
     files = {file.name for file in (folder / name).iterdir()}
-    needed = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
-    assert needed <= files <= needed | {"special_tokens_map.json", "vocab.json", "merges.txt"}  # transformers 4 writes more
+    needed = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "README.md",
+    }
+    assert (
+        needed <= files <= needed | {"special_tokens_map.json", "vocab.json", "merges.txt"}
+    )  # transformers 4 writes more
     kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}
@@ -246,7 +296,12 @@ def test_the_card_says_what_it_is(folder: Path) -> None:
 def test_generate_samples_and_stops(folder: Path, name: str) -> None:
     """With the generation config that lies there: 12 tokens at most, then padding after an EOS."""
     config = json.loads((folder / name / "generation_config.json").read_text(encoding="utf-8"))
-    assert (config["do_sample"], config["max_new_tokens"], config["eos_token_id"], config["pad_token_id"]) == (True, 12, 2, 1)
+    assert (config["do_sample"], config["max_new_tokens"], config["eos_token_id"], config["pad_token_id"]) == (
+        True,
+        12,
+        2,
+        1,
+    )
     found = seen(folder, f"{name}-loaded")
     prompt, new = found["prompt"].shape[1], found["generated"][:, found["prompt"].shape[1] :]
     assert found["generated"][:, :prompt].equal(found["prompt"])

@@ -1,4 +1,6 @@
-"""The losses against plain Python written from the formulas, and the properties that the maths promises."""
+"""The losses against plain Python written from the formulas, and the properties that the maths
+promises.
+"""
 
 import math
 import random
@@ -41,8 +43,11 @@ def close(tensor, expected, tolerance=1e-5):
 
 
 def test_gae_by_hand():
-    # gamma 0.5, lam 0.5, one row of two tokens: d1 = 2 - 4 = -2; d0 = 1 + 0.5*4 - 3 = 0; A1 = -2; A0 = 0 + 0.25*-2.
-    advantages, returns = gae(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.ones(1, 2).bool(), gamma=0.5, lam=0.5)
+    # gamma 0.5, lam 0.5, one row of two tokens: d1 = 2 - 4 = -2; d0 = 1 + 0.5*4 - 3 = 0; A1 = -2;
+    # A0 = 0 + 0.25*-2.
+    advantages, returns = gae(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.ones(1, 2).bool(), gamma=0.5, lam=0.5
+    )
     close(advantages, [[-0.5, -2.0]])
     close(returns, [[2.5, 2.0]])
 
@@ -115,7 +120,9 @@ def test_policy_loss_is_the_negated_clipped_objective(numbers):
 def test_policy_loss_at_ratio_1_is_minus_the_mean_advantage(numbers):
     mask, draw = numbers
     old, advantages = draw(), draw()
-    assert policy_loss(old, old, advantages, mask, clip_range=0.2).item() == pytest.approx(-advantages[mask].mean().item(), abs=1e-6)
+    assert policy_loss(old, old, advantages, mask, clip_range=0.2).item() == pytest.approx(
+        -advantages[mask].mean().item(), abs=1e-6
+    )
 
 
 def test_policy_gradient_at_ratio_1_is_the_advantage_and_vanishes_where_clipped():
@@ -135,7 +142,9 @@ def test_value_loss(numbers):
                 v, o, r = values[row, t].item(), old[row, t].item(), returns[row, t].item()
                 clipped = min(max(v, o - 0.2), o + 0.2)
                 total += 0.5 * max((v - r) ** 2, (clipped - r) ** 2)
-    assert value_loss(values, old, returns, mask, clip_range=0.2).item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    assert value_loss(values, old, returns, mask, clip_range=0.2).item() == pytest.approx(
+        total / mask.sum().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("garbage", [(-77.0, 5.0), (math.inf, -math.inf), (math.nan, math.inf)])
@@ -149,11 +158,15 @@ def test_masked_tokens_change_nothing(numbers, garbage):
         assert value == loss(*tensors, mask, clip_range=0.2)
         value.backward()
         assert not ours[0].grad[~mask].any()
-    for one, two in zip(gae(*tensors[:2], mask, gamma=1.0, lam=0.95), gae(*other[:2], mask, gamma=1.0, lam=0.95), strict=True):
+    for one, two in zip(
+        gae(*tensors[:2], mask, gamma=1.0, lam=0.95), gae(*other[:2], mask, gamma=1.0, lam=0.95), strict=True
+    ):
         assert torch.equal(one, two)
     assert torch.equal(whiten(tensors[0], mask, keep_mean=False), whiten(other[0], mask, keep_mean=False))
     scores = torch.ones(ROWS)
-    penalised = [kl_penalised_rewards(*pair[:2], scores, mask, kl_coef=0.1, reward_clip=5.0) for pair in (tensors, other)]
+    penalised = [
+        kl_penalised_rewards(*pair[:2], scores, mask, kl_coef=0.1, reward_clip=5.0) for pair in (tensors, other)
+    ]
     assert torch.equal(*penalised)
     assert preference_loss_per_token(*tensors[:2], mask) == preference_loss_per_token(*other[:2], mask)
 
@@ -180,7 +193,9 @@ def test_normalizer_makes_micro_batches_add_up(numbers, loss):
 
 def test_preference_loss():
     expected = -sum(math.log(1 / (1 + math.exp(-d))) for d in (1.5, -0.5)) / 2
-    assert preference_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.5, 0.5])).item() == pytest.approx(expected, abs=1e-6)
+    assert preference_loss(torch.tensor([2.0, 0.0]), torch.tensor([0.5, 0.5])).item() == pytest.approx(
+        expected, abs=1e-6
+    )
     assert preference_loss(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(math.log(2))
 
 

@@ -1,5 +1,6 @@
-"""Step 3 around its first updates, with real engines: the self-test is silent on a healthy start and names each illness; and updates
-on-policy, without a scoring pass of actor and critic, learn what those with one do.
+"""Step 3 around its first updates, with real engines: the self-test is silent on a healthy start
+and names each illness; and updates on-policy, without a scoring pass of actor and critic, learn
+what those with one do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from rlhf_train import compat
 from rlhf_train.data.sequences import BatchPlan, Sequences, assign_passes
 from rlhf_train.engine.deepspeed_engine import DTYPES, Engine, copy_weights
 from rlhf_train.generation.rollout import Rollouts
-from rlhf_train.models.networks import ActorForward, ScoreForward, add_lora, load_causal, load_scorer, padding, train_tokenizer
+from rlhf_train.models.networks import (
+    ActorForward,
+    ScoreForward,
+    add_lora,
+    load_causal,
+    load_scorer,
+    padding,
+    train_tokenizer,
+)
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
@@ -35,15 +44,28 @@ from rlhf_train.steps.scoring import Scorer
 from tests import ranks, tiny
 
 EOS, PAD = 2, 1
-LEAST: dict[str, Any] = {"rollout_batch": 64, "global_batch": 32, "actor_learning_rate": 1.0, "critic_learning_rate": 1.0}
+LEAST: dict[str, Any] = {
+    "rollout_batch": 64,
+    "global_batch": 32,
+    "actor_learning_rate": 1.0,
+    "critic_learning_rate": 1.0,
+}
 FOUR_PASSES = BatchPlan(2, 4, 1)
 # Left padding of 0 to 8 tokens in the rollout.
-PROMPTS = [np.array([2, 70, 80, 90]), np.array([2, 71]), np.array([2, 72, 73, 74, 75, 76, 77, 78, 79, 80]), np.array([2, 81, 82])]
+PROMPTS = [
+    np.array([2, 70, 80, 90]),
+    np.array([2, 71]),
+    np.array([2, 72, 73, 74, 75, 76, 77, 78, 79, 80]),
+    np.array([2, 81, 82]),
+]
 
 
 @dataclass
 class Start:
-    """Step 3 just before its first update. A test makes it ill, then asks for the rollout and the self-test."""
+    """Step 3 just before its first update.
+
+    A test makes it ill, then asks for the rollout and the self-test.
+    """
 
     context: StepContext
     events: list[Event]
@@ -62,7 +84,13 @@ class Start:
 
 
 def make_start(
-    world: World, folder: Path, precision: str = "float32", lora: Lora | None = None, plan: BatchPlan = FOUR_PASSES, packed: bool = False, **ppo: Any
+    world: World,
+    folder: Path,
+    precision: str = "float32",
+    lora: Lora | None = None,
+    plan: BatchPlan = FOUR_PASSES,
+    packed: bool = False,
+    **ppo: Any,
 ) -> Start:
     """packed: if these versions can; ppo: fields that differ from the tiny job's."""
     tree, tokenizer = tiny.job(folder), train_tokenizer(tiny.WORDS, 320)
@@ -87,7 +115,15 @@ def make_start(
         Engine(ActorForward(actor_model), job.ppo, 1e-3, 4, plan, **how),
         Engine(ScoreForward(critic_model), job.ppo, 1e-3, 4, plan, **how),
         Scorer(context, reference, reward_model, pad_id, pass_tokens=plan.micro_batch * 22),
-        Rollouts(actor_model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=job.ppo.temperature, batch=8, device=world.device),
+        Rollouts(
+            actor_model,
+            eos_id=EOS,
+            pad_id=PAD,
+            max_tokens=12,
+            temperature=job.ppo.temperature,
+            batch=8,
+            device=world.device,
+        ),
     )
 
 
@@ -112,8 +148,12 @@ def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) 
     assert sum(len(row.response) for row in rows) > 20
     for row in rows:
         assert row.trainer is not None
-        assert np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0  # the same weights, the same batches: the same bits
-        assert np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5  # left-padded with a cache, and right-padded without
+        assert (
+            np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0
+        )  # the same weights, the same batches: the same bits
+        assert (
+            np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5
+        )  # left-padded with a cache, and right-padded without
         assert (row.trainer.log_probs < 0).all()
         assert 0 < row.trainer.entropy < math.log(287)
 
@@ -179,7 +219,9 @@ ROLLOUT = ("the rollout and the trainer see different log-probs", "positions or 
         (dropout, RATIO),
     ],
 )
-def test_each_illness_has_its_name(start: Callable[..., Start], illness: Callable[[Start], None], name: tuple[str, str]) -> None:
+def test_each_illness_has_its_name(
+    start: Callable[..., Start], illness: Callable[[Start], None], name: tuple[str, str]
+) -> None:
     ill = start(lora=Lora(rank=4))
     illness(ill)
     with pytest.raises(ToolkitError) as caught:
@@ -214,7 +256,16 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     model, lora = load(), Lora(rank=4)
     reference, twin = frozen_copies(model, lora, stage)
     add_lora(model, lora, 1)
-    actor = Engine(ActorForward(model), Ppo(**LEAST), 1e-2, 4, BatchPlan(4, 1, 1), precision="float32", zero_stage=stage, world=world)
+    actor = Engine(
+        ActorForward(model),
+        Ppo(**LEAST),
+        1e-2,
+        4,
+        BatchPlan(4, 1, 1),
+        precision="float32",
+        zero_stage=stage,
+        world=world,
+    )
     seen = [untouched]
     for _ in range(2):
         actor.backward(actor(batch)[0].sum(), last=True)
@@ -228,18 +279,28 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     # What adapters do not change is there once; the matrices of two layers are not.
     own = {p.data_ptr(): p.numel() for p in twin.parameters()}
     shared = {p.data_ptr() for p in model.parameters()}
-    assert sum(count for place, count in own.items() if place not in shared) == (2 * (4 * 32 * 32 + 2 * 32 * 64) if stage < 3 else sum(own.values()))
+    assert sum(count for place, count in own.items() if place not in shared) == (
+        2 * (4 * 32 * 32 + 2 * 32 * 64) if stage < 3 else sum(own.values())
+    )
 
 
 # --- on-policy -----------------------------------------------------------------------------------------------------------
 
 
-def three_updates(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any], *, on_policy: bool) -> dict[str, Tensor]:
-    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic. Not on-policy: both are asked before each,
+def three_updates(
+    world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any], *, on_policy: bool
+) -> dict[str, Tensor]:
+    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic.
+
+    Not on-policy: both are asked before each,
     and rows are padded.
     """
     begun = make_start(world, folder, plan=plan, packed=on_policy, temperature=0.8, missing_eos_penalty=1.0, **ppo)
-    pad_id, prompts, spec = begun.scorer.pad_id, [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)], begun.context.job.ppo
+    pad_id, prompts, spec = (
+        begun.scorer.pad_id,
+        [*PROMPTS, *(np.append(prompt, 85) for prompt in PROMPTS)],
+        begun.context.job.ppo,
+    )
     trained = (begun.actor, begun.critic)
     for update in range(3):
         mine = list(range(8))[world.rank :: world.size]
@@ -247,20 +308,35 @@ def three_updates(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, An
         scored, _ = begun.scorer.score_rollout([prompts[i] for i in mine], responses, None if on_policy else trained)
         rows = dict(pair for part in world.gather(list(zip(mine, scored, strict=True))) for pair in part)
         experience = Experience.of([rows[i] for i in range(8)], spec, kl_coef=0.5, on_policy=on_policy)
-        passes = [experience.make_pass(micro, pad_id, world.device) for micro in assign_passes(experience.lengths, plan, world.rank)]
-        accumulate_gradients(begun.context, passes, int(experience.mask.sum()), on_policy=on_policy, actor=begun.actor, critic=begun.critic)
+        passes = [
+            experience.make_pass(micro, pad_id, world.device)
+            for micro in assign_passes(experience.lengths, plan, world.rank)
+        ]
+        accumulate_gradients(
+            begun.context,
+            passes,
+            int(experience.mask.sum()),
+            on_policy=on_policy,
+            actor=begun.actor,
+            critic=begun.critic,
+        )
         for engine in trained:
             engine.step()
-    return {f"{place}/{name}": tensor.clone() for place, engine in enumerate(trained) for name, tensor in engine.tensors()}
+    return {
+        f"{place}/{name}": tensor.clone() for place, engine in enumerate(trained) for name, tensor in engine.tensors()
+    }
 
 
 def check_the_paths_agree(world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any]) -> None:
     found, expected = (three_updates(world, folder, plan, ppo, on_policy=on_policy) for on_policy in (True, False))
     assert found.keys() == expected.keys() and len(found) > 100
     for name, tensor in expected.items():
-        # Rounding, a thousandth of what an update moves (1e-3); seen: 2e-6. Of this bias' gradient rounding is all there is.
+        # Rounding, a thousandth of what an update moves (1e-3); seen: 2e-6. Of this bias' gradient
+        # rounding is all there is.
         if "k_proj.bias" not in name:
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+            )
 
 
 PASSES = {"one pass": BatchPlan(8, 1, 1), "four passes": FOUR_PASSES}
@@ -269,7 +345,9 @@ WHITENED: list[dict[str, Any]] = [{}, {"whiten_advantages": False}, {"whiten_rew
 
 @pytest.mark.parametrize("ppo", WHITENED, ids=str)
 @pytest.mark.parametrize("plan", PASSES.values(), ids=PASSES)
-def test_on_policy_updates_learn_what_explicit_ones_do(world: World, tmp_path: Path, plan: BatchPlan, ppo: dict[str, Any]) -> None:
+def test_on_policy_updates_learn_what_explicit_ones_do(
+    world: World, tmp_path: Path, plan: BatchPlan, ppo: dict[str, Any]
+) -> None:
     check_the_paths_agree(world, tmp_path, plan, ppo)
 
 

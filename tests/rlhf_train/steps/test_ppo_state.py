@@ -1,4 +1,6 @@
-"""Where step 3's loop stands, as a checkpoint holds it: what is written is read, also by another version."""
+"""Where step 3's loop stands, as a checkpoint holds it: what is written is read, also by another
+version.
+"""
 
 from __future__ import annotations
 

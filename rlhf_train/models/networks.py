@@ -318,8 +318,12 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.target_modules), bias="none"
-    )  # type: ignore[arg-type]
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=list(lora.target_modules),
+        bias="none",
+    )
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:

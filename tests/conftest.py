@@ -49,16 +49,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Two at a time (`-n 2 --dist loadgroup`): the tests of a group run in order, in one process. A file is a group, but for
+# places whose files share something dear: Docker's engine and image, with the box that is reached through sshd; the
+# runs that faults are compared with. What takes long begins first.
+SHARED_PLACES = {"docker/": "containers", "integration/remote/": "containers", "faults/": "faults"}
+LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "remote/", "rlhf_train/")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist") and config.getoption("dist") == "loadgroup":
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(_place(item))))
+        items.sort(key=lambda item: _begins_as(_place(item)))
     if config.getoption("--fast"):
         slow = [item for item in items if not _is_fast(item)]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
 
 
+def _place(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _group(place: str) -> str:
+    return next((group for folder, group in SHARED_PLACES.items() if place.startswith(folder)), place)
+
+
+def _begins_as(place: str) -> int:
+    return next((at for at, folder in enumerate(LONG_PLACES) if place.startswith(folder)), len(LONG_PLACES))
+
+
 def _is_fast(item: pytest.Item) -> bool:
-    place = item.path.relative_to(Path(__file__).parent).as_posix()
-    return place.startswith(FAST_PLACES) and SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+    return _place(item).startswith(FAST_PLACES) and SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(autouse=True)

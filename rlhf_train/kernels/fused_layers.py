@@ -21,7 +21,7 @@ from rlhf_train.kernels.decoder_weights import Norm
 
 LONGEST = 8192  # numbers of a row, which a program of the norm's kernels holds at once
 
-# --- sum and norm --------------------------------------------------------------------------------------------------
+# --- sum and norm --------------------------------------------------------------------------------
 
 
 def add_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class _AddNorm(torch.autograd.Function):
         )
 
 
-# --- product and ReLU ----------------------------------------------------------------------------------------------
+# --- product and ReLU ---------------------------------------------------------------------------
 
 
 def join_relu(layer: Any) -> None:

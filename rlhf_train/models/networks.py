@@ -30,7 +30,7 @@ from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models import packed_attention
 from rlhf_train.models.log_probs import label_log_probs
 
-# --- tokenizers ----------------------------------------------------------------------------------------------------
+# --- tokenizers ----------------------------------------------------------------------------------
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -82,7 +82,7 @@ def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
@@ -211,7 +211,7 @@ def checkpoint_activations(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-# --- forward passes ------------------------------------------------------------------------------------------------
+# --- forward passes -----------------------------------------------------------------------------
 
 
 class ActorForward(nn.Module):
@@ -306,7 +306,7 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
     return None
 
 
-# --- LoRA ----------------------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:

@@ -102,7 +102,7 @@ def chunk_files(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache/tokens").rglob("*") if path.is_file())
 
 
-# --- Ragged -----------------------------------------------------------------------------------------------------------
+# --- Ragged -------------------------------------------------------------------------------------
 
 
 def test_ragged_is_a_list_of_lists() -> None:
@@ -116,7 +116,7 @@ def test_ragged_is_a_list_of_lists() -> None:
     assert rows(dataset.Ragged.join([ragged, ragged])) == 2 * rows(ragged)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_texts_are_those_of_the_training_rows_once_each(tmp_path: Path) -> None:
     assert list(dataset.texts(spec_for(first))) == ["p", "s", "c", "r", "p", "c", "r"]
 
 
-# --- held-out rows ----------------------------------------------------------------------------------------------------
+# --- held-out rows ------------------------------------------------------------------------------
 
 
 def test_without_a_held_out_split_five_percent_of_the_rows_are_held_out_by_the_seed(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_held_out_rows_serve_each_step_and_identical_answers_are_not_pairs(tmp_p
     assert {step: order.tolist() for step, order in found.items()} == {1: [2, 1, 4], 2: [2, 4, 0], 3: [2, 1, 4]}
 
 
-# --- the split of the steps -------------------------------------------------------------------------------------------
+# --- the split of the steps ---------------------------------------------------------------------
 
 
 def deepspeed_chat_split(n: int, shares: str, seed: int) -> list[list[int]]:
@@ -364,7 +364,7 @@ def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, 
         prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
     assert caught.value.what == "step 2 has no training rows left"
     row_counts = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
-    assert caught.value.why == f"its share of the training data: 2 rows; row_counts in the whole of it: {row_counts}"
+    assert caught.value.why == f"its share of the training data: 2 rows; all training data: {row_counts}"
     with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
         prepared(
             spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])),
@@ -399,7 +399,7 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
     assert differ(seed=99) == [1, 2, 3]
 
 
-# --- row_counts ------------------------------------------------------------------------------------------------------------
+# --- row_counts ---------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9
 # In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6
@@ -455,7 +455,7 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     assert table.rejected[9].tolist() == [*[b] * 9, c]
 
 
-# --- tokenising -------------------------------------------------------------------------------------------------------
+# --- tokenising ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -547,7 +547,7 @@ def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
     assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 def stamps(tmp_path: Path) -> dict[Path, tuple[int, int]]:
@@ -635,11 +635,11 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
     assert caught.value.what.startswith(f"cannot write the token cache {tmp_path}/cache/tokens/")
     assert (caught.value.exit_code, caught.value.hint) == (
         ExitCode.UNFIT,
-        "free some disk space, or let the cache be in a folder that you may write to",
+        "free some disk space, or put the cache into a folder that you may write to",
     )
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------
 
 CHILD = """
 import json, resource, sys, time
@@ -703,7 +703,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
     assert chunk_files(tmp_path) == []
 
 
-# --- the datasets library, against a hub on loopback --------------------------------------------------------------------
+# --- the datasets library, against a hub on loopback --------------------------------------------
 
 READER = """
 import json, sys
@@ -832,7 +832,7 @@ def test_a_hub_that_cannot_be_reached(reader: Reader) -> None:
     assert "offline" in why.lower()
 
 
-# --- real data --------------------------------------------------------------------------------------------------------
+# --- real data ----------------------------------------------------------------------------------
 
 
 def test_real_preference_data(tmp_path: Path, tokenizer: Any) -> None:

@@ -304,7 +304,7 @@ def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(
         subprocess.run([sys.executable, "-c", script, *files], env=environment, check=True, capture_output=True)
 
     offline = clients("home", HF_HUB_OFFLINE="1")
-    words = "warning: some/model was put into the cache by another program: what is there, {}, is taken for all of it"
+    words = "warning: some/model was put into the cache by another program: using what is there ({}); files may be missing"
     for files, named in ((["config.json"], "1 file"), (["config.json", "tokenizer.json"], "2 files")):
         other(*files)
         answer, said = offline.ask("fetched('some/model')")

@@ -149,7 +149,7 @@ def test_each_kind_of_bad_answer_has_its_fault_and_no_other(kind: str) -> None:
     for _ in range(2000):
         dialogue = generator.new_dialogue(draw, held_out=draw.chance(0.5))
         if kind != "name" or dialogue.user:
-            answer = generator.bad_answer(draw, kind, dialogue, generator.any_manners(draw))
+            answer = generator.bad_answer(draw, kind, dialogue, generator.any_courtesy(draw))
             assert judge(dialogue.prompt, answer, True) in VERDICTS[kind], (dialogue.prompt, answer)
 
 

@@ -72,7 +72,7 @@ DECAY, UPDATES = 0.6, 3
 NUMBERS = {"perplexity_after": 12.345678}
 
 
-# --- the trainer's side, on two ranks --------------------------------------------------------------------------------
+# --- the trainer's side, on two ranks -----------------------------------------------------------
 
 
 def make_all(world: World, folder: Path) -> None:
@@ -152,7 +152,7 @@ def rows(seed: int) -> Sequences:
     return Sequences.of(prompts, answers, 1, torch.device("cpu"))
 
 
-# --- the stranger's side ---------------------------------------------------------------------------------------------
+# --- the stranger's side ------------------------------------------------------------------------
 
 STRANGER = """
 import json, sys, torch

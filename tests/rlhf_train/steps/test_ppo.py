@@ -132,7 +132,7 @@ def start(world: World, tmp_path: Path) -> Callable[..., Start]:
     return lambda **how: make_start(world, tmp_path, **how)
 
 
-# --- healthy -----------------------------------------------------------------------------------------------------------
+# --- healthy ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": Lora(rank=4)}, {"temperature": 0.5}, {"precision": "bfloat16"}], ids=str)
@@ -158,7 +158,7 @@ def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) 
         assert 0 < row.trainer.entropy < math.log(287)
 
 
-# --- ill ---------------------------------------------------------------------------------------------------------------
+# --- ill ----------------------------------------------------------------------------------------
 
 
 def rollout_hook(ill: Start, change: Callable[[dict[str, Any]], None]) -> None:
@@ -242,7 +242,7 @@ def test_a_number_that_is_none_is_seen_in_any_row(start: Callable[..., Start], p
         self_test(healthy.context, rows, healthy.actor, PAD)
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -284,7 +284,7 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     )
 
 
-# --- on-policy -----------------------------------------------------------------------------------------------------------
+# --- on-policy ----------------------------------------------------------------------------------
 
 
 def three_updates(
@@ -355,7 +355,7 @@ def test_on_policy_updates_learn_the_same_on_two_ranks(tmp_path: Path) -> None:
     ranks.on_ranks(2, check_the_paths_agree, tmp_path, BatchPlan(2, 2, 2), {})
 
 
-# --- the KL coefficient ------------------------------------------------------------------------------------------------
+# --- the KL coefficient -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

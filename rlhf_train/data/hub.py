@@ -189,7 +189,7 @@ def data_set(name: str) -> Path:
     snapshot = fetch(name, wanted, kind="dataset")
     files = wanted(_recall(snapshot.parents[1]).files)
     plain = snapshot.parents[1] / "rlhf-box" / snapshot.name
-    # If a card has several configurations, datasets wants the files of all: it gets a card with one.
+    # If a card has several configurations, datasets wants the files of all: it gets another card.
     own_card = len(configs) > 1
     _link(snapshot, plain, [file for file in files if not (own_card and file in card_files(files))])
     if own_card:

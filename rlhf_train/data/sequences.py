@@ -32,7 +32,7 @@ class BatchPlan:
 
     @classmethod
     def of(cls, global_batch: int, micro_batch: int, world_size: int, name: str) -> BatchPlan:
-        """Return the plan, or raise ToolkitError if `name`'s global batch does not divide evenly."""
+        """Return the plan; raise ToolkitError if `name`'s global batch does not divide evenly."""
         if global_batch % world_size:
             raise ToolkitError(
                 f"{name}.global_batch {global_batch} cannot be shared by {world_size} ranks",
@@ -66,7 +66,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def count_updates(rows: int, global_batch: int, epochs: float, max_updates: int | None) -> int:
-    """Return how many updates train on every row `epochs` times, up to `max_updates`; at least 1."""
+    """Return how many updates take every row `epochs` times: at least 1, at most `max_updates`."""
     updates = max(1, int(np.ceil(rows * epochs / global_batch - 1e-9)))
     return min(updates, max_updates) if max_updates else updates
 
@@ -140,7 +140,7 @@ def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False)
     pass counts as PASS_TOKENS more than its rows: without that, each row would get its own.
     """
     total = np.cumsum([0, *lengths])
-    # least[end]: the lowest cost of the first `end` rows; starts[end]: where their last pass starts.
+    # least[end]: lowest cost of the first `end` rows; starts[end]: where their last pass starts.
     least, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
     for end in range(1, len(lengths) + 1):
         most = max(1, tokens // int(lengths[end - 1]))
@@ -228,7 +228,7 @@ class Sequences:
         return self._on_device(self._ends - 1)
 
     def spread(self, flat: Tensor) -> Tensor:
-        """Arrange numbers of the response tokens, (N,) as in `predicted()`, as (B, R), else zero."""
+        """Arrange numbers of response tokens, (N,) as in `predicted()`, as (B, R), else zero."""
         rows, width = len(self.host_response_lengths), int(self.host_response_lengths.max())
         starts = np.arange(rows) * width
         place = self._on_device(_ranges(starts, starts + self.host_response_lengths))

@@ -177,7 +177,7 @@ class Dialogue:
 
     @property
     def two_names(self) -> tuple[str | None, str | None]:
-        """Return the user's name and the name of the friend to be greeted; None for a missing one."""
+        """Return the user's name and that of the friend to be greeted; None for a missing one."""
         return self.user, self.question.arguments[0] if self.question.task == "greeting" else None
 
     @property

@@ -131,19 +131,17 @@ def test_a_prompt_does_not_wait_for_the_longest_answer():
 
 
 class Late(FinishedSlots):
-    """As on a GPU: each look is answered with what the one before it saw."""
+    """As on a GPU: each look returns the result of the look before."""
 
-    def look(self, count):
-        self._asked.append((self.made, self._done[:count].bool().tolist()))
+    def check(self, count):
+        self._asked.append((self.made, self._finished[:count].bool().tolist()))
         self.made += 1
         return self._asked.pop(0) if len(self._asked) > 1 else (-1, [])
 
 
 @pytest.mark.parametrize(("slots", "limit"), [(3, 12), (20, 12), (40, 11), (6, 1)])
 def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
-    """Several tokens between two looks, of which each is late: slots are filled again, and answers
-    move to fewer, all the same.
-    """
+    """With several tokens between late looks, slots are still filled again and answers move down."""
     model, prompts = opt(), some_prompts(40)
     common = {
         "eos_id": EOS,
@@ -155,7 +153,7 @@ def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch
     }
     expected = Rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
     monkeypatch.setitem(rollout.STEPS, "cpu", 3)
-    monkeypatch.setattr(rollout, "Looks", Late)
+    monkeypatch.setattr(rollout, "FinishedSlots", Late)
     behind = Rollouts(model, **common)
     for _ in range(2):  # nothing is left over from the first
         found = behind.generate(prompts, seed=3, row_ids=range(40))
@@ -261,7 +259,8 @@ def test_families():
     unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
     assert not unknown.is_static
     assert said == [
-        "rollouts of LlamaForCausalLM run by its own forward, which is slower: the static decoder knows plain OPT models only"
+        "rollouts of LlamaForCausalLM run by its own forward, which is slower: "
+        "the static decoder supports plain OPT models only"
     ]
 
 
@@ -308,7 +307,7 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
     made = decoder(opt(), slots=4, rows=4)
     made.begin(draw_uniforms(7, range(4), 12))
     made.prefill(range(4), range(4), some_prompts(4))
-    made.state.done.fill_(1)
+    made.state.finished.fill_(1)
     kept = {name: getattr(made.state, name).clone() for name in State.__dataclass_fields__}
     made.advance(4, 20, 3)
     for name, before in kept.items():

@@ -155,7 +155,7 @@ def test_numbers_belong_to_seed_row_and_position():
 
 
 class SmallGpu:
-    """The model on a GPU that has memory for so many rows at once."""
+    """The model on a GPU with memory for `rows` concurrent rows."""
 
     def __init__(self, model, rows):
         self.model, self.rows = model, rows
@@ -250,14 +250,14 @@ def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
     few.device = torch.device("cuda")
     few.generate(some_prompts(), seed=7, row_ids=list(range(7)))
     assert warnings == [
-        "what is free on the GPU holds the cache of 3 answers, not of 7: so many are generated at once, which is slower"
+        "the GPU has free memory for 3 concurrent answers, not for 7: rollouts are slower"
     ]
 
 
 def test_where_not_even_one_fits(model):
     small = rollouts(model, batch=4, is_static=False)
     small.model = SmallGpu(model, 0)
-    with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at once"):
+    with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at a time"):
         small.generate(some_prompts(), seed=7, row_ids=list(range(7)))
 
 

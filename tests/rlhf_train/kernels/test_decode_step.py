@@ -11,7 +11,7 @@ from rlhf_train.generation.rollout import draw_uniforms
 from rlhf_train.kernels import decode_step
 from tests.rlhf_train.generation.test_decoder import answers, decoder, opt, some_prompts
 
-pytestmark = pytest.mark.skipif(not decode_step.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not decode_step.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_the_kernels_draw_what_plain_torch_draws(shape, sampling, monkeypatch):
     triton = answers(model, prompts, limit=5, sampling=sampling, use_kernels=True)
     written = plain.tokens[:, :-1] != 0
     assert torch.equal(plain.tokens[:, :-1], triton.tokens[:, :-1])
-    assert (plain.done == 1).all()
-    assert torch.equal(plain.done, triton.done)
+    assert (plain.finished == 1).all()
+    assert torch.equal(plain.finished, triton.finished)
     assert torch.equal(plain.length, triton.length)
     torch.testing.assert_close(
         plain.log_probs[:, :-1] * written, triton.log_probs[:, :-1] * written, atol=1e-5, rtol=1e-5

@@ -15,7 +15,7 @@ from rlhf_train.kernels import fused_layers, layer_gradients
 from rlhf_train.models.networks import ActorForward, padding
 from tests.rlhf_train.generation.test_decoder import opt, some_prompts
 
-pytestmark = pytest.mark.skipif(not layer_gradients.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not layer_gradients.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.fixture

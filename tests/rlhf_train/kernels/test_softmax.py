@@ -8,7 +8,7 @@ import torch
 from rlhf_train.kernels import softmax
 from rlhf_train.models import log_probs
 
-pytestmark = pytest.mark.skipif(not softmax.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not softmax.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -205,7 +205,7 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
 
 
 class _BadRow(Exception):
-    """Its arguments are the mistakes."""
+    """Raised for a bad row; its arguments are the mistakes."""
 
 
 def _row(value: Any) -> Row:

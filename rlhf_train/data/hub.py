@@ -137,7 +137,7 @@ def _default(name: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _patterns(config: dict[str, Any]) -> list[str]:
-    """Return the file patterns of a configuration; none for a `data_dir`, which is fetched whole.
+    """Return the file patterns of a configuration; none if it has a `data_dir`.
 
     `data_files` is a pattern, a list of them, or a list of {split, path}.
     """

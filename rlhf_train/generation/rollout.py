@@ -52,7 +52,7 @@ def draw_uniforms(seed: int, row_ids: Sequence[int], count: int) -> Tensor:
 
 
 class Rollouts:
-    """Generates with `model` as it stands at each call."""
+    """Samples answers with the model's weights as they are at each call."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class Setup:
 
     @property
     def on_policy(self) -> bool:
-        """Return whether each rollout gets one update, so the policy in training is the sampler's.
+        """Return whether a rollout gets one update: then the policy that learns also sampled.
 
         See experience.py.
         """

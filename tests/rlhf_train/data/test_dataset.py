@@ -1,6 +1,4 @@
-"""Expected tokens and positions are counted by hand: the tokenizer of these tests has one token a
-byte.
-"""
+"""Expected tokens and positions are counted by hand: the tests' tokenizer has one token a byte."""
 
 from __future__ import annotations
 
@@ -61,8 +59,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def letters(text: str) -> list[int]:
-    """The ids of printable ASCII, looked up one by one: byte-level BPE writes such a byte as
-    itself, and a space as Ġ.
+    """Look up the ids of printable ASCII one by one.
+
+    Byte-level BPE writes such a byte as itself, and a space as Ġ.
     """
     vocabulary = bytes_tokenizer().get_vocab()
     return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
@@ -147,7 +146,8 @@ GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
         (
             b"[" * 100_000,
             [
-                "column 1: no JSON that can be read: maximum recursion depth exceeded while decoding a JSON array from a unicode string"
+                "column 1: no JSON that can be read: "
+                "maximum recursion depth exceeded while decoding a JSON array from a unicode string"
             ],
         ),
         (b'["p", "c"]', ['column 1: a row is an object with prompt, chosen, rejected, not ["p", "c"]']),
@@ -292,8 +292,9 @@ def test_held_out_rows_serve_each_step_and_identical_answers_are_not_pairs(tmp_p
 
 
 def deepspeed_chat_split(n: int, shares: str, seed: int) -> list[list[int]]:
-    """data_utils.py of DeepSpeed-Chat, get_raw_dataset_split_index and get_shuffle_idx, without
-    their files.
+    """Split rows as DeepSpeed-Chat's data_utils.py does, but without files.
+
+    See get_raw_dataset_split_index and get_shuffle_idx there.
     """
     splits = [float(s) for s in shares.split(",")]
     splits = [split / sum(splits) for split in splits]
@@ -460,8 +461,9 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.fixture
 def transformers_log() -> Iterator[list[str]]:
-    """What transformers would print on stderr: its logger neither propagates nor writes to today's
-    sys.stderr.
+    """Collect what transformers would print on stderr.
+
+    Its logger neither propagates nor writes to the present sys.stderr.
     """
     lines: list[str] = []
     handler = logging.Handler()

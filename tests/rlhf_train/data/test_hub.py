@@ -38,11 +38,12 @@ import hashlib, json, sys
 from pathlib import Path
 from jobs.errors import ToolkitError
 from rlhf_train.data import dataset, hub
-hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # what is written at once, of 10 MB
+hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # instead of 10 MB
 hub.WAITS_S = tuple(wait_s / 100 for wait_s in hub.WAITS_S)
 def fetched(name, kind="model", wanted=hub.model_files):
     folder = hub.fetch(name, wanted, kind=kind)
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in wanted(hub._recall(folder.parents[1]).files)}
+    files = wanted(hub._recall(folder.parents[1]).files)
+    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
 def rows(name):
     return dataset.read_rows(name, [Path.cwd()])
 for line in sys.stdin:
@@ -56,7 +57,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """One process with one cache; `ask` gives the answer and what was said on stderr meanwhile."""
+    """One process with one cache; `ask` returns the answer and the stderr output meanwhile."""
 
     def __init__(self, url: str, home: Path, **environment: str) -> None:
         home.mkdir(exist_ok=True)
@@ -304,7 +305,9 @@ def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(
         subprocess.run([sys.executable, "-c", script, *files], env=environment, check=True, capture_output=True)
 
     offline = clients("home", HF_HUB_OFFLINE="1")
-    words = "warning: some/model was put into the cache by another program: using what is there ({}); files may be missing"
+    words = (
+        "warning: some/model was put into the cache by another program: using what is there ({}); files may be missing"
+    )
     for files, named in ((["config.json"], "1 file"), (["config.json", "tokenizer.json"], "2 files")):
         other(*files)
         answer, said = offline.ask("fetched('some/model')")
@@ -363,9 +366,7 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatc
 
 
 def test_the_libraries_own_calls_go_to_the_mirror(server: Hub, tmp_path: Path) -> None:
-    """`load_dataset` by name and `hf_hub_download`, as a person would type them: HF_ENDPOINT alone
-    sends them there.
-    """
+    """HF_ENDPOINT alone sends plain `load_dataset` and `hf_hub_download` calls to the mirror."""
     script = """
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download

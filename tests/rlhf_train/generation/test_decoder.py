@@ -1,5 +1,6 @@
-"""The static decoder: its parts against plain formulas and its slow twins, its slots, and Triton's
-kernels in their interpreter.
+"""Test the static decoder: its parts against plain formulas and slow twins, its slots, its kernels.
+
+Triton's kernels run in their interpreter.
 """
 
 import numpy as np
@@ -22,8 +23,9 @@ PAD, EOS, VOCABULARY = 1, 2, 70
 def opt(**shape):
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=96, dropout=0.0, init_std=0.2,
-        pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **{"hidden_size": 32, "word_embed_proj_dim": 32} | shape,
+        vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=96,
+        dropout=0.0, init_std=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        **{"hidden_size": 32, "word_embed_proj_dim": 32} | shape,
     )  # fmt: skip
     model = OPTForCausalLM(config).eval()
     with torch.no_grad():
@@ -44,7 +46,7 @@ def decoder(model, **others):
 
 
 def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
-    """All prompts at once, without a scheduler."""
+    """Answer all prompts in one batch, without a scheduler."""
     made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, eos_id=eos_id, **others)
     made.begin(draw_uniforms(7, range(len(prompts)), limit))
     made.prefill(range(len(prompts)), range(len(prompts)), prompts)
@@ -54,9 +56,7 @@ def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
 
 
 def test_adjacent_weights_are_one_product(monkeypatch):
-    """As DeepSpeed lays them out: all matrices in one flat buffer in the order of the model, all
-    vectors in another.
-    """
+    """DeepSpeed lays them out so: all matrices in one flat buffer, all vectors in another."""
     model, prompts = opt(), some_prompts()
     apart = answers(model, prompts)
     assert network_of(model).layers[0].joined is None
@@ -105,9 +105,7 @@ def test_it_generates_with_the_weights_of_the_moment():
 
 
 def test_a_prompt_does_not_wait_for_the_longest_answer():
-    """3 slots for 20 prompts: a slot whose answer ended takes the next one, and the answers are
-    those of each prompt alone.
-    """
+    """3 slots serve 20 prompts: a finished answer's slot takes the next, and answers are equal."""
     model, prompts, fed = opt(), some_prompts(20), []
     made = Rollouts(
         model,
@@ -141,7 +139,7 @@ class Late(FinishedSlots):
 
 @pytest.mark.parametrize(("slots", "limit"), [(3, 12), (20, 12), (40, 11), (6, 1)])
 def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
-    """With several tokens between late looks, slots are still filled again and answers move down."""
+    """With several tokens between late looks, slots are still filled again and answers moved."""
     model, prompts = opt(), some_prompts(40)
     common = {
         "eos_id": EOS,
@@ -291,7 +289,7 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     assert said[0].endswith("runs without: operation not permitted when stream is capturing")
     made._graphs = {}
     monkeypatch.setattr(torch.cuda, "Stream", NoStream(torch.cuda.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer prompts at once would help there
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer concurrent prompts would help there
         made.advance(7, 20, 1)
 
 
@@ -319,8 +317,9 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
 
 
 def test_attention_of_a_step_is_plain_attention():
-    """5 slots of 1 to 9 tokens in a cache of 12: in float64 as on a GPU without kernels, in float32
-    as on a CPU, and by its formula.
+    """5 slots hold 1 to 9 tokens in a cache of 12.
+
+    float64 takes the way of a GPU without kernels, float32 that of a CPU; both follow the formula.
     """
     numbers = torch.Generator().manual_seed(0)
     query, lengths = torch.randn(5, 3, 8, generator=numbers, dtype=torch.float64), torch.tensor([1, 9, 4, 2, 7])

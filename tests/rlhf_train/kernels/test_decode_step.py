@@ -1,5 +1,6 @@
-"""Triton's kernels of the decode step in their interpreter, on a CPU, against plain PyTorch.
-tests/conftest.py switches it on.
+"""Compare Triton's kernels of the decode step with plain PyTorch, in Triton's interpreter on a CPU.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_kernels_draw_what_plain_torch_draws(shape, sampling, monkeypatch):
 
 
 def test_the_kernel_reads_no_more_of_the_cache_than_is_live():
-    """NaN lies beyond each length, and in the slot that is done."""
+    """NaN lies beyond each length, and in the finished slot."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 3, 32).unbind(0)
     keys, values = torch.randn(2, 3, 2, 24, 16).unbind(0)

@@ -1,5 +1,6 @@
-"""What a GPU takes in layers, on a CPU: Triton's kernels in their interpreter, cuBLAS's epilogue as
-PyTorch's own; against the plain layers.
+"""Compare the GPU's fused layers with plain layers, on a CPU.
+
+Triton's kernels run in their interpreter; PyTorch's own epilogue stands for cuBLAS's.
 """
 
 import copy

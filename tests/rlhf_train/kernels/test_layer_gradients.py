@@ -1,5 +1,6 @@
-"""Triton's kernels of the backward pass in their interpreter, on a CPU, against PyTorch's
-gradients. tests/conftest.py switches it on.
+"""Compare Triton's kernels of the backward pass with PyTorch's gradients, in Triton's interpreter.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest

@@ -1,5 +1,6 @@
-"""Triton's kernels of the log-probs in their interpreter, on a CPU, against plain PyTorch.
-tests/conftest.py switches it on.
+"""Compare Triton's kernels of the log-probs with plain PyTorch, in Triton's interpreter on a CPU.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest

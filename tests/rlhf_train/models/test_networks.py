@@ -1,6 +1,4 @@
-"""The forward passes against plain Hugging Face, LoRA's merge against PEFT's own forward, and
-tokenizers.
-"""
+"""Test forward passes against Hugging Face, LoRA's merge against PEFT's forward, and tokenizers."""
 
 import copy
 import math
@@ -394,14 +392,18 @@ def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, t
 
 
 def test_a_model_comes_from_the_hub_by_its_name(actor, tokenizer, tmp_path):
-    """In a fresh process, since HF_ENDPOINT is read at import; the weights arrive although the hub
-    fails twice.
+    """The weights arrive although the hub fails twice.
+
+    It is a fresh process, since HF_ENDPOINT is read at import.
     """
     for part in (actor, tokenizer):
         part.save_pretrained(tmp_path / "models/some/opt")
     code = (
-        "import sys, torch; from rlhf_train.models.networks import load_causal, load_tokenizer; tokenizer = load_tokenizer('some/opt')\n"
-        "model = load_causal('some/opt', tokenizer, torch.float32, 0); torch.save((model.state_dict(), tokenizer.get_vocab()), sys.argv[1])\n"
+        "import sys, torch\n"
+        "from rlhf_train.models.networks import load_causal, load_tokenizer\n"
+        "tokenizer = load_tokenizer('some/opt')\n"
+        "model = load_causal('some/opt', tokenizer, torch.float32, 0)\n"
+        "torch.save((model.state_dict(), tokenizer.get_vocab()), sys.argv[1])\n"
         "assert tokenizer.name_or_path == model.name_or_path == 'some/opt'"
     )
     with Hub(tmp_path) as hub:

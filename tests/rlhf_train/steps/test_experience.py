@@ -28,7 +28,8 @@ def ppo(**changes):
 
 def scored(response, log_probs, ref_log_probs, values, score, *, ended=True):
     return Scored(
-        np.array([2, 5]), np.array(response), ended, rollout_log_probs=np.array(log_probs) + 0.25, ref_log_probs=np.array(ref_log_probs), score=score,
+        np.array([2, 5]), np.array(response), ended, score=score,
+        rollout_log_probs=np.array(log_probs) + 0.25, ref_log_probs=np.array(ref_log_probs),
         trainer=TrainerView(np.array(log_probs), np.array(values), entropy=0.5),
     )  # fmt: skip
 
@@ -83,9 +84,7 @@ def test_cut_takes_rows_and_trims_to_their_longest_response():
 
 
 def test_on_policy_the_numbers_are_the_rollouts_and_the_targets_come_later():
-    """The log-probs of ROWS' rollout are 0.25 above the trainer's: each token costs 0.1 * 0.25
-    more.
-    """
+    """ROWS' rollout log-probs are 0.25 above the trainer's, so each token costs 0.1 * 0.25 more."""
     spec = ppo(missing_eos_penalty=1.0)
     made = Experience.of(ROWS, spec, kl_coef=0.1, on_policy=True)
     torch.testing.assert_close(made.old_log_probs, torch.tensor([[-0.75, -1.75], [-0.25, 0.0]]))

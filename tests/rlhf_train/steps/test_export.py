@@ -1,6 +1,4 @@
-"""What a step leaves behind: plain Hugging Face folders that load in a process that knows nothing
-of us, with the same logits.
-"""
+"""Test that a step's folders load with the same logits in a process without our code."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ NUMBERS = {"perplexity_after": 12.345678}
 
 
 def make_all(world: World, folder: Path) -> None:
-    """Each kind: a model trained a little, saved, and beside it (`.pt`) what the trainer saw of it
-    in the end.
-    """
+    """Train and save a model of each kind, and next to it (`.pt`) what the trainer's model gave."""
     for name, kind in KINDS.items():
         make(world, folder, name, kind)
 
@@ -173,7 +169,8 @@ for folder in sys.argv[1:]:
             found |= {"prompt": prompt["input_ids"], "generated": model.generate(**prompt)}
     found["loading"] = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
     found["config"] = model.config.to_dict()
-    found["tokens"] = {name: getattr(tokenizer, name + "_token_id") for name in ("bos", "eos", "pad")} | {"count": len(tokenizer)}
+    found["tokens"] = {name: getattr(tokenizer, name + "_token_id") for name in ("bos", "eos", "pad")}
+    found["tokens"]["count"] = len(tokenizer)
     torch.save(found, folder + "-loaded.pt")
 assert not {"rlhf_train", "jobs", "deepspeed", "peft"} & set(sys.modules)
 """

@@ -1,6 +1,7 @@
-"""Step 3 around its first updates, with real engines: the self-test is silent on a healthy start
-and names each illness; and updates on-policy, without a scoring pass of actor and critic, learn
-what those with one do.
+"""Test step 3 around its first updates, with real engines.
+
+The self-test passes on a healthy start and names each fault. On-policy updates, in which actor and
+critic have no scoring pass, learn what updates with one learn.
 """
 
 from __future__ import annotations
@@ -290,10 +291,9 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
 def three_updates(
     world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any], *, on_policy: bool
 ) -> dict[str, Tensor]:
-    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic.
+    """Make three updates as `run` does, one a rollout of 8 prompts; return both networks' weights.
 
-    Not on-policy: both are asked before each,
-    and rows are padded.
+    Not on-policy: both networks score before each update, and rows are padded.
     """
     begun = make_start(world, folder, plan=plan, packed=on_policy, temperature=0.8, missing_eos_penalty=1.0, **ppo)
     pad_id, prompts, spec = (

@@ -403,8 +403,7 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
 # --- row_counts ---------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9
-# In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6
-# and 10.
+# In tokens, a prompt has BOS and its bytes, an answer its bytes and EOS. The test's limits: 6, 10.
 FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),  # an exact duplicate is fine
@@ -418,15 +417,11 @@ FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "p", "chosen": A, "rejected": B + "c"}, "answer_cut"),
     ({"prompt": "p", "response": A + "c", "chosen": A, "rejected": B}, "answer_cut"),
     ({"prompt": "p", "chosen": A, "rejected": A}, "identical_answers"),
-    (
-        {"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"},
-        "identical_answers and answer_cut",
-    ),  # alike after cutting: 9 + c
+    # Alike after cutting: 9 + c.
+    ({"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"}, "identical_answers and answer_cut"),
     ({"prompt": "p", "chosen": A + "c", "rejected": A + "d"}, "answer_cut"),
-    (
-        {"prompt": "123456", "chosen": A + "c", "rejected": A + "c"},
-        "prompt_too_long",
-    ),  # a row that is left out counts once
+    # A row that is left out counts once.
+    ({"prompt": "123456", "chosen": A + "c", "rejected": A + "c"}, "prompt_too_long"),
 ]
 
 
@@ -506,11 +501,8 @@ def test_typed_control_tokens_stay_text(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_typed_control_tokens_stay_text_where_the_model_itself_knows_them(tmp_path: Path) -> None:
-    pieces = [
-        ("<unk>", 0.0),
-        ("</s>", 0.0),
-        *((letter, -3.0) for letter in "abcd</>s"),
-    ]  # Unigram would take `</s>` as one piece
+    # Unigram would take `</s>` as one piece.
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd</>s")]
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))
     inner.add_special_tokens(["</s>"])
     known = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
@@ -558,22 +550,21 @@ def stamps(tmp_path: Path) -> dict[Path, tuple[int, int]]:
 
 def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> None:
     folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
-    said: list[str] = []
-    first = prepared(spec_for(folder), tokenizer, tmp_path, said.append)
+    messages: list[str] = []
+    first = prepared(spec_for(folder), tokenizer, tmp_path, messages.append)
     before = stamps(tmp_path)
-    assert said == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
-    said.clear()
-    tokenizer(
-        ["abc", "d"], truncation=True, max_length=2, padding=True
-    )  # leaves its marks on a fast tokenizer; they are not ours
+    assert messages == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
+    messages.clear()
+    # This call changes the settings of a fast tokenizer, which must not matter here.
+    tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
     second = prepared(
         spec_for(folder, seed=3, split=(1.0, 2.0, 3.0), max_prompt_tokens=9, max_response_tokens=7, eval_rows=1),
         tokenizer,
         tmp_path,
-        said.append,
+        messages.append,
     )
     assert stamps(tmp_path) == before
-    assert said == [f"reading {folder}"]
+    assert messages == [f"reading {folder}"]
     assert rows(first.train.chosen) == rows(second.train.chosen) == [[*letters(f"yes{i}"), EOS] for i in range(9)]
 
 
@@ -626,7 +617,7 @@ def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Call
     assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [
         hash(content[:32]) for content in good.values()
     ]
-    assert chunk_files(tmp_path) == list(good)  # and nothing lies beside them
+    assert chunk_files(tmp_path) == list(good)  # and nothing lies next to them
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
@@ -652,7 +643,7 @@ from jobs.spec import Data
 from rlhf_train.data import dataset
 
 rank, world_size, slow_s, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
-dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, said = 10, 0.2, [], []
+dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, messages = 10, 0.2, [], []
 columns_of, write = dataset._token_columns, dataset._write_chunk
 dataset._token_columns = lambda *args: (time.sleep(slow_s), columns_of(*args))[1]
 dataset._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
@@ -661,10 +652,10 @@ if largest_file:
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="</s>")
 spec = Data(datasets=(folder,), split=(1.0, 1.0, 1.0))
 try:
-    corpus = dataset.prepare(spec, tokenizer, cache=Path(cache), rank=rank, world_size=world_size, say=said.append)
+    corpus = dataset.prepare(spec, tokenizer, cache=Path(cache), rank=rank, world_size=world_size, say=messages.append)
 except ToolkitError as error:
     sys.exit(str(error))
-print(json.dumps([written, said, corpus.train.chosen.values.tolist(), corpus.train.step_rows[2].tolist()]))
+print(json.dumps([written, messages, corpus.train.chosen.values.tolist(), corpus.train.step_rows[2].tolist()]))
 """
 
 
@@ -680,9 +671,8 @@ def start(
 
 
 def test_two_ranks_share_the_work_and_the_quick_one_waits_for_the_slow_one(tmp_path: Path, tokenizer: Any) -> None:
-    folder_of(
-        tmp_path / "d", numbered(45), numbered(3)
-    )  # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows
+    # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows.
+    folder_of(tmp_path / "d", numbered(45), numbered(3))
     ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, slow_s=1.0)]
     results = [process.communicate(timeout=120) for process in ranks]
     (quick_wrote, quick_said, *quick), (slow_wrote, _, *slow) = (json.loads(output) for output, _ in results)

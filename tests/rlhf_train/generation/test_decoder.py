@@ -96,9 +96,8 @@ def test_it_generates_with_the_weights_of_the_moment():
     assert made._decoder is first
     assert any(not np.array_equal(a, b) for a, b in zip(before.tokens, after.tokens, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, after.tokens, strict=True))
-    model.model.decoder.layers[1].fc1.weight.data = model.model.decoder.layers[
-        1
-    ].fc1.weight.data.clone()  # another place in memory
+    weight = model.model.decoder.layers[1].fc1.weight
+    weight.data = weight.data.clone()  # another place in memory
     again = made.generate(prompts, seed=1, row_ids=range(7))
     assert made._decoder is not first
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, again.tokens, strict=True))
@@ -231,9 +230,8 @@ def test_top_k_and_top_p_leave_the_rest_out_of_the_draw():
         expected = torch.zeros(5)
         expected[kept] = probabilities[kept] / probabilities[kept].sum() * 1000
         torch.testing.assert_close(counts.float(), expected, atol=1.01, rtol=0)
-        torch.testing.assert_close(
-            log_probs, probabilities.log()[tokens]
-        )  # of the whole distribution, as the trainer sees it
+        # Log-probs are of the whole distribution, as the trainer computes them.
+        torch.testing.assert_close(log_probs, probabilities.log()[tokens])
 
 
 def test_families():
@@ -243,7 +241,7 @@ def test_families():
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    said = []
+    warnings = []
     unknown = Rollouts(
         LlamaForCausalLM(config),
         eos_id=EOS,
@@ -252,11 +250,11 @@ def test_families():
         temperature=1.0,
         batch=2,
         device=torch.device("cpu"),
-        warn=said.append,
+        warn=warnings.append,
     )
     unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
     assert not unknown.is_static
-    assert said == [
+    assert warnings == [
         "rollouts of LlamaForCausalLM run by its own forward, which is slower: "
         "the static decoder supports plain OPT models only"
     ]
@@ -273,9 +271,9 @@ class NoStream:
 
 
 def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
-    model, prompts, said = opt(), some_prompts(), []
+    model, prompts, warnings = opt(), some_prompts(), []
     expected = answers(model, prompts)
-    made = decoder(model, slots=7, warn=said.append)
+    made = decoder(model, slots=7, warn=warnings.append)
     made.begin(draw_uniforms(7, range(7), 12))
     made.prefill(range(7), range(7), prompts)
     made._graphs = {}
@@ -285,8 +283,8 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     for step in range(11):
         made.advance(7, 9 + step + 1, 1)
     assert torch.equal(made.state.tokens[:, :-1], expected.tokens[:, :-1])
-    assert len(said) == 1
-    assert said[0].endswith("runs without: operation not permitted when stream is capturing")
+    assert len(warnings) == 1
+    assert warnings[0].endswith("runs without: operation not permitted when stream is capturing")
     made._graphs = {}
     monkeypatch.setattr(torch.cuda, "Stream", NoStream(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer concurrent prompts would help there
@@ -295,9 +293,8 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
 
 def test_heads_that_are_no_power_of_two_go_without_kernels():
     assert decode_step.network_supported(network_of(opt()))
-    assert not decode_step.network_supported(
-        network_of(opt(hidden_size=48, word_embed_proj_dim=48))
-    )  # 24 numbers; OPT-2.7b's have 80
+    odd = opt(hidden_size=48, word_embed_proj_dim=48)  # heads of 24 numbers; OPT-2.7b's have 80
+    assert not decode_step.network_supported(network_of(odd))
 
 
 def test_a_step_changes_nothing_of_a_slot_that_is_done():
@@ -344,9 +341,9 @@ def test_prompts_go_into_the_slots_that_are_named(slots):
     expected = decoder(model, slots=3)
     made = decoder(model, slots=5)
     made.keys.fill_(7.0)
-    for one, places in ((expected, [0, 1, 2]), (made, slots)):
-        one.begin(draw_uniforms(7, range(3), 12))
-        one.prefill(places, range(3), prompts)
+    for instance, places in ((expected, [0, 1, 2]), (made, slots)):
+        instance.begin(draw_uniforms(7, range(3), 12))
+        instance.prefill(places, range(3), prompts)
     for row, slot in enumerate(slots):
         length = len(prompts[row])
         for cache, wanted in ((made.keys, expected.keys), (made.values, expected.values)):

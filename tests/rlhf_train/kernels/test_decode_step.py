@@ -75,9 +75,9 @@ def test_a_gpu_feeds_prompts_by_the_kernel_of_sum_and_norm(monkeypatch):
     add_norm = decode_step.add_norm
     monkeypatch.setattr(decode_step, "add_norm", lambda x, *others: rows.append(len(x)) or add_norm(x, *others))
     quick = decoder(model, use_kernels=True)
-    for one in (plain, quick):
-        one.begin(draw_uniforms(7, range(3), 12))
-        one.prefill(range(3), range(3), prompts)
+    for instance in (plain, quick):
+        instance.begin(draw_uniforms(7, range(3), 12))
+        instance.prefill(range(3), range(3), prompts)
     assert rows == [3 * max(map(len, prompts))] * 2 + [3, 3]  # of the last layer, the last tokens alone
     torch.testing.assert_close(quick.keys, plain.keys)
     assert torch.equal(quick.state.tokens, plain.state.tokens)

@@ -316,9 +316,8 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
     assert wanted
     for name, gradient in wanted.items():
         torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
-        assert (
-            gradients(padded)[name] - gradient
-        ).norm() < 1e-5 * gradient.norm()  # packed, q is scaled after its product with k
+        difference = gradients(padded)[name] - gradient  # packed, q is scaled after its product with k
+        assert difference.norm() < 1e-5 * gradient.norm()
 
 
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):

@@ -186,11 +186,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     on_ranks(2, make_all, folder)
     models = sorted(str(file.parent) for file in folder.glob("*/model.safetensors"))
     assert len(models) == len(KINDS) + sum(kind.ema for kind in KINDS.values())
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", STRANGER, *models], cwd=folder, capture_output=True, text=True, check=False
     )
-    assert said.returncode == 0, said.stderr
-    (folder / "said").write_text(said.stdout + said.stderr, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout + done.stderr, encoding="utf-8")
     return folder
 
 
@@ -214,8 +214,8 @@ def test_a_stranger_gets_the_trainers_logits(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_is_missing_and_nothing_too_much(folder: Path, name: str) -> None:
     assert seen(folder, f"{name}-loaded")["loading"] == {}
-    said = (folder / "said").read_text(encoding="utf-8")
-    assert not re.search("MISSING|UNEXPECTED|MISMATCH|warn|not initialized", said, re.IGNORECASE), said
+    output = (folder / "said").read_text(encoding="utf-8")
+    assert not re.search("MISSING|UNEXPECTED|MISMATCH|warn|not initialized", output, re.IGNORECASE), output
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -252,9 +252,8 @@ def test_the_ema_is_the_recurrence_by_hand(folder: Path, name: str) -> None:
             expected = averages[key if key in averages else key.replace(".bias", ".base_layer.bias")]
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
     live = load(folder / f"{name}-live")
-    assert (
-        max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3
-    )  # it is not the model itself
+    # The average is not the model itself.
+    assert max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -268,9 +267,8 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
         "generation_config.json",
         "README.md",
     }
-    assert (
-        needed <= files <= needed | {"special_tokens_map.json", "vocab.json", "merges.txt"}
-    )  # transformers 4 writes more
+    more = {"special_tokens_map.json", "vocab.json", "merges.txt"}  # transformers 4 writes these, too
+    assert needed <= files <= needed | more
     kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}

@@ -140,8 +140,8 @@ def start(world: World, tmp_path: Path) -> Callable[..., Start]:
 def test_a_healthy_start_passes(start: Callable[..., Start], how: dict[str, Any]) -> None:
     healthy = start(**how)
     healthy.self_test()
-    (said,) = healthy.events
-    assert isinstance(said, Progress) and said.doing.startswith("self-test passed: ratio ")
+    (event,) = healthy.events
+    assert isinstance(event, Progress) and event.doing.startswith("self-test passed: ratio ")
 
 
 def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) -> None:
@@ -149,12 +149,10 @@ def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) 
     assert sum(len(row.response) for row in rows) > 20
     for row in rows:
         assert row.trainer is not None
-        assert (
-            np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0
-        )  # the same weights, the same batches: the same bits
-        assert (
-            np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5
-        )  # left-padded with a cache, and right-padded without
+        # The same weights and the same batches give the same bits.
+        assert np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0
+        # The rollout is left-padded with a cache, the trainer right-padded without.
+        assert np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5
         assert (row.trainer.log_probs < 0).all()
         assert 0 < row.trainer.entropy < math.log(287)
 
@@ -331,11 +329,11 @@ def check_the_paths_agree(world: World, folder: Path, plan: BatchPlan, ppo: dict
     found, expected = (three_updates(world, folder, plan, ppo, on_policy=on_policy) for on_policy in (True, False))
     assert found.keys() == expected.keys() and len(found) > 100
     for name, tensor in expected.items():
-        # Rounding, a thousandth of what an update moves (1e-3); seen: 2e-6. Of this bias' gradient
-        # rounding is all there is.
+        # The tolerance is a hundredth of what an update moves (1e-3); rounding gave 2e-6. The
+        # gradient of k_proj's bias is nothing but rounding.
         if "k_proj.bias" not in name:
             torch.testing.assert_close(
-                found[name], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+                found[name], tensor, rtol=0, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}"
             )
 
 

@@ -41,9 +41,8 @@ def _suits(norm: nn.LayerNorm) -> bool:
 
     ZeRO-3's weights have a ds_id, and have values only while their module runs.
     """
-    if norm.weight is None or norm.bias is None:
-        return False
-    return not hasattr(norm.weight, "ds_id") and len(norm.weight) <= LONGEST
+    has_parameters = norm.weight is not None and norm.bias is not None
+    return has_parameters and not hasattr(norm.weight, "ds_id") and len(norm.weight) <= LONGEST
 
 
 class _AddNorm(torch.autograd.Function):

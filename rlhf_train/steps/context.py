@@ -159,7 +159,7 @@ def start_checkpoints(
     rows: str,
     model_bytes: int,
 ) -> tuple[Checkpointer, Divergence]:
-    """Make a step's checkpointer and its divergence check, and let `context.stop` save at the end.
+    """Make a step's checkpointer and divergence check, and let `context.stop` save before leaving.
 
     updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk
     is too small.

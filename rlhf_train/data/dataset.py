@@ -1,12 +1,12 @@
-"""From data set names to tokenised, cached, split rows.
+"""Read data sets by name; tokenise, cache and split their rows.
 
-A name becomes rows of text (`read_rows`); the rows become token ids in a cache by content, all
-ranks sharing the work (`_tokenise`, `_load`); each load splits, cuts and counts anew (`_table`).
-The split is DeepSpeed-Chat's arithmetic. Where we differ from it:
+`read_rows` turns a name into rows of text. `_tokenise` and `_load` turn these into token ids in a
+cache by content; all ranks share the work. `_table` splits, cuts and counts at each load. The split
+is DeepSpeed-Chat's arithmetic. Where we differ from it:
 
 - rows are split before any is left out, so the limits do not decide which row serves which step;
-- a held-out split serves each step whole; a data set without one has 5 % of its rows held out
-before the split;
+- every step is measured on the same held-out split; if a data set has none, 5 % of its rows are
+  held out before the split;
 - text that looks like a control token (`</s>` typed by a user) stays text.
 """
 
@@ -39,8 +39,8 @@ REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
-MISTAKES_SHOWN = 10  # of a file
-CHUNK_ROWS = 4096  # in a file of the cache; a rank's unit of work
+MISTAKES_SHOWN = 10  # for one file
+CHUNK_ROWS = 4096  # rows in a file of the cache; a rank's unit of work
 CACHE_VERSION = 1  # raise it when the same text gets other ids
 POLL_S, SAY_EVERY_S = 0.1, 5.0
 
@@ -79,19 +79,18 @@ class Ragged:
 
     @classmethod
     def join(cls, parts: Sequence[Ragged]) -> Ragged:
-        return cls(
-            np.concatenate([part.values for part in parts]), _starts(np.concatenate([part.lengths for part in parts]))
-        )
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(np.concatenate([part.values for part in parts]), _starts(lengths))
 
     def pick(self, rows: Order, max_tokens: int) -> Ragged:
-        """These rows in this order, each cut after `max_tokens`."""
+        """Return these rows in this order, each cut after `max_tokens`."""
         offsets = _starts(np.minimum(self.lengths[rows], max_tokens))
         shift = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets))
         return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
 
 
 def _starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Where each of n parts starts, and the end: (n+1,)."""
+    """Return where each of n parts starts, and the end: (n+1,)."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
@@ -99,7 +98,8 @@ def _starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
 class Table:
     """One split as token ids.
 
-    Every row read is here, also the left out; `step_rows` names those that a step uses.
+    It holds every row that was read, also those left out. `step_rows` names the rows that a step
+    uses.
     """
 
     prompt: Ragged  # begins with the special tokens that the tokenizer puts in front
@@ -107,12 +107,12 @@ class Table:
     chosen: Ragged
     rejected: Ragged
     step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
-    # `rows` read; left out for `empty_prompt`, `empty_answer` or `prompt_too_long` (the first that
-    # holds); of the rest, `identical_answers` (not in step 2) and `answer_cut`.
+    # `rows`: those read. Left out for the first reason that holds: `empty_prompt`, `empty_answer`,
+    # `prompt_too_long`. Of the rest: `identical_answers` (left out in step 2 only), `answer_cut`.
     row_counts: dict[str, int]
 
     def digest(self, step: int) -> str:
-        """sha256 of the tokens that the step learns from, in its order."""
+        """Return the sha256 of the tokens that the step learns from, in its order."""
         digest = hashlib.sha256()
         for column in STEPS[step].columns:
             tokens: Ragged = getattr(self, column)
@@ -129,7 +129,7 @@ class Corpus:
 
 
 def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
-    """Read, tokenise what the cache lacks, split.
+    """Read the data sets, tokenise what the cache lacks, and split the rows.
 
     Every rank calls it, with the same cache folder.
     """
@@ -139,32 +139,26 @@ def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_siz
         [chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out)
     )
     _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
-    held_out_order = _shuffled(sum(map(len, held_out)), spec.seed)
+    train_orders = _split([len(rows) for rows in train], spec)
+    held_out_orders = dict.fromkeys((1, 2, 3), _shuffled(sum(map(len, held_out)), spec.seed))
     return Corpus(
-        train=_table("training", train, _load(train_chunks, say), _split([len(rows) for rows in train], spec), spec),
-        held_out=_table(
-            "held-out",
-            held_out,
-            _load(held_out_chunks, say),
-            dict.fromkeys((1, 2, 3), held_out_order),
-            spec,
-            spec.eval_rows,
-        ),
+        train=_table("training", train, _load(train_chunks, say), train_orders, spec),
+        held_out=_table("held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, spec.eval_rows),
     )
 
 
 def texts(spec: Data) -> Iterator[str]:
-    """Every training text, for training a tokenizer from scratch."""
+    """Yield every training text, for training a tokenizer from scratch."""
     for name in spec.datasets:
         for row in _read(name, spec.seed, lambda line: None)[0]:
             yield from dict.fromkeys(row)  # a response that is the chosen answer counts once
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows.
+    """Read a data set's training and held-out rows.
 
     Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out.
     """
@@ -183,7 +177,7 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
 
 
 def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows; no held-out rows where the data set has no such split.
+    """Read training rows and held-out rows; none are held out if the data set has no such split.
 
     `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
     Raises ToolkitError.
@@ -211,7 +205,7 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
 
 
 class _BadRow(Exception):
-    """Its arguments are the mistakes."""
+    """Raised for a bad row; its arguments are the mistakes."""
 
 
 def _row(value: Any) -> Row:
@@ -227,13 +221,13 @@ def _row(value: Any) -> Row:
             mistakes.append(f"column `{column}`: {_shown(half[0])} is half a character (a lone surrogate)")
     if mistakes:
         raise _BadRow(*mistakes)
-    whole = {"response": value["chosen"], **value}
-    return Row(*(whole[column] for column in Row._fields))
+    columns = {"response": value["chosen"], **value}
+    return Row(*(columns[column] for column in Row._fields))
 
 
 def _shown(value: Any) -> str:
-    whole = json.dumps(value, default=str)
-    return whole if len(whole) <= 60 else f"{whole[:60]}..."
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _parsed(line: bytes) -> Row:
@@ -248,7 +242,7 @@ def _parsed(line: bytes) -> Row:
 
 
 def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, unit: str, first: int) -> list[Row]:
-    """All rows of a file or split, or one error with its first mistakes."""
+    """Return all rows of a file or split, or raise one error with its first mistakes."""
     rows: list[Row] = []
     mistakes: list[str] = []
     for number, item in enumerate(items, first):
@@ -279,8 +273,8 @@ def _read_jsonl(files: Sequence[Path]) -> list[Row]:
 
 
 def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    """A hub name, or a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
-    import datasets  # takes seconds, and JSONL does without
+    """Read a hub name, a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
+    import datasets  # takes seconds, and JSONL does not need it
     from datasets.builder import DatasetGenerationError
 
     from rlhf_train.data import hub
@@ -292,12 +286,12 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
         found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(str(place))
     except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
         why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
-        hint = "wanted: train*.jsonl; or parquet, csv or json files; or what `save_to_disk` of the same datasets version wrote"
-        what = (
-            f"cannot load the data set in {folder}"
-            if folder
-            else f"cannot load the data set `{name}`, which came from the hub whole"
+        hint = (
+            "wanted: train*.jsonl; or parquet, csv or json files; "
+            "or what `save_to_disk` of the same datasets version wrote"
         )
+        downloaded = f"cannot load the data set `{name}`, although its download is complete"
+        what = f"cannot load the data set in {folder}" if folder else downloaded
         raise ToolkitError(what, why=why, hint=hint) from None
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
@@ -310,23 +304,20 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
 def _rows_of(split: Any, source: str) -> list[Row]:
     missing = [f"`{column}`" for column in REQUIRED if column not in split.column_names]
     if missing:
-        raise ToolkitError(
-            f"{source}: no column {', '.join(missing)}", why=f"its columns: {', '.join(split.column_names)}"
-        )
+        why = f"its columns: {', '.join(split.column_names)}"
+        raise ToolkitError(f"{source}: no column {', '.join(missing)}", why=why)
     columns = [column for column in Row._fields if column in split.column_names]
     values = split.select_columns(columns)[:]
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
     return _collect(rows, _row, source=source, unit="row", first=0)
 
 
-# --- tokenising, with a cache by content ----------------------------------------------------------------------------
+# --- tokenising, with a cache by content --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A tokenizer as it is wanted here: EOS is added by us, what stands in front is known, text
-    stays text.
-    """
+    """A tokenizer that never makes control tokens of text; the caller adds `front` and `eos`."""
 
     encode: Callable[[list[str]], list[list[int]]]  # without special tokens
     front: list[int]  # special tokens before every prompt, e.g. BOS
@@ -335,22 +326,19 @@ class _Encoder:
     identity: bytes  # same bytes, same ids
 
     def ids(self, lines: list[str]) -> list[list[int]]:
-        """A control token typed in a text is encoded as two texts, e.g. `<` and `/s>`.
+        """Encode texts, and split a control token that a user typed, e.g. into `<` and `/s>`.
 
         Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores
         it for slow ones.
         """
-        found = self.encode(lines)
+        found, control = self.encode(lines), self.control.values()
         for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
-            inside = "|".join(
-                f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.control.values()
-            )
+            inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control)
             found[i] = list(chain.from_iterable(self.encode(re.split(inside, lines[i]))))
             if left := self.control.keys() & found[i]:
-                why = f"{', '.join(self.control[token] for token in left)} in {_shown(lines[i])}"
                 raise ToolkitError(
                     "the tokenizer makes control tokens of plain text",
-                    why=why,
+                    why=f"{', '.join(self.control[token] for token in left)} in {_shown(lines[i])}",
                     hint="take that text out of the data set",
                 )
         return found
@@ -359,12 +347,10 @@ class _Encoder:
 def _encoder(tokenizer: Any) -> _Encoder:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ToolkitError(
-            "the tokenizer has no EOS token", why="answers end with it", hint="give the tokenizer an eos_token"
-        )
+        hint = "give the tokenizer an eos_token"
+        raise ToolkitError("the tokenizer has no EOS token", why="answers end with it", hint=hint)
     if tokenizer.is_fast:
-        # A copy: the caller's truncation and padding stay as they are, and nothing warns of long
-        # texts.
+        # A copy: the caller's truncation and padding stay as they are, and no long text warns.
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
@@ -384,10 +370,9 @@ def _encoder(tokenizer: Any) -> _Encoder:
             )["input_ids"]
             return ids
 
-    [bare], [whole] = call(["a"], False), call(["a"], True)
-    front = next(
-        whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare
-    )  # what stands behind, e.g. EOS, is left away
+    # `front` is what stands before the text. What stands behind the text, e.g. EOS, is dropped.
+    [bare], [framed] = call(["a"], False), call(["a"], True)
+    front = next(framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
     control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     control.pop(tokenizer.unk_token_id, None)  # unknown text may become that
     return _Encoder(lambda lines: call(lines, False), front, eos, {**control, eos: tokenizer.eos_token}, identity)
@@ -399,13 +384,13 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(rows: list[Row], encoder: _Encoder, cache: Path) -> list[_Chunk]:
-    """The key holds all that the ids depend on, the text and the tokenizer, and no more: limits,
-    seed and shares come later.
+    """Cut rows into chunks, each with its file in the cache.
+
+    The cache key hashes exactly what the ids depend on: the text and the tokenizer. Limits, seed
+    and shares are applied later.
     """
-    key = hashlib.sha256(
-        json.dumps([CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]).encode()
-        + encoder.identity
-    )
+    settings = [CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]
+    key = hashlib.sha256(json.dumps(settings).encode() + encoder.identity)
     for column in zip(*rows, strict=True):
         key.update(np.array([len(text) for text in column], dtype="<i8").tobytes())
         key.update("".join(column).encode())
@@ -417,18 +402,18 @@ def _chunks(rows: list[Row], encoder: _Encoder, cache: Path) -> list[_Chunk]:
 
 
 def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
-    """Write the chunks that are not there, or are torn."""
-    said = -SAY_EVERY_S
+    """Write the chunks that the cache lacks or that are damaged."""
+    last_said = -SAY_EVERY_S
     for number, chunk in enumerate(chunks, 1):
         if _read_chunk(chunk.file) is None:
-            if time.monotonic() - said >= SAY_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - last_said >= SAY_EVERY_S:
+                last_said = time.monotonic()
                 say(f"tokenising: part {number} of {len(chunks)}, {len(chunk.rows)} rows")
             _write_chunk(chunk.file, _token_columns(chunk.rows, encoder))
 
 
 def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
-    """The four columns, whole; a response that is the chosen answer has length 0."""
+    """Return the four columns, uncut; a response that is the chosen answer has length 0."""
     lines = list(dict.fromkeys(chain.from_iterable(rows)))
     ids = dict(zip(lines, encoder.ids(lines), strict=True))
     return {
@@ -447,23 +432,23 @@ def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
         f"{name}_{part}": getattr(columns[name], part) for name in columns for part in ("values", "offsets")
     }
     np.savez(buffer, **arrays)
-    content, beside = buffer.getvalue(), file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    content, partial = buffer.getvalue(), file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_bytes(hashlib.sha256(content).digest() + content)
-            beside.replace(file)
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
+            partial.replace(file)
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        hint = "free some disk space, or let the cache be in a folder that you may write to"
+        hint = "free some disk space, or put the cache into a folder that you may write to"
         raise ToolkitError(
             f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT
         ) from None
 
 
 def _read_chunk(file: Path) -> dict[str, Ragged] | None:
-    """None: it is not there, or not whole."""
+    """Read a chunk's columns; None if the file is missing or damaged."""
     try:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -477,19 +462,19 @@ def _read_chunk(file: Path) -> dict[str, Ragged] | None:
 
 
 def _load(chunks: Sequence[_Chunk], say: Say) -> dict[str, Ragged]:
-    """The columns of all chunks, waiting for those that other ranks still make."""
-    parts, said = [], time.monotonic()
+    """Read the columns of all chunks, and wait for those that other ranks still make."""
+    parts, last_said = [], time.monotonic()
     for number, chunk in enumerate(chunks, 1):
         while (part := _read_chunk(chunk.file)) is None:
-            if time.monotonic() - said >= SAY_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - last_said >= SAY_EVERY_S:
+                last_said = time.monotonic()
                 say(f"waiting for another rank to tokenise part {number} of {len(chunks)}: {chunk.file}")
             time.sleep(POLL_S)
         parts.append(part)
     return {name: Ragged.join([part[name] for part in parts]) for name in Row._fields}
 
 
-# --- splitting, cutting, counting -----------------------------------------------------------------------------------
+# --- splitting, cutting, counting ---------------------------------------------------------------
 
 
 def _shuffled(n: int, seed: int) -> Order:
@@ -499,21 +484,20 @@ def _shuffled(n: int, seed: int) -> Order:
 
 
 def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
-    """Which of n rows steps 1, 2 and 3 get: algorithms.md 1.0."""
+    """Return which of n rows steps 1, 2 and 3 get: algorithms.md 1.0."""
     points = [0]
     for share in split:
         points.append(points[-1] + round(share / sum(split) * n))
     surplus = points[-1] - n
-    # Theirs can fall below 0 (0,5,5 of 3 rows), where a Python slice counts from the end.
+    # DeepSpeed-Chat's points can fall below 0 (0,5,5 of 3 rows), where a Python slice counts from
+    # the end.
     points = [0, *(max(0, point - surplus) for point in points[1:])]
     order = _shuffled(n, seed)
     return [order[start:end] for start, end in pairwise(points)]
 
 
 def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
-    """Each data set is split by itself; a step's parts are put one after the other and shuffled
-    again.
-    """
+    """Split each data set by itself; join the parts of each step, and shuffle them again."""
     parts = [
         [start + share for share in _shares(n, spec.split, spec.seed)]
         for start, n in zip(_starts(sizes), sizes, strict=False)
@@ -525,41 +509,41 @@ def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
 def _table(
     kind: str,
     parts: Sequence[list[Row]],
-    whole: dict[str, Ragged],
+    uncut: dict[str, Ragged],
     orders: dict[int, Order],
     spec: Data,
     max_rows: int | None = None,
 ) -> Table:
-    """Cut the answers, find each row's fate, leave rows out of the steps' orders."""
+    """Cut the answers, count the rows by what becomes of them, and drop unusable rows."""
     rows = list(chain.from_iterable(parts))
     empty_prompt = np.array([not row.prompt.strip() for row in rows], dtype=bool)
     empty_answer = np.array([not all(answer.strip() for answer in row[1:]) for row in rows], dtype=bool) & ~empty_prompt
-    too_long = (whole["prompt"].lengths > spec.max_prompt_tokens) & ~empty_prompt & ~empty_answer
+    too_long = (uncut["prompt"].lengths > spec.max_prompt_tokens) & ~empty_prompt & ~empty_answer
     kept = ~(empty_prompt | empty_answer | too_long)
-    cut = kept & np.any([whole[name].lengths > spec.max_response_tokens for name in ANSWERS], axis=0)
+    cut = kept & np.any([uncut[name].lengths > spec.max_response_tokens for name in ANSWERS], axis=0)
 
-    every = np.arange(len(rows))
-    response, chosen, rejected = (whole[name].pick(every, spec.max_response_tokens) for name in ANSWERS)
+    all_rows = np.arange(len(rows))
+    response, chosen, rejected = (uncut[name].pick(all_rows, spec.max_response_tokens) for name in ANSWERS)
     as_chosen = response.lengths == 0
-    response = (
-        chosen
-        if as_chosen.all()
-        else Ragged.join([chosen, response]).pick(every + len(rows) * ~as_chosen, spec.max_response_tokens)
-    )
+    if as_chosen.all():
+        response = chosen
+    else:
+        sources = all_rows + len(rows) * ~as_chosen  # in the chosen answers, or behind them in the responses
+        response = Ragged.join([chosen, response]).pick(sources, spec.max_response_tokens)
     identical = kept & (chosen.lengths == rejected.lengths)
     identical[identical] = [np.array_equal(chosen[i], rejected[i]) for i in np.flatnonzero(identical).tolist()]
 
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
-    row_counts = {"rows": len(rows), **{fate: int(mask.sum()) for fate, mask in masks.items()}}
-    usable = {step: kept & ~identical if step == 2 else kept for step in orders}  # a pair of equals says nothing
+    row_counts = {"rows": len(rows), **{name: int(mask.sum()) for name, mask in masks.items()}}
+    # Step 2 learns nothing from a pair of identical answers.
+    usable = {step: kept & ~identical if step == 2 else kept for step in orders}
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}
     for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
-        counts = ", ".join(f"{fate} {count}" for fate, count in row_counts.items())
-        why = f"its share of the {kind} data: {len(orders[step])} rows; row_counts in the whole of it: {counts}"
+        counts = ", ".join(f"{name} {count}" for name, count in row_counts.items())
         raise ToolkitError(
             f"step {step} has no {kind} rows left",
-            why=why,
+            why=f"its share of the {kind} data: {len(orders[step])} rows; all {kind} data: {counts}",
             hint="add rows, raise data.max_prompt_tokens, or change data.split",
         )
-    return Table(whole["prompt"], response, chosen, rejected, step_rows, row_counts)
+    return Table(uncut["prompt"], response, chosen, rejected, step_rows, row_counts)

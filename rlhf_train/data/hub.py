@@ -1,15 +1,14 @@
-"""The one way to a hub: the files of a model or data set come whole and right, or there is one
-error.
+"""Download models and data sets from a hub: the files are complete and verified, or it raises.
 
-huggingface_hub writes a file aside and renames it, so a torn one is never taken for whole; a body
-that stalls for HF_HUB_DOWNLOAD_TIMEOUT seconds it resumes by itself, five times without a new byte.
-Added here, since it does not:
+huggingface_hub writes a file under another name and then renames it, so it never takes a partial
+file for a complete one. A body that stalls for HF_HUB_DOWNLOAD_TIMEOUT seconds is resumed by
+huggingface_hub, five times without a new byte. Added here, since huggingface_hub does not do it:
 
-- 5xx and 429 answers, broken connections and short bodies are tried again, when the hub says or a
-little later each time;
+- 5xx and 429 answers, broken connections and short bodies are tried again: after the time that the
+  hub asks for, or with growing waits;
 - every file is hashed before it is used; a wrong one is removed and fetched again;
-- the list of files is kept before the first is fetched, so a start without the hub does not take
-some for all.
+- the list of files is saved before the first file is fetched, so a start without the hub does not
+  take some files for all.
 """
 
 from __future__ import annotations
@@ -45,14 +44,9 @@ from huggingface_hub.utils import (
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import plural
 
-WAITS_S: tuple[float, ...] = (
-    1,
-    2,
-    4,
-    8,
-)  # before each new try; from the first again when more has come than ever before
-MOST_ASKED_S = 60.0  # that a hub may have us wait
-DOWNLOADS = 8  # at once, as snapshot_download
+WAITS_S: tuple[float, ...] = (1, 2, 4, 8)  # before each new try; from the first again after progress
+MOST_ASKED_S = 60.0  # the longest wait that a hub may ask for
+DOWNLOADS = 8  # concurrent ones, as in snapshot_download
 READABLE = re.compile(r".*\.(parquet|arrow|csv|tsv|json|jsonl|ndjson|txt|zip)(\.(gz|zst|bz2|xz|lz4))?")
 
 # The HTTP library's own errors, requests' or httpx's: timeouts, resets, short bodies.
@@ -60,35 +54,33 @@ NETWORK: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__module__ != "builtins"
 )
 TROUBLES: tuple[type[Exception], ...] = (*NETWORK, OSError, HFValidationError)
-# From 1.0 on huggingface_hub tries the HEAD before a download six times by itself. It tells of it
-# by LocalEntryNotFoundError.
+# From 1.0 on huggingface_hub tries the HEAD before a download six times by itself, and then raises
+# LocalEntryNotFoundError.
 HEAD_IS_TRIED_AGAIN = int(huggingface_hub.__version__.split(".")[0]) >= 1
-# Nobody is there: that will not pass in seconds.
+# No server answers, which seconds of waiting will not change.
 ABSENT = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
 
 Kind = Literal["model", "dataset"]
-Wanted = Callable[[Sequence[str]], list[str]]  # of all file names of a repository
+Wanted = Callable[[Sequence[str]], list[str]]  # all file names of a repository -> those to fetch
 T = TypeVar("T")
 
 
 @dataclass
 class Memory:
-    """What we keep in the cache beside a repository's files."""
+    """What we keep in the cache next to a repository's files."""
 
     commit: str = ""
-    files: list[str] = field(default_factory=list)  # all that the commit has, here or not
-    # `files` are only those that another program put into the cache: no hub was there to name all
+    files: list[str] = field(default_factory=list)  # all files of the commit, downloaded or not
+    # True: `files` are only those that another program put into the cache; no hub could name all.
     adopted: bool = False
-    verified: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # blob -> its size and mtime_ns when its hash was right
+    verified: dict[str, list[int]] = field(default_factory=dict)  # blob -> size and mtime_ns when its hash was right
 
 
 class _Damaged(OSError):
-    """A file came with another hash than the hub says."""
+    """A downloaded file has another hash than the hub says."""
 
 
-# --- what to fetch --------------------------------------------------------------------------------------------------
+# --- what to fetch ------------------------------------------------------------------------------
 
 
 def config_files(files: Sequence[str]) -> list[str]:
@@ -96,14 +88,13 @@ def config_files(files: Sequence[str]) -> list[str]:
 
 
 def tokenizer_files(files: Sequence[str]) -> list[str]:
-    """The small files of a model, its config among them."""
-    return [
-        file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))
-    ]
+    """Return the small files of a model, its config among them."""
+    endings = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+    return [file for file in files if "/" not in file and file.endswith(endings)]
 
 
 def model_files(files: Sequence[str]) -> list[str]:
-    """One set of weights: safetensors if there are any.
+    """Return a model's small files and one set of weights: safetensors if there are any.
 
     Not TensorFlow's, Flax's, nor a second set in a folder.
     """
@@ -119,18 +110,20 @@ def card_files(files: Sequence[str]) -> list[str]:
 
 
 def data_files(files: Sequence[str], patterns: Sequence[str] = ()) -> list[str]:
-    """What `datasets` can read as rows; only what `patterns` name, if each of them names something."""
+    """Return the files that `datasets` can read as rows, and the card.
+
+    Only what `patterns` match, if each of them matches a file.
+    """
     named = [[file for file in files if fnmatch(file, pattern)] for pattern in patterns]
-    data = (
-        {file for group in named for file in group}
-        if named and all(named)
-        else {file for file in files if READABLE.fullmatch(file)}
-    )
+    if named and all(named):
+        data = {file for group in named for file in group}
+    else:
+        data = {file for file in files if READABLE.fullmatch(file)}
     return sorted(data | set(card_files(files)))
 
 
 def _configurations(card: Path) -> list[dict[str, Any]]:
-    """As the data set's card names them; none where it does not."""
+    """Read the configurations that the data set's card names; none if it names none."""
     return ((metadata_load(card) or {}).get("configs") if card.is_file() else None) or []
 
 
@@ -144,17 +137,17 @@ def _default(name: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _patterns(config: dict[str, Any]) -> list[str]:
-    """`data_files` is a pattern, a list of them, or a list of {split, path}; what lies under a
-    `data_dir` we do not tell apart.
+    """Return the file patterns of a configuration; none if it has a `data_dir`.
+
+    `data_files` is a pattern, a list of them, or a list of {split, path}.
     """
     named = [] if config.get("data_dir") else config.get("data_files") or []
-    paths = [
-        entry["path"] if isinstance(entry, dict) else entry for entry in (named if isinstance(named, list) else [named])
-    ]
+    entries = named if isinstance(named, list) else [named]
+    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
     return [path for entry in paths for path in (entry if isinstance(entry, list) else [entry])]
 
 
-# --- fetching -------------------------------------------------------------------------------------------------------
+# --- fetching -----------------------------------------------------------------------------------
 
 
 def local(source: str) -> bool:
@@ -162,7 +155,7 @@ def local(source: str) -> bool:
 
 
 def model(source: str, wanted: Wanted) -> str:
-    """A folder with the wanted files of a model: `source` itself where it is one.
+    """Return a folder with the wanted files of a model: `source` itself if it is a local one.
 
     Raises ToolkitError.
     """
@@ -170,7 +163,7 @@ def model(source: str, wanted: Wanted) -> str:
 
 
 def is_here(source: str) -> bool:
-    """Whether a start has a model's files, and fetches no more than what has changed since."""
+    """Return whether a model's files are here; a start then fetches only what has changed since."""
     if local(source):
         return True
     store = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
@@ -183,12 +176,12 @@ def is_here(source: str) -> bool:
 
 
 def data_set(name: str) -> Path:
-    """A folder that `datasets.load_dataset` reads as it reads the hub name. Raises ToolkitError.
+    """Return a folder that `datasets.load_dataset` reads as it reads the hub name.
 
-    Not load_dataset(name): it does not check hashes, keeps what it downloads under names that say
-    nothing of the content, and each of its versions has retries of another kind. Of the repository
-    only the default configuration's files are fetched, as the card names them; without such a card,
-    all that can be read as rows: no pictures, models or scripts.
+    Raises ToolkitError. Not load_dataset(name): it does not check hashes, keeps downloads under
+    names that say nothing about the content, and each of its versions retries in another way. Only
+    the default configuration's files are fetched, as the card names them; if the card names none,
+    all files that can be read as rows: no pictures, models or scripts.
     """
     configs = _configurations(fetch(name, card_files, kind="dataset") / "README.md")
     default = _default(name, configs)
@@ -196,54 +189,51 @@ def data_set(name: str) -> Path:
     snapshot = fetch(name, wanted, kind="dataset")
     files = wanted(_recall(snapshot.parents[1]).files)
     plain = snapshot.parents[1] / "rlhf-box" / snapshot.name
-    # Of several configurations datasets wants the files of all, so the card that it sees has one.
-    alone = len(configs) > 1
-    _link(snapshot, plain, [file for file in files if not (alone and file in card_files(files))])
-    if alone:
+    # If a card has several configurations, datasets wants the files of all: it gets another card.
+    own_card = len(configs) > 1
+    _link(snapshot, plain, [file for file in files if not (own_card and file in card_files(files))])
+    if own_card:
         _replace(plain / "README.md", f"---\nconfigs: {json.dumps([default])}\n---\n")
     return plain
 
 
 def _link(snapshot: Path, plain: Path, files: Sequence[str]) -> None:
-    """Hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones.
+    """Make hard links to files of a snapshot: datasets 2.21 does not see the cache's symbolic ones.
 
-    Copies, where the file system has no links.
+    On a file system without links they are copies.
     """
     for file in files:
         place, blob = plain / file, (snapshot / file).resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists() and not place.samefile(blob) and not _is_copy(place, blob):
-            place.unlink(missing_ok=True)  # of a blob that was damaged
+            place.unlink(missing_ok=True)  # it links to a damaged blob
         try:
             os.link(blob, place)
         except FileExistsError:  # other ranks do the same
             pass
         except OSError:
             if not place.exists():
-                beside = plain.with_name(f"{os.getpid()}.tmp")  # not in `plain`, where it would be read as data
-                shutil.copy2(blob, beside)
-                os.replace(beside, place)
+                partial_copy = plain.with_name(f"{os.getpid()}.tmp")  # not in `plain`, where it would be read as data
+                shutil.copy2(blob, partial_copy)
+                os.replace(partial_copy, place)
 
 
 def _is_copy(place: Path, blob: Path) -> bool:
-    mine, theirs = place.stat(), blob.stat()
-    return (mine.st_size, mine.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+    place_stat, blob_stat = place.stat(), blob.stat()
+    return (place_stat.st_size, place_stat.st_mtime_ns) == (blob_stat.st_size, blob_stat.st_mtime_ns)
 
 
 def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
-    """The snapshot folder of a repository, with the wanted files whole and verified.
+    """Return the snapshot folder of a repository, with the wanted files complete and verified.
 
-    Raises ToolkitError.
-
-    Every rank may call it: the first downloads, the others wait for it and find all there.
+    Raises ToolkitError. Every rank may call it: the first downloads, the others wait for it and
+    find all files there.
     """
     try:
         huggingface_hub.utils.validate_repo_id(name)
         folder = f"{kind}s--{name.replace('/', '--')}"
-        store, lock = (
-            Path(constants.HF_HUB_CACHE, folder),
-            Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock"),
-        )
+        store = Path(constants.HF_HUB_CACHE, folder)
+        lock = Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock")
         if store.is_dir() and not os.access(store, os.W_OK):
             return _fetch(name, wanted, kind, store)
         for each in (store, lock.parent):
@@ -252,7 +242,7 @@ def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
             return _fetch(name, wanted, kind, store)
     except TROUBLES as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, NETWORK):
-            raise  # of the disk
+            raise  # an error of the disk
         raise _refusal(name, kind, _cause(error)) from error
 
 
@@ -268,14 +258,14 @@ def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:
 
 
 def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
-    """Commit and files of the repository as they are now; as they were, if the hub cannot say."""
+    """Write the repository's present commit and files into `memory`.
+
+    They stay as they were if the hub does not answer.
+    """
     try:
         info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
-        memory.commit, memory.files, memory.adopted = (
-            str(info.sha),
-            [file.rfilename for file in info.siblings or []],
-            False,
-        )
+        memory.commit, memory.adopted = str(info.sha), False
+        memory.files = [file.rfilename for file in info.siblings or []]
     except TROUBLES as error:
         if memory.adopted or not memory.commit:
             _adopt(store, memory)
@@ -284,19 +274,21 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
             raise
         if not isinstance(error, OfflineModeIsEnabled):
             _say(
-                f"{constants.ENDPOINT} does not answer ({_line(error)}); {name} is taken from the cache, commit {memory.commit[:12]}"
+                f"{constants.ENDPOINT} does not answer ({_line(error)}); "
+                f"{name} is taken from the cache, commit {memory.commit[:12]}"
             )
         if memory.adopted:
             _say(
-                f"{name} was put into the cache by another program: what is there, {plural(len(memory.files), 'files')}, is taken for all of it"
+                f"{name} was put into the cache by another program: "
+                f"using what is there ({plural(len(memory.files), 'files')}); files may be missing"
             )
     _keep(store, memory)
 
 
 def _adopt(store: Path, memory: Memory) -> None:
-    """A snapshot that others put into the cache.
+    """Write into `memory` the snapshot that another program put into the cache, if there is one.
 
-    Its list of files is what is there: huggingface_hub keeps none.
+    huggingface_hub keeps no list of a snapshot's files, so the list is what is there.
     """
     with suppress(FileNotFoundError):
         commit = (store / "refs/main").read_text().strip()
@@ -306,29 +298,29 @@ def _adopt(store: Path, memory: Memory) -> None:
 
 
 def _download(name: str, kind: Kind, store: Path, memory: Memory, files: Sequence[str]) -> None:
-    def one(file: str) -> None:
+    def download_one(file: str) -> None:
         _verify(file, Path(hf_hub_download(name, file, repo_type=kind, revision=memory.commit)), memory)
 
     try:
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            list(pool.map(one, files))
+            list(pool.map(download_one, files))
     except TROUBLES as error:
-        if (
-            _status(error) == 416 or type(error) is OSError
-        ):  # 0.26 goes on behind a partial file for ever, also behind one that is too long
+        # huggingface_hub 0.26 resumes a partial file forever, even one that is already too long.
+        if _status(error) == 416 or type(error) is OSError:
             for partial_file in (store / "blobs").glob("*.incomplete"):
                 partial_file.unlink(missing_ok=True)
         raise
 
 
 def _verify(file: str, path: Path, memory: Memory) -> None:
-    """The cache names a blob by the hub's hash of it: sha256 of LFS files, else git's sha1.
+    """Check a file's hash; remove the file and raise _Damaged if it is wrong.
 
-    Raises _Damaged, and removes it.
+    The cache names each blob by the hub's hash: sha256 for LFS files, else git's sha1.
     """
     if not path.is_symlink():
         return  # a file system without links: the name, and with it the hash, is lost
-    blob = path.parent / path.readlink()  # one link only: the blob may be a link itself, into a store with other names
+    # Follow one link only: the blob may itself be a link into a store with other names.
+    blob = path.parent / path.readlink()
     state = [blob.stat().st_size, blob.stat().st_mtime_ns]
     if memory.verified.get(blob.name) == state or not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
         return
@@ -361,17 +353,19 @@ def _keep(store: Path, memory: Memory) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
+    partial_file = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial_file.write_text(text)
+    os.replace(partial_file, path)
 
 
-# --- failures -------------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------
 
 
 def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda: 0) -> T:
-    """A line that breaks again and again, each time further on, is not given up: a chunk (10 MB)
-    more of what has `come` is progress.
+    """Try `call` again after failures that may pass; give up after WAITS_S without progress.
+
+    Progress is one chunk (10 MB) more than ever before, by what `come` returns. So a connection
+    that breaks again and again, each time further on, is not given up.
     """
     most, waits = come(), iter(WAITS_S)
     while True:
@@ -380,8 +374,8 @@ def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda
         except TROUBLES as error:
             if not _may_pass(error):
                 raise
-            if (here := come()) >= most + constants.DOWNLOAD_CHUNK_SIZE:
-                most, waits = here, iter(WAITS_S)
+            if (received := come()) >= most + constants.DOWNLOAD_CHUNK_SIZE:
+                most, waits = received, iter(WAITS_S)
             if (wait_s := next(waits, None)) is None:
                 raise
             wait_s = max(wait_s, _asked_to_wait_s(_cause(error)))
@@ -390,7 +384,7 @@ def _tried(name: str, call: Callable[[], T], *, come: Callable[[], int] = lambda
 
 
 def _bytes_here(store: Path) -> int:
-    """Of whole files and partial ones."""
+    """Count the bytes of complete and partial files."""
     return sum(blob.stat().st_size for blob in (store / "blobs").glob("*") if blob.is_file())
 
 
@@ -408,7 +402,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """LocalEntryNotFoundError only says that the HEAD before a download failed."""
+    """Return the error behind a LocalEntryNotFoundError, which only says that a HEAD failed."""
     return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
 
 
@@ -424,15 +418,14 @@ def _status(error: BaseException) -> int | None:
 
 
 def _asked_to_wait_s(error: BaseException) -> float:
-    """Retry-After of an answer, in seconds; 0.0 where it does not say, or says a date."""
+    """Return the answer's Retry-After in seconds; 0.0 if it has none, or a date."""
     asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     return min(float(asked), MOST_ASKED_S) if re.fullmatch("[0-9]+", asked) else 0.0
 
 
 def _line(error: BaseException) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
-    )
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
@@ -442,10 +435,8 @@ def _refusal(name: str, kind: Kind, error: BaseException) -> ToolkitError:
     if isinstance(error, OfflineModeIsEnabled):
         hint = "unset HF_HUB_OFFLINE, or fill the cache (HF_HOME) while the hub can be reached"
     elif isinstance(error, HFValidationError) or status in (401, 403, 404):
-        code, hint = (
-            ExitCode.USAGE,
-            f"check the name; HF_TOKEN opens a gated or private {'model' if kind == 'model' else 'data set'}",
-        )
+        code, thing = ExitCode.USAGE, "model" if kind == "model" else "data set"
+        hint = f"check the name; HF_TOKEN opens a gated or private {thing}"
     elif isinstance(error, _Damaged):
         hint = "the hub or a proxy on the way sends wrong bytes: set HF_ENDPOINT to another mirror"
     else:

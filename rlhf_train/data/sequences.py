@@ -1,5 +1,4 @@
-"""From row numbers to tensors, packed or padded: which rows an update takes, how ranks share them,
-and how they are cut.
+"""Choose the rows of an update, assign them to ranks and passes, and make packed or padded tensors.
 
 Which rows an update trains on depends on the seed and the global batch alone, never on ranks or
 micro batches.
@@ -19,8 +18,7 @@ from jobs.errors import ToolkitError
 from jobs.formatting import plural
 
 WINDOW = 8  # updates whose rows are grouped by length
-# what a pass costs beside its tokens, in tokens: Python, kernel starts, reading and adding to all
-# gradients
+# Fixed cost of a pass, in tokens: Python, kernel starts, reading and adding to all gradients.
 PASS_TOKENS = 256
 
 
@@ -34,7 +32,7 @@ class BatchPlan:
 
     @classmethod
     def of(cls, global_batch: int, micro_batch: int, world_size: int, name: str) -> BatchPlan:
-        """Raises ToolkitError when `name`'s global batch does not divide evenly."""
+        """Return the plan; raise ToolkitError if `name`'s global batch does not divide evenly."""
         if global_batch % world_size:
             raise ToolkitError(
                 f"{name}.global_batch {global_batch} cannot be shared by {world_size} ranks",
@@ -44,7 +42,8 @@ class BatchPlan:
         per_rank = global_batch // world_size
         if per_rank % micro_batch:
             raise ToolkitError(
-                f"{name}.global_batch {global_batch} over {plural(world_size, 'ranks')} is {per_rank}, not a multiple of micro_batch {micro_batch}",
+                f"{name}.global_batch {global_batch} over {plural(world_size, 'ranks')} is {per_rank}, "
+                f"not a multiple of micro_batch {micro_batch}",
                 hint=f"set hardware.micro_batch to one of {_divisors(per_rank)}",
             )
         return cls(micro_batch, per_rank // micro_batch, world_size)
@@ -54,7 +53,8 @@ class BatchPlan:
         return self.micro_batch * self.gradient_accumulation * self.world_size
 
     def __str__(self) -> str:
-        return f"{self.global_batch} = {self.micro_batch} micro batch x {self.gradient_accumulation} accumulation x {plural(self.world_size, 'ranks')}"
+        passes = f"{self.micro_batch} micro batch x {self.gradient_accumulation} accumulation"
+        return f"{self.global_batch} = {passes} x {plural(self.world_size, 'ranks')}"
 
 
 def _divisors(number: int) -> list[int]:
@@ -66,7 +66,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def count_updates(rows: int, global_batch: int, epochs: float, max_updates: int | None) -> int:
-    """Enough updates that every row of `epochs` passes is seen; at least one."""
+    """Return how many updates take every row `epochs` times: at least 1, at most `max_updates`."""
     updates = max(1, int(np.ceil(rows * epochs / global_batch - 1e-9)))
     return min(updates, max_updates) if max_updates else updates
 
@@ -77,8 +77,9 @@ def _permutation(rows: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def rows_of_update(update: int, rows: int, global_batch: int, seed: Sequence[int]) -> np.ndarray:
-    """Row numbers (global_batch,) of update 0, 1, ...: epoch after epoch, each in its own order,
-    none cut short.
+    """Return the row numbers (global_batch,) of an update.
+
+    One epoch follows the other, each in its own order; an update may take rows of two.
     """
     places = np.arange(update * global_batch, (update + 1) * global_batch)
     return np.array([_permutation(rows, (*seed, int(place // rows)))[place % rows] for place in places])
@@ -87,12 +88,12 @@ def rows_of_update(update: int, rows: int, global_batch: int, seed: Sequence[int
 def grouped_rows_of_update(
     update: int, updates: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]
 ) -> np.ndarray:
-    """`rows_of_update` with the rows of up to `WINDOW` updates sorted by length and dealt out anew:
-    little is padded.
+    """Return an update's row numbers, grouped by length within `WINDOW` updates to save padding.
 
-    lengths: (rows,) in tokens; updates: of the whole step. The same rows are trained on as without
-    grouping, since a window ends with an epoch's last whole update and with the step; batches of
-    all lengths come in random order.
+    The rows that `rows_of_update` gives a window of up to `WINDOW` updates are sorted by length and
+    cut into updates again; short and long updates come in random order. The step trains on the same
+    rows as without grouping, since a window ends with an epoch's last whole update and with the
+    step. lengths: (rows,) in tokens; updates: of the whole step.
     """
     epoch = max(1, len(lengths) // global_batch)  # whole updates in one pass over the rows
     first = update - (update % epoch) % WINDOW
@@ -105,12 +106,11 @@ def grouped_rows_of_update(
 def assign_passes(
     lengths: np.ndarray, plan: BatchPlan, rank: int, tokens: int | None = None, *, packed: bool = False
 ) -> list[np.ndarray]:
-    """The rank's passes, as indexes into `lengths` (an update's rows): alike in length, longest
-    first.
+    """Return the rank's passes of rows alike in length, longest first: indexes into `lengths`.
 
-    A pass computes at most `tokens`, padding included, so short rows go many at a time; None: each
-    takes `plan.micro_batch` rows. All ranks get the same number of rows and of passes, and rows of
-    the same lengths at the same time.
+    lengths: of an update's rows. A pass computes at most `tokens`, padding included, so it takes
+    many short rows; None: each takes `plan.micro_batch` rows. All ranks get the same number of rows
+    and of passes, and rows of like lengths at the same time.
     """
     order = np.argsort(-lengths, kind="stable").reshape(-1, plan.world_size)
     if tokens is None:
@@ -121,10 +121,10 @@ def assign_passes(
 def evaluation_batches(
     lengths: np.ndarray, micro_batch: int, world_size: int, rank: int, *, packed: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indexes, real) per pass: every row once over all ranks; `real` is false on repeats that keep
-    ranks in step (one rank: none).
+    """Yield (indexes, real) for each pass of the rank; together the ranks take every row once.
 
-    A pass computes no more than `micro_batch` of the longest rows would.
+    `real` is false on repeated rows, which give each rank as many rows (one rank: none). A pass
+    computes no more tokens than `micro_batch` of the longest rows.
     """
     order = np.argsort(-lengths, kind="stable")
     padded = np.concatenate([order, np.repeat(order[-1:], -len(order) % world_size)]).reshape(-1, world_size)
@@ -134,17 +134,15 @@ def evaluation_batches(
 
 
 def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False) -> list[slice]:
-    """Passes over rows, longest first: the cut with the fewest tokens computed, where each row is
-    padded to its pass's longest or packed.
+    """Cut rows, longest first, into the passes that compute the fewest tokens.
 
-    A pass holds at most `tokens`, or one row, and counts as PASS_TOKENS besides its own: without
-    that, each row would get its own.
+    A pass holds at most `tokens`, or one row. Its rows are padded to its longest, or packed. Each
+    pass counts as PASS_TOKENS more than its rows: without that, each row would get its own.
     """
     total = np.cumsum([0, *lengths])
+    # least[end]: lowest cost of the first `end` rows; starts[end]: where their last pass starts.
     least, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
-    for end in range(
-        1, len(lengths) + 1
-    ):  # least[end]: what the first `end` rows cost, cut at best; starts[end]: of their last pass
+    for end in range(1, len(lengths) + 1):
         most = max(1, tokens // int(lengths[end - 1]))
         first = np.arange(max(0, end - most), end)
         computed = total[end] - total[first] if packed else lengths[first] * (end - first)
@@ -159,13 +157,12 @@ def split_into_passes(lengths: np.ndarray, tokens: int, *, packed: bool = False)
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with responses, a row each: padded on the right to the longest, or packed one behind
-    the other.
+    """Rows of prompt and response: padded on the right to the longest, or packed into one row.
 
-    input_ids: (B, T), or packed (1, N). What a model says of its tokens, hidden states and scores,
-    is addressed flat: (S,), S = B T or N. host_prompt_lengths, host_response_lengths: (B,), in
-    tokens, in the host's memory: places are worked out there, so that nothing waits for a GPU. The
-    same on the device: prompt_lengths, response_lengths.
+    input_ids: (B, T), or packed (1, N). Hidden states and scores of its tokens are addressed flat:
+    (S,), S = B T or N. host_prompt_lengths, host_response_lengths: (B,), in tokens, in the host's
+    memory: indexes are computed there, so that nothing waits for a GPU. prompt_lengths and
+    response_lengths are the same on the device.
     """
 
     input_ids: Tensor
@@ -177,13 +174,12 @@ class Sequences:
     def of(
         cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int | None, device: torch.device
     ) -> Sequences:
-        """pad_id: what fills rows up to the longest; None: rows are packed."""
+        """Pack the rows, or pad them with `pad_id` if it is not None."""
         prompt_lengths = np.array([len(p) for p in prompts])
         response_lengths = np.array([len(r) for r in responses])
         if pad_id is None:
-            ids = np.concatenate([part for row in zip(prompts, responses, strict=True) for part in row]).astype(
-                np.int64
-            )[None]
+            parts = [part for row in zip(prompts, responses, strict=True) for part in row]
+            ids = np.concatenate(parts).astype(np.int64)[None]
         else:
             ids = np.full((len(prompts), int((prompt_lengths + response_lengths).max())), pad_id, dtype=np.int64)
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -209,39 +205,37 @@ class Sequences:
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, T): 1 on real tokens of padded rows. Training needs none: see networks.py."""
+        """Return (B, T), 1 on real tokens of padded rows. Training needs none: see networks.py."""
         return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]).long()
 
     def response_mask(self) -> Tensor:
-        """(B, R), R the longest response here: true on real response tokens, the EOS included."""
+        """Return (B, R), R the longest response: true on real response tokens, the EOS included."""
         width = int(self.host_response_lengths.max())
         return torch.arange(width, device=self.input_ids.device) < self.response_lengths[:, None]
 
     def predicted(self, *, from_prompt: bool = False) -> tuple[Tensor, Tensor]:
-        """Which hidden states predict which tokens: (index into S, label), both (N,), row by row.
+        """Return which hidden states predict which tokens: (index into S, label), both (N,).
 
-        A response token is predicted by the state before it; `from_prompt` adds the prompt's tokens
-        after its first.
+        Row by row. A response token is predicted by the state before it. `from_prompt` adds the
+        prompt's tokens after its first.
         """
         first = self._starts if from_prompt else self._starts + self.host_prompt_lengths - 1
         index = self._on_device(_ranges(first, self._ends - 1))
         return index, self.input_ids.flatten()[index + 1]
 
     def last(self) -> Tensor:
-        """Index into S of each row's last token, (B,)."""
+        """Return the index into S of each row's last token, (B,)."""
         return self._on_device(self._ends - 1)
 
     def spread(self, flat: Tensor) -> Tensor:
-        """Numbers of the response tokens, (N,) in the order of `predicted()` -> (B, R), zero
-        elsewhere.
-        """
+        """Arrange numbers of response tokens, (N,) as in `predicted()`, as (B, R), else zero."""
         rows, width = len(self.host_response_lengths), int(self.host_response_lengths.max())
         starts = np.arange(rows) * width
         place = self._on_device(_ranges(starts, starts + self.host_response_lengths))
         return flat.new_zeros(rows * width).index_copy(0, place, flat).view(rows, width)
 
     def by_row(self, flat: Tensor) -> Tensor:
-        """Numbers of all tokens, (S,) -> (B, T): arbitrary behind a row's last token."""
+        """Arrange numbers of all tokens, (S,), as (B, T); arbitrary behind a row's last token."""
         if not self.is_packed:
             return flat.view(self.input_ids.shape)
         column = np.arange(self.host_lengths.max())
@@ -249,7 +243,7 @@ class Sequences:
 
     @property
     def _starts(self) -> np.ndarray:
-        """Index into S of each row's first token, (B,)."""
+        """Return the index into S of each row's first token, (B,)."""
         lengths = self.host_lengths
         return np.cumsum(lengths) - lengths if self.is_packed else np.arange(len(lengths)) * self.input_ids.shape[1]
 
@@ -262,12 +256,10 @@ class Sequences:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Of the host, to the device, without waiting for what a GPU still has to do: from pinned
-    memory.
-    """
+    """Send a host tensor to the device from pinned memory, without waiting for the GPU's work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., end - 1 of each, one after the other."""
+    """Return start, start + 1, ..., end - 1 of each pair, one pair after the other."""
     return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])

@@ -1,20 +1,19 @@
-"""Write the demo's preference data: `python -m rlhf_train.demo.generator` makes data/train.jsonl
-and data/test.jsonl.
+"""Write the demo's preference data, data/train.jsonl and data/test.jsonl.
 
-The columns are those of Dahoas/rm-static. The same bytes on every machine and every Python.
+Run it by `python -m rlhf_train.demo.generator`. It writes the same bytes on every machine and every
+Python. The columns are those of Dahoas/rm-static:
 
 - `prompt`: a question of one of five tasks: the colour of a thing, an opposite, the next number,
-repeat what I need,
-  greet my friend. Around it, by chance: the user's name, a greeting, small talk, an earlier turn.
-- `chosen`: always good, `rejected`: always bad, by the rule (rule.py).
+  repeat what I need, greet my friend. Around it, by chance: the user's name, a greeting, small
+  talk, an earlier turn.
+- `chosen`: always good; `rejected`: always bad, by the rule (rule.py).
 - `response`, which step 1 learns from, is **deliberately a mixed demonstrator: about half of its
-answers are bad**, of
-  every kind below. So step 1 makes a model that knows the facts and still answers well only half of
-  the time, and PPO
-  has something to win. Real data would not be made like this.
+  answers are bad**, of every kind below. So step 1 makes a model that knows the facts and still
+  answers well only half of the time, and PPO has something to win. Real data would not be made like
+  this.
 
-test.jsonl asks held-out combinations of (user's name, task, arguments): chosen by hash, none occurs
-in train.jsonl. Single facts do occur there, with other names.
+test.jsonl asks held-out combinations of (user's name, task, arguments). They are chosen by hash,
+and none occurs in train.jsonl. Single facts do occur there, with other names.
 """
 
 from __future__ import annotations
@@ -38,10 +37,9 @@ Choice = TypeVar("Choice")
 
 
 class Draw:
-    """Random choices.
+    """Random choices, by `random.random()` alone.
 
-    Made of `random.random()` alone: the only sequence that Python promises to keep over its
-    versions.
+    Python promises to keep only that sequence over its versions.
     """
 
     def __init__(self, seed: int) -> None:
@@ -68,12 +66,12 @@ class Draw:
         return choice
 
 
-# --- questions -----------------------------------------------------------------------------------------------------
+# --- questions ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and one right and one wrong sentence to answer it with."""
+    """A question, with one right and one wrong answer sentence."""
 
     task: str
     arguments: tuple[str, ...]
@@ -113,9 +111,8 @@ def shopping_question(draw: Draw) -> Question:
     item = draw.one_of(ITEMS)
     asked = draw.one_of(("Write down {} for me.", "Please buy {}. What do I need?", "I need {}. Repeat what I need."))
     answer = "You need {}."
-    return Question(
-        "shopping", (item,), asked.format(item), answer.format(item), answer.format(draw.other_than([item], ITEMS))
-    )
+    wrong = draw.other_than([item], ITEMS)
+    return Question("shopping", (item,), asked.format(item), answer.format(item), answer.format(wrong))
 
 
 def greeting_question(draw: Draw) -> Question:
@@ -132,9 +129,8 @@ def greeting_question(draw: Draw) -> Question:
         mistake = answer.format(moment, draw.other_than([friend], NAMES))
     else:
         mistake = answer.format(draw.other_than([moment], MOMENTS), friend)
-    return Question(
-        "greeting", (friend, moment), asked.format(friend=friend, moment=moment), answer.format(moment, friend), mistake
-    )
+    text = asked.format(friend=friend, moment=moment)
+    return Question("greeting", (friend, moment), text, answer.format(moment, friend), mistake)
 
 
 TASKS = (colour_question, opposite_question, number_question, shopping_question, greeting_question)
@@ -144,19 +140,17 @@ def any_question(draw: Draw) -> Question:
     return draw.one_of(TASKS)(draw)
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------
 
-NAMED, EARLIER_TURN, GREETED, SMALL_TALK = (
-    0.6,
-    0.2,
-    0.75,
-    0.4,
-)  # shares of the prompts; the last two where no earlier turn is
+# Shares of all prompts.
+NAMED, EARLIER_TURN = 0.6, 0.2
+# Shares of the prompts without an earlier turn.
+GREETED, SMALL_TALK = 0.75, 0.4
 
 INTRODUCTIONS = ("I am {}.", "{} here.", "This is {}.", "My name is {}.")
 GREETINGS = ("Hello.", "Hi there.", "Good day.")
-# Never anything that the answer needs, and no word that a question turns on: they only make the
-# lengths differ.
+# Small talk only makes the lengths differ. It holds nothing that an answer needs, and no word that
+# a question is recognised by.
 TALK = (
     "Please help me.",
     "I have a question.",
@@ -175,7 +169,7 @@ EARLIER_TURNS = (
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A prompt, with what the generator knows about it."""
+    """A prompt, with the facts that the generator made it from."""
 
     user: str | None  # the name that the user gave
     question: Question
@@ -183,12 +177,12 @@ class Dialogue:
 
     @property
     def two_names(self) -> tuple[str | None, str | None]:
-        """The user's name, and that of the friend to be greeted."""
+        """Return the user's name and that of the friend to be greeted; None for a missing one."""
         return self.user, self.question.arguments[0] if self.question.task == "greeting" else None
 
     @property
     def is_held_out(self) -> bool:
-        """One combination in ten, by a hash that is the same everywhere."""
+        """Return true for one combination in ten, by a hash that is the same everywhere."""
         combination = "|".join((str(self.user), self.question.task, *self.question.arguments))
         return int(hashlib.md5(combination.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0
 
@@ -203,8 +197,8 @@ def new_dialogue(draw: Draw, held_out: bool) -> Dialogue:
 
 
 def new_prompt(draw: Draw, user: str | None, question: Question) -> str:
-    # The demo's model tells two names apart by where they stand. After an earlier turn it greeted
-    # the user for the friend, in 5 answers of 6.
+    # The demo's model tells two names apart by their positions. After an earlier turn it greeted
+    # the user instead of the friend in 5 answers of 6.
     two_names = user is not None and question.task == "greeting"
     earlier, greeting, talk = "", "", ""
     if not two_names and draw.chance(EARLIER_TURN):
@@ -214,19 +208,19 @@ def new_prompt(draw: Draw, user: str | None, question: Question) -> str:
         greeting = draw.one_of(GREETINGS) if draw.chance(GREETED) else ""
         talk = draw.one_of(TALK) if not two_names and draw.chance(SMALL_TALK) else ""
     introduction = draw.one_of(INTRODUCTIONS).format(user) if user else ""
-    said = [sentence for sentence in (greeting, introduction, talk, question.text) if sentence]
-    return f"{earlier}\n\nHuman: {' '.join(said)}\n\nAssistant:"
+    sentences = [sentence for sentence in (greeting, introduction, talk, question.text) if sentence]
+    return f"{earlier}\n\nHuman: {' '.join(sentences)}\n\nAssistant:"
 
 
-# --- answers -------------------------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------
 
-GOOD_DEMONSTRATIONS = 0.5  # of `response`
-# of the pairs: both answers have the same opener and closer, so that only the fault tells them
-# apart
+GOOD_DEMONSTRATIONS = 0.5  # share of `response`
+# Share of the pairs whose answers have the same opener and closer, so that they differ by the fault
+# alone.
 MINIMAL_PAIRS = 0.8
 
-# Bad answers and how often they occur. Pairs favour the faults that a reward model overlooks: with
-# fewer of `wrong` and `name` it reads only the form, and PPO on such a reward model makes answers
+# Bad answers and how often they occur. Pairs favour the faults that a reward model overlooks. With
+# fewer of `wrong` and `name` the reward model reads only the form, and PPO on it makes answers
 # worse (10 % good in the trials).
 DEMONSTRATION_WEIGHTS = {
     "wrong": 3,
@@ -263,7 +257,7 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Courtesy:
-    """The courtesy around an answer."""
+    """The opener and the closer around an answer."""
 
     opener: str
     closer: str
@@ -272,12 +266,12 @@ class Courtesy:
         return f"{self.opener}, {user}." if user else f"{self.opener}."
 
 
-def any_manners(draw: Draw) -> Courtesy:
+def any_courtesy(draw: Draw) -> Courtesy:
     return Courtesy(draw.one_of(OPENERS), draw.one_of(CLOSERS))
 
 
-def good_answer(dialogue: Dialogue, manners: Courtesy) -> str:
-    return _text(manners.open(dialogue.user), dialogue.question.answer, manners.closer)
+def good_answer(dialogue: Dialogue, courtesy: Courtesy) -> str:
+    return _text(courtesy.open(dialogue.user), dialogue.question.answer, courtesy.closer)
 
 
 def bad_kind(draw: Draw, dialogue: Dialogue, weights: Mapping[str, float]) -> str:
@@ -287,9 +281,9 @@ def bad_kind(draw: Draw, dialogue: Dialogue, weights: Mapping[str, float]) -> st
     return kind
 
 
-def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Courtesy) -> str:
-    """An answer with exactly one kind of fault. Not good by the rule, whatever is drawn."""
-    opener, content, closer = manners.open(dialogue.user), dialogue.question.answer, manners.closer
+def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, courtesy: Courtesy) -> str:
+    """Return an answer with exactly one kind of fault. By the rule it is never good."""
+    opener, content, closer = courtesy.open(dialogue.user), dialogue.question.answer, courtesy.closer
     match kind:
         case "wrong":
             return _text(opener, _mistake(draw, dialogue), closer)
@@ -302,7 +296,7 @@ def bad_answer(draw: Draw, kind: str, dialogue: Dialogue, manners: Courtesy) -> 
             words = content.split()
             return _text(opener, *words[: 1 + draw.below(len(words) - 1)])
         case "name":
-            return _text(manners.open(_other_name(draw, dialogue)), content, closer)
+            return _text(courtesy.open(_other_name(draw, dialogue)), content, closer)
         case "cold":
             return content
         case "off":
@@ -318,8 +312,8 @@ def _text(*sentences: str) -> str:
     return " ".join(sentences)
 
 
-# Of the faults with two names about: one is taken for the other. Seldom seen in pairs, it is what
-# PPO ends up with.
+# Share of the faults that swap the two names, where a prompt has two. Such swaps are rare in the
+# pairs, and PPO ends up with them.
 SWAPPED_NAMES = 0.5
 
 
@@ -338,7 +332,7 @@ def _other_name(draw: Draw, dialogue: Dialogue) -> str:
 
 
 def _padding(draw: Draw, content: str) -> list[str]:
-    """The answer once more, or one or two sentences that nobody asked for."""
+    """Return the answer once more, or one or two sentences that nobody asked for."""
     if draw.chance(0.3):
         return [content]
     first = draw.one_of(FILLERS)
@@ -346,8 +340,9 @@ def _padding(draw: Draw, content: str) -> list[str]:
 
 
 def _answer_to_another(draw: Draw, question: Question) -> str:
-    """A right answer, but not to this question; half the time to one of the same kind, the harder
-    to tell.
+    """Return a right answer to another question.
+
+    Half of the time that question has the same task, which is harder to tell apart.
     """
     same_task = draw.chance(0.5)
     while True:
@@ -357,7 +352,7 @@ def _answer_to_another(draw: Draw, question: Question) -> str:
 
 
 def _garbled(draw: Draw, content: str) -> str:
-    """One word lost, doubled, or swapped with the word before it."""
+    """Lose or double one word, or swap it with the word before it."""
     words = content.removesuffix(".").split()
     place, fault = draw.below(len(words)), draw.one_of(("lost", "doubled", "swapped"))
     if fault == "doubled":
@@ -369,23 +364,23 @@ def _garbled(draw: Draw, content: str) -> str:
     return " ".join(words) + "."
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------
 
 
 def new_row(draw: Draw, held_out: bool) -> Row:
     dialogue = new_dialogue(draw, held_out)
-    manners = any_manners(draw)
+    courtesy = any_courtesy(draw)
     if draw.chance(GOOD_DEMONSTRATIONS):
-        response = good_answer(dialogue, manners)
+        response = good_answer(dialogue, courtesy)
     else:
-        response = bad_answer(draw, bad_kind(draw, dialogue, DEMONSTRATION_WEIGHTS), dialogue, manners)
-    manners = any_manners(draw)
-    others = manners if draw.chance(MINIMAL_PAIRS) else any_manners(draw)
-    rejected = bad_answer(draw, bad_kind(draw, dialogue, PAIR_WEIGHTS), dialogue, others)
+        response = bad_answer(draw, bad_kind(draw, dialogue, DEMONSTRATION_WEIGHTS), dialogue, courtesy)
+    courtesy = any_courtesy(draw)
+    rejected_courtesy = courtesy if draw.chance(MINIMAL_PAIRS) else any_courtesy(draw)
+    rejected = bad_answer(draw, bad_kind(draw, dialogue, PAIR_WEIGHTS), dialogue, rejected_courtesy)
     return {
         "prompt": dialogue.prompt,
         "response": f" {response}",
-        "chosen": f" {good_answer(dialogue, manners)}",
+        "chosen": f" {good_answer(dialogue, courtesy)}",
         "rejected": f" {rejected}",
     }
 
@@ -397,7 +392,7 @@ def train_rows() -> Iterator[Row]:
 
 
 def test_rows() -> Iterator[Row]:
-    """As many rows with prompts that all differ."""
+    """Yield TEST_ROWS rows whose prompts all differ."""
     draw = Draw(TEST_SEED)
     seen: set[str] = set()
     while len(seen) < TEST_ROWS:
@@ -411,7 +406,7 @@ FILES = {"train.jsonl": train_rows, "test.jsonl": test_rows}
 
 
 def content_of(name: str) -> bytes:
-    """A data file as it is shipped."""
+    """Return a data file's bytes as they are shipped."""
     return "".join(json.dumps(row) + "\n" for row in FILES[name]()).encode("ascii")
 
 

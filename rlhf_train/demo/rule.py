@@ -1,13 +1,12 @@
-"""Is this a good answer? A rule that reads the two texts and nothing else: no model, no reward, no
-generator.
+"""Judge whether an answer is good, from the two texts alone: no model, no reward, no generator.
 
-It is what PPO is measured against. With the generator it shares the facts and words of `world.py`
-only; it finds the question in the prompt with patterns of its own and works out the right answer
-again.
+PPO is measured against this rule. It shares only the facts and words of `world.py` with the
+generator. It finds the question in the prompt with patterns of its own and works out the right
+answer again.
 
 A good answer has three sentences and then ends: an opener that calls the user by name if (and only
-if) the user gave one, the right answer to the last question, a closer. `judge` says the first thing
-against it:
+if) the user gave one, the right answer to the last question, a closer. `judge` returns the first
+fault:
 
     unended   the end token was not reached
     cut       the text stops inside a sentence
@@ -31,12 +30,12 @@ GOOD = "good"
 
 
 def is_good(prompt: str, response: str, ended: bool) -> bool:
-    """Whether `response` is good; `ended` says that its end token was sampled. Takes any text."""
+    """Return whether `response` is good; `ended`: its end token was sampled. Takes any text."""
     return judge(prompt, response, ended) == GOOD
 
 
 def judge(prompt: str, response: str, ended: bool) -> str:
-    """ "good", or the first reason against (the module's list).
+    """Return "good", or the first fault by the module's list.
 
     Special tokens around the prompt do not matter.
     """
@@ -63,7 +62,7 @@ def judge(prompt: str, response: str, ended: bool) -> str:
 
 
 def last_turn(prompt: str) -> str:
-    """What the human said last."""
+    """Return the last thing that the human said."""
     return prompt.rpartition("Human:")[2].partition("Assistant:")[0]
 
 
@@ -81,7 +80,7 @@ def _openers_for(user: str | None) -> list[str]:
 
 
 def right_answer(question: str) -> str | None:
-    """The one sentence that answers `question`; None if it is no question of this world."""
+    """Return the one sentence that answers `question`; None if this world has no such question."""
     for pattern, answer in _TASKS:
         if match := pattern.search(question):
             return answer(match)
@@ -109,11 +108,9 @@ def _shopping(match: re.Match[str]) -> str | None:
 
 def _greeting(match: re.Match[str]) -> str | None:
     moments = [moment for moment in MOMENTS if re.search(rf"\b{moment}\b", match.string)]
-    return (
-        f"I wish you a good {moments[0]}, my dear {match['friend']}."
-        if len(moments) == 1 and match["friend"] in NAMES
-        else None
-    )
+    if len(moments) != 1 or match["friend"] not in NAMES:
+        return None
+    return f"I wish you a good {moments[0]}, my dear {match['friend']}."
 
 
 _TASKS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str | None]], ...] = (

@@ -1,8 +1,7 @@
 """The little world of the demo: its facts and its words.
 
-All that the generator (which writes the dialogues) and the rule (which judges answers) have in
-common. It is small on purpose: a byte-level BPE of 512 entries holds every word of the data as one
-token.
+The generator writes dialogues from it, and the rule judges answers by it; they share nothing else.
+It is small on purpose: a byte-level BPE of 512 entries holds every word of the data as one token.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ ITEMS = ("apples", "bread", "cheese", "eggs", "flour", "honey", "jam", "milk", "
 
 MOMENTS = ("morning", "afternoon", "evening")
 
-# A good answer is `OPENER[, user]. CONTENT. CLOSER.`. The contents differ in length, by task; these
-# hardly do: a reward model gives a long closer more, and PPO then spends its KL on closers (2 to 7
-# tokens: KL 3.0, 84 % good;
-# these: KL 1.6, 89 %; one seed, before the pairs were mended).
+# A good answer is `OPENER[, user]. CONTENT. CLOSER.`. Contents differ in length, by task. Openers
+# and closers hardly do: a reward model scores a long closer higher, and PPO then spends its KL on
+# closers (closers of 2 to 7 tokens: KL 3.0, 84 % good; these: KL 1.6, 89 %; one seed, before the
+# pairs were mended).
 OPENERS = ("Sure", "Gladly", "Certainly", "Of course", "With pleasure")
 CLOSERS = ("All the best.", "You are welcome.", "I hope this helps.", "Have a nice day.", "Please ask me again.")
 

@@ -1,9 +1,8 @@
-"""Products of matrices on a CPU, in float32: by the quicker of the two libraries that PyTorch
-carries.
+"""Multiply float32 matrices on a CPU by the quicker of the two libraries that PyTorch carries.
 
-PyTorch calls MKL, whose kernels on AMD's processors stop at AVX2. Where these have AVX-512, oneDNN
-uses it: one core of an EPYC of Zen 5 does 105 to 115 GFLOP/s by MKL, and by oneDNN 170 to 260. On
-any other processor, and on a GPU, all here is PyTorch's own product.
+PyTorch calls MKL, which uses at most AVX2 on AMD's processors. oneDNN uses AVX-512 if they have it:
+one core of a Zen 5 EPYC does 105 to 115 GFLOP/s by MKL, and 170 to 260 by oneDNN. On any other
+processor, and on a GPU, everything here is PyTorch's own product.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_train import compat, host
 
-LEAST = (
-    2**20
-)  # multiplications of a product, below which oneDNN's start costs what its kernels save: 16 rows by a matrix of 256 x 256
+# A product of fewer multiplications stays with PyTorch: there oneDNN's start costs what its kernels
+# save. 2^20 are 16 rows by a matrix of 256 x 256.
+LEAST = 2**20
 
 
 def use_in(model: Any) -> Any:
-    """The model, whose linear layers but the head are `linear` from now on.
-
-    Copies of it are so, too.
-    """
+    """Make all linear layers but the head use `linear`, also in copies; return the model."""
     if is_quicker_by_onednn():
         for module in model.base_model.modules():
             if type(module) is nn.Linear:
@@ -41,28 +37,30 @@ class CpuLinear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, with a gradient. x: (..., k); weight: (m, k); bias: (m,). Returns (..., m)."""
-    if not _suits(x, weight) or hasattr(weight, "ds_id"):  # ZeRO-3 takes weights away between the two passes
+    """Compute x W^T + b, with a gradient.
+
+    x: (..., k); weight: (m, k); bias: (m,). Returns (..., m).
+    """
+    if not _suits(x, weight) or hasattr(weight, "ds_id"):  # ZeRO-3 frees weights between the two passes
         return F.linear(x, weight, bias)
-    flat = x.flatten(0, -2)
-    y: Tensor = (
-        _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else compat.onednn_linear(flat, weight, bias)
-    )
+    flat, multiply = x.flatten(0, -2), _Linear.apply if torch.is_grad_enabled() else compat.onednn_linear
+    y: Tensor = multiply(flat, weight, bias)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], len(weight))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T, without a gradient. a: (n, k); b: (m, k). Returns (n, m)."""
+    """Compute A B^T, without a gradient. a: (n, k); b: (m, k). Returns (n, m)."""
     if not _suits(a, b):
         return a @ b.T
-    if len(a) > len(b) and not a.is_contiguous():  # oneDNN would copy it, and not the second one: logits are gigabytes
+    # oneDNN copies a first operand that is not contiguous, never the second: logits are gigabytes.
+    if len(a) > len(b) and not a.is_contiguous():
         return compat.onednn_linear(b, a, None).T.contiguous()
     return compat.onednn_linear(a, b, None)
 
 
 @cache
 def is_quicker_by_onednn() -> bool:
-    """On this machine."""
+    """Return whether oneDNN beats MKL on this machine: an AMD processor with AVX-512."""
     text = host.cpu_text()
     return "AuthenticAMD" in text and "avx512f" in (host.cpu_flags(text) or ()) and compat.has_onednn_linear()
 
@@ -73,7 +71,10 @@ def _suits(a: Tensor, b: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """x (n, k), weight (m, k), bias (m,) or None -> (n, m)."""
+    """x W^T + b by oneDNN, forward and backward.
+
+    x (n, k), weight (m, k), bias (m,) or None -> (n, m).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

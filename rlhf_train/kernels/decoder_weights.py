@@ -1,6 +1,6 @@
-"""The tensors of a decoder-only transformer, by what the decode step does with them.
+"""The tensors of a decoder-only transformer, named by their use in the decode step.
 
-Which model they belong to does not matter here.
+They may belong to any model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Layer:
     after_mlp: Norm | None
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (n, d). Returns three (n, d), maybe views of one (n, 3 d)."""
+        """Return query, key and value of x (n, d): three (n, d), maybe views of one (n, 3 d)."""
         if self.joined is not None:
             key, value, query = self.joined(x).chunk(3, dim=-1)
             return query, key, value
@@ -78,7 +78,10 @@ class Network:
         return self.width // self.heads
 
     def addresses(self) -> tuple[int, ...]:
-        """Of all its tensors: a captured graph reads these, whatever the model holds later."""
+        """Return the addresses of all tensors.
+
+        A captured graph reads there, whatever the model holds later.
+        """
         return tuple(tensor.data_ptr() for tensor in _tensors(self))
 
 

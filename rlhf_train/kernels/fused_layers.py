@@ -1,10 +1,9 @@
-"""What a decoder's layer is made of besides products and attention, with gradients: on a GPU in few
-passes over memory.
+"""Residual sums, layer norms and ReLUs of a decoder's layer, with gradients.
 
-A sum that is normed at once is one kernel with its norm, and a norm's gradient one with what the
-sum has of elsewhere; a ReLU is done by cuBLAS with the product before it, and its gradient is one
-kernel with that of the bias. The kernels are Triton 3's. Without it, and on a CPU, norms and
-gradients are PyTorch's own.
+On a GPU they take few passes over memory. A residual sum and its norm are one kernel; the backward
+kernel also adds the sum's own gradient. cuBLAS does a ReLU together with the product before it; the
+ReLU's gradient and the bias's are one kernel. The kernels are Triton 3's. Without it, and on a CPU,
+norms and gradients are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch.autograd.function import once_differentiable
 from rlhf_train.kernels import cpu_matmul, decode_step, layer_gradients
 from rlhf_train.kernels.decoder_weights import Norm
 
-LONGEST = 8192  # numbers of a row, which a program of the norm's kernels holds at once
+LONGEST = 8192  # numbers of a row: a program of the norm's kernels holds a whole one
 
-# --- sum and norm --------------------------------------------------------------------------------------------------
+# --- sum and norm --------------------------------------------------------------------------------
 
 
 def add_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + residual, and the layer norm of that. All (n, d); residual None: x, and its norm."""
+    """Return x + residual and its layer norm. All (n, d); residual None: x and its norm."""
     if _suits(norm) and _by_kernels(x):
         total, normed = _AddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps)
         return total, normed
@@ -38,18 +37,18 @@ def _by_kernels(x: Tensor) -> bool:
 
 
 def _suits(norm: nn.LayerNorm) -> bool:
-    """ZeRO-3's weights have a ds_id, and no values but while their module runs."""
-    return (
-        norm.weight is not None
-        and norm.bias is not None
-        and not hasattr(norm.weight, "ds_id")
-        and len(norm.weight) <= LONGEST
-    )
+    """Return whether the kernels can run a norm.
+
+    ZeRO-3's weights have a ds_id, and have values only while their module runs.
+    """
+    has_parameters = norm.weight is not None and norm.bias is not None
+    return has_parameters and not hasattr(norm.weight, "ds_id") and len(norm.weight) <= LONGEST
 
 
 class _AddNorm(torch.autograd.Function):
-    """x (n, d), residual (n, d) or None, weight (d,), bias (d,), eps -> their sum (n, d), its norm
-    (n, d).
+    """A residual sum and its layer norm, with gradients.
+
+    x (n, d), residual (n, d) or None, weight (d,), bias (d,), eps -> sum (n, d), its norm (n, d).
     """
 
     @staticmethod
@@ -84,14 +83,14 @@ class _AddNorm(torch.autograd.Function):
         )
 
 
-# --- product and ReLU ----------------------------------------------------------------------------------------------
+# --- product and ReLU ---------------------------------------------------------------------------
 
 
 def join_relu(layer: Any) -> None:
-    """OPT's decoder layer: its `fc1` does the ReLU that follows, too; or, with an adapter, the ReLU
-    writes over what it has made.
+    """Make `fc1` of OPT's decoder layer also do the ReLU that follows.
 
-    After adapters are added: one that is put on a LinearRelu would come after the ReLU.
+    With an adapter on `fc1`, the ReLU writes over its input instead. Call this after adapters are
+    added: an adapter on a LinearRelu would come after the ReLU.
     """
     if type(layer.fc1) in (nn.Linear, cpu_matmul.CpuLinear):
         layer.fc1.__class__, layer.activation_fn = LinearRelu, nn.Identity()
@@ -105,13 +104,13 @@ class LinearRelu(nn.Linear):
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """relu(x W^T + b), with a gradient. x: (..., k); weight: (m, k); bias: (m,).
+    """Compute relu(x W^T + b), with a gradient.
 
-    Returns (..., m).
+    x: (..., k); weight: (m, k); bias: (m,). Returns (..., m).
     """
     if bias is None or hasattr(weight, "ds_id") or not _by_cublas(x):
-        # Over the product, whose gradient does not need it. One of more than two dimensions is a
-        # view, of which autograd would make a copy.
+        # In place: the product's gradient does not need its result. A product of more than two
+        # dimensions is a view, and autograd would copy it.
         return F.relu(cpu_matmul.linear(x, weight, bias), inplace=x.ndim == 2)
     flat = x.flatten(0, -2)
     y: Tensor = _LinearRelu.apply(flat, weight, bias)
@@ -123,7 +122,7 @@ def _by_cublas(x: Tensor) -> bool:
 
 
 class _LinearRelu(torch.autograd.Function):
-    """x (n, k), weight (m, k), bias (m,) -> (n, m)."""
+    """relu(x W^T + b) by cuBLAS. x (n, k), weight (m, k), bias (m,) -> (n, m)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

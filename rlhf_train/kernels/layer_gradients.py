@@ -1,8 +1,7 @@
-"""Triton kernels of the backward pass through a decoder's layers, for GPUs: what PyTorch does in
-several passes over memory, in one.
+"""Triton kernels of the backward pass through a decoder's layers, for GPUs.
 
-Optional: without Triton 3 it is PyTorch's own. Tests compare the two in Triton's interpreter, on a
-CPU.
+Each does in one pass over memory what PyTorch does in several. They are optional: without Triton 3,
+gradients are PyTorch's own. Tests compare the two in Triton's interpreter, on a CPU.
 """
 
 from __future__ import annotations
@@ -10,21 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_train.kernels.decode_step import IS_THERE
+from rlhf_train.kernels.decode_step import HAS_TRITON
 
-# Of a norm's gradient: they go through all rows together, and each adds up its part of the
-# gradients of weight and bias. On an H200 16384 rows of 2048 took 99 us and their sums 18 (512
-# programs: 97 and 26; 256: 149 and 17), of 1024 53 and 15 (77 and 25, 133 and 17).
+# Programs of a norm's gradient: they share the rows, and each adds up its part of the gradients of
+# weight and bias. Measured on an H200, 16384 rows, in us for the kernel and for the sums after it,
+# by 1024, 512 and 256 programs: rows of 2048: 99 and 18, 97 and 26, 149 and 17; rows of 1024: 53
+# and 15, 77 and 25, 133 and 17.
 PROGRAMS = 1024
-ROWS, COLUMNS, PARTS = 8, 512, 32  # of a tile of a ReLU's gradient, and programs that share a column's rows
+ROWS, COLUMNS = 8, 512  # of a tile of a ReLU's gradient
+PARTS = 32  # programs that share a column's rows
 
-if IS_THERE:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
     @triton.jit
     def _norm_gradient(
-        x, weight, of_x, of_normed, out, of_weight, of_bias, rows, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr
+        x, weight, of_x, of_normed, out, of_weight, of_bias, rows, eps,
+        SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
     ):  # fmt: skip
         column = tl.arange(0, BLOCK)
         inside = column < SIZE
@@ -52,15 +54,14 @@ if IS_THERE:
     @triton.jit
     def _relu_gradient(above, y, out, of_bias, rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros(
-            [ROWS, COLUMNS], tl.float32
-        )  # added up over its rows in the end: to do it for each tile took twice as long as all else
+        # Summed over its rows only at the end: in each tile that took twice as long as all else.
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
             row = first + tl.arange(0, ROWS)
             at = tl.cast(row, tl.int64)[:, None] * size + column[None, :]
             inside = (row < rows)[:, None] & (column < size)[None, :]
             gradient = tl.load(above + at, inside, 0.0)
-            gradient = tl.where(tl.load(y + at, inside, 0.0) <= 0, 0.0, gradient)  # through a NaN, as PyTorch
+            gradient = tl.where(tl.load(y + at, inside, 0.0) <= 0, 0.0, gradient)  # passes a NaN on, as PyTorch does
             tl.store(out + at, gradient, inside)
             total += gradient.to(tl.float32)
         tl.store(of_bias + tl.program_id(1) * size + column, tl.sum(total, 0), column < size)
@@ -69,8 +70,10 @@ if IS_THERE:
 def norm_gradient(
     x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x (n, d), of the weight and of the bias (d,), given that of the layer norm of x; of_x (n,
-    d): what x has of elsewhere, added.
+    """Return the gradients of x (n, d), weight (d,) and bias (d,) of a layer norm of x.
+
+    of_normed: (n, d), the gradient of the norm's result; of_x: (n, d), x's gradient from elsewhere,
+    which is added.
     """
     rows, size = x.shape
     programs = max(1, min(PROGRAMS, rows))
@@ -87,7 +90,10 @@ def norm_gradient(
 
 
 def relu_gradient(above: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of relu's input (n, m), and its sum over n, (m,), given that of y (n, m), its result."""
+    """Return the gradient of a ReLU's input, (n, m), and its sum over n, (m,).
+
+    above: (n, m), the gradient of the ReLU's result y (n, m).
+    """
     rows, size = y.shape
     above, out = above.contiguous(), torch.empty_like(y)
     parts = torch.empty(PARTS, size, dtype=torch.float32, device=y.device)

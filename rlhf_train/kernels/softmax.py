@@ -1,8 +1,8 @@
-"""Triton kernels of the log-probs over a vocabulary, for GPUs: logits are read once forward, and
-once backward, in the model's dtype.
+"""Triton kernels of the log-probs over a vocabulary, for GPUs.
 
-Optional: without Triton 3 rlhf_train/models/log_probs.py does the same in plain PyTorch. Tests
-compare the two in Triton's interpreter, on a CPU.
+They read logits once forward and once backward, in the model's dtype. They are optional: without
+Triton 3, rlhf_train/models/log_probs.py does the same in plain PyTorch. Tests compare the two in
+Triton's interpreter, on a CPU.
 """
 
 from __future__ import annotations
@@ -10,31 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_train.kernels.decode_step import IS_THERE
+from rlhf_train.kernels.decode_step import HAS_TRITON
 
-BLOCK = 4096  # logits of a row read at once
+BLOCK = 4096  # logits of a row in one read
 
-if IS_THERE:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
     @triton.jit
     def _softmax_numbers(
-        logits,
-        labels,
-        log_probs,
-        normalizers,
-        entropies,
-        per_temperature,
-        vocabulary,
-        ENTROPY: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        logits, labels, log_probs, normalizers, entropies, per_temperature, vocabulary,
+        ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         logits += row * vocabulary
-        # Online, a column of the block at a time. Beyond the row's end stands a number that is low,
-        # and finite: no NaN comes of it.
+        # Online softmax, separately for each column of the block. Beyond the row's end stands a
+        # low, finite number: it makes no NaN.
         most = tl.zeros([BLOCK], tl.float32) - 1e30
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
@@ -70,28 +63,20 @@ if IS_THERE:
 def softmax_numbers(
     logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As log_probs.softmax_numbers. logits: (n, V), contiguous."""
+    """Return what log_probs.softmax_numbers does. logits: (n, V), contiguous."""
     rows, vocabulary = logits.shape
     log_probs, normalizers = logits.new_empty(2, rows, dtype=torch.float32)
     entropies = logits.new_empty(rows if with_entropy else 0, dtype=torch.float32)
     if rows:
         _softmax_numbers[(rows,)](
-            logits,
-            labels,
-            log_probs,
-            normalizers,
-            entropies,
-            1 / temperature,
-            vocabulary,
-            with_entropy,
-            BLOCK,
-            num_warps=8,
-        )
+            logits, labels, log_probs, normalizers, entropies, 1 / temperature, vocabulary,
+            with_entropy, BLOCK, num_warps=8,
+        )  # fmt: skip
     return log_probs, normalizers, entropies
 
 
 def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:
-    """As log_probs.to_gradient_. logits: (n, V), contiguous."""
+    """Do what log_probs.to_gradient_ does. logits: (n, V), contiguous."""
     rows, vocabulary = logits.shape
     if rows:
         grid = (rows, triton.cdiv(vocabulary, BLOCK))

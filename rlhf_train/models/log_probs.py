@@ -1,10 +1,10 @@
-"""Log-probs of labels under a vocabulary head: the largest tensors of training, so kept small.
+"""Compute log-probs of labels under a vocabulary head, in little memory.
 
-Where the head is a plain linear layer, logits live in the model's own dtype, softmax is done in
-float32 for a few rows at a time (or in kernels, on a GPU), and in the backward pass the gradient of
-the logits takes their place. A head that is more than its weight (an adapter on it, a bias,
-ZeRO-3's partitions) is called as a module, and again in the backward pass where it takes several
-chunks.
+Logits are the largest tensors of training. If the head is a plain linear layer, they have the
+model's own dtype, softmax is done in float32 for a few rows at a time (or in kernels, on a GPU),
+and the backward pass writes the gradient of the logits over the logits. A head that is more than
+its weight (it has an adapter, a bias, or ZeRO-3's partitions) is called as a module; if that takes
+several chunks, it is called again in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rlhf_train import compat
 from rlhf_train.kernels import decode_step, softmax
 from rlhf_train.kernels.cpu_matmul import product
 
-FLOAT32_BYTES = 64 * 2**20  # softmax numbers held at once: as many rows are done at a time
-MODULE_BYTES = 256 * 2**20  # float32 logits held at once where the head is called as a module
-KEPT_BYTES = (
-    2**31
-)  # logits held at once in the model's dtype, and kept for the backward pass; those of more rows are made again there
+FLOAT32_BYTES = 64 * 2**20  # float32 softmax numbers of one piece of rows
+MODULE_BYTES = 256 * 2**20  # float32 logits of one piece, if the head is called as a module
+# Logits of one piece in the model's dtype. A single piece is kept for the backward pass; several
+# are computed again there.
+KEPT_BYTES = 2**31
 
 
 def label_log_probs(
@@ -35,10 +35,10 @@ def label_log_probs(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(head(states) / temperature)[labels], in float32.
+    """Return log softmax(head(states) / temperature)[labels], in float32, and the entropies.
 
-    states: (N, d); labels: (N,). Returns (N,), and the entropies (N,), without gradient, if asked
-    for.
+    states: (N, d); labels: (N,). Returns (N,) and (N,); the entropies have no gradient, and are
+    None without `with_entropy`.
     """
     if is_plain(head, states):
         log_probs, entropies = _LabelLogProbs.apply(
@@ -50,9 +50,9 @@ def label_log_probs(
 
 
 def is_plain(head: nn.Module, states: Tensor) -> bool:
-    """Whether the head is its weight and nothing else.
+    """Return whether the head is its weight and nothing else.
 
-    ZeRO-3's weights have a ds_id, and no values but while their module runs.
+    ZeRO-3's weights have a ds_id, and have values only while their module runs.
     """
     return (
         type(head) is nn.Linear
@@ -63,7 +63,10 @@ def is_plain(head: nn.Module, states: Tensor) -> bool:
 
 
 class _LabelLogProbs(torch.autograd.Function):
-    """states (N, d), weight (V, d), labels (N,) -> log-probs (N,), entropies (N,) or (0,)."""
+    """Log-probs under a plain head, piece by piece.
+
+    states (N, d), weight (V, d), labels (N,) -> log-probs (N,), entropies (N,) or (0,).
+    """
 
     @staticmethod
     def forward(
@@ -82,14 +85,15 @@ class _LabelLogProbs(torch.autograd.Function):
             numbers.append(_softmax_numbers(logits, labels[part], temperature, with_entropy))
         log_probs, normalizers, entropies = (torch.cat(column) for column in zip(*numbers, strict=True))
         ctx.save_for_backward(states, weight, labels, normalizers)
-        ctx.temperature, ctx.parts, ctx.kept = temperature, parts, logits if with_gradient and len(parts) == 1 else None
+        ctx.temperature, ctx.parts = temperature, parts
+        ctx.kept = logits if with_gradient and len(parts) == 1 else None
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """Writes over the logits that were kept; a second pass makes them again."""
+        """Write the gradient over the logits that were kept; a second pass computes them again."""
         states, weight, labels, normalizers = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         of_states, of_weight = list[Tensor](), None
@@ -99,26 +103,18 @@ class _LabelLogProbs(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_states.append(product(logits, weight.T))
             if ctx.needs_input_grad[1]:
-                part_of_it = product(logits.T, states[part].T)
-                of_weight = (
-                    part_of_it
-                    if len(ctx.parts) == 1
-                    else part_of_it.float()
-                    if of_weight is None
-                    else of_weight.add_(part_of_it)
-                )
-        return (
-            torch.cat(of_states) if of_states else None,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+                share = product(logits.T, states[part].T)
+                if of_weight is None:
+                    of_weight = share if len(ctx.parts) == 1 else share.float()
+                else:
+                    of_weight.add_(share)
+        of_all_states = torch.cat(of_states) if of_states else None
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+        return of_all_states, of_weight, None, None, None, None
 
 
 def pieces(rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
-    """At least one, which may be empty."""
+    """Cut rows into pieces of at most `most_bytes`; there is at least one, which may be empty."""
     most = max(1, most_bytes // row_bytes)
     return [slice(start, min(start + most, rows)) for start in range(0, max(rows, 1), most)]
 
@@ -141,8 +137,9 @@ def _to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient:
 def softmax_numbers(
     logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V), (n,) -> log-probs (n,), log of the sum of exp (n,), entropies (n,) or (0,), in
-    float32.
+    """Return log-probs (n,), log-sum-exps (n,) and entropies (n,) or (0,), in float32.
+
+    logits: (n, V); labels: (n,).
     """
     scaled = logits.float() / temperature if temperature != 1.0 else logits.float()
     probabilities = scaled.softmax(-1)
@@ -154,10 +151,11 @@ def softmax_numbers(
 
 
 def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: Tensor, temperature: float) -> None:
-    """In place: logits (n, V) become the gradient with respect to themselves, given that of their
-    labels' log-probs (n,).
+    """Write the gradient with respect to the logits (n, V) over them.
+
+    gradient: (n,), that of their labels' log-probs.
     """
-    scaled = logits.float()  # float32 logits themselves
+    scaled = logits.float()  # the same memory if the logits are float32
     if temperature != 1.0:
         scaled /= temperature
         gradient = gradient / temperature
@@ -168,7 +166,7 @@ def to_gradient_(logits: Tensor, labels: Tensor, normalizers: Tensor, gradient: 
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax(logits)[labels], in float32.
+    """Return log softmax(logits)[labels], in float32.
 
     logits: (..., V); labels: (...). Returns (...).
     """
@@ -177,7 +175,7 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum p log p of softmax(logits), in nats. logits: (..., V). Returns (...)."""
+    """Return -sum p log p of softmax(logits), in nats. logits: (..., V). Returns (...)."""
     log_probs = logits.float().log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
@@ -185,7 +183,7 @@ def entropy(logits: Tensor) -> Tensor:
 def _by_module(
     states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same, of any head."""
+    """Return log-probs and entropies under any head, by calling it as a module."""
 
     def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(states).float()

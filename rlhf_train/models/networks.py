@@ -1,5 +1,4 @@
-"""The four networks, as plain Hugging Face models, and the two forward passes that training needs
-of them.
+"""Load the four networks as plain Hugging Face models, and run the two forward passes of training.
 
 Dropout is 0 in every model, always: old and new log-probs must come from the same function. Padding
 has a token of its own, never the EOS. `ActorForward` and `ScoreForward` exist in training only;
@@ -30,11 +29,11 @@ from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models import packed_attention
 from rlhf_train.models.log_probs import label_log_probs
 
-# --- tokenizers ----------------------------------------------------------------------------------------------------
+# --- tokenizers ----------------------------------------------------------------------------------
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, with a padding token of its own."""
+    """Load the tokenizer of a model, with a padding token of its own."""
     tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
     if tokenizer.eos_token_id is None:
         raise ToolkitError(
@@ -48,8 +47,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with OPT's special tokens: `</s>` begins a prompt and ends an
-    answer.
+    """Train a byte-level BPE tokenizer with OPT's special tokens.
+
+    `</s>` begins a prompt and ends an answer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -75,48 +75,38 @@ def train_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_input_names=[
-            "input_ids",
-            "attention_mask",
-        ],  # transformers 4 would add token_type_ids, which no model here takes
+        # transformers 4 would add token_type_ids, which no model here takes.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
-    """AutoModelForCausalLM by hub name, from a folder, or with random weights from a configuration."""
-    config = _config(model, tokenizer)
+    """Load an AutoModelForCausalLM from a hub or a folder, or make one with random weights."""
+    config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
-        return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **compat.dtype_argument(dtype)))
-    loaded = _load(
-        AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **compat.dtype_argument(dtype)
-    )
+        return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **dtype_argument))
+    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
     return cpu_matmul.use_in(_fit_vocabulary(loaded, tokenizer))
 
 
 def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
-    """AutoModelForSequenceClassification with one label.
+    """Load or make an AutoModelForSequenceClassification with one label.
 
     A head that the weights lack starts at N(0, 1/sqrt(d + 1)).
     """
-    config = _config(model, tokenizer)
+    config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
     config.num_labels = 1
     torch.manual_seed(seed)
     if isinstance(model, Scratch):
-        scorer = AutoModelForSequenceClassification.from_config(config, **compat.dtype_argument(dtype))
+        scorer = AutoModelForSequenceClassification.from_config(config, **dtype_argument)
     else:
-        scorer = _load(
-            AutoModelForSequenceClassification.from_pretrained,
-            model,
-            hub.model_files,
-            config=config,
-            **compat.dtype_argument(dtype),
-        )
-        scorer = _fit_vocabulary(scorer, tokenizer)
+        load = AutoModelForSequenceClassification.from_pretrained
+        scorer = _fit_vocabulary(_load(load, model, hub.model_files, config=config, **dtype_argument), tokenizer)
     if not isinstance(getattr(scorer, "score", None), nn.Module):
         raise ToolkitError(
             f"a reward model cannot be made from {type(scorer).__name__}",
@@ -144,9 +134,8 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
     else:
         config = _load(AutoConfig.from_pretrained, model, hub.config_files)
     for name, value in config.to_dict().items():
-        if (
-            name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")
-        ) and isinstance(value, float | int):
+        is_dropout = name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+        if is_dropout and isinstance(value, float | int):
             setattr(config, name, 0.0)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # A padding token that was added has no row in the embedding yet: see `_fit_vocabulary`.
@@ -155,8 +144,9 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Room for a padding token that was added; never smaller (OPT keeps 50272 rows for 50265
-    tokens).
+    """Make room in the embedding for a padding token that was added.
+
+    It never gets smaller: OPT keeps 50272 rows for 50265 tokens.
     """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -178,7 +168,7 @@ def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
 
 
 def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Raises ToolkitError when prompt and response together outgrow the model's positions."""
+    """Raise ToolkitError if prompt and response together outgrow the model's positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + response_tokens > limit:
         raise ToolkitError(
@@ -189,34 +179,35 @@ def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
 
 
 def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
-    """Step 3 hands the actor's token ids to the reward model.
+    """Raise ToolkitError if actor and reward model number their tokens differently.
 
-    Raises ToolkitError when these mean other words there.
+    Step 3 hands the actor's token ids to the reward model.
     """
     if actor.get_vocab() != critic.get_vocab():
+        names = f"{actor.name_or_path or 'the actor'} and {critic.name_or_path or 'the reward model'}"
         raise ToolkitError(
             "the actor and the reward model use different tokenizers",
-            why=f"{actor.name_or_path or 'the actor'} and {critic.name_or_path or 'the reward model'} number their tokens differently",
-            hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), or critic.model: actor",
+            why=f"{names} number their tokens differently",
+            hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
+            "or critic.model: actor",
         )
 
 
 def checkpoint_activations(model: Any) -> None:
-    """`hardware.gradient_checkpointing`: layers are computed again in the backward pass, for less
-    memory.
-    """
+    """Compute layers again in the backward pass to save memory: hardware.gradient_checkpointing."""
     arguments = compat.checkpointing_arguments()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    if arguments["use_reentrant"]:  # with LoRA, such a checkpoint would see nothing to differentiate
+    if arguments["use_reentrant"]:  # with LoRA, a reentrant checkpoint would see nothing to differentiate
         model.enable_input_require_grads()
 
 
-# --- forward passes ------------------------------------------------------------------------------------------------
+# --- forward passes -----------------------------------------------------------------------------
 
 
 class ActorForward(nn.Module):
-    """log pi of chosen tokens, from the hidden states that predict them only: never [B, T, V]
-    logits.
+    """The actor in training: log-probs of the tokens that are asked for.
+
+    Only the hidden states that predict them go through the head, so [B, T, V] logits never exist.
     """
 
     def __init__(self, model: Any) -> None:
@@ -226,19 +217,17 @@ class ActorForward(nn.Module):
     def forward(
         self, batch: Sequences, *, from_prompt: bool = False, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """-> log-probs (N,) of `batch.predicted(from_prompt=...)`'s labels, and the entropies (N,)
-        if asked for.
+        """Return log-probs (N,), and entropies (N,) or None.
+
+        They belong to the labels of `batch.predicted(from_prompt=...)`.
         """
         index, labels = batch.predicted(from_prompt=from_prompt)
-        states = _hidden_states(self.model, batch, index)
-        return label_log_probs(
-            states, labels, self.model.get_output_embeddings(), self.model.config.vocab_size, temperature, with_entropy
-        )
+        states, head = _hidden_states(self.model, batch, index), self.model.get_output_embeddings()
+        return label_log_probs(states, labels, head, self.model.config.vocab_size, temperature, with_entropy)
 
 
 class ScoreForward(nn.Module):
-    """A score after a token, (score - shift) / scale; the reward model in steps 2 and 3, and the
-    critic.
+    """The reward model or the critic in training: scores after tokens, (score - shift) / scale.
 
     shift and scale make rewards mean 0 and std 1 on the reference's answers; both models share
     them.
@@ -262,9 +251,11 @@ class ScoreForward(nn.Module):
             self.lm_head.weight = embedding
 
     def forward(self, batch: Sequences, at: Tensor | None = None, *, lm_rows: int = 0) -> tuple[Tensor, Tensor | None]:
-        """-> scores (n,) after the tokens `at`, an index into S as `Sequences` says; None: (S,),
-        after all. And the log-probs of the response tokens of the first `lm_rows` rows, (N,), for
-        which `at` must be None.
+        """Return scores after tokens, and log-probs of responses or None.
+
+        The scores: (n,), after the tokens `at`, an index into S as `Sequences` has it; with None:
+        (S,), after all tokens. The log-probs: (N,), of the response tokens of the first `lm_rows`
+        rows; for these `at` must be None.
         """
         hidden = _hidden_states(self.model, batch, at)
         scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
@@ -278,26 +269,27 @@ class ScoreForward(nn.Module):
 
 
 def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
-    """Of the scores after all tokens, (S,), those after the last real one of each row, (B,)."""
+    """Select each row's score after its last real token, (B,), of the scores after all, (S,)."""
     return scores[batch.last()]
 
 
 def _hidden_states(model: Any, batch: Sequences, at: Tensor | None) -> Tensor:
-    """Of the tokens `at`, in increasing order: (n, d); None: of all, (S, d).
+    """Return the hidden states of the tokens `at`, in increasing order: (n, d); None: all (S, d).
 
     Padding is on the right, where causal attention never looks: no mask is needed, and default
-    positions are right. Without a mask, attention takes kernels that know of causality alone.
+    positions are right. Without a mask, attention uses kernels for plain causal attention.
     """
     more = packed_attention.arguments(batch, at) if batch.is_packed else {}
     states = model.base_model(input_ids=batch.input_ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
-    return (
-        states if at is None or (batch.is_packed and packed_attention.leaves_out(model)) else states.index_select(0, at)
-    )
+    if at is None or (batch.is_packed and packed_attention.leaves_out(model)):
+        return states
+    return states.index_select(0, at)
 
 
 def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
-    """What `Sequences.of` fills rows up with for these models; None: they are made to take packed
-    rows, since all can.
+    """Return the padding token for these models, or None after making all of them take packed rows.
+
+    Rows are packed if every model can.
     """
     if not all(packed_attention.can_pack(model) for model in models):
         return tokenizer.pad_token_id
@@ -306,7 +298,7 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
     return None
 
 
-# --- LoRA ----------------------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
@@ -341,8 +333,9 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
 
 def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """A state dict with adapters -> one of the plain model: W + alpha / rank B A, in float32, cast
-    once.
+    """Return a plain model's state dict from one with adapters.
+
+    A merged weight is W + alpha / rank B A, computed in float32 and cast once.
     """
     merged: dict[str, Tensor] = {}
     for name, value in state.items():

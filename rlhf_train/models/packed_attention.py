@@ -1,10 +1,9 @@
-"""Rows one behind the other in one long row, and attention that keeps them apart: nothing is
-padded.
+"""Attention that keeps packed rows apart: one behind the other in one long row, without padding.
 
-Everything else in a decoder looks at one token at a time. transformers (5 on) lets a model's
-attention be one of ours, which is handed the rows' lengths with each call; called without them, as
-rollouts do, it is transformers' own SDPA. After the last attention no token needs another one: the
-rest of OPT's last layer is computed for those that are asked of alone.
+Everything else in a decoder works on each token alone. transformers (5 on) accepts an attention
+function of ours, which gets the rows' lengths with each call. Without lengths, as in rollouts, it
+is transformers' own SDPA. After the last attention no token needs another one, so the rest of OPT's
+last layer is computed only for the tokens that are asked for.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from rlhf_train.data.sequences import Sequences, sent
 from rlhf_train.kernels import fused_layers
 
 NAME = "rows_apart"
-# Their layers take position_ids, hand keywords on to attention, and look at all earlier tokens: no
-# sliding window.
+# Families whose layers take position_ids, pass keywords on to attention, and look at all earlier
+# tokens (no sliding window).
 FAMILIES = ("opt", "llama")
-# Where packed rows are quicker than rows padded to buckets. cpu, one core, forward and backward of
-# 16 rows: OPT of 4 layers and 256 units, 69 to 87 % of the padded tokens real: 1.07x to 1.4x; the
-# demo's models, 96 to 98 % real: 0.97x to 1.02x.
+# Devices and dtypes for which packed rows are quicker than rows padded to buckets. Measured on a
+# CPU, one core, forward and backward of 16 rows: OPT of 4 layers and 256 units, 69 to 87 % of the
+# padded tokens real: 1.07x to 1.4x; the demo's models, 96 to 98 % real: 0.97x to 1.02x.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16),
@@ -38,7 +37,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Where packed rows end, and which of their tokens are asked of."""
+    """Where packed rows end, and which of their tokens are asked for."""
 
     lengths: tuple[int, ...]
     ends: Tensor  # int32 (B + 1,) on the device, from 0: cumulated lengths
@@ -46,18 +45,18 @@ class Rows:
 
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device, wanted: Tensor | None = None) -> Rows:
-        return cls(
-            tuple(lengths.tolist()), sent(torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)), device), wanted
-        )
+        ends = np.cumsum([0, *lengths]).astype(np.int32)
+        return cls(tuple(lengths.tolist()), sent(torch.from_numpy(ends), device), wanted)
 
 
 def can_pack(model: Any) -> bool:
-    """A matter of versions, family, device and dtype alone, so all ranks agree."""
-    if (
-        model.config.model_type not in FAMILIES
-        or not compat.takes_own_attention()
-        or model.dtype not in DTYPES[model.device.type]
-    ):
+    """Return whether a model can take packed rows.
+
+    It depends on versions, family, device and dtype alone, so all ranks agree.
+    """
+    if model.config.model_type not in FAMILIES or not compat.takes_own_attention():
+        return False
+    if model.dtype not in DTYPES[model.device.type]:
         return False
     head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     return model.device.type == "cpu" or (compat.has_varlen_attention() and head % 8 == 0 and head <= 256)
@@ -74,14 +73,16 @@ def keep_rows_apart(model: Any) -> None:
 
 
 def leaves_out(model: Any) -> bool:
-    """Whether hidden states come for the wanted tokens of packed rows alone."""
+    """Return whether a model computes hidden states only for the wanted tokens of packed rows."""
     return model.config.model_type == "opt" and isinstance(model.base_model.decoder.layers[-1], _opt_layer())
 
 
 @cache
 def _opt_layer() -> type:
-    """A class, not a function put into the layer: a copy of the model must not call the layer that
-    it was copied from.
+    """Return OPT's decoder layer for packed rows.
+
+    It is a class, not a function put into the layer: a copy of the model must not call the layer
+    that it was copied from.
     """
     from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
@@ -89,10 +90,9 @@ def _opt_layer() -> type:
         is_last: bool
 
         def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
-            """(1, N, d) -> (1, N, d), of the last layer (1, n, d), n the wanted tokens.
+            """Compute what OPTDecoderLayer does, without dropout and in fewer passes over memory.
 
-            As the class above, in fewer passes over memory, without
-            dropout.
+            (1, N, d) -> (1, N, d); of the last layer (1, n, d), n the wanted tokens.
             """
             if rows is None:
                 return super().forward(hidden_states, *args, **kwargs)
@@ -110,22 +110,21 @@ def _opt_layer() -> type:
                 x, attention.out_proj(seen), self.final_layer_norm if norms_first else self.self_attn_layer_norm
             )
             grown = self.fc2(self.activation_fn(self.fc1(y)))
-            return (x + grown if norms_first else fused_layers.add_norm(y, grown, self.final_layer_norm)[1]).unsqueeze(
-                0
-            )
+            out = x + grown if norms_first else fused_layers.add_norm(y, grown, self.final_layer_norm)[1]
+            return out.unsqueeze(0)
 
     return PackedLayer
 
 
 def arguments(batch: Sequences, wanted: Tensor | None) -> dict[str, Any]:
-    """What the model is called with besides the ids of packed rows."""
+    """Return what the model is called with besides the ids of packed rows."""
     device = batch.input_ids.device
     positions = np.concatenate([np.arange(length) for length in batch.host_lengths])
     return {
         "position_ids": sent(torch.from_numpy(positions), device)[None],
         "rows": Rows.of(batch.host_lengths, device, wanted),
-        # A mask of four dimensions is taken as it is, and so none is made: it would have a bit for
-        # each two tokens.
+        # transformers takes a mask of four dimensions as it is, and so makes none of its own, which
+        # would have an entry for every pair of tokens.
         "attention_mask": torch.empty(1, 1, 1, 1, device=device),
     }
 
@@ -140,45 +139,43 @@ def attend(
     rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls. query: (1, H, N, D); key, value: (1, H or fewer, N, D).
+    """Attend for transformers, which calls this.
 
-    Returns (1, N, H, D).
+    query: (1, H, N, D); key, value: (1, H or fewer, N, D). Returns (1, N, H, D).
     """
     if rows is None:
         return compat.sdpa_attention(module, query, key, value, attention_mask, **kwargs)
-    # Squeezed, not indexed: the gradient of an index is a copy into zeros.
+    # Squeezed, not indexed: an index's gradient is a copy into zeros.
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     return within_rows(query, key, value, rows, kwargs["scaling"]).unsqueeze(0), None
 
 
 def within_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    """Causal attention within each row. query: (N, H, D); key, value: (N, H or fewer, D).
+    """Attend causally within each row.
 
-    Returns (N, H, D).
+    query: (N, H, D); key, value: (N, H or fewer, D). Returns (N, H, D).
     """
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    # Rows of one length are a batch, which needs no kernel for rows of any: OPT-1.3b's step 3 at
-    # full length was 4 % slower by that on an H200.
+    # Rows of one length are a batch, which is quicker without the kernel for rows of any length:
+    # that made OPT-1.3b's step 3 at full length 4 % slower on an H200.
     if query.is_cuda and len(set(rows.lengths)) > 1:
         return compat.varlen_attention(query, key, value, rows.ends, max(rows.lengths), scale)
     return run_by_run(query, key, value, rows, scale)
 
 
 def run_by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    """As many rows of one length at once as follow each other. All (N, H, D)."""
+    """Attend in one batch for each run of adjacent rows of the same length. All (N, H, D)."""
     runs = [(len(list(run)), length) for length, run in groupby(rows.lengths)]
     if len(runs) == 1:  # a batch: neither split nor joined
         return _batch(query, key, value, runs[0], scale)
-    # Split, not sliced run by run: the gradient of each slice would be as large as all rows
-    # together.
-    parts = zip(
-        *(tensor.split([count * length for count, length in runs]) for tensor in (query, key, value)), strict=True
-    )
+    # Split, not sliced run by run: each slice's gradient would be as large as all rows together.
+    sizes = [count * length for count, length in runs]
+    parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
     return torch.cat([_batch(q, k, v, run, scale) for run, (q, k, v) in zip(runs, parts, strict=True)])
 
 
 def _batch(query: Tensor, key: Tensor, value: Tensor, run: tuple[int, int], scale: float) -> Tensor:
-    """Rows of one length. run: how many, and the length. All (n, H, D)."""
+    """Attend in rows of one length. run: how many, and the length. All (n, H, D)."""
     q, k, v = (tensor.unflatten(0, run).transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(0, 1)

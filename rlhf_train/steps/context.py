@@ -1,4 +1,4 @@
-"""What every step of a run is given, and the pieces of code that all three share."""
+"""What every step of a run is given, and the code that all three steps share."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from rlhf_train.ranks.heartbeat import Heartbeat
 
 
 class Stopped(Exception):
-    """Raised on all ranks together when the run was asked to end (SIGTERM); its state is saved if
-    there was time.
+    """Raised on all ranks together when the run was asked to end (SIGTERM).
+
+    Its state is saved if there was time.
     """
 
 
 class StopRequest:
-    """Knows whether this process was asked to end, and what to do before it leaves."""
+    """Whether this process was asked to end, and what to do before it leaves."""
 
     def __init__(self) -> None:
         self.asked_at: float | None = None  # time.monotonic()
@@ -46,11 +47,10 @@ class StopRequest:
             self.asked_at = time.monotonic()
 
     def on_leaving(self, leave: Callable[[float | None], None], finish_writing: Callable[[], None]) -> None:
-        """Set what is done before this process ends. Until then, it is nothing.
+        """Set what is done before this process ends; by default it is nothing.
 
         leave: saves what can be saved in so many seconds (None: not limited), on all ranks
-        together.
-        finish_writing: waits for a checkpoint that this rank is writing.
+        together. finish_writing: waits for a checkpoint that this rank is writing.
         """
         self._leave = leave
         self._finish_writing = finish_writing
@@ -91,9 +91,7 @@ class StepContext:
         self.emit(Progress(step=step, doing=what))
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped on all ranks if one was asked to end, after a checkpoint if there is time
-        for it.
-        """
+        """Raise Stopped on all ranks if one was asked to end, after a checkpoint if time allows."""
         if self.world.any(self.stop.asked_at is not None):
             waited_s = 0.0 if self.stop.asked_at is None else time.monotonic() - self.stop.asked_at
             self.stop.leave(self.job.checkpoint.grace_s - waited_s)
@@ -122,8 +120,9 @@ class StepContext:
 
 
 def actor_tokenizer(context: StepContext) -> Any:
-    """The tokenizer of `actor.model`; for a model from a config, trained once on the job's training
-    rows.
+    """Return the tokenizer of `actor.model`.
+
+    For a model from a config it is trained once, on the job's training rows.
     """
     model = context.job.actor.model
     if not isinstance(model, Scratch):
@@ -132,9 +131,8 @@ def actor_tokenizer(context: StepContext) -> Any:
     if context.world.is_main and not (folder / "tokenizer.json").exists():
         context.doing(1, "training a tokenizer on the job's rows")
         partial = folder.with_name("tokenizer.partial")
-        train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary).save_pretrained(
-            str(partial)
-        )
+        tokenizer = train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary)
+        tokenizer.save_pretrained(str(partial))
         sync_files(partial)
         rename(partial, folder)
     context.world.barrier()
@@ -161,8 +159,7 @@ def start_checkpoints(
     rows: str,
     model_bytes: int,
 ) -> tuple[Checkpointer, Divergence]:
-    """Make what saves a step and what applies its updates, and tell `context.stop` to save before
-    leaving.
+    """Make a step's checkpointer and divergence check, and let `context.stop` save before leaving.
 
     updates, parts, rows, model_bytes: as `Checkpointer` takes them. Raises ToolkitError if the disk
     is too small.
@@ -185,7 +182,7 @@ def start_checkpoints(
 
 
 class Clock:
-    """Tells the seconds since it was made, plus `before`."""
+    """Seconds since it was made, plus `before`."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._start = time.perf_counter() - before

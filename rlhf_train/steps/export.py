@@ -1,5 +1,6 @@
-"""A step's result in plain Hugging Face format: safetensors, config, whole tokenizer, generation
-config, model card.
+"""Save a step's result in plain Hugging Face format.
+
+It has safetensors, config, the complete tokenizer, generation config and a model card.
 """
 
 from __future__ import annotations
@@ -36,14 +37,13 @@ def save_model(
     scores: Mapping[str, float],
     best: tuple[str, float] | None = None,
 ) -> None:
-    """All ranks take part, rank 0 writes.
+    """Save an engine's model in `folder`; all ranks take part, and rank 0 writes.
 
-    Written beside, synced and renamed: `folder` is whole, or it is not there.
-
-    scores: for the model card; best: the metric and its value for which these weights are kept.
+    The folder is written under another name, synced and renamed, so it is complete or missing.
+    scores: for the model card; best: the metric for which these weights are kept, and its value.
     """
     start = time.perf_counter()
-    context.heartbeat.is_patient = True  # transformers writes it in one go
+    context.heartbeat.is_patient = True  # transformers writes without a heartbeat in between
     context.doing(step, f"saving {folder}")
     engine.settle()
     model: Any = engine.module.model
@@ -54,8 +54,8 @@ def save_model(
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
-        # not its parents: a disk that went away must not be made anew in the folder that it was
-        # mounted on
+        # Without its parents: if a disk is no longer mounted, they must not be made in its mount
+        # point.
         partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
@@ -64,13 +64,13 @@ def save_model(
         sync_files(partial)
         rename(partial, folder)
         metric, value = best or (None, None)
-        written, seconds = size_of(folder), time.perf_counter() - start
+        size_bytes, seconds = size_of(folder), time.perf_counter() - start
         context.emit(
             Checkpoint(
                 step=step,
                 update=update,
                 path=str(folder),
-                size_bytes=written,
+                size_bytes=size_bytes,
                 seconds=seconds,
                 metric=metric,
                 value=value,
@@ -81,7 +81,7 @@ def save_model(
 
 
 def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
-    """Sample as the rollouts did."""
+    """Return the generation config that samples as the rollouts did."""
     return GenerationConfig(
         do_sample=True,
         temperature=job.ppo.temperature,
@@ -94,32 +94,25 @@ def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
 
 
 def scores_of(end: End) -> dict[str, float]:
-    """What a step measured on held-out data."""
-    counted = {"step", "updates", "seconds"}
-    return {
-        name: value for name, value in asdict(end).items() if isinstance(value, int | float) and name not in counted
-    }
+    """Return what a step measured on held-out data."""
+    numbers = {name: value for name, value in asdict(end).items() if isinstance(value, int | float)}
+    return {name: value for name, value in numbers.items() if name not in {"step", "updates", "seconds"}}
 
 
 def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
-    """What it is, what it was made from, its scores on held-out data, and the job fields behind it."""
-    is_from_step_1 = step == 3 or (step == 2 and job.critic.model == "actor")
-    source = "step 1" if is_from_step_1 else job.actor.model if step == 1 else job.critic.model
-    base = (
-        "random weights from a configuration"
-        if isinstance(source, Scratch)
-        else f"this run's {source}"
-        if source == "step 1"
-        else source
-    )
+    """Return a model's card: its origin, its held-out scores, and the step's job fields."""
+    source = job.actor.model if step == 1 else job.critic.model
+    if step == 3 or (step == 2 and job.critic.model == "actor"):
+        base = "this run's step 1"
+    elif isinstance(source, Scratch):
+        base = "random weights from a configuration"
+    else:
+        base = source
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
     table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
     load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
-    reading = (
-        "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count."
-        if step == 2
-        else ""
-    )
+    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count."
+    reading = reading if step == 2 else ""
     fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
     return f"""---
 library_name: transformers
@@ -137,5 +130,5 @@ Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{
 
 
 def eval_model(module: nn.Module) -> nn.Module:
-    """Frozen, in evaluation mode."""
+    """Freeze a module, set it to evaluation mode, and return it."""
     return module.eval().requires_grad_(False)

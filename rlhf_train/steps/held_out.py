@@ -1,6 +1,4 @@
-"""Prompts that are not trained on: answers to them, their scores by the frozen networks and by the
-rule, and means.
-"""
+"""Answer held-out prompts, score the answers by the frozen networks and the rule, and average."""
 
 from __future__ import annotations
 
@@ -42,28 +40,27 @@ class Summary:
 
 
 class HeldOut:
-    """Prompts that are not trained on, answered with the same random numbers each time."""
+    """Prompts that are not trained on, answered with the same uniforms each time."""
 
     def __init__(
         self, context: StepContext, prompts: list[np.ndarray], tokenizer: Any, rule: Rule | None, *, seed: int
     ) -> None:
         self.context, self.prompts, self.tokenizer, self.rule, self.seed = context, prompts, tokenizer, rule, seed
 
-    def answers(self, sampling: Rollouts, scorer: Scorer) -> list[Answer]:
-        """One answer a prompt, in order; ranks share the work."""
+    def answers(self, rollouts: Rollouts, scorer: Scorer) -> list[Answer]:
+        """Sample and score one answer a prompt, in order; ranks share the work."""
         world = self.context.world
         places = np.arange(len(self.prompts))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in places]
-        made = sampling.generate(prompts, seed=self.seed, row_ids=places.tolist())
+        made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist())
         self.context.stop_if_asked()
         scored, _ = scorer.score(prompts, made)
         answers: list[tuple[int, Answer]] = []
         for row, numbers in enumerate(scored):
             ended = bool(made.ended[row])
             prompt = self.tokenizer.decode(prompts[row], skip_special_tokens=True)
-            response = self.tokenizer.decode(
-                made.tokens[row][: -1 if ended else None]
-            )  # other special tokens are part of it
+            tokens = made.tokens[row][: -1 if ended else None]
+            response = self.tokenizer.decode(tokens)  # special tokens other than the EOS are part of it
             good = self.rule(prompt, response, ended) if self.rule is not None else None
             kl = float((made.log_probs[row] - numbers["ref_log_probs"]).sum())
             answer = Answer(prompt, response, ended, len(made.tokens[row]), numbers["score"], kl, good)

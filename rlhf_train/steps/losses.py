@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens, R response tokens. A mask is true on what counts. Where we differ from
 DeepSpeed-Chat: every sum is divided by the number of valid tokens of the whole update
-(`normalizer`), over all micro batches and ranks, so neither changes the gradient; padding never
+(`normalizer`), over all micro batches and ranks, so neither changes the gradient. Padding never
 counts; the EOS that ends a response does.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero where the mask is false, whatever stood there: inf times 0 would be NaN."""
+    """Set x to zero where the mask is false, also an inf: inf times 0 would be NaN."""
     return x.masked_fill(~mask.bool(), 0.0)
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log P(chosen beats rejected), mean over pairs.
+    """Return -log P(chosen beats rejected), mean over pairs.
 
     Scores: (B,). Bradley-Terry; Ouyang et al. 2022, eq. 1.
     """
@@ -27,12 +27,11 @@ def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def preference_loss_per_token(chosen: Tensor, rejected: Tensor, mask: Tensor) -> Tensor:
-    """DeepSpeed-Chat's loss: the pair loss at every token where the two may be compared, mean over
-    tokens, then pairs.
+    """Return DeepSpeed-Chat's loss: the pair loss at each token, mean over tokens, then pairs.
 
     chosen, rejected: (B, T) scores after each token; mask: (B, T), true from the first token that
-    differs on. Here without padding: the mask ends with the shorter answer. A pair with an empty
-    mask counts as 0.
+    differs to the end of the shorter answer, so without padding. A pair with an empty mask counts
+    as 0.
     """
     per_token = -F.logsigmoid(_kept(chosen, mask) - _kept(rejected, mask)) * mask
     return (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -41,11 +40,11 @@ def preference_loss_per_token(chosen: Tensor, rejected: Tensor, mask: Tensor) ->
 def kl_penalised_rewards(
     log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float, reward_clip: float
 ) -> Tensor:
-    """-kl_coef (log pi - log pi_ref) at each token, and the clipped score once, on the last real
-    token.
+    """Return the rewards: the KL penalty at each token, and the clipped score on the last real one.
 
-    log_probs, ref_log_probs, mask: (B, R); scores: (B,). Returns (B, R), zero outside the mask.
-    Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+    The KL penalty is -kl_coef (log pi - log pi_ref). log_probs, ref_log_probs, mask: (B, R);
+    scores: (B,). Returns (B, R), zero outside the mask. Ziegler et al. 2019, arXiv:1909.08593,
+    eq. 2.
     """
     rewards = -kl_coef * (_kept(log_probs, mask) - _kept(ref_log_probs, mask))
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1, keepdim=True)
@@ -54,7 +53,7 @@ def kl_penalised_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation over response tokens.
+    """Compute generalized advantage estimation (GAE) over response tokens.
 
     rewards, values, mask: (B, R); the mask is true from the first response token to the last, EOS
     included, without gaps. Returns advantages, returns: (B, R), zero outside the mask. Nothing is
@@ -64,16 +63,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     rewards, values = _kept(rewards, mask), _kept(values, mask)
     deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
     deltas[:, :-1] += gamma * values[:, 1:]
-    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop in time would be
-    # hundreds of tiny kernels of a GPU.
+    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop over tokens would
+    # start hundreds of tiny kernels on a GPU.
     time = torch.arange(mask.shape[1], dtype=deltas.dtype, device=mask.device)
     advantages = _kept(deltas @ ((gamma * lam) ** (time[:, None] - time)).tril(), mask)
     return advantages, advantages + values
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the masked values, float64 (3,): add them up over ranks for
-    `whiten`.
+    """Return count, sum and sum of squares of the masked values, float64 (3,).
+
+    Their sums over ranks are the `moments` of `whiten`.
     """
     kept = _kept(x.double(), mask)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
@@ -104,9 +104,9 @@ def policy_loss(
     clip_range: float,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """PPO's clipped objective, negated. Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    """Return PPO's clipped objective, negated. Schulman et al. 2017, arXiv:1707.06347, eq. 7.
 
-    All (B, R). normalizer: the number of valid tokens of the whole update; default those of the
+    All (B, R). normalizer: the number of valid tokens of the whole update; default: those of the
     mask. Returns a scalar.
     """
     ratio = (_kept(log_probs, mask) - _kept(old_log_probs, mask)).exp()
@@ -124,12 +124,10 @@ def value_loss(
     clip_range: float,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the squared error, the worse of the plain and the clipped value.
+    """Return half the squared error of the plain or the clipped value, whichever is larger.
 
-    Same shapes as `policy_loss`.
-
-    Ouyang et al. 2022's code and DeepSpeed-Chat: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c)
-    - R)^2).
+    Same shapes as `policy_loss`. Ouyang et al. 2022's code and DeepSpeed-Chat:
+    0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
     """
     values, old_values, returns = (_kept(x, mask) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)

@@ -1,4 +1,4 @@
-"""Step 3, PPO: the actor learns to write what the reward model likes, and stays near the reference.
+"""Step 3, PPO: the actor learns to write what the reward model scores high, near the reference.
 
 Where we differ from DeepSpeed-Chat: answers are sampled, not greedy; masks come from lengths, so
 the EOS is an action; rewards are normalised on the reference's answers; advantages are whitened
@@ -33,8 +33,8 @@ from rlhf_train.steps.ppo_setup import Setup, measure_reward_scale, set_reward_s
 from rlhf_train.steps.ppo_state import SUMS, LoopState
 from rlhf_train.steps.scoring import mean_entropies
 
-# Self-test: the worst row's mean absolute difference of log-probs, in nats. float32 differs by the
-# order of summation; bfloat16 has 8 bits, and other batches pad differently.
+# Limits of the self-test: the worst row's mean absolute difference of log-probs, in nats. float32
+# differs by the order of summation; bfloat16 has 8 bits, and other batches pad differently.
 SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
@@ -68,17 +68,17 @@ def run(context: StepContext) -> End:
             collect(context, setup, state, update)
             end_if_exploded(context, setup, state, checkpointer, update)
 
-        # 5. Learn from a part of it: one update of actor and critic.
+        # 5. Learn from a part of the rollout: one update of actor and critic.
         learn(context, setup, state, divergence, update)
 
-        # 6. After the rollout's last update, tell its numbers and adapt the KL coefficient.
+        # 6. After the rollout's last update, emit its numbers and adapt the KL coefficient.
         if (update + 1) % setup.updates_per_rollout == 0 or update == updates - 1:
             if state.tally.trained_updates:
                 emit_metrics(context, setup, state, update)
             state.kl_coef = next_kl_coef(spec, state.kl_coef, mean_kl(state))
             state.end_rollout()
 
-        # 7. Save, if it is time to.
+        # 7. Save a checkpoint, if one is due.
         checkpointer.after(update + 1, state.numbers(), state.tensors())
 
     # 8. Measure on the held-out prompts again, and save the actor.
@@ -96,8 +96,9 @@ def run(context: StepContext) -> End:
 
 
 def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
-    """Set the scale of the rewards, and measure the actor before it learns. clock: of the whole
-    step.
+    """Set the scale of the rewards, and measure the actor before it learns.
+
+    clock: of the whole step.
     """
     spec, reward_model = context.job.ppo, setup.reward_model
     shift, scale = reward_model.shift, reward_model.scale
@@ -125,25 +126,14 @@ def measure(context: StepContext, setup: Setup, when: str) -> Summary:
 
 
 def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
-    """Measure the weights of `update` on the held-out prompts, and keep them if they are the best
-    so far.
-    """
-    value = setup.held_out.summary(setup.held_out_answers()).reward
+    """Measure the weights of `update` on the held-out prompts, and keep them if they are best."""
+    best = ("mean_reward", setup.held_out.summary(setup.held_out_answers()).reward)
     checkpointer.offer(
         update,
-        "mean_reward",
-        value,
+        *best,
         lower_is_better=False,
         save=lambda folder: save_model(
-            context,
-            3,
-            update,
-            setup.actor,
-            setup.tokenizer,
-            folder,
-            lora=setup.lora,
-            scores={},
-            best=("mean_reward", value),
+            context, 3, update, setup.actor, setup.tokenizer, folder, lora=setup.lora, scores={}, best=best
         ),
     )
 
@@ -151,7 +141,7 @@ def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, u
 def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -> None:
     """Sample and score the rollout that begins with `update`, and leave it in `state`.
 
-    All ranks share the work, and each has the whole rollout in the end. Raises ToolkitError if the
+    All ranks share the work, and each gets the complete rollout. Raises ToolkitError if the
     self-test before the first update fails.
     """
     spec, world, rows, tally = context.job.ppo, context.world, setup.rows, state.tally
@@ -171,13 +161,13 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     state.rollout_micro_batch = use_the_smallest_batch(context, setup.rollouts, state.rollout_micro_batch)
     tally.rollout_s = rollout_clock()
 
-    # 2. Score them. On-policy, actor and critic are asked for the self-test alone.
+    # 2. Score the responses. On-policy, actor and critic score for the self-test only.
     score_clock = Clock()
     context.heartbeat.beat(f"update {update + 1}, scoring")
     trainer = (setup.actor, setup.critic) if not setup.on_policy or update == 0 else None
     scored, computed = setup.scorer.score_rollout(own_prompts, responses, trainer)
 
-    # 3. Put the rows of all ranks in the order of the prompts, and make the rewards of them.
+    # 3. Put the rows of all ranks in the order of the prompts, and compute the rewards.
     shares = world.gather((list(zip(places, scored, strict=True)), computed))
     by_place = {int(place): row for share, _ in shares for place, row in share}
     scored = [by_place[place] for place in range(spec.rollout_batch)]
@@ -189,7 +179,7 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     tally.score_s = score_clock()
     state.experience = experience
 
-    # 4. Look for what must not be.
+    # 4. Check the networks against each other, and warn of odd answers.
     if update == 0:
         self_test(context, scored, setup.actor, setup.pad_id)
     warn_of_odd_answers(context, experience, context.job.data.max_response_tokens)
@@ -208,24 +198,19 @@ def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Dive
     shuffled = np.random.RandomState([context.job.seed, 3, rollout, epoch]).permutation(spec.rollout_batch)
     minibatch = shuffled.reshape(-1, spec.global_batch)[number]
 
-    # 2. Deal it to ranks and passes.
+    # 2. Assign it to ranks and passes.
     context.heartbeat.beat(f"update {update + 1}")
     lengths, packed = experience.lengths[minibatch], setup.pad_id is None
-    dealt = assign_passes(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
-    passes = [experience.make_pass(minibatch[micro], setup.pad_id, world.device) for micro in dealt]
+    assigned = assign_passes(lengths, setup.plan, world.rank, setup.pass_tokens, packed=packed)
+    passes = [experience.make_pass(minibatch[micro], setup.pad_id, world.device) for micro in assigned]
     response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
 
-    # 3. Go forward and backward through both networks.
+    # 3. Run forward and backward through both networks.
     total = accumulate_gradients(
-        context,
-        passes,
-        response_tokens,
-        on_policy=setup.on_policy,
-        actor=actor,
-        critic=critic,
+        context, passes, response_tokens, on_policy=setup.on_policy, actor=actor, critic=critic
     )
 
-    # 4. Apply the update, or skip it if its numbers went wrong.
+    # 4. Apply the update, or skip it if its losses are not finite.
     if math.isfinite(total["policy_loss"] + total["value_loss"]):
         norms = divergence.apply(actor, critic)
         if setup.ema is not None:
@@ -245,7 +230,7 @@ def mean_kl(state: LoopState) -> float:
 
 
 def emit_metrics(context: StepContext, setup: Setup, state: LoopState, update: int) -> None:
-    """Emit the numbers of the rollout and of what was learned from it, up to `update`."""
+    """Emit the numbers of the rollout and of its updates, up to `update`."""
     assert state.experience is not None
     metrics = state.tally.metrics(
         state.experience,
@@ -267,7 +252,7 @@ def end_if_exploded(
 ) -> None:
     """Raise ToolkitError if the rollout's KL is over its limit.
 
-    Nothing is learned from the rollout then, so no checkpoint holds it.
+    Nothing is learned from that rollout, so no checkpoint holds it.
     """
     kl = mean_kl(state)
     if kl > context.job.ppo.max_kl:
@@ -276,7 +261,7 @@ def end_if_exploded(
 
 
 def result(context: StepContext, setup: Setup, state: LoopState, after: Summary) -> End:
-    """Compare the held-out answers before and after training."""
+    """Return the step's end event, with the held-out numbers before and after training."""
     before = state.before
     return End(
         step=3,
@@ -298,54 +283,47 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
     )
 
 
-def use_the_smallest_batch(context: StepContext, sampling: Rollouts, known: int) -> int:
-    """Let all ranks generate as few prompts at once as the rank with least memory, and return how
-    many.
+def use_the_smallest_batch(context: StepContext, rollouts: Rollouts, known: int) -> int:
+    """Give all ranks the rollout batch of the rank with least memory, and return it.
 
-    If they are fewer than `known`, the run remembers it.
+    If it is smaller than `known`, the run remembers it.
     """
-    sampling.batch = min(context.world.gather(sampling.batch))
-    if sampling.batch < known and context.world.is_main:
-        memory_fit.remember(context.job, context.run, replace(context.placement, rollout_micro_batch=sampling.batch))
-        message = f"out of memory in a rollout with {known} prompts at once: continues with {sampling.batch}"
-        context.emit(
-            Warning(
-                step=3,
-                message=message,
-                hint="the answers stay the same; set hardware.rollout_micro_batch to spare the try",
-            )
-        )
-    return sampling.batch
+    rollouts.batch = min(context.world.gather(rollouts.batch))
+    if rollouts.batch < known and context.world.is_main:
+        memory_fit.remember(context.job, context.run, replace(context.placement, rollout_micro_batch=rollouts.batch))
+        message = f"out of memory in a rollout with {known} concurrent prompts: continues with {rollouts.batch}"
+        hint = "the answers stay the same; set hardware.rollout_micro_batch to avoid the failed attempt"
+        context.emit(Warning(step=3, message=message, hint=hint))
+    return rollouts.batch
 
 
 def warn_of_odd_answers(context: StepContext, experience: Experience, limit: int) -> None:
     """Warn of a rollout that teaches little: its answers are all empty, or all cut.
 
-    The hint says the usual cause.
+    The hint names the usual causes.
     """
     lengths = experience.mask.sum(1)
+    answers = f"all {len(lengths)} answers of this rollout"
     if bool((experience.ended & (lengths == 1)).all()):
-        context.emit(
-            Warning(
-                step=3,
-                message=f"all {len(lengths)} answers of this rollout are empty: the first token is the EOS",
-                hint="step 1's responses may be empty, or the reward model likes silence: look at its pairs; raise ppo.kl_coef",
-            )
+        hint = (
+            "step 1's responses may be empty, or the reward model prefers empty answers: look at its pairs; "
+            "raise ppo.kl_coef"
         )
+        context.emit(Warning(step=3, message=f"{answers} are empty: the first token is the EOS", hint=hint))
     if bool((~experience.ended & (lengths == limit)).all()):
-        context.emit(
-            Warning(
-                step=3,
-                message=f"all {len(lengths)} answers of this rollout ran to the limit of {limit} tokens: none ended with an EOS",
-                hint="raise data.max_response_tokens if step 1's responses are longer; train step 1 longer; raise ppo.missing_eos_penalty",
-            )
+        message = f"{answers} ran to the limit of {limit} tokens: none ended with an EOS"
+        hint = (
+            "raise data.max_response_tokens if step 1's responses are longer; train step 1 longer; "
+            "raise ppo.missing_eos_penalty"
         )
+        context.emit(Warning(step=3, message=message, hint=hint))
 
 
 def exploded(context: StepContext, kl: float, update: int, last_good: str) -> ToolkitError:
     return ToolkitError(
         f"step 3's KL to the reference exploded: {kl:.4g} nats a response before update {update}",
-        why=f"ppo.max_kl is {context.job.ppo.max_kl:g}: the actor no longer writes what the reference could have written",
+        why=f"ppo.max_kl is {context.job.ppo.max_kl:g}: "
+        "the actor no longer writes what the reference could have written",
         hint="lower ppo.actor_learning_rate, raise ppo.kl_coef, or set ppo.kl_target, in a run of its own:\n"
         f"`--run NEW --from {context.run.name}`; {last_good}",
         exit_code=ExitCode.TRAINING,
@@ -373,11 +351,10 @@ def accumulate_gradients(
     actor: Engine,
     critic: Engine,
 ) -> dict[str, float]:
-    """Go forward and backward through one update's passes, in both engines, and return SUMS over
-    passes and ranks.
+    """Run forward and backward over one update's passes; return SUMS over passes and ranks.
 
-    The critic goes first: on-policy the advantages are made of its values, and whitened over all
-    passes before the actor sees one.
+    The critic runs first: on-policy the advantages come from its values, and are whitened over all
+    passes before the actor's first pass.
     """
     spec = context.job.ppo
     sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
@@ -386,46 +363,36 @@ def accumulate_gradients(
         for name, value in numbers.items():
             sums[name] = sums[name] + value
 
-    for one in passes:
+    for micro in passes:
         context.heartbeat.beat()
-        batch, mask = one.batch, one.mask
+        batch, mask = micro.batch, micro.mask
         values = response_values(critic, batch)
         if on_policy:
-            one.targets = targets_of(one.targets["rewards"], values.detach(), mask, spec)
-        old_values = one.targets["values"]
+            micro.targets = targets_of(micro.targets["rewards"], values.detach(), mask, spec)
+        old_values, returns = micro.targets["values"], micro.targets["returns"]
         loss = losses.value_loss(
-            values,
-            old_values,
-            one.targets["returns"],
-            mask,
-            clip_range=spec.value_clip_range,
-            normalizer=response_tokens,
+            values, old_values, returns, mask, clip_range=spec.value_clip_range, normalizer=response_tokens
         )
-        critic.backward(loss, last=one is passes[-1])
+        critic.backward(loss, last=micro is passes[-1])
         value_clipped = (((values.detach() - old_values).abs() > spec.value_clip_range) & mask).sum()
         add(value_loss=loss.detach(), value_clipped=value_clipped)
 
     if on_policy and spec.whiten_advantages:
         whiten_update(passes, context.world)
 
-    for one in passes:
+    for micro in passes:
         context.heartbeat.beat()
-        batch, mask = one.batch, one.mask
+        batch, mask, advantages = micro.batch, micro.mask, micro.targets["advantages"]
         flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
         log_probs = batch.spread(flat)
-        old_log_probs = log_probs.detach() if on_policy else one.old_log_probs
+        old_log_probs = log_probs.detach() if on_policy else micro.old_log_probs
         loss = losses.policy_loss(
-            log_probs,
-            old_log_probs,
-            one.targets["advantages"],
-            mask,
-            clip_range=spec.clip_range,
-            normalizer=response_tokens,
+            log_probs, old_log_probs, advantages, mask, clip_range=spec.clip_range, normalizer=response_tokens
         )
-        actor.backward(loss, last=one is passes[-1])
-        # Against the policy that sampled; on-policy as the rollout saw it, so that a rollout gone
-        # astray shows.
-        ratio = ((log_probs.detach() - one.old_log_probs) * mask).exp()
+        actor.backward(loss, last=micro is passes[-1])
+        # Against the policy that sampled; on-policy against the rollout's own log-probs, so that a
+        # rollout that went wrong shows.
+        ratio = ((log_probs.detach() - micro.old_log_probs) * mask).exp()
         add(
             policy_loss=loss.detach(),
             ratio=(ratio * mask).sum(),
@@ -438,8 +405,7 @@ def accumulate_gradients(
 
 
 def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
-    """Check before the first update that ratio is 1, KL 0, and the rollout's log-probs the
-    trainer's.
+    """Check before the first update that ratio is 1, KL is 0, and rollout and trainer agree.
 
     Raises ToolkitError.
     """
@@ -457,25 +423,21 @@ def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_i
     causes = (
         "dropout or another source of randomness in the actor's forward pass",
         "the two were loaded from different weights, or an adapter does not start at zero",
-        "positions or masks of left-padded prompts, a stale key-value cache, or another temperature",
+        "positions or masks of left-padded prompts, a stale KV cache, or another temperature",
     )
-    # np.max, not max: it does not pass over a NaN.
+    # np.max, not max, which can miss a NaN.
     worst = [
-        float(np.max([np.abs(a - b).mean() for a, b in zip(ours, theirs, strict=True)]))
-        for ours, theirs in checks.values()
+        float(np.max([np.abs(a - b).mean() for a, b in zip(left, right, strict=True)]))
+        for left, right in checks.values()
     ]
     for what, cause, difference in zip(checks, causes, worst, strict=True):
         if not difference <= limit:
             raise ToolkitError(
                 f"step 3's self-test failed before the first update: {what}",
-                why=f"they differ by {difference:.3g} nats a token in the worst response; {limit:g} is allowed in {context.placement.precision}",
+                why=f"they differ by {difference:.3g} nats a token in the worst response; "
+                f"{limit:g} is allowed in {context.placement.precision}",
                 hint=f"the likely cause: {cause}",
                 exit_code=ExitCode.TRAINING,
             )
-    context.emit(
-        Progress(
-            step=3,
-            doing="self-test passed: "
-            + ", ".join(f"{name} {d:.1e}" for name, d in zip(("ratio", "KL", "rollout"), worst, strict=True)),
-        )
-    )
+    results = (f"{name} {difference:.1e}" for name, difference in zip(("ratio", "KL", "rollout"), worst, strict=True))
+    context.emit(Progress(step=3, doing=f"self-test passed: {', '.join(results)}"))

@@ -1,6 +1,4 @@
-"""What step 3 works with: four networks, two of them with engines, and what samples, scores and
-measures with them.
-"""
+"""Set up step 3: load its four networks, and build what trains, samples, scores and measures."""
 
 from __future__ import annotations
 
@@ -53,13 +51,13 @@ class Setup:
     updates: int
     updates_per_rollout: int
     pad_id: int | None  # None: rows are packed
-    pass_tokens: int  # that a pass of training computes at most
+    pass_tokens: int  # computed by a training pass, at most
     actor: Engine
     critic: Engine
     reference: ActorForward | WithoutAdapters
     reward_model: ScoreForward
     ema: Ema | None  # of the actor's weights
-    rollout_copy: ActorForward | None  # what rollouts read, where the engine has no plain, whole weights
+    rollout_copy: ActorForward | None  # what rollouts read if the engine has no plain, whole weights
     rollouts: Rollouts
     scorer: Scorer
     held_out: HeldOut
@@ -67,17 +65,20 @@ class Setup:
 
     @property
     def rows(self) -> np.ndarray:
-        """The training rows of step 3."""
+        """Return the training rows of step 3."""
         return self.tokens.train.step_rows[3]
 
     @property
     def on_policy(self) -> bool:
-        """Whether what is trained is what has sampled: see experience.py."""
+        """Return whether a rollout gets one update: then the policy that learns also sampled.
+
+        See experience.py.
+        """
         return self.updates_per_rollout == 1
 
     @property
     def parts(self) -> dict[str, Stateful]:
-        """What has state that a checkpoint must hold."""
+        """Return the objects whose state a checkpoint must hold."""
         parts: dict[str, Stateful] = {"actor": self.actor, "critic": self.critic}
         if self.ema is not None:
             parts["ema"] = self.ema
@@ -85,7 +86,7 @@ class Setup:
 
     @property
     def model_bytes(self) -> int:
-        """Size of the models that the step saves in the end."""
+        """Return the size of the models that the step saves at its end."""
         return self.actor.model_bytes() * (2 if self.ema else 1)
 
     def refresh_rollouts(self) -> None:
@@ -216,15 +217,15 @@ def frozen_copies(
     lora: Lora | None,
     zero_stage: int,
 ) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
-    """Copy the actor as it was loaded, before adapters: the reference, and what rollouts read, if
-    they need a copy.
+    """Copy the loaded actor, before it gets adapters, as the reference and for rollouts.
 
-    Rollouts need one where the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has
-    adapters next to them. `copy_weights` fills it once a rollout.
+    Rollouts need a copy if the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has
+    adapters next to the weights. `copy_weights` fills it once a rollout.
 
-    LoRA learns next to weights that stay: the reference is the actor with its adapters off, and the
-    rollouts' copy has memory of its own only for what adapters change. ZeRO-3 would have to gather
-    them all, layer by layer, for each batch; there both are whole copies.
+    LoRA leaves the actor's own weights as they are. So the reference is the actor with its adapters
+    off, and the rollouts' copy has memory of its own only for weights that adapters change. Under
+    ZeRO-3 that would gather all weights, layer by layer, for each batch; there both are whole
+    copies.
     """
     if lora is None or zero_stage == 3:
         copies = 2 if zero_stage == 3 else 1
@@ -236,13 +237,11 @@ def frozen_copies(
 
 
 def try_the_longest(context: StepContext, setup: Setup) -> None:
-    """Make updates that change nothing on the longest sequences: what training needs is then known
-    to fit.
-    """
+    """Make trial updates on the longest sequences, which prove that training fits into memory."""
     actor, critic, temperature = setup.actor, setup.critic, context.job.ppo.temperature
-    context.doing(3, f"trying the longest sequences, {setup.plan.micro_batch} at once")
+    context.doing(3, f"trial update on the longest sequences, {setup.plan.micro_batch} in a pass")
     trial_update(
-        # All tokens asked of: short prompts leave a pass nearly as many of answers.
+        # With the prompts' tokens: with short prompts a pass holds nearly as many response tokens.
         (actor, lambda: actor(setup.longest, from_prompt=True, temperature=temperature)[0].sum()),
         (critic, lambda: critic(setup.longest)[0].sum()),
     )
@@ -254,7 +253,7 @@ def measure_reward_scale(context: StepContext, setup: Setup) -> tuple[float, flo
     Call it before the actor has learned anything: its answers are the reference's then.
     """
     rows = setup.rows[:NORMALIZATION_PROMPTS]
-    context.doing(3, f"scale of the rewards on {len(rows)} answers of the reference")
+    context.doing(3, f"measuring the scale of the rewards on {len(rows)} answers of the reference")
     prompts = [setup.tokens.train.prompt[i] for i in rows]
     view = HeldOut(context, prompts, setup.tokenizer, None, seed=context.job.seed + NORMALIZATION_SEED)
     setup.refresh_rollouts()

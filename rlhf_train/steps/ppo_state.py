@@ -31,24 +31,24 @@ SUMS = (
 
 @dataclass
 class Tally:
-    """Adds up one rollout's updates so far, over all ranks.
+    """Sums over one rollout's updates so far, of all ranks.
 
-    Plain values, since a checkpoint between two updates holds them.
+    They are plain values, since a checkpoint between two updates holds them.
     """
 
-    updates: int = 0  # also those left out
+    updates: int = 0  # also the skipped ones
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
     norms: list[list[float]] = field(default_factory=list)  # of actor and critic, an update each
-    entropy: float | None = None  # mean over responses; on-policy known once it is trained on
-    scored: int = 0  # tokens that went through scoring passes, and all that these computed
-    scored_computed: int = 0
+    entropy: float | None = None  # mean over responses; None on-policy: it comes from the training passes
+    scored: int = 0  # real tokens of the scoring passes
+    scored_computed: int = 0  # their tokens with padding
     rollout_s: float = 0.0
     score_s: float = 0.0
     train_s: float = 0.0
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> Tally:
-        """Read a tally from a checkpoint, also from another version's.
+        """Read a tally from a checkpoint, also from one that another version wrote.
 
         What the checkpoint lacks gets its default; what is unknown here is ignored.
         """
@@ -73,7 +73,7 @@ class Tally:
         kl_coef: float,
         engine: Engine,
     ) -> Metrics:
-        """Return the rollout's numbers; those of training too, if there was any."""
+        """Return the rollout's numbers, and its training's numbers if any update was applied."""
         rollout = Metrics(
             step=3,
             update=update,
@@ -114,7 +114,7 @@ class Tally:
 
 @dataclass
 class LoopState:
-    """Where the loop stands: what it started from, the rollout that it learns from, and its clocks."""
+    """Where the loop stands: the numbers before training, the present rollout, and the clocks."""
 
     before: Summary  # of the held-out answers, before training
     kl_coef: float
@@ -122,7 +122,7 @@ class LoopState:
     scale: float
     clock: Clock  # of the whole step
     training: Clock  # of the loop alone
-    rollout_micro_batch: int  # prompts at once, on the rank with least memory
+    rollout_micro_batch: int  # concurrent prompts, on the rank with least memory
     tally: Tally = field(default_factory=Tally)
     experience: Experience | None = None  # the rollout; None: the next update begins with a new one
 
@@ -155,7 +155,7 @@ class LoopState:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the rollout, as long as it is not used up."""
+        """Return the rollout's tensors; none between two rollouts."""
         return self.experience.tensors() if self.experience is not None else {}
 
     def end_rollout(self) -> None:

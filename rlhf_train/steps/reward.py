@@ -1,8 +1,8 @@
-"""Step 2, the reward model: a score for a whole answer, learned from pairs.
+"""Step 2, the reward model: it learns from pairs to score a whole answer.
 
 Where we differ from DeepSpeed-Chat: the model is transformers' own classifier with one label,
-`last_token` is the Bradley-Terry loss, `per_token` is its loss without the padding, and `lm_coef`
-keeps the model able to read.
+`last_token` is the Bradley-Terry loss, `per_token` is DeepSpeed-Chat's loss without the padding,
+and `lm_coef` keeps the model able to read.
 """
 
 from __future__ import annotations
@@ -77,15 +77,14 @@ def run(context: StepContext) -> End:
         world=world,
     )
 
-    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where
-    # training starts.
+    # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[2]
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
     checkpointer, divergence = start_checkpoints(
         context, 2, updates, {"reward_model": engine}, rows=tokens.train.digest(2), model_bytes=engine.model_bytes()
     )
-    context.doing(2, f"trying the longest pairs, {plan.micro_batch} at once")
+    context.doing(2, f"trial update on the longest pairs, {plan.micro_batch} in a pass")
     longest = pairs(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
 
     def longest_pass() -> Tensor:
@@ -114,29 +113,26 @@ def run(context: StepContext) -> End:
                 ),
             )
 
-        # 5. Draw the pairs of the update, and deal them to ranks and passes.
+        # 5. Draw the pairs of the update, and assign them to ranks and passes.
         picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
-        real_tokens = int(
-            (2 * tokens.train.prompt.lengths + tokens.train.chosen.lengths + tokens.train.rejected.lengths)[
-                picked
-            ].sum()
-        )
+        answer_lengths = tokens.train.chosen.lengths + tokens.train.rejected.lengths
+        real_tokens = int((2 * tokens.train.prompt.lengths + answer_lengths)[picked].sum())
         update_clock = Clock()
         sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "lm_loss", "correct", "margin", "computed"), 0.0)
         passes = assign_passes(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
 
-        # 6. Go forward and backward.
+        # 6. Run forward and backward.
         for place, micro in enumerate(passes, start=1):
             context.heartbeat.beat(f"update {update + 1}")
             batch = pairs(tokens.train, picked[micro], pad_id, world.device)
-            scores, in_the_end, lm_log_probs = score_pairs(engine, spec, batch)
-            pair_loss = preference(spec, scores, in_the_end, batch) * len(micro) / spec.global_batch
+            scores, end_scores, lm_log_probs = score_pairs(engine, spec, batch)
+            pair_loss = preference(spec, scores, end_scores, batch) * len(micro) / spec.global_batch
             lm_loss = -lm_log_probs.sum() / lm_tokens if lm_log_probs is not None else torch.zeros(())
             last = place == len(passes)
             engine.backward(pair_loss + spec.lm_coef * lm_loss if spec.lm_coef else pair_loss, last=last)
-            chosen, rejected = in_the_end.detach().chunk(2)
+            chosen, rejected = end_scores.detach().chunk(2)
             for name, value in (
                 ("loss", pair_loss),
                 ("lm_loss", lm_loss),
@@ -147,7 +143,7 @@ def run(context: StepContext) -> End:
             sums["computed"] += batch.input_ids.numel()
         total = world.sum(sums)
 
-        # 7. Apply the update, or skip it if its loss went wrong.
+        # 7. Apply the update, or skip it if its loss is not finite.
         if math.isfinite(total["loss"] + total["lm_loss"]):
             (grad_norm,) = divergence.apply(engine)
             context.emit(
@@ -170,7 +166,7 @@ def run(context: StepContext) -> End:
         else:
             divergence.skip(update + 1, "its loss is not finite", engine)
 
-        # 8. Save, if it is time to.
+        # 8. Save a checkpoint, if one is due.
         checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     # 9. Measure again, and save the reward model.
@@ -203,31 +199,31 @@ def pairs(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.devi
 
 
 def score_pairs(engine: Engine, spec: Reward, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the scores that the loss needs, those after the last token, and log-probs.
+    """Return the scores that the loss needs, the scores at the end, and log-probs.
 
-    After the last token of each sequence: (2n,). The log-probs are those of the chosen, for
-    `lm_coef`; None without.
+    The scores at the end: (2n,), after the last token of each sequence. The log-probs: those of the
+    chosen answers, for `lm_coef`; else None.
     """
     if spec.loss == "last_token" and not spec.lm_coef:
-        in_the_end, _ = engine(batch, batch.last())
-        return in_the_end, in_the_end, None
+        end_scores, _ = engine(batch, batch.last())
+        return end_scores, end_scores, None
     scores, lm_log_probs = engine(batch, lm_rows=len(batch.host_lengths) // 2 if spec.lm_coef else 0)
     return scores, last_scores(scores, batch), lm_log_probs
 
 
-def preference(spec: Reward, scores: Tensor, in_the_end: Tensor, batch: Sequences) -> Tensor:
+def preference(spec: Reward, scores: Tensor, end_scores: Tensor, batch: Sequences) -> Tensor:
     """Return the pair loss that the job chooses, mean over the pairs of this batch.
 
-    scores, in_the_end: as `score_pairs` returns them.
+    scores, end_scores: as `score_pairs` returns them.
     """
     if spec.loss == "last_token":
-        return preference_loss(*in_the_end.chunk(2))
+        return preference_loss(*end_scores.chunk(2))
     chosen, rejected = batch.by_row(scores).chunk(2)
     return preference_loss_per_token(chosen, rejected, divergence_mask(batch))
 
 
 def divergence_mask(batch: Sequences) -> Tensor:
-    """Mark where the sequences of a pair differ.
+    """Mark where the two sequences of each pair may be compared.
 
     (n, T): true from the first token that differs to the end of the shorter sequence of the pair.
     """
@@ -239,8 +235,9 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 @torch.no_grad()
 def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """Return the share of pairs whose chosen answer scores higher at its last token; NaN if a score
-    is not finite.
+    """Return the share of pairs whose chosen answer scores higher at its last token.
+
+    It is NaN if a score is not finite.
     """
     correct = 0.0
     share = (context.placement.micro_batches[1], context.world.size, context.world.rank)
@@ -250,9 +247,6 @@ def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarra
         batch = pairs(table, rows[micro], pad_id, context.world.device)
         scores, _ = engine(batch, batch.last())
         chosen, rejected = scores.chunk(2)
-        correct += (
-            float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum())
-            if bool(torch.isfinite(scores).all())
-            else math.nan
-        )
+        is_finite = bool(torch.isfinite(scores).all())
+        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if is_finite else math.nan
     return context.world.sum({"correct": correct})["correct"] / len(rows)

@@ -1,6 +1,4 @@
-"""The independent rule of `ppo.rule`: what counts as a good answer, by something that is not the
-reward model.
-"""
+"""Load the rule of `ppo.rule`, which judges answers independently of the reward model."""
 
 from __future__ import annotations
 
@@ -14,16 +12,15 @@ HINT = "name a function as module:function, importable from the checkout: f(prom
 
 
 def load_rule(name: str | None) -> Rule | None:
-    """`module:function`, imported. Raises ToolkitError when it is not there."""
+    """Import the rule `module:function`. Raises ToolkitError if it cannot be imported."""
     if name is None:
         return None
     module, _, function = name.partition(":")
     try:
         rule = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a person's own module: an import runs it, and may raise anything
-        raise ToolkitError(
-            f"ppo.rule {name} cannot be imported", why=f"{type(error).__name__}: {error}", hint=HINT
-        ) from None
+    except Exception as error:  # an import runs the user's own module, which may raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise ToolkitError(f"ppo.rule {name} cannot be imported", why=why, hint=HINT) from None
     if not callable(rule):
         raise ToolkitError(f"ppo.rule {name} is not a function", why=f"it is {type(rule).__name__}", hint=HINT)
     return rule

@@ -1,5 +1,6 @@
-"""Score responses with the frozen networks: reference log-probs and reward-model scores, in
-length-sorted batches.
+"""Score responses with the frozen networks, in length-sorted batches.
+
+The reference gives log-probs, the reward model a score.
 """
 
 from __future__ import annotations
@@ -19,42 +20,43 @@ from rlhf_train.models.networks import ActorForward
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored, TrainerView, response_values
 
-# Passes of training that a GPU scores at once: without gradients nothing is kept from layer to
-# layer; where training itself keeps little, with checkpoints of activations, one. A CPU gains
-# nothing: 64 rows took as long in passes of 8 as of 16, 32 or 64, or less.
-GPU_AT_ONCE = 4
+# Size of a scoring pass on a GPU, in training passes: without gradients no activations are kept.
+# With gradient checkpointing it is 1, since training itself keeps little then. A CPU gains nothing:
+# 64 rows took no longer in passes of 8 than in passes of 16, 32 or 64.
+GPU_PASS_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores responses with the two frozen networks, in few passes of rows alike in length, as many
-    on each rank.
+    """Scores responses with the two frozen networks.
+
+    It makes few passes, of rows alike in length, and as many on each rank.
     """
 
     context: StepContext
     reference: Forward
     reward_model: Forward
     pad_id: int | None  # None: rows are packed
-    pass_tokens: int  # that a pass of training computes at most
+    pass_tokens: int  # computed by a training pass, at most
 
     def score(
         self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return the networks' numbers for each response, in order, and how many tokens were
-        computed for them.
+        """Return the networks' numbers for each response, in order, and the tokens computed.
 
-        trainer: actor and critic, to score the responses too. The numbers are those of
-        `score_batch`, and of `trainer_view` with `trainer`: (tokens,) arrays, or floats.
+        trainer: actor and critic, if they are to score the responses too. The numbers are those of
+        `score_batch`, and with `trainer` also those of `trainer_view`: (tokens,) arrays, or floats.
         """
         world, temperature = self.context.world, self.context.job.ppo.temperature
         lengths = np.array([len(p) for p in prompts], dtype=np.int64) + responses.lengths
         order = np.argsort(-lengths, kind="stable")
         batches: list[tuple[np.ndarray, dict[str, Tensor]]] = []
         computed = 0
-        at_once = 1 if world.device.type == "cpu" or self.context.job.hardware.gradient_checkpointing else GPU_AT_ONCE
-        for part in passes_of_all(world.gather(lengths[order]), at_once * self.pass_tokens, packed=self.pad_id is None):
+        is_large = world.device.type != "cpu" and not self.context.job.hardware.gradient_checkpointing
+        tokens = self.pass_tokens * (GPU_PASS_FACTOR if is_large else 1)
+        for part in passes_of_all(world.gather(lengths[order]), tokens, packed=self.pad_id is None):
             rows = order[part]
-            if not len(rows):  # other ranks have one more
+            if not len(rows):  # other ranks have one more row
                 continue
             self.context.heartbeat.beat()
             batch = Sequences.of(
@@ -102,31 +104,28 @@ class Scorer:
 
 
 def trainer_of(numbers: Mapping[str, Any]) -> TrainerView:
-    """Take what actor and critic said out of a response's numbers."""
+    """Take the numbers of actor and critic out of a response's numbers."""
     return TrainerView(numbers["log_probs"], numbers["values"], numbers["entropy"])
 
 
 def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
-    """Cut each rank's rows, longest first, into passes of at most `tokens`, so that all ranks make
-    as many passes.
+    """Cut rows, longest first, into passes of at most `tokens`, the same passes on all ranks.
 
-    The longest row on any rank counts.
-    Under ZeRO-3 a forward pass is a meeting of all ranks. lengths: of each rank's rows; one may
-    have fewer rows, and then none in the end.
+    Under ZeRO-3 all ranks must take part in each forward pass. At each place the longest row of any
+    rank counts. lengths: of each rank's rows; a rank with fewer rows has none in the last places.
     """
-    most = max(len(each) for each in lengths)
-    return split_into_passes(
-        np.max([np.pad(each, (0, most - len(each))) for each in lengths], axis=0), tokens, packed=packed
-    )
+    most = max(len(own) for own in lengths)
+    longest = np.max([np.pad(own, (0, most - len(own))) for own in lengths], axis=0)
+    return split_into_passes(longest, tokens, packed=packed)
 
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class WithoutAdapters:
-    """The actor with its adapters off: the reference, without weights of its own.
+    """The actor with its adapters off: a reference without weights of its own.
 
-    Called as an ActorForward is.
+    It is called as an ActorForward is.
     """
 
     def __init__(self, actor: ActorForward) -> None:
@@ -138,7 +137,7 @@ class WithoutAdapters:
 
     @torch.no_grad()
     def __call__(self, batch: Sequences, **how: Any) -> tuple[Tensor, Tensor | None]:
-        from peft.tuners.tuners_utils import BaseTunerLayer  # not for those who train all weights: it takes a second
+        from peft.tuners.tuners_utils import BaseTunerLayer  # here, since it takes a second and only LoRA needs it
 
         adapted: list[Any] = [module for module in self._actor.modules() if isinstance(module, BaseTunerLayer)]
         for layer in adapted:
@@ -147,23 +146,25 @@ class WithoutAdapters:
             return self._actor(batch, **how)
         finally:
             for layer in adapted:
-                layer.enable_adapters(True)  # which also makes them learn again
+                layer.enable_adapters(True)  # also makes them trainable again
 
 
 @torch.no_grad()
 def score_batch(
     batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float
 ) -> dict[str, Tensor]:
-    """Score one micro batch with the two frozen networks: (B, R) log-probs of the reference, (B,)
-    scores.
+    """Score one micro batch with the two frozen networks.
+
+    Returns (B, R) log-probs of the reference, and (B,) scores.
     """
     ref_log_probs, _ = reference(batch, temperature=temperature)
     return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
 
 
 def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
-    """Average the entropies of response tokens, (N,) in the order of `predicted()`, over each
-    response: (B,).
+    """Average the entropies of response tokens over each response: (B,).
+
+    entropies: (N,), in the order of `predicted()`.
     """
     return batch.spread(entropies).sum(1) / batch.response_lengths
 
@@ -171,15 +172,16 @@ def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
 def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Copy (B,) and (B, R) tensors to the host in float32, all in one copy."""
     columns = [tensor.float().unsqueeze(1) if tensor.ndim == 1 else tensor.float() for tensor in numbers.values()]
-    whole = torch.cat(columns, dim=1).cpu().numpy()
-    parts = np.split(whole, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+    joined = torch.cat(columns, dim=1).cpu().numpy()
+    parts = np.split(joined, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
     return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(numbers.items(), parts, strict=True)}
 
 
 @torch.no_grad()
 def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
-    """Score one micro batch with the two networks in training: (B, R) log-probs and values, (B,)
-    mean entropy per token.
+    """Score one micro batch with the two networks in training.
+
+    Returns (B, R) log-probs and values, and (B,) mean entropies of a token.
     """
     log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
     assert entropies is not None

@@ -56,7 +56,7 @@ def run(context: StepContext) -> End:
         row_counts=tokens.train.row_counts,
     )
 
-    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # known now: no hours of training first
+    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # checked now, not after hours of training
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
 
     # 2. Load the actor, and give it an engine.
@@ -79,17 +79,16 @@ def run(context: StepContext) -> End:
         world=world,
     )
 
-    # 3. Show that the longest update fits, and resume from the last checkpoint, or measure where
-    # training starts.
+    # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[1]
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     checkpointer, divergence = start_checkpoints(
         context, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
     )
-    context.doing(1, f"trying the longest rows, {plan.micro_batch} at once")
+    context.doing(1, f"trial update on the longest rows, {plan.micro_batch} in a pass")
     longest = sequences(tokens.train, rows[np.argsort(-row_lengths[rows])[: plan.micro_batch]], pad_id, world.device)
-    # From the prompt: short prompts leave a pass nearly as many tokens of answers.
+    # With the prompt's tokens: with short prompts a pass holds nearly as many response tokens.
     trial_update((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
     saved = checkpointer.resume()
     if saved is None:
@@ -112,14 +111,14 @@ def run(context: StepContext) -> End:
                 ),
             )
 
-        # 5. Draw the rows of the update, and deal them to ranks and passes.
+        # 5. Draw the rows of the update, and assign them to ranks and passes.
         chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
         passes = assign_passes(lengths, plan, world.rank, pass_tokens, packed=pad_id is None)
 
-        # 6. Go forward and backward.
+        # 6. Run forward and backward.
         for place, micro in enumerate(passes, start=1):
             context.heartbeat.beat(f"update {update + 1}")
             batch = sequences(tokens.train, chosen[micro], pad_id, world.device)
@@ -130,7 +129,7 @@ def run(context: StepContext) -> End:
             computed += batch.input_ids.numel()
         total = world.sum({"loss": loss_sum, "computed": computed})
 
-        # 7. Apply the update, or skip it if its loss went wrong.
+        # 7. Apply the update, or skip it if its loss is not finite.
         if math.isfinite(total["loss"]):
             (grad_norm,) = divergence.apply(engine)
             context.emit(
@@ -150,7 +149,7 @@ def run(context: StepContext) -> End:
         else:
             divergence.skip(update + 1, "its loss is not finite", engine)
 
-        # 8. Save, if it is time to.
+        # 8. Save a checkpoint, if one is due.
         checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
 
     # 9. Measure again, and save the actor.

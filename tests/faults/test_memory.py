@@ -120,7 +120,7 @@ def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained
     )
     # 64 are allowed, halved until they fit, at the first rollout: that for the scale of the
     # rewards.
-    assert warnings(run, 3) == ["out of memory in a rollout with 64 prompts at once: continues with 8"]
+    assert warnings(run, 3) == ["out of memory in a rollout with 64 concurrent prompts: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8
     assert len(samples(run)) == 6 and samples(run) == samples(plenty)

@@ -1,6 +1,4 @@
-"""Expected tokens and positions are counted by hand: the tokenizer of these tests has one token a
-byte.
-"""
+"""Expected tokens and positions are counted by hand: the tests' tokenizer has one token a byte."""
 
 from __future__ import annotations
 
@@ -61,8 +59,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def letters(text: str) -> list[int]:
-    """The ids of printable ASCII, looked up one by one: byte-level BPE writes such a byte as
-    itself, and a space as Ġ.
+    """Look up the ids of printable ASCII one by one.
+
+    Byte-level BPE writes such a byte as itself, and a space as Ġ.
     """
     vocabulary = bytes_tokenizer().get_vocab()
     return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
@@ -102,7 +101,7 @@ def chunk_files(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache/tokens").rglob("*") if path.is_file())
 
 
-# --- Ragged -----------------------------------------------------------------------------------------------------------
+# --- Ragged -------------------------------------------------------------------------------------
 
 
 def test_ragged_is_a_list_of_lists() -> None:
@@ -116,7 +115,7 @@ def test_ragged_is_a_list_of_lists() -> None:
     assert rows(dataset.Ragged.join([ragged, ragged])) == 2 * rows(ragged)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Path) -> None:
@@ -147,7 +146,8 @@ GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
         (
             b"[" * 100_000,
             [
-                "column 1: no JSON that can be read: maximum recursion depth exceeded while decoding a JSON array from a unicode string"
+                "column 1: no JSON that can be read: "
+                "maximum recursion depth exceeded while decoding a JSON array from a unicode string"
             ],
         ),
         (b'["p", "c"]', ['column 1: a row is an object with prompt, chosen, rejected, not ["p", "c"]']),
@@ -256,7 +256,7 @@ def test_texts_are_those_of_the_training_rows_once_each(tmp_path: Path) -> None:
     assert list(dataset.texts(spec_for(first))) == ["p", "s", "c", "r", "p", "c", "r"]
 
 
-# --- held-out rows ----------------------------------------------------------------------------------------------------
+# --- held-out rows ------------------------------------------------------------------------------
 
 
 def test_without_a_held_out_split_five_percent_of_the_rows_are_held_out_by_the_seed(tmp_path: Path) -> None:
@@ -288,12 +288,13 @@ def test_held_out_rows_serve_each_step_and_identical_answers_are_not_pairs(tmp_p
     assert {step: order.tolist() for step, order in found.items()} == {1: [2, 1, 4], 2: [2, 4, 0], 3: [2, 1, 4]}
 
 
-# --- the split of the steps -------------------------------------------------------------------------------------------
+# --- the split of the steps ---------------------------------------------------------------------
 
 
 def deepspeed_chat_split(n: int, shares: str, seed: int) -> list[list[int]]:
-    """data_utils.py of DeepSpeed-Chat, get_raw_dataset_split_index and get_shuffle_idx, without
-    their files.
+    """Split rows as DeepSpeed-Chat's data_utils.py does, but without files.
+
+    See get_raw_dataset_split_index and get_shuffle_idx there.
     """
     splits = [float(s) for s in shares.split(",")]
     splits = [split / sum(splits) for split in splits]
@@ -364,7 +365,7 @@ def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, 
         prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
     assert caught.value.what == "step 2 has no training rows left"
     row_counts = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
-    assert caught.value.why == f"its share of the training data: 2 rows; row_counts in the whole of it: {row_counts}"
+    assert caught.value.why == f"its share of the training data: 2 rows; all training data: {row_counts}"
     with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
         prepared(
             spec_for(folder_of(tmp_path / "e", numbered(4), [{"prompt": " ", "chosen": "a", "rejected": "b"}])),
@@ -399,11 +400,10 @@ def test_a_digest_is_of_the_rows_that_a_step_learns(tmp_path: Path, tokenizer: A
     assert differ(seed=99) == [1, 2, 3]
 
 
-# --- row_counts ------------------------------------------------------------------------------------------------------------
+# --- row_counts ---------------------------------------------------------------------------------
 
 A, B = "a" * 9, "b" * 9
-# In tokens: a prompt has BOS and its bytes, an answer its bytes and EOS. The limits of the test: 6
-# and 10.
+# In tokens, a prompt has BOS and its bytes, an answer its bytes and EOS. The test's limits: 6, 10.
 FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),
     ({"prompt": "12345", "chosen": A, "rejected": B}, "fits"),  # an exact duplicate is fine
@@ -417,15 +417,11 @@ FATES: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "p", "chosen": A, "rejected": B + "c"}, "answer_cut"),
     ({"prompt": "p", "response": A + "c", "chosen": A, "rejected": B}, "answer_cut"),
     ({"prompt": "p", "chosen": A, "rejected": A}, "identical_answers"),
-    (
-        {"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"},
-        "identical_answers and answer_cut",
-    ),  # alike after cutting: 9 + c
+    # Alike after cutting: 9 + c.
+    ({"prompt": "p", "chosen": A + "cd", "rejected": A + "ce"}, "identical_answers and answer_cut"),
     ({"prompt": "p", "chosen": A + "c", "rejected": A + "d"}, "answer_cut"),
-    (
-        {"prompt": "123456", "chosen": A + "c", "rejected": A + "c"},
-        "prompt_too_long",
-    ),  # a row that is left out counts once
+    # A row that is left out counts once.
+    ({"prompt": "123456", "chosen": A + "c", "rejected": A + "c"}, "prompt_too_long"),
 ]
 
 
@@ -455,13 +451,14 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     assert table.rejected[9].tolist() == [*[b] * 9, c]
 
 
-# --- tokenising -------------------------------------------------------------------------------------------------------
+# --- tokenising ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def transformers_log() -> Iterator[list[str]]:
-    """What transformers would print on stderr: its logger neither propagates nor writes to today's
-    sys.stderr.
+    """Collect what transformers would print on stderr.
+
+    Its logger neither propagates nor writes to the present sys.stderr.
     """
     lines: list[str] = []
     handler = logging.Handler()
@@ -504,11 +501,8 @@ def test_typed_control_tokens_stay_text(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_typed_control_tokens_stay_text_where_the_model_itself_knows_them(tmp_path: Path) -> None:
-    pieces = [
-        ("<unk>", 0.0),
-        ("</s>", 0.0),
-        *((letter, -3.0) for letter in "abcd</>s"),
-    ]  # Unigram would take `</s>` as one piece
+    # Unigram would take `</s>` as one piece.
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd</>s")]
     inner = Tokenizer(models.Unigram(pieces, unk_id=0))
     inner.add_special_tokens(["</s>"])
     known = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
@@ -547,7 +541,7 @@ def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
     assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 def stamps(tmp_path: Path) -> dict[Path, tuple[int, int]]:
@@ -556,22 +550,21 @@ def stamps(tmp_path: Path) -> dict[Path, tuple[int, int]]:
 
 def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> None:
     folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
-    said: list[str] = []
-    first = prepared(spec_for(folder), tokenizer, tmp_path, said.append)
+    messages: list[str] = []
+    first = prepared(spec_for(folder), tokenizer, tmp_path, messages.append)
     before = stamps(tmp_path)
-    assert said == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
-    said.clear()
-    tokenizer(
-        ["abc", "d"], truncation=True, max_length=2, padding=True
-    )  # leaves its marks on a fast tokenizer; they are not ours
+    assert messages == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
+    messages.clear()
+    # This call changes the settings of a fast tokenizer, which must not matter here.
+    tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
     second = prepared(
         spec_for(folder, seed=3, split=(1.0, 2.0, 3.0), max_prompt_tokens=9, max_response_tokens=7, eval_rows=1),
         tokenizer,
         tmp_path,
-        said.append,
+        messages.append,
     )
     assert stamps(tmp_path) == before
-    assert said == [f"reading {folder}"]
+    assert messages == [f"reading {folder}"]
     assert rows(first.train.chosen) == rows(second.train.chosen) == [[*letters(f"yes{i}"), EOS] for i in range(9)]
 
 
@@ -624,7 +617,7 @@ def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Call
     assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [
         hash(content[:32]) for content in good.values()
     ]
-    assert chunk_files(tmp_path) == list(good)  # and nothing lies beside them
+    assert chunk_files(tmp_path) == list(good)  # and nothing lies next to them
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
@@ -635,11 +628,11 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
     assert caught.value.what.startswith(f"cannot write the token cache {tmp_path}/cache/tokens/")
     assert (caught.value.exit_code, caught.value.hint) == (
         ExitCode.UNFIT,
-        "free some disk space, or let the cache be in a folder that you may write to",
+        "free some disk space, or put the cache into a folder that you may write to",
     )
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------
 
 CHILD = """
 import json, resource, sys, time
@@ -650,7 +643,7 @@ from jobs.spec import Data
 from rlhf_train.data import dataset
 
 rank, world_size, slow_s, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
-dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, said = 10, 0.2, [], []
+dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, messages = 10, 0.2, [], []
 columns_of, write = dataset._token_columns, dataset._write_chunk
 dataset._token_columns = lambda *args: (time.sleep(slow_s), columns_of(*args))[1]
 dataset._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
@@ -659,10 +652,10 @@ if largest_file:
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="</s>")
 spec = Data(datasets=(folder,), split=(1.0, 1.0, 1.0))
 try:
-    corpus = dataset.prepare(spec, tokenizer, cache=Path(cache), rank=rank, world_size=world_size, say=said.append)
+    corpus = dataset.prepare(spec, tokenizer, cache=Path(cache), rank=rank, world_size=world_size, say=messages.append)
 except ToolkitError as error:
     sys.exit(str(error))
-print(json.dumps([written, said, corpus.train.chosen.values.tolist(), corpus.train.step_rows[2].tolist()]))
+print(json.dumps([written, messages, corpus.train.chosen.values.tolist(), corpus.train.step_rows[2].tolist()]))
 """
 
 
@@ -678,9 +671,8 @@ def start(
 
 
 def test_two_ranks_share_the_work_and_the_quick_one_waits_for_the_slow_one(tmp_path: Path, tokenizer: Any) -> None:
-    folder_of(
-        tmp_path / "d", numbered(45), numbered(3)
-    )  # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows
+    # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows.
+    folder_of(tmp_path / "d", numbered(45), numbered(3))
     ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, slow_s=1.0)]
     results = [process.communicate(timeout=120) for process in ranks]
     (quick_wrote, quick_said, *quick), (slow_wrote, _, *slow) = (json.loads(output) for output, _ in results)
@@ -703,7 +695,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
     assert chunk_files(tmp_path) == []
 
 
-# --- the datasets library, against a hub on loopback --------------------------------------------------------------------
+# --- the datasets library, against a hub on loopback --------------------------------------------
 
 READER = """
 import json, sys
@@ -832,7 +824,7 @@ def test_a_hub_that_cannot_be_reached(reader: Reader) -> None:
     assert "offline" in why.lower()
 
 
-# --- real data --------------------------------------------------------------------------------------------------------
+# --- real data ----------------------------------------------------------------------------------
 
 
 def test_real_preference_data(tmp_path: Path, tokenizer: Any) -> None:

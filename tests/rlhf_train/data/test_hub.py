@@ -38,11 +38,12 @@ import hashlib, json, sys
 from pathlib import Path
 from jobs.errors import ToolkitError
 from rlhf_train.data import dataset, hub
-hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # what is written at once, of 10 MB
+hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # instead of 10 MB
 hub.WAITS_S = tuple(wait_s / 100 for wait_s in hub.WAITS_S)
 def fetched(name, kind="model", wanted=hub.model_files):
     folder = hub.fetch(name, wanted, kind=kind)
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in wanted(hub._recall(folder.parents[1]).files)}
+    files = wanted(hub._recall(folder.parents[1]).files)
+    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
 def rows(name):
     return dataset.read_rows(name, [Path.cwd()])
 for line in sys.stdin:
@@ -56,7 +57,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """One process with one cache; `ask` gives the answer and what was said on stderr meanwhile."""
+    """One process with one cache; `ask` returns the answer and the stderr output meanwhile."""
 
     def __init__(self, url: str, home: Path, **environment: str) -> None:
         home.mkdir(exist_ok=True)
@@ -84,11 +85,11 @@ class Client:
         self.send(call)
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        answer, said = self.process.stdout.readline(), []
+        answer, messages = self.process.stdout.readline(), []
         while not (line := self.process.stderr.readline()).startswith("end of"):
-            assert line or self.process.poll() is None, said
-            said.append(line.rstrip())
-        return json.loads(answer), said
+            assert line or self.process.poll() is None, messages
+            messages.append(line.rstrip())
+        return json.loads(answer), messages
 
     def send(self, call: str) -> None:
         assert self.process.stdin is not None
@@ -148,8 +149,8 @@ def as_rows(rows: list[dict[str, str]]) -> list[list[str]]:
     return [[row["prompt"], row["chosen"], row["chosen"], row["rejected"]] for row in rows]
 
 
-def tried_again(said: list[str]) -> int:
-    return sum(line.startswith("warning: some/model: ") and ("trying again in" in line) for line in said)
+def tried_again(messages: list[str]) -> int:
+    return sum(line.startswith("warning: some/model: ") and ("trying again in" in line) for line in messages)
 
 
 def weights_asked(server: Hub, status: str = "") -> int:
@@ -196,20 +197,19 @@ def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(s
         server.requests.clear()
         server.fail(WEIGHTS_FILE, how, times)
         start = time.monotonic()
-        answer, said = client.ask("fetched('some/model')")
-        assert answer == whole(server), (how, said)
+        answer, messages = client.ask("fetched('some/model')")
+        assert answer == whole(server), (how, messages)
         assert weights_asked(server) == (1 if how == "slow" else times + 1), (how, server.requests)
-        # huggingface_hub goes on by itself after a stall; some versions also after a cut, and some
-        # before they answer 429.
-        assert tried_again(said) <= most, (how, said)
+        # huggingface_hub resumes by itself after a stall; some versions also after a cut, and some
+        # after a 429.
+        assert tried_again(messages) <= most, (how, messages)
         if how in (500, 503, "flip"):
-            assert tried_again(said) == times, (how, said)
+            assert tried_again(messages) == times, (how, messages)
         if how == "stall":
             assert weights_asked(server, "206") == 1  # from where it stopped
         if how == "slow":
-            assert (
-                time.monotonic() - start >= (PIECES - 1) * PIECE_S > 2 * 1
-            )  # longer than HF_HUB_DOWNLOAD_TIMEOUT, and never stopped
+            # Longer than HF_HUB_DOWNLOAD_TIMEOUT, and never stopped.
+            assert time.monotonic() - start >= (PIECES - 1) * PIECE_S > 2 * 1
         forget(client)
 
     for how, word in ((500, "500"), ("flip", hashlib.sha256(WEIGHTS).hexdigest()), ("cut", "")):
@@ -220,13 +220,13 @@ def test_faults_that_pass_are_tried_again_and_one_error_ends_those_that_do_not(s
             server.fail("GET /api/models/some/model.*", 502)
             server._faults.reverse()
             word = "502"
-        answer, said = client.ask("fetched('some/model')")
+        answer, messages = client.ask("fetched('some/model')")
         assert answer["what"] == "cannot load some/model from the hub"
         assert word in answer["why"]
         assert server.url in answer["why"]
         assert "HF_ENDPOINT" in answer["hint"]
         assert answer["code"] == ExitCode.UNFIT
-        assert tried_again(said) == 4
+        assert tried_again(messages) == 4
         assert not list(client.home.rglob("snapshots/*/model.safetensors"))
         server.heal()
         assert client.ask("fetched('some/model')")[0] == whole(server)  # the same command, later
@@ -242,9 +242,9 @@ def test_a_hub_that_is_asked_too_often_says_when_to_come_again(
     server.retry_after = said_by_hub
     server.fail("GET /api/models/some/model.*", 429, 1)
     start = time.monotonic()
-    answer, said = clients().ask("fetched('some/model', wanted=hub.config_files)")
+    answer, messages = clients().ask("fetched('some/model', wanted=hub.config_files)")
     assert answer == sums(server, "config.json")
-    (line,) = [line for line in said if "trying again" in line]
+    (line,) = [line for line in messages if "trying again" in line]
     assert line.endswith(f"; trying again in {wait} s") and time.monotonic() - start >= float(wait)
 
 
@@ -258,10 +258,10 @@ def test_names_and_tokens(server: Hub, clients: Any) -> None:
     client = clients()
     for name in ("no/such", "some/gated", "white space/x"):
         server.requests.clear()
-        answer, said = client.ask(f"fetched('{name}')")
+        answer, messages = client.ask(f"fetched('{name}')")
         assert (answer["what"], answer["code"]) == (f"cannot load {name} from the hub", ExitCode.USAGE)
         assert answer["hint"] == "check the name; HF_TOKEN opens a gated or private model"
-        assert not [line for line in said if "again" in line]
+        assert not [line for line in messages if "again" in line]
         assert len(server.requests) <= 2  # nothing is asked twice: it would not help
     assert clients(HF_TOKEN=TOKEN).ask("fetched('some/gated')")[0] == sums(
         server, "config.json", name="models/some/gated"
@@ -278,18 +278,18 @@ def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub
     assert first.ask("rows('some/set')")[0]["code"] == ExitCode.UNFIT
     away, offline = clients("home", url=nobody), clients("home", HF_HUB_OFFLINE="1")
     for client in (away, offline):
-        answer, said = client.ask("fetched('some/model', wanted=hub.tokenizer_files)")
+        answer, messages = client.ask("fetched('some/model', wanted=hub.tokenizer_files)")
         assert answer == sums(server, "config.json", "tokenizer.json")
-        assert len([line for line in said if line.startswith("warning: ")]) == (1 if client is away else 0)
+        assert len([line for line in messages if line.startswith("warning: ")]) == (1 if client is away else 0)
     for call in ("fetched('some/model')", "rows('some/set')"):  # the weights and train-1.jsonl are missing
         answer, _ = offline.ask(call)
         assert answer["code"] == ExitCode.UNFIT
         assert "HF_HUB_OFFLINE" in answer["hint"]
     start = time.monotonic()
-    answer, said = away.ask("rows('some/other')")
+    answer, messages = away.ask("rows('some/other')")
     assert (answer["code"], time.monotonic() - start < 5) == (ExitCode.UNFIT, True)
     assert nobody in answer["why"]
-    assert not [line for line in said if "again" in line]
+    assert not [line for line in messages if "again" in line]
 
 
 def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(
@@ -304,15 +304,17 @@ def test_what_another_program_left_in_the_cache_may_not_be_all_and_that_is_said(
         subprocess.run([sys.executable, "-c", script, *files], env=environment, check=True, capture_output=True)
 
     offline = clients("home", HF_HUB_OFFLINE="1")
-    words = "warning: some/model was put into the cache by another program: what is there, {}, is taken for all of it"
+    words = (
+        "warning: some/model was put into the cache by another program: using what is there ({}); files may be missing"
+    )
     for files, named in ((["config.json"], "1 file"), (["config.json", "tokenizer.json"], "2 files")):
         other(*files)
-        answer, said = offline.ask("fetched('some/model')")
+        answer, messages = offline.ask("fetched('some/model')")
         assert answer == sums(server, *files)
-        assert list(filter(None, said)) == [words.format(named)]
+        assert list(filter(None, messages)) == [words.format(named)]
     for client in (clients("home"), offline):  # the hub has the list, and then it is kept
-        answer, said = client.ask("fetched('some/model')")
-        assert (answer, list(filter(None, said))) == (whole(server), [])
+        answer, messages = client.ask("fetched('some/model')")
+        assert (answer, list(filter(None, messages))) == (whole(server), [])
 
 
 def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any) -> None:
@@ -357,15 +359,12 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatc
     file.write_bytes(jsonl(ROWS[:1]))  # a blob that was damaged, and fetched again
     hub._link(snapshot, plain, ["data/train.jsonl"])
     assert place.read_bytes() == jsonl(ROWS[:1])
-    assert [path for path in (tmp_path / "rlhf-box").rglob("*") if path.is_file()] == [
-        place
-    ]  # nothing else that could be taken for data
+    files = [path for path in (tmp_path / "rlhf-box").rglob("*") if path.is_file()]
+    assert files == [place]  # nothing else that could be taken for data
 
 
 def test_the_libraries_own_calls_go_to_the_mirror(server: Hub, tmp_path: Path) -> None:
-    """`load_dataset` by name and `hf_hub_download`, as a person would type them: HF_ENDPOINT alone
-    sends them there.
-    """
+    """HF_ENDPOINT alone sends plain `load_dataset` and `hf_hub_download` calls to the mirror."""
     script = """
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download

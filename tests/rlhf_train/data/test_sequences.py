@@ -1,6 +1,4 @@
-"""Which rows an update takes and how they are cut: by hand, and the promises about ranks and micro
-batches.
-"""
+"""Test which rows an update takes and how they are cut: by hand, over ranks and micro batches."""
 
 from itertools import pairwise
 
@@ -68,9 +66,7 @@ def test_count_updates(rows, batch, epochs, limit, expected):
 
 
 def test_updates_pass_over_every_row_once_an_epoch():
-    """10 rows, batches of 4: five updates are two epochs, the third update crosses from one to the
-    next.
-    """
+    """With 10 rows and batches of 4, five updates are two epochs; the third takes rows of both."""
     seen = np.concatenate([rows_of_update(update, 10, 4, (1, 2)) for update in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])

@@ -34,9 +34,7 @@ BOTH = pytest.mark.parametrize("rows", [TRAIN, TEST], ids=["train", "test"])
 
 
 def tokens(text: str) -> int:
-    """As the demo's BPE counts: each word, mark of punctuation and line feed is one token (tested
-    below).
-    """
+    """Count tokens as the demo's BPE does: words, punctuation and line feeds (tested below)."""
     return len(re.findall(r"\w+|[^\w\s]|\n", text))
 
 
@@ -105,9 +103,7 @@ def test_a_bpe_of_512_entries_holds_every_word_as_one_token() -> None:
 
 
 def test_pairs_show_the_faults_that_ppo_finds() -> None:
-    """One of two names taken for the other, and a true sentence of the task that was asked, but
-    about another thing.
-    """
+    """Pairs swap the two names, and answer the right task with a true sentence on another thing."""
     greeting = re.compile(r"(?:, (\w+))?\. I wish you a good \w+, my dear (\w+)\. ")
     greetings = [(greeting.search(row["chosen"]), greeting.search(row["rejected"])) for row in TRAIN]
     swapped = [
@@ -149,7 +145,7 @@ def test_each_kind_of_bad_answer_has_its_fault_and_no_other(kind: str) -> None:
     for _ in range(2000):
         dialogue = generator.new_dialogue(draw, held_out=draw.chance(0.5))
         if kind != "name" or dialogue.user:
-            answer = generator.bad_answer(draw, kind, dialogue, generator.any_manners(draw))
+            answer = generator.bad_answer(draw, kind, dialogue, generator.any_courtesy(draw))
             assert judge(dialogue.prompt, answer, True) in VERDICTS[kind], (dialogue.prompt, answer)
 
 

@@ -13,7 +13,10 @@ OPPOSITE = "\n\nHuman: Hi there. I am Ben. Which word is the opposite of hot?\n\
 NUMBER = "\n\nHuman: This is Maria. I have a question. What follows ten?\n\nAssistant:"
 SHOPPING = "\n\nHuman: I need rice. Repeat what I need.\n\nAssistant:"
 GREETING = "\n\nHuman: Leo here. My friend Anna comes in the evening. Greet Anna.\n\nAssistant:"
-AFTER_A_TURN = "\n\nHuman: I am Emma. What colour is coal?\n\nAssistant: Sure, Emma. Black.\n\nHuman: Tell me the colour of leaf.\n\nAssistant:"
+AFTER_A_TURN = (
+    "\n\nHuman: I am Emma. What colour is coal?\n\nAssistant: Sure, Emma. Black."
+    "\n\nHuman: Tell me the colour of leaf.\n\nAssistant:"
+)
 
 ALL_PHRASINGS = [
     ("What colour is banana?", "The colour of banana is yellow."),

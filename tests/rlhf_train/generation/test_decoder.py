@@ -1,5 +1,6 @@
-"""The static decoder: its parts against plain formulas and its slow twins, its slots, and Triton's
-kernels in their interpreter.
+"""Test the static decoder: its parts against plain formulas and slow twins, its slots, its kernels.
+
+Triton's kernels run in their interpreter.
 """
 
 import numpy as np
@@ -22,8 +23,9 @@ PAD, EOS, VOCABULARY = 1, 2, 70
 def opt(**shape):
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=96, dropout=0.0, init_std=0.2,
-        pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **{"hidden_size": 32, "word_embed_proj_dim": 32} | shape,
+        vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=96,
+        dropout=0.0, init_std=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        **{"hidden_size": 32, "word_embed_proj_dim": 32} | shape,
     )  # fmt: skip
     model = OPTForCausalLM(config).eval()
     with torch.no_grad():
@@ -44,7 +46,7 @@ def decoder(model, **others):
 
 
 def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
-    """All prompts at once, without a scheduler."""
+    """Answer all prompts in one batch, without a scheduler."""
     made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, eos_id=eos_id, **others)
     made.begin(draw_uniforms(7, range(len(prompts)), limit))
     made.prefill(range(len(prompts)), range(len(prompts)), prompts)
@@ -54,9 +56,7 @@ def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
 
 
 def test_adjacent_weights_are_one_product(monkeypatch):
-    """As DeepSpeed lays them out: all matrices in one flat buffer in the order of the model, all
-    vectors in another.
-    """
+    """DeepSpeed lays them out so: all matrices in one flat buffer, all vectors in another."""
     model, prompts = opt(), some_prompts()
     apart = answers(model, prompts)
     assert network_of(model).layers[0].joined is None
@@ -96,18 +96,15 @@ def test_it_generates_with_the_weights_of_the_moment():
     assert made._decoder is first
     assert any(not np.array_equal(a, b) for a, b in zip(before.tokens, after.tokens, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, after.tokens, strict=True))
-    model.model.decoder.layers[1].fc1.weight.data = model.model.decoder.layers[
-        1
-    ].fc1.weight.data.clone()  # another place in memory
+    weight = model.model.decoder.layers[1].fc1.weight
+    weight.data = weight.data.clone()  # another place in memory
     again = made.generate(prompts, seed=1, row_ids=range(7))
     assert made._decoder is not first
     assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, again.tokens, strict=True))
 
 
 def test_a_prompt_does_not_wait_for_the_longest_answer():
-    """3 slots for 20 prompts: a slot whose answer ended takes the next one, and the answers are
-    those of each prompt alone.
-    """
+    """3 slots serve 20 prompts: a finished answer's slot takes the next, and answers are equal."""
     model, prompts, fed = opt(), some_prompts(20), []
     made = Rollouts(
         model,
@@ -131,19 +128,17 @@ def test_a_prompt_does_not_wait_for_the_longest_answer():
 
 
 class Late(FinishedSlots):
-    """As on a GPU: each look is answered with what the one before it saw."""
+    """As on a GPU: each look returns the result of the look before."""
 
-    def look(self, count):
-        self._asked.append((self.made, self._done[:count].bool().tolist()))
+    def check(self, count):
+        self._asked.append((self.made, self._finished[:count].bool().tolist()))
         self.made += 1
         return self._asked.pop(0) if len(self._asked) > 1 else (-1, [])
 
 
 @pytest.mark.parametrize(("slots", "limit"), [(3, 12), (20, 12), (40, 11), (6, 1)])
 def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
-    """Several tokens between two looks, of which each is late: slots are filled again, and answers
-    move to fewer, all the same.
-    """
+    """With several tokens between late looks, slots are still filled again and answers moved."""
     model, prompts = opt(), some_prompts(40)
     common = {
         "eos_id": EOS,
@@ -155,7 +150,7 @@ def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch
     }
     expected = Rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
     monkeypatch.setitem(rollout.STEPS, "cpu", 3)
-    monkeypatch.setattr(rollout, "Looks", Late)
+    monkeypatch.setattr(rollout, "FinishedSlots", Late)
     behind = Rollouts(model, **common)
     for _ in range(2):  # nothing is left over from the first
         found = behind.generate(prompts, seed=3, row_ids=range(40))
@@ -235,9 +230,8 @@ def test_top_k_and_top_p_leave_the_rest_out_of_the_draw():
         expected = torch.zeros(5)
         expected[kept] = probabilities[kept] / probabilities[kept].sum() * 1000
         torch.testing.assert_close(counts.float(), expected, atol=1.01, rtol=0)
-        torch.testing.assert_close(
-            log_probs, probabilities.log()[tokens]
-        )  # of the whole distribution, as the trainer sees it
+        # Log-probs are of the whole distribution, as the trainer computes them.
+        torch.testing.assert_close(log_probs, probabilities.log()[tokens])
 
 
 def test_families():
@@ -247,7 +241,7 @@ def test_families():
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    said = []
+    warnings = []
     unknown = Rollouts(
         LlamaForCausalLM(config),
         eos_id=EOS,
@@ -256,12 +250,13 @@ def test_families():
         temperature=1.0,
         batch=2,
         device=torch.device("cpu"),
-        warn=said.append,
+        warn=warnings.append,
     )
     unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
     assert not unknown.is_static
-    assert said == [
-        "rollouts of LlamaForCausalLM run by its own forward, which is slower: the static decoder knows plain OPT models only"
+    assert warnings == [
+        "rollouts of LlamaForCausalLM run by its own forward, which is slower: "
+        "the static decoder supports plain OPT models only"
     ]
 
 
@@ -276,9 +271,9 @@ class NoStream:
 
 
 def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
-    model, prompts, said = opt(), some_prompts(), []
+    model, prompts, warnings = opt(), some_prompts(), []
     expected = answers(model, prompts)
-    made = decoder(model, slots=7, warn=said.append)
+    made = decoder(model, slots=7, warn=warnings.append)
     made.begin(draw_uniforms(7, range(7), 12))
     made.prefill(range(7), range(7), prompts)
     made._graphs = {}
@@ -288,19 +283,18 @@ def test_a_failed_capture_falls_back_with_a_warning(monkeypatch):
     for step in range(11):
         made.advance(7, 9 + step + 1, 1)
     assert torch.equal(made.state.tokens[:, :-1], expected.tokens[:, :-1])
-    assert len(said) == 1
-    assert said[0].endswith("runs without: operation not permitted when stream is capturing")
+    assert len(warnings) == 1
+    assert warnings[0].endswith("runs without: operation not permitted when stream is capturing")
     made._graphs = {}
     monkeypatch.setattr(torch.cuda, "Stream", NoStream(torch.cuda.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer prompts at once would help there
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # fewer concurrent prompts would help there
         made.advance(7, 20, 1)
 
 
 def test_heads_that_are_no_power_of_two_go_without_kernels():
     assert decode_step.network_supported(network_of(opt()))
-    assert not decode_step.network_supported(
-        network_of(opt(hidden_size=48, word_embed_proj_dim=48))
-    )  # 24 numbers; OPT-2.7b's have 80
+    odd = opt(hidden_size=48, word_embed_proj_dim=48)  # heads of 24 numbers; OPT-2.7b's have 80
+    assert not decode_step.network_supported(network_of(odd))
 
 
 def test_a_step_changes_nothing_of_a_slot_that_is_done():
@@ -308,7 +302,7 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
     made = decoder(opt(), slots=4, rows=4)
     made.begin(draw_uniforms(7, range(4), 12))
     made.prefill(range(4), range(4), some_prompts(4))
-    made.state.done.fill_(1)
+    made.state.finished.fill_(1)
     kept = {name: getattr(made.state, name).clone() for name in State.__dataclass_fields__}
     made.advance(4, 20, 3)
     for name, before in kept.items():
@@ -320,8 +314,9 @@ def test_a_step_changes_nothing_of_a_slot_that_is_done():
 
 
 def test_attention_of_a_step_is_plain_attention():
-    """5 slots of 1 to 9 tokens in a cache of 12: in float64 as on a GPU without kernels, in float32
-    as on a CPU, and by its formula.
+    """5 slots hold 1 to 9 tokens in a cache of 12.
+
+    float64 takes the way of a GPU without kernels, float32 that of a CPU; both follow the formula.
     """
     numbers = torch.Generator().manual_seed(0)
     query, lengths = torch.randn(5, 3, 8, generator=numbers, dtype=torch.float64), torch.tensor([1, 9, 4, 2, 7])
@@ -346,9 +341,9 @@ def test_prompts_go_into_the_slots_that_are_named(slots):
     expected = decoder(model, slots=3)
     made = decoder(model, slots=5)
     made.keys.fill_(7.0)
-    for one, places in ((expected, [0, 1, 2]), (made, slots)):
-        one.begin(draw_uniforms(7, range(3), 12))
-        one.prefill(places, range(3), prompts)
+    for instance, places in ((expected, [0, 1, 2]), (made, slots)):
+        instance.begin(draw_uniforms(7, range(3), 12))
+        instance.prefill(places, range(3), prompts)
     for row, slot in enumerate(slots):
         length = len(prompts[row])
         for cache, wanted in ((made.keys, expected.keys), (made.values, expected.values)):

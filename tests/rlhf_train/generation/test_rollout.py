@@ -1,6 +1,4 @@
-"""Sampling: the right distribution, the same answers whatever the company, and log-probs that a
-plain forward confirms.
-"""
+"""Test sampling: its distribution, equal answers in any batch, log-probs as by a plain forward."""
 
 import numpy as np
 import pytest
@@ -22,8 +20,9 @@ def model(request):
     torch.manual_seed(0)
     if request.param == "llama":
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-            max_position_embeddings=64, initializer_range=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=64, max_position_embeddings=64, initializer_range=0.2,
+            pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
     shape = (
@@ -32,8 +31,9 @@ def model(request):
         else {"word_embed_proj_dim": 32}
     )
     config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64, dropout=0.0,
-        init_std=0.2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **shape,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+        max_position_embeddings=64, dropout=0.0, init_std=0.2,
+        pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, **shape,
     )  # fmt: skip
     return OPTForCausalLM(config).eval()
 
@@ -100,9 +100,7 @@ def test_a_response_stops_at_its_first_eos_or_at_the_limit(model):
 
 
 def test_greedy_limit_is_hugging_faces_greedy_search(model):
-    """At a temperature near 0 every number picks the likeliest token, as
-    `generate(do_sample=False)` does.
-    """
+    """Near temperature 0 any uniform samples the likeliest token, as generate(do_sample=False)."""
     prompts = some_prompts()
     made = rollouts(model, temperature=1e-4).generate(prompts, seed=0, row_ids=list(range(7)))
     for prompt, tokens in zip(prompts, made.tokens, strict=True):
@@ -132,9 +130,7 @@ def test_sample_inverts_the_distribution():
 
 
 def test_samples_follow_the_softmax():
-    """Chi-square over 50,000 draws from a 12-token distribution: below the 0.999 quantile of 11
-    degrees of freedom.
-    """
+    """Chi-square over 50,000 draws of 12 tokens stays below the 0.999 quantile of 11 degrees."""
     torch.manual_seed(0)
     logits, draws = torch.randn(12), 50_000
     numbers = draw_uniforms(5, range(draws), 1)[:, 0]
@@ -155,7 +151,7 @@ def test_numbers_belong_to_seed_row_and_position():
 
 
 class SmallGpu:
-    """The model on a GPU that has memory for so many rows at once."""
+    """The model on a GPU with memory for `rows` concurrent rows."""
 
     def __init__(self, model, rows):
         self.model, self.rows = model, rows
@@ -181,9 +177,7 @@ def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers
 
 
 def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypatch):
-    """On a GPU of which 20 GiB are free, and training has needed 5 of them; the peak of the failed
-    rollout is the whole GPU.
-    """
+    """20 GiB are free, training needs 5 of them, and the failed rollout's peak is the whole GPU."""
     torch.manual_seed(0)
     model = OPTForCausalLM(
         OPTConfig(
@@ -223,9 +217,7 @@ def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypat
 
 
 def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
-    """Of 11 GiB that no tensor holds, 1 is always left and 4 are training's: 6 GiB are three caches
-    of 2 GiB.
-    """
+    """Of 11 free GiB 1 is always left and training needs 4: 6 GiB are three caches of 2 GiB."""
     torch.manual_seed(0)
     model = OPTForCausalLM(
         OPTConfig(
@@ -249,15 +241,13 @@ def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
     few = rollouts(model, warn=warnings.append)
     few.device = torch.device("cuda")
     few.generate(some_prompts(), seed=7, row_ids=list(range(7)))
-    assert warnings == [
-        "what is free on the GPU holds the cache of 3 answers, not of 7: so many are generated at once, which is slower"
-    ]
+    assert warnings == ["the GPU has free memory for 3 concurrent answers, not for 7: rollouts are slower"]
 
 
 def test_where_not_even_one_fits(model):
     small = rollouts(model, batch=4, is_static=False)
     small.model = SmallGpu(model, 0)
-    with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at once"):
+    with pytest.raises(ToolkitError, match="out of memory in a rollout with one prompt at a time"):
         small.generate(some_prompts(), seed=7, row_ids=list(range(7)))
 
 

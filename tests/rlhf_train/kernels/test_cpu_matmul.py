@@ -148,11 +148,8 @@ def test_every_network_is_loaded_so(load, calls):
 def test_the_head_and_rollouts_take_it_too(calls):
     head, states = nn.Linear(128, 256, bias=False), numbers(64, 128).requires_grad_()
     label_log_probs(states, torch.arange(64), head, 256)[0].sum().backward()
-    assert sorted(calls) == [
-        (64, 128, 256),
-        (64, 256, 128),
-        (128, 64, 256),
-    ]  # logits, and the gradients of states and weight
+    # Logits, and the gradients of states and weight.
+    assert sorted(calls) == [(64, 128, 256), (64, 256, 128), (128, 64, 256)]
     calls.clear()
     network = network_of(
         OPTForCausalLM(

@@ -1,5 +1,6 @@
-"""Triton's kernels of the decode step in their interpreter, on a CPU, against plain PyTorch.
-tests/conftest.py switches it on.
+"""Compare Triton's kernels of the decode step with plain PyTorch, in Triton's interpreter on a CPU.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest
@@ -11,7 +12,7 @@ from rlhf_train.generation.rollout import draw_uniforms
 from rlhf_train.kernels import decode_step
 from tests.rlhf_train.generation.test_decoder import answers, decoder, opt, some_prompts
 
-pytestmark = pytest.mark.skipif(not decode_step.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not decode_step.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,8 @@ def test_the_kernels_draw_what_plain_torch_draws(shape, sampling, monkeypatch):
     triton = answers(model, prompts, limit=5, sampling=sampling, use_kernels=True)
     written = plain.tokens[:, :-1] != 0
     assert torch.equal(plain.tokens[:, :-1], triton.tokens[:, :-1])
-    assert (plain.done == 1).all()
-    assert torch.equal(plain.done, triton.done)
+    assert (plain.finished == 1).all()
+    assert torch.equal(plain.finished, triton.finished)
     assert torch.equal(plain.length, triton.length)
     torch.testing.assert_close(
         plain.log_probs[:, :-1] * written, triton.log_probs[:, :-1] * written, atol=1e-5, rtol=1e-5
@@ -39,7 +40,7 @@ def test_the_kernels_draw_what_plain_torch_draws(shape, sampling, monkeypatch):
 
 
 def test_the_kernel_reads_no_more_of_the_cache_than_is_live():
-    """NaN lies beyond each length, and in the slot that is done."""
+    """NaN lies beyond each length, and in the finished slot."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 3, 32).unbind(0)
     keys, values = torch.randn(2, 3, 2, 24, 16).unbind(0)
@@ -74,9 +75,9 @@ def test_a_gpu_feeds_prompts_by_the_kernel_of_sum_and_norm(monkeypatch):
     add_norm = decode_step.add_norm
     monkeypatch.setattr(decode_step, "add_norm", lambda x, *others: rows.append(len(x)) or add_norm(x, *others))
     quick = decoder(model, use_kernels=True)
-    for one in (plain, quick):
-        one.begin(draw_uniforms(7, range(3), 12))
-        one.prefill(range(3), range(3), prompts)
+    for instance in (plain, quick):
+        instance.begin(draw_uniforms(7, range(3), 12))
+        instance.prefill(range(3), range(3), prompts)
     assert rows == [3 * max(map(len, prompts))] * 2 + [3, 3]  # of the last layer, the last tokens alone
     torch.testing.assert_close(quick.keys, plain.keys)
     assert torch.equal(quick.state.tokens, plain.state.tokens)

@@ -1,5 +1,6 @@
-"""What a GPU takes in layers, on a CPU: Triton's kernels in their interpreter, cuBLAS's epilogue as
-PyTorch's own; against the plain layers.
+"""Compare the GPU's fused layers with plain layers, on a CPU.
+
+Triton's kernels run in their interpreter; PyTorch's own epilogue stands for cuBLAS's.
 """
 
 import copy
@@ -15,7 +16,7 @@ from rlhf_train.kernels import fused_layers, layer_gradients
 from rlhf_train.models.networks import ActorForward, padding
 from tests.rlhf_train.generation.test_decoder import opt, some_prompts
 
-pytestmark = pytest.mark.skipif(not layer_gradients.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not layer_gradients.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Triton's kernels of the backward pass in their interpreter, on a CPU, against PyTorch's
-gradients. tests/conftest.py switches it on.
+"""Compare Triton's kernels of the backward pass with PyTorch's gradients, in Triton's interpreter.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from rlhf_train.kernels import layer_gradients
 
-pytestmark = pytest.mark.skipif(not layer_gradients.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not layer_gradients.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 

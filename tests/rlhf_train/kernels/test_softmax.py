@@ -1,5 +1,6 @@
-"""Triton's kernels of the log-probs in their interpreter, on a CPU, against plain PyTorch.
-tests/conftest.py switches it on.
+"""Compare Triton's kernels of the log-probs with plain PyTorch, in Triton's interpreter on a CPU.
+
+tests/conftest.py switches the interpreter on.
 """
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from rlhf_train.kernels import softmax
 from rlhf_train.models import log_probs
 
-pytestmark = pytest.mark.skipif(not softmax.IS_THERE, reason="no Triton 3, which is there for Linux only")
+pytestmark = pytest.mark.skipif(not softmax.HAS_TRITON, reason="no Triton 3, which is there for Linux only")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -1,6 +1,4 @@
-"""Log-probs over a vocabulary against log_softmax with autograd in float64: values, gradients, and
-what is held meanwhile.
-"""
+"""Compare log-probs over a vocabulary with log_softmax in float64: values, gradients and memory."""
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ def case(dtype=torch.float32):
 
 
 def twin(hidden, index, labels, head, above, temperature):
-    """-> values, entropies, gradients of the hidden states and the weight, in float64."""
+    """Return values, entropies, and gradients of hidden states and weight, in float64."""
     states, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, head.weight))
     every = F.log_softmax(states @ weight.T / temperature, dim=-1)[index]
     values = every[torch.arange(len(labels)), labels]

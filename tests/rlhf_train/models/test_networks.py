@@ -1,6 +1,4 @@
-"""The forward passes against plain Hugging Face, LoRA's merge against PEFT's own forward, and
-tokenizers.
-"""
+"""Test forward passes against Hugging Face, LoRA's merge against PEFT's forward, and tokenizers."""
 
 import copy
 import math
@@ -318,9 +316,8 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
     assert wanted
     for name, gradient in wanted.items():
         torch.testing.assert_close(gradients(again)[name], gradient, rtol=1e-4, atol=1e-5)
-        assert (
-            gradients(padded)[name] - gradient
-        ).norm() < 1e-5 * gradient.norm()  # packed, q is scaled after its product with k
+        difference = gradients(padded)[name] - gradient  # packed, q is scaled after its product with k
+        assert difference.norm() < 1e-5 * gradient.norm()
 
 
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
@@ -394,14 +391,18 @@ def test_a_family_without_a_padding_token_gets_one_with_a_row_of_its_own(load, t
 
 
 def test_a_model_comes_from_the_hub_by_its_name(actor, tokenizer, tmp_path):
-    """In a fresh process, since HF_ENDPOINT is read at import; the weights arrive although the hub
-    fails twice.
+    """The weights arrive although the hub fails twice.
+
+    It is a fresh process, since HF_ENDPOINT is read at import.
     """
     for part in (actor, tokenizer):
         part.save_pretrained(tmp_path / "models/some/opt")
     code = (
-        "import sys, torch; from rlhf_train.models.networks import load_causal, load_tokenizer; tokenizer = load_tokenizer('some/opt')\n"
-        "model = load_causal('some/opt', tokenizer, torch.float32, 0); torch.save((model.state_dict(), tokenizer.get_vocab()), sys.argv[1])\n"
+        "import sys, torch\n"
+        "from rlhf_train.models.networks import load_causal, load_tokenizer\n"
+        "tokenizer = load_tokenizer('some/opt')\n"
+        "model = load_causal('some/opt', tokenizer, torch.float32, 0)\n"
+        "torch.save((model.state_dict(), tokenizer.get_vocab()), sys.argv[1])\n"
         "assert tokenizer.name_or_path == model.name_or_path == 'some/opt'"
     )
     with Hub(tmp_path) as hub:

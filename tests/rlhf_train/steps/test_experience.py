@@ -28,7 +28,8 @@ def ppo(**changes):
 
 def scored(response, log_probs, ref_log_probs, values, score, *, ended=True):
     return Scored(
-        np.array([2, 5]), np.array(response), ended, rollout_log_probs=np.array(log_probs) + 0.25, ref_log_probs=np.array(ref_log_probs), score=score,
+        np.array([2, 5]), np.array(response), ended, score=score,
+        rollout_log_probs=np.array(log_probs) + 0.25, ref_log_probs=np.array(ref_log_probs),
         trainer=TrainerView(np.array(log_probs), np.array(values), entropy=0.5),
     )  # fmt: skip
 
@@ -75,27 +76,25 @@ def test_whitened_rewards_keep_their_mean():
 
 def test_cut_takes_rows_and_trims_to_their_longest_response():
     made = Experience.of(ROWS, ppo(), kl_coef=0.1, on_policy=False)
-    one = made.make_pass(np.array([1]), 1, CPU)
-    assert one.batch.input_ids.tolist() == [[2, 5, 8]]
-    assert one.mask.tolist() == [[True]]
-    assert one.old_log_probs.tolist() == [[-0.5]]
-    assert one.targets["values"].tolist() == [[0.25]]
+    micro = made.make_pass(np.array([1]), 1, CPU)
+    assert micro.batch.input_ids.tolist() == [[2, 5, 8]]
+    assert micro.mask.tolist() == [[True]]
+    assert micro.old_log_probs.tolist() == [[-0.5]]
+    assert micro.targets["values"].tolist() == [[0.25]]
 
 
 def test_on_policy_the_numbers_are_the_rollouts_and_the_targets_come_later():
-    """The log-probs of ROWS' rollout are 0.25 above the trainer's: each token costs 0.1 * 0.25
-    more.
-    """
+    """ROWS' rollout log-probs are 0.25 above the trainer's, so each token costs 0.1 * 0.25 more."""
     spec = ppo(missing_eos_penalty=1.0)
     made = Experience.of(ROWS, spec, kl_coef=0.1, on_policy=True)
     torch.testing.assert_close(made.old_log_probs, torch.tensor([[-0.75, -1.75], [-0.25, 0.0]]))
     torch.testing.assert_close(made.kl, torch.tensor([0.0, 0.25]))
     torch.testing.assert_close(made.targets["rewards"], torch.tensor([[-0.075, 2.075], [4.975, 0.0]]))
     assert list(made.targets) == ["rewards"]
-    one = made.make_pass(np.array([0]), 1, CPU)
-    one.targets = targets_of(one.targets["rewards"], torch.tensor([[0.5, 1.0]]), one.mask, spec)
-    torch.testing.assert_close(one.targets["returns"], torch.tensor([[2.0, 2.075]]))
-    torch.testing.assert_close(one.targets["advantages"], torch.tensor([[1.5, 1.075]]))
+    micro = made.make_pass(np.array([0]), 1, CPU)
+    micro.targets = targets_of(micro.targets["rewards"], torch.tensor([[0.5, 1.0]]), micro.mask, spec)
+    torch.testing.assert_close(micro.targets["returns"], torch.tensor([[2.0, 2.075]]))
+    torch.testing.assert_close(micro.targets["advantages"], torch.tensor([[1.5, 1.075]]))
 
 
 def test_the_advantages_of_an_update_are_whitened_over_its_passes():
@@ -104,7 +103,7 @@ def test_the_advantages_of_an_update_are_whitened_over_its_passes():
     whiten_update(passes, World(0, 1, CPU))
     raw = [1.55, 1.1, 4.75]
     mean, std = np.mean(raw), np.std(raw)
-    found = torch.cat([one.targets["advantages"].flatten() for one in passes])
+    found = torch.cat([micro.targets["advantages"].flatten() for micro in passes])
     assert found.tolist() == pytest.approx([(a - mean) / std for a in raw], abs=1e-4)
 
 

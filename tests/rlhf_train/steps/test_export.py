@@ -1,6 +1,4 @@
-"""What a step leaves behind: plain Hugging Face folders that load in a process that knows nothing
-of us, with the same logits.
-"""
+"""Test that a step's folders load with the same logits in a process without our code."""
 
 from __future__ import annotations
 
@@ -72,13 +70,11 @@ DECAY, UPDATES = 0.6, 3
 NUMBERS = {"perplexity_after": 12.345678}
 
 
-# --- the trainer's side, on two ranks --------------------------------------------------------------------------------
+# --- the trainer's side, on two ranks -----------------------------------------------------------
 
 
 def make_all(world: World, folder: Path) -> None:
-    """Each kind: a model trained a little, saved, and beside it (`.pt`) what the trainer saw of it
-    in the end.
-    """
+    """Train and save a model of each kind, and next to it (`.pt`) what the trainer's model gave."""
     for name, kind in KINDS.items():
         make(world, folder, name, kind)
 
@@ -152,7 +148,7 @@ def rows(seed: int) -> Sequences:
     return Sequences.of(prompts, answers, 1, torch.device("cpu"))
 
 
-# --- the stranger's side ---------------------------------------------------------------------------------------------
+# --- the stranger's side ------------------------------------------------------------------------
 
 STRANGER = """
 import json, sys, torch
@@ -173,7 +169,8 @@ for folder in sys.argv[1:]:
             found |= {"prompt": prompt["input_ids"], "generated": model.generate(**prompt)}
     found["loading"] = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
     found["config"] = model.config.to_dict()
-    found["tokens"] = {name: getattr(tokenizer, name + "_token_id") for name in ("bos", "eos", "pad")} | {"count": len(tokenizer)}
+    found["tokens"] = {name: getattr(tokenizer, name + "_token_id") for name in ("bos", "eos", "pad")}
+    found["tokens"]["count"] = len(tokenizer)
     torch.save(found, folder + "-loaded.pt")
 assert not {"rlhf_train", "jobs", "deepspeed", "peft"} & set(sys.modules)
 """
@@ -189,11 +186,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     on_ranks(2, make_all, folder)
     models = sorted(str(file.parent) for file in folder.glob("*/model.safetensors"))
     assert len(models) == len(KINDS) + sum(kind.ema for kind in KINDS.values())
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", STRANGER, *models], cwd=folder, capture_output=True, text=True, check=False
     )
-    assert said.returncode == 0, said.stderr
-    (folder / "said").write_text(said.stdout + said.stderr, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout + done.stderr, encoding="utf-8")
     return folder
 
 
@@ -217,8 +214,8 @@ def test_a_stranger_gets_the_trainers_logits(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_is_missing_and_nothing_too_much(folder: Path, name: str) -> None:
     assert seen(folder, f"{name}-loaded")["loading"] == {}
-    said = (folder / "said").read_text(encoding="utf-8")
-    assert not re.search("MISSING|UNEXPECTED|MISMATCH|warn|not initialized", said, re.IGNORECASE), said
+    output = (folder / "said").read_text(encoding="utf-8")
+    assert not re.search("MISSING|UNEXPECTED|MISMATCH|warn|not initialized", output, re.IGNORECASE), output
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -255,9 +252,8 @@ def test_the_ema_is_the_recurrence_by_hand(folder: Path, name: str) -> None:
             expected = averages[key if key in averages else key.replace(".bias", ".base_layer.bias")]
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
     live = load(folder / f"{name}-live")
-    assert (
-        max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3
-    )  # it is not the model itself
+    # The average is not the model itself.
+    assert max(float((live[key] - value).abs().max()) for key, value in saved.items()) > 1e-3
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -271,9 +267,8 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
         "generation_config.json",
         "README.md",
     }
-    assert (
-        needed <= files <= needed | {"special_tokens_map.json", "vocab.json", "merges.txt"}
-    )  # transformers 4 writes more
+    more = {"special_tokens_map.json", "vocab.json", "merges.txt"}  # transformers 4 writes these, too
+    assert needed <= files <= needed | more
     kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}

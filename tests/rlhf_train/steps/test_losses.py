@@ -1,6 +1,4 @@
-"""The losses against plain Python written from the formulas, and the properties that the maths
-promises.
-"""
+"""Compare the losses with the formulas in plain Python, and test properties of the maths."""
 
 import math
 import random

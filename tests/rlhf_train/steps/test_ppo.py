@@ -1,6 +1,7 @@
-"""Step 3 around its first updates, with real engines: the self-test is silent on a healthy start
-and names each illness; and updates on-policy, without a scoring pass of actor and critic, learn
-what those with one do.
+"""Test step 3 around its first updates, with real engines.
+
+The self-test passes on a healthy start and names each fault. On-policy updates, in which actor and
+critic have no scoring pass, learn what updates with one learn.
 """
 
 from __future__ import annotations
@@ -132,15 +133,15 @@ def start(world: World, tmp_path: Path) -> Callable[..., Start]:
     return lambda **how: make_start(world, tmp_path, **how)
 
 
-# --- healthy -----------------------------------------------------------------------------------------------------------
+# --- healthy ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": Lora(rank=4)}, {"temperature": 0.5}, {"precision": "bfloat16"}], ids=str)
 def test_a_healthy_start_passes(start: Callable[..., Start], how: dict[str, Any]) -> None:
     healthy = start(**how)
     healthy.self_test()
-    (said,) = healthy.events
-    assert isinstance(said, Progress) and said.doing.startswith("self-test passed: ratio ")
+    (event,) = healthy.events
+    assert isinstance(event, Progress) and event.doing.startswith("self-test passed: ratio ")
 
 
 def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) -> None:
@@ -148,17 +149,15 @@ def test_before_the_first_update_everything_agrees(start: Callable[..., Start]) 
     assert sum(len(row.response) for row in rows) > 20
     for row in rows:
         assert row.trainer is not None
-        assert (
-            np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0
-        )  # the same weights, the same batches: the same bits
-        assert (
-            np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5
-        )  # left-padded with a cache, and right-padded without
+        # The same weights and the same batches give the same bits.
+        assert np.abs(row.trainer.log_probs - row.ref_log_probs).max() == 0
+        # The rollout is left-padded with a cache, the trainer right-padded without.
+        assert np.abs(row.trainer.log_probs - row.rollout_log_probs).max() < 1e-5
         assert (row.trainer.log_probs < 0).all()
         assert 0 < row.trainer.entropy < math.log(287)
 
 
-# --- ill ---------------------------------------------------------------------------------------------------------------
+# --- ill ----------------------------------------------------------------------------------------
 
 
 def rollout_hook(ill: Start, change: Callable[[dict[str, Any]], None]) -> None:
@@ -242,7 +241,7 @@ def test_a_number_that_is_none_is_seen_in_any_row(start: Callable[..., Start], p
         self_test(healthy.context, rows, healthy.actor, PAD)
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------
+# --- LoRA ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -284,16 +283,15 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     )
 
 
-# --- on-policy -----------------------------------------------------------------------------------------------------------
+# --- on-policy ----------------------------------------------------------------------------------
 
 
 def three_updates(
     world: World, folder: Path, plan: BatchPlan, ppo: dict[str, Any], *, on_policy: bool
 ) -> dict[str, Tensor]:
-    """As `run` makes them, one a rollout of 8 prompts -> weights of actor and critic.
+    """Make three updates as `run` does, one a rollout of 8 prompts; return both networks' weights.
 
-    Not on-policy: both are asked before each,
-    and rows are padded.
+    Not on-policy: both networks score before each update, and rows are padded.
     """
     begun = make_start(world, folder, plan=plan, packed=on_policy, temperature=0.8, missing_eos_penalty=1.0, **ppo)
     pad_id, prompts, spec = (
@@ -331,11 +329,11 @@ def check_the_paths_agree(world: World, folder: Path, plan: BatchPlan, ppo: dict
     found, expected = (three_updates(world, folder, plan, ppo, on_policy=on_policy) for on_policy in (True, False))
     assert found.keys() == expected.keys() and len(found) > 100
     for name, tensor in expected.items():
-        # Rounding, a thousandth of what an update moves (1e-3); seen: 2e-6. Of this bias' gradient
-        # rounding is all there is.
+        # The tolerance is a hundredth of what an update moves (1e-3); rounding gave 2e-6. The
+        # gradient of k_proj's bias is nothing but rounding.
         if "k_proj.bias" not in name:
             torch.testing.assert_close(
-                found[name], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+                found[name], tensor, rtol=0, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}"
             )
 
 
@@ -355,7 +353,7 @@ def test_on_policy_updates_learn_the_same_on_two_ranks(tmp_path: Path) -> None:
     ranks.on_ranks(2, check_the_paths_agree, tmp_path, BatchPlan(2, 2, 2), {})
 
 
-# --- the KL coefficient ------------------------------------------------------------------------------------------------
+# --- the KL coefficient -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

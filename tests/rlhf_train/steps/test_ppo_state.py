@@ -1,6 +1,4 @@
-"""Where step 3's loop stands, as a checkpoint holds it: what is written is read, also by another
-version.
-"""
+"""Test that step 3's loop state reads back from a checkpoint, also from another version's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the networks are asked, on two responses, and how rows come before them."""
+"""Test the networks' numbers on two responses, and how rows are cut into scoring passes."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,13 @@ CPU = torch.device("cpu")
 
 def test_views_collect_what_the_networks_say():
     batch = Sequences.of([np.array([2, 5]), np.array([2])], [np.array([7, 3]), np.array([8])], 1, CPU)
-    actor = lambda batch, temperature, with_entropy=False: (
-        torch.tensor([-1.0, -2.0, -3.0]),
-        torch.tensor([0.2, 0.4, 0.9]),
-    )  # noqa: E731
-    score = lambda batch, at: (torch.arange(8.0)[at], None)  # noqa: E731 (two rows of 4)
+
+    def actor(batch, temperature, with_entropy=False):
+        return torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.2, 0.4, 0.9])
+
+    def score(batch, at):
+        return torch.arange(8.0)[at], None  # two rows of 4
+
     frozen = score_batch(batch, reference=actor, reward_model=score, temperature=1.0)
     assert frozen["score"].tolist() == [3.0, 5.0]  # after the last real token
     assert frozen["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]

@@ -44,7 +44,7 @@ from jobs.events import RawEvent, effective, read_events
 from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.views.console import console_on
-from rlhf_train.ranks.heartbeat import SLOT_BYTES, sign_in
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, read_sign
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POLL_S = 0.001
@@ -248,7 +248,7 @@ class Trainer:
                 self._find_pulse()
         if self._pulse is None:
             return ""
-        return sign_in(os.pread(self._pulse, SLOT_BYTES, 0)).phase
+        return read_sign(os.pread(self._pulse, SLOT_BYTES, 0)).phase
 
     def _find_pulse(self) -> None:
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():

@@ -93,7 +93,7 @@ def test_too_small_from_the_start(scene: Scene, disk: Path, untroubled: Trained,
     assert code == 3
     assert re.fullmatch(
         "error: the disk is too small for the models and checkpoints of step 1\n"
-        f"  why: they need [0-9.]+ MiB at once, and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
+        f"  why: they need [0-9.]+ MiB at the same time, and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
         "hint: make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller\n",
         error_of(said),
     ), error_of(said)

@@ -95,11 +95,13 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
     assert error_of(said) == (
         "error: out of memory in step 1 with a micro batch of 1\n"
         "  why: CUDA out of memory. Tried to allocate 2.00 GiB for 1 rows (injected)\n\n"
-        "hint: weights, gradients and optimizer take 25.7 MiB a rank, activations of one sequence the rest; in order of cost:\n"
-        "      hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing\n"
-        "      actor.lora: {}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): 25.7 MiB -> 13.2 MiB\n"
-        "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, for more traffic between them\n"
-        "      data.max_prompt_tokens and data.max_response_tokens below their sum of 76, or a smaller model\n"
+        "hint: weights, gradients and optimizer states take 25.7 MiB a rank, "
+        "and activations of one sequence the rest; cheapest first:\n"
+        "      hardware.gradient_checkpointing: true, "
+        "which keeps activations of one layer at a time and takes about a third more computing\n"
+        "      actor.lora: {}, with learning rates as in jobs/opt-1.3b-lora.yaml: 25.7 MiB -> 13.2 MiB\n"
+        "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, with more traffic between them\n"
+        "      smaller data.max_prompt_tokens and data.max_response_tokens (their sum is 76), or a smaller model\n"
     )
     assert "Traceback" not in said
     (error,) = events(base.run("none"), "error")

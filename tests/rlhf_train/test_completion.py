@@ -19,7 +19,7 @@ from rlhf_train.completion import (
     begin_run,
     begin_step,
     complete_step,
-    goes_on_from,
+    update_to_resume_from,
     inputs_of,
     is_complete,
     needed_by,
@@ -193,11 +193,11 @@ def test_a_step_that_was_stopped_goes_on(run: RunDir) -> None:
     half = run.step(1).checkpoint(4)
     half.mkdir(parents=True)
     run.tokenizer.mkdir()
-    assert goes_on_from(run, 1) == 0
+    assert update_to_resume_from(run, 1) == 0
     for update in (4, 12):
         run.step(1).checkpoint(update).mkdir(parents=True, exist_ok=True)
         (run.step(1).checkpoint(update) / "complete.json").touch()
-    assert goes_on_from(run, 1) == 12
+    assert update_to_resume_from(run, 1) == 12
     assert begin_step(job(), run, 1)
     assert half.exists() and run.tokenizer.exists()
     run.step(1).model.mkdir()

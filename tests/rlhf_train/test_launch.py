@@ -308,7 +308,7 @@ def test_a_rank_that_is_killed(run: RunDir, capsys: Said) -> None:
     error = lines[lines.index("error: ") :]
     assert error.startswith(
         "error: rank 0 was ended by SIGKILL\n"
-        "  why: the kernel ends the largest process when memory runs out (dmesg tells)\n"
+        "  why: the kernel kills the largest process when memory runs out (see dmesg)\n"
         "       the last lines of out/tiny/train.log:\n"
     )
     assert "       step 1  supervised fine-tuning: 1000000 updates, " in error
@@ -478,7 +478,7 @@ BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
     """What the user has set stays."""
     assert launch.nccl_settings(TWO_GPUS, environ) == settings
-    environment = launch.crew_of(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
     assert environment["GLOO_SOCKET_IFNAME"] == "lo"
@@ -486,8 +486,8 @@ def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, 
 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
     told = {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert launch.crew_of(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
-    assert "GLOO_SOCKET_IFNAME" not in launch.crew_of(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(
+    assert launch.rank_environment(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(
         0, {}
     )
 

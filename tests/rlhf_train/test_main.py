@@ -152,7 +152,7 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
         (["--step", "3"], "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n"),
         (["--step", "3"], "hint: run `--step 1 2 3` (or `--step all`),\n"),
         (["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"], "  why: ValueError: embed_dim must be divisible"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"], "error: transformers makes no model of a config"),
+        (["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"], "error: transformers cannot make a model from a config"),
         (["--dry-run", "--set", "actor.model={config: {model_type: optt}}"], "  why: ValueError: Unrecognized model identifier: optt"),
     ],
 )  # fmt: skip
@@ -435,7 +435,7 @@ def test_dry_run_without_the_hub(tmp_path: Path) -> None:
     ] == []
     *_, prompts, last = said.stdout.splitlines()
     assert prompts == "  64 prompts a rollout, 1 update each"
-    assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be had (")
+    assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be read (")
     assert "run: out/opt-1.3b\n" in said.stdout
 
 

@@ -136,7 +136,7 @@ def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
         write(run.step(3).checkpoint(update), [], {"update": update, "inputs": inputs})
     assert latest(run.step(3), complaints.append, {"1": "new"}) == Saved(run.step(3).checkpoint(2))
     assert complaints == [
-        f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"
+        f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again after it"
     ]
 
 

@@ -286,7 +286,7 @@ def test_other_data_is_refused(run: RunDir) -> None:
     assert raised.value.why == "it has 6 updates now, and had 5"
     with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped") as raised:
         Step(run, {}, updates=5, rows="def", saved=latest(run.step(1), nobody)).checkpointer.resume()
-    assert raised.value.why == "its rows, or the tokens that they become, are others"
+    assert raised.value.why == "its rows, or their tokens, are different"
 
 
 def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_weights_that_are_spoiled_end_the_run(run: RunDir, scale_can_fall: bool)
     )
     with pytest.raises(ToolkitError, match="step 1 diverged at update 2") as raised:
         step.divergence.apply(well, spoiled)  # type: ignore[arg-type]
-    assert raised.value.why == "its gradient norm is inf, and the weights have taken it"
+    assert raised.value.why == "its gradient norm is inf, and the weights were updated with it"
 
 
 @pytest.mark.parametrize(("scale_can_fall", "in_a_row"), [(True, 0), (False, 1)])

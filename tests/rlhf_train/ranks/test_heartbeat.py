@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_train.ranks.heartbeat import SLOT_BYTES, Heartbeat, HeartbeatReader, RankSign, sign_in
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, Heartbeat, HeartbeatReader, RankSign, read_sign
 from tests.tiny import CHECKOUT
 
 
@@ -63,7 +63,7 @@ def test_a_sign_is_written_at_once() -> None:
     assert (
         memory.writes == 2
         and len(memory) == 3 * SLOT_BYTES
-        and sign_in(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
+        and read_sign(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
     )
 
 

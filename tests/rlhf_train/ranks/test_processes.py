@@ -19,7 +19,7 @@ from rlhf_train import launch
 from rlhf_train.plan.placement import Machine, place
 from rlhf_train.ranks import processes
 from rlhf_train.ranks.heartbeat import HeartbeatReader
-from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_crew
+from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_rank_environment
 from rlhf_train.worker import Order
 from tests import tiny
 from tests.faults.scene import PATIENCE_S, ranks_here, until
@@ -71,7 +71,7 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
 def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GPU_FILES", (Path("/nowhere"), "*"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert likely_crew(job, os.environ) == launch.crew_of(job, place(job, Machine.look(gpus=False)), os.environ)
+    assert likely_rank_environment(job, os.environ) == launch.rank_environment(job, place(job, Machine.look(gpus=False)), os.environ)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_guess_where_there_are_gpus(
     job = load_job(
         "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"]
     )
-    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(
+    assert likely_rank_environment(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(
         device, count, 4
     )
 
@@ -148,7 +148,7 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     )
     watch = HeartbeatReader(1)
     rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
-    until(lambda: rank.early_words() == b"a warning\n")
+    until(lambda: rank.early_output() == b"a warning\n")
     assert rank.poll() is None
     order = Order({}, str(tmp_path / "run"), 1, [1], {}, str(tmp_path), 0)
     with (tmp_path / "log").open("ab") as log, tempfile.TemporaryFile() as lock:
@@ -159,4 +159,4 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     assert words is not None and words.what == "training stopped on ImportError: no such library"
     said = (tmp_path / "log").read_text(encoding="utf-8")
     assert said.startswith("a warning\nTraceback ") and said.endswith("ImportError: no such library\n")
-    assert rank.early_words() == b""
+    assert rank.early_output() == b""

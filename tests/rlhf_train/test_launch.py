@@ -486,10 +486,13 @@ def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, 
 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
     told = {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert launch.rank_environment(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
-    assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(
-        0, {}
+    assert (
+        launch.rank_environment(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"]
+        == "eth7"
     )
+    assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(
+        load_job("demo"), replace(TWO_GPUS, ranks=1), {}
+    ).environment_of(0, {})
 
 
 def test_ranks_with_peer_access_get_no_setting() -> None:

@@ -307,9 +307,10 @@ from pathlib import Path
 from rlhf_train.plan import machine  # before the privileges go: torch may lie where only root may read
 os.setgid({OTHER}); os.setuid({OTHER})
 from env.settings import Limits
-from jobs.fitness import Facts, judge
+from jobs.fitness import FitnessFacts, judge
 found = machine.run_folder(Path(sys.argv[1]))
-for finding in judge(Facts(uid=os.geteuid(), gid=os.getegid(), folders=(found,)), Limits.load()):
+facts = FitnessFacts(uid=os.geteuid(), gid=os.getegid(), folders=(found,))
+for finding in judge(facts, Limits.load()):
     print(finding)
 """
 

@@ -71,7 +71,9 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
 def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GPU_FILES", (Path("/nowhere"), "*"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert likely_rank_environment(job, os.environ) == launch.rank_environment(job, place(job, Machine.look(gpus=False)), os.environ)
+    assert likely_rank_environment(job, os.environ) == launch.rank_environment(
+        job, place(job, Machine.look(gpus=False)), os.environ
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,9 +96,9 @@ def test_a_guess_where_there_are_gpus(
     job = load_job(
         "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"]
     )
-    assert likely_rank_environment(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(
-        device, count, 4
-    )
+    assert likely_rank_environment(
+        job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    ) == RankEnvironment(device, count, 4)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,8 @@ def test_what_reads_the_rows_is_imported_too(
     job = load_job("demo", [f"data.datasets={json.dumps(names)}"])
     assert processes.libraries_of(job) == libraries
     (rank,) = SpareRanks(os.environ).take(RankEnvironment("cpu", 1, 1, libraries=libraries))
-    assert psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries]
+    # The kernel shows the new command line a moment after Popen returns.
+    until(lambda: psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries])
     processes.end([rank])
 
 
@@ -130,7 +133,7 @@ def test_one_that_waits_leaves_with_the_launcher() -> None:
     """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else
     would cut short.
     """
-    start = "s = Spares(os.environ); s.start(Crew('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
+    start = "s = SpareRanks(os.environ); s.start(RankEnvironment('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
     code = f"import os, time; from rlhf_train.ranks.processes import *; {start}; time.sleep(99)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None

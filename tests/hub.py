@@ -163,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _information(self, match: re.Match[str]) -> dict[str, Any]:
         folder, name = self._repository(match), match["name"]
         return {
-            "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
+            "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0,
+            "likes": 0, "tags": [],
             "gated": "manual" if name in self.server.hub.gated else False,
             "lastModified": DATE, "createdAt": DATE,
             "siblings": [{"rfilename": file} for file in _files(folder)],
@@ -229,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: `Hub.requests` is the log."""
 
 
-# --- a folder as a repository ---------------------------------------------------------------------------------------
+# --- a folder as a repository ---
 
 
 def _files(folder: Path) -> list[str]:

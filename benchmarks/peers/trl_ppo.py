@@ -34,8 +34,9 @@ def timed_generation(model, queries, *args, **kwargs):
     answers = sequences[:, queries.shape[1] :]
     is_eos = (answers == work["eos_id"]).int()
     is_after_eos = is_eos.cumsum(1) - is_eos > 0
+    generated = now()
     prompt_tokens = int((queries != work["pad_id"]).sum())
-    marks.update(generated=now(), prompt_tokens=prompt_tokens, answer_tokens=int((~is_after_eos).sum()))
+    marks.update(generated=generated, prompt_tokens=prompt_tokens, answer_tokens=int((~is_after_eos).sum()))
     return sequences, logits
 
 

@@ -24,7 +24,8 @@ PACKAGES = "ca-certificates,libssl3,libffi8,libsqlite3-0,zlib1g,libbz2-1.0,liblz
 NVCC = """
 FROM {base}
 RUN sed -i 's/ main$/ main contrib non-free/' /etc/apt/sources.list && apt-get -qq update \
-    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends nvidia-cuda-toolkit g++-11 >/dev/null
+    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+        nvidia-cuda-toolkit g++-11 >/dev/null
 RUN for tool in gcc g++; do ln -s $tool-11 /usr/bin/$tool; done && ln -s g++-11 /usr/bin/c++ && nvcc --version
 """
 
@@ -46,7 +47,8 @@ class Docker:
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["docker", *arguments],
-            cwd=cwd, env={**self.environment, **variables}, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=cwd, env={**self.environment, **variables}, input=stdin, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
             errors="replace", timeout=timeout_s, check=False,
         )  # fmt: skip
         if check and done.returncode:
@@ -54,14 +56,15 @@ class Docker:
         return done
 
     def answers(self) -> str:
-        """Why not; empty: it does, with Compose and BuildKit."""
+        """Say why the engine cannot be used; "": it answers, with Compose and BuildKit."""
         for arguments in (["version"], ["compose", "version"], ["buildx", "version"]):
             try:
                 done = self(*arguments, check=False, timeout_s=30)
             except (OSError, subprocess.TimeoutExpired) as error:
                 return str(error)
             if done.returncode:
-                return f"docker {' '.join(arguments)}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.returncode}"
+                output = done.stdout.strip()
+                return f"docker {' '.join(arguments)}: {output.splitlines()[-1] if output else done.returncode}"
         return ""
 
 
@@ -72,7 +75,7 @@ def shell(*command: str, cwd: Path | None = None) -> None:
 
 
 def distribution() -> str:
-    """The mirror that this machine's apt asks."""
+    """Return the mirror that this machine's apt uses."""
     for file in [*sorted(Path("/etc/apt").glob("sources.list*/*.sources")), Path("/etc/apt/sources.list")]:
         for line in file.read_text().splitlines() if file.is_file() else []:
             words = line.split()
@@ -83,7 +86,7 @@ def distribution() -> str:
 
 @contextmanager
 def installed_engine() -> Iterator[Docker]:
-    """Needs root on Debian.
+    """Install a Docker engine for the length of the block; it needs root on Debian.
 
     The engine is ended and its images are removed at the end; the packages stay.
     """
@@ -95,23 +98,16 @@ def installed_engine() -> Iterator[Docker]:
     _install_plugins(folder)
     docker = Docker({**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock", "DOCKER_BUILDKIT": "1"})
     with (folder / "dockerd.log").open("wb") as log:
-        places = [
-            "--data-root",
-            f"{folder}/data",
-            "--exec-root",
-            f"{folder}/exec",
-            "--pidfile",
-            f"{folder}/pid",
-            "--host",
-            f"unix://{folder}/docker.sock",
-        ]
+        places = ["--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]
+        places += ["--pidfile", f"{folder}/pid", "--host", f"unix://{folder}/docker.sock"]
         engine = subprocess.Popen(["dockerd", *places], stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while docker.answers():
             if engine.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(
-                    f"dockerd does not answer: {docker.answers()}\n{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}"
+                    f"dockerd does not answer: {docker.answers()}\n"
+                    f"{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}"
                 )
             time.sleep(0.5)
         yield docker

@@ -130,7 +130,7 @@ def test_root_is_refused(entrypoint: Path) -> None:
     assert "error: this container runs as root" in done.stderr
 
 
-# --- .env ---------------------------------------------------------------------------------------------------------------
+# --- .env ---
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_an_edit_is_not_stale(built: Box, job: str) -> None:
     assert "edited just now" in own(done.stdout)
 
 
-# --- secrets, the hub ---------------------------------------------------------------------------------------------------
+# --- secrets, the hub ---
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +285,9 @@ def test_a_missing_token_is_said(built: Box, hub: Hub, job: str) -> None:
     files = ["-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "-f", "host-network.yml"]
     (built.checkout / "host-network.yml").write_text("services: {train: {network_mode: host}}\n")
     done = built.compose(
-        *files, "run", "--rm", "train", "--job", job, "--run", "no-token", "--step", "1", "--set", "actor.model=some/gated",
-        check=False, HF_ENDPOINT=hub.url, RLHF_CACHE=str(empty_folder(built, "cache-2")), RLHF_SECRETS=str(empty_folder(built, "secrets-2")),
+        *files, "run", "--rm", "train", "--job", job, "--run", "no-token", "--step", "1",
+        "--set", "actor.model=some/gated", check=False, HF_ENDPOINT=hub.url,
+        RLHF_CACHE=str(empty_folder(built, "cache-2")), RLHF_SECRETS=str(empty_folder(built, "secrets-2")),
     )  # fmt: skip
     assert done.returncode == 2
     assert "HF_TOKEN" in "\n".join(own(done.stdout)[-6:])

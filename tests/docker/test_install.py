@@ -18,7 +18,8 @@ deb http://security.UBUNTU/ubuntu/ jammy-security universe
 """.replace("UBUNTU", "ubuntu" + ".com")
 APT = """#!/bin/sh
 echo "$*" >>{folder}/asked
-[ "$2" != update ] || sed -n 's/^deb //p' "$(sed -n 's/^Dir::Etc::SourceList "\\(.*\\)";/\\1/p' "$APT_CONFIG")" >{folder}/sources
+[ "$2" != update ] || \
+    sed -n 's/^deb //p' "$(sed -n 's/^Dir::Etc::SourceList "\\(.*\\)";/\\1/p' "$APT_CONFIG")" >{folder}/sources
 [ "$2" != install ] || exit {code}
 """
 
@@ -103,12 +104,14 @@ def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
         (
             "default",
             "torch-cu118",
-            "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7a49d",
+            "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl "
+            "--hash=sha256:a7a49d",
         ),
         (
             "cn",
             "torch-cu118",
-            "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7",
+            "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl "
+            "--hash=sha256:a7",
         ),
         (
             "default",

@@ -86,7 +86,7 @@ def test_conda_installs_the_same_locks() -> None:
     assert all((PINS.parent / file).exists() for file in files)
 
 
-# --- the bug that fsspec is pinned for --------------------------------------------------------------------------------
+# --- the bug that fsspec is pinned for ---
 
 LOAD = """
 import sys

@@ -43,7 +43,8 @@ echo "$*" >>"$STUB_CALLS"
 case "$*" in *"${STUB_HANG:-nothing hangs}"*)
     touch "$STUB_CALLS.hangs"
     tries=0
-    while ! [ -e "$STUB_CALLS.go" ] && [ "$tries" -lt 1200 ]; do sleep 0.05; tries=$((tries + 1)); done ;; # a minute at most
+    # a minute at most
+    while ! [ -e "$STUB_CALLS.go" ] && [ "$tries" -lt 1200 ]; do sleep 0.05; tries=$((tries + 1)); done ;;
 esac
 [ -z "${STUB_FAIL:-}" ] || case "$*" in *"$STUB_FAIL"*) echo "ERROR: no route to host"; exit 1 ;; esac
 case "$*" in
@@ -231,7 +232,8 @@ def test_a_wrong_python_is_named(checkout: Checkout, version: str) -> None:
     status, said = checkout.run()
     assert status == 3
     assert said.startswith(
-        f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\nhint: sudo apt-get install python3 python3-venv"
+        f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\n"
+        "hint: sudo apt-get install python3 python3-venv"
     )
     assert not (checkout.path / ".venv").exists()
 
@@ -241,7 +243,8 @@ def test_no_python_at_all(checkout: Checkout) -> None:
     status, said = checkout.run()
     assert status == 3
     assert said.startswith(
-        "error: no Python 3.10 or newer\n  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n"
+        "error: no Python 3.10 or newer\n"
+        "  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n"
     )
 
 

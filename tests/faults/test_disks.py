@@ -93,8 +93,10 @@ def test_too_small_from_the_start(scene: Scene, disk: Path, untroubled: Trained,
     assert code == 3
     assert re.fullmatch(
         "error: the disk is too small for the models and checkpoints of step 1\n"
-        f"  why: they need [0-9.]+ MiB at the same time, and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
-        "hint: make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller\n",
+        "  why: they need [0-9.]+ MiB at the same time, "
+        f"and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
+        "hint: make room, or choose an --output-dir on a larger disk; "
+        "actor.lora makes checkpoints many times smaller\n",
         error_of(said),
     ), error_of(said)
     assert "Traceback" not in said and events(run, "metrics") == []
@@ -122,8 +124,10 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
     assert code == 4
     assert re.fullmatch(
         "error: the checkpoint of update 3 could not be written: the disk is full\n"
-        f"  why: No space left on device; [0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
-        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n",
+        "  why: No space left on device; "
+        f"[0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
+        "hint: the last good checkpoint is that of update 2; "
+        "make room or mend the path, then the same command resumes\n",
         error_of(said),
     ), error_of(said)
     assert "Traceback" not in said
@@ -161,7 +165,8 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
         f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; "
     )
     assert error_of(said).endswith(
-        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n"
+        "hint: the last good checkpoint is that of update 2; "
+        "make room or mend the path, then the same command resumes\n"
     )
     assert "Traceback" not in said
     the_last_is_good(run)

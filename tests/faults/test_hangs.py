@@ -33,7 +33,8 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
         "error: rank 1 on (.*) hangs: no rank has made progress for ([0-9]+) s\n"
         r"  why: rank 0 on \1 \(process [0-9]+, (?:waiting|running)\): update 3\n"
         r"       rank 1 on \1 \(process [0-9]+, stopped by a signal\): update 3\n\n"
-        "hint: the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
+        "hint: the stacks of all ranks are at the end of train.log; "
+        "a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
         "      the same command resumes from the last checkpoint\n",
         error_of(said),
     )

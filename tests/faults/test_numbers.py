@@ -62,7 +62,8 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
     assert error_of(said) == (
         "error: step 1 diverged at update 7\n"
         "  why: its loss is not finite; 5 updates in a row were left out\n\n"
-        "hint: lower the learning rate or sft.max_grad_norm, raise sft.warmup_updates, or look for broken rows in the data\n"
+        "hint: lower the learning rate or sft.max_grad_norm, raise sft.warmup_updates, "
+        "or look for broken rows in the data\n"
         "      the last good checkpoint is that of update 2\n"
     )
     assert "Traceback" not in said
@@ -97,7 +98,7 @@ def test_a_kl_that_explodes_ends_the_run(base: Scene, untroubled: Trained, capsy
     assert not run.step(3).model.exists()
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 EOS, LIMIT = 2, 4
 EMPTY, CUT, PLAIN, FULL = ([EOS], True), ([7, 7, 7, 7], False), ([7, EOS], True), ([7, 7, 7, EOS], True)

@@ -124,7 +124,8 @@ with torch.no_grad():
         count = len(answers["response"])
         nll, tokens = nll + actor(input_ids=ids, labels=labels).loss.item() * count, tokens + count
         if answers["chosen"] != answers["rejected"]:
-            chosen, rejected = (reward(input_ids=torch.tensor([prompt + answers[name]])).logits.item() for name in ("chosen", "rejected"))
+            pair = [torch.tensor([prompt + answers[name]]) for name in ("chosen", "rejected")]
+            chosen, rejected = (reward(input_ids=row).logits.item() for row in pair)
             correct, pairs = correct + (chosen > rejected), pairs + 1
     torch.manual_seed(0)
     prompt = tokenizers[2](rows[0]["prompt"], return_tensors="pt")

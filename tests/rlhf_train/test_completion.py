@@ -19,13 +19,13 @@ from rlhf_train.completion import (
     begin_run,
     begin_step,
     complete_step,
-    update_to_resume_from,
     inputs_of,
     is_complete,
     needed_by,
     steps_to_do,
     steps_to_take_over,
     take_over,
+    update_to_resume_from,
 )
 from rlhf_train.disk import read_json, write_json
 
@@ -58,7 +58,7 @@ def refused(spec: Job, run: RunDir, wanted: list[int], *, redo: bool = False) ->
     return caught.value
 
 
-# --- which steps ----------------------------------------------------------------------------------------------------
+# --- which steps ---
 
 
 def test_which_steps_a_step_needs() -> None:
@@ -275,7 +275,7 @@ def test_a_redo_that_is_killed_while_a_step_is_marked_has_that_step_to_end(
     assert steps_to_do(job(), run, [1, 2], redo=True) == [2]
 
 
-# --- changed settings -----------------------------------------------------------------------------------------------
+# --- changed settings ---
 
 
 def test_a_changed_field_is_refused_with_the_difference(run: RunDir) -> None:
@@ -317,7 +317,7 @@ def test_redo_takes_the_new_settings_for_the_steps_it_does(run: RunDir) -> None:
     assert refused(job("sft.epochs=2"), run, [3], redo=True).what == "run `one` did step 1 with other settings"
 
 
-# --- what is missing ------------------------------------------------------------------------------------------------
+# --- what is missing ---
 
 
 def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
@@ -349,7 +349,7 @@ def test_a_step_without_a_share_of_the_data_is_refused(run: RunDir) -> None:
     assert steps_to_do(spec, run, [2], redo=False) == [2]
 
 
-# --- another run's steps --------------------------------------------------------------------------------------------
+# --- another run's steps ---
 
 
 @pytest.fixture

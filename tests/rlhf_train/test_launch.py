@@ -109,7 +109,7 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-# --- a launcher of its own ------------------------------------------------------------------------------------------
+# --- a launcher of its own ---
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(
@@ -278,7 +278,7 @@ def test_sigterm_before_anything_runs(run: RunDir) -> None:
     assert "Traceback" not in err
 
 
-# --- a launcher in this process, to spare its start -----------------------------------------------------------------
+# --- a launcher in this process, to spare its start ---
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
@@ -458,7 +458,7 @@ def test_a_log_that_is_gone(run: RunDir) -> None:
     )
 
 
-# --- NCCL -----------------------------------------------------------------------------------------------------------
+# --- NCCL ---
 
 TWO_GPUS = Placement("cuda", "", 2, "bfloat16", 2, 2, (4, 4, 4), 64, 8, no_peer_access="they are too far apart")
 BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
@@ -519,7 +519,7 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
     assert [event["message"] for event in events(run, "warning")] == notes
 
 
-# --- disks ----------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 @contextmanager
@@ -556,11 +556,13 @@ def test_a_disk_that_is_too_small_for_the_job(
     [
         (
             "size=28k",
-            "28.7 kB are free at out, and a run needs 500 MB at least: make room, or choose an --output-dir on a larger disk",
+            "28.7 kB are free at out, and a run needs 500 MB at least: "
+            "make room, or choose an --output-dir on a larger disk",
         ),
         (
             "size=600m,nr_inodes=1000",
-            "999 inodes are free at out, and a run needs 2000 at least: remove many small files (`df -i` and `du --inodes` show where), "
+            "999 inodes are free at out, and a run needs 2000 at least: "
+            "remove many small files (`df -i` and `du --inodes` show where), "
             "or choose an --output-dir on another disk",
         ),
     ],
@@ -578,5 +580,6 @@ def test_a_disk_that_is_read_only(run: RunDir, tmp_path: Path, capsys: Said) -> 
     assert (code, err) == (
         3,
         "error: this machine is not fit for the job\n"
-        "  why: out is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path\n",
+        "  why: out is on a read-only file system: "
+        "mount it writable, or choose another --output-dir, or mend the path\n",
     )

@@ -36,7 +36,7 @@ def job_of(*arguments: str) -> Job:
     return load_job(args.job, settings_of(args))
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,24 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
     assert "error: " in capsys.readouterr().err
 
 
-# --- mistakes: one error, nothing written ---------------------------------------------------------------------------
+# --- mistakes: one error, nothing written ---
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--job", "dmeo"], "error: there is no job `dmeo`\n  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n"),
+        (
+            ["--job", "dmeo"],
+            "error: there is no job `dmeo`\n"
+            "  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n",
+        ),
         (["--job", ""], "error: there is no job ``\n"),
         (["--job", "x" * 300], "error: there is no job `xxx"),
         (["--job", "caf\udce9.yaml"], "error: there is no job `caf\\udce9.yaml`\n"),
-        (["--run", "../x"], "error: `../x` cannot name a run\n\nhint: use letters, digits, dots, dashes and underscores, 64 at most\n"),
+        (
+            ["--run", "../x"],
+            "error: `../x` cannot name a run\n\nhint: use letters, digits, dots, dashes and underscores, 64 at most\n",
+        ),
         (["--run", "a b"], "error: `a b` cannot name a run\n"),
         (["--run", ""], "error: `` cannot name a run\n"),
         (["--run", "."], "error: `.` cannot name a run\n"),
@@ -144,18 +151,42 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
         (["--set", "name=caf\udce9"], "error: --set name=caf\\udce9 is not valid YAML\n"),
         (["--set", "sft.epochs=" + "[" * 500], " cannot be read\n  why: it is nested too deeply\n"),
         (["--set", "seed=" + "9" * 5000], "`99999999999999999999` cannot be read as int\n"),
-        (["--set", "data.split=[0, 1, 1]"], "error: step 1 (supervised fine-tuning) has no data\n  why: data.split is 0, 1, 1\n"),
-        (["--set", "ppo.rule=nowhere:f"], "error: ppo.rule nowhere:f cannot be imported\n  why: ModuleNotFoundError: No module named 'nowhere'\n"),
-        (["--set", "ppo.rule=json:nothing"], "error: ppo.rule json:nothing cannot be imported\n  why: AttributeError: "),
+        (
+            ["--set", "data.split=[0, 1, 1]"],
+            "error: step 1 (supervised fine-tuning) has no data\n  why: data.split is 0, 1, 1\n",
+        ),
+        (
+            ["--set", "ppo.rule=nowhere:f"],
+            "error: ppo.rule nowhere:f cannot be imported\n  why: ModuleNotFoundError: No module named 'nowhere'\n",
+        ),
+        (
+            ["--set", "ppo.rule=json:nothing"],
+            "error: ppo.rule json:nothing cannot be imported\n  why: AttributeError: ",
+        ),
         (["--set", "ppo.rule=json:__name__"], "error: ppo.rule json:__name__ is not a function\n  why: it is str\n"),
-        (["--set", "sft.global_batch=3", "--set", "hardware={device: cpu, ranks: 2}"], "error: sft.global_batch 3 cannot be shared by 2 ranks\n"),
-        (["--step", "3"], "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n"),
+        (
+            ["--set", "sft.global_batch=3", "--set", "hardware={device: cpu, ranks: 2}"],
+            "error: sft.global_batch 3 cannot be shared by 2 ranks\n",
+        ),
+        (
+            ["--step", "3"],
+            "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n",
+        ),
         (["--step", "3"], "hint: run `--step 1 2 3` (or `--step all`),\n"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"], "  why: ValueError: embed_dim must be divisible"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"], "error: transformers cannot make a model from a config"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: optt}}"], "  why: ValueError: Unrecognized model identifier: optt"),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"],
+            "  why: ValueError: embed_dim must be divisible",
+        ),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"],
+            "error: transformers cannot make a model from a config",
+        ),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: optt}}"],
+            "  why: ValueError: Unrecognized model identifier: optt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_error_and_leaves_nothing(words: list[str], said: str, capsys: Said, tmp_path: Path) -> None:
     assert main(words) == 2
     printed = capsys.readouterr()
@@ -182,13 +213,17 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path, capsys: Said) -> None:
     assert main(["--job", "demo", "--output-dir", "file/runs"]) == 3
     assert capsys.readouterr().err == (
         "error: this machine is not fit for the job\n"
-        "  why: the folder file/runs cannot be made, since file is a file: choose another --output-dir, or mend the path\n"
+        "  why: the folder file/runs cannot be made, since file is a file: "
+        "choose another --output-dir, or mend the path\n"
     )
 
 
 # A PyTorch for CUDA on a machine without a GPU, whatever this one has.
 BLIND = Machine(cores=2, cuda="11.8")
-NO_GPU = "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver"
+NO_GPU = (
+    "PyTorch sees no GPU, and no NVIDIA driver is loaded: "
+    "take a box on which `nvidia-smi` lists a card, or install the driver"
+)
 ON_AUTO = ["--job", "demo", "--set", "hardware={device: auto, micro_batch: 16, precision: float32}"]
 
 
@@ -213,7 +248,8 @@ def test_cuda_without_a_gpu_is_not_the_cpu(tmp_path: Path, capsys: Said, blind: 
     (tmp_path / "runs").write_text("", encoding="utf-8")
     assert main(ON_AUTO) == 3
     assert capsys.readouterr().err == (
-        f"error: this machine is not fit for the job\n  why: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
+        "error: this machine is not fit for the job\n"
+        f"  why: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
         "       the folder runs cannot be made, since runs is a file: choose another --output-dir, or mend the path\n"
     )
     assert blind == []
@@ -315,10 +351,13 @@ def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -
     assert capsys.readouterr().err == ""
 
 
-# --- --dry-run ------------------------------------------------------------------------------------------------------
+# --- --dry-run ---
 
 
-OPT = "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_layers: 3, ffn_dim: 384, max_position_embeddings: 128}"
+OPT = (
+    "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_layers: 3, ffn_dim: 384, "
+    "max_position_embeddings: 128}"
+)
 
 
 def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
@@ -439,7 +478,7 @@ def test_dry_run_without_the_hub(tmp_path: Path) -> None:
     assert "run: out/opt-1.3b\n" in said.stdout
 
 
-# --- a run that is complete -----------------------------------------------------------------------------------------
+# --- a run that is complete ---
 
 
 def complete(name: str, *steps: int) -> RunDir:
@@ -462,7 +501,10 @@ def complete(name: str, *steps: int) -> RunDir:
 
 def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
     complete("demo", 1, 2, 3)
-    code = "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); assert 'torch' not in sys.modules; sys.exit(code)"
+    code = (
+        "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     said = subprocess.run(
         [sys.executable, "-c", code],

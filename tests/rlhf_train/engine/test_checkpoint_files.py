@@ -140,7 +140,7 @@ def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
     ]
 
 
-# --- random states ---------------------------------------------------------------------------------------------------
+# --- random states ---
 
 
 def draws() -> list[Any]:

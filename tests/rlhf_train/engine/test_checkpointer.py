@@ -302,7 +302,8 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
     assert step.saved_updates() == [1, 2] and not left.exists()
     (warning,) = [event for event in step.events if isinstance(event, Warning)]
     assert warning.message == (
-        f"the next checkpoint will not fit: 10 bytes and 10000 inodes are free at {run.path}, and it has 24 bytes in up to 64 files"
+        "the next checkpoint will not fit: "
+        f"10 bytes and 10000 inodes are free at {run.path}, and it has 24 bytes in up to 64 files"
     )
 
 

@@ -98,7 +98,7 @@ def update(trained: Engine, micro_batch: int, seed: int = 0) -> tuple[float, flo
     return loss, norm, gradients
 
 
-# --- the learning rate ---------------------------------------------------------------------------------------------
+# --- the learning rate ---
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_learning_rate_by_hand(fields: dict[str, Any], expected: list[float]) ->
     assert [learning_rate_factor(n, 8, spec(**fields)) for n in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -201,7 +201,7 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
         torch.testing.assert_close(value, start[name] * (1 - 1e-2 * 0.5 if value.ndim == 2 else 1), rtol=1e-6, atol=0)
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
+# --- precision ---
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -224,7 +224,7 @@ def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], 
     assert {value.dtype for value in full_state(model, keep=True).values()} == {torch.bfloat16}
 
 
-# --- weights out of an engine ----------------------------------------------------------------------------------------
+# --- weights out of an engine ---
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -295,7 +295,7 @@ def test_ema_of_bfloat16_is_kept_in_float32() -> None:
     assert copy.deepcopy(module).weight.dtype == torch.bfloat16
 
 
-# --- checkpoints, skipped updates, the rehearsal ----------------------------------------------------------------------
+# --- checkpoints, skipped updates, the rehearsal ---
 
 
 def state_of(trained: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,18 +26,20 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to anothe
 OTHER = 4242  # a uid that nobody has
 
 
-# --- texts ----------------------------------------------------------------------------------------------------------
+# --- texts ---
 
 
 @pytest.mark.parametrize(
     ("text", "driver"),
     [
         (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (nixbld@)\nGCC version:  gcc version 15.3.0 (GCC)\n",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (nixbld@)\n"
+            "GCC version:  gcc version 15.3.0 (GCC)\n",
             "580.159.04",
         ),  # taken from a box with an H200
         (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\nGCC version:  gcc version 12.2.0 (GCC)\n",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\n"
+            "GCC version:  gcc version 12.2.0 (GCC)\n",
             "515.65.01",
         ),
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  384.81  Wed Aug 17 22:24:07 PDT 2016\n", "384.81"),
@@ -123,7 +125,7 @@ def test_cpu_flags(text: str, flags: tuple[str, ...] | None) -> None:
     assert host.cpu_flags(text) == flags
 
 
-# --- nvidia-smi -----------------------------------------------------------------------------------------------------
+# --- nvidia-smi ---
 
 
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -230,7 +232,7 @@ def test_the_files_of_cards() -> None:
     assert [name for name in names if machine.GPU_FILE.fullmatch(name)] == ["/dev/nvidia0", "/dev/nvidia15"]
 
 
-# --- DeepSpeed's operators ------------------------------------------------------------------------------------------
+# --- DeepSpeed's operators ---
 
 
 def test_prebuilt_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +254,7 @@ def test_prebuilt_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert machine.prebuilt_operators() == ()
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- folders ---
 
 
 def test_a_folder_that_is_there(tmp_path: Path) -> None:
@@ -342,11 +344,13 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
         f"runs belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs"
     ]
     assert as_other(tmp_path, "out/new") == [
-        f". belongs to uid 0, and uid {OTHER} may not write to it: sudo mkdir -p out && sudo chown -R {OTHER}:{OTHER} out"
+        f". belongs to uid 0, and uid {OTHER} may not write to it: "
+        f"sudo mkdir -p out && sudo chown -R {OTHER}:{OTHER} out"
     ]
     os.chown(tmp_path / "runs" / "demo", OTHER, OTHER)
     assert as_other(tmp_path, "runs/demo") == [
-        f"runs/demo/events.jsonl belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs/demo"
+        f"runs/demo/events.jsonl belongs to uid 0, and uid {OTHER} may not write to it: "
+        f"sudo chown -R {OTHER}:{OTHER} runs/demo"
     ]
     os.chown(tmp_path / "runs" / "demo" / "events.jsonl", OTHER, OTHER)
     assert as_other(tmp_path, "runs/demo") == []
@@ -364,7 +368,7 @@ def test_root_may_write_to_anybodys_folder(tmp_path: Path) -> None:
     assert (seen.uid, seen.writable) == (OTHER, True)
 
 
-# --- all ------------------------------------------------------------------------------------------------------------
+# --- all ---
 
 
 def facts(job: Job, seen: Machine, environ: dict[str, str] | None = None) -> FitnessFacts:

@@ -94,7 +94,8 @@ def test_any_text_is_a_phase(watch: HeartbeatReader, phase: str, read: str) -> N
 
 
 def test_another_process_is_seen(watch: HeartbeatReader) -> None:
-    code = "import sys; from rlhf_train.ranks.heartbeat import Heartbeat; Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    beat = "Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    code = f"import sys; from rlhf_train.ranks.heartbeat import Heartbeat; {beat}"
     command = [sys.executable, "-c", code, str(watch.file)]
     subprocess.run(
         command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}

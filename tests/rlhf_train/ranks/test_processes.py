@@ -35,7 +35,7 @@ def spares() -> Iterator[SpareRanks]:
     assert ranks_here() == []
 
 
-# --- what waits, and for whom -----------------------------------------------------------------------------------------
+# --- what waits, and for whom ---
 
 
 def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: SpareRanks) -> None:
@@ -126,7 +126,7 @@ def test_what_reads_the_rows_is_imported_too(
     processes.end([rank])
 
 
-# --- what is told, and what is said -----------------------------------------------------------------------------------
+# --- what is told, and what is said ---
 
 
 def test_one_that_waits_leaves_with_the_launcher() -> None:

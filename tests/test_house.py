@@ -475,9 +475,7 @@ def test_versions_live_in_env_pins_only() -> None:
 
 
 def test_the_lock_holds_what_is_asked_for() -> None:
-    """Otherwise somebody changed pyproject.toml or cpu.in and did not run `make lock`. torch is
-    installed apart.
-    """
+    """Else somebody changed pyproject.toml or cpu.in without `make lock`. torch has other files."""
     project = PYPROJECT["project"]
     wishes = {
         re.split(r"[^A-Za-z0-9_.-]", wish)[0]

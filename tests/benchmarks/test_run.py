@@ -1,4 +1,4 @@
-"""`python benchmarks/run.py`: its names, its mistakes, and one real run of the product through it."""
+"""Test `python benchmarks/run.py`: its names, its mistakes, and one real run of the product."""
 
 from __future__ import annotations
 

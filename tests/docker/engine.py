@@ -1,8 +1,7 @@
-"""A Docker engine for the tests: the one that answers, or, in CI on Debian, one that is installed,
-started and ended here.
+"""This module finds a Docker engine for the tests, or installs one in CI on Debian.
 
-No image can be pulled in CI, so the base is made with debootstrap, and a build image with nvcc 11.8
-(Debian's) from it.
+An engine that it has installed is started and ended here. No image can be pulled in CI, so the base
+is made with debootstrap, and a build image with nvcc 11.8 (Debian's) from it.
 """
 
 from __future__ import annotations
@@ -119,8 +118,9 @@ def installed_engine() -> Iterator[Docker]:
 
 
 def _install_plugins(folder: Path) -> None:
-    """Compose v2 and buildx: Debian 12 has neither; Debian 13's packages want no more than its
-    libc.
+    """Install Compose v2 and buildx.
+
+    Debian 12 has neither; Debian 13's packages need nothing but its libc.
     """
     if (
         not Docker()("compose", "version", check=False).returncode
@@ -196,9 +196,7 @@ def _python310() -> Path:
 
 
 def make_build(docker: Docker, base: str) -> str | None:
-    """The base with nvcc 11.8 and the C++ compiler that goes with it; None if Debian's package
-    cannot be had.
-    """
+    """Make the base with nvcc 11.8 and its C++ compiler; None if Debian has no package for it."""
     done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base), check=False)
     return BUILD if done.returncode == 0 else None
 

@@ -1,5 +1,6 @@
-"""The real image, built and run by the commands of docs/container.md: who it runs as, what it
-leaves, what it says, how it ends.
+"""Test the real image, built and run by the commands of docs/container.md.
+
+The tests see which user it runs as, what it leaves, what it prints and how it ends.
 """
 
 from __future__ import annotations
@@ -321,9 +322,7 @@ def test_layers_hold_no_caches_and_no_compiler(built: Box) -> None:
 
 
 def test_byte_code_is_in_the_image(built: Box) -> None:
-    """Nobody can write it later, and without it each process compiles PyTorch and transformers
-    anew, for seconds.
-    """
+    """Nobody can write it later: each process would compile PyTorch and transformers for seconds."""
     count = "find /opt/venv/lib/python3.10/site-packages/torch -name '*.pyc' | wc -l"
     said = built.docker("run", "--rm", "--user=1000", "--entrypoint=sh", "rlhf-box:tests", "-c", count).stdout
     assert int(said) > 1000
@@ -340,8 +339,9 @@ def test_the_mirror_is_there_when_a_job_runs(built: Box) -> None:
 
 
 def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Box) -> None:
-    """`CUDA_ARCHS=`, on a build image that has no compiler; the stage `build` alone, which is what
-    differs.
+    """Build with `CUDA_ARCHS=` on a build image without a compiler.
+
+    Only the stage `build` differs, so only that is built.
     """
     if "BASE_IMAGE" not in built.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")

@@ -1,5 +1,6 @@
-"""docker/install.sh as it would go on Ubuntu 22.04, which CI cannot pull: apt-get, python3.10 and
-pip are stand-ins that write down what they are asked.
+"""Test docker/install.sh as on Ubuntu 22.04, which CI cannot pull.
+
+apt-get, python3.10 and pip are stand-ins that record their arguments.
 """
 
 from __future__ import annotations
@@ -121,9 +122,7 @@ def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
     ],
 )
 def test_pytorch_comes_from_its_own_files(build: Build, mirror: str, lock: str, asked: str) -> None:
-    """Their names, with the version's + written %2B, are the same on the mirror; the hash goes with
-    them.
-    """
+    """The files' names, with + written as %2B, are the same on the mirror, and so is the hash."""
     build.stand_in("python3.10", "#!/bin/sh\n")
     (build.folder / "opt/bin").mkdir(parents=True)
     (build.folder / "opt/bin/python").symlink_to(build.folder / "bin/python3.10")

@@ -47,8 +47,10 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
 
 
 def test_without_a_shim(in_image: InImage) -> None:
-    """SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the hub;
-    the versions.
+    """Run what needs no shim on the pinned stack.
+
+    That is SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the
+    hub; the versions.
     """
     done = pytest_in(in_image, "pinned", {})
     counts = results(done)
@@ -78,8 +80,9 @@ def test_the_stack_is_the_one_promised(in_image: InImage) -> None:
 
 
 def test_cpu_adam_was_compiled_and_computes_adamw(in_image: InImage, built: Box) -> None:
-    """DeepSpeed's operator on this CPU against PyTorch's AdamW, three updates; nothing may be
-    compiled for it.
+    """Compare DeepSpeed's operator on this CPU with PyTorch's AdamW over three updates.
+
+    Nothing may be compiled for it.
     """
     script = Path(__file__).with_name("cpu_adam.py").name
     if built.variables.get("CUDA_ARCHS") == "":

@@ -1,8 +1,8 @@
-"""env/venv.sh without its downloads: a stand-in for Python notes what it is asked for, and can fail
-or hang at any stage.
+"""Test env/venv.sh without its downloads.
 
-The stand-in is the only Python on PATH. The one test at the end uses the real Python and the real
-pip, cut off from any index.
+A stand-in for Python records its arguments, and can fail or hang at any stage. It is the only
+Python on PATH. The one test at the end uses the real Python and the real pip, without access to any
+index.
 """
 
 from __future__ import annotations

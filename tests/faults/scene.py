@@ -1,5 +1,6 @@
-"""Where the faults happen: a tiny job, trained by a launcher in this process, which spares its
-start; its ranks are real ones.
+"""A scene for faults is a tiny job with real ranks, trained by a launcher in this process.
+
+A launcher in this process needs no start-up time of its own.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; after PATIENCE_S in any case, or the
-    test would last forever.
+    """Do `act` concurrently with the test, as soon as `condition` holds.
+
+    It is done after PATIENCE_S in any case: the test would last forever without it.
     """
 
     def wait_and_act() -> None:

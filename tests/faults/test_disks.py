@@ -1,5 +1,6 @@
-"""Disks that fill, lose their inodes, turn read-only or go away under a run: real file systems,
-mounted for each test.
+"""Test disks that fill, lose their inodes, turn read-only or go away under a run.
+
+They are real file systems, mounted for each test.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def disk(scene: Scene) -> Iterator[Path]:
 
 
 def leave(disk: Path, free_bytes: int) -> None:
-    """As if somebody else had written a file there that leaves so much, but without the memory for
-    it.
-    """
+    """Leave so much room, as if somebody else had written a file, but without using memory."""
     found = os.statvfs(disk)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     assert mount("-o", f"remount,size={used + free_bytes}", disk) == ""
@@ -54,8 +53,10 @@ def leave(disk: Path, free_bytes: int) -> None:
 def while_it_waits(
     scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 7, kept: int = 2
 ) -> int:
-    """Train, and `act` while a rank waits in this pass, and the checkpoint of update `kept` is
-    complete and alone; at the "start", before a rank does anything. -> exit code
+    """Train, and do `act` while a rank waits in this pass; return the exit code.
+
+    The checkpoint of update `kept` is complete then, and the only one. "start": before a rank does
+    anything.
     """
     go = scene.folder / "go"
 

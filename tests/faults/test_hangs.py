@@ -1,6 +1,4 @@
-"""A rank that stays away while the others wait for it: found out, named, ended; and the run goes
-on.
-"""
+"""Test a rank that hangs while the others wait: it is found and named, and the run resumes."""
 
 from __future__ import annotations
 

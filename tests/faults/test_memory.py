@@ -1,6 +1,4 @@
-"""Ranks that run out of memory: training goes on with less at once, nothing is lost, and the curve
-stays what it was.
-"""
+"""Test ranks that run out of memory: training continues with smaller passes and the same curve."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def test_once_more_while_it_saves(base: Scene, untroubled: Trained) -> None:
 
 
 def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
-    """The other waits for it in a collective, and cannot save: all go on from the last checkpoint."""
+    """The other waits for it in a collective and cannot save: both resume from a checkpoint."""
     run, settings = base.run("one-of-two"), ["hardware.ranks=2", "checkpoint.every_updates=1"]
     assert (
         base.train("one-of-two", *settings, met=fault("no memory", rows=2, rank=1, first=5)) == 0

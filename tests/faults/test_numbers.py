@@ -1,5 +1,7 @@
-"""Numbers that go wrong: an update without a finite loss is left out, a run that has diverged ends,
-odd answers are told.
+"""Test numbers that go wrong.
+
+An update without a finite loss is skipped, a run that has diverged ends, and odd answers are
+reported.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ LEFT_OUT = ["update 2 is left out: its loss is not finite (1 so far)"]
 
 
 def test_one_update_is_left_out(base: Scene, untroubled: Trained) -> None:
-    """In either pass of update 2, and on one rank of two: the others train alike, since nothing of
-    it is left in gradients or moments.
+    """Skip update 2 for either of its passes, and for one rank of two.
+
+    The other updates train as before, since nothing of it is left in gradients or moments.
     """
     assert base.train("first-pass", met=fault("nan", first=5, last=5)) == 0
     assert base.train("second-pass", met=fault("nan", first=6, last=6)) == 0

@@ -1,6 +1,4 @@
-"""`checkpoint.best_every_updates`: the weights that did best on held-out data are kept beside the
-model.
-"""
+"""Test `checkpoint.best_every_updates`: the weights that did best on held-out data are kept too."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`make demo` as a newcomer types it: it learns what it promises, shows it, and does so again the
-same.
-"""
+"""Test `make demo` as a newcomer types it: it learns, shows it, and gives the same again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The main job, small: all three steps from scratch on real human preference data, and their models
-in a stranger's hands.
+"""Test a small main job from scratch on real human preference data.
+
+It runs all three steps, and then a program that does not know us loads the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real launchers and real ranks on a tiny job; what a person sees of each, and what is left behind."""
+"""Test real launchers and ranks on a tiny job: what a person sees, and what is left behind."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ Said = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """Where `start` and `main` train the job `own.yaml`: in a folder that is not the checkout, its
-    runs named by a relative path.
+    """Return the run that `start` and `main` train with the job `own.yaml`.
+
+    The current folder is not the checkout, and runs are named by a relative path.
     """
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(job(write_rows(tmp_path / "rows"))), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -208,8 +209,9 @@ def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
 
 
 def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
-    """Preemption: the ranks agree on an update, save it, and end with 75; the second signal changes
-    nothing. Then the run goes on.
+    """Preemption: the ranks agree on an update, save it, and end with 75. Then the run resumes.
+
+    The second signal changes nothing.
     """
     words = [*FOREVER, "--set", "hardware.ranks=2"]
     with start(*words) as launcher:
@@ -255,9 +257,7 @@ def test_a_second_ctrl_c_waits_for_nothing(run: RunDir) -> None:
 
 
 def test_ranks_that_do_not_end_in_time(run: RunDir) -> None:
-    """The grace of the job file, less the launcher's own end: then nothing is saved, and the code
-    is right all the same.
-    """
+    """After the grace, less the launcher's own end, nothing is saved; the exit code is still right."""
     with start(*FOREVER, "--set", "checkpoint.grace_s=4.0") as launcher:
         wait_for_event(run, "metrics")
         (rank,) = ranks_of(launcher.pid).values()
@@ -282,8 +282,9 @@ def test_sigterm_before_anything_runs(run: RunDir) -> None:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; in the end in any case, or the test
-    would last forever.
+    """Do `act` concurrently with the test, as soon as `condition` holds.
+
+    It is done in the end in any case: the test would last forever without it.
     """
 
     def wait_and_act() -> None:
@@ -353,9 +354,7 @@ def test_a_rank_that_others_killed_is_the_cause(
 def test_of_two_ranks_one_is_killed_while_the_other_saves(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, grace_s: float, is_saved: bool
 ) -> None:
-    """What rank 0 writes beside the training is waited for, if that takes no longer than the
-    machine's grace.
-    """
+    """A checkpoint that rank 0 writes is waited for, up to the machine's grace."""
     go_on, partial = tmp_path / "go on", run.step(1).checkpoints / "update-2.partial"
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests/faults/shim"))
     monkeypatch.setenv("FAULT", json.dumps(fault("wait", "saving", file=str(go_on))))
@@ -510,7 +509,7 @@ def test_ranks_with_peer_access_get_no_setting() -> None:
     ],
 )
 def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: str, notes: list[str]) -> None:
-    """On the CPU, where it does nothing: what a placement's notes say becomes an event and a line."""
+    """Run on the CPU, where it has no effect: a placement's note becomes an event and a line."""
     for name in BOTH:
         monkeypatch.delenv(name, raising=False)
     placement = replace(place(load_job("own.yaml"), Machine(cores=1)), notes=("a note",), no_peer_access=why)

@@ -405,8 +405,9 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
-    """The actor is its own reference, and rollouts have the adapted matrices of their own; at ZeRO
-    3 both are whole copies.
+    """The actor is its own reference, and rollouts have their own copies of the adapted matrices.
+
+    At ZeRO 3 both are whole copies.
     """
     complete("one", 1, 2)
     hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"

@@ -1,5 +1,6 @@
-"""What makes a step's checkpoints and resumes from them; whole runs that are killed are in
-tests/faults.
+"""Test what makes a step's checkpoints and resumes from them.
+
+Whole runs that are killed are in tests/faults.
 """
 
 from __future__ import annotations
@@ -265,9 +266,7 @@ def test_what_a_killed_save_has_left_goes_at_the_start(run: RunDir) -> None:
 
 
 def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
-    """The weights are those of the update before: they are saved, and the older checkpoint is not
-    removed for them.
-    """
+    """The weights of the update before are saved, and the older checkpoint stays."""
     step = Step(run, {"every_updates": 1})
     step.update(1)
     step.divergence.skip(2, "its loss is not finite")

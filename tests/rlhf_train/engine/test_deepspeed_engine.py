@@ -1,5 +1,6 @@
-"""Real DeepSpeed engines on one rank against plain PyTorch; two ranks are in
-tests/integration/test_ranks.py and steps/test_export.py.
+"""Test real DeepSpeed engines on one rank against plain PyTorch.
+
+Two ranks are in tests/integration/test_ranks.py and steps/test_export.py.
 """
 
 from __future__ import annotations
@@ -206,9 +207,7 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], stage: int) -> None:
-    """Weights, activations and gradients have 8 bits (relative error 2^-9 each); the optimizer's
-    copy has 24.
-    """
+    """Weights, activations and gradients have 8 bits (error 2^-9), the optimizer's copy has 24."""
     model = make_model("bfloat16")
     small, whole = (
         engine(m, world, spec(), stage=s, precision=p)
@@ -351,9 +350,7 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
 def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
-    """For the step has gradients of its own in 16 bit: without room for them, the first update ran
-    out of memory.
-    """
+    """A step has gradients of its own in 16 bit: without room for them, the first update failed."""
     trained = engine(make_model(precision), world, spec(), stage=stage, precision=precision)
     passes, steps = list[int](), list[int]()
 
@@ -418,7 +415,7 @@ def test_the_micro_batch_may_change_between_updates(world: World, make_model: Ca
 def test_gradients_that_are_not_finite(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
-    """They do not reach the weights; where the DeepSpeed at hand lets them in, the engine knows it."""
+    """They do not reach the weights; if this DeepSpeed lets them, the engine notices."""
     trained = rehearsed(engine(make_model(precision), world, spec(), stage=stage, precision=precision))
     update(trained, 4)
     before, _ = state_of(trained)
@@ -462,7 +459,7 @@ def test_an_ema_is_restored(world: World, make_model: Callable[..., Any], stage:
 
 
 def test_other_ranks_and_another_stage_restore_the_same_state(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    """One rank writes at ZeRO 0; two read it at 1, 2 and 3; each gives back the same whole tensors."""
+    """One rank writes at ZeRO 0; two read it at 1, 2 and 3, and return the same whole tensors."""
     ranks.on_ranks(1, keep_state, str(tmp_path), 0)
     for stage in (1, 2, 3):
         ranks.on_ranks(2, read_state, str(tmp_path), stage)

@@ -1,5 +1,6 @@
-"""Updates that are skipped because of numbers that are not finite, and runs that end for them;
-whole runs are in tests/faults.
+"""Test skipped updates, whose numbers are not finite, and the end of a run with too many of them.
+
+Whole runs are in tests/faults.
 """
 
 from __future__ import annotations

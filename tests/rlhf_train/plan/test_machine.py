@@ -167,9 +167,7 @@ def test_nvidia_smi_that_is_not_there_or_hangs(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """-> the pid of a process that has a card open (here a file in its place), as this one has,
-    too.
-    """
+    """Return the pid of a process that has a card (here a file in its place) open, like this one."""
     card = tmp_path / "nvidia0"
     card.touch()
     monkeypatch.setattr(machine, "GPU_FILE", re.compile(re.escape(str(card.resolve()))))

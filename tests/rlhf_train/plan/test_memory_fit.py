@@ -1,6 +1,4 @@
-"""The sizes that fitted into memory: halved, remembered, and taken up only where they still say
-something.
-"""
+"""Test the sizes that fitted into memory: halved, remembered, and used while they are valid."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def test_a_card_of_24_gb() -> None:
     assert found == Placement(
         # 16 bit is never trained at ZeRO 0: placement.py says why
         device="cuda", device_reason="PyTorch sees 1 x NVIDIA GeForce RTX 4090", ranks=1, precision="bfloat16",
-        actor_zero_stage=1, critic_zero_stage=1, micro_batches=(8, 8, 8), rollout_micro_batch=64, cpu_threads=16, notes=(),
+        actor_zero_stage=1, critic_zero_stage=1, micro_batches=(8, 8, 8), rollout_micro_batch=64, cpu_threads=16,
+        notes=(),
     )  # fmt: skip
     assert str(found.batch_plan(opt(), 1)).startswith("128 = 8 micro batch x 16 accumulation x 1 rank")
 
@@ -86,7 +87,8 @@ def test_the_jobs_word_wins() -> None:
     )
     assert place(job, TWO_4090) == Placement(
         device="cuda", device_reason="PyTorch sees 2 x NVIDIA GeForce RTX 4090", ranks=1, precision="float32",
-        actor_zero_stage=3, critic_zero_stage=0, micro_batches=(32, 32, 32), rollout_micro_batch=7, cpu_threads=3, notes=(),
+        actor_zero_stage=3, critic_zero_stage=0, micro_batches=(32, 32, 32), rollout_micro_batch=7, cpu_threads=3,
+        notes=(),
     )  # fmt: skip
     on_cpu = place(opt("hardware.device=cpu"), TWO_4090)
     assert (on_cpu.device, on_cpu.device_reason) == ("cpu", "the job file says so")

@@ -46,9 +46,7 @@ def test_meetings_are_counted_apart(watch: HeartbeatReader) -> None:
 
 
 def test_a_sign_is_written_at_once() -> None:
-    """Who reads in between must not see zeros: a rank without anything to save is not waited for
-    when the run is to stop.
-    """
+    """A reader must never see zeros: a rank without anything to save is killed immediately."""
 
     class Memory(bytearray):
         writes = 0

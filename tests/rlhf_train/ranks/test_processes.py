@@ -1,4 +1,4 @@
-"""Ranks that are started before they are needed: real processes, which are told late, or never."""
+"""Test ranks that are started before they are needed: real processes with late orders, or none."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ def test_what_reads_the_rows_is_imported_too(
 
 
 def test_one_that_waits_leaves_with_the_launcher() -> None:
-    """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else
-    would cut short.
-    """
+    """The launcher is killed, so it can end nobody, while the spare is importing its libraries."""
     start = "s = SpareRanks(os.environ); s.start(RankEnvironment('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
     code = f"import os, time; from rlhf_train.ranks.processes import *; {start}; time.sleep(99)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)

@@ -356,13 +356,13 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
     return Table("curves", columns, [row + [""] * (most - len(row)) for row in rows], notes, numbers)
 
 
-def difference(one: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
+def difference(first: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
     """Return the difference of the first update, and the largest of all updates.
 
     Differences are relative, but not those of mean reward and KL, which are about 0.
     """
-    share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in one]
-    apart = [abs(a[name] - b[name]) / part for a, b, part in zip(one, other, share, strict=True)]
+    share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in first]
+    apart = [abs(a[name] - b[name]) / part for a, b, part in zip(first, other, share, strict=True)]
     return f"{apart[0]:.1e} / {max(apart):.1e}"
 
 

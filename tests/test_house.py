@@ -71,7 +71,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "views": {"errors", "events", "steps", "formatting"},
     },
     "remote": {
-        "on_box": set(),  # runs on a box, with nothing of ours beside it
+        "on_box": set(),  # runs on a box, without our other files
         "scripts": set(),
         "inventory": {"scripts"},
         "output": {"scripts"},
@@ -87,7 +87,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "compat": set(),
         "disk": set(),
         "host": set(),
-        "demo": set(),  # stands beside: nobody imports it, but a job file names its rule
+        "demo": set(),  # nobody imports it, but a job file names its rule
         "kernels": HOST,
         "ranks": HOST,
         "data": LOW,
@@ -505,5 +505,5 @@ def test_shell_scripts_are_clean() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("shellcheck is not in this Python's environment; the lock brings it")
-    said = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stdout
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

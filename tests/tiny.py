@@ -166,8 +166,8 @@ def environment(folder: Path) -> dict[str, str]:
 def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
     """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
     words = command(folder, arguments, settings)
-    said = subprocess.run(
+    done = subprocess.run(
         words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600
     )
-    assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

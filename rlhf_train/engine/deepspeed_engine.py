@@ -518,10 +518,10 @@ class Ema:
             shadow.copy_(partition(parameter, value, dist.get_rank()) if hasattr(parameter, "ds_tensor") else value)
 
 
-def partition(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+def partition(parameter: Any, tensor: Tensor, rank: int) -> Tensor:
     """Return the rank's part of a whole tensor at ZeRO 3, padded with zeros as in DeepSpeed."""
     count = parameter.ds_tensor.numel()
-    part = whole.flatten()[rank * count : (rank + 1) * count]
+    part = tensor.flatten()[rank * count : (rank + 1) * count]
     return nn.functional.pad(part, (0, count - part.numel()))
 
 

@@ -22,9 +22,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
     done = run("ppo", "pppo")
-    assert (
-        done.returncode == 2 and "`pppo` is no NAME: ceilings, decode" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "`pppo` is no NAME: ceilings, decode" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_list_says_every_name() -> None:

@@ -184,14 +184,14 @@ def _python310() -> Path:
         *([Path(which)] if (which := shutil.which("python3.10")) else []),
     ]
     for python in [Path(sys.executable), *found]:
-        said = subprocess.run(
+        done = subprocess.run(
             [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"],
             capture_output=True,
             text=True,
             check=False,
         )
-        if said.stdout.startswith("3 10 "):
-            return Path(said.stdout.split(maxsplit=2)[2].strip())
+        if done.stdout.startswith("3 10 "):
+            return Path(done.stdout.split(maxsplit=2)[2].strip())
     raise AssertionError("no Python 3.10 is on this machine, and the base image needs one: install python3.10")
 
 

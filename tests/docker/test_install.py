@@ -87,9 +87,8 @@ def test_ubuntu_gets_python_and_what_the_build_needs(build: Build, line: str, pa
 def test_the_mirror_of_ubuntu_takes_the_place_of_both_hosts(build: Build) -> None:
     assert build.run("apt_install tree", mirror="cn").returncode == 0
     mirror = "http://mirrors.tuna.tsinghua.edu.cn/ubuntu"
-    assert (
-        build.folder / "sources"
-    ).read_text() == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
+    sources = (build.folder / "sources").read_text()
+    assert sources == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
 
 
 def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
@@ -148,12 +147,8 @@ def test_a_base_without_cudas_runtime_is_refused_before_operators_are_compiled_f
     build.stand_in("find", f"#!/bin/sh\necho '{found}'\n")
     done = build.run(f'check_cudart {torch} "{archs}"; echo went on')
     assert (done.returncode, done.stdout) == ((3, "") if refused else (0, "went on\n"))
-    assert (
-        done.stderr.startswith(
-            "error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base"
-        )
-        == refused
-    )
+    error = "error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base"
+    assert done.stderr.startswith(error) == refused
 
 
 @pytest.mark.parametrize(

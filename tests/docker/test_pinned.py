@@ -36,7 +36,7 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
         "no:cacheprovider",
         "--basetemp=/tmp/pytest",
         "--junit-xml=/tmp/report.xml",
-        # its data is beside the checkout
+        # its data is next to the checkout
         "--deselect=tests/rlhf_train/data/test_dataset.py::test_real_preference_data",
         "--ignore=tests/integration/remote",  # the laptop's half is not in the image
         "tests/jobs",
@@ -73,10 +73,8 @@ def test_with_a_shim_for_gloo(in_image: InImage) -> None:
 def test_the_stack_is_the_one_promised(in_image: InImage) -> None:
     versions = "torch.__version__.split('+')[0], importlib.metadata.version('fsspec'), deepspeed.__version__"
     script = f"import sys, torch, deepspeed, importlib.metadata; print(sys.version_info[:2], {versions})"
-    assert (
-        in_image("-c", script, environment={"DS_ACCELERATOR": "cpu"}).stdout.splitlines()[-1]
-        == "(3, 10) 2.0.1 2023.9.2 0.15.4"
-    )
+    done = in_image("-c", script, environment={"DS_ACCELERATOR": "cpu"})
+    assert done.stdout.splitlines()[-1] == "(3, 10) 2.0.1 2023.9.2 0.15.4"
 
 
 def test_cpu_adam_was_compiled_and_computes_adamw(in_image: InImage, built: Box) -> None:

@@ -34,7 +34,7 @@ def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, l
 
     what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until
     `file` is there.
-    kind: "training" (passes 1 and 2 are the rehearsal), "generating" (the tokens after the first),
+    kind: "training" (passes 1 and 2 are the trial updates), "generating" (tokens after the first),
     "judging" (whole sequences, not to train on them), "saving" (each file of a checkpoint), or
     "start" (to wait, before anything). saving_too=True: once it has been met, also at each file of
     a checkpoint.
@@ -147,6 +147,6 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-def error_of(said: str) -> str:
+def error_of(output: str) -> str:
     """What the launcher told in the end."""
-    return said[said.index("error: ") :]
+    return output[output.index("error: ") :]

@@ -90,7 +90,7 @@ def checkpoint_size(untroubled: Trained) -> str:
 def test_too_small_from_the_start(scene: Scene, disk: Path, untroubled: Trained, capsys: Said) -> None:
     run = scene.run("small")
     code = while_it_waits(scene, run, lambda: leave(disk, 700_000), kind="start")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert code == 3
     assert re.fullmatch(
         "error: the disk is too small for the models and checkpoints of step 1\n"
@@ -98,9 +98,9 @@ def test_too_small_from_the_start(scene: Scene, disk: Path, untroubled: Trained,
         f"and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
         "hint: make room, or choose an --output-dir on a larger disk; "
         "actor.lora makes checkpoints many times smaller\n",
-        error_of(said),
-    ), error_of(said)
-    assert "Traceback" not in said and events(run, "metrics") == []
+        error_of(output),
+    ), error_of(output)
+    assert "Traceback" not in output and events(run, "metrics") == []
 
 
 def test_without_inodes(scene: Scene, disk: Path, capsys: Said) -> None:
@@ -121,7 +121,7 @@ def test_without_inodes(scene: Scene, disk: Path, capsys: Said) -> None:
 def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Trained, capsys: Said) -> None:
     run = scene.run("fills")
     code = while_it_waits(scene, run, lambda: leave(disk, LEFT))
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert code == 4
     assert re.fullmatch(
         "error: the checkpoint of update 3 could not be written: the disk is full\n"
@@ -129,9 +129,9 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
         f"[0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
         "hint: the last good checkpoint is that of update 2; "
         "make room or mend the path, then the same command resumes\n",
-        error_of(said),
-    ), error_of(said)
-    assert "Traceback" not in said
+        error_of(output),
+    ), error_of(output)
+    assert "Traceback" not in output
     the_last_is_good(run)
 
     assert mount("-o", "remount,size=600m", disk) == ""
@@ -143,7 +143,7 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
 
 
 def the_last_is_good(run: RunDir) -> None:
-    """That of update 2, and nothing beside it."""
+    """Check that the checkpoint of update 2 is there, and nothing else."""
     saved = checkpoint_files.latest(run.step(1), pytest.fail)
     assert saved is not None and saved.update == 2
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
@@ -159,17 +159,17 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
         assert mount("-o", "remount,ro,bind", disk) == ""
 
     code = while_it_waits(scene, run, turn)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     partial = run.step(1).checkpoint(3).with_name("update-3.partial")
     assert code == 4
-    assert error_of(said).startswith(
+    assert error_of(output).startswith(
         f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; "
     )
-    assert error_of(said).endswith(
+    assert error_of(output).endswith(
         "hint: the last good checkpoint is that of update 2; "
         "make room or mend the path, then the same command resumes\n"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     the_last_is_good(run)
 
 
@@ -199,9 +199,9 @@ def test_it_goes_away(scene: Scene, disk: Path, capsys: Said, kind: str, first: 
         subprocess.run(["umount", "--lazy", disk], check=True)
 
     code = while_it_waits(scene, run, unmount, kind=kind, first=first, kept=kept)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert not disk.is_mount()
     assert list(disk.iterdir()) == []  # nothing is written into the bare folder below, as if it were the run's
     assert code == 4
-    assert error_of(said) == error.format(run=run.path)
-    assert "Traceback" not in said
+    assert error_of(output) == error.format(run=run.path)
+    assert "Traceback" not in output

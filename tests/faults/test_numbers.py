@@ -61,15 +61,15 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
         ["sft.max_updates=10", "checkpoint.every_updates=2", f"hardware.ranks={ranks}"],
     )
     assert base.train(run.name, *settings, met=fault("nan", first=first)) == 4
-    said = capsys.readouterr().err
-    assert error_of(said) == (
+    output = capsys.readouterr().err
+    assert error_of(output) == (
         "error: step 1 diverged at update 7\n"
         "  why: its loss is not finite; 5 updates in a row were left out\n\n"
         "hint: lower the learning rate or sft.max_grad_norm, raise sft.warmup_updates, "
         "or look for broken rows in the data\n"
         "      the last good checkpoint is that of update 2\n"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert list(curve(run)) == [1, 2]
     assert warnings(run) == [
         f"update {update} is left out: its loss is not finite ({update - 2} so far)" for update in (3, 4, 5, 6)

@@ -335,10 +335,8 @@ def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
 
 
 def test_a_critic_from_the_actor_needs_step_1(run: RunDir) -> None:
-    assert (
-        refused(job("critic.model=actor"), run, [2]).what
-        == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
-    )
+    error = refused(job("critic.model=actor"), run, [2])
+    assert error.what == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
     assert steps_to_do(job("critic.model=actor"), run, [1, 2], redo=False) == [1, 2]
 
 

@@ -228,7 +228,7 @@ def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
         assert resumed["from_update"] == saved["update"]
         run.cancelled.touch()
         launcher.terminate()
-        assert finish(launcher)[0] == 143  # it is not to go on
+        assert finish(launcher)[0] == 143  # it must not resume
 
 
 def test_a_rank_that_is_told_to_end(run: RunDir, capsys: Said) -> None:
@@ -257,7 +257,7 @@ def test_a_second_ctrl_c_waits_for_nothing(run: RunDir) -> None:
 
 
 def test_ranks_that_do_not_end_in_time(run: RunDir) -> None:
-    """After the grace, less the launcher's own end, nothing is saved; the exit code is still right."""
+    """After the grace, less the launcher's own end, nothing is saved; the code is still right."""
     with start(*FOREVER, "--set", "checkpoint.grace_s=4.0") as launcher:
         wait_for_event(run, "metrics")
         (rank,) = ranks_of(launcher.pid).values()
@@ -367,21 +367,8 @@ def test_of_two_ranks_one_is_killed_while_the_other_saves(
             go_on.touch()
 
     thread = when(partial.exists, kill_rank_1)
-    assert (
-        main(
-            [
-                *WORDS,
-                *FOREVER,
-                "--set",
-                "hardware.ranks=2",
-                "--set",
-                "checkpoint.every_updates=2",
-                "--set",
-                f"checkpoint.grace_s={grace_s}",
-            ]
-        )
-        == 4
-    )
+    settings = ["hardware.ranks=2", "checkpoint.every_updates=2", f"checkpoint.grace_s={grace_s}"]
+    assert main([*WORDS, *FOREVER, *(word for setting in settings for word in ("--set", setting))]) == 4
     thread.join()
     assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
     assert ranks_of(os.getpid()) == {}
@@ -425,11 +412,13 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
         ended(""),
         ended('{"what": "tor'),
     ]
-    said = launch._all_last_words(ranks)
-    assert sorted(said) == [0, 1]
-    assert launch._failure(run, 3, ranks, [0], said).what == "out of memory"  # also when rank 0's end was seen first
-    assert launch._failure(run, 3, ranks, [2], said).what == "rank 2 was ended by exit code 4"  # it had no time to say
-    assert launch._failure(run, 3, ranks, [3], said).what == "rank 3 was ended by exit code 4"
+    last_words = launch._all_last_words(ranks)
+    assert sorted(last_words) == [0, 1]
+    assert (
+        launch._failure(run, 3, ranks, [0], last_words).what == "out of memory"
+    )  # also when rank 0's end was seen first
+    for mute in (2, 3):  # they had no time to report why
+        assert launch._failure(run, 3, ranks, [mute], last_words).what == f"rank {mute} was ended by exit code 4"
     assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 3)]
 
 
@@ -484,11 +473,9 @@ def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, 
 
 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
-    told = {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert (
-        launch.rank_environment(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"]
-        == "eth7"
-    )
+    chosen = {"GLOO_SOCKET_IFNAME": "eth7"}
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, chosen).environment_of(0, chosen)
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth7"
     assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(
         load_job("demo"), replace(TWO_GPUS, ranks=1), {}
     ).environment_of(0, {})
@@ -525,20 +512,19 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
 def disk(folder: Path, options: str) -> Iterator[None]:
     """A file system of its own in `folder`; skips the test where it may not be mounted."""
     folder.mkdir()
-    said = subprocess.run(
+    done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
     )
-    if said.returncode:
-        pytest.skip(f"needs to mount a tmpfs: {said.stderr.strip()}")
+    if done.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize(
-    "size", ["16k", "28k"]
-)  # pages of 4 kB: with the first, no event can be written, also none of an error
+# Pages have 4 kB: with the first size, no event can be written, not even one of an error.
+@pytest.mark.parametrize("size", ["16k", "28k"])
 def test_a_disk_that_is_too_small_for_the_job(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:

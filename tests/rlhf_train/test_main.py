@@ -294,8 +294,8 @@ def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[st
     file.write_text("2\n", encoding="utf-8")
     capsys.readouterr()
     assert main(["--job", "demo"]) == 2 and blind == [("cpu", 1)]
-    said = capsys.readouterr().err
-    assert "--redo" in said and "--run NEW" in said and file.read_text(encoding="utf-8") == "2\n"
+    output = capsys.readouterr().err
+    assert "--redo" in output and "--run NEW" in output and file.read_text(encoding="utf-8") == "2\n"
     assert main(["--job", "demo", "--redo", "--dry-run"]) == 0 and file.read_text(encoding="utf-8") == "2\n"
     assert main(["--job", "demo", "--redo"]) == 0 and blind == [("cpu", 1)] * 2
     assert file.read_text(encoding="utf-8") == "1\n"
@@ -367,19 +367,8 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
         "sft.global_batch=32",
         "hardware={device: cpu, micro_batch: 16}",
     ]
-    assert (
-        main(
-            [
-                "--job",
-                "demo",
-                "--dry-run",
-                "--run",
-                "try",
-                *(word for setting in settings for word in ("--set", setting)),
-            ]
-        )
-        == 0
-    )
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", "--run", "try", *words]) == 0
     printed = capsys.readouterr()
     resolved, facts = printed.out.split("\n\n")
     assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", settings)
@@ -431,12 +420,10 @@ def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) ->
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
     adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
     copies = adapted if stage == 0 else 2 * count
-    needed = (
-        (count + 3 * adapters) + 4 * count + (count + copies)
-    )  # in float32 numbers: actor, critic, and what is frozen
-    assert (
-        f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations" in capsys.readouterr().out.splitlines()
-    )
+    # In float32 numbers: actor, critic, and what is frozen.
+    needed = (count + 3 * adapters) + 4 * count + (count + copies)
+    line = f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
@@ -465,18 +452,18 @@ def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess
 
 
 def test_dry_run_without_the_hub(tmp_path: Path) -> None:
-    said = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
+    done = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     # What this machine may lack: a GPU for its PyTorch, or room for OPT-1.3b.
     assert [
         line
-        for line in said.stderr.splitlines()
+        for line in done.stderr.splitlines()
         if not line.startswith(("unfit: PyTorch sees no GPU", "warning: only "))
     ] == []
-    *_, prompts, last = said.stdout.splitlines()
+    *_, prompts, last = done.stdout.splitlines()
     assert prompts == "  64 prompts a rollout, 1 update each"
     assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be read (")
-    assert "run: out/opt-1.3b\n" in said.stdout
+    assert "run: out/opt-1.3b\n" in done.stdout
 
 
 # --- a run that is complete ---
@@ -507,7 +494,7 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=environment,
@@ -516,22 +503,22 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         check=False,
         timeout=60,
     )
-    assert (said.returncode, said.stderr) == (
+    assert (done.returncode, done.stderr) == (
         0,
         "step 1 (supervised fine-tuning) is complete: runs/demo/step1/model\n"
         "step 2 (reward model) is complete: runs/demo/step2/model\n"
         "step 3 (PPO) is complete: runs/demo/step3/model\n",
     )
-    assert "perplexity" in said.stdout and "2.50" in said.stdout
+    assert "perplexity" in done.stdout and "2.50" in done.stdout
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     complete("demo", 1, 2, 3)
     reader, writer = os.pipe()
     os.close(reader)
-    said = command("--job", "demo", cwd=tmp_path, stdout=writer)
+    done = command("--job", "demo", cwd=tmp_path, stdout=writer)
     os.close(writer)
-    assert len(said.stderr.splitlines()) == 3  # the three steps, as above
+    assert len(done.stderr.splitlines()) == 3  # the three steps, as above
 
 
 def test_a_changed_field_is_refused(capsys: Said) -> None:

@@ -63,7 +63,7 @@ def install() -> None:
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     plain_step = Decoder._step
     passes = 0  # of the kind that the fault comes in
-    longest = 1  # tokens of a row so far: the rehearsal, which is first, has the longest
+    longest = 1  # tokens of a row so far: the trial update, which is first, has the longest
 
     def save(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
         if fault["kind"] == "saving" or (fault.get("saving_too") and passes >= fault["first"]):

@@ -35,9 +35,8 @@ def test_what_is_written_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch, s
         assert found.dtype == tensor.dtype and found.equal(tensor) and found.signbit().equal(tensor.signbit())
     assert set(saved.tensors("loop")) == {"mask", "ids"}
     assert size == sum(file.stat().st_size for file in folder.iterdir() if file.name != "complete.json")
-    assert (
-        len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]
-    )  # of 60, 4, 4, 56 and 8 bytes
+    # The tensors have 60, 4, 4, 56 and 8 bytes.
+    assert len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]
 
 
 def spoil_nothing(folder: Path) -> None:
@@ -150,7 +149,7 @@ def draws() -> list[Any]:
 def test_every_generator_goes_on_where_it_was() -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    random.gauss(0, 1)  # two are made at once, and one waits
+    random.gauss(0, 1)  # it makes two numbers and keeps one for later
     np.random.standard_normal()
     states = json.loads(json.dumps(random_states(CPU)))
     expected = draws()

@@ -38,8 +38,8 @@ def test_every_so_many_updates_and_after_the_last(run: RunDir) -> None:
     assert [folder.name for folder in run.step(1).checkpoints.iterdir()] == ["update-5"]  # one is kept
     (first, *_) = [event for event in step.events if isinstance(event, Checkpoint)]
     assert first.size_bytes > 4 * 6 and first.seconds >= first.held_up_s >= 0  # type: ignore[operator]
-    said = next(event.doing for event in step.events if isinstance(event, Progress))
-    assert said.startswith("a checkpoint has 24 bytes: 124 bytes are needed")
+    output = next(event.doing for event in step.events if isinstance(event, Progress))
+    assert output.startswith("a checkpoint has 24 bytes: 124 bytes are needed")
 
 
 def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +75,8 @@ def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
     beats = again.context.heartbeat._count
     state = again.checkpointer.resume()
     assert state is not None
-    assert (
-        again.context.heartbeat._count == beats + 3
-    )  # what it does, and each tensor: a slow disk is not taken for a hang
+    # One for what it does, and one for each tensor: a slow disk is not taken for a hang.
+    assert again.context.heartbeat._count == beats + 3
     again.seen = state["seen"]
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
@@ -182,7 +181,7 @@ def test_with_and_without_memory_for_a_copy(run: RunDir, monkeypatch: pytest.Mon
     step.checkpointer.after(1, {"seen": []})
     assert (step.checkpointer._writing is None) is (memory == 0)
     with torch.no_grad():
-        step.ema._shadow[0].fill_(5.0)  # training goes on
+        step.ema._shadow[0].fill_(5.0)  # training continues
     step.checkpointer._wait()
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.tensor("ema/0").max() < 5
@@ -293,9 +292,8 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
     write(left, [], {"update": 3})
     run.step(2).complete.write_text("{}")
     step = Step(run, {"every_updates": 1})
-    monkeypatch.setattr(
-        checkpointer, "room", lambda folder: (10, 10_000)
-    )  # of the 24 bytes that a checkpoint is thought to have
+    # A checkpoint is thought to have 24 bytes.
+    monkeypatch.setattr(checkpointer, "room", lambda folder: (10, 10_000))
     for number in (1, 2):
         step.update(number)
     assert step.saved_updates() == [1, 2] and not left.exists()
@@ -309,9 +307,8 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
 def test_inodes_for_every_shard(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of some size there are more shards than all else has files."""
     monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", 1)
-    monkeypatch.setattr(
-        checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1)
-    )  # two checkpoints of 24 bytes, and a model
+    # Two checkpoints of 24 bytes, and a model.
+    monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1))
     with pytest.raises(ToolkitError, match="the disk is too small"):
         Step(run, {})
     monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64))

@@ -294,7 +294,7 @@ def test_ema_of_bfloat16_is_kept_in_float32() -> None:
     assert copy.deepcopy(module).weight.dtype == torch.bfloat16
 
 
-# --- checkpoints, skipped updates, the rehearsal ---
+# --- checkpoints, skipped updates, the trial update ---
 
 
 def state_of(trained: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -336,7 +336,7 @@ def test_a_restored_engine_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any], stage: int) -> None:
+def test_a_trial_update_changes_nothing(world: World, make_model: Callable[..., Any], stage: int) -> None:
     optimization = spec(weight_decay=0.1, warmup_updates=2)
     plain, other = (engine(make_model(), world, optimization, micro_batch=2, stage=stage) for _ in range(2))
     before = full_state(other.module, keep=True)
@@ -347,7 +347,7 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "bfloat16")])
-def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
+def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     """A step has gradients of its own in 16 bit: without room for them, the first update failed."""
@@ -366,9 +366,8 @@ def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
     whole = moments()  # flat parts are filled up at their end
     assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
     assert passes == [0, whole]
-    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (
-        len(steps) // 2
-    )  # DeepSpeed steps by groups of parameters
+    # DeepSpeed steps by groups of parameters.
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 
@@ -428,7 +427,7 @@ def test_gradients_that_are_not_finite(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rehearsal_on_numbers_that_are_not_finite_is_refused(
+def test_a_trial_update_on_numbers_that_are_not_finite_is_refused(
     world: World, make_model: Callable[..., Any], stage: int
 ) -> None:
     trained = engine(make_model(), world, spec(), stage=stage)

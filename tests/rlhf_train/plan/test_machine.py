@@ -167,7 +167,7 @@ def test_nvidia_smi_that_is_not_there_or_hangs(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Return the pid of a process that has a card (here a file in its place) open, like this one."""
+    """Return the pid of a process that has a card (a file in its place) open, like this one."""
     card = tmp_path / "nvidia0"
     card.touch()
     monkeypatch.setattr(machine, "GPU_FILE", re.compile(re.escape(str(card.resolve()))))
@@ -260,9 +260,8 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
     assert (found.path, found.found, found.missing) == (str(tmp_path), str(tmp_path), "")
     assert (found.is_folder, found.writable, found.read_only, found.uid) == (True, True, False, os.geteuid())
     room = os.statvfs(tmp_path)
-    assert (
-        found.free_bytes is not None and abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30
-    )  # others write, too
+    assert found.free_bytes is not None
+    assert abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30  # others write, too
 
 
 @pytest.mark.parametrize(
@@ -317,7 +316,7 @@ for finding in judge(facts, Limits.load()):
 
 def as_other(cwd: Path, path: str) -> list[str]:
     checkout = str(Path(__file__).parents[3])
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", AS_OTHER, path],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": checkout},
@@ -325,8 +324,8 @@ def as_other(cwd: Path, path: str) -> list[str]:
         text=True,
         check=False,
     )
-    assert said.returncode == 0, said.stderr
-    return said.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @needs_root
@@ -505,11 +504,8 @@ def test_the_disk_of_the_hubs_files(
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(other_disk / "hub"))
     assert seen(SCRATCH) is None and seen("./here") is None  # nothing to fetch
     found = seen("a/b")
-    assert (
-        found is not None
-        and (found.path, found.found) == (str(other_disk / "hub"), str(other_disk))
-        and found.free_bytes
-    )
+    assert found is not None and found.free_bytes
+    assert (found.path, found.found) == (str(other_disk / "hub"), str(other_disk))
 
     store = other_disk / "hub/models--a--b"
     for file in ("refs/main", "snapshots/c0ffee/config.json", "snapshots/c0ffee/model.safetensors"):

@@ -214,10 +214,8 @@ def test_why_pytorch_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, recwarn: pytes
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     warnings.simplefilter("ignore")  # as PYTHONWARNINGS=ignore does; pytest puts it back
     for _ in range(2):  # Python shows a warning once, unless told otherwise
-        assert (
-            Machine.look().gpu_error
-            == "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010)."
-        )
+        error = "CUDA initialization: The NVIDIA driver on your system is too old (found version 10010)."
+        assert Machine.look().gpu_error == error
     assert list(recwarn) == []  # said in the finding
 
 

@@ -31,7 +31,7 @@ def test_a_rank_counts_up_and_says_what_it_does(watch: HeartbeatReader) -> None:
     ]
     heartbeat.beat("update 7")
     heartbeat.beat()
-    assert watch.signs()[1] == RankSign(3, 0, False, False, False, "update 7")  # no phase: the same goes on
+    assert watch.signs()[1] == RankSign(3, 0, False, False, False, "update 7")  # no new phase: the old one stays
     heartbeat.has_trained = True
     heartbeat.beat("a")
     assert watch.signs()[1] == RankSign(4, 0, True, False, False, "a")  # nothing is left of the longer phase
@@ -58,11 +58,8 @@ def test_a_sign_is_written_at_once() -> None:
     memory = Memory(3 * SLOT_BYTES)
     heartbeat = Heartbeat(memory, 2)
     heartbeat.beat("update 7")
-    assert (
-        memory.writes == 2
-        and len(memory) == 3 * SLOT_BYTES
-        and read_sign(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
-    )
+    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES
+    assert read_sign(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
 
 
 def test_ranks_do_not_write_over_each_other(watch: HeartbeatReader) -> None:
@@ -78,8 +75,8 @@ def test_ranks_do_not_write_over_each_other(watch: HeartbeatReader) -> None:
 def test_a_long_phase_is_cut(watch: HeartbeatReader, phase: str) -> None:
     """Bytes are counted; a character that is cut in two is shown as one that is unknown."""
     Heartbeat.of_rank(watch.file, 0, 3).beat(phase)
-    (said, *others) = watch.signs()
-    kept = said.phase.rstrip("\N{REPLACEMENT CHARACTER}")
+    (output, *others) = watch.signs()
+    kept = output.phase.rstrip("\N{REPLACEMENT CHARACTER}")
     assert phase.startswith(kept) and SLOT_BYTES - 24 < len(kept.encode()) <= SLOT_BYTES
     assert others == [RankSign(0, 0, False, False, False, "")] * 2
 

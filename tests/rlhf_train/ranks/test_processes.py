@@ -158,6 +158,6 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     watch.close()
     words = launch._last_words(rank)
     assert words is not None and words.what == "training stopped on ImportError: no such library"
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert said.startswith("a warning\nTraceback ") and said.endswith("ImportError: no such library\n")
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    assert output.startswith("a warning\nTraceback ") and output.endswith("ImportError: no such library\n")
     assert rank.early_output() == b""

@@ -34,19 +34,8 @@ def test_list_says_every_name() -> None:
 
 def test_step_3_runs_for_real(tmp_path: Path) -> None:
     """The EOS ends its answers: how many tokens they have is asserted inside."""
-    done = run(
-        "ppo",
-        "--size",
-        "tiny",
-        "--repeats",
-        "1",
-        "--lengths",
-        "real",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "out.json"),
-    )
+    options = "--size tiny --repeats 1 --lengths real --device cpu"
+    done = run("ppo", *options.split(), "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     (update,) = json.loads((tmp_path / "out.json").read_text())["ppo"]["numbers"]["real lengths"]
     phases = [update[name] for name in ("generation_s", "scoring_s", "training_s")]

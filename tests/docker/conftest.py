@@ -44,15 +44,9 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         cache = tmp_path_factory.mktemp("cache")
         os.chown(cache, built.uid, built.uid)
         mounts = [f"--volume={clean}/tests:/app/tests:ro", f"--volume={clean}/pyproject.toml:/app/pyproject.toml:ro"]
+        mounts.append(f"--volume={cache}:/cache")
         variables = [f"--env={name}={value}" for name, value in (environment or {}).items()]
-        user = [
-            "--user",
-            f"{built.uid}:{built.uid}",
-            "--init",
-            "--shm-size=1g",
-            "--network=none",
-            f"--volume={cache}:/cache",
-        ]
+        user = [f"--user={built.uid}:{built.uid}", "--init", "--shm-size=1g", "--network=none"]
         entry = ["--entrypoint", "python"]
         return built.docker(
             "run",

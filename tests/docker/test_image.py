@@ -73,19 +73,12 @@ def test_everything_belongs_to_the_caller_and_nobody_was_root(trained: Completed
     made = [path for top in ("runs", "cache") for path in (built.checkout / top).rglob("*")]
     assert len(made) > 30
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in made} == {(built.uid, built.uid)}
-    done = built.compose(
-        "run",
-        "--rm",
-        "--entrypoint",
-        "sh",
-        "train",
-        "-c",
-        "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home",
-    )
+    script = "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home"
+    done = built.compose("run", "--rm", "--entrypoint", "sh", "train", "-c", script)
     assert own(done.stdout)[-5:] == [str(built.uid), str(built.uid), "nobody", "/home/rlhf", "home"]
 
 
-def test_in_the_evening_it_goes_on(trained: CompletedProcess[str], built: Box, job: str) -> None:
+def test_in_the_evening_it_resumes(trained: CompletedProcess[str], built: Box, job: str) -> None:
     output = own(built.train("--step", "all", "--job", job).stdout)
     assert [line for line in output if "is complete" in line] == [
         f"step {n} ({name}) is complete: runs/tiny/step{n}/model"

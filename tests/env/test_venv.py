@@ -282,7 +282,7 @@ def test_a_full_disk_is_said_before_the_download(checkout: Checkout) -> None:
     assert checkout.calls("-m ") == 0
 
 
-def test_without_flock_it_goes_on(checkout: Checkout) -> None:
+def test_without_flock_it_continues(checkout: Checkout) -> None:
     (checkout.bin / "flock").unlink(missing_ok=True)
     assert checkout.run()[0] == 0
     assert checkout.is_whole()

@@ -63,18 +63,12 @@ class Scene:
     def train(
         self, name: str, *settings: str, step: str = "1", met: Fault | None = None, more: tuple[str, ...] = ()
     ) -> int:
-        """`rlhf-train` on the job -> exit code. met: the fault that its ranks meet."""
-        words = [
-            "--job",
-            str(self.folder / "job.yaml"),
-            "--output-dir",
-            str(self.runs),
-            "--run",
-            name,
-            "--step",
-            *step.split(),
-            *more,
-        ]
+        """Run `rlhf-train` on the job, and return its exit code.
+
+        met: the fault that its ranks meet.
+        """
+        words = ["--job", str(self.folder / "job.yaml"), "--output-dir", str(self.runs)]
+        words += ["--run", name, "--step", *step.split(), *more]
         for setting in settings:
             words += ["--set", setting]
         with pytest.MonkeyPatch.context() as patch:

@@ -29,17 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_diverged_step_stops_with_the_update_and_the_knobs_and_leaves_no_model(folder: Path, step: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf_train",
-        "--job",
-        str(folder / "job.yaml"),
-        "--output-dir",
-        str(folder / "runs"),
-        "--step",
-        str(step),
-    ]
+    command = [sys.executable, "-m", "rlhf_train", "--job", str(folder / "job.yaml")]
+    command += ["--output-dir", str(folder / "runs"), "--step", str(step)]
     command += ["--run", f"wild-{step}", *(["--from", "well"] if step > 1 else [])]
     for setting in WILD[step]:
         command += ["--set", setting]

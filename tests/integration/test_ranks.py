@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], T
 
 
 @pytest.mark.parametrize(("before", "after"), [("one", "zero 2"), ("zero 3", "one")])
-def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(
+def test_a_run_resumes_with_other_ranks_and_another_zero_stage(
     trained: Callable[[str], Trained], before: str, after: str
 ) -> None:
     whole = trained(before)

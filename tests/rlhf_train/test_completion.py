@@ -188,7 +188,7 @@ def test_to_begin_forgets_the_result_and_the_tokenizer_of_the_old_rows(run: RunD
     assert sorted(path.name for path in run.step(1).path.iterdir()) == ["fields.json"]
 
 
-def test_a_step_that_was_stopped_goes_on(run: RunDir) -> None:
+def test_a_step_that_was_stopped_resumes(run: RunDir) -> None:
     assert not begin_step(job(), run, 1)
     half = run.step(1).checkpoint(4)
     half.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_what_a_step_starts_from_is_told_apart(run: RunDir) -> None:
     assert inputs_of(job(), run, 3) != before
 
 
-def test_a_redo_that_was_stopped_goes_on(run: RunDir) -> None:
+def test_a_redo_that_was_stopped_resumes(run: RunDir) -> None:
     for step in ALL:
         do(job(), run, step)
     begin_redo(run, [1, 2, 3])

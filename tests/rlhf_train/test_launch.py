@@ -113,7 +113,7 @@ def gone(process: psutil.Process) -> bool:
 # --- a launcher of its own ---
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_resumes(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with start() as launcher:

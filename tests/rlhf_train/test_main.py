@@ -301,7 +301,7 @@ def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[st
     assert file.read_text(encoding="utf-8") == "1\n"
 
 
-def test_a_dry_run_says_it_and_goes_on(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
+def test_a_dry_run_says_it_and_continues(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
     assert main([*ON_AUTO, "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert printed.err == f"unfit: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
@@ -406,16 +406,8 @@ def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) ->
         "actor.lora={rank: 4, target_modules: [q_proj, v_proj]}",
         hardware,
     ]
-    words = [
-        "--job",
-        "demo",
-        "--dry-run",
-        "--run",
-        "one",
-        "--redo",
-        *(word for setting in settings for word in ("--set", setting)),
-    ]
-    assert main(words) == 0
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", "--run", "one", "--redo", *words]) == 0
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
     adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96

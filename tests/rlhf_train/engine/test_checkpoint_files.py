@@ -146,7 +146,7 @@ def draws() -> list[Any]:
     return [random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()]
 
 
-def test_every_generator_goes_on_where_it_was() -> None:
+def test_every_generator_resumes_where_it_was() -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
     random.gauss(0, 1)  # it makes two numbers and keeps one for later

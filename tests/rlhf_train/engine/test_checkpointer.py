@@ -57,7 +57,7 @@ def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monk
     assert step.saved_updates() == [2, 4, 6]
 
 
-def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
+def test_it_resumes_where_it_was(run: RunDir) -> None:
     random.seed(8)
     whole = Step(run, {"every_updates": 100})
     for number in range(1, 7):

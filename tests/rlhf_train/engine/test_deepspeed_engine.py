@@ -308,7 +308,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.pinned_gloo
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_restored_engine_goes_on_with_the_same_bits(
+def test_a_restored_engine_continues_with_the_same_bits(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     if precision == "bfloat16" and stage == 0:

@@ -1,6 +1,6 @@
-"""What the machine can do at best: products of matrices, and copies.
+"""Ceilings are what the machine can do at best: matrix products and copies.
 
-Every share and floor is taken of these.
+All shares and floors are computed from them.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from benchmarks.machine import Where
 from rlhf_train.kernels.cpu_matmul import product
 
 REPEATS = 7
+# (rows, out, in) of OPT-1.3b's products with 32 x 512 tokens.
 TRAINING_SHAPES = (
     (16384, 6144, 2048),
     (16384, 8192, 2048),
     (16384, 2048, 8192),
     (16384, 50272, 2048),
-)  # rows, out, in: OPT-1.3b, 32 x 512 tokens
+)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """flops: per second; copy: bytes per second, read and written together on a GPU, of what is
-    read on a CPU.
+    """The measured rates of a machine.
+
+    flops: per second. copy: bytes per second; on a GPU bytes read and written, on a CPU bytes read.
     """
 
-    flops: Spread  # back to back for a second: what training is held against
+    flops: Spread  # back to back for a second: training is compared with this
     burst: Spread  # one product after a pause
     copy: Spread
     shapes: dict[str, float]
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = REPEATS, pause_s: float = 0.0) -> list[float]:
-    """After one repeat that does not count."""
+    """Return the seconds of each repeat, after one that does not count."""
     taken = []
     for _ in range(repeats + 1):
         time.sleep(pause_s)
@@ -48,26 +50,29 @@ def seconds(work: Callable[[], object], device: str, repeats: int = REPEATS, pau
 
 
 def now(device: str) -> float:
-    """On a CPU with one thread, seconds of the processor: others who share it cost us little then."""
+    """Return the time in seconds; on a CPU with one thread, the processor's own seconds.
+
+    Other processes that share the processor then change the result little.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def clock_of(where: Where) -> str:
-    """What `now`, and an update's seconds in a table, are of."""
+    """Name the clock of `now` and of an update's seconds in a table."""
     is_alone = where.device == "cuda" or where.threads * where.ranks > 1
     return "seconds of the clock" if is_alone else "seconds of the CPU: one thread, on processors that others may share"
 
 
 def measure(device: str, repeats: int = REPEATS) -> Ceilings:
-    """float32 on a CPU, by as many threads as PyTorch has; bfloat16 on a GPU."""
+    """Measure in float32 on a CPU, with all of PyTorch's threads, and in bfloat16 on a GPU."""
     dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 1024)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     flops = 2 * side**3
 
-    def once() -> None:  # a CPU's as the product has it
+    def once() -> None:  # on a CPU by the product's own function
         torch.mm(a, b, out=out) if device == "cuda" else product(a, b)
 
     burst = [flops / s for s in seconds(once, device, 2 * repeats, pause_s=0.01)]
@@ -103,15 +108,11 @@ def table(found: Ceilings, where: Where) -> Table:
     rows = [
         [f"matmul, {kind}, back to back", f"{scaled(found.flops, 1e9):.0f} GFLOP/s"],
         [f"matmul, {kind}, one after a pause", f"{scaled(found.burst, 1e9):.0f} GFLOP/s"],
-        *(
-            [f"matmul, bfloat16 {shape}, back to back", f"{rate / 1e9:.0f} GFLOP/s"]
-            for shape, rate in found.shapes.items()
-        ),
-        [
-            "copy, read + write" if device == "cuda" else "copy into kept memory, bytes copied",
-            f"{scaled(found.copy, 1e9):.1f} GB/s",
-        ],
     ]
+    for shape, rate in found.shapes.items():
+        rows.append([f"matmul, bfloat16 {shape}, back to back", f"{rate / 1e9:.0f} GFLOP/s"])
+    copied = "copy, read + write" if device == "cuda" else "copy into kept memory, bytes copied"
+    rows.append([copied, f"{scaled(found.copy, 1e9):.1f} GB/s"])
     return Table("ceilings", ["", "median (least-most)"], rows, [f"by {clock_of(where)}"], found)
 
 

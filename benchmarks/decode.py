@@ -1,5 +1,6 @@
-"""Rollouts of the product: seconds a decode step against the floor that the measured bandwidth
-(and, on a CPU, arithmetic) sets.
+"""This module measures the product's rollouts: seconds a decode step against a floor.
+
+The floor follows from the measured bandwidth and, on a CPU, from the matmul rate.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ COLUMNS = [
 
 
 def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
-    """Of whole calls with answers of so many tokens; the first, which may capture or compile, does
-    not count.
+    """Return the seconds of whole calls with answers of so many tokens.
+
+    The first call does not count, since it may capture or compile.
     """
     rollouts = Rollouts(
         model,
@@ -56,8 +58,9 @@ def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str
 def measure(
     model: Any, size: Size, batch: int, device: str, repeats: int, seed: int, ceiling: Ceilings
 ) -> dict[str, Any]:
-    """A step from the difference of two lengths; what is left of the shorter one, prefill and all
-    that is done once.
+    """Measure a decode step as the difference between answers of two lengths.
+
+    The rest of the shorter call is prefill and all that is done once.
     """
     prompts = [np.array(ids) for ids in prompts_of(size, seed, real_lengths=False, count=batch).ids]
     long, short = size.response_tokens, max(2, size.response_tokens // 8)
@@ -65,7 +68,7 @@ def measure(
     step_s = (longer.median - shorter.median) / (long - short)
     each = model.dtype.itemsize
     fields = size.actor
-    # The middle of the steps that the difference is of.
+    # The middle of the steps in the difference.
     positions = size.prompt_tokens + (long + short) / 2
     cache = kv_bytes(fields["num_hidden_layers"], fields["hidden_size"], batch, positions, each)
     floor_s = decode_floor_s(
@@ -89,8 +92,9 @@ def measure(
 
 
 def lay_flat(model: Any) -> None:
-    """All matrices in one tensor, and all vectors in another, as DeepSpeed's 16-bit engine has
-    them: keys, values and queries are one product.
+    """Lay all matrices in one tensor and all vectors in another, as DeepSpeed's 16-bit engine does.
+
+    Keys, values and queries are then one product.
     """
     for is_matrix in (True, False):
         parts = [parameter for parameter in model.parameters() if (parameter.ndim >= 2) == is_matrix]
@@ -110,10 +114,11 @@ def table(size: Size, where: Where, repeats: int, seed: int, ceiling: Ceilings, 
         numbers.append(found)
         rows.append(row_of(found, TARGETS.get(batch) if device == "cuda" else None, size.prompt_tokens))
     long, short = size.response_tokens, max(2, size.response_tokens // 8)
+    computed = "" if device == "cuda" else ", or the products at the measured matmul rate, if that takes longer"
     notes = [
-        f"prompts of {size.prompt_tokens} tokens; a step is the difference of answers of {long} and {short} tokens, {repeats} repeats each",
-        "floor: weights and live keys and values, read once at the measured copy bandwidth"
-        + ("" if device == "cuda" else ", or the products at the measured matmul rate, if that takes longer"),
+        f"prompts of {size.prompt_tokens} tokens; "
+        f"a step is the difference of answers of {long} and {short} tokens, {repeats} repeats each",
+        f"floor: weights and live keys and values, read once at the measured copy bandwidth{computed}",
         f"whole: prefill and all steps; tokens/s counts prompts and answers; {clock_of(where)}",
     ]
     return Table("decode", COLUMNS, rows, notes, numbers)

@@ -1,13 +1,12 @@
-"""Kills training runs at random moments, goes on by the same command, and compares them with runs
-that nobody touched.
+"""This program kills training runs at random moments, resumes them, and checks the results.
 
-`python benchmarks/faults.py` prints a table: what was hit, how often, how often the run went on,
+`python benchmarks/faults.py` prints a table: what was hit, how often, how often the run resumed,
 how many updates had to be done again, and whether the weights and the curve are, bit for bit, those
-of the unbroken run. Exit code 1 if not all is.
+of the unbroken run. The exit code is 1 if anything failed.
 
-Where a run is, it says itself: in the memory that its ranks share with their launcher
-(rlhf_train/ranks/heartbeat.py), which we open beside them and read once more when they are dead. A
-kill is counted where it hit, not where it was aimed at.
+A run's state is read from the memory that its ranks share with their launcher
+(rlhf_train/ranks/heartbeat.py). We open it too, and read it once more when the ranks are dead. A
+kill is counted where it hit, not where it was aimed.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ from jobs.events import RawEvent, effective, read_events
 from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.views.console import console_on
-from rlhf_train.ranks.heartbeat import SLOT_BYTES, sign_in
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, read_sign
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POLL_S = 0.001
 TABLE_WIDTH = 120  # also in a pipe
-HANG_S = 300.0  # a run of half a minute that has not ended by then never will
+HANG_S = 300.0  # runs take half a minute, so a run that has not ended by then hangs
 
 WORDS = ["red", "blue", "tall", "small", "cat", "dog", "tree", "house", "runs", "sings"]
 OPT = {
@@ -65,7 +64,7 @@ OPT = {
 UPDATES = {1: 100, 2: 70, 3: 76}  # 19 rollouts in step 3
 EVERY_UPDATES = 10
 
-# What a run is seen to be doing, in the order in which a step comes to it.
+# What a run may be doing, in the order in which a step does it.
 BETWEEN, STARTING, UPDATE, ROLLOUT, SAVE, ENDING = (
     "between two steps",
     "starting a step",
@@ -75,17 +74,11 @@ BETWEEN, STARTING, UPDATE, ROLLOUT, SAVE, ENDING = (
     "measuring, writing the model",
 )
 ORDER = {BETWEEN: 0, STARTING: 1, UPDATE: 2, ROLLOUT: 2, SAVE: 2, ENDING: 3}
-LATER_S = {
-    BETWEEN: 4.0,
-    STARTING: 1.5,
-    UPDATE: 0.15,
-    ROLLOUT: 0.3,
-    SAVE: 0.05,
-    ENDING: 0.6,
-}  # a kill comes up to so much later
+# A kill comes up to so much later.
+LATER_S = {BETWEEN: 4.0, STARTING: 1.5, UPDATE: 0.15, ROLLOUT: 0.3, SAVE: 0.05, ENDING: 0.6}
 KILLED, ASKED = "SIGKILL", "SIGTERM"
 
-# Of an event: what two runs that learn the same need not share.
+# Fields of an event that may differ between two runs that learn the same.
 NOT_LEARNED = {
     "time",
     "seq",
@@ -102,11 +95,11 @@ NOT_LEARNED = {
 }
 
 
-# --- the job -------------------------------------------------------------------------------------------------------
+# --- the job ---
 
 
 def write_rows(folder: Path) -> Path:
-    """A data set: say the words of the prompt again (chosen), or others (rejected)."""
+    """Write a data set: repeat the words of the prompt (chosen), or say others (rejected)."""
     generator = random.Random(0)
 
     def words() -> str:
@@ -123,8 +116,9 @@ def write_rows(folder: Path) -> Path:
 
 
 def job_of(data: Path, seed: int, ranks: int, zero_stage: int) -> dict[str, Any]:
-    """Saves every ten updates; step 3 has four updates a rollout, so that kills and saves also fall
-    between two of them.
+    """Make a job that saves every ten updates.
+
+    Step 3 makes four updates from a rollout, so that kills and saves also fall between two of them.
     """
     return {
         "name": "faults",
@@ -170,26 +164,26 @@ def job_of(data: Path, seed: int, ranks: int, zero_stage: int) -> dict[str, Any]
     }
 
 
-# --- one process of it, watched ------------------------------------------------------------------------------------
+# --- one process, watched ---
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Where a run is."""
+    """The state of a run."""
 
     step: int  # the first that is not complete; 4: all are
     doing: str
-    update: int | None  # whole updates that this process has seen made or read; None: none yet
+    update: int | None  # whole updates that this process has made, or resumed from; None: none yet
 
 
 class Trainer:
-    """`python -m rlhf_train` on `run`, and what can be seen of it from outside."""
+    """Runs `python -m rlhf_train` on `run`, and watches it from outside."""
 
     def __init__(self, command: Sequence[str], run: RunDir, cache: Path, output: Path) -> None:
         self.run = run
         self.started_at, self._started = time.time(), time.monotonic()
         self.events: list[RawEvent] = []  # written since it started
-        self.trains_after_s: float | None = None  # from its start to its first update, or what follows the last
+        self.trains_after_s: float | None = None  # from its start to its first update (or to the end)
         self._offset = run.events.stat().st_size if run.events.exists() else 0
         self._pulse: int | None = None  # our own descriptor of the ranks' signs of life
         self._pulse_at = ""
@@ -206,7 +200,7 @@ class Trainer:
             )
 
     def look(self) -> Seen:
-        """Reads the events, the signs of life and the folder of checkpoints."""
+        """Read the events, the signs of life and the folder of checkpoints."""
         events, self._offset = read_events(self.run.events, self._offset)
         self.events += events
         step = next((number for number in (1, 2, 3) if not self.run.step(number).complete.exists()), 4)
@@ -226,8 +220,8 @@ class Trainer:
         words = self._phase()
         updating = re.fullmatch(r"update (\d+)(?:, (rollout|scoring|checkpoint))?", words)
         if updating:
-            of_update, more = int(updating[1]), updating[2]
-            self._update = of_update if more == "checkpoint" else of_update - 1
+            number, more = int(updating[1]), updating[2]
+            self._update = number if more == "checkpoint" else number - 1
         if self._is_saving(step) or (updating and updating[2] == "checkpoint"):
             return SAVE
         if updating:
@@ -238,30 +232,30 @@ class Trainer:
         return STARTING
 
     def _phase(self) -> str:
-        """What rank 0 said last; "" before that.
+        """Return rank 0's latest phase; "" before there is one.
 
-        Each step's ranks have a file of their own, without a name, as long as the launcher holds
-        it.
+        Each step's ranks have a heartbeat file of their own, without a name, which the launcher
+        holds open.
         """
         with suppress(OSError):  # the launcher, or the file, may go at any moment
             if self._pulse is None or not _is_same(self._pulse, self._pulse_at):
                 self._find_pulse()
         if self._pulse is None:
             return ""
-        return sign_in(os.pread(self._pulse, SLOT_BYTES, 0)).phase
+        return read_sign(os.pread(self._pulse, SLOT_BYTES, 0)).phase
 
     def _find_pulse(self) -> None:
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            if (
-                str(link.readlink()).endswith("(deleted)")
-                and 0 < link.stat().st_size == link.stat().st_size // SLOT_BYTES * SLOT_BYTES
-            ):
+            if not str(link.readlink()).endswith("(deleted)"):
+                continue
+            size = link.stat().st_size
+            if size > 0 and size % SLOT_BYTES == 0:
                 self.close()
                 self._pulse, self._pulse_at = os.open(link, os.O_RDONLY), str(link)
                 return
 
     def _is_saving(self, step: int) -> bool:
-        """Something in the folder of checkpoints is not whole, and was touched by this process."""
+        """Return whether this process has written a checkpoint that is not complete."""
         with suppress(FileNotFoundError, NotADirectoryError):
             for folder in self.run.step(step).checkpoints.iterdir():
                 if not (folder / "complete.json").exists() and folder.stat().st_ctime >= self.started_at:
@@ -276,8 +270,9 @@ class Trainer:
             return []
 
     def kill(self) -> None:
-        """Launcher and ranks at once (ranks have sessions of their own); they are gone when this
-        returns.
+        """Kill launcher and ranks immediately (ranks have sessions of their own).
+
+        They are gone when this returns.
         """
         family = self.family()
         for process in family:
@@ -293,20 +288,21 @@ class Trainer:
 
 
 def _is_same(descriptor: int, path: str) -> bool:
-    """Whether they are one file; not when there is none at `path` any more."""
+    """Return whether they are the same file; false when there is no file at `path` any more."""
     try:
         return os.fstat(descriptor).st_ino == Path(path).stat().st_ino
     except FileNotFoundError:
         return False
 
 
-# --- the faults ----------------------------------------------------------------------------------------------------
+# --- the faults ---
 
 
 @dataclass(frozen=True)
 class Wish:
-    """When a run is to be hit: in `step`, once it has made `update` updates and is doing `doing`,
-    and `later_s` after that.
+    """The moment when a run is to be hit.
+
+    It comes `later_s` after the run has made `update` updates of `step` and is doing `doing`.
     """
 
     step: int
@@ -316,7 +312,7 @@ class Wish:
     signal: str = KILLED
 
     def is_due(self, seen: Seen) -> bool:
-        """Also when the moment was missed, so that every wish comes true before the run ends."""
+        """Return whether the moment has come, or was missed: every wish is to come true."""
         if (seen.step, ORDER[seen.doing]) > (self.step, ORDER[self.doing]):
             return True
         return seen.step == self.step and seen.doing == self.doing and (seen.update or 0) >= self.update
@@ -324,7 +320,7 @@ class Wish:
 
 @dataclass
 class Fault:
-    """What was done to a run, and what became of it."""
+    """What was done to a run, and what happened then."""
 
     signal: str
     step: int
@@ -332,7 +328,7 @@ class Fault:
     update: int | None
     went_on: bool = False
     lost: int = 0  # updates that were done again
-    # from the start of the same command to the first update after it; None: it was hit again before
+    # From the start of the same command to its first update; None: it was hit again before that.
     back_s: float | None = None
 
     @property
@@ -341,21 +337,19 @@ class Fault:
 
 
 def wishes_of(dice: random.Random, kills: int, terms: int) -> list[Wish]:
-    """Spread over the three steps, in the order in which one run can be hit by all of them."""
+    """Make wishes for all three steps, in an order in which one run can be hit by all of them."""
     wishes: list[tuple[int, float, Wish]] = []
     for number in range(kills + terms):
         is_kill = number < kills
         step = 1 + number * 3 // kills if is_kill else dice.choice([1, 2, 3])
-        doing = dice.choice(
-            [STARTING, UPDATE, SAVE, *([BETWEEN] if step > 1 else []), *([ROLLOUT, ROLLOUT] if step == 3 else [ENDING])]
-        )
+        choices = [STARTING, UPDATE, SAVE, *([BETWEEN] if step > 1 else [])]
+        doing = dice.choice([*choices, *([ROLLOUT, ROLLOUT] if step == 3 else [ENDING])])
         doing = doing if is_kill else UPDATE
-        update = dice.randrange(UPDATES[step] * 3 // 4)  # of the last step, too: the run must not end before it is hit
+        update = dice.randrange(UPDATES[step] * 3 // 4)  # so that the last step does not end before it is hit
         place = {BETWEEN: -1.0, ENDING: UPDATES[step] + 1.0}.get(doing, float(update))
         at = update if ORDER[doing] == ORDER[UPDATE] else 0
-        wishes.append(
-            (step, place, Wish(step, doing, at, dice.uniform(0, LATER_S[doing]), KILLED if is_kill else ASKED))
-        )
+        wish = Wish(step, doing, at, dice.uniform(0, LATER_S[doing]), KILLED if is_kill else ASKED)
+        wishes.append((step, place, wish))
     return [wish for _, _, wish in sorted(wishes, key=lambda placed: placed[:2])]
 
 
@@ -366,28 +360,28 @@ def hit(trainer: Trainer, wish: Wish) -> Fault | None:
         _refuse_to_wait_longer(trainer)
         time.sleep(POLL_S)
         seen = trainer.look()
-        is_due = bool(trainer.events) and wish.is_due(seen)  # never twice without a sign of the run in between
+        is_due = bool(trainer.events) and wish.is_due(seen)  # never twice without an event in between
     until = time.monotonic() + wish.later_s
     while trainer.process.poll() is None and time.monotonic() < until:
         time.sleep(POLL_S)
-        trainer.look()  # its files are gone with it: kept open by us
+        trainer.look()  # it keeps the heartbeat file open, which would be gone with the launcher
     if trainer.process.poll() is not None:
         return None
     if wish.signal == KILLED:
         trainer.kill()
         seen = trainer.look()
-        return (
-            Fault(KILLED, seen.step, seen.doing, seen.update) if trainer.process.returncode == -signal.SIGKILL else None
-        )
+        if trainer.process.returncode != -signal.SIGKILL:
+            return None
+        return Fault(KILLED, seen.step, seen.doing, seen.update)
     asked_while = trainer.look().doing
     trainer.process.terminate()
     while trainer.process.poll() is None:
         _refuse_to_wait_longer(trainer)
         time.sleep(POLL_S)
         seen = trainer.look()  # it may end an update first
-    return (
-        Fault(ASKED, seen.step, asked_while, seen.update) if trainer.process.returncode == ExitCode.PREEMPTED else None
-    )
+    if trainer.process.returncode != ExitCode.PREEMPTED:
+        return None
+    return Fault(ASKED, seen.step, asked_while, seen.update)
 
 
 def _refuse_to_wait_longer(trainer: Trainer) -> None:
@@ -396,25 +390,25 @@ def _refuse_to_wait_longer(trainer: Trainer) -> None:
         raise TimeoutError(f"{trainer.run.path} did not end within {HANG_S:.0f} s")
 
 
-# --- a run, broken or not ------------------------------------------------------------------------------------------
+# --- a run, broken or not ---
 
 
 @dataclass
 class Broken:
-    """A run that was hit, beside its unbroken twin."""
+    """A run that was hit, compared with its unbroken twin."""
 
     seed: int
     faults: list[Fault] = field(default_factory=list)
     seconds: float = 0.0
     unbroken_s: float = 0.0
     ended: bool = False
-    differs: str = "it did not end"  # "": in nothing
+    differs: str = "it did not end"  # "": it does not differ
     cost: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs lie, and what all of them share."""
+    """The folder of all runs, and what they share."""
 
     folder: Path
     options: argparse.Namespace
@@ -422,10 +416,8 @@ class Bench:
     def start(self, name: str, seed: int) -> Trainer:
         job = self.folder / f"seed-{seed}.yaml"
         if not job.exists():
-            job.write_text(
-                yaml.safe_dump(job_of(self.folder / "rows", seed, self.options.ranks, self.options.zero)),
-                encoding="utf-8",
-            )
+            fields = job_of(self.folder / "rows", seed, self.options.ranks, self.options.zero)
+            job.write_text(yaml.safe_dump(fields), encoding="utf-8")
         words = ["--job", str(job), "--step", "all", "--run", name, "--output-dir", str(self.folder / "runs")]
         command = [sys.executable, "-m", "rlhf_train", *words]
         return Trainer(command, self.run(name), self.folder / f"{name}.cache", self.folder / f"{name}.out")
@@ -443,20 +435,23 @@ class Bench:
         return trainer.process.returncode
 
     def unbroken(self, seed: int) -> float:
-        """-> its seconds. Raises RuntimeError if it fails, since then nothing can be said."""
-        start, trainer = time.monotonic(), self.start(f"unbroken-{seed}", seed)
+        """Run a seed without faults, and return its seconds.
+
+        Raises RuntimeError if it fails, since then there is nothing to compare with.
+        """
+        name = f"unbroken-{seed}"
+        start, trainer = time.monotonic(), self.start(name, seed)
         try:
             code = self.to_the_end(trainer)
         finally:
             trainer.kill()
         if code:
-            raise RuntimeError(
-                f"the unbroken run of seed {seed} ended with {code}:\n{self.last_lines(f'unbroken-{seed}')}"
-            )
+            raise RuntimeError(f"the unbroken run of seed {seed} ended with {code}:\n{self.last_lines(name)}")
         return time.monotonic() - start
 
     def last_lines(self, name: str) -> str:
-        return "\n".join((self.folder / f"{name}.out").read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        text = (self.folder / f"{name}.out").read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-12:])
 
     def broken(self, seed: int, wishes: Sequence[Wish], say: Any) -> Broken:
         """Start, hit, start again, until all wishes are true and the run has ended."""
@@ -486,8 +481,9 @@ class Bench:
 
 
 def settle(faults: Sequence[Fault], trainer: Trainer, *, failed: bool) -> list[Fault]:
-    """What the run that was started after `faults` says of them; returns those that it does not
-    settle, since it was hit too early.
+    """Record what the run that was started after `faults` shows about them.
+
+    Returns the faults that it does not settle, since it was hit too early.
     """
     resumed = {event["step"]: event["from_update"] for event in trainer.events if event["kind"] == "resumed"}
     for fault in faults:
@@ -499,74 +495,70 @@ def settle(faults: Sequence[Fault], trainer: Trainer, *, failed: bool) -> list[F
     return [fault for fault in faults if fault.step not in resumed and trainer.process.returncode]
 
 
-# --- the comparison ------------------------------------------------------------------------------------------------
+# --- the comparison ---
 
 
 def curve(run: RunDir) -> list[RawEvent]:
-    """What a run has measured, without what the clock measured."""
+    """Return what a run has measured, without times."""
     held = [event for event in effective(read_events(run.events)[0]) if event["kind"] in ("metrics", "sample", "end")]
     return [{name: value for name, value in event.items() if name not in NOT_LEARNED} for event in held]
 
 
-def difference(one: RunDir, other: RunDir) -> str:
-    """The first thing in which two runs differ; "": weights and curve are the same."""
+def difference(broken: RunDir, unbroken: RunDir) -> str:
+    """Name the first difference between two runs; "": weights and curve are the same."""
     for name in ("step1/model", "step2/model", "step3/model", "step3/model_ema"):
-        mine, theirs = (load_file(run.path / name / "model.safetensors") for run in (one, other))
-        if mine.keys() != theirs.keys():
+        tensors, wanted = (load_file(run.path / name / "model.safetensors") for run in (broken, unbroken))
+        if tensors.keys() != wanted.keys():
             return f"{name}: other tensors"
-        if different := [key for key in mine if not mine[key].equal(theirs[key])]:
-            return f"{name}: {len(different)} of {plural(len(mine), 'tensors')}, first {different[0]}"
-    curves = curve(one), curve(other)
+        if different := [key for key in tensors if not tensors[key].equal(wanted[key])]:
+            return f"{name}: {len(different)} of {plural(len(tensors), 'tensors')}, first {different[0]}"
+    curves = curve(broken), curve(unbroken)
     if len(curves[0]) != len(curves[1]):
         return f"the curve: {len(curves[0])} and {len(curves[1])} events"
-    for mine_event, their_event in zip(*curves, strict=True):
-        if mine_event != their_event:
-            return f"the curve: {mine_event} and {their_event}"
+    for event, wanted_event in zip(*curves, strict=True):
+        if event != wanted_event:
+            return f"the curve: {event} and {wanted_event}"
     left = [
-        str(path.relative_to(one.path))
-        for path in one.path.rglob("*")
+        str(path.relative_to(broken.path))
+        for path in broken.path.rglob("*")
         if path.name.endswith(".partial") or path.name == "checkpoints"
     ]
     return f"left over: {', '.join(left)}" if left else ""
 
 
 def cost_of(run: RunDir) -> dict[str, float]:
-    """What checkpoints cost an unbroken run."""
+    """Return what checkpoints cost an unbroken run."""
     events = read_events(run.events)[0]
     saves = [event for event in events if event["kind"] == "checkpoint" and "held_up_s" in event]
+    metrics = [event for event in events if event["kind"] == "metrics"]
+    step_s = [max(event["elapsed_s"] for event in metrics if event["step"] == step) for step in (1, 2, 3)]
     return {
         "saves": len(saves),
-        "training_s": sum(
-            max(event["elapsed_s"] for event in events if event["kind"] == "metrics" and event["step"] == step)
-            for step in (1, 2, 3)
-        ),
+        "training_s": sum(step_s),
         "held_up_s": sum(event["held_up_s"] for event in saves),
         "median_save_s": median(event["seconds"] for event in saves),
         "largest_bytes": max(event["size_bytes"] for event in saves),
     }
 
 
-# --- what is printed -----------------------------------------------------------------------------------------------
+# --- what is printed ---
 
 
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     return f"{model}, {plural(os.cpu_count() or 1, 'cores')}; Python {platform.python_version()}, {libraries}"
 
 
 def table_of(runs: Sequence[Broken]) -> Table:
-    """One row a fault, as it hit; medians, but for `at most`."""
+    """Make a table with a row for each kind of fault; all but `at most` are medians."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("fault", "injected", "went on", "updates lost", "at most", "trains again", "bit-identical"):
+    for name in ("fault", "injected", "resumed", "updates lost", "at most", "trains again", "bit-identical"):
         table.add_column(name, justify="left" if name == "fault" else "right")
-    names = [
-        f"{sent} {doing}" for sent in (KILLED, ASKED) for doing in (STARTING, UPDATE, ROLLOUT, SAVE, ENDING, BETWEEN)
-    ]
-    for name in names:
+    kinds = (STARTING, UPDATE, ROLLOUT, SAVE, ENDING, BETWEEN)
+    for name in [f"{sent} {doing}" for sent in (KILLED, ASKED) for doing in kinds]:
         hit_runs = [run for run in runs if any(fault.name == name for fault in run.faults)]
         faults = [fault for run in hit_runs for fault in run.faults if fault.name == name]
         if not faults:
@@ -585,29 +577,29 @@ def table_of(runs: Sequence[Broken]) -> Table:
 
 
 def summary(runs: Sequence[Broken], kills: int) -> tuple[list[str], bool]:
-    """-> the lines below the table, and whether all is as it should be."""
+    """Return the lines below the table, and whether all is as it should be."""
     killed = [fault for run in runs for fault in run.faults if fault.signal == KILLED]
-    went_on, wanted = sum(fault.went_on for fault in killed), kills * len(runs)
+    resumed, wanted = sum(fault.went_on for fault in killed), kills * len(runs)
     same = sum(not run.differs for run in runs)
     training_s, held_up_s = (sum(run.cost.get(name, 0.0) for run in runs) for name in ("training_s", "held_up_s"))
     lines = []
     if training_s:
         first = runs[0].cost
         lines += [
-            f"unbroken: {median(run.unbroken_s for run in runs):.1f} s, {training_s / len(runs):.1f} s of it training; broken: "
-            f"{median(run.seconds for run in runs):.1f} s (medians)",
-            f"its {plural(int(first['saves']), 'checkpoints')}, one every {plural(EVERY_UPDATES, 'updates')}, the largest "
-            f"{first['largest_bytes'] / 1e6:.1f} MB, {first['median_save_s']:.3f} s each until on disk, held up training for "
-            f"{held_up_s / len(runs):.2f} s: {held_up_s / training_s:.1%} of it",
+            f"unbroken: {median(run.unbroken_s for run in runs):.1f} s, "
+            f"of which training took {training_s / len(runs):.1f} s; "
+            f"broken: {median(run.seconds for run in runs):.1f} s (medians)",
+            f"its {plural(int(first['saves']), 'checkpoints')}, one every {plural(EVERY_UPDATES, 'updates')}, "
+            f"the largest {first['largest_bytes'] / 1e6:.1f} MB, {first['median_save_s']:.3f} s each until on disk, "
+            f"held up training for {held_up_s / len(runs):.2f} s: {held_up_s / training_s:.1%} of it",
         ]
     if len(killed) < wanted:
         lines.append(f"only {len(killed)} of {plural(wanted, 'kills')} hit a run that was alive")
     lines += [f"seed {run.seed} differs: {run.differs}" for run in runs if run.differs]
-    lines.append(
-        f"{went_on} of {wanted} went on; {same} of {len(runs)} ended with the weights and the curve of the unbroken run"
-    )
+    twins = f"{same} of {len(runs)} ended with the weights and the curve of the unbroken run"
+    lines.append(f"{resumed} of {wanted} resumed; {twins}")
     asked = [fault for run in runs for fault in run.faults if fault.signal == ASKED]
-    return lines, went_on == wanted and same == len(runs) and all(fault.went_on for fault in asked)
+    return lines, resumed == wanted and same == len(runs) and all(fault.went_on for fault in asked)
 
 
 def arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several repeats."""
+    """The median and the range of several repeats."""
 
     median: float
     least: float
@@ -23,32 +23,36 @@ class Spread:
 
     def __format__(self, spec: str) -> str:
         """`1.65 (1.42-2.25)`, each number by `spec`."""
-        whole = format(self.median, spec)
-        return f"{whole} ({format(self.least, spec)}-{format(self.most, spec)})" if self.count > 1 else whole
+        middle = format(self.median, spec)
+        return f"{middle} ({format(self.least, spec)}-{format(self.most, spec)})" if self.count > 1 else middle
 
 
 def decode_floor_s(
     weight_bytes: float, kv_bytes: float, copy_bytes_s: float, flops: float = 0.0, matmul_flops_s: float = float("inf")
 ) -> float:
-    """Seconds that a decode step cannot do without: all weights and live keys and values are read
-    once, or (on a CPU) computed with.
+    """Return the least seconds that a decode step can take.
+
+    All weights and live keys and values are read once, or (on a CPU) computed with.
     """
     return max((weight_bytes + kv_bytes) / copy_bytes_s, flops / matmul_flops_s)
 
 
 def kv_bytes(layers: int, width: int, rows: int, positions: float, bytes_each: int) -> float:
-    """Keys and values of `rows` sequences that hold `positions` tokens each."""
+    """Return the bytes of the KV cache of `rows` sequences with `positions` tokens each."""
     return 2 * layers * width * rows * positions * bytes_each
 
 
 def matmul_share(parameters: int, tokens_s: float, matmul_flops_s: float) -> float:
-    """Of the measured matmul rate: 2 flops a weight and token forward, 4 backward."""
+    """Return the share of the measured matmul rate.
+
+    A weight and token take 2 flops forward and 4 backward.
+    """
     return 6 * parameters * tokens_s / matmul_flops_s
 
 
 @dataclass(frozen=True)
 class Table:
-    """What one NAME prints: rows of cells, and what stands below."""
+    """The output of one NAME: rows of cells, and notes below."""
 
     title: str
     columns: Sequence[str]

@@ -1,5 +1,6 @@
-"""How step 3's cost grows: with the length of answers, the batch, the size of the models, and over
-1 and 2 ranks.
+"""This module measures how step 3's cost grows with its work.
+
+The length of answers, the batch and the size of the models grow, and ranks go from 1 to 2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ COLUMNS = ["", *ppo.COLUMNS[1:], "against the first"]
 
 
 def variants(size: Size, ranks: int) -> Iterator[tuple[str, Size, int]]:
-    """(what grows, the work, ranks): each line of a group doubles the one before it."""
+    """Yield (what grows, the work, ranks); each line of a group doubles the line before it."""
     for times in (1, 2, 4):
         tokens = size.response_tokens * times // 4
         yield f"answers of {tokens} tokens", replace(size, response_tokens=tokens), 1
@@ -52,7 +53,8 @@ def table(
         numbers[name] = repeats
     spent_of = "CPU seconds, of all ranks together" if where.device == "cpu" else "whole update"
     notes = [
-        f"otherwise {size.batch} prompts of {size.prompt_tokens} tokens with answers of {size.response_tokens}, one update a batch, 1 rank",
+        f"otherwise {size.batch} prompts of {size.prompt_tokens} tokens with answers of {size.response_tokens}, "
+        "one update a batch, 1 rank",
         f"{updates} updates after {ppo.WARM_UP} that does not count; the last column: {spent_of}",
     ]
     return Table("growth", COLUMNS, rows, notes, numbers)

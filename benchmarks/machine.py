@@ -1,6 +1,6 @@
-"""The machine that is measured on: its name, and what measured processes may take of it.
+"""This module describes the machine that is measured, and what measured processes may use.
 
-Imports nothing that takes long.
+It imports nothing that takes long.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "triton")
-# glibc gives large blocks back to the kernel and faults them in anew: 9 to 17 % of an update. The
-# same for every side, and for this process.
+# Without these, glibc returns large blocks to the kernel and faults them in again: 9 to 17 % of an
+# update. They are the same for every side, and for this process.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
 
 @dataclass(frozen=True)
 class Where:
-    """What measured processes run on; the same for ours and for the peers."""
+    """The processors that measured processes run on, the same for ours and for the peers."""
 
     device: str  # cpu or cuda
     threads: int  # of a rank, on a CPU
     ranks: int = 1
-    cores: frozenset[int] = frozenset()  # of the machine that may be used; empty: nothing is pinned
-    variables: tuple[tuple[str, str], ...] = ()  # of the environment, besides
+    cores: frozenset[int] = frozenset()  # cores that may be used; empty: nothing is pinned
+    variables: tuple[tuple[str, str], ...] = ()  # further environment variables
 
     @property
     def environment(self) -> dict[str, str]:
@@ -69,9 +69,10 @@ def versions() -> str:
 
 
 @contextmanager
-def beside(cores: frozenset[int]) -> Iterator[None]:
-    """This process on the other of `cores`, if there are any: off those that it was on, and that
-    what it has started stays on.
+def on_other_cores(cores: frozenset[int]) -> Iterator[None]:
+    """Move this process to the others of `cores`, if there are any, inside the block.
+
+    The processes that it has started stay on the cores that it was on.
     """
     measured = os.sched_getaffinity(0) if cores else cores
     if cores - measured:
@@ -84,14 +85,11 @@ def beside(cores: frozenset[int]) -> Iterator[None]:
 
 
 def quietest_cores(cores: set[int], count: int) -> set[int]:
-    """Those of `cores` that idle most during half a second."""
+    """Return those of `cores` that are idle most during half a second."""
 
     def idle() -> dict[int, int]:
-        rows = [
-            line.split()
-            for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-            if line.startswith("cpu")
-        ]
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        rows = [line.split() for line in lines if line.startswith("cpu")]
         return {int(row[0][3:]): int(row[4]) for row in rows if row[0] != "cpu"}
 
     before = idle()

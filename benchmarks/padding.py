@@ -1,5 +1,6 @@
-"""The share of real tokens among those computed, in the three steps, on the user's own rows at
-default settings.
+"""This module measures the share of real tokens among the computed ones, on the user's own rows.
+
+It runs the three steps at default settings.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ TARGETS = "targets: 80 % by buckets, 95 % where packed"
 
 
 def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[str], None]) -> Table:
-    """A model so small that only lengths matter, which begins untrained; in step 3 one whose
-    answers end as often as real ones.
+    """Train a model so small that only lengths matter, from random weights.
+
+    In step 3 it is replaced by a model whose answers end as often as real ones.
     """
     fields = opt(32, 1, 2, 0, 512)
     shape = {name: value for name, value in fields.items() if name != "vocab_size"}
@@ -47,15 +49,17 @@ def table(data: Path, folder: Path, where: Where, updates: int, say: Callable[[s
     ]
     answers = sum(line["response_length"] for line in lines[3]) / len(lines[3])
     notes = [
-        f"rows: {data.name}; a tokenizer of {len(tokenizer)} tokens trained on them, whose texts are somewhat longer than by OPT's own",
-        f"step 3's answers end with a probability of 1/{MEAN_ANSWER} a token: {answers:.1f} tokens on average; counted is what is trained on",
+        f"rows: {data.name}; a tokenizer of {len(tokenizer)} tokens trained on them, "
+        "whose texts are somewhat longer than by OPT's own",
+        f"step 3's answers end with a probability of 1/{MEAN_ANSWER} a token: {answers:.1f} tokens on average; "
+        "counted is what is trained on",
         TARGETS,
     ]
     return Table("padding", ["", "real tokens", "updates", "batches"], rows, notes, lines)
 
 
 def job_of(shape: Mapping[str, Any], data: Path, where: Where, updates: int) -> dict[str, Any]:
-    """The defaults of jobs/opt-1.3b.yaml with another model and these rows."""
+    """Return jobs/opt-1.3b.yaml with another model and these rows."""
     job = load_job("opt-1.3b").dump()
     job |= {
         "name": "benchmark",

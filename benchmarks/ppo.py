@@ -1,5 +1,6 @@
-"""Step 3 of the product: seconds of its phases and samples a second, at fixed full length and at
-lengths drawn after real ones.
+"""This module measures step 3: seconds of its phases, and samples a second.
+
+Rows have either the full length or lengths that are drawn like real ones.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from benchmarks.work import Prompts, Size, prompt_rows, prompts_of, write_models
 
 WARM_UP = 1  # updates of a process that do not count
 LENGTHS = {False: "full length", True: "real lengths"}
+# Our names of the phases, with the product's names.
 PHASES = {
     "generation_s": "rollout_s",
     "scoring_s": "score_s",
     "training_s": "train_s",
     "total_s": "wall_s",
     "cpu_s": "cpu_s",
-}  # ours by the product's names
+}
 
 
 def write_work(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> Prompts:
-    """`actor/`, `critic/` and `rows/` for one rollout's prompts, which every update takes again."""
+    """Write `actor/`, `critic/` and `rows/` with one rollout's prompts, which every update uses."""
     prompts = prompts_of(size, seed, real_lengths=real_lengths)
     write_models(size, folder, seed, real_lengths=real_lengths)
     write_rows(prompt_rows(prompts), folder / "rows")
@@ -34,17 +36,16 @@ def write_work(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> Pr
 
 
 def lengths_of(size: Size, real_lengths: bool) -> Size:
-    """The same work where prompts and answers may be as long as real ones."""
-    return (
-        replace(size, prompt_tokens=size.real_prompt_tokens, response_tokens=size.real_response_tokens)
-        if real_lengths
-        else size
-    )
+    """Return the work's size, in which prompts and answers may be as long as real ones."""
+    if not real_lengths:
+        return size
+    return replace(size, prompt_tokens=size.real_prompt_tokens, response_tokens=size.real_response_tokens)
 
 
 def run(size: Size, work: Path, where: Where, updates: int, **parts: Mapping[str, Any]) -> Ran:
-    """The product's step 3 on what `write_work` has written into `work`; `updates` besides those
-    that do not count.
+    """Run the product's step 3 on the folder `work`, which `write_work` has written.
+
+    updates: without those that do not count.
     """
     total = updates + WARM_UP
     ppo = {"max_updates": total, "epochs": float(total), **parts.pop("ppo", {})}
@@ -53,41 +54,32 @@ def run(size: Size, work: Path, where: Where, updates: int, **parts: Mapping[str
 
 
 def repeats_of(ran: Ran, prompts: Prompts) -> list[dict[str, Any]]:
-    """One update each, in the words that the peers use.
+    """Return a line for each update, with the names that the peers use.
 
-    Raises AssertionError when it was not the work that was asked for.
+    Raises AssertionError when the run did other work than it was asked to.
     """
     repeats = []
     for update in ran.updates(3, WARM_UP):
         answer_tokens = round(update["response_length"] * len(prompts.ids))
-        assert answer_tokens == prompts.answer_tokens, (
-            f"{answer_tokens} tokens were answered, not {prompts.answer_tokens}"
-        )
-        times = {ours: update[theirs] for ours, theirs in PHASES.items()}
+        mismatch = f"answers have {answer_tokens} tokens, not {prompts.answer_tokens}"
+        assert answer_tokens == prompts.answer_tokens, mismatch
+        times = {phase: update[product_name] for phase, product_name in PHASES.items()}
         counts = {"prompt_tokens": prompts.prompt_tokens, "answer_tokens": answer_tokens}
-        repeats.append(
-            {
-                **times,
-                **counts,
-                "real_token_share": update["real_token_share"],
-                "peak_bytes": update.get("gpu_peak_bytes"),
-            }
-        )
+        rest = {"real_token_share": update["real_token_share"], "peak_bytes": update.get("gpu_peak_bytes")}
+        repeats.append({**times, **counts, **rest})
     return repeats
 
 
 def row(name: str, repeats: Sequence[Mapping[str, Any]], samples: int) -> list[str]:
-    """One line of the table; phases that were not measured stay empty."""
-    cells = [name]
-    for phase in PHASES:
-        cells.append(f"{Spread.of([repeat[phase] for repeat in repeats]):.2f}" if phase in repeats[0] else "-")
-    cells.append(
-        f"{samples / Spread.of([repeat['total_s'] for repeat in repeats]).median:.2f}"
-        if "total_s" in repeats[0]
-        else "-"
-    )
-    tokens = repeats[0]["answer_tokens"]
-    cells.append(f"{tokens / Spread.of([repeat['generation_s'] for repeat in repeats]).median:,.0f}")
+    """Make one line of the table; phases that were not measured have `-`."""
+    spreads = {
+        phase: Spread.of([repeat[phase] for repeat in repeats]) if phase in repeats[0] else None for phase in PHASES
+    }
+    cells = [name, *("-" if spread is None else f"{spread:.2f}" for spread in spreads.values())]
+    total, generation = spreads["total_s"], spreads["generation_s"]
+    assert generation is not None
+    cells.append("-" if total is None else f"{samples / total.median:.2f}")
+    cells.append(f"{repeats[0]['answer_tokens'] / generation.median:,.0f}")
     return cells
 
 
@@ -115,9 +107,8 @@ def table(
         prompts = write_work(size, folder / name.split()[0], seed, real_lengths=real_lengths)
         repeats = repeats_of(run(lengths_of(size, real_lengths), folder / name.split()[0], where, updates), prompts)
         rows.append(row(name, repeats, size.batch))
-        notes.append(
-            f"{name}: {described(prompts)}; {repeats[0]['real_token_share']:.1%} of the tokens computed in training are real"
-        )
+        share = f"{repeats[0]['real_token_share']:.1%} of the tokens computed in training are real"
+        notes.append(f"{name}: {described(prompts)}; {share}")
         numbers[name] = repeats
     notes.append(
         f"first {WARM_UP} of {WARM_UP + updates} updates left out; no answer of the full length ends with an EOS"

@@ -1,6 +1,4 @@
-"""Runs of the product itself, `python -m rlhf_train`, on generated work; what they took is read
-from their events.
-"""
+"""This module runs the product, `python -m rlhf_train`, on generated work, and reads its events."""
 
 from __future__ import annotations
 
@@ -18,19 +16,20 @@ from typing import Any
 
 import yaml
 
-from benchmarks.machine import CHECKOUT, Where, beside
+from benchmarks.machine import CHECKOUT, Where, on_other_cores
 from benchmarks.work import Size
 from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
 from jobs.spec import load_job
 
-POLL_S = 0.01  # of a run's events, while it runs
-GONE_S = 60.0  # for ranks to be gone after their launcher; a GPU's memory takes seconds
+POLL_S = 0.01  # between two looks at the events of a run
+GONE_S = 60.0  # until the ranks are gone after their launcher; a GPU's memory takes seconds
 
 
 def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **parts: Mapping[str, Any]) -> dict[str, Any]:
-    """A job for these models, by folder or by config. parts: fields of sft, reward, ppo, data and
-    hardware that differ.
+    """Make a job for these models, which are folders or configs.
+
+    parts: fields of sft, reward, ppo, data and hardware that differ.
     """
     job: dict[str, dict[str, Any]] = {
         "actor": {"model": actor},
@@ -50,8 +49,7 @@ def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **part
             "actor_learning_rate": 1e-6,
             "critic_learning_rate": 1e-6,
             "schedule": "constant",
-            # its answers of the reference come before the first update, and are not what is
-            # measured
+            # It would sample from the reference before the first update, which is not measured.
             "normalize_rewards": False,
         },
         "hardware": {
@@ -70,21 +68,22 @@ class Ran:
     """A run that ended with exit code 0."""
 
     run: RunDir
-    cpu_s: Mapping[int, float]  # by an event's `seq`: what its processes had taken when it was written, to about 0.02 s
-    process_peak_bytes: int  # the resident set of its largest process: of a rank
+    # By an event's `seq`: CPU seconds of all processes when it was written, to about 0.02 s.
+    cpu_s: Mapping[int, float]
+    process_peak_bytes: int  # the resident set of its largest process, which is a rank
 
     def events(self, kind: str, step: int) -> list[RawEvent]:
-        return [
-            event for event in read_events(self.run.events)[0] if event["kind"] == kind and event.get("step") == step
-        ]
+        events = read_events(self.run.events)[0]
+        return [event for event in events if event["kind"] == kind and event.get("step") == step]
 
     def updates(self, step: int, leave_out: int = 1) -> list[RawEvent]:
-        """Metrics without the first `leave_out`, each with `wall_s`: seconds since the one before
-        it, all that comes between them included; and `cpu_s`, those of the processors in that time.
+        """Return the metrics of updates without the first `leave_out`, with `wall_s` and `cpu_s`.
+
+        wall_s: seconds since the metrics before, with all that lies between. cpu_s: the processors'
+        seconds in that time.
         """
-        seen = [
-            event for event in self.events("metrics", step) if event["seq"] in self.cpu_s
-        ]  # a killed run may have written more
+        # A killed run may have written more events.
+        seen = [event for event in self.events("metrics", step) if event["seq"] in self.cpu_s]
         lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in seen]
         timed = [
             {**event, "wall_s": event["elapsed_s"] - before["elapsed_s"], "cpu_s": event["cpu_s"] - before["cpu_s"]}
@@ -102,9 +101,10 @@ def run_product(
     given: Mapping[int, Path] | None = None,
     until: int | None = None,
 ) -> Ran:
-    """`python -m rlhf_train --step ...` in `folder`. given: models (folders) of steps that are to
-    count as done. until: kill the run after this update of its last step, which spares the time of
-    a last checkpoint and of the model.
+    """Run `python -m rlhf_train --step ...` in `folder`.
+
+    given: models (folders) of steps that count as done. until: kill the run after this update of
+    its last step, which saves the time of a last checkpoint and of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "job.yaml"
@@ -124,22 +124,20 @@ def run_product(
             [sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, stdout=output, stderr=output
         )
         ended, cpu, offset = 0, dict[int, float](), 0
-        with beside(where.cores):  # looking takes some of a core
+        with on_other_cores(where.cores):  # polling takes a part of a core
             while not ended:
                 time.sleep(POLL_S)
                 events, offset = read_events(run.events, offset)
                 cpu |= dict.fromkeys([event["seq"] for event in events], cpu_seconds(process.pid))
                 if until is not None and any(_has_come_to(event, steps[-1], until) for event in events):
                     return Ran(run, cpu, killed(process))
-                ended, status, used = os.wait4(
-                    process.pid, os.WNOHANG
-                )  # of the launcher and of all that it has waited for
+                # Its usage is that of the launcher and of all processes that it has waited for.
+                ended, status, used = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         if process.returncode:
-            raise RuntimeError(
-                f"python -m rlhf_train {' '.join(words)} ended with {process.returncode}:\n{output.read()}"
-            )
+            command = f"python -m rlhf_train {' '.join(words)}"
+            raise RuntimeError(f"{command} ended with {process.returncode}:\n{output.read()}")
     return Ran(run, cpu, used.ru_maxrss * 1024)
 
 
@@ -148,8 +146,9 @@ def _has_come_to(event: RawEvent, step: int, update: int) -> bool:
 
 
 def killed(launcher: subprocess.Popen[Any]) -> int:
-    """The launcher and its ranks are gone when this returns, and have let go of their GPUs -> the
-    resident set of the largest rank, in bytes.
+    """Kill a launcher, and return the resident set of its largest rank, in bytes.
+
+    Launcher and ranks are gone when this returns, and have freed their GPUs.
     """
     ranks = children(launcher.pid)
     most = max((resident_bytes(rank) for rank in ranks), default=0)
@@ -164,7 +163,7 @@ def killed(launcher: subprocess.Popen[Any]) -> int:
 
 
 def lives(process: int) -> bool:
-    """Not if it is a zombie that nobody has waited for, which holds no GPU any more."""
+    """Return whether a process is alive: a zombie that nobody has waited for holds no GPU."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -173,11 +172,10 @@ def lives(process: int) -> bool:
 
 def children(process: int) -> list[int]:
     try:
-        return [
-            int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
-        ]
+        text = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8")
     except OSError:
         return []
+    return [int(child) for child in text.split()]
 
 
 def resident_bytes(process: int) -> int:
@@ -188,8 +186,9 @@ def resident_bytes(process: int) -> int:
 
 
 def cpu_seconds(process: int) -> float:
-    """That a process and its children have taken so far, those that have ended included; 0 where
-    there is no /proc.
+    """Return the CPU seconds of a process and its children, also those that have ended.
+
+    It is 0 where there is no /proc.
     """
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()

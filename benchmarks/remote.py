@@ -1,10 +1,10 @@
-"""How long the verbs of `fab` take over a connection of 100 ms, against the targets of DESIGN
-section 7.
+"""This program measures the verbs of `fab` over a slow connection, against DESIGN section 7.
 
-`python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as the tests have
-it) and a long line to it, deploys (some minutes, once), and prints medians of whole commands,
-Python's own start included; near is the same box without the delay, so that the difference, in
-round trips, is what the line costs. Needs root on Linux, and Docker, or Debian to install it on.
+`python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as in the tests)
+and a connection with a round trip of 100 ms to it. It deploys (some minutes, once), and prints
+medians of whole commands, Python's own start included. `near` is the same box without the delay:
+the difference, in round trips, is the cost of the connection. It needs root on Linux, and Docker,
+or Debian to install Docker on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Bench:
     def host(self) -> tuple[str, str]:
         return ("--host", self.box.name)
 
-    # Each measures one thing once, by this laptop. -> seconds
+    # Each of these measures one verb once, from this laptop, and returns seconds.
 
     def deploy_unchanged(self, laptop: Laptop) -> float:
         return laptop.fab("deploy", *self.host).seconds
@@ -92,7 +92,7 @@ class Bench:
         return laptop.fab("deploy", *self.host).seconds
 
     def attach(self, laptop: Laptop) -> float:
-        """From `fab logs --follow` to the first that is shown."""
+        """Measure from `fab logs --follow` to the first output."""
         began = time.monotonic()
         following = laptop.start("logs", *self.host, "--follow")
         until(lambda: following.out, 30, lambda: following.err)
@@ -101,8 +101,9 @@ class Bench:
         return seconds
 
     def attach_again(self, laptop: Laptop) -> float:
-        """From the break of a line to the first byte behind it, while the box goes on writing: by
-        `--json`, since events come often.
+        """Measure from the break of a connection to the first byte after it.
+
+        The box continues to write meanwhile. It uses `--json`, since events come often.
         """
         following = laptop.start("logs", *self.host, "--follow", "--json")
         until(lambda: following.out, 30, lambda: following.err)
@@ -130,7 +131,7 @@ class Bench:
         return done.seconds
 
     def cancel_deaf(self, laptop: Laptop) -> float:
-        """Of a job whose processes do not react: stopped here, as one that hangs in a driver."""
+        """Cancel a job whose processes do not react: they are stopped by a signal."""
         run = self.start()
         for process in self.box.processes("-m", "rlhf_train"):
             process.suspend()
@@ -138,20 +139,19 @@ class Bench:
         assert "nothing of it is left" in done.out, done.all
         return done.seconds
 
-    # --- a job to measure by
+    # --- a job to measure with ---
 
     def start(self) -> str:
-        """A job that trains for hours. -> its run"""
+        """Start a job that trains for hours, and return its run's name."""
         self.count += 1
         run = f"bench-{self.count}"
         self.laptop.fab("train", *self.host, "--job", str(self.job), "--step", "1", "--run", run, "--detach")
-        until(
-            lambda: (
-                '"kind": "metrics"'
-                in self.laptop.fab("logs", *self.host, "--run", run, "--json").out.replace('":"', '": "')
-            ),
-            180,
-        )
+
+        def trains() -> bool:
+            log = self.laptop.fab("logs", *self.host, "--run", run, "--json").out
+            return '"kind": "metrics"' in log.replace('":"', '": "')
+
+        until(trains, 180)
         return run
 
     @contextmanager
@@ -168,7 +168,7 @@ def measure(bench: Bench, line: FarLine, delay_s: float, times: int, say: Callab
 
     def row(what: str, target_s: float, once: Callable[[Laptop], float], repeat: int = times) -> Row:
         measured = Row(what, target_s)
-        once(far)  # not counted: caches of the disk
+        once(far)  # not counted: it fills the disk's caches
         for _ in range(repeat):
             line.delay(delay_s)
             measured.far_s.append(once(far))
@@ -194,7 +194,7 @@ def measure(bench: Bench, line: FarLine, delay_s: float, times: int, say: Callab
     return rows
 
 
-# --- the box and the line ---------------------------------------------------------------------------------------------
+# --- the box and the connection ---
 
 
 def make_bench(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> tuple[Bench, FarLine]:
@@ -203,12 +203,8 @@ def make_bench(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> tu
     (folder / "laptop").mkdir(parents=True)
     laptop = Laptop.make(folder / "laptop")
     network = stack.enter_context(rig.network(docker))
-    trusted = Path(
-        os.environ.get("PIP_CERT")
-        or os.environ.get("SSL_CERT_FILE")
-        or ssl.get_default_verify_paths().cafile
-        or os.devnull
-    )
+    by_variable = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    trusted = Path(by_variable or ssl.get_default_verify_paths().cafile or os.devnull)
     box = stack.enter_context(rig.bare_box(docker, folder / "bare-box", laptop, base, network, trusted))
     line = stack.enter_context(rig.line_through(network))
     laptop.add(box.name, box.entry)
@@ -223,13 +219,14 @@ def make_bench(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> tu
 
 
 def machine() -> str:
-    return f"{platform.system()} {platform.release()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    system = f"{platform.system()} {platform.release()}, {os.cpu_count()} CPUs"
+    return f"{system}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--round-trip", type=float, default=0.1, metavar="SECONDS", help="of the line")
-    parser.add_argument("--times", type=int, default=5, help="that each is measured, far and near in turn")
+    parser.add_argument("--round-trip", type=float, default=0.1, metavar="SECONDS", help="of the connection")
+    parser.add_argument("--times", type=int, default=5, help="how often each is measured, far and near in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     options, say = parser.parse_args(), console_on(sys.stderr).print
     with tempfile.TemporaryDirectory(prefix="remote-bench-") as folder, ExitStack() as stack:
@@ -238,9 +235,8 @@ def main() -> int:
     out = console_on(sys.stdout)
     out.width = TABLE_WIDTH
     out.print(f"$ python {shlex.join(sys.argv)}\n{machine()}\n")
-    table = Table(
-        "", f"{options.round_trip * 1000:g} ms line", "from, to", "near", "round trips", "target", "", box=boxes.SIMPLE
-    )
+    far = f"{options.round_trip * 1000:g} ms round trip"
+    table = Table("", far, "from, to", "near", "round trips", "target", "", box=boxes.SIMPLE)
     for row in rows:
         table.add_row(*row.cells(options.round_trip))
     out.print(table, soft_wrap=False, crop=False)

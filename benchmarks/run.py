@@ -1,8 +1,8 @@
-"""What the product's speed is, against what the machine can do and beside its peers: one table a
-NAME, JSON beside.
+"""This program measures the product's speed against the machine's limits and against its peers.
 
-`python benchmarks/run.py --list` says the names. A number is a median of several repeats, with the
-least and the most; the foot of a table names the machine, the versions and the command.
+Each NAME prints a table and writes JSON; `python benchmarks/run.py --list` lists the names. A
+number is a median of several repeats, with the least and the most. The foot of a table names the
+machine, the versions and the command.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(CHECKOUT)  # not this folder, whose `remote` is another
+    sys.path[0] = str(CHECKOUT)  # not this folder, which has a `remote` of its own
 
 from benchmarks.machine import MALLOC, Where, quietest_cores  # noqa: E402
 
@@ -41,8 +41,8 @@ NAMES = {
     "scaling-ppo": "the same of step 3",
     "curves": "whether 1 and 2 GPUs learn the same, on the rows of --data",
     "killed-rank": "all three steps on 2 ranks, one of which is killed, on the rows of --data",
-    "fits-24gb": "what two cards of 24 GB hold of OPT-1.3b's recipes",
-    "peers": "step 3 beside TRL, DeepSpeed-Chat and Hugging Face's generate, in turn",
+    "fits-24gb": "which of OPT-1.3b's recipes fit on two cards of 24 GB",
+    "peers": "step 3 against TRL, DeepSpeed-Chat and Hugging Face's generate, in turn",
 }
 SIZES = ("tiny", "small", "opt-1.3b")  # of benchmarks/work.py, which takes seconds to import
 
@@ -97,7 +97,8 @@ def main() -> int:
         print("\n".join(f"{name:<10} {what}" for name, what in NAMES.items()))
         return 0
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})  # decode is measured in this process
+        # Decode is measured in this process.
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
 
     import torch
 
@@ -114,12 +115,8 @@ def main() -> int:
     written, cores = dict[str, Any](), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     try:
         for name in options.names:
-            bench = Bench(
-                options,
-                SHAPES[options.size],
-                Where(options.device, options.threads, cores=frozenset(cores)),
-                folder / name,
-            )
+            where = Where(options.device, options.threads, cores=frozenset(cores))
+            bench = Bench(options, SHAPES[options.size], where, folder / name)
             shutil.rmtree(bench.folder, ignore_errors=True)
             bench.folder.mkdir(parents=True)
             bench.say(f"{name}:")
@@ -134,10 +131,8 @@ def main() -> int:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
         if written:
-            file = (
-                options.output
-                or RESULTS / f"{'-'.join(written)}-{options.size}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.json"
-            )
+            file_name = f"{'-'.join(written)}-{options.size}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}.json"
+            file = options.output or RESULTS / file_name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(written, indent=1), encoding="utf-8")
             print(f"\nnumbers: {file}", file=sys.stderr)

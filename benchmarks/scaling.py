@@ -1,5 +1,6 @@
-"""The three steps on one GPU and on two: samples a second and memory by ZeRO stage, with LoRA, and
-where GPUs do not reach each other.
+"""This module measures the three steps on one GPU and on two.
+
+It reports samples a second and memory by ZeRO stage, with LoRA, and without peer access.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ SAMPLE_S = 0.2
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a step is measured here."""
+    """How much of a step is measured."""
 
     warm_up: int  # updates that do not count
-    curve_updates: int  # updates whose numbers are compared,
-    curve_numbers: tuple[str, ...]  # and which
+    curve_updates: int  # updates whose numbers are compared
+    curve_numbers: tuple[str, ...]  # names of these numbers
 
 
 EXTENTS = {
@@ -65,22 +66,20 @@ EXTENTS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a step. zero_stage: of actor and critic; None: as `auto` has it."""
+    """One way to run a step."""
 
     name: str
     ranks: int
-    zero_stage: int | None = None
+    zero_stage: int | None = None  # of actor and critic; None: `auto`
     lora: bool = False
     variables: tuple[tuple[str, str], ...] = ()
     more: tuple[tuple[str, Any], ...] = ()  # fields of hardware
-    times: int = 1  # the samples of an update, against those of the others
+    times: int = 1  # an update has this many times the samples of other variants
 
     def hardware(self) -> dict[str, Any]:
-        stages = (
-            {}
-            if self.zero_stage is None
-            else {"actor_zero_stage": self.zero_stage, "critic_zero_stage": self.zero_stage}
-        )
+        stages = {}
+        if self.zero_stage is not None:
+            stages = {"actor_zero_stage": self.zero_stage, "critic_zero_stage": self.zero_stage}
         return {"ranks": self.ranks, **stages, **dict(self.more)}
 
     def actor(self, model: Path) -> dict[str, Any]:
@@ -101,16 +100,16 @@ TWO = (
 
 
 def variants_of(step: int) -> list[Variant]:
-    """Step 2 has no adapters."""
+    """Return the variants of a step; step 2 has no adapters."""
     return [variant for variant in (ONE, ONE_LORA, *TWO) if not (variant.lora and step == 2)]
 
 
-# --- speed ---------------------------------------------------------------------------------------------------------
+# --- speed ---
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one step is measured on, written once for all its variants."""
+    """The files that one step is measured on, written once for all its variants."""
 
     step: int
     size: Size
@@ -127,9 +126,8 @@ class Work:
         data = {"split": [int(self.step == n) for n in (1, 2, 3)], "eval_rows": 2}
         sized = replace(self.size, batch=samples)
         parts = {STEPS[self.step].section: part, "data": data, "hardware": variant.hardware()}
-        job = job_of(sized, "", str(self.folder / "critic"), self.folder / "rows", where, **parts) | {
-            "actor": variant.actor(self.folder / "actor")
-        }
+        job = job_of(sized, "", str(self.folder / "critic"), self.folder / "rows", where, **parts)
+        job["actor"] = variant.actor(self.folder / "actor")
         given = {1: self.folder / "actor", 2: self.folder / "critic"} if self.step == 3 else None
         return run_product(job, [self.step], self.folder / slug(variant.name), where, given=given, until=total - 1)
 
@@ -139,7 +137,7 @@ def slug(name: str) -> str:
 
 
 def write_work(step: int, size: Size, folder: Path, device: str, seed: int, models: Path) -> Work:
-    """Full length: no answer ends, nothing is padded."""
+    """Write rows of full length: no answer ends, and nothing is padded."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("actor", "critic"):
         (folder / name).symlink_to(models / name, target_is_directory=True)
@@ -152,8 +150,9 @@ def write_work(step: int, size: Size, folder: Path, device: str, seed: int, mode
 
 
 def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
-    """`actor/` and `critic/` in the precision of training, made on the GPU: a CPU takes half a
-    minute for OPT-1.3b.
+    """Write `actor/` and `critic/` in the precision of training.
+
+    They are made on the GPU, since a CPU takes half a minute for OPT-1.3b.
     """
     dtype = getattr(torch, size.precision)
     with torch.device(device):
@@ -165,7 +164,10 @@ def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
 def speed(
     name: str, size: Size, folder: Path, where: Where, updates: int, seed: int, models: Path, say: Callable[[str], None]
 ) -> Table:
-    """name: sft, reward or ppo. The runs on one GPU go side by side, each on a GPU of its own."""
+    """Measure the speed of a step. name: sft, reward or ppo.
+
+    The runs on one GPU run concurrently, each on its own GPU.
+    """
     step = next(step.number for step in STEPS.values() if step.section == name)
     work = write_work(step, size, folder, where.device, seed, models)
     ran: dict[str, tuple[Ran, float]] = {}
@@ -189,26 +191,19 @@ def speed(
             measure(variant, where)
     rows = [row_of(variant, ran, step, work.samples) for variant in variants_of(step)]
     fields, with_head = (size.critic, False) if step == 2 else (size.actor, True)
+    weights = f"{matmul_parameters(fields, with_head=with_head) / 1e6:.0f} M weights"
     notes = [
-        f"step {step}, {work.samples} samples an update on 1 GPU and on 2, {size.prompt_tokens} + {size.response_tokens} tokens each;",
-        f"{updates} updates after {EXTENTS[step].warm_up} that do not count; {matmul_parameters(fields, with_head=with_head) / 1e6:.0f} M weights",
-        "GiB: tensors of rank 0 at the peak, and in use on its card at most as nvidia-smi has it (libraries and caches included)",
+        f"step {step}, {work.samples} samples an update on 1 GPU and on 2, "
+        f"{size.prompt_tokens} + {size.response_tokens} tokens each;",
+        f"{updates} updates after {EXTENTS[step].warm_up} that do not count; {weights}",
+        "GiB: peak of rank 0's tensors, and peak of its card by nvidia-smi (libraries and caches included)",
     ]
     numbers = {
         name: {"updates": done.updates(step, EXTENTS[step].warm_up), "card_bytes": card}
         for name, (done, card) in ran.items()
     }
-    columns = [
-        "",
-        "seconds an update",
-        "samples/s",
-        "against 1 GPU",
-        "rollouts",
-        "scoring",
-        "training",
-        "tensors, GiB",
-        "card, GiB",
-    ]
+    columns = ["", "seconds an update", "samples/s", "against 1 GPU", "rollouts", "scoring", "training"]
+    columns += ["tensors, GiB", "card, GiB"]
     return Table(f"scaling-{name}", columns, rows, notes, numbers)
 
 
@@ -232,14 +227,15 @@ def row_of(variant: Variant, ran: Mapping[str, tuple[Ran, float]], step: int, sa
 
 
 def gpus_of(where: Where) -> list[int]:
-    """Those that its processes see, by nvidia-smi's index."""
+    """Return the GPUs that the measured processes see, by nvidia-smi's index."""
     chosen = dict(where.variables).get("CUDA_VISIBLE_DEVICES")
     return [int(gpu) for gpu in chosen.split(",")] if chosen else list(range(torch.cuda.device_count()))
 
 
 class CardMemory:
-    """Bytes in use on each card, sampled while something runs; nothing where there is no
-    nvidia-smi.
+    """Samples the bytes in use on each card while something runs.
+
+    It has no samples where there is no nvidia-smi.
     """
 
     def __init__(self) -> None:
@@ -261,12 +257,10 @@ class CardMemory:
         command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
         while not self._ended.wait(SAMPLE_S):
             try:
-                lines = subprocess.run(
-                    command, capture_output=True, text=True, check=True, timeout=20
-                ).stdout.splitlines()
+                done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
             except (OSError, subprocess.SubprocessError):
                 return
-            for index, used in (map(int, line.split(",")) for line in lines):
+            for index, used in (map(int, line.split(",")) for line in done.stdout.splitlines()):
                 self._most[index] = max(self._most.get(index, 0), used * 2**20)
 
 
@@ -280,15 +274,13 @@ def card_memory() -> Iterator[CardMemory]:
         memory.end()
 
 
-# --- the same curve ------------------------------------------------------------------------------------------------
+# --- the same curve ---
 
-AT_ONCE = 4  # runs that share the two cards, when only their numbers count
+CONCURRENT_RUNS = 4  # on the two cards, where only the runs' numbers count
 
 
 def curve_job(data: Path, models: Path, variant: Variant, where: Where) -> dict[str, Any]:
-    """The recipe of jobs/opt-1.3b.yaml with fewer tokens a row, on models with random weights and
-    this data.
-    """
+    """Return jobs/opt-1.3b.yaml with fewer tokens a row, random models and this data."""
     job = load_job("opt-1.3b").dump()
     job["name"] = "benchmark"
     job["data"] |= {
@@ -312,16 +304,17 @@ def curve_job(data: Path, models: Path, variant: Variant, where: Where) -> dict[
 
 
 def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: Callable[[str], None]) -> Table:
-    """Each step by each variant, several at once: at the same global batch the curves of 1 and 2
-    GPUs differ by rounding. What rounding does is shown by one GPU with smaller passes.
+    """Compare the curves of each step by each variant.
+
+    At the same global batch the curves of 1 and 2 GPUs differ only by rounding. One GPU with
+    smaller passes shows the effect of rounding. Several runs train concurrently.
     """
     tokenizer = train_tokenizer(texts(Data(datasets=(str(data.resolve()),))), 8192)
     models = folder / "models"
     with torch.device(where.device):
         for name, fields, make in (("actor", size.actor, actor_of), ("critic", size.critic, critic_of)):
-            make({**fields, "vocab_size": len(tokenizer)}, seed).to(getattr(torch, size.precision)).save_pretrained(
-                str(models / name)
-            )
+            model = make({**fields, "vocab_size": len(tokenizer)}, seed).to(getattr(torch, size.precision))
+            model.save_pretrained(str(models / name))
             tokenizer.save_pretrained(str(models / name))
     other_passes = Variant("1 GPU, passes of 4", 1, more=(("micro_batch", 4),))
     runs = [
@@ -334,29 +327,25 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
 
     def measure(number: int) -> None:
         step, variant = runs[number]
+        extent = EXTENTS[step]
         gpu = {"CUDA_VISIBLE_DEVICES": str(number % 2)} if variant.ranks == 1 and where.device == "cuda" else {}
-        there = replace(where, ranks=variant.ranks, variables=tuple(gpu.items()))
+        run_where = replace(where, ranks=variant.ranks, variables=tuple(gpu.items()))
         given = {1: models / "actor", 2: models / "critic"} if step == 3 else None
-        job = curve_job(data, models, variant, there)
-        ran = run_product(
-            job, [step], folder / f"{step}-{slug(variant.name)}", there, given=given, until=EXTENTS[step].curve_updates
-        )
-        found[step, variant.name] = ran.events("metrics", step)[: EXTENTS[step].curve_updates]
-        say(
-            f"  step {step}, {variant.name}: {' '.join(f'{event[EXTENTS[step].curve_numbers[0]]:.4f}' for event in found[step, variant.name])}"
-        )
+        job = curve_job(data, models, variant, run_where)
+        place = folder / f"{step}-{slug(variant.name)}"
+        ran = run_product(job, [step], place, run_where, given=given, until=extent.curve_updates)
+        found[step, variant.name] = ran.events("metrics", step)[: extent.curve_updates]
+        curve = " ".join(f"{event[extent.curve_numbers[0]]:.4f}" for event in found[step, variant.name])
+        say(f"  step {step}, {variant.name}: {curve}")
 
-    with ThreadPoolExecutor(AT_ONCE if where.device == "cuda" else 1) as pool:
+    with ThreadPoolExecutor(CONCURRENT_RUNS if where.device == "cuda" else 1) as pool:
         list(pool.map(measure, range(len(runs))))
     rows = []
     for step, variant in sorted(runs, key=lambda run: run[0]):
         first = found[step, (ONE_LORA if variant.lora else ONE).name]
-        rows.append(
-            [
-                f"step {step}, {variant.name}",
-                *(difference(first, found[step, variant.name], name) for name in EXTENTS[step].curve_numbers),
-            ]
-        )
+        curve = found[step, variant.name]
+        differences = [difference(first, curve, name) for name in EXTENTS[step].curve_numbers]
+        rows.append([f"step {step}, {variant.name}", *differences])
     most = max(map(len, rows))
     columns = ["difference to 1 GPU: first update / largest", *(f"number {n}" for n in range(1, most))]
     notes = [
@@ -367,17 +356,17 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
     return Table("curves", columns, [row + [""] * (most - len(row)) for row in rows], notes, numbers)
 
 
-def difference(one: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
-    """Of the first update, and the largest of all: relative, but for mean reward and KL, which are
-    about 0.
+def difference(first: Sequence[RawEvent], other: Sequence[RawEvent], name: str) -> str:
+    """Return the difference of the first update, and the largest of all updates.
+
+    Differences are relative, but not those of mean reward and KL, which are about 0.
     """
-    share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in one]
-    apart = [abs(a[name] - b[name]) / part for a, b, part in zip(one, other, share, strict=True)]
+    share = [1.0 if name in ("mean_reward", "kl") else abs(a[name]) for a in first]
+    apart = [abs(a[name] - b[name]) / part for a, b, part in zip(first, other, share, strict=True)]
     return f"{apart[0]:.1e} / {max(apart):.1e}"
 
 
-# --- a rank that is killed -----------------------------------------------------------------------------------------
-
+# --- a rank that is killed ---
 
 SMALL = {
     "model_type": "opt",
@@ -391,8 +380,9 @@ KILLED_AFTER = 12  # updates of step 3
 
 
 def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], None]) -> Table:
-    """All three steps of a small OPT on two ranks; in step 3 rank 1 is killed, and the same command
-    is given again.
+    """Run all three steps of a small OPT on two ranks, and kill rank 1 in step 3.
+
+    Then the same command is run again.
     """
     job = load_job("opt-1.3b").dump()
     job |= {"name": "benchmark", "actor": {"model": {"config": SMALL}}, "critic": {"model": "actor"}}
@@ -407,17 +397,8 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
     job["hardware"] |= {"device": where.device, "cpu_threads": where.threads, "ranks": 2}
     job["checkpoint"] |= {"every_updates": 5}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf_train",
-        "--job",
-        str(folder / "job.yaml"),
-        "--step",
-        "all",
-        "--output-dir",
-        str(folder / "runs"),
-    ]
+    command = [sys.executable, "-m", "rlhf_train", "--job", str(folder / "job.yaml")]
+    command += ["--step", "all", "--output-dir", str(folder / "runs")]
     environment = where.environment | {"RLHF_CACHE": str(folder / "cache")}
     run = RunDir(folder / "runs" / "benchmark")
 
@@ -428,19 +409,17 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
         while not any(_has_come_to(event) for event in read_events(run.events)[0]):
             if launcher.poll() is not None or time.monotonic() > deadline:
                 launcher.kill()
-                raise RuntimeError(
-                    f"the run came to no update {KILLED_AFTER} of step 3:\n{output.read_text(encoding='utf-8')}"
-                )
+                what = f"the run did not reach update {KILLED_AFTER} of step 3"
+                raise RuntimeError(f"{what}:\n{output.read_text(encoding='utf-8')}")
             time.sleep(SAMPLE_S)
         victim = next(rank for rank in children(launcher.pid) if "RANK=1" in environment_of(rank).split("\0"))
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         launcher.wait(timeout=300)
-    said = output.read_text(encoding="utf-8")
+    log = output.read_text(encoding="utf-8")
     ended_s, code = time.monotonic() - began, launcher.returncode
-    named = next(
-        (line.strip() for line in said.splitlines() if "rank 1" in line), f"rank 1 is not named: {said[-1500:]}"
-    )
+    lines = [line.strip() for line in log.splitlines() if "rank 1" in line]
+    named = lines[0] if lines else f"rank 1 is not named: {log[-1500:]}"
 
     began = time.monotonic()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
@@ -473,9 +452,9 @@ def environment_of(process: int) -> str:
         return ""
 
 
-# --- cards of 24 GB ------------------------------------------------------------------------------------------------
+# --- cards of 24 GB ---
 
-FREE_BYTES = 24_200 * 2**20  # what PyTorch may take of an RTX 4090, whose 24,564 MiB are not all to be had
+FREE_BYTES = 24_200 * 2**20  # what PyTorch may take of an RTX 4090's 24,564 MiB
 HOG = """
 import sys, torch
 held = []
@@ -489,10 +468,9 @@ sys.stdin.read()
 
 @contextmanager
 def only_free(free_bytes: int) -> Iterator[list[int]]:
-    """So many bytes are free on each card inside the block; what is really free, card by card."""
-    hog = subprocess.Popen(
-        [sys.executable, "-c", HOG.format(free=free_bytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    """Leave so many bytes free on each card inside the block, and yield what is really free."""
+    command = [sys.executable, "-c", HOG.format(free=free_bytes)]
+    hog = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert hog.stdin is not None and hog.stdout is not None
     try:
         yield [int(word) for word in hog.stdout.readline().split()]
@@ -502,10 +480,11 @@ def only_free(free_bytes: int) -> Iterator[list[int]]:
 
 
 def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: Callable[[str], None]) -> Table:
-    """The two recipes of OPT-1.3b on two cards with as much memory free as an RTX 4090 has, each
-    step on rows as long as they may be.
+    """Try OPT-1.3b's two recipes on two cards that have as much free memory as an RTX 4090.
+
+    Each step has rows of the greatest length.
     """
-    full = Variant("opt-1.3b", 2, more=(("micro_batch", 8),))  # what `auto` begins with on such a card
+    full = Variant("opt-1.3b", 2, more=(("micro_batch", 8),))  # `auto` begins with 8 on this card
     spared = replace(full, name="opt-1.3b, gradient checkpointing", more=(*full.more, ("gradient_checkpointing", True)))
     lora = replace(spared, name="opt-1.3b-lora", lora=True, more=(("micro_batch", 4), ("gradient_checkpointing", True)))
     tries = [(1, full), (2, full), (3, full), (3, spared), (1, lora), (3, lora)]
@@ -513,13 +492,12 @@ def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: C
     numbers: dict[str, Any] = {}
     with only_free(FREE_BYTES) as free:
         say(f"  free on each card: {', '.join(f'{each / GIB:.2f} GiB' for each in free)}")
-        taken = torch.cuda.get_device_properties(0).total_memory - min(free)  # by who leaves so little free
+        taken = torch.cuda.get_device_properties(0).total_memory - min(free)  # by the hog
         for step, variant in tries:
             samples = 128 if step == 1 else 64  # of the recipes
             place = folder / f"{step}-{slug(variant.name)}"
-            work = replace(
-                write_work(step, replace(size, batch=64), place, where.device, seed, models), samples=samples
-            )
+            work = write_work(step, replace(size, batch=64), place, where.device, seed, models)
+            work = replace(work, samples=samples)
             with card_memory() as memory:
                 try:
                     seconds, failed = f"{seconds_of(work.run(variant, where, 2), step):.2f}", ""
@@ -528,27 +506,14 @@ def fits(size: Size, folder: Path, where: Where, seed: int, models: Path, say: C
                         raise
                     seconds, failed = "does not fit", str(error)
             events = read_events(RunDir(place / slug(variant.name) / "runs" / "benchmark").events)[0]
-            peak = (
-                max((event.get("gpu_peak_bytes") or 0 for event in events if event["kind"] == "metrics"), default=0)
-                / GIB
-            )
+            metrics = [event for event in events if event["kind"] == "metrics"]
+            peak = max((event.get("gpu_peak_bytes") or 0 for event in metrics), default=0) / GIB
             used = (memory.most_bytes(gpus_of(where)) - taken) / GIB
             warned = [event["message"] for event in events if event["kind"] == "warning"]
-            rows.append([f"step {step}, {variant.name}", seconds, f"{peak:.1f}", f"{used:.1f}"])
-            numbers[f"step {step}, {variant.name}"] = {
-                "failed": failed,
-                "warned": warned,
-                "used_gib": used,
-                "peak_gib": peak,
-            }
-            say(
-                "\n".join(
-                    [
-                        f"  step {step}, {variant.name}: {seconds}",
-                        *(f"    {message}" for message in warned),
-                        *failed[-1500:].splitlines(),
-                    ]
-                )
-            )
+            name = f"step {step}, {variant.name}"
+            rows.append([name, seconds, f"{peak:.1f}", f"{used:.1f}"])
+            numbers[name] = {"failed": failed, "warned": warned, "used_gib": used, "peak_gib": peak}
+            messages = [f"    {message}" for message in warned]
+            say("\n".join([f"  {name}: {seconds}", *messages, *failed[-1500:].splitlines()]))
     notes = [f"{FREE_BYTES / GIB:.1f} GiB left free on each card; rows of 512 tokens, global batches of the recipes"]
     return Table("fits-24gb", ["", "seconds an update", "tensors, GiB", "in use, GiB"], rows, notes, numbers)

@@ -1,9 +1,8 @@
-"""Step 3 beside its peers, in one run and in turn: ours, TRL's PPO, DeepSpeed-Chat's classes,
-Hugging Face's generate.
+"""This module measures step 3 against its peers, in one run and in turn.
 
-Each peer has an environment of its own, made once from a list of pinned packages beside its script;
-the torch build is ours. All load the same model folders, are given the same prompts, and must have
-generated the same number of tokens.
+They are TRL's PPO, DeepSpeed-Chat's classes and Hugging Face's generate. Each peer has its own
+environment, made once from a list of pinned packages next to its script; the torch build is ours.
+All load the same model folders, get the same prompts, and must generate the same number of tokens.
 """
 
 from __future__ import annotations
@@ -49,20 +48,22 @@ PEERS = (
     Peer("HF generate, static cache", "hf_generate", ("transformers",), (("cache", "static"),), is_whole=False),
 )
 DIFFERENCES = (
-    "whole update: all that lies between two updates; CPU: what it took of the processors, which others may share",
-    "The work is not quite equal: TRL scores by 3 forwards (its old log-probs are the sampler's), does not clip gradients, and computes",
-    "entropies; DeepSpeed-Chat scores by 4, clips, and loops over rows in Python. Both compute logits of the prompts too, pad every row to the",
-    "longest prompt (DeepSpeed-Chat: to the limit) and the longest answer, and train on the whole batch at once on a CPU; ours chooses its micro",
-    "batch. None has dropout, checkpointing, LoRA or EMA; all sample at temperature 1.",
+    "whole update: all that lies between two updates; CPU: the processors' seconds, which others may share",
+    "The work is not quite equal. TRL scores with 3 forward passes (its old log-probs are the sampler's), does",
+    "not clip gradients, and computes entropies; DeepSpeed-Chat scores with 4, clips, and loops over rows in Python.",
+    "Both also compute logits of the prompts, pad every row to the longest prompt (DeepSpeed-Chat: to the limit) and",
+    "the longest answer, and train on the whole batch in one pass on a CPU; ours chooses its micro batch. None has",
+    "dropout, checkpointing, LoRA or EMA; all sample at temperature 1.",
 )
 
 
-def python_of(peer: Peer, here: str | None, say: Callable[[str], None]) -> str:
-    """The interpreter that has the peer's packages: `here` if given, else an environment's that is
-    made at the first call.
+def python_of(peer: Peer, interpreter: str | None, say: Callable[[str], None]) -> str:
+    """Return the interpreter that has the peer's packages.
+
+    It is `interpreter` if given, else that of an environment which is made at the first call.
     """
-    if here:
-        return here
+    if interpreter:
+        return interpreter
     wanted = (HERE / f"{peer.script}.txt").read_text(encoding="utf-8")
     build = torch.__version__.partition("+")[2] or "cpu"
     key = hashlib.sha256(f"{wanted}{torch.__version__}{sys.version}".encode()).hexdigest()[:12]
@@ -71,47 +72,38 @@ def python_of(peer: Peer, here: str | None, say: Callable[[str], None]) -> str:
     if not (folder / "whole").exists():
         say(f"  making an environment for {peer.name}: some minutes, once")
         pip = [str(python), "-m", "pip", "install", "--quiet"]
+        patience = ["--retries", "1", "--timeout", "30"]
+        environment = {**os.environ, "DS_BUILD_OPS": "0"}
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(folder)],
-            [
-                *pip,
-                "--retries",
-                "1",
-                "--timeout",
-                "30",
-                "--extra-index-url",
-                f"{TORCH_BUILDS}/{build}",
-                f"torch=={torch.__version__}",
-            ],
+            [*pip, *patience, "--extra-index-url", f"{TORCH_BUILDS}/{build}", f"torch=={torch.__version__}"],
             [*pip, "setuptools", "wheel"],
             [*pip, "--no-build-isolation", "-r", str(HERE / f"{peer.script}.txt")],
         ):
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env={**os.environ, "DS_BUILD_OPS": "0"}
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
-                raise RuntimeError(
-                    f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-                )
+                output = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+                raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{output}")
         (folder / "whole").touch()
     return str(python)
 
 
 def prepare(options: Any, say: Callable[[str], None]) -> dict[str, str]:
-    """The interpreter of each peer that can run."""
-    here = interpreter(options)
-    return {peer.name: python_of(peer, here, say) for peer in PEERS if not missing(peer, options.deepspeed_chat, here)}
+    """Return the interpreter of each peer that can run."""
+    chosen = chosen_interpreter(options)
+    able = [peer for peer in PEERS if not missing(peer, options.deepspeed_chat, chosen)]
+    return {peer.name: python_of(peer, chosen, say) for peer in able}
 
 
-def interpreter(options: Any) -> str | None:
+def chosen_interpreter(options: Any) -> str | None:
     return sys.executable if options.peers_here else options.python_of_peers
 
 
-def missing(peer: Peer, checkout: Path | None, here: str | None) -> str:
-    """Why the peer cannot run; "" if it can."""
+def missing(peer: Peer, checkout: Path | None, interpreter: str | None) -> str:
+    """Say why the peer cannot run; "" if it can."""
     if peer.script == "deepspeed_chat" and checkout is None:
         return "name a checkout of DeepSpeedExamples by --deepspeed-chat PATH"
-    if here == sys.executable:
+    if interpreter == sys.executable:
         absent = [name for name in peer.needs if importlib.util.find_spec(name) is None]
         return f"{', '.join(absent)} cannot be imported here" if absent else ""
     return ""
@@ -120,7 +112,7 @@ def missing(peer: Peer, checkout: Path | None, here: str | None) -> str:
 def work_of(
     size: Size, folder: Path, prompts: Prompts, where: Where, updates: int, seed: int, checkout: Path | None
 ) -> dict[str, Any]:
-    """What a peer's script is given, as JSON. Its first update does not count."""
+    """Return the input of a peer's script, as JSON. Its first update does not count."""
     micro_batch = size.micro_batch or size.batch
     return {
         "actor": str(folder / "actor"),
@@ -144,35 +136,26 @@ def work_of(
 
 
 def run(peer: Peer, python: str, work: dict[str, Any], folder: Path, where: Where) -> list[dict[str, Any]]:
-    """The repeats of one process that count."""
+    """Run a peer in one process, and return the repeats that count."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         work = {**work, **dict(peer.extra), "port": free.getsockname()[1]}
     file = folder / f"{peer.script}.json"
     file.write_text(json.dumps(work), encoding="utf-8")
-    done = subprocess.run(
-        [python, str(HERE / f"{peer.script}.py"), str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=where.environment,
-    )
-    lines = [
-        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
-    ]
+    command = [python, str(HERE / f"{peer.script}.py"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=where.environment)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in results]
     if done.returncode or len(lines) != work["updates"]:
-        raise RuntimeError(
-            f"{peer.name} ended with {done.returncode} after {len(lines)} repeats:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        )
+        ended = f"{peer.name} ended with {done.returncode} after {len(lines)} repeats"
+        raise RuntimeError(f"{ended}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
     return lines[ppo.WARM_UP :]
 
 
 def check(name: str, repeats: Sequence[dict[str, Any]], prompts: Prompts) -> None:
+    wanted = prompts.prompt_tokens, prompts.answer_tokens
     for repeat in repeats:
-        counted, wanted = (
-            (repeat["prompt_tokens"], repeat["answer_tokens"]),
-            (prompts.prompt_tokens, prompts.answer_tokens),
-        )
+        counted = repeat["prompt_tokens"], repeat["answer_tokens"]
         assert counted == wanted, f"{name} counted {counted} tokens of prompts and answers, not {wanted}"
 
 
@@ -188,19 +171,17 @@ def measure(
     options: Any,
     say: Callable[[str], None],
 ) -> tuple[Prompts, dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """-> the prompts, every side's repeats in the order of the rounds, and why a peer is not among
-    them.
+    """Return the prompts, every side's repeats in the order of rounds, and why a peer is absent.
 
-    At real lengths generate alone is left out: the peers' own rollouts are by it.
+    At real lengths generate alone is left out: the peers' own rollouts use it.
     """
     prompts = ppo.write_work(size, folder, seed, real_lengths=real_lengths)
     shaped = ppo.lengths_of(size, real_lengths)
     peers = {peer.name: peer for peer in PEERS if peer.is_whole or not real_lengths}
     pythons = {name: python for name, python in prepare(options, say).items() if name in peers}
+    chosen = chosen_interpreter(options)
     absent = {
-        name: missing(peer, options.deepspeed_chat, interpreter(options))
-        for name, peer in peers.items()
-        if name not in pythons
+        name: missing(peer, options.deepspeed_chat, chosen) for name, peer in peers.items() if name not in pythons
     }
     checkout = chat_folder(options.deepspeed_chat)
     work = work_of(shaped, folder, prompts, where, updates, seed, checkout)
@@ -227,7 +208,7 @@ def measure(
 
 
 def chat_folder(checkout: Path | None) -> Path | None:
-    """Where the package `dschat` lies in a checkout of DeepSpeedExamples, or of that folder alone."""
+    """Find the package `dschat` in a checkout of DeepSpeedExamples, or of that folder alone."""
     if checkout is None:
         return None
     for folder in (checkout / "applications" / "DeepSpeed-Chat", checkout):
@@ -237,15 +218,13 @@ def chat_folder(checkout: Path | None) -> Path | None:
 
 
 def verdict(sides: dict[str, list[dict[str, Any]]], target: float, *, by_cpu: bool) -> str:
-    """Ours against the faster peer, by medians. by_cpu: one thread each, on processors that others
-    may share.
+    """Compare ours with the faster peer, by medians.
+
+    by_cpu: each side has one thread, on processors that others may share.
     """
+    complete = {name: repeats for name, repeats in sides.items() if "total_s" in repeats[0]}
     clock, cpu = (
-        {
-            name: Spread.of([repeat[key] for repeat in repeats]).median
-            for name, repeats in sides.items()
-            if "total_s" in repeats[0]
-        }
+        {name: Spread.of([repeat[key] for repeat in repeats]).median for name, repeats in complete.items()}
         for key in ("total_s", "cpu_s")
     )
     judged = cpu if by_cpu else clock
@@ -254,13 +233,14 @@ def verdict(sides: dict[str, list[dict[str, Any]]], target: float, *, by_cpu: bo
         return "no peer ran the whole of step 3"
     fastest = min(rest, key=lambda name: judged[name])
     ratio, other = judged[fastest] / judged["ours"], clock if by_cpu else cpu
+    other_ratio = min(other[name] for name in rest) / other["ours"]
     return (
         f"ours against the faster peer, {fastest}: {ratio:.2f}x by {'seconds of the CPU' if by_cpu else 'the clock'} "
-        f"(target {target:g}x: {'met' if ratio >= target else 'MISSED'}), {min(other[name] for name in rest) / other['ours']:.2f}x by {OTHER[by_cpu]}"
+        f"(target {target:g}x: {'met' if ratio >= target else 'MISSED'}), {other_ratio:.2f}x by {OTHER[by_cpu]}"
     )
 
 
-OTHER = {True: "the clock, which runs on while others have the processor", False: "seconds of the CPU"}
+OTHER = {True: "the clock, which also runs while others have the processor", False: "seconds of the CPU"}
 
 
 def table(size: Size, folder: Path, where: Where, options: Any, seed: int, say: Callable[[str], None]) -> Table:
@@ -270,11 +250,9 @@ def table(size: Size, folder: Path, where: Where, options: Any, seed: int, say: 
     for real_lengths, name in ppo.LENGTHS.items():
         if options.lengths not in ("both", name.split()[0]):
             continue
-        rounds, updates = (
-            (options.rounds, options.repeats)
-            if not real_lengths
-            else (max(1, options.rounds - 1), max(1, options.repeats - 2))
-        )
+        rounds, updates = options.rounds, options.repeats
+        if real_lengths:
+            rounds, updates = max(1, rounds - 1), max(1, updates - 2)
         say(f"  {name}: {rounds} rounds of {updates} updates")
         place = folder / name.split()[0]
         prompts, sides, absent = measure(
@@ -282,7 +260,8 @@ def table(size: Size, folder: Path, where: Where, options: Any, seed: int, say: 
         )
         rows += [ppo.row(f"{name}, {side}", repeats, size.batch) for side, repeats in sides.items()]
         notes.append(
-            f"{name}: {ppo.described(prompts)}, counted and the same for all; {rounds} rounds in turn, {updates} updates each after one"
+            f"{name}: {ppo.described(prompts)}, counted and the same for all; "
+            f"{rounds} rounds in turn, {updates} updates each after one"
         )
         notes.append(f"  {verdict(sides, TARGETS[real_lengths], by_cpu=where.device == 'cpu')}")
         notes += [f"  {peer} did not run: {why}" for peer, why in absent.items()]

@@ -1,11 +1,9 @@
-"""How long it takes from a command to its first update, and from the end of a step to the first
-update of the next.
+"""This program measures the time from a command, or from the end of a step, to the next update.
 
 `python benchmarks/start_up.py` trains the demo for a few updates a step and prints medians: cold,
-with nothing of ours in the caches, and warm, as a second run finds them. What is cold of the disk
-itself depends on what ran before. `--rows FOLDER` trains on other rows, `--set` changes the job as
-for rlhf-train: hardware.device=cuda, say. All times but the imports are of the events that a run
-writes.
+with nothing of ours in the caches, and warm, as in a second run. Whether the disk's own cache is
+cold depends on what ran before. `--rows FOLDER` trains on other rows. `--set` changes the job as in
+rlhf-train: hardware.device=cuda, say. All times but the imports come from the events of a run.
 """
 
 from __future__ import annotations
@@ -38,14 +36,14 @@ from jobs.events import RawEvent, read_events  # noqa: E402
 from jobs.run_dir import RunDir  # noqa: E402
 from jobs.views.console import console_on  # noqa: E402
 
-# Some seconds of training a step, since what a step does for the next one takes time as well. Four
-# are what step 3 does with one rollout.
+# Some seconds of training a step, since a step prepares the next one too. Step 3 makes four updates
+# from one rollout.
 FEW = ["sft.max_updates=120", "reward.max_updates=80", "ppo.max_updates=4", "ppo.warmup_updates=1", "data.eval_rows=64"]
 # Rows of real chats are longer than the demo's.
 LONGER = ["data.max_prompt_tokens=256", "data.max_response_tokens=64", "actor.model.config.max_position_embeddings=512"]
 
-# What a step does before its first update: what its events say that it does, by how they begin.
-STARTING, ROWS, MODELS, TRYING, BEFORE = "processes", "rows", "models", "rehearsal", "scores, update"
+# What a step does before its first update, with the first words of the events that say so.
+STARTING, ROWS, MODELS, TRYING, BEFORE = "processes", "rows", "models", "trial update", "scores, update"
 PHASES = {
     ROWS: ("training a tokenizer", "reading", "tokenising", "waiting for another rank"),
     MODELS: ("loading", "a checkpoint has", "reading the checkpoint"),
@@ -56,7 +54,8 @@ COLD, WARM = "cold", "warm"
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets")
 IMPORTS = {
     "launcher": "import rlhf_train.__main__, rlhf_train.plan.machine, rlhf_train.launch",
-    "rank": "import rlhf_train.worker; from rlhf_train.steps import sft, reward, ppo; import transformers.models.opt.modeling_opt",
+    "rank": "import rlhf_train.worker; from rlhf_train.steps import sft, reward, ppo; "
+    "import transformers.models.opt.modeling_opt",
 }
 GROUP = """
 import time, torch, torch.distributed as dist
@@ -71,7 +70,7 @@ print(time.perf_counter() - begun)
 
 @dataclass
 class Row:
-    """Seconds of each repeat; and what of them went by with what."""
+    """The seconds of each repeat of one wait, in all and by phase."""
 
     what: str
     caches: str
@@ -88,8 +87,9 @@ class Row:
 
 
 def measure(repeats: int, settings: Sequence[str] = (), rows: Path | None = None, job: str = "demo") -> list[Row]:
-    """A row for each wait before a first update, and one for the whole command, with cold and warm
-    caches in turn.
+    """Return a row for each wait before a first update, and one for the whole command.
+
+    Each repeat runs with cold and then with warm caches.
     """
     found: dict[tuple[str, str], Row] = {}
     with tempfile.TemporaryDirectory(prefix="start-up-") as name:
@@ -107,26 +107,26 @@ def measure(repeats: int, settings: Sequence[str] = (), rows: Path | None = None
 
 
 def once(folder: Path, name: str, job: str, settings: Sequence[str]) -> list[tuple[str, float, Mapping[str, float]]]:
-    """One run: what was waited for, how long, and what for."""
+    """Run the job once, and return each wait: its name, its seconds, its seconds by phase."""
     words = [sys.executable, "-m", "rlhf_train", "--job", job, "--output-dir", str(folder / "runs"), "--run", name]
     for setting in settings:
         words += ["--set", setting]
     cache = folder / "cache"
     caches = {"RLHF_CACHE": f"{cache}/rlhf-box", "XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": f"{cache}/triton"}
     begun = time.time()
-    said = subprocess.run(words, cwd=CHECKOUT, env=os.environ | caches, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=CHECKOUT, env=os.environ | caches, capture_output=True, text=True, check=False)
     ended = time.time()
-    if said.returncode:
-        raise SystemExit(f"{shlex.join(words)}\nended with {said.returncode}:\n{said.stderr[-3000:]}")
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(words)}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
     events = read_events(RunDir(folder / "runs" / name).events)[0]
     waits: list[tuple[str, float, Mapping[str, float]]] = []
     since = begun
     for step in (1, 2, 3):
-        its = [event for event in events if event.get("step") == step]
-        first = next(event for event in its if event["kind"] == "metrics")
+        of_step = [event for event in events if event.get("step") == step]
+        first = next(event for event in of_step if event["kind"] == "metrics")
         what = "command -> update 1" if step == 1 else f"end of step {step - 1} -> update"
-        waits.append((what, time_of(first) - since, phases_of(its[: its.index(first) + 1], since)))
-        since = time_of(its[-1])
+        waits.append((what, time_of(first) - since, phases_of(of_step[: of_step.index(first) + 1], since)))
+        since = time_of(of_step[-1])
     return [*waits, ("whole command", ended - begun, {})]
 
 
@@ -135,30 +135,35 @@ def time_of(event: RawEvent) -> float:
 
 
 def phases_of(events: Sequence[RawEvent], since: float) -> dict[str, float]:
-    """Seconds by phase; each event begins something, and the last one is the first update's."""
+    """Return the seconds by phase.
+
+    Each event begins a phase, and the last event is the first update's.
+    """
     spent: dict[str, float] = defaultdict(float)
-    now, at = STARTING, since
+    phase, begun = STARTING, since
     for event in events:
-        spent[now] += time_of(event) - at
-        at = time_of(event)
+        spent[phase] += time_of(event) - begun
+        begun = time_of(event)
         if event["kind"] == "progress":
-            now = next((phase for phase, words in PHASES.items() if event["doing"].startswith(words)), BEFORE)
+            phase = next((name for name, words in PHASES.items() if event["doing"].startswith(words)), BEFORE)
     return spent
 
 
+IMPORT_LINE = r"^import time:\s+([0-9]+) \|\s+[0-9]+ \|\s+(\S+)"  # (microseconds, module)
+
+
 def imports(repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of what each process imports, in seconds by package (`python -X importtime`, which
-    itself slows it a little).
+    """Return the median seconds that each process's imports take, by package.
+
+    They are measured by `python -X importtime`, which itself slows imports a little.
     """
     found: dict[str, dict[str, float]] = {}
     for process, statement in IMPORTS.items():
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(repeats):
-            said = run_python("-X", "importtime", "-c", statement).stderr
+            output = run_python("-X", "importtime", "-c", statement).stderr
             spent: Counter[str] = Counter()
-            for micros, module in re.findall(
-                r"^import time:\s+([0-9]+) \|\s+[0-9]+ \|\s+(\S+)", said, flags=re.MULTILINE
-            ):
+            for micros, module in re.findall(IMPORT_LINE, output, flags=re.MULTILINE):
                 package = module.split(".")[0]
                 spent[package if package in LIBRARIES else "other"] += int(micros)
             for package in (*LIBRARIES, "other"):
@@ -181,7 +186,7 @@ def run_python(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def container_s(repeats: int) -> list[float] | str:
-    """`docker compose run` up to Python's first line; or why it is not measured."""
+    """Measure `docker compose run` up to Python's first line, or say why that is not possible."""
     try:
         image = subprocess.run(
             ["docker", "compose", "images", "--quiet", "train"],
@@ -202,10 +207,10 @@ def container_s(repeats: int) -> list[float] | str:
     seconds = []
     for _ in range(repeats + 1):
         begun = time.time()
-        said = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-        if said.returncode:
-            return f"`docker compose run` ended with {said.returncode}: {said.stderr.strip()[-200:]}"
-        seconds.append(float(said.stdout.split()[-1]) - begun)
+        done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"`docker compose run` ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+        seconds.append(float(done.stdout.split()[-1]) - begun)
     return seconds[1:]  # the first may have built the image
 
 
@@ -229,13 +234,9 @@ def table_of_imports(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def named_machine() -> str:
-    gpu = subprocess.run(
-        ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split("\n")
-    gpus = [name for name in gpu if name]
+    command = ["sh", "-c", "nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    gpus = [name for name in output.split("\n") if name]
     return machine() + (f"; {len(gpus)} x {gpus[0]}" if gpus else "; no GPU") + f"; load {os.getloadavg()[0]:.1f}"
 
 
@@ -257,8 +258,8 @@ def main() -> int:
     out.print(table_of(rows), soft_wrap=False, crop=False)
     out.line()
     out.print(table_of_imports(found), soft_wrap=False, crop=False)
-    said = container if isinstance(container, str) else f"{median(container):.2f} s"
-    out.print(f"\n`docker compose run train` to Python's first line: {said}")
+    measured = container if isinstance(container, str) else f"{median(container):.2f} s"
+    out.print(f"\n`docker compose run train` to Python's first line: {measured}")
     if options.json:
         numbers = {
             "machine": before,

@@ -1,5 +1,6 @@
-"""Steps 1 and 2 of the product on rows of exactly known length: samples and tokens a second, and
-the share of the measured matmul rate.
+"""This module measures steps 1 and 2 on rows of exactly known length.
+
+It reports samples and tokens a second, and the share of the measured matmul rate.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Step:
 
 
 def steps_of(size: Size, name: str) -> Step:
-    """The shapes of the published measurements: 16 x 128 on a CPU, 32 x 512 and 16 pairs x 512 on a
-    GPU.
+    """Return the shape of the published measurements.
+
+    It is 16 x 128 on a CPU, 32 x 512 and 16 pairs x 512 on a GPU.
     """
     tokens = size.prompt_tokens + size.response_tokens
     if name == "sft":
@@ -45,7 +47,7 @@ def steps_of(size: Size, name: str) -> Step:
 
 
 def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, str]]:
-    """Prompt and answers, the EOS counted in, of the most tokens that they may have."""
+    """Make rows with the most tokens that prompt and answers, EOS included, may have."""
     dice = np.random.RandomState(seed)
 
     def words(tokens: int) -> str:
@@ -58,24 +60,15 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
 
 
 def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> Ran:
-    """`updates` besides those that do not count."""
+    """Run a step. updates: without those that do not count."""
     model = actor_of(size.actor, seed) if step.number == 1 else critic_of(size.critic, seed)
     write_model(model, size.vocabulary, folder / "model")
     write_rows(full_rows(step, size, 8 * step.batch, seed), folder / "rows")
     total = updates + WARM_UP
     data = {"split": [int(step.number == n) for n in (1, 2, 3)]}
     part = {"global_batch": step.batch, "max_updates": total, "epochs": float(total)}
-    sized = replace(size, batch=step.batch)
-    job = job_of(
-        sized,
-        str(folder / "model"),
-        str(folder / "model"),
-        folder / "rows",
-        where,
-        data=data,
-        **{step.part: part},
-        **parts,
-    )
+    sized, name = replace(size, batch=step.batch), str(folder / "model")
+    job = job_of(sized, name, name, folder / "rows", where, data=data, **{step.part: part}, **parts)
     return run_product(job, [step.number], folder, where)
 
 
@@ -94,13 +87,14 @@ def table(
     lines = run(step, size, folder, where, updates, seed).updates(step.number, WARM_UP)
     key = "cpu_s" if clock_of(where).startswith("seconds of the CPU") else "wall_s"
     fields, with_head = (size.actor, True) if step.number == 1 else (size.critic, False)
-    row, numbers = row_of(
-        step, [line[key] for line in lines], matmul_parameters(fields, with_head=with_head), ceiling.flops.median
-    )
+    parameters = matmul_parameters(fields, with_head=with_head)
+    row, numbers = row_of(step, [line[key] for line in lines], parameters, ceiling.flops.median)
     row.append(f"{Spread.of([line['real_token_share'] for line in lines]).median:.1%}")
+    head = ", with the tied head" if with_head else ""
     notes = [
-        f"{step.sequences} sequences of {step.tokens} tokens an update, none padded; {updates} updates after {WARM_UP} that do not count",
-        f"share: 6 flops a weight and token ({numbers['parameters'] / 1e6:.1f}M without embeddings{', with the tied head' if with_head else ''}) "
+        f"{step.sequences} sequences of {step.tokens} tokens an update, none padded; "
+        f"{updates} updates after {WARM_UP} that do not count",
+        f"share: 6 flops a weight and token ({parameters / 1e6:.1f}M without embeddings{head}) "
         f"of {scaled(ceiling.flops, 1e9).median:,.0f} GFLOP/s, measured just before",
         f"an update: all that lies between two updates of a real run; {clock_of(where)}",
     ]
@@ -118,10 +112,11 @@ def row_of(step: Step, seconds: Sequence[float], parameters: int, flops_s: float
         "samples_s": step.batch / taken.median,
     }
     kind = "pairs" if step.number == 2 else "rows"
-    return [
+    row = [
         f"{step.name}, {step.batch} {kind}",
         f"{taken:.3f}",
         f"{step.batch / taken.median:.1f}",
         f"{tokens_s:,.0f}",
         f"{share:.1%}",
-    ], numbers
+    ]
+    return row, numbers

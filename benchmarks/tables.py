@@ -1,5 +1,6 @@
-"""Each NAME of benchmarks/run.py with the measurement that makes its table, and what stands at the
-foot of all of them.
+"""This module maps each NAME of benchmarks/run.py to the function that makes its table.
+
+It also makes the foot of all tables.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from benchmarks.work import Size
 
 @dataclass(frozen=True)
 class Bench:
-    """What every measurement is given."""
+    """The input of every measurement."""
 
     options: argparse.Namespace
     size: Size
     where: Where
-    folder: Path  # for runs and models; each NAME has one of its own
+    folder: Path  # for runs and models; each NAME has its own
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -41,43 +42,33 @@ def do_ceilings(bench: Bench) -> Table:
 
 
 def do_decode(bench: Bench) -> Table:
-    device, repeats = bench.where.device, bench.options.repeats
-    return decode.table(
-        bench.size, bench.where, repeats, bench.options.seed, ceilings.measure(device, repeats), bench.say
-    )
+    repeats = bench.options.repeats
+    ceiling = ceilings.measure(bench.where.device, repeats)
+    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceiling, bench.say)
 
 
 def do_step(name: str) -> Callable[[Bench], Table]:
     def do(bench: Bench) -> Table:
-        device, repeats = bench.where.device, bench.options.repeats
-        ceiling = ceilings.measure(device, repeats)
-        return steps.table(
-            name, bench.size, bench.folder, bench.where, 2 * repeats, bench.options.seed, ceiling, bench.say
-        )
+        repeats, seed = bench.options.repeats, bench.options.seed
+        ceiling = ceilings.measure(bench.where.device, repeats)
+        return steps.table(name, bench.size, bench.folder, bench.where, 2 * repeats, seed, ceiling, bench.say)
 
     return do
 
 
 def do_ppo(bench: Bench) -> Table:
-    return ppo.table(
-        bench.size,
-        bench.folder,
-        bench.where,
-        bench.options.repeats,
-        bench.options.seed,
-        bench.options.lengths,
-        bench.say,
-    )
+    options = bench.options
+    return ppo.table(bench.size, bench.folder, bench.where, options.repeats, options.seed, options.lengths, bench.say)
 
 
 def do_peers(bench: Bench) -> Table:
-    """Environments are made and compiled with all cores, measured with one."""
-    mine = os.sched_getaffinity(0) if bench.where.cores else set()
-    if mine:
+    """Make the peers' environments with all cores, and measure with one."""
+    measured_cores = os.sched_getaffinity(0) if bench.where.cores else set()
+    if measured_cores:
         os.sched_setaffinity(0, bench.where.cores)
     side_by_side.prepare(bench.options, bench.say)
-    if mine:
-        os.sched_setaffinity(0, mine)
+    if measured_cores:
+        os.sched_setaffinity(0, measured_cores)
     return side_by_side.table(bench.size, bench.folder, bench.where, bench.options, bench.options.seed, bench.say)
 
 
@@ -90,28 +81,25 @@ def do_memory(bench: Bench) -> Table:
 
 
 def do_growth(bench: Bench) -> Table:
-    ranks = most_ranks("growth", bench.where.device)
-    return growth.table(
-        bench.size, bench.folder, bench.where, bench.options.repeats, bench.options.seed, ranks, bench.say
-    )
+    ranks, options = most_ranks("growth", bench.where.device), bench.options
+    return growth.table(bench.size, bench.folder, bench.where, options.repeats, options.seed, ranks, bench.say)
 
 
 def do_scaling(name: str) -> Callable[[Bench], Table]:
     def do(bench: Bench) -> Table:
         updates = bench.options.repeats if name == "ppo" else 2 * bench.options.repeats
-        return scaling.speed(
-            name, bench.size, bench.folder, bench.where, updates, bench.options.seed, _models(bench), bench.say
-        )
+        seed, models = bench.options.seed, _models(bench)
+        return scaling.speed(name, bench.size, bench.folder, bench.where, updates, seed, models, bench.say)
 
     return do
 
 
 def _models(bench: Bench) -> Path:
-    """Of random weights, written once for all that is measured in one call."""
+    """Return the folder of random models, which are written once for all NAMEs of a call."""
     folder = bench.folder.parent / "models"
-    return (
-        folder if folder.exists() else scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
-    )
+    if not folder.exists():
+        scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
+    return folder
 
 
 def do_curves(bench: Bench) -> Table:
@@ -127,16 +115,10 @@ def do_fits(bench: Bench) -> Table:
 
 
 def do_start_up(bench: Bench) -> Table:
-    """What benchmarks/start_up.py prints and writes."""
+    """Return what benchmarks/start_up.py prints and writes."""
     file = bench.folder / "start_up.json"
-    words = [
-        str(Path(__file__).parent / "start_up.py"),
-        "--json",
-        str(file),
-        "--repeats",
-        str(min(3, bench.options.repeats)),
-    ]
-    words += ["--set", f"hardware.device={bench.where.device}"]
+    words = [str(Path(__file__).parent / "start_up.py"), "--json", str(file)]
+    words += ["--repeats", str(min(3, bench.options.repeats)), "--set", f"hardware.device={bench.where.device}"]
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True)
     return Table("start-up", [], [], done.stdout.strip().splitlines(), json.loads(file.read_text(encoding="utf-8")))
 

@@ -1,9 +1,8 @@
-"""Work of exactly known size for every measured side: model folders with random weights, their
-tokenizer, prompts, rows of text.
+"""This module makes work of exactly known size: random models, their tokenizer, prompts, rows.
 
-What ends an answer is in the weights, so that whoever loads the folder samples answers of the same
-lengths: never a special token; or, with a countdown, as many tokens as the prompt's last word says;
-or an EOS with the same probability at every token.
+The weights decide where an answer ends, so every side that loads the folder samples answers of the
+same lengths: without a special token; or, with a countdown, as many tokens as the prompt's last
+word says; or with the same probability of an EOS at every token.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, EOS = 1, 2
-# the final layer norm's bias, and minus the unembedding, along the one direction that keeps special
-# tokens away
+# The final layer norm's bias, and minus the unembedding, along the direction that keeps special
+# tokens from being sampled.
 PUSH = 10.0
 CHAIN_NORM = 8.0  # of the countdown's embeddings
-CALM = 0.02  # of what the countdown's layers add to the residual stream, so that the token's own embedding stands out
-THRESHOLD, LOUD = (
-    0.6,
-    100.0,
-)  # cosine at which a token of the countdown is recognised, and how loudly the next one is said
+# The countdown's layers are scaled by this, so that the token's own embedding dominates the
+# residual stream.
+CALM = 0.02
+THRESHOLD = 0.6  # cosine at which a token of the countdown is recognised
+LOUD = 100.0  # scale of the logit of the next token of the countdown
 
-# Means before what is too long is drawn again, as shares of the most: 130 and 50 tokens of 256 are
-# left, as in hh-rlhf (median 127 and 36).
+# Means before lengths that are too long are drawn again, as shares of the maximum. Of 256 tokens,
+# means of 130 and 50 are left, as in hh-rlhf (medians 127 and 36).
 MEAN_PROMPT, MEAN_ANSWER = 200 / 256, 50 / 256
 
 
@@ -60,7 +59,7 @@ class Size:
     batch: int  # prompts a rollout and an update
     prompt_tokens: int
     response_tokens: int
-    real_prompt_tokens: int = 256  # the most, where lengths are drawn after real ones
+    real_prompt_tokens: int = 256  # the maximum where lengths are like real ones
     real_response_tokens: int = 256
     precision: str = "float32"
     micro_batch: int | None = None  # of the peers; None: the batch. The product chooses its own
@@ -88,15 +87,14 @@ SIZES = {
 }
 
 
-# --- models --------------------------------------------------------------------------------------------------------
+# --- models ---
 
 
 def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """`w17` is token 17, and each word one token."""
-    words = {
-        word: number for number, word in enumerate([*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), vocabulary))])
-    }
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    """Make a tokenizer in which each word is one token: `w17` is token 17."""
+    words = [*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), vocabulary))]
+    numbers = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -124,18 +122,17 @@ def _config(fields: dict[str, Any], **more: Any) -> Any:
 
 @torch.no_grad()
 def actor_of(fields: dict[str, Any], seed: int, *, countdown: int = 0, end_probability: float = 0.0) -> Any:
-    """OPT with the head tied to the embedding; its answers do not end.
+    """Make an OPT with the head tied to the embedding, whose answers do not end.
 
-    countdown: they do, after as many tokens as the prompt's last word says: see `countdown_word`;
-    the most that it can say.
-    end_probability: they do with this probability at every token. What else is said does not depend
-    on what was said.
+    countdown: answers end after as many tokens as the prompt's last word says, at most this many:
+    see `countdown_word`. end_probability: answers end with this probability at every token, and
+    their other tokens do not depend on the text before.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(fields))
     decoder, embedding = model.model.decoder, model.get_input_embeddings().weight
-    # The last direction is one of final layer norm and head alone: a constant there, which special
-    # tokens answer with -PUSH^2.
+    # Only the final layer norm and the head use the last direction. The state is a constant there,
+    # which gives special tokens a logit of -PUSH^2.
     embedding[:, -1] = 0
     embedding[: len(SPECIAL), -1] = -PUSH
     decoder.final_layer_norm.weight[-1], decoder.final_layer_norm.bias[-1] = 0, PUSH
@@ -143,20 +140,21 @@ def actor_of(fields: dict[str, Any], seed: int, *, countdown: int = 0, end_proba
         _count_down(decoder, embedding, countdown)
     if end_probability:
         state = decoder.final_layer_norm.bias
-        decoder.final_layer_norm.weight[:] = 0  # so the state before the head is its bias, everywhere
+        decoder.final_layer_norm.weight[:] = 0  # the state before the head is then always its bias
         others = (embedding.float() @ state.float()).index_fill(0, torch.tensor([EOS]), -torch.inf).logsumexp(0)
         embedding[EOS] = state / state.norm() ** 2 * (others + math.log(end_probability / (1 - end_probability)))
     return model.eval()
 
 
 def countdown_word(tokens: int) -> int:
-    """The token that an answer of so many tokens, the EOS included, comes after."""
+    """Return the token that an answer of so many tokens, the EOS included, follows."""
     return len(SPECIAL) - 1 + tokens
 
 
 def _count_down(decoder: Any, embedding: torch.Tensor, longest: int) -> None:
-    """Neuron k of the last layer recognises `countdown_word(k)` and says the one before it; the
-    first says EOS.
+    """Make neuron k of the last layer recognise `countdown_word(k)` and say the word before it.
+
+    The first neuron says EOS.
     """
     chain = [EOS, *map(countdown_word, range(1, longest + 1))]
     vectors = embedding[chain]
@@ -186,15 +184,17 @@ def write_model(model: Any, vocabulary: int, folder: Path) -> Path:
 
 
 def write_models(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> tuple[Path, Path]:
-    """-> folders of the actor and of the critic, which the reward model is too."""
+    """Write the actor and the critic, which is the reward model too, and return their folders."""
     actor = actor_of(size.actor, seed, countdown=size.real_response_tokens if real_lengths else 0)
-    return write_model(actor, size.vocabulary, folder / "actor"), write_model(
-        critic_of(size.critic, seed), size.vocabulary, folder / "critic"
-    )
+    actor_folder = write_model(actor, size.vocabulary, folder / "actor")
+    return actor_folder, write_model(critic_of(size.critic, seed), size.vocabulary, folder / "critic")
 
 
 def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
-    """Weights that a token is multiplied with: no embeddings, but the head that is tied to them."""
+    """Count the weights that a token is multiplied with.
+
+    Embeddings do not count, but the head that is tied to them does.
+    """
     width, feed = fields["hidden_size"], fields["ffn_dim"]
     count = fields["num_hidden_layers"] * (4 * width * width + 2 * width * feed)
     projected = fields["word_embed_proj_dim"]
@@ -204,21 +204,19 @@ def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
 
 
 def weight_bytes_of_decoding(fields: dict[str, Any], bytes_each: int) -> int:
-    """What a decode step reads of the weights: those of the matrix products, and their biases and
-    norms.
-    """
+    """Return the bytes of weights that a decode step reads: matrices, their biases and norms."""
     width, feed = fields["hidden_size"], fields["ffn_dim"]
     small = fields["num_hidden_layers"] * (4 * width + feed + width + 4 * width) + 2 * width
     return (matmul_parameters(fields, with_head=True) + small) * bytes_each
 
 
-# --- prompts and rows ----------------------------------------------------------------------------------------------
+# --- prompts and rows ---
 
 
 def drawn_lengths(
     dice: np.random.RandomState, count: int, mean: float, shape: float, least: int, most: int
 ) -> np.ndarray:
-    """Whole numbers after a gamma distribution of this mean, those beyond the limits drawn again."""
+    """Draw whole numbers from a gamma distribution, and again those beyond the limits."""
     lengths: list[int] = []
     while len(lengths) < count:
         length = math.ceil(dice.gamma(shape, mean / shape))
@@ -244,7 +242,7 @@ class Prompts:
 
 
 def prompts_of(size: Size, seed: int, *, real_lengths: bool, count: int | None = None) -> Prompts:
-    """Random words. With real lengths the last word says how long the answer is."""
+    """Make prompts of random words; with real lengths the last word says how long the answer is."""
     dice, count = np.random.RandomState(seed), count or size.batch
     first = len(SPECIAL) + size.real_response_tokens  # words that count nothing down
     if not real_lengths:
@@ -264,7 +262,7 @@ def text(ids: Sequence[int]) -> str:
 
 
 def write_rows(rows: Sequence[dict[str, str]], folder: Path) -> Path:
-    """A data set with these training rows; the first are held out too, since some must be."""
+    """Write a data set with these training rows; the first are held out too, since some must be."""
     folder.mkdir(parents=True)
     for name, lines in (("train", rows), ("test", rows[:8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")

@@ -1,11 +1,12 @@
-"""The image checks itself when it is built: versions as locked, PyTorch's CUDA, DeepSpeed's
-operators. No GPU is needed.
+"""The image checks itself when it is built: locked versions, PyTorch's CUDA, DeepSpeed's operators.
+
+No GPU is needed.
 
     python check_image.py image.txt torch-cu118.txt "7.0 7.5 8.0 8.6 8.9 9.0"
 
-The last argument is the compute capabilities that the operators were compiled for; empty: there are
-none. Every mistake is a line on stderr, and the exit status is 1. What depends on the machine that
-runs the image is checked at start, by rlhf_train.
+The last argument is the compute capabilities that the operators were compiled for; it is empty if
+there are no compiled operators. Every mistake is a line on stderr, and the exit status is 1. What
+depends on the machine that runs the image is checked at start, by rlhf_train.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OPERATORS = ("fused_adam", "cpu_adam")
 
 
 def locked(text: str) -> dict[str, str]:
-    """name -> version of a lock's lines."""
+    """Return the version of each package in a lock, by name."""
     return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", text, re.MULTILINE))
 
 
@@ -40,8 +41,9 @@ def name(distribution: importlib.metadata.Distribution) -> str:
 
 
 def cuda(torch_version: str) -> Iterator[str]:
-    """2.0.1+cu118 was built for CUDA 11.8, 2.0.1+cpu for none; the package index's 2.0.1 says
-    nothing.
+    """Check the CUDA version that PyTorch was built for against its locked version.
+
+    2.0.1+cu118 means CUDA 11.8, 2.0.1+cpu no CUDA; the package index's 2.0.1 does not say.
     """
     import torch
 
@@ -52,10 +54,12 @@ def cuda(torch_version: str) -> Iterator[str]:
 
 
 def operators(capabilities: Sequence[str]) -> Iterator[str]:
-    """DeepSpeed finds them compiled (so that nothing compiles at first start), they load, and they
-    are for these cards and any CPU.
+    """Check that DeepSpeed finds its operators compiled, and that they load and fit the cards.
+
+    Compiled operators spare the first start a compilation.
     """
-    os.environ["DS_ACCELERATOR"] = "cuda" if capabilities else "cpu"  # that they were built for, though here is no card
+    # What they were built for, though there is no card here.
+    os.environ["DS_ACCELERATOR"] = "cuda" if capabilities else "cpu"
     from deepspeed.git_version_info import installed_ops
 
     for operator in OPERATORS:
@@ -73,11 +77,11 @@ def operators(capabilities: Sequence[str]) -> Iterator[str]:
 
 
 def _for_cards(library: Path, capabilities: Sequence[str]) -> Iterator[str]:
-    """nvcc writes the name of each architecture into the library's device code."""
+    """Check for the name of each architecture, which nvcc writes into the library's device code."""
     found = set(re.findall(rb"-arch sm_(\d+)|sm_(\d+)", library.read_bytes()))
-    have = {one or other for one, other in found}
+    architectures = {with_option or plain for with_option, plain in found}
     for capability in capabilities:
-        if capability.replace(".", "").encode() not in have:
+        if capability.replace(".", "").encode() not in architectures:
             yield f"{library.name} has no code for compute capability {capability}"
 
 
@@ -97,8 +101,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _pip_check() -> list[str]:
-    said = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
-    return said.stdout.splitlines() if said.returncode else []
+    result = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    return result.stdout.splitlines() if result.returncode else []
 
 
 if __name__ == "__main__":

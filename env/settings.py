@@ -1,6 +1,7 @@
-"""What the environment decides, read in one place: where caches and runs lie, and whether this is
-continuous integration; what a machine must have (limits.toml); and what is known of those who rent
-machines out (providers/).
+"""Settings come from environment variables, limits from limits.toml, providers from providers/.
+
+Settings say where caches and runs lie, and whether this is continuous integration. Limits say what
+a machine must have. Providers are those who rent machines out, with what is known about them.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """An empty variable counts as unset, as the XDG specification has it."""
+        """Read the settings; an empty variable counts as unset, as in the XDG specification."""
+        default_cache = _user_folder(environ, "XDG_CACHE_HOME", ".cache") / "rlhf-box"
         return cls(
-            cache=Path(environ["RLHF_CACHE"])
-            if environ.get("RLHF_CACHE")
-            else _user_folder(environ, "XDG_CACHE_HOME", ".cache") / "rlhf-box",
+            cache=Path(environ.get("RLHF_CACHE") or default_cache),
             runs=Path(environ.get("RLHF_RUNS") or "runs"),
             ci=environ.get("RLHF_CI") == "1",
             boxes=Path(environ.get("RLHF_BOXES") or "boxes.yaml"),
@@ -45,8 +45,9 @@ class Settings:
 
 
 def _user_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
-    """XDG_CACHE_HOME and its like, which the specification says to ignore unless they are absolute;
-    else ~/.cache.
+    """Return the folder of XDG_CACHE_HOME or a variable like it; else the default, ~/.cache.
+
+    The specification says to ignore a path that is not absolute.
     """
     chosen = Path(environ.get(variable, ""))
     return chosen if chosen.is_absolute() else Path(environ.get("HOME") or Path.home()) / default
@@ -130,9 +131,9 @@ class ClockLimits(_Table):
 
 
 class Limits(_Table):
-    """limits.toml: every threshold that decides whether a machine is fit.
+    """limits.toml has every threshold that decides whether a machine is fit.
 
-    A key too many or too few is an error.
+    An unknown or missing key is an error.
     """
 
     image: ImageLimits
@@ -155,19 +156,17 @@ class Limits(_Table):
 
 
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-Paths = Annotated[
-    tuple[Annotated[str, Field(pattern=r"^(/|\$HOME(/|$))")], ...], Field(strict=False)
-]  # `$HOME` is the box's, of its user
+# `$HOME` is that of the box's user.
+Paths = Annotated[tuple[Annotated[str, Field(pattern=r"^(/|\$HOME(/|$))")], ...], Field(strict=False)]
 Fate = Literal["kept", "lost", "unknown"]
 
 
 class Signs(_Table):
-    """How a box is recognised: by any one of these."""
+    """Signs of a provider: a box that has any one of these is recognised."""
 
     hostnames: Words = ()  # regular expressions for the whole name
-    variables: Annotated[
-        tuple[Names, ...], Field(strict=False)
-    ] = ()  # groups of names, of process 1; all of a group must be there
+    # Groups of variables of process 1; all names of a group must be there.
+    variables: Annotated[tuple[Names, ...], Field(strict=False)] = ()
     files: Paths = ()
 
 
@@ -177,12 +176,12 @@ class KeptFolder(_Table):
     path: str
     on_stop: Fate
     on_release: Fate
-    days: Count | None = None  # that it is kept after a stop; None: no such end is known
+    days: Count | None = None  # how long it is kept after a stop; None: no limit is known
     note: str = ""
 
 
 class StopRules(_Table):
-    """What stopping means for the meter and for the data."""
+    """What a stop means for the meter and for the data."""
 
     meter: Literal["off", "on", "unknown"]  # for the machine with its GPUs, once it is stopped
     disk: Literal["free", "paid", "unknown"]  # while it is stopped
@@ -191,28 +190,32 @@ class StopRules(_Table):
     deadline_note: str = ""  # what else ends it
     restart_note: str = ""  # whether it comes back as it was
     command: Words = ()  # inside the box; () where there is none that stops the meter
-    variables: Words = ()  # of process 1's environment that the command needs, and an SSH session does not have
-    by_hand: str  # where a person does it instead
+    # Variables of process 1 that the command needs and an SSH session does not have.
+    variables: Words = ()
+    by_hand: str  # where a person stops it instead
 
 
 class Provider(_Table):
-    """providers/NAME.toml: what is known of one who rents boxes out.
+    """providers/NAME.toml has what is known about a provider of rented boxes.
 
-    Facts only: code decides by them, not by the name.
+    It holds only facts, and code decides by them, not by the name.
     """
 
     name: str
     title: str
-    sort: Literal["container", "machine", "unknown"]  # what its boxes are, as a rule; the probe looks for itself
+    # What its boxes usually are; the probe looks for itself.
+    sort: Literal["container", "machine", "unknown"]
     signs: Signs = Signs()
-    data_folders: Paths  # for our folder: the first of them that is there
+    data_folders: Paths  # our folder is made in the first of these that exists
     folders: Annotated[tuple[KeptFolder, ...], Field(strict=False)] = ()
     stop: StopRules
-    # what its own shells read and `ssh BOX COMMAND` does not: to be sourced before a job, if there
+    # Files that its shells read and `ssh BOX COMMAND` does not. They are sourced before a job, if
+    # they exist.
     env_files: Paths = ()
-    # sets a proxy for the way abroad; to be sourced for that alone, never together with a mirror
+    # Files that set a proxy for servers abroad. They are sourced for that alone, never together
+    # with a mirror.
     proxy_files: Paths = ()
-    mirror: str = "default"  # the file of mirrors/ that is advised there
+    mirror: str = "default"  # the advised file of mirrors/
     pythons: Paths = ()  # interpreters that a non-interactive shell does not find
     condas: Paths = ()
     notes: Words = ()  # for a person
@@ -223,5 +226,5 @@ class Provider(_Table):
 
     @classmethod
     def load_all(cls, folder: Path = PROVIDERS) -> dict[str, Provider]:
-        """By name. `generic` is always there: a box of which nothing is known."""
+        """Load all providers by name; `generic` is for a box about which nothing is known."""
         return {file.stem: cls.load(file) for file in sorted(folder.glob("*.toml"))}

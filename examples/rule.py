@@ -1,4 +1,4 @@
-"""A rule of your own for `ppo.rule`: it says whether an answer is good.
+"""This is an example of a rule of your own for `ppo.rule`, which says whether an answer is good.
 
 The report shows the share of good answers.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 
 def is_good(prompt: str, response: str, ended: bool) -> bool:
-    """Whether the answer is one or more whole sentences and ended by itself (not at the length
-    limit).
-    """
+    """Return whether the answer is whole sentences and ended before the length limit."""
     text = response.strip()
     return ended and len(text.split()) >= 3 and text.endswith((".", "!", "?"))

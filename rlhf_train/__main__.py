@@ -1,5 +1,6 @@
-"""`python -m rlhf_train` (script `rlhf-train`): one command for the three steps, with
-DeepSpeed-Chat's words.
+"""`python -m rlhf_train` (script `rlhf-train`) runs the three steps.
+
+Its flags include those of DeepSpeed-Chat.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, 
 from jobs.steps import STEPS
 from jobs.views import console
 from rlhf_train import completion
-from rlhf_train.ranks.processes import SpareRanks, likely_crew
+from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 
 EXAMPLES = """examples:
@@ -70,14 +71,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> list[str]:
-    """DeepSpeed-Chat's flags as settings of job fields, before those of --set, which win."""
+    """Return DeepSpeed-Chat's flags as settings of job fields, then those of --set, which win."""
     settings = settings_of_deployment(args.deployment_type) if args.deployment_type else []
     for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
         if value:
             name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value
-            settings.append(
-                f"{field}={json.dumps(name, ensure_ascii=False)}"
-            )  # quoted: it is a name, whatever it looks like
+            # Quoted: it is a name, whatever it looks like.
+            settings.append(f"{field}={json.dumps(name, ensure_ascii=False)}")
     for field, value in (
         ("hardware.actor_zero_stage", args.actor_zero_stage),
         ("hardware.critic_zero_stage", args.reward_zero_stage),
@@ -100,8 +100,9 @@ def say(text: str) -> None:
 
 
 def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> None:
-    """Raises ToolkitError with all that makes the machine unfit, a line each; `only_say`: shows
-    them all.
+    """Raise ToolkitError with a line for each reason why the machine is unfit.
+
+    only_say: show all findings and raise nothing.
     """
     for finding in findings:
         if only_say or finding.level == "warning":
@@ -122,7 +123,7 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     begun = time.time()
 
     def leave(_number: int, _frame: object) -> None:
-        """At once: an exception would be lost in one module or another that is being imported."""
+        """End immediately: an exception could be lost in a module that is being imported."""
         spares.end()
         os._exit(ExitCode.CANCELLED if run.cancelled.exists() else ExitCode.PREEMPTED)
 
@@ -130,16 +131,17 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         signal.signal(signal.SIGTERM, leave)  # until launch.py has something to stop
 
     def look() -> tuple[list[int], list[int]]:
-        """-> (steps to take over, steps to do)"""
+        """Return (steps to take over, steps to do)."""
         taken = completion.steps_to_take_over(job, source, run) if source else []
         return taken, completion.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
 
     taken, todo = look()
     if todo and not args.dry_run:
-        spares.start(likely_crew(job, os.environ))  # they import while we do, and look at the machine
+        # They import while this process imports and looks at the machine.
+        spares.start(likely_rank_environment(job, os.environ))
     if todo or taken or args.dry_run:
         from rlhf_train.plan.machine import facts_of
-        from rlhf_train.plan.placement import Machine, place  # torch is imported from here on
+        from rlhf_train.plan.placement import Machine, place  # this imports torch
 
         machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
         facts = facts_of(job, run, settings.cache, machine, os.environ)
@@ -159,7 +161,7 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
 
         with locked(run) as lock:
             with suppress(FileNotFoundError):
-                if run.cancelled.stat().st_mtime < begun:  # an earlier call was; this one is to go on
+                if run.cancelled.stat().st_mtime < begun:  # an earlier call was cancelled, not this one
                     run.cancelled.unlink()
             for folder in completion.leftovers(run):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -167,21 +169,17 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             completion.begin_run(run)
             if source:
                 completion.take_over(source, run, taken)
-                say(
-                    f"from run {source.name}: "
-                    + (", ".join(f"step {step}" for step in taken) or "nothing more to take over")
-                )
+                taken_steps = ", ".join(f"step {step}" for step in taken)
+                say(f"from run {source.name}: {taken_steps or 'nothing more to take over'}")
             if args.redo:
                 completion.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
         if code != ExitCode.OK:
-            step = next(
-                step for step in todo if not completion.is_complete(run, step) or step in completion.left_to_redo(run)
-            )
-            update = completion.goes_on_from(run, step)
-            say(
-                f"stopped: the same command resumes in {run.path}, from {f'update {update}' if update else 'the start'} of step {step}"
-            )
+            left = completion.left_to_redo(run)
+            step = next(step for step in todo if not completion.is_complete(run, step) or step in left)
+            update = completion.update_to_resume_from(run, step)
+            place_in_step = f"update {update}" if update else "the start"
+            say(f"stopped: the same command resumes in {run.path}, from {place_in_step} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
     return ExitCode.OK

@@ -1,5 +1,6 @@
-"""All that differs between the library versions we run on: PyTorch 2.0 with transformers 4.x, and
-today's.
+"""This module holds all that differs between the library versions that we support.
+
+They are PyTorch 2.0 with transformers 4.x, and today's.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ KNOWS_DTYPE_OF_NORMS = _TORCH >= (2, 4)  # torch._foreach_norm(..., dtype=)
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
-    """For from_pretrained and from_config: transformers 5 renamed `torch_dtype`, and by default
-    follows the file.
+    """Return the dtype argument of from_pretrained and from_config.
+
+    transformers 5 renamed `torch_dtype`, and its default is the dtype of the file.
     """
     return {"dtype" if _MAJOR >= 5 else "torch_dtype": dtype}
 
 
 @contextmanager
 def no_gpu_in_sight() -> Iterator[None]:
-    """For `import deepspeed`: where it sees a GPU it runs nvcc for every operator that it could
-    compile, and 0.15 fails without one.
+    """Hide the GPUs while DeepSpeed is imported.
 
-    Nothing is to be compiled here: what was is used, and else PyTorch's own. Neither the image nor
-    a rented box has nvcc.
+    Where DeepSpeed sees a GPU, it runs nvcc for every operator that it could compile, and 0.15
+    fails without nvcc. Neither the image nor a rented box has nvcc, and we compile nothing: we use
+    the operators that are compiled already, and else PyTorch's own.
     """
     is_available = torch.cuda.is_available
     torch.cuda.is_available = lambda: False
@@ -45,9 +47,7 @@ def no_gpu_in_sight() -> Iterator[None]:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """For imports of what says `@torch.compile` and is not used here: the functions stay as they
-    are written.
-    """
+    """Turn `@torch.compile` off for imports of functions that we do not use."""
     compiler = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -57,7 +57,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def has_onednn_linear() -> bool:
-    """PyTorch 2.0's knows only products that a function follows."""
+    """Return whether `onednn_linear` works: PyTorch 2.0 needs a function after the product."""
     try:
         onednn_linear(torch.ones(1, 1), torch.ones(1, 1), None)
     except (AttributeError, RuntimeError):
@@ -66,23 +66,28 @@ def has_onednn_linear() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b by oneDNN, in float32 on a CPU, without a gradient. x: (n, k), weight: (m, k), in
-    any order; bias: (m,), contiguous.
+    """Compute x W^T + b by oneDNN, in float32 on a CPU, without a gradient.
+
+    x: (n, k), weight: (m, k), with any strides; bias: (m,), contiguous.
     """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
 def checkpointing_arguments() -> dict[str, Any]:
-    """PyTorch 2.0's checkpoints that are not reentrant break under ZeRO-3: the backward pass finds
+    """Return the arguments of gradient checkpointing.
+
+    PyTorch 2.0's checkpoints that are not reentrant break at ZeRO 3: the backward pass finds
     partitioned weights (size 0).
     """
     return {"use_reentrant": _TORCH < (2, 1)}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch 2.0 has the class in torch.cuda only; cuBLAS and cuDNN say it in words of their own,
-    as RuntimeError.
+    """Return whether memory ran out.
+
+    PyTorch 2.0 has the class in torch.cuda only; cuBLAS and cuDNN raise RuntimeError with messages
+    of their own.
     """
     words = str(error)
     return type(error).__name__ == "OutOfMemoryError" or (
@@ -91,41 +96,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_gpu_memory() -> None:
-    """What PyTorch keeps for later goes back to the GPU."""
+    """Return the memory that PyTorch keeps for later to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """OPT derives positions from the mask in transformers 4, and takes them as an argument in 5."""
+    """Return whether the model takes positions: transformers 4's OPT derives them from the mask."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def without_cudnn_attention() -> None:
-    """cuDNN's attention (PyTorch 2.5 on) builds a plan for each new length, and our batches have
-    many.
-    """
+    """Turn cuDNN's attention (from PyTorch 2.5 on) off: it builds a plan for each new length."""
     if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def capture_arguments() -> dict[str, Any]:
-    """For torch.cuda.graph: another thread, such as a checkpoint's, may call CUDA meanwhile.
+    """Return the arguments of torch.cuda.graph that let other threads call CUDA meanwhile.
 
-    PyTorch 2.0 knows no such argument.
+    The thread that writes a checkpoint does. PyTorch 2.0 does not have the argument.
     """
-    return (
-        {"capture_error_mode": "thread_local"}
-        if "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters
-        else {}
-    )
+    if "capture_error_mode" not in inspect.signature(torch.cuda.graph.__init__).parameters:
+        return {}
+    return {"capture_error_mode": "thread_local"}
 
 
 def keep_rows(cache: Any, rows: Tensor) -> Any:
-    """The key-value cache with only these rows: tuples of tensors (transformers 4), or a Cache
-    object.
-    """
+    """Return the KV cache with only these rows: tuples of tensors (transformers 4), or a Cache."""
     if hasattr(cache, "batch_select_indices"):
         cache.batch_select_indices(rows)
         return cache
@@ -133,14 +132,12 @@ def keep_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def takes_own_attention() -> bool:
-    """Whether transformers lets us register an attention function that its decoders hand keywords
-    to.
-    """
+    """Return whether transformers lets us register an attention function that gets keywords."""
     return _MAJOR >= 5
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Masks are made for it as for SDPA."""
+    """Register an attention function, for which masks are made as for SDPA."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     transformers.AttentionInterface.register(name, function)
@@ -154,8 +151,9 @@ def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def has_varlen_attention() -> bool:
-    """Flash attention over rows of any lengths, which needs Ampere; with `scale` and `window_size`
-    from PyTorch 2.11 on.
+    """Return whether PyTorch has flash attention over rows of any lengths, as we need it.
+
+    It needs Ampere, and has `scale` and `window_size` from PyTorch 2.11 on.
     """
     if _TORCH < (2, 11) or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
@@ -165,10 +163,12 @@ def has_varlen_attention() -> bool:
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
-    """As `packed_attention.run_by_run`, of 16-bit numbers on a GPU. All (N, H, D); ends: int32 (B +
-    1,), from 0: cumulated lengths.
+    """Compute causal attention over packed rows, in 16 bit on a GPU.
+
+    The result is that of `packed_attention.run_by_run`. query, key, value: (N, H, D).
+    ends: int32 (B + 1,), cumulated lengths from 0.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    found: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
-    return found
+    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+    return output

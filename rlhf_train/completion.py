@@ -1,6 +1,4 @@
-"""Which steps of a run are to be done: the same command resumes, a changed field is refused, a redo
-starts anew.
-"""
+"""Completion decides which steps to do: it resumes, refuses changed fields, and redoes."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ def needed_by(job: Job, step: int) -> list[int]:
 
 
 def is_too_new(run: RunDir) -> bool:
-    """Find out whether a newer version has written this run folder, in a format that is not known
-    here.
-    """
+    """Return whether a newer version has written this run folder, in a format unknown here."""
     found = read_json(run.format)
     return found is not None and found not in range(1, FORMAT + 1)
 
@@ -48,9 +44,9 @@ def _too_new(run: RunDir, hint: str) -> ToolkitError:
 
 
 def begin_run(run: RunDir) -> None:
-    """Write the format number.
+    """Write the format number, and remove what a newer version has left.
 
-    What a newer version has left goes: all of it is done again, see `steps_to_do`.
+    All of that is done again: see `steps_to_do`.
     """
     if is_too_new(run):
         for folder in (*(run.step(step).path for step in _begun(run)), run.tokenizer):
@@ -66,10 +62,11 @@ def is_complete(run: RunDir, step: int) -> bool:
 
 
 def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, taken: Sequence[int] = ()) -> list[int]:
-    """`wanted` without those that are complete. Raises ToolkitError on what stands in the way.
+    """Return the `wanted` steps that are not complete.
 
-    redo: all of them, or what an earlier call of the same had left when it was stopped.
+    redo: all wanted steps, or those that were left when an earlier call of the same was stopped.
     taken: steps that will be taken over from another run first, and so be complete.
+    Raises ToolkitError if the steps cannot be done.
     """
 
     def complete(step: int) -> bool:
@@ -81,8 +78,8 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
         ways = f"`--run NEW` for a run of its own;\nor `--redo --step {steps}` to do all of it again here"
         raise _too_new(run, f"use that version; or {ways}")
     left = read_json(run.redo) if redo and not is_new else None
-    again = left if left is not None and set(left) <= {*wanted} else list(wanted)
-    todo = [step for step in wanted if not complete(step) or (redo and step in again)]
+    to_redo = left if left is not None and set(left) <= {*wanted} else list(wanted)
+    todo = [step for step in wanted if not complete(step) or (redo and step in to_redo)]
     for step in todo:
         if not job.data.split[step - 1]:
             shares = ", ".join(f"{share:g}" for share in job.data.split)
@@ -119,7 +116,7 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
 
 
 def _changed(job: Job, run: RunDir, step: int) -> list[str]:
-    """Fields that differ from those the step was started with."""
+    """List the fields that differ from those that the step was started with."""
     started_with = read_json(run.step(step).fields)
     if started_with is None:
         return [f"{run.step(step).fields} cannot be read"] if is_complete(run, step) else []
@@ -127,15 +124,15 @@ def _changed(job: Job, run: RunDir, step: int) -> list[str]:
 
 
 def begin_step(job: Job, run: RunDir, step: int) -> bool:
-    """Whether `step` was stopped and goes on.
+    """Return whether `step` was stopped and resumes; else prepare its folder for a new start.
 
-    Else an earlier result of it is forgotten, and the fields are recorded that it now depends on.
+    A new start removes an earlier result and records the fields that the step now depends on.
     """
     folder = run.step(step)
     if not is_complete(run, step) and read_json(folder.fields) is not None and not _changed(job, run, step):
         return True
     shutil.rmtree(folder.path, ignore_errors=True)
-    if step == 1:  # trained on the job's rows, which may be others now
+    if step == 1:  # the tokenizer is trained on the job's rows, which may have changed
         shutil.rmtree(run.tokenizer, ignore_errors=True)
     folder.path.mkdir(parents=True)
     write_json(folder.fields, job.fields_of_step(step))
@@ -143,9 +140,10 @@ def begin_step(job: Job, run: RunDir, step: int) -> bool:
 
 
 def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
-    """Its model is whole; what it would have gone on from is no longer needed."""
+    """Mark `step` as complete, since its model is saved, and remove its checkpoints."""
     left = [n for n in left_to_redo(run) if n != step]
-    if left:  # first: killed between the two, a redo finds the step not complete, and ends it
+    # First: if it is killed between the two, a redo finds the step not complete, and completes it.
+    if left:
         write_json(run.redo, left)
     write_json(run.step(step).complete, end)
     if not left:
@@ -154,20 +152,21 @@ def complete_step(run: RunDir, step: int, end: dict[str, Any]) -> None:
 
 
 def leftovers(run: RunDir) -> list[Path]:
-    """What a process that was killed at the wrong moment has left in steps that are complete."""
+    """List what a process that was killed at the wrong moment has left in complete steps."""
     steps = [run.step(step) for step in (1, 2, 3) if is_complete(run, step)]
     return [folder for step in steps for folder in (step.checkpoints, *step.path.glob("*.partial")) if folder.exists()]
 
 
 def inputs_of(job: Job, run: RunDir, step: int) -> dict[str, str]:
-    """By step, what tells the results apart that `step` starts from: a checkpoint made from others
-    is not gone on with.
+    """Return a hash of each step's result that `step` starts from, by step.
+
+    A step does not resume from a checkpoint that was made from other results.
     """
     return {str(n): hashlib.sha256(run.step(n).complete.read_bytes()).hexdigest() for n in needed_by(job, step)}
 
 
-def goes_on_from(run: RunDir, step: int) -> int:
-    """The update of the step's newest checkpoint; 0: it starts anew. Nothing is verified."""
+def update_to_resume_from(run: RunDir, step: int) -> int:
+    """Return the update of the step's newest checkpoint, without checks; 0: start from scratch."""
     names = [
         folder.name.removeprefix("update-")
         for folder in run.step(step).checkpoints.glob("update-*")
@@ -177,7 +176,7 @@ def goes_on_from(run: RunDir, step: int) -> int:
 
 
 def begin_redo(run: RunDir, steps: Sequence[int]) -> None:
-    """What the same command has still to do when it is called again."""
+    """Record which steps the same command still has to do if it is called again."""
     run.redo.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.redo, list(steps))
 
@@ -187,15 +186,15 @@ def left_to_redo(run: RunDir) -> list[int]:
 
 
 def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
-    """The complete steps of `source` whose settings are this job's, and that `run` has not begun.
+    """List the complete steps of `source` with this job's settings that `run` has not begun.
 
-    Raises ToolkitError.
+    Raises ToolkitError if there is nothing to take over.
     """
     if not source.path.is_dir():
         raise ToolkitError(
             f"there is no run `{source.name}`",
             why=f"{source.path} does not exist",
-            hint="`--from` names a run folder beside this one",
+            hint="`--from` names a run folder next to this one",
         )
     if is_too_new(source):
         raise _too_new(source, "use that version; or start without --from")
@@ -214,7 +213,7 @@ def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
 
 
 def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
-    """Complete steps of `source` become steps of `run`, as links, with their last events."""
+    """Make complete steps of `source` steps of `run`, as hard links, with their last events."""
     if steps and source.tokenizer.is_dir() and not run.tokenizer.exists():
         _take_folder(source.tokenizer, run.tokenizer)
     for step in steps:
@@ -229,7 +228,7 @@ def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
 
 
 def _take_folder(source: Path, target: Path) -> None:
-    """Whole or not at all: what stops in the middle of a copy leaves no `target`."""
+    """Copy a folder whole or not at all: a copy that is cut short leaves no `target`."""
     partial = target.with_name(f"{target.name}.partial")
     for stale in (partial, target):
         shutil.rmtree(stale, ignore_errors=True)

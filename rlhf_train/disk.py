@@ -1,6 +1,4 @@
-"""Files that a crash does not tear: written beside, synced, renamed; and the room that there is for
-them.
-"""
+"""Files are written so that a crash does not tear them: under another name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +9,10 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or as it was before. A link shared with another run is left to that run."""
+    """Write a file whole, or leave it as it was.
+
+    A hard link that is shared with another run is not written to: that run keeps the old file.
+    """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -21,7 +22,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """None: it is not there, or torn (a machine that lost its power leaves an empty file)."""
+    """Read a file; None: it is missing, or torn (a loss of power leaves an empty file)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -29,13 +30,13 @@ def read_json(path: Path) -> Any:
 
 
 def rename(partial: Path, path: Path) -> None:
-    """`partial` becomes `path`, also after a loss of power."""
+    """Rename `partial` to `path`, so that it lasts after a loss of power."""
     partial.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """What the file or folder holds is on disk (of a folder: its names)."""
+    """Wait until the content of the file is on disk; of a folder, the names in it."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -44,20 +45,21 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """All files directly in the folder, and their names."""
+    """Wait until all files directly in the folder, and their names, are on disk."""
     for file in folder.iterdir():
         sync(file)
     sync(folder)
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in it, at any depth; 0 if it is not there."""
+    """Return the bytes of all files in the folder, at any depth; 0 if it does not exist."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def room(folder: Path) -> tuple[int, int | None]:
-    """-> (bytes, inodes) that are free for us where `folder` lies; None where the file system does
-    not count inodes. Raises OSError.
+    """Return the (bytes, inodes) that are free for us on the disk of `folder`.
+
+    Inodes are None where the file system does not count them. Raises OSError.
     """
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None

@@ -1,4 +1,4 @@
-"""What the operating system says of this machine: its processor, and the memory that is left.
+"""This module reads what the operating system reports: the processor, and the free memory.
 
 What cannot be found out stays unknown.
 """
@@ -18,31 +18,32 @@ MEMORY_LIMITS = [
 
 
 def cpu_text() -> str:
-    """/proc/cpuinfo; "" where there is none."""
+    """Return the text of /proc/cpuinfo; "" where there is none."""
     return read(CPU)
 
 
 def cpu_flags(text: str) -> tuple[str, ...] | None:
-    """Of the first CPU in /proc/cpuinfo; None on other processors than x86, where the line has
-    another name.
+    """Return the flags of the first CPU in /proc/cpuinfo.
+
+    None: the processor is not an x86, and the line has another name.
     """
     found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
     return tuple(found[1].split()) if found else None
 
 
 def free_memory_bytes() -> int:
-    """Of the main memory, in bytes, that this process may still take: what the kernel has left, or
-    its container's limit. 0: not known.
+    """Return the bytes of main memory that this process may still take; 0: not known.
+
+    That is what the kernel or the container's limit leaves.
     """
     found = re.search(r"^MemAvailable:\s+([0-9]+) kB", read(Path("/proc/meminfo")), flags=re.MULTILINE)
     free = int(found[1]) * 1024 if found else 0
     for limit, used in MEMORY_LIMITS:
         most, now = read(limit).strip(), read(used).strip()
         if most.isdecimal() and now.isdecimal():
-            # Pages of files that nobody uses are counted as used, and given back at need.
-            cached = re.search(
-                r"^(?:total_)?inactive_file ([0-9]+)", read(limit.with_name("memory.stat")), flags=re.MULTILINE
-            )
+            # Pages of files that nobody uses count as used, but the kernel frees them when needed.
+            statistics = read(limit.with_name("memory.stat"))
+            cached = re.search(r"^(?:total_)?inactive_file ([0-9]+)", statistics, flags=re.MULTILINE)
             free = min(free, max(0, int(most) - int(now) + (int(cached[1]) if cached else 0)))
     return free
 

@@ -1,7 +1,7 @@
-"""Starts the ranks, shows what they do, and ends with their exit code.
+"""The launcher starts the ranks, shows their events, and ends with their exit code.
 
-The launcher itself holds the rendezvous store, on a port that the system gave it: no port to
-choose, none to be taken.
+It holds the rendezvous store itself, on a free port that the system chose: nobody has to choose a
+port, and none can be taken.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
 from rlhf_train.ranks.processes import GRACE_S, POLL_S, Rank, RankEnvironment, SpareRanks, end, libraries_of
 from rlhf_train.worker import LastWords, Order
 
-OTHERS_S = 3.0  # for the other ranks to end by themselves, when one has failed
-END_S = 2.0  # of checkpoint.grace_s, for the launcher's own end
-HANG_S = 300.0  # without a sign of life of any rank; a pass or a token takes seconds
-# while libraries are imported, models fetched or written, and rows tokenised. PyTorch's collectives
-# give up after 1800 s
+OTHERS_S = 3.0  # until the other ranks end by themselves, when one has failed
+END_S = 2.0  # part of checkpoint.grace_s that the launcher needs for its own end
+HANG_S = 300.0  # without a sign of life from any rank; a pass or a token takes seconds
+# The same while libraries are imported, models fetched or written, and rows tokenised. PyTorch's
+# collectives give up after 1800 s.
 PATIENT_HANG_S = 1500.0
 TAIL_BYTES = 2**16  # of the log, which may be long
-STACKS_S = 1.0  # for the ranks to write down their stacks
-# before a step's last update the next step's ranks are started: imports take 5 s on a quiet core,
-# 11 s on one machine with a GPU
+STACKS_S = 1.0  # until the ranks have written their stacks
+# The next step's ranks start this long before a step's last update: imports take 5 s on a quiet
+# core, and took 11 s on one machine with a GPU.
 SPARES_S = 20.0
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What the steps of one call share."""
+    """The things that the steps of one call share."""
 
     job: Job
     run: RunDir
@@ -63,20 +63,20 @@ class _Call:
 def launch(
     job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks
 ) -> ExitCode:
-    """Train `steps` with all ranks, which hold `lock` too; draws the run's events while they come.
+    """Train `steps` with all ranks, which hold `lock` too, and show the run's events as they come.
 
     Raises ToolkitError with the first rank's error.
 
-    Each step has processes of its own: DeepSpeed's engines do not give back all memory within one
-    (seen on a GPU:
-    16.8 GB of OPT-1.3b's step 1 were still held in step 2, and under ZeRO 3 also after
-    `engine.destroy()`). Those of the next step are started while this one ends, so that it need not
-    wait for their imports.
+    Each step has processes of its own, since DeepSpeed's engines do not free all their memory
+    within a process (measured on a GPU: 16.8 GB of OPT-1.3b's step 1 were still held in step 2, and
+    at ZeRO 3 also after `engine.destroy()`). The next step's processes start while this step ends,
+    so that the next step need not wait for their imports.
     """
     nccl = nccl_settings(placement, os.environ)
     if nccl:
-        said = " and ".join(f"{name}={value}" for name, value in nccl.items())
-        placement = replace(placement, notes=(*placement.notes, f"{said} for the ranks: {placement.no_peer_access}"))
+        variables = " and ".join(f"{name}={value}" for name, value in nccl.items())
+        note = f"{variables} for the ranks: {placement.no_peer_access}"
+        placement = replace(placement, notes=(*placement.notes, note))
     save_job(job, run.job_file)
     placement = memory_fit.fit(job, run, placement)
     with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
@@ -103,18 +103,21 @@ def _code_of_stop(caught: Sequence[int], run: RunDir) -> ExitCode:
 
 @dataclass(frozen=True)
 class _Ended:
-    """How the ranks of a step have ended, if not by an error."""
+    """How the ranks of a step ended, if not by an error."""
 
     is_done: bool  # else they were stopped
     no_memory: LastWords | None = None
 
 
 def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placement) -> _Ended:
-    """left: this step and those to be done after it."""
+    """Train one step with all ranks, and return how it ended.
+
+    left: this step and those to be done after it. Raises ToolkitError with the first rank's error.
+    """
     job, run, caught = call.job, call.run, call.caught
     port, _store = _rendezvous(placement.ranks)
     order = Order(job.dump(), str(run.path), step, list(left), asdict(placement), str(call.cache), port)
-    crew, watch = crew_of(job, placement, os.environ), HeartbeatReader(placement.ranks)
+    environment, heartbeats = rank_environment(job, placement, os.environ), HeartbeatReader(placement.ranks)
     offset = run.events.stat().st_size if run.events.exists() else 0
 
     def show() -> None:
@@ -123,14 +126,14 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         for event in events:
             call.view.feed(event)
         if len(left) > 1 and not caught and any(map(_ends_soon, events)):
-            call.spares.start(crew)
+            call.spares.start(environment)
 
     hang: ToolkitError | None = None
-    ranks = call.spares.take(crew)
+    ranks = call.spares.take(environment)
     try:
         for number, rank in enumerate(ranks):
-            rank.tell(order.for_rank(number), call.log.fileno(), watch.file, call.lock)
-        life, asked_at = _Life(watch), math.inf
+            rank.tell(order.for_rank(number), call.log.fileno(), heartbeats.file, call.lock)
+        silence, asked_at = _Silence(heartbeats), math.inf
         while any(rank.poll() is None for rank in ranks) and not _failed(ranks):
             time.sleep(POLL_S)
             show()
@@ -138,37 +141,38 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
                 asked_at = time.monotonic()
                 for rank in ranks:
                     rank.send_signal(signal.SIGTERM)
+            signs = heartbeats.signs()
             is_late = time.monotonic() - asked_at > job.checkpoint.grace_s - END_S
-            if caught and (
-                is_late or not any(sign.has_trained for sign in watch.signs()) or caught.count(signal.SIGINT) > 1
-            ):
+            nothing_to_save = not any(sign.has_trained for sign in signs)
+            if caught and (is_late or nothing_to_save or caught.count(signal.SIGINT) > 1):
                 break
-            if (silent_s := life.silent_s()) > (
-                PATIENT_HANG_S if any(sign.is_patient or not sign.count for sign in watch.signs()) else HANG_S
-            ):
-                hang = _hang(ranks, watch.signs(), silent_s)
+            silent_s = silence.measure_s()
+            is_patient = any(sign.is_patient or not sign.count for sign in signs)
+            if silent_s > (PATIENT_HANG_S if is_patient else HANG_S):
+                hang = _hang(ranks, heartbeats.signs(), silent_s)
                 break
     finally:
         failed = _failed(ranks)
         wait_s = 0.0 if caught or hang else OTHERS_S
         saving_s = 0.0 if caught or hang else max(OTHERS_S, job.checkpoint.grace_s - END_S)
-        killed = end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and watch.signs()[0].is_saving)
-        watch.close()
+        killed = end(ranks, wait_s, saving_s, lambda: ranks[0].poll() is None and heartbeats.signs()[0].is_saving)
+        heartbeats.close()
         for rank in ranks:
             with suppress(OSError):  # the log's disk may be full
-                call.log.write(rank.early_words())
+                call.log.write(rank.early_output())
     show()
     if hang is not None:
         raise _written(run, step, 0, hang)
     if caught:
-        if failed and (words := _all_last_words(ranks)):  # while it saved: said, but the run was stopped and not broken
+        # A save failed: that is an event, but the run counts as stopped.
+        if failed and (words := _all_last_words(ranks)):
             _failure(run, step, ranks, list(words), words)
             show()
         return _Ended(is_done=all(rank.returncode == 0 for rank in ranks))
     if failed:
         failed += killed_by_others([rank.returncode for rank in ranks], {*failed, *killed})
         words = _all_last_words(ranks)
-        first = min(words.values(), key=lambda said: said.at_s, default=None)
+        first = min(words.values(), key=lambda last: last.at_s, default=None)
         if first is not None and first.out_of_memory and all(number in words for number in failed):
             return _Ended(is_done=False, no_memory=first)
         raise _failure(run, step, ranks, failed, words)
@@ -176,59 +180,55 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
 
 
 def _failed(ranks: Sequence[Rank]) -> list[int]:
-    """Those that have ended by an error, in their order: not done, nor stopped as they were asked
-    to.
-    """
+    """Return the ranks that ended by an error: neither done nor stopped as they were asked to."""
     return [number for number, rank in enumerate(ranks) if rank.poll() not in (None, ExitCode.OK, ExitCode.PREEMPTED)]
 
 
 def killed_by_others(codes: Sequence[int | None], known: Collection[int]) -> list[int]:
-    """Ranks that somebody, or the kernel, has ended by SIGKILL, besides those that are `known` to
-    have failed or that we have ended.
+    """Return the ranks that somebody else, or the kernel, ended by SIGKILL.
 
-    Such an end may be seen after the error of a rank that waited for it: a connection breaks
-    immediately, a GPU is let go of later.
+    known: ranks that are known to have failed, or that we have ended. The end of a killed rank may
+    be seen after the error of a rank that waited for it: its connections break immediately, but it
+    holds its GPU longer.
     """
     return [number for number, code in enumerate(codes) if code == -signal.SIGKILL and number not in known]
 
 
 def _with_less_memory(job: Job, run: RunDir, step: int, placement: Placement, words: LastWords) -> Placement:
-    """The placement to try next, remembered for this run.
+    """Return the placement with a smaller micro batch to try next, and remember it for this run.
 
     Raises ToolkitError when there is none.
     """
     now = placement.micro_batches[step - 1]
-    less = memory_fit.smaller(job, step, placement)
+    less = memory_fit.with_smaller_micro_batch(job, step, placement)
     if less is None:
         from rlhf_train.plan.estimate import relief
 
         what = f"out of memory in step {step} with a micro batch of 1"
-        raise _written(
-            run,
-            step,
-            0,
-            ToolkitError(what, why=words.why, hint=relief(job, step, placement), exit_code=ExitCode.TRAINING),
-        )
-    with suppress(OSError):  # a full disk is told by the next start
+        hint = relief(job, step, placement)
+        error = ToolkitError(what, why=words.why, hint=hint, exit_code=ExitCode.TRAINING)
+        raise _written(run, step, 0, error)
+    with suppress(OSError):  # the next start reports a full disk
         memory_fit.remember(job, run, less)
-    update = completion.goes_on_from(run, step)
-    message = f"out of memory with a micro batch of {now}: continues with {less.micro_batches[step - 1]}, from update {update}"
+    update = completion.update_to_resume_from(run, step)
+    smaller = less.micro_batches[step - 1]
+    message = f"out of memory with a micro batch of {now}: continues with {smaller}, from update {update}"
+    hint = f"the global batch stays; {run.fitted} remembers it"
     with suppress(OSError):
-        EventWriter(run.events)(
-            Warning(step=step, message=message, hint=f"the global batch stays; {run.fitted} remembers it")
-        )
+        EventWriter(run.events)(Warning(step=step, message=message, hint=hint))
     return less
 
 
-class _Life:
-    """How long the ranks have given no sign of life."""
+class _Silence:
+    """Measures for how long no rank has given a sign of life."""
 
-    def __init__(self, watch: HeartbeatReader) -> None:
-        self._watch, self._counts, self._silent_s, self._seen_at = watch, [0], 0.0, time.monotonic()
+    def __init__(self, heartbeats: HeartbeatReader) -> None:
+        self._heartbeats, self._counts, self._silent_s, self._seen_at = heartbeats, [0], 0.0, time.monotonic()
 
-    def silent_s(self) -> float:
-        counts, now = [sign.count for sign in self._watch.signs()], time.monotonic()
-        self._silent_s += min(now - self._seen_at, 1.0)  # a machine that was frozen, and we with it, has not hung
+    def measure_s(self) -> float:
+        counts, now = [sign.count for sign in self._heartbeats.signs()], time.monotonic()
+        # At most 1 s a call: if the whole machine was frozen, the ranks have not hung.
+        self._silent_s += min(now - self._seen_at, 1.0)
         self._seen_at = now
         if counts != self._counts:
             self._counts, self._silent_s = counts, 0.0
@@ -236,9 +236,9 @@ class _Life:
 
 
 def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> ToolkitError:
-    """Who keeps the others waiting: the rank that has come least far.
+    """Make the error of a hang, which names the rank that keeps the others waiting.
 
-    Their stacks go to the log.
+    That is the rank with the fewest meetings. The stacks of all ranks go to the log.
     """
     for rank in ranks:
         if rank.poll() is None:
@@ -247,19 +247,19 @@ def _hang(ranks: Sequence[Rank], signs: Sequence[RankSign], silent_s: float) -> 
     states = [process_state(rank.pid) for rank in ranks]
     fewest = min(sign.meetings for sign in signs)
     behind = [n for n, sign in enumerate(signs) if sign.meetings == fewest]
-    away = [
-        n for n in behind if states[n] in "TtDZX"
-    ] or behind  # alike far, as in the midst of a pass: one that does not run at all
+    # Several may have the fewest, as in the middle of a pass: then those that do not run at all.
+    stuck = [n for n in behind if states[n] in "TtDZX"] or behind
     host = socket.gethostname()
-    names = " and ".join(f"rank {n}" for n in away)
+    names = " and ".join(f"rank {n}" for n in stuck)
     lines = [
         f"rank {n} on {host} (process {rank.pid}, {STATES.get(states[n], states[n])}): {signs[n].phase}"
         for n, rank in enumerate(ranks)
     ]
     return ToolkitError(
-        f"{names} on {host} stays away: no rank has got further for {silent_s:.0f} s",
+        f"{names} on {host} {'hangs' if len(stuck) == 1 else 'hang'}: no rank has made progress for {silent_s:.0f} s",
         why="\n".join(lines),
-        hint="the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
+        hint="the stacks of all ranks are at the end of train.log; "
+        "a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
         "the same command resumes from the last checkpoint",
         exit_code=ExitCode.TRAINING,
     )
@@ -277,25 +277,24 @@ STATES = {
 
 
 def process_state(process: int) -> str:
-    """Of Linux' letters; "?" where it cannot be told."""
+    """Return Linux' letter for the state of a process; "?" where it is not known."""
     try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "?"
 
 
 def _ends_soon(event: RawEvent) -> bool:
-    """Whether the step that says this has its last update behind it, or SPARES_S before it as far
-    as can be told.
-    """
-    return (
-        event["kind"] == "metrics"
-        and (event["updates"] - event["update"]) * event["elapsed_s"] / event["update"] <= SPARES_S
-    )
+    """Return whether the step's last update is expected within SPARES_S, or is done."""
+    if event["kind"] != "metrics":
+        return False
+    left = event["updates"] - event["update"]
+    return left * event["elapsed_s"] / event["update"] <= SPARES_S
 
 
 def _rendezvous(ranks: int) -> tuple[int, Any]:
-    """-> (port, the store that must stay alive). One rank needs none."""
+    """Return (port, the store, which must stay alive). One rank needs no store."""
     if ranks == 1:
         return 0, None
     from torch.distributed import TCPStore
@@ -304,61 +303,61 @@ def _rendezvous(ranks: int) -> tuple[int, Any]:
     return store.port, store
 
 
-def crew_of(job: Job, placement: Placement, environ: Mapping[str, str]) -> RankEnvironment:
+def rank_environment(job: Job, placement: Placement, environ: Mapping[str, str]) -> RankEnvironment:
     nccl = tuple(nccl_settings(placement, environ).items())
     return RankEnvironment(placement.device, placement.ranks, placement.cpu_threads, nccl, libraries_of(job))
 
 
 def nccl_settings(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
-    """NCCL's variables for the ranks: without peer access it would hang, or fail, on the way that
-    it tries first. What the user has set stays as it is.
+    """Return NCCL's variables for the ranks.
+
+    Without peer access NCCL would hang or fail on the transport that it tries first. Variables that
+    the user has set stay as they are.
     """
     if not placement.no_peer_access:
         return {}
-    # The level decides on peer access too: who set it has thought of it.
+    # NCCL_P2P_LEVEL decides on peer access too: a user who set it has thought of that.
     owners = {"NCCL_P2P_DISABLE": {"NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL"}, "NCCL_IB_DISABLE": {"NCCL_IB_DISABLE"}}
-    return {name: "1" for name, taken in owners.items() if not any(environ.get(other) for other in taken)}
+    return {name: "1" for name, variables in owners.items() if not any(map(environ.get, variables))}
 
 
 def _failure(
     run: RunDir, step: int, ranks: Sequence[Rank], failed: Sequence[int], words: Mapping[int, LastWords]
 ) -> ToolkitError:
-    """The first error, also written to the events.
+    """Return the first error, and write it to the events.
 
-    `failed`: the ranks that had failed before the others were ended.
+    failed: the ranks that had failed before the others were ended.
     """
     mute = next((number for number in failed if number not in words), None)
     if mute is not None:
         return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
     first = min(words, key=lambda number: words[number].at_s)
-    said = words[first]
-    return _written(
-        run, step, first, ToolkitError(said.what, why=said.why, hint=said.hint, exit_code=ExitCode(said.exit_code))
-    )
+    last = words[first]
+    error = ToolkitError(last.what, why=last.why, hint=last.hint, exit_code=ExitCode(last.exit_code))
+    return _written(run, step, first, error)
 
 
 def _written(run: RunDir, step: int, rank: int, error: ToolkitError) -> ToolkitError:
+    event = Error(
+        step=step,
+        rank=rank,
+        what=error.what,
+        why=error.why or None,
+        hint=error.hint or None,
+        exit_code=int(error.exit_code),
+    )
     with suppress(OSError):  # the disk may be full, which then is the error
-        run.path.stat()  # or gone: it is not made anew
-        EventWriter(run.events)(
-            Error(
-                step=step,
-                rank=rank,
-                what=error.what,
-                why=error.why or None,
-                hint=error.hint or None,
-                exit_code=int(error.exit_code),
-            )
-        )
+        run.path.stat()  # if the folder is gone, it is not made again
+        EventWriter(run.events)(event)
     return error
 
 
 def _all_last_words(ranks: Sequence[Rank]) -> dict[int, LastWords]:
-    return {number: said for number, rank in enumerate(ranks) if (said := _last_words(rank))}
+    return {number: words for number, rank in enumerate(ranks) if (words := _last_words(rank))}
 
 
 def _last_words(rank: Rank) -> LastWords | None:
-    """Why a rank that is gone has ended; None when it had no time to say."""
+    """Return why a rank ended; None when it had no time to report it."""
     assert rank.stdout is not None
     os.set_blocking(rank.stdout.fileno(), False)  # a child of the rank may still hold the pipe
     try:
@@ -369,9 +368,9 @@ def _last_words(rank: Rank) -> LastWords | None:
 
 def _sudden_end(run: RunDir, number: int, code: int) -> ToolkitError:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    likely = (
-        "the kernel ends the largest process when memory runs out (dmesg tells)\n" if code == -signal.SIGKILL else ""
-    )
+    likely = ""
+    if code == -signal.SIGKILL:
+        likely = "the kernel kills the largest process when memory runs out (see dmesg)\n"
     return ToolkitError(
         f"rank {number} was ended by {name}",
         why=f"{likely}the last lines of {run.log}:\n{_last_lines(run.log)}",
@@ -391,7 +390,7 @@ def _last_lines(log: Path) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Signals that ask to stop, in the order in which they came."""
+    """Collect the signals that ask to stop, in the order in which they came."""
     caught: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -408,11 +407,10 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def locked(run: RunDir) -> Iterator[int]:
-    """Only one process trains in a run folder.
+    """Hold the run folder's lock, so that only one process trains in it.
 
-    Yields the lock's file descriptor, which the ranks inherit.
-
-    A crash lets go of the lock, but not before the last rank is gone. Raises ToolkitError (busy).
+    Yields the lock's file descriptor, which the ranks inherit: after a crash the lock is free as
+    soon as the last rank is gone. Raises ToolkitError (busy).
     """
     run.lock.parent.mkdir(parents=True, exist_ok=True)
     with run.lock.open("a+") as file:
@@ -420,8 +418,9 @@ def locked(run: RunDir) -> Iterator[int]:
         while not _lock(file):
             file.seek(0)
             owner = file.read().strip()
-            is_elsewhere = owner and not owner.endswith(f" on {socket.gethostname()}")  # in another container, say
-            if is_elsewhere or _is_alive(owner) or time.monotonic() > deadline:  # else its ranks are just leaving
+            is_elsewhere = owner and not owner.endswith(f" on {socket.gethostname()}")  # another container, say
+            # Else the owner is gone, and its ranks are about to end.
+            if is_elsewhere or _is_alive(owner) or time.monotonic() > deadline:
                 raise _busy(run, owner)
             time.sleep(POLL_S)
         file.truncate(0)
@@ -457,8 +456,9 @@ def _busy(run: RunDir, owner: str) -> ToolkitError:
 
 
 def holders(path: Path) -> list[tuple[int, str]]:
-    """(process, command) of those that have the file open; none where there is no /proc, or of
-    other users' processes.
+    """List (process, command) of the processes that have the file open.
+
+    Other users' processes are not seen, and none where there is no /proc.
     """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -478,7 +478,10 @@ def _lock(file: IO[str]) -> bool:
 
 
 def _is_alive(owner: str) -> bool:
-    """owner: `123 on gpu-box`; of another machine or container nothing is known."""
+    """Return whether the owner is a living process of this machine or container.
+
+    owner: `123 on gpu-box`.
+    """
     process, _, host = owner.partition(" on ")
     try:
         os.kill(int(process), 0)

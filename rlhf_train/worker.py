@@ -1,10 +1,9 @@
-"""One rank of one step: `python -m rlhf_train.worker LIBRARY...`, started by processes.py and by
-nobody else.
+"""`python -m rlhf_train.worker LIBRARY...` is one rank of one step; only processes.py starts it.
 
-Its stdin is a socket, where its order comes as one JSON line, with open files of the launcher's:
-maybe at once, maybe only when the step before has ended. The socket stays open then: its end means
-that the launcher is gone. Its stdout is a pipe to the launcher for one thing, why it ended: that is
-told even when the disk is full. All else goes to the log.
+Its stdin is a socket, where its order comes as one JSON line with open files of the launcher:
+maybe immediately, maybe only when the step before has ended. The socket stays open after that; when
+it closes, the launcher is gone. Its stdout is a pipe to the launcher that carries only the reason
+why the rank ended, so the launcher gets it even when the disk is full. All else goes to the log.
 """
 
 from __future__ import annotations
@@ -38,12 +37,14 @@ from jobs.views.console import console_on
 from jobs.views.plain import Plain
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-MOST_SAID = 4000  # characters, 12 bytes each at most: a pipe takes 64 KiB before somebody reads
+# Characters of an error's text. One takes 12 bytes at most, and a pipe holds 64 KiB before somebody
+# reads it.
+MOST_SAID = 4000
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the launcher wants of every rank. Plain values: it travels as JSON."""
+    """What the launcher wants every rank to do: plain values, since it is sent as JSON."""
 
     job: dict[str, Any]
     run: str
@@ -66,21 +67,22 @@ class LastWords:
     why: str
     hint: str
     exit_code: int
-    at_s: float  # on the clock that all processes of a machine share: the first error is the cause of the others
+    # On the clock that all processes of a machine share: the first error causes the others.
+    at_s: float
     out_of_memory: bool = False  # a smaller micro batch may help
 
 
-Told = tuple[str, int, int]  # the order's line, and the log and the ranks' signs of life as open files
+Received = tuple[str, int, int]  # the order's line, and the open files of the log and the heartbeats
 
 
 def main() -> int:
     pipe = os.dup(1)
     os.dup2(2, 1)
     faulthandler.register(signal.SIGUSR2)  # the launcher asks a rank that hangs for its stack
-    told: SimpleQueue[Told] = SimpleQueue()
-    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    received: SimpleQueue[Received] = SimpleQueue()
+    threading.Thread(target=_listen, args=(received,), daemon=True).start()
     failure = _import_all(sys.argv[1:])
-    line, log, heartbeat = told.get()
+    line, log, heartbeat = received.get()
     _write_to(log)
     order = Order(**json.loads(line))
     run = RunDir(Path(order.run))
@@ -88,7 +90,7 @@ def main() -> int:
         if failure is not None:
             raise failure
         return _train(order, run, heartbeat)
-    except Exception as error:  # the process ends here: say why, for the launcher to show
+    except Exception as error:  # the process ends here; the launcher shows why
         report = explain(error)
         # While models are loaded, a smaller micro batch would not help.
         no_memory = is_out_of_memory(error) and getattr(error, "while_training", False)
@@ -102,36 +104,38 @@ def main() -> int:
         return report.exit_code
 
 
-def _listen(told: SimpleQueue[Told]) -> None:
-    """Hand on what the launcher tells, and leave with it: also before it has told anything, in the
-    midst of an import.
+def _listen(received: SimpleQueue[Received]) -> None:
+    """Receive the launcher's order, and end this process when the launcher ends.
+
+    That may be before the order comes, in the middle of an import.
     """
     launcher = socket.socket(fileno=0)
     _, files, _, _ = socket.recv_fds(launcher, 1, 3)
     line = launcher.makefile("r", encoding="utf-8").readline()
     if line.endswith("\n"):
-        log, heartbeat, _ = files  # the third is the run's lock: to have it open is to hold it
-        told.put((line, log, heartbeat))
+        log, heartbeat, _ = files  # the third is the run's lock, which this rank holds by having it open
+        received.put((line, log, heartbeat))
         launcher.recv(1)
     os._exit(ExitCode.CANCELLED)
 
 
 def _import_all(libraries: Sequence[str]) -> Exception | None:
-    """What every step needs, and these: seconds, and none of them once the order is there.
+    """Import `libraries` and what every step needs, before the order comes: it takes seconds.
 
-    No GPU is touched: the card is another step's.
-    What goes wrong is to be told later, since only then there is a log.
+    No GPU is touched, since another step may be using it. An error is returned, to be reported when
+    there is a log.
     """
     try:
-        import transformers.models.opt.modeling_opt  # noqa: F401 (any family's would do: what they share takes two of the seconds)
+        # Any model family would do: what all families share takes two of the seconds.
+        import transformers.models.opt.modeling_opt  # noqa: F401
 
         from rlhf_train.engine import checkpointer  # noqa: F401
         from rlhf_train.steps import ppo, reward, sft  # noqa: F401
 
         for library in libraries:
             importlib.import_module(library)
-        # all that was imported stays: to look through it for cycles took Python 60 ms of each
-        # update of step 3, a GPU idle
+        # Imported objects stay for good. Garbage collection of them took 60 ms of each update of
+        # step 3, in which a GPU was idle.
         gc.freeze()
     except Exception as error:
         return error
@@ -139,7 +143,7 @@ def _import_all(libraries: Sequence[str]) -> Exception | None:
 
 
 def _write_to(log: int) -> None:
-    """From now on; with what was said before."""
+    """Send stdout and stderr to the log, with what was written to stderr before."""
     sys.stderr.flush()
     with suppress(OSError):  # its disk may be full
         os.write(log, os.pread(2, 2**20, 0))
@@ -196,9 +200,8 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     chosen = ""
     if world.is_main:
         complaints: list[str] = []
-        goes_on = completion.begin_step(job, run, order.step)
         saved = None
-        if goes_on:
+        if completion.begin_step(job, run, order.step):
             saved = checkpoint_files.latest(run.step(order.step), complaints.append, inputs, heartbeat.beat)
         if any(event.get("step") == order.step for event in read_events(run.events)[0]):
             emit(Resumed(step=order.step, from_update=saved.update if saved else 0))
@@ -210,7 +213,7 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     context = StepContext(job, run, world, placement, Path(order.cache), emit, heartbeat, stop, saved, inputs)
     failure: Exception | None = None
     heartbeat.is_patient = True  # until all is loaded: see Checkpointer
-    heartbeat.beat()  # which tells it: the hub, asked next, may be slow
+    heartbeat.beat()  # it publishes `is_patient`, since the hub may be slow
     try:
         if world.is_main:
             check_room(job, run, order.left, placement)
@@ -225,10 +228,10 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
         if world.size > 1 or not is_out_of_memory(error):
             context.stop.finish_writing()
             raise
-        failure = error.with_traceback(None)  # whose frames hold on to the tensors
+        failure = error.with_traceback(None)  # the traceback's frames hold on to the tensors
         failure.__context__ = failure.__cause__ = None
     if failure is not None:
-        # Alone, this rank can keep all whole updates; the launcher then starts it again with a
+        # A single rank can still save all whole updates. The launcher then starts it again with a
         # smaller micro batch.
         compat.free_gpu_memory()
         try:
@@ -245,14 +248,14 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
 
 
 def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
-    """Rank 0: an event line and a plain line in the log. Others: silent."""
+    """Make the function that writes events: on rank 0 to the run and the log, else to nowhere."""
     if not is_main:
         return lambda event: None
     write, plain = EventWriter(run.events), Plain(console_on(sys.stdout))
 
     def emit(event: Event) -> None:
         line = write(event)
-        with suppress(OSError):  # the log alone is worth no run
+        with suppress(OSError):  # a log that cannot be written does not end the run
             plain.feed(line)
             sys.stdout.flush()
 
@@ -260,7 +263,7 @@ def _emitter(run: RunDir, is_main: bool) -> Callable[[Event], None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, ImportError):  # of what we would ask, maybe
+    if isinstance(error, ImportError):  # `compat` may be what cannot be imported
         return False
     from rlhf_train import compat
 
@@ -268,19 +271,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: Exception) -> ToolkitError:
-    """Any exception as what happened, why, and what to do next."""
+    """Turn any exception into what happened, why, and what to do next."""
     if isinstance(error, ToolkitError):
         return error
     if is_out_of_memory(error) or isinstance(error, MemoryError):
         return ToolkitError(
             "out of memory",
             why=str(error).splitlines()[0] if str(error) else "an allocation failed",
-            # The launcher lowers hardware.micro_batch by itself: what comes here needs too much
-            # before that matters.
-            hint="`--dry-run` tells what the models need; actor.lora, ZeRO 3 on more GPUs or a smaller model need less",
+            # The launcher lowers hardware.micro_batch by itself: an error that comes here is of
+            # models that are too large.
+            hint="`--dry-run` shows what the models need; actor.lora, ZeRO 3 on more GPUs or a smaller model need less",
             exit_code=ExitCode.TRAINING,
         )
-    if f"os error {errno.ENOSPC}" in str(error):  # safetensors and tokenizers, in exceptions of their own
+    # safetensors and tokenizers report a full disk in exceptions of their own.
+    if f"os error {errno.ENOSPC}" in str(error):
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if isinstance(error, OSError) and error.errno is not None:
         return system_error(error, ExitCode.TRAINING)
@@ -294,11 +298,11 @@ def explain(error: Exception) -> ToolkitError:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking Python down.
+    """End this process without shutting the Python interpreter down.
 
-    Threads of PyTorch's collectives may still live, and one that asks for the interpreter
-    while that is being taken down ends in C++'s terminate(): seen once, under load, as SIGABRT of
-    ranks that had done all their work.
+    Threads of PyTorch's collectives may still live. If one asks for the interpreter during its
+    shutdown, C++ calls terminate(): seen once, under load, as SIGABRT of ranks that had done all
+    their work.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the log's disk may be full

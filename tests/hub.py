@@ -1,14 +1,13 @@
-"""A small Hugging Face hub on loopback: the endpoints that huggingface_hub 0.20 to 2.4 and datasets
-2.14 to 5.2 ask for.
+"""A small Hugging Face hub on loopback, with what huggingface_hub 0.20 to 2.4 and datasets need.
 
-It serves `root/models/OWNER/NAME/...` and `root/datasets/OWNER/NAME/...` as they lie on disk, one
-commit each. Point a fresh process at it with HF_ENDPOINT=hub.url: both libraries read that variable
-when they are imported.
+It has the endpoints that datasets 2.14 to 5.2 asks for. It serves `root/models/OWNER/NAME/...` and
+`root/datasets/OWNER/NAME/...` as they lie on disk, one commit each. Point a fresh process at it
+with HF_ENDPOINT=hub.url: both libraries read that variable when they are imported.
 
     with Hub(tmp_path) as hub:
         hub.fail("GET /some/model/resolve/.*safetensors", "cut", times=2)
-        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path /
-        "home")})
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        subprocess.run([...], env={**os.environ, **variables})
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Refusal(Exception):
-    """An answer other than 200, with the error code that huggingface_hub turns into an exception."""
+    """An answer other than 200, with the error code that huggingface_hub makes an exception of."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(code)
@@ -163,7 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _information(self, match: re.Match[str]) -> dict[str, Any]:
         folder, name = self._repository(match), match["name"]
         return {
-            "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
+            "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0,
+            "likes": 0, "tags": [],
             "gated": "manual" if name in self.server.hub.gated else False,
             "lastModified": DATE, "createdAt": DATE,
             "siblings": [{"rfilename": file} for file in _files(folder)],
@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent: `Hub.requests` is the log."""
 
 
-# --- a folder as a repository ---------------------------------------------------------------------------------------
+# --- a folder as a repository ---
 
 
 def _files(folder: Path) -> list[str]:

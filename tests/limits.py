@@ -10,11 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def small_files(largest: int) -> Iterator[None]:
-    """No file of this process may grow beyond `largest` bytes: a write fails in its middle, as on a
-    full disk.
+    """Limit the files of this process to `largest` bytes, as a full disk would.
 
-    Not for a fixture: pytest prints a test's dot before its fixtures end, into a log that may be
-    longer than that.
+    A longer write fails half-way. Not for a fixture: pytest prints a test's dot before its fixtures
+    end, into a log that may be longer than that.
     """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))

@@ -1,6 +1,4 @@
-"""Processes that have joined each other as the ranks of a run do, for tests with DeepSpeed engines
-of their own.
-"""
+"""Processes that have joined each other like a run's ranks, for tests with DeepSpeed engines."""
 
 from __future__ import annotations
 

@@ -15,14 +15,17 @@ def event(kind: str, step: int | None = None, at_s: float = 0.0, **fields: Any) 
 
 
 PLAN = event(
-    "plan", 3, updates=480, rows=1920, ranks=1, device="cpu", device_reason="PyTorch sees no GPU", precision="float32", global_batch=32,
-    micro_batch=16, gradient_accumulation=2, zero_stage=0,
-    data={"rows": 2000, "empty_prompt": 0, "empty_answer": 3, "prompt_too_long": 1, "identical_answers": 2, "answer_cut": 5},
+    "plan", 3, updates=480, rows=1920, ranks=1, device="cpu", device_reason="PyTorch sees no GPU", precision="float32",
+    global_batch=32, micro_batch=16, gradient_accumulation=2, zero_stage=0,
+    data={
+        "rows": 2000, "empty_prompt": 0, "empty_answer": 3, "prompt_too_long": 1, "identical_answers": 2,
+        "answer_cut": 5,
+    },
 )  # fmt: skip
 PPO = event(
-    "metrics", 3, update=120, updates=480, elapsed_s=96.0, learning_rate=9.65e-6, tokens_per_s=3120.4, real_token_share=0.9, grad_norm=1.5,
-    policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321, entropy=2.3456, clip_fraction=0.0214, response_length=64.25,
-    eos_share=0.921, kl_coef=0.1, ratio=1.0,
+    "metrics", 3, update=120, updates=480, elapsed_s=96.0, learning_rate=9.65e-6, tokens_per_s=3120.4,
+    real_token_share=0.9, grad_norm=1.5, policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321,
+    entropy=2.3456, clip_fraction=0.0214, response_length=64.25, eos_share=0.921, kl_coef=0.1, ratio=1.0,
 )  # fmt: skip
 SFT = event(
     "metrics",
@@ -53,9 +56,9 @@ END_1 = event(
 )
 END_2 = event("end", 2, updates=10, seconds=38.4, model="runs/demo/step2/model", reward_accuracy=0.874)
 END_3 = event(
-    "end", 3, updates=480, seconds=3720.0, model="runs/demo/step3/model", mean_reward_before=-0.52, mean_reward_after=1.934, kl_before=0.0,
-    kl=0.4101, good_share_before=0.48, good_share_after=0.94, response_length_before=20.31, response_length_after=30.1, eos_share_before=0.7,
-    eos_share_after=0.991,
+    "end", 3, updates=480, seconds=3720.0, model="runs/demo/step3/model", mean_reward_before=-0.52,
+    mean_reward_after=1.934, kl_before=0.0, kl=0.4101, good_share_before=0.48, good_share_after=0.94,
+    response_length_before=20.31, response_length_after=30.1, eos_share_before=0.7, eos_share_after=0.991,
 )  # fmt: skip
 # Four points: 0, 1/3, 2/3 and 1 of the way up, in eight heights.
 ROLLOUTS = [

@@ -1,6 +1,4 @@
-"""What the pages for people say is so: every file that they name exists, and every command that
-they show is one.
-"""
+"""Test that the pages for people are right: their files exist, and their commands are commands."""
 
 from __future__ import annotations
 
@@ -56,8 +54,9 @@ def code_spans(text: str) -> Iterator[str]:
 
 
 def missing_files(text: str, folder: Path, names: set[str]) -> list[str]:
-    """Links, and files in code spans, that are not there. names: of all files, for those that stand
-    without their folder.
+    """List links, and files in code spans, that do not exist.
+
+    names: of all files, for those that stand without their folder.
     """
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     missing = [link for link in links if link and not (folder / link).exists()]

@@ -71,7 +71,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "views": {"errors", "events", "steps", "formatting"},
     },
     "remote": {
-        "on_box": set(),  # runs on a box, with nothing of ours beside it
+        "on_box": set(),  # runs on a box, without our other files
         "scripts": set(),
         "inventory": {"scripts"},
         "output": {"scripts"},
@@ -87,7 +87,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "compat": set(),
         "disk": set(),
         "host": set(),
-        "demo": set(),  # stands beside: nobody imports it, but a job file names its rule
+        "demo": set(),  # nobody imports it, but a job file names its rule
         "kernels": HOST,
         "ranks": HOST,
         "data": LOW,
@@ -294,29 +294,78 @@ def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) ->
 @pytest.mark.parametrize(
     ("name", "source", "wrong"),
     [
-        ("rlhf_train/kernels/a.py", "from rlhf_train import compat, plan", ["rlhf_train/kernels/a.py:1 imports rlhf_train.plan"]),
-        ("rlhf_train/kernels/a.py", "from rlhf_train.generation.families import opt", ["rlhf_train/kernels/a.py:1 imports rlhf_train.generation"]),
-        ("rlhf_train/models/a.py", "def f():\n    import rlhf_train.steps.ppo", ["rlhf_train/models/a.py:2 imports rlhf_train.steps"]),
-        ("rlhf_train/models/a.py", "from ..steps import ppo\nfrom .. import launch\nfrom . import networks", [
-            "rlhf_train/models/a.py:1 imports rlhf_train.steps", "rlhf_train/models/a.py:2 imports rlhf_train.launch",
-        ]),
-        ("rlhf_train/generation/families/a.py", "from ...steps import ppo\nfrom .opt import opt\nfrom ..decoder import Decoder", [
-            "rlhf_train/generation/families/a.py:1 imports rlhf_train.steps",
-        ]),
-        ("rlhf_train/data/a.py", "from rlhf_train.models import networks", ["rlhf_train/data/a.py:1 imports rlhf_train.models"]),
+        (
+            "rlhf_train/kernels/a.py",
+            "from rlhf_train import compat, plan",
+            ["rlhf_train/kernels/a.py:1 imports rlhf_train.plan"],
+        ),
+        (
+            "rlhf_train/kernels/a.py",
+            "from rlhf_train.generation.families import opt",
+            ["rlhf_train/kernels/a.py:1 imports rlhf_train.generation"],
+        ),
+        (
+            "rlhf_train/models/a.py",
+            "def f():\n    import rlhf_train.steps.ppo",
+            ["rlhf_train/models/a.py:2 imports rlhf_train.steps"],
+        ),
+        (
+            "rlhf_train/models/a.py",
+            "from ..steps import ppo\nfrom .. import launch\nfrom . import networks",
+            [
+                "rlhf_train/models/a.py:1 imports rlhf_train.steps",
+                "rlhf_train/models/a.py:2 imports rlhf_train.launch",
+            ],
+        ),
+        (
+            "rlhf_train/generation/families/a.py",
+            "from ...steps import ppo\nfrom .opt import opt\nfrom ..decoder import Decoder",
+            [
+                "rlhf_train/generation/families/a.py:1 imports rlhf_train.steps",
+            ],
+        ),
+        (
+            "rlhf_train/data/a.py",
+            "from rlhf_train.models import networks",
+            ["rlhf_train/data/a.py:1 imports rlhf_train.models"],
+        ),
         ("rlhf_train/disk.py", "from rlhf_train import compat", ["rlhf_train/disk.py:1 imports rlhf_train.compat"]),
-        ("rlhf_train/steps/a.py", "from rlhf_train import worker", ["rlhf_train/steps/a.py:1 imports rlhf_train.worker"]),
-        ("rlhf_train/steps/a.py", "from rlhf_train.demo.rule import is_good", ["rlhf_train/steps/a.py:1 imports rlhf_train.demo"]),
-        ("rlhf_train/steps/a.py", "import torch, jobs.spec\nfrom rlhf_train.engine import checkpointer\nfrom rlhf_train.steps.b import c", []),
-        ("rlhf_train/engine/checkpointer.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf_train.steps import context", [
-            "rlhf_train/engine/checkpointer.py:3 imports rlhf_train.steps",
-        ]),
-        ("rlhf_train/engine/checkpointer.py", "from rlhf_train.steps import context", [
-            "rlhf_train/engine/checkpointer.py:1 imports rlhf_train.steps",
-        ]),
-        ("rlhf_train/engine/a.py", "if TYPE_CHECKING:\n    from rlhf_train.steps import context", [
-            "rlhf_train/engine/a.py:2 imports rlhf_train.steps",
-        ]),
+        (
+            "rlhf_train/steps/a.py",
+            "from rlhf_train import worker",
+            ["rlhf_train/steps/a.py:1 imports rlhf_train.worker"],
+        ),
+        (
+            "rlhf_train/steps/a.py",
+            "from rlhf_train.demo.rule import is_good",
+            ["rlhf_train/steps/a.py:1 imports rlhf_train.demo"],
+        ),
+        (
+            "rlhf_train/steps/a.py",
+            "import torch, jobs.spec\nfrom rlhf_train.engine import checkpointer\nfrom rlhf_train.steps.b import c",
+            [],
+        ),
+        (
+            "rlhf_train/engine/checkpointer.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf_train.steps import context",
+            [
+                "rlhf_train/engine/checkpointer.py:3 imports rlhf_train.steps",
+            ],
+        ),
+        (
+            "rlhf_train/engine/checkpointer.py",
+            "from rlhf_train.steps import context",
+            [
+                "rlhf_train/engine/checkpointer.py:1 imports rlhf_train.steps",
+            ],
+        ),
+        (
+            "rlhf_train/engine/a.py",
+            "if TYPE_CHECKING:\n    from rlhf_train.steps import context",
+            [
+                "rlhf_train/engine/a.py:2 imports rlhf_train.steps",
+            ],
+        ),
         ("rlhf_train/__main__.py", "from rlhf_train.launch import launch", []),
         ("rlhf_train/new/a.py", "import torch", ["rlhf_train/new/a.py is of no part of rlhf_train that is known here"]),
         ("jobs/fitness.py", "from jobs.views.plain import Plain", ["jobs/fitness.py:1 imports jobs.views"]),
@@ -326,7 +375,7 @@ def test_the_layers_are_those_of_the_package_and_have_no_circle(package: str) ->
         ("remote/verbs/a.py", "from remote.runs import watch\nfrom remote.results import purge", []),
         ("env/a.py", "from env import settings", []),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_import_inside_a_package_is_seen(name: str, source: str, wrong: list[str]) -> None:
     assert wrong_inner_imports(name, source) == wrong
 
@@ -426,9 +475,7 @@ def test_versions_live_in_env_pins_only() -> None:
 
 
 def test_the_lock_holds_what_is_asked_for() -> None:
-    """Otherwise somebody changed pyproject.toml or cpu.in and did not run `make lock`. torch is
-    installed apart.
-    """
+    """Else somebody changed pyproject.toml or cpu.in without `make lock`. torch has other files."""
     project = PYPROJECT["project"]
     wishes = {
         re.split(r"[^A-Za-z0-9_.-]", wish)[0]
@@ -458,5 +505,5 @@ def test_shell_scripts_are_clean() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("shellcheck is not in this Python's environment; the lock brings it")
-    said = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stdout
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

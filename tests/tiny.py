@@ -59,8 +59,9 @@ def write_rows(folder: Path, train: int = 240, held_out: int = 21) -> Path:
 
 
 def job(data: Path) -> dict[str, Any]:
-    """Four updates a step, so few that rounding has no time to grow; answers end, or do not, within
-    12 tokens.
+    """Make a job of four updates a step, so few that rounding errors have no time to grow.
+
+    Answers end, or do not end, within 12 tokens.
     """
     return {
         "name": "tiny",
@@ -109,8 +110,9 @@ class Trained:
 
 
 def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence[str] = ("all",)) -> Trained:
-    """`python -m rlhf_train` on the tiny job in `folder`, made there at the first call; each run
-    has `name`.
+    """Run `python -m rlhf_train` on the tiny job in `folder`, which is made at the first call.
+
+    name: of the run.
     """
     file = folder / "job.yaml"
     if not file.exists():
@@ -121,9 +123,10 @@ def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence
 def train_killed(
     folder: Path, name: str, settings: Sequence[str], *, at: Sequence[tuple[int, int]], then: Sequence[str] = ()
 ) -> Trained:
-    """As `train`, but killed (SIGKILL, all processes at once) each time that `at`'s next (step,
-    update) is seen in the events; each time the same command is given again, after the last kill
-    with the settings `then` besides.
+    """Train, and kill all processes (SIGKILL) each time that `at`'s next (step, update) is reached.
+
+    After each kill the same command runs again; after the last kill it also has the settings
+    `then`.
     """
     run_dir = RunDir(folder / "runs" / name)
     for step, update in at:
@@ -163,8 +166,8 @@ def environment(folder: Path) -> dict[str, str]:
 def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
     """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
     words = command(folder, arguments, settings)
-    said = subprocess.run(
+    done = subprocess.run(
         words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600
     )
-    assert said.returncode == 0, f"{said.stdout}\n{said.stderr}"
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

@@ -1,9 +1,9 @@
-"""DeepSpeed-Chat's own classes on work that benchmarks/side_by_side.py has written: `python
-deepspeed_chat.py WORK.json`, a line of JSON an update.
+"""`python deepspeed_chat.py WORK.json` measures DeepSpeed-Chat's own classes.
 
-Runs in an environment of its own and imports nothing of ours. The package `dschat` comes from the
-checkout that the user has named. What main.py of its step 3 does around them is done here:
-initialise, generate experience, train on it by micro batches.
+benchmarks/side_by_side.py has written the work. The program prints a line of JSON an update. It
+runs in an environment of its own and imports nothing of ours. The package `dschat` comes from the
+checkout that the user has named. Like main.py of its step 3, this program initialises, generates
+experience, and trains on it by micro batches.
 """
 
 import argparse
@@ -42,10 +42,10 @@ torch.manual_seed(work["seed"])
 deepspeed.init_distributed(dist_backend="nccl" if is_cuda else "gloo")
 device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
 
-# transformers 5 has no such function any more, and the checkout does not import it.
+# transformers 5 has removed this function, which the checkout needs.
 model_utils.no_init_weights = getattr(model_utils, "no_init_weights", contextlib.nullcontext)
 if work["dtype"] == "float32":
-    # Its two configurations know fp16 and bf16 only: asked for bf16, and that taken out again.
+    # Its two configurations have only fp16 and bf16: we ask for bf16, and remove it again.
     def in_float32(make):
         return lambda *args, **kwargs: {key: value for key, value in make(*args, **kwargs).items() if key != "bfloat16"}
 
@@ -54,7 +54,7 @@ if work["dtype"] == "float32":
 
 
 def reward_model_folder(folder):
-    """A reward model as its step 2 saves one: the classifier's weights under its own names."""
+    """Write a reward model as its step 2 does: the classifier's weights under its own names."""
     state = load_file(Path(work["critic"]) / "model.safetensors")
     renamed = {
         name.replace("model.", "rwtransformer.", 1) if name.startswith("model.") else "v_head.weight": value
@@ -66,8 +66,9 @@ def reward_model_folder(folder):
 
 
 def engine_arguments():
-    """main.py's, those of its defaults that matter here; what it does by itself (dropout,
-    checkpointing, LoRA) is off on all sides.
+    """Return main.py's arguments with the defaults that matter here.
+
+    Its extras (dropout, checkpointing, LoRA) are off on all sides.
     """
     return argparse.Namespace(
         dtype={"float32": "bf16", "bfloat16": "bf16", "float16": "fp16"}[work["dtype"]],
@@ -126,12 +127,12 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.std
         work["actor"], reward_model_folder(folder), tokenizer, arguments, work["updates"]
     )
 trainer = DeepSpeedPPOTrainer(engine, arguments)
-# Its default is greedy: sampling is what the model's generation config says.
+# Its default is greedy; the model's generation config can ask for sampling.
 settings = engine.actor.module.generation_config
 settings.do_sample, settings.top_k, settings.top_p, settings.temperature = True, 0, 1.0, 1.0
 settings.eos_token_id = work["eos_id"]
 
-width = work["max_prompt_tokens"]  # its collator pads to it, on the left
+width = work["max_prompt_tokens"]  # its collator pads to this width, on the left
 ids = torch.full((len(work["prompts"]), width), work["pad_id"])
 for row, prompt in enumerate(work["prompts"]):
     ids[row, width - len(prompt) :] = torch.tensor(prompt)

@@ -1,7 +1,7 @@
-"""Hugging Face's generate on work that benchmarks/side_by_side.py has written: `python
-hf_generate.py WORK.json` prints a line of JSON a repeat.
+"""`python hf_generate.py WORK.json` measures Hugging Face's generate.
 
-Runs in an environment of its own and imports nothing of ours. work["cache"]: dynamic or static.
+benchmarks/side_by_side.py has written the work. The program prints a line of JSON a repeat. It runs
+in an environment of its own and imports nothing of ours. work["cache"]: dynamic or static.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""TRL's PPOTrainer on work that benchmarks/side_by_side.py has written: `python trl_ppo.py
-WORK.json` prints a line of JSON for each update.
+"""`python trl_ppo.py WORK.json` measures TRL's PPOTrainer.
 
-Runs in an environment of its own and imports nothing of ours. Its own `train()` is timed from
-outside, at the functions it calls.
+benchmarks/side_by_side.py has written the work. The program prints a line of JSON an update. It
+runs in an environment of its own and imports nothing of ours. TRL's own `train()` is timed from
+outside, at the functions that it calls.
 """
 
 import json
@@ -20,7 +20,7 @@ work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 torch.set_num_threads(work["threads"])
 torch.manual_seed(work["seed"])
 is_cuda = work["device"] == "cuda"
-marks = {}  # of the update that is being made: seconds, and tokens
+marks = {}  # seconds and tokens of the current update
 
 
 def now():
@@ -32,10 +32,11 @@ def now():
 def timed_generation(model, queries, *args, **kwargs):
     sequences, logits = batch_generation(model, queries, *args, **kwargs)
     answers = sequences[:, queries.shape[1] :]
-    ended = (answers == work["eos_id"]).int().cumsum(1) - (answers == work["eos_id"]).int() > 0  # after the EOS
-    marks.update(
-        generated=now(), prompt_tokens=int((queries != work["pad_id"]).sum()), answer_tokens=int((~ended).sum())
-    )
+    is_eos = (answers == work["eos_id"]).int()
+    is_after_eos = is_eos.cumsum(1) - is_eos > 0
+    generated = now()
+    prompt_tokens = int((queries != work["pad_id"]).sum())
+    marks.update(generated=generated, prompt_tokens=prompt_tokens, answer_tokens=int((~is_after_eos).sum()))
     return sequences, logits
 
 

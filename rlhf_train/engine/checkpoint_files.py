@@ -1,10 +1,8 @@
-"""Checkpoints on disk: written whole or not at all, found again, checked, removed.
+"""This module writes checkpoints to disk whole or not at all, finds, checks and removes them.
 
-Nothing here knows what trains.
-
-A checkpoint is a folder `update-N`: tensors by name (safetensors, in shards), plain values
-(`state.json`), and a mark with every file's hash (`complete.json`), written last. While it is being
-written, the folder is `update-N.partial`.
+It does not depend on what is trained. A checkpoint is a folder `update-N`: tensors by name
+(safetensors, in shards), plain values (`state.json`), and a mark with every file's hash
+(`complete.json`), written last. While it is being written, the folder is `update-N.partial`.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ from jobs.run_dir import StepDir
 from rlhf_train.disk import read_json, rename, sync, write_json
 
 SCHEMA = 1
-SHARD_BYTES = 2**28  # tensors are put into files of about this size,
-WRITERS = 3  # so many at a time
+SHARD_BYTES = 2**28  # size of a file of tensors, about
+WRITERS = 3  # files that are written concurrently
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,7 @@ class Saved:
         return {name.removeprefix(start): self.tensor(name).clone() for name in self._files if name.startswith(start)}
 
     def close(self) -> None:
-        """Close the files: while they are mapped, removing them does not free their room on the
-        disk.
-        """
+        """Close the files: while they are mapped, removing them does not free disk space."""
         self.__dict__.pop("_files", None)
 
 
@@ -79,10 +75,10 @@ def latest(
     inputs: Mapping[str, str] | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Saved | None:
-    """Find the newest checkpoint that was made from `inputs` (None: any) and whose every file has
-    its hash.
+    """Return the newest complete checkpoint that was made from `inputs` (None: from any).
 
-    Others are passed over; `complain` is told of those that had been complete.
+    Every file is checked against its hash. `complain` is called for each complete checkpoint that
+    is damaged or was made from other inputs.
     """
     for folder in sorted(step.checkpoints.glob("update-*"), key=_update_of, reverse=True):
         marked = read_json(folder / "complete.json") if _update_of(folder) >= 0 else None
@@ -92,7 +88,7 @@ def latest(
         if damaged:
             complain(f"the checkpoint {folder} is damaged ({', '.join(damaged)}) and not used")
         elif inputs is not None and Saved(folder).state["inputs"] != inputs:
-            complain(f"the checkpoint {folder} is not used: the steps before this one were done again since")
+            complain(f"the checkpoint {folder} is not used: the steps before this one were done again after it")
         else:
             return Saved(folder)
     return None
@@ -172,7 +168,7 @@ def _put_shards(
             beat()
             name = f"tensors-{number:03}.safetensors"
             written.append((name, pool.submit(lambda path, shard: _put(path, save(shard)), folder / name, shard)))
-            if len(written) == WRITERS:  # no more in memory at once
+            if len(written) == WRITERS:  # this bounds the memory
                 name, done = written.popleft()
                 files[name] = done.result()
         files |= {name: done.result() for name, done in written}
@@ -188,23 +184,22 @@ def _put(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def remove_others(step: StepDir, keep: Path | None) -> None:
-    """Remove all in the folder of checkpoints but `keep`: older ones, and what a killed process
-    left half-written.
-    """
+    """Remove all checkpoints but `keep`, and what a killed process left half-written."""
     for folder in step.checkpoints.glob("*"):
         if folder != keep:
-            # Unmarked first: a removal that is cut short leaves nothing that looks complete.
+            # The mark goes first: a removal that is cut short leaves nothing that looks complete.
             with suppress(OSError):
                 (folder / "complete.json").unlink()
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- random states ---------------------------------------------------------------------------------------------------
+# --- random states ---
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the state of every generator of this process, as plain values: Python's, NumPy's,
-    PyTorch's, the GPU's.
+    """Return the state of this process's random generators, as plain values.
+
+    These are Python's, NumPy's, PyTorch's and the GPU's.
     """
     version, numbers, gauss = random.getstate()
     of_numpy: Any = np.random.get_state()

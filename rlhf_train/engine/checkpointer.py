@@ -1,13 +1,12 @@
-"""The checkpointer of a step: when to save, where, whether the disk has room, what to save on
-leaving.
+"""A step's checkpointer decides when to save and whether the disk has room, and resumes a step.
 
 A checkpoint is the state after a whole update: weights, optimizer and loss scale as whole tensors
 by parameter (any number of ranks and any ZeRO stage reads them), the numbers of the step's loop,
-every random state. While it is written, training continues, if there is memory for a copy. Its
-files are the business of `checkpoint_files.py`.
+every random state. Training continues while it is written, if there is memory for a copy.
+`checkpoint_files.py` writes and reads its files.
 
 Where we differ from DeepSpeed's own checkpoints: those are partitions, one file a rank. Another
-number of ranks reads them only after a conversion, which needs the room of a second checkpoint.
+number of ranks reads them only after a conversion, which needs disk space for a second checkpoint.
 """
 
 from __future__ import annotations
@@ -37,12 +36,13 @@ from rlhf_train.ranks.collectives import World
 from rlhf_train.ranks.heartbeat import Heartbeat
 
 MOST_COST = 0.01  # of the training time that timed checkpoints may take
-COPIED_A_SECOND = 1.2e9  # bytes from the GPU into new memory; seen: 1.3e9 to 3e9 (one H200, OPT-1.3b's shape)
-FILES = 64  # inodes that a checkpoint may need besides those of its shards, and a model in all
+# Bytes from the GPU into new memory; measured: 1.3e9 to 3e9 (one H200, OPT-1.3b's shape).
+COPIED_A_SECOND = 1.2e9
+FILES = 64  # inodes that a checkpoint may need besides those of its shards, and a whole model
 
 
 class Stateful(Protocol):
-    """What has state of its own: an Engine, an Ema."""
+    """A part of a step with a state of its own: an Engine or an Ema."""
 
     intact: bool  # false while an update is half made
 
@@ -54,7 +54,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class RunSurroundings:
-    """What a checkpointer is given of the run and the step that it serves."""
+    """The run and the step that a checkpointer works for."""
 
     step: int
     run: RunDir
@@ -62,25 +62,26 @@ class RunSurroundings:
     world: World
     emit: Callable[[Event], None]
     heartbeat: Heartbeat
-    stop_if_asked: Callable[[], None]  # all ranks; raises to end the run, after a checkpoint if there is time for it
+    # Called on all ranks. It raises to end the run, after a checkpoint if there is time for one.
+    stop_if_asked: Callable[[], None]
     saved: Saved | None  # the checkpoint to resume from
     inputs: Mapping[str, str]  # what the step starts from: hashes of the steps before it
 
 
 @dataclass(frozen=True)
 class _Now:
-    """Where the step stands after its last whole update."""
+    """The step's state after its last whole update."""
 
     update: int
     state: Mapping[str, Any]  # of the step's loop
-    tensors: Mapping[str, Tensor]  # of the step's loop: a rollout that is not used up
+    tensors: Mapping[str, Tensor]  # of the step's loop: a rollout whose updates are not all made
     random: dict[str, Any]
 
 
 class Checkpointer:
-    """Makes a step's checkpoints and resumes from the last one. On all ranks.
+    """Makes a step's checkpoints and resumes from the last one.
 
-    Call `resume` once, `after` each update, and `close` when the model is saved.
+    Every rank has one. Call `resume` once, `after` each update, `close` when the model is saved.
     """
 
     def __init__(
@@ -92,9 +93,12 @@ class Checkpointer:
         rows: str,
         model_bytes: int,
     ) -> None:
-        """updates: of the whole step; parts: by name, what has state; rows: digest of those that
-        the step learns from;
-        model_bytes: of the model that it will write. Raises ToolkitError if the disk is too small.
+        """Prepare to save and resume a step, and remove what no checkpoint needs.
+
+        updates: of the whole step. parts: what has state, by name.
+        rows: digest of the rows that the step learns from.
+        model_bytes: size of the model that the step will write.
+        Raises ToolkitError if the disk is too small.
         """
         self.around = around
         self.step = around.step
@@ -112,42 +116,42 @@ class Checkpointer:
         self._saved_update: int | None = None  # of the last one that is complete
         self._saved_at = time.monotonic()
         self._seconds: float | None = None  # that the last one took until it was on disk
-        self._held_up_s = self.size_bytes / COPIED_A_SECOND  # that training waited for it; at first a guess
+        self._held_up_s = self.size_bytes / COPIED_A_SECOND  # that training waited; at first a guess
         self._writing: threading.Thread | None = None
         self._writing_update: int | None = None
-        self._tried: int = 0  # the update whose checkpoint was written, or not, last
+        self._tried: int = 0  # the update of the last attempt to write a checkpoint
         self._written: Checkpoint | Exception | None = None
         self._is_abandoned = False
         self._has_warned = False
         self.loop_tensors: dict[str, Tensor] = {}  # of the step's loop, from the checkpoint
-        around.heartbeat.is_patient = False  # all that may take long without a sign is over
+        around.heartbeat.is_patient = False  # from now on, signs of life come often
         if around.world.is_main:
             remove_others(self.folder, around.saved.path if around.saved is not None else None)
             self._check_room(model_bytes)
 
     def _check_room(self, model_bytes: int) -> None:
-        there = size_of(self.folder.checkpoints)
+        on_disk = size_of(self.folder.checkpoints)
         best = 0 if self.spec.best_every_updates is None or self.folder.best.exists() else model_bytes
-        needed = max(0, max(2 * self.size_bytes, self.size_bytes + model_bytes) + best - there)
+        needed = max(0, max(2 * self.size_bytes, self.size_bytes + model_bytes) + best - on_disk)
         run = self.around.run.path
         free, inodes = room(run)
-        told = f"{size(needed)} are needed with the next one, {size(free)} free"
-        self._doing(f"a checkpoint has {size(self.size_bytes)}: {told}")
+        disk = f"{size(needed)} are needed for the old and the new one, {size(free)} are free"
+        self._doing(f"a checkpoint has {size(self.size_bytes)}: {disk}")
         if free < needed or (inodes is not None and inodes < 2 * self.inodes + FILES):
             raise ToolkitError(
                 "the disk is too small for this step's checkpoints",
                 why=f"{_free(free, inodes)} at {run}; a checkpoint has {size(self.size_bytes)},\n"
-                f"a new one is written before the old one goes, and the model has {size(model_bytes)}",
-                hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
+                f"a new one is written before the old one is removed, and the model has {size(model_bytes)}",
+                hint="make room, or choose an --output-dir on a larger disk; "
+                "actor.lora makes checkpoints many times smaller",
                 exit_code=ExitCode.UNFIT,
             )
 
     def resume(self) -> dict[str, Any] | None:
         """Restore all parts and random states, and return the numbers of the step's loop.
 
-        None: it starts from scratch.
-
-        The loop's tensors are in `loop_tensors` then. Raises ToolkitError if the data has changed.
+        None: the step starts from scratch. The loop's tensors are put in `loop_tensors`.
+        Raises ToolkitError if the data has changed.
         """
         saved = self.around.saved
         if saved is None:
@@ -159,17 +163,17 @@ class Checkpointer:
             is_same_count = saved.state["updates"] == self.updates
             raise ToolkitError(
                 f"the data of step {self.step} has changed since it was stopped",
-                why="its rows, or the tokens that they become, are others" if is_same_count else counted,
-                hint=f"put the old rows back, or start the step anew: remove {self.folder.path}",
+                why="its rows, or their tokens, are different" if is_same_count else counted,
+                hint=f"put the old rows back, or start the step from scratch: remove {self.folder.path}",
             )
 
         def read(name: str) -> Tensor:
-            self.around.heartbeat.beat()  # a slow disk takes minutes for all of them
+            self.around.heartbeat.beat()  # a slow disk takes minutes for all tensors
             return saved.tensor(name)
 
         for name, part in self.parts.items():
             part.restore(lambda key, name=name: read(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
-        # With more ranks than before, the new ones take the others' states: none of our draws
+        # With more ranks than before, the added ranks take the states of others: none of our draws
         # depends on them (see rollout.py).
         states = saved.state["random"]
         set_random_states(states[self.around.world.rank % len(states)], self.around.world.device)
@@ -182,10 +186,11 @@ class Checkpointer:
         return saved.state["loop"]
 
     def after(self, update: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Save if it is time to. Call it after every update, when its events are written.
+        """Save a checkpoint if one is due.
 
-        state, tensors: of the step's loop. Raises what `stop_if_asked` raises, and what a save
-        failed of.
+        Call it after every update, when the update's events are written.
+        state, tensors: of the step's loop.
+        Raises what `stop_if_asked` raises, and the error of a save that failed.
         """
         self._now = _Now(update, state, tensors or {}, random_states(self.around.world.device))
         self.around.heartbeat.has_trained = True
@@ -204,9 +209,7 @@ class Checkpointer:
         return self.around.world.any(is_time)
 
     def close(self) -> None:
-        """Give up a checkpoint that is still being written: the step's model is saved, so nobody
-        needs it.
-        """
+        """Give up a checkpoint that is still being written: the saved model replaces it."""
         self._is_abandoned = True
         if self._writing is not None:
             self._writing.join()
@@ -226,11 +229,11 @@ class Checkpointer:
 
     # --- saving ---
 
-    def _save(self, *, at_once: bool = False) -> None:
-        """Save the last whole update. All ranks take part, and rank 0 writes.
+    def _save(self, *, wait_for_disk: bool = False) -> None:
+        """Save the last whole update.
 
-        Training continues meanwhile if there is memory for a copy. at_once: wait for the disk.
-        Raises ToolkitError on rank 0.
+        All ranks take part, and rank 0 writes. Unless `wait_for_disk`, training continues meanwhile
+        if there is memory for a copy. Raises ToolkitError on rank 0.
         """
         assert self._now is not None
         now, start = self._now, time.perf_counter()
@@ -256,8 +259,8 @@ class Checkpointer:
             "inputs": self.around.inputs,
             "ranks": world.size,
         }
-        aside = not at_once and free_memory_bytes() > 2 * self.size_bytes
-        if aside:
+        in_background = not wait_for_disk and free_memory_bytes() > 2 * self.size_bytes
+        if in_background:
             copies = [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
             self._held_up_s = time.perf_counter() - start
             work = (now.update, copies, lambda: copies, state, start)
@@ -265,9 +268,10 @@ class Checkpointer:
             self._writing_update = now.update
             self._writing.start()
         else:
-            again = (lambda: self._tensors(now)) if world.size == 1 else None  # other ranks have given theirs
+            # With several ranks there is no second try: the others gather their tensors only once.
+            again = (lambda: self._tensors(now)) if world.size == 1 else None
             self._write(now.update, tensors, again, state, start)
-            for _ in tensors:  # after a failure: the other ranks go through all of them
+            for _ in tensors:  # after a failure: the other ranks gather all tensors
                 pass
             self._held_up_s = time.perf_counter() - start
             self._collect()
@@ -287,19 +291,19 @@ class Checkpointer:
         state: dict[str, Any],
         start: float,
     ) -> None:
-        """Write a checkpoint, in a thread of its own or not, and leave the result in `_written`.
+        """Write a checkpoint, in this thread or its own, and leave the result in `_written`.
 
-        again: the tensors for a second try; None: they cannot be had again.
+        again: returns the tensors for a second try; None: there is none.
         """
         folder = self.folder.checkpoint(update)
         self._tried = update
         self._tell_of_saving(True)
         try:
             self._make_room()
-            # A disk that went away must not be made again in the folder that it was mounted on.
+            # Fail if the disk is gone: else the run folder would be made again at its mount point.
             self.around.run.path.stat()
             with suppress(FileNotFoundError):
-                sync(self.around.run.events)  # the curve up to here is on disk before the state that goes on from here
+                sync(self.around.run.events)  # events must be on disk before the state that follows them
             try:
                 written = checkpoint_files.write(folder, tensors, state, self._beat)
             except OSError:
@@ -308,7 +312,7 @@ class Checkpointer:
                     raise
                 self._free_what_may_go()
                 written = checkpoint_files.write(folder, again(), state, self._beat)
-            if state["skipped"][0] == 0:  # else what comes of it is not known to be good
+            if state["skipped"][0] == 0:  # else the new checkpoint may be of a run that diverges
                 remove_others(self.folder, folder)
             self._written = Checkpoint(
                 step=self.step,
@@ -331,7 +335,7 @@ class Checkpointer:
             self._free_what_may_go()
 
     def _fits(self, free_bytes: int, inodes: int | None) -> bool:
-        """Whether one more checkpoint fits."""
+        """Return whether one more checkpoint fits."""
         return free_bytes >= self.size_bytes and (inodes is None or inodes >= self.inodes)
 
     def _free_what_may_go(self) -> None:
@@ -392,11 +396,10 @@ class Checkpointer:
     def last_good(self) -> str:
         """Name the last good checkpoint, for an error that all ranks raise.
 
-        All of them call it, before they raise.
-
-        Whichever rank ends first has its words heard, and takes rank 0 along, which writes.
+        All ranks call it before they raise. The first rank to end has its error shown, and rank 0,
+        which writes the checkpoint, is ended with it: so the checkpoint has to be complete here.
         """
-        with suppress(ToolkitError):  # of another failure: that is told
+        with suppress(ToolkitError):  # the other error is the one to report
             self._wait()
         return _named(self.around.world.gather(self._saved_update)[0])
 
@@ -410,24 +413,26 @@ class Checkpointer:
 
     def finish_writing(self) -> None:
         """Wait for a checkpoint that this rank is writing, before the run ends with an error."""
-        with suppress(Exception):  # of the disk: what the run ends for is told
+        with suppress(Exception):  # of the disk: the error that ends the run is the one to report
             self._wait()
 
     def leave(self, grace_s: float | None) -> None:
-        """Save the last whole update, since the run is to end, if that fits into `grace_s` (None:
-        not limited).
+        """Save the last whole update before the run ends, if there is time for it.
+
+        grace_s: the time that is left; None: no limit.
         """
         if self._now is None:
             return
         if not self._is_whole(self._now.update):
-            self._say_nothing_is_saved("the update after it was half made")
+            self._say_nothing_is_saved("the update after it was only half done")
             return
         if self.around.world.any(self._now.update in (self._saved_update, self._writing_update)):
             self._wait()
             return
-        fits = grace_s is None or self._seconds is None or self._seconds * (2 if self._writing else 1) <= grace_s
+        saves = 2 if self._writing else 1  # the one under way has to end first
+        fits = grace_s is None or self._seconds is None or self._seconds * saves <= grace_s
         if self.around.world.any(self.around.world.is_main and fits):
-            self._save(at_once=True)
+            self._save(wait_for_disk=True)
         elif self.around.world.is_main:
             self._say_nothing_is_saved(f"{grace_s:.0f} s are left, and the last one took {self._seconds:.0f} s")
             self._wait()
@@ -439,15 +444,15 @@ class Checkpointer:
         self.around.emit(Warning(step=self.step, message=message, hint=hint))
 
     def _is_whole(self, update: int) -> bool:
-        """Whether no part is in the midst of an update, or ahead of the others."""
+        """Return whether no part is in the middle of an update or ahead of the others."""
         return all(part.intact and part.numbers().get("update", update) == update for part in self.parts.values())
 
     # --- the best weights ---
 
     def wants_best(self, update: int) -> bool:
-        """Whether to measure the weights of `update`.
+        """Return whether to measure the weights of `update`.
 
-        A run that resumes there measures again, with the same result.
+        A run that resumes from this update measures again, with the same result.
         """
         return self.spec.best_every_updates is not None and update > 0 and update % self.spec.best_every_updates == 0
 

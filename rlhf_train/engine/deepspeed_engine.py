@@ -1,11 +1,13 @@
-"""DeepSpeed, and nothing else here imports it: engines that learn (ZeRO 0-3), whole weights out of
-them, and an EMA.
+"""The only module that imports DeepSpeed: engines that train (ZeRO 0-3), whole weights, an EMA.
 
-Where we differ from DeepSpeed's own habits: a loss arrives divided by the count of the whole update
-over all ranks, so the mean that DeepSpeed takes over ranks and passes is undone; the learning rate
-is a pure function of the update; we say which pass is an update's last, so a micro batch may change
-from one update to the next; and what a checkpoint holds are whole tensors by parameter, float32, so
-it fits any number of ranks and any ZeRO stage without a conversion.
+Where we differ from DeepSpeed's own habits:
+
+- A loss arrives divided by the count of the whole update over all ranks, so the mean that DeepSpeed
+  takes over ranks and passes is undone.
+- The learning rate is a pure function of the update.
+- We say which pass is an update's last, so the micro batch may change from one update to the next.
+- A checkpoint holds whole float32 tensors by parameter, so it fits any number of ranks and any ZeRO
+  stage without a conversion.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ with compat.no_gpu_in_sight():
         safe_set_local_optimizer_state,
     )
 
-    # Newer ones' ZeRO asks for it before the first update, and would bring in all of TorchInductor
-    # to compile it: 2 s.
+    # Newer versions' ZeRO imports it before the first update. It imports all of TorchInductor to
+    # compile itself, which takes 2 s.
     with compat.nothing_compiled(), suppress(ImportError):
         import deepspeed.runtime.zero.muon.muon_optimizer
 
@@ -49,8 +51,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def connect(world: World, local_rank: int) -> None:
     """Let DeepSpeed use the process group that this rank has already joined."""
-    # Its shared-memory collective for CPUs would be compiled now, for most of a minute, where a
-    # compiler is found.
+    # Where there is a compiler, DeepSpeed would compile its shared-memory collective for CPUs now,
+    # which takes most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo",
@@ -61,14 +63,14 @@ def connect(world: World, local_rank: int) -> None:
 
 
 def learning_rate_factor(update: int, updates: int, spec: Optimization) -> float:
-    """Share of the learning rate at update 0, 1, ...: a linear warm-up, then the schedule down to
-    its final share.
-    """
+    """Return the learning rate's factor at an update: a linear warm-up, then the schedule."""
     if update < spec.warmup_updates:
         return (update + 1) / spec.warmup_updates
     done = (update - spec.warmup_updates) / max(1, updates - spec.warmup_updates)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[spec.schedule]
-    return spec.final_learning_rate + (1 - spec.final_learning_rate) * shape if spec.schedule != "constant" else 1.0
+    if spec.schedule == "constant":
+        return 1.0
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[spec.schedule]
+    return spec.final_learning_rate + (1 - spec.final_learning_rate) * shape
 
 
 def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_norm: float) -> dict[str, Any]:
@@ -76,14 +78,14 @@ def deepspeed_config(plan: BatchPlan, precision: str, zero_stage: int, max_grad_
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.gradient_accumulation,
-        # Engine looks at the norm of all gradients before a step: DeepSpeed would look for what is
-        # not finite in one after the other.
+        # Engine checks the norm of all gradients before a step; DeepSpeed would check each gradient
+        # for values that are not finite.
         "bf16": {"enabled": precision == "bfloat16", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "float16"},
         "gradient_clipping": max_grad_norm,
         # Threshold 0: every parameter lives in its partition, so that an EMA of the partitions is
-        # an EMA of the model. At ZeRO 1 contiguous gradients are one more copy of each: 31 against
-        # 20 ms of a CPU for the backward pass of 388 parameters.
+        # an EMA of the model. At ZeRO 1 contiguous gradients cost one more copy of each: the
+        # backward pass of 388 parameters took 31 instead of 20 ms on a CPU.
         "zero_optimization": {
             "stage": zero_stage,
             "stage3_param_persistence_threshold": 0,
@@ -117,56 +119,59 @@ class Engine:
         self.spec, self.updates, self.world, self.zero_stage = spec, updates, world, zero_stage
         self.learning_rate = learning_rate
         self.update = 0  # optimizer updates done
-        self.intact = True  # not in the midst of an update of the weights
-        # gradients that were not finite are in the weights: DeepSpeed 0.15 looks for them in
-        # float16 only
+        self.intact = True  # false while the weights are being updated
+        # Gradients that were not finite have reached the weights: DeepSpeed 0.15 looks for them in
+        # float16 only.
         self.is_spoiled = False
         module.train()
-        # DeepSpeed clips fp32 gradients at ZeRO 0 without telling their norm, so there we do it.
+        # At ZeRO 0 DeepSpeed clips float32 gradients without reporting their norm: we clip them.
         self._clips = precision == "float32" and zero_stage == 0
         optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec.betas, world.device)
         config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if world.size == 1 and zero_stage == 0:
-            # it would copy all gradients together and back, for no other rank
+            # It would copy all gradients into one tensor and back, though there is no other rank.
             self._engine.enable_backward_allreduce = False
         if zero_stage in (1, 2):
-            # Parameters are views of the flat tensors that a step has written to; to make all the
-            # views anew leaves a GPU idle for 10 ms.
+            # Parameters are views of the flat tensors that a step has written to. DeepSpeed would
+            # make all views again, which leaves a GPU idle for 10 ms.
             self.optimizer._update_model_bit16_weights = lambda group: None
         self._squares: Tensor | None = None  # of the update's gradients, where `_sum_squares` knows them
         self._adamw = optimizer
         self._scaler = getattr(self.optimizer, "loss_scaler", None)
         if self._scaler is not None:
-            # such an update is skipped and counted, as one with a loss of NaN
+            # At the lowest scale too, an update that overflows is skipped and counted.
             self._scaler.raise_error_at_min_scale = False
         self.current_learning_rate = learning_rate
 
     @property
     def module(self) -> nn.Module:
-        """The module as it was handed in (an ActorForward or ScoreForward)."""
+        """The module that was handed in (an ActorForward or ScoreForward)."""
         return self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """loss: this micro batch's share of the update's loss, already divided by the update's
-        global count. `last`: of the update.
+        """Add one micro batch's gradients to those of the update.
+
+        loss: the micro batch's share of the update's loss, already divided by the update's global
+        count. last: whether this is the update's last pass.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         if self.world.size > 1:  # ZeRO 2 and 3 add up gradients in each pass, 0 and 1 in the last
             self.world.meet()
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
         if last:
-            self._squares = self._sum_squares()  # now, before anybody waits for the GPU
+            self._squares = self._sum_squares()  # queued now, before the host waits for the GPU
         else:
             self._engine.step()  # DeepSpeed counts passes there
 
     def step(self) -> float:
-        """After the update's last micro batch: updates the weights, returns the gradient norm
-        before clipping (in float16 inf where the loss scale was too large, and nothing was
-        updated).
+        """Update the weights after the update's last micro batch, and return the gradient norm.
+
+        The norm is that before clipping. In float16 it is inf where the loss scale was too large
+        and nothing was updated.
         """
         self.current_learning_rate = self.learning_rate * learning_rate_factor(self.update, self.updates, self.spec)
         norm = self._step(self.current_learning_rate)
@@ -176,14 +181,11 @@ class Engine:
     def _step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = (
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm)
-            if self._clips
-            else self._known_norm()
-        )
-        if norm is not None and not math.isfinite(
-            norm
-        ):  # clipping has spread it over all gradients, or nothing is clipped yet
+        norm = self._known_norm()
+        if self._clips:
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.spec.max_grad_norm)
+        # Clipping has spread a norm that is not finite over all gradients, or has yet to happen.
+        if norm is not None and not math.isfinite(norm):
             self._drop_gradients()
             return float(norm)
         self.intact = False
@@ -192,13 +194,13 @@ class Engine:
         if norm is None:
             norm = self._engine.get_global_grad_norm()
             overflowed = getattr(self.optimizer, "overflow", False)
-            if overflowed or not math.isfinite(norm) or norm < 0:  # -1 is how DeepSpeed 0.15 says it
+            if overflowed or not math.isfinite(norm) or norm < 0:  # DeepSpeed 0.15 says -1 for inf
                 self.is_spoiled = not overflowed
                 return math.inf
         return float(norm)
 
     def _known_norm(self) -> Tensor | None:
-        """The norm of all ranks' gradients, on the host. DeepSpeed is told it."""
+        """Return the norm of all ranks' gradients, on the host, and hand it to DeepSpeed."""
         if self._squares is None:
             return None
         norm = self._squares.cpu().sqrt()
@@ -206,16 +208,13 @@ class Engine:
         return norm
 
     def _sum_squares(self) -> Tensor | None:
-        """At ZeRO 1 and 2 in bfloat16 and float32: of all ranks' gradients, by few kernels.
+        """Return the sum of squares of all ranks' gradients; None: DeepSpeed computes their norm.
 
-        DeepSpeed would convert each gradient to float64:
-        10 ms of a GPU for OPT-1.3b.
+        This is for ZeRO 1 and 2 in bfloat16 and float32. It takes few kernels. DeepSpeed would
+        convert each gradient to float64, which takes a GPU 10 ms for OPT-1.3b.
         """
-        if (
-            (self._scaler is not None and hasattr(self._scaler, "min_scale"))
-            or self.zero_stage not in (1, 2)
-            or not compat.KNOWS_DTYPE_OF_NORMS
-        ):
+        is_float16 = self._scaler is not None and hasattr(self._scaler, "min_scale")
+        if is_float16 or self.zero_stage not in (1, 2) or not compat.KNOWS_DTYPE_OF_NORMS:
             return None
         gradients = [g for group in self.optimizer.averaged_gradients.values() for g in group or () if g is not None]
         squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
@@ -226,9 +225,7 @@ class Engine:
 
     @property
     def scale_can_fall(self) -> bool:
-        """float16: a gradient that is not finite may be the loss scale's fault, which is lowered
-        then.
-        """
+        """Whether a float16 loss scale can go lower: it may be why a gradient is not finite."""
         return (
             self._scaler is not None
             and hasattr(self._scaler, "min_scale")
@@ -236,8 +233,9 @@ class Engine:
         )
 
     def skip(self) -> None:
-        """Leave an update out, after any of its passes: its gradients are dropped, its place in the
-        schedule is used up.
+        """Skip an update after any of its passes.
+
+        Its gradients are dropped, and its place in the schedule is used up.
         """
         self._drop_gradients()
         self.update += 1
@@ -246,17 +244,15 @@ class Engine:
         self.module.zero_grad()
         if self.zero_stage > 0:
             self.optimizer.zero_grad()
-        if self.zero_stage in (
-            1,
-            2,
-        ):  # what DeepSpeed's own step does when the loss scale was too large; ZeRO-3's zero_grad does it all
+        # As in DeepSpeed's own step when the loss scale was too large; at ZeRO 3 zero_grad does it.
+        if self.zero_stage in (1, 2):
             self.optimizer.micro_step_id = -1
             for kept in (self.optimizer.averaged_gradients, getattr(self.optimizer, "all_grad_tensors", {})):
                 for group in kept:
                     kept[group] = None
 
     def _trial_step(self, scaler: Mapping[str, Any]) -> None:
-        """Make a step that moves nothing: learning rate 0, gradients of 0.
+        """Make a step that changes nothing: learning rate 0, gradients of 0.
 
         Raises ToolkitError if the loss was not finite.
         """
@@ -265,12 +261,13 @@ class Engine:
             raise ToolkitError(
                 "the longest rows give numbers that are not finite, before anything was learned",
                 why=f"the gradient norm of 0 times their loss is {norm}",
-                hint="look at the model that training starts from; in float16, try hardware.precision: bfloat16 or float32",
+                hint="look at the model that training starts from; "
+                "in float16, try hardware.precision: bfloat16 or float32",
                 exit_code=ExitCode.TRAINING,
             )
         if self.zero_stage in (1, 2):
-            # DeepSpeed links parameters with their moments after the step of the first group of
-            # parameters, when the second has none yet.
+            # DeepSpeed links parameters with their moments after the first parameter group's step,
+            # when the second group has no moments yet.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
         for state in self._adamw.state.values():
@@ -282,36 +279,35 @@ class Engine:
     # --- for checkpoints ---
 
     def numbers(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors. Plain values."""
+        """Return what a checkpoint holds besides tensors, as plain values."""
         return {"update": self.update, "adamw_steps": self._adamw_steps(), "loss_scale": self._scaler_state()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole float32 tensor) of every trained parameter and of its moments, after
-        `trial_update`.
+        """Yield (name, whole float32 tensor) of every trained parameter and of its moments.
 
-        One at a time; all ranks take part.
-        The tensor may be the live one: copy it before the next update.
+        Call it after `trial_update`, on all ranks: they gather one tensor at a time. The tensor may
+        be the live one: copy it before the next update.
         """
         self.settle()
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 for kind in ("weight", *MOMENTS):
-                    whole = self._whole(parameter, kind)
-                    if whole is not None:
-                        yield f"{name}/{kind}", whole.detach()
+                    tensor = self._whole(parameter, kind)
+                    if tensor is not None:
+                        yield f"{name}/{kind}", tensor.detach()
 
     def model_bytes(self) -> int:
-        """Of the module as it is saved in the end."""
+        """Return the size of the module as it is saved in the end."""
         return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
 
     def size_bytes(self) -> int:
-        """Of all tensors that `tensors` yields."""
+        """Return the size of all tensors that `tensors` yields."""
         return sum(12 * getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
 
     def restore(self, tensor: Callable[[str], Tensor], numbers: Mapping[str, Any]) -> None:
-        """Set the state of `tensors` and `numbers`, after `trial_update`.
+        """Set the state that `tensors` and `numbers` gave, bit by bit.
 
-        Bits are kept; another ZeRO stage or number of ranks is fine.
+        Call it after `trial_update`. The ZeRO stage and the number of ranks may be others.
         """
         self.settle()
         for name, parameter in self.module.named_parameters():
@@ -326,9 +322,9 @@ class Engine:
     def _whole(self, parameter: Any, kind: str) -> Tensor | None:
         if self.zero_stage == 0:  # in float32 only
             return parameter.data if kind == "weight" else self._adamw.state.get(parameter, {}).get(kind)
-        return (
-            safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
-        )
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
 
     @torch.no_grad()
     def _set_weight(self, parameter: Any, value: Tensor) -> None:
@@ -350,72 +346,67 @@ class Engine:
             self._adamw.state[parameter][moment].copy_(value)
 
     def _adamw_steps(self) -> int:
-        """Updates that AdamW has made: skipped ones do not count for its bias correction."""
+        """Return the updates that AdamW has made: skipped ones do not count for bias correction."""
         counted = [*self._adamw.state.values(), *self._adamw.param_groups]
         return max((int(holder["step"]) for holder in counted if "step" in holder), default=0)
 
     def _set_adamw_steps(self, steps: int) -> None:
-        for holder in (
-            *self._adamw.state.values(),
-            *self._adamw.param_groups,
-        ):  # PyTorch's has it in states, FusedAdam in groups
+        # PyTorch's AdamW counts in its states, FusedAdam in its groups.
+        for holder in (*self._adamw.state.values(), *self._adamw.param_groups):
             if "step" in holder:
                 holder["step"] = torch.full_like(holder["step"], steps) if isinstance(holder["step"], Tensor) else steps
 
     def _scaler_state(self) -> dict[str, Any]:
-        return (
-            {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)}
-            if self._scaler is not None
-            else {}
-        )
+        if self._scaler is None:
+            return {}
+        return {name: value for name, value in vars(self._scaler).items() if isinstance(value, int | float)}
 
     def _set_scaler_state(self, state: Mapping[str, Any]) -> None:
         for name in self._scaler_state().keys() & state.keys():
             setattr(self._scaler, name, state[name])
 
     def settle(self) -> None:
-        """Under ZeRO-3: wait for parameters still under way to the next forward pass, before
-        weights are read one by one.
+        """Wait for the parameters that ZeRO 3 is gathering for the next forward pass.
+
+        Call it before weights are read one by one.
         """
         self._engine.empty_partition_cache()
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms (one dimension) do not. Empty groups are left out."""
+    """Return AdamW's groups: matrices decay, biases and norms (one dimension) do not.
+
+    Empty groups are left out.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2]
-    plain = [p for p in trained if p.ndim < 2]
-    return [
-        group
-        for group in ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0})
-        if group["params"]
-    ]
+    decayed = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay}
+    plain = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]
 
 
 def _adamw(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.Optimizer:
-    """Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """Make AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    On a GPU DeepSpeed's FusedAdam if it is compiled already, as in the image: nothing
-    is compiled at start. Else PyTorch's.
+    On a GPU it is DeepSpeed's FusedAdam if that is compiled already, as in the image: nothing is
+    compiled at start. Else it is PyTorch's.
     """
     if device.type == "cuda" and installed_ops.get("fused_adam"):
         return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, eps=1e-8, fused=device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU
-    )
+    is_fused = device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=is_fused)
 
 
 def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
     """Make updates that change nothing, to prove that training fits into memory.
 
-    updates: engines that learn together, each with its forward pass (any scalar). Each goes forward
-    and backward, then all make their steps.
+    updates: engines that train together, each with its forward pass (any scalar). Each engine runs
+    its forward and backward pass, then all make their steps.
 
-    What an update needs is then known to fit, and AdamW's states, which are made at its first step,
-    are there to be restored. There are two updates, since passes and steps have to fit beside these
-    states: a step's gradients in float32 were 2.5 GiB for OPT-1.3b on two GPUs.
+    AdamW makes its states at its first step, so after this they can be restored. There are two
+    updates, since passes and steps have to fit next to these states: a step's gradients in float32
+    were 2.5 GiB for OPT-1.3b on two GPUs.
     """
     scalers = [engine._scaler_state() for engine, _ in updates]
     for _ in range(2):
@@ -426,10 +417,10 @@ def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:
 
 
 def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Whole weights on the CPU, one parameter at a time; all ranks take part, those with `keep` get
-    them.
+    """Return the whole weights on the CPU.
 
-    Tied weights stand once, under their first name.
+    All ranks take part, one parameter at a time; those with `keep` get the weights. Tied weights
+    stand once, under their first name.
     """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -445,9 +436,10 @@ def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_weights(source: Engine, target: nn.Module, lora: Lora | None = None) -> None:
-    """Whole weights of the engine's module (partitioned under ZeRO-3, with `lora`'s adapters) into
-    `target`, a plain module of the same model.
+    """Copy the whole weights of the engine's module into `target`.
 
+    target: a plain module of the same model. The engine's module may be partitioned (ZeRO 3) and
+    may have `lora`'s adapters.
     An adapted weight is W + alpha / rank B A in float32, rounded once.
     """
     source.settle()
@@ -477,8 +469,9 @@ def _gathered(tensor: Tensor) -> Iterator[None]:
 
 
 class Ema:
-    """Exponential moving average of the trained parameters, float32; under ZeRO-3 each rank keeps
-    its partitions.
+    """Exponential moving average of the trained parameters, in float32.
+
+    At ZeRO 3 each rank keeps the average of its own partitions.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -493,7 +486,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the average inside the block."""
+        """Put the average into the module for the length of the block."""
         kept = [_local(p).detach().clone() for p in self._live]
         self._write(self._shadow)
         try:
@@ -512,7 +505,7 @@ class Ema:
         return {}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor), as `Engine.tensors`."""
+        """Yield (name, whole tensor) of every average; all ranks take part."""
         for number, (parameter, shadow) in enumerate(zip(self._live, self._shadow, strict=True)):
             yield str(number), _joined(parameter, shadow) if hasattr(parameter, "ds_tensor") else shadow
 
@@ -525,15 +518,15 @@ class Ema:
             shadow.copy_(partition(parameter, value, dist.get_rank()) if hasattr(parameter, "ds_tensor") else value)
 
 
-def partition(parameter: Any, whole: Tensor, rank: int) -> Tensor:
-    """ZeRO-3: the rank's part of a whole tensor, padded with zeros as DeepSpeed pads the last."""
+def partition(parameter: Any, tensor: Tensor, rank: int) -> Tensor:
+    """Return the rank's part of a whole tensor at ZeRO 3, padded with zeros as in DeepSpeed."""
     count = parameter.ds_tensor.numel()
-    part = whole.flatten()[rank * count : (rank + 1) * count]
+    part = tensor.flatten()[rank * count : (rank + 1) * count]
     return nn.functional.pad(part, (0, count - part.numel()))
 
 
 def _joined(parameter: Any, part: Tensor) -> Tensor:
-    """ZeRO-3: the whole tensor of every rank's part."""
+    """Join every rank's part to the whole tensor, at ZeRO 3."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part)
     return torch.cat([p.flatten() for p in parts])[: parameter.ds_numel].view(parameter.ds_shape)

@@ -1,6 +1,4 @@
-"""Divergence: an update whose numbers are not finite is left out, and a run that has too many of
-them ends.
-"""
+"""Divergence skips updates whose numbers are not finite, and ends a run with too many of them."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ from jobs.steps import STEPS
 if TYPE_CHECKING:
     from rlhf_train.engine.deepspeed_engine import Engine
 
-# So many skipped updates in a row, or in a step, are no accident any more.
+# With so many skipped updates in a row, or in a step, the run has diverged.
 MOST_SKIPPED_IN_A_ROW, MOST_SKIPPED = 5, 50
 
 
 @dataclass
 class Skips:
-    """How many updates were left out because of numbers that are not finite."""
+    """How many updates were skipped because of numbers that are not finite."""
 
     in_a_row: int = 0  # up to now; 0 after an update that went well
     in_all: int = 0  # in the step
@@ -32,7 +30,7 @@ class Skips:
 class Divergence:
     """Applies a step's updates, counts those that it skips, and ends a run that has diverged.
 
-    On all ranks.
+    Every rank has one.
     """
 
     def __init__(
@@ -44,8 +42,10 @@ class Divergence:
         emit: Callable[[Event], None],
         last_good: Callable[[], str],
     ) -> None:
-        """updates: of the whole step; last_good: names the last good checkpoint, called by all
-        ranks before they raise.
+        """Begin with `skips`, which a checkpoint may have restored.
+
+        updates: of the whole step. last_good: names the last good checkpoint; all ranks call it
+        before they raise.
         """
         self.step = step
         self.updates = updates
@@ -56,15 +56,14 @@ class Divergence:
     def apply(self, *engines: Engine) -> list[float]:
         """Update all engines' weights, and return their gradient norms.
 
-        A norm that is not finite counts as a skipped update, unless the engine's float16 loss
-        scale, which may be the reason, can still go lower. Raises ToolkitError if the run has
-        diverged.
+        A norm that is not finite counts as a skipped update, unless the engine's float16 loss scale
+        may be the reason and can still go lower. Raises ToolkitError if the run has diverged.
         """
         norms = [engine.step() for engine in engines]
         update = engines[0].update
         spoiled = [norm for norm, engine in zip(norms, engines, strict=True) if engine.is_spoiled]
         if spoiled:
-            raise self._diverged(update, f"its gradient norm is {spoiled[0]}, and the weights have taken it")
+            raise self._diverged(update, f"its gradient norm is {spoiled[0]}, and the weights were updated with it")
         may_be_broken = [norm for norm, engine in zip(norms, engines, strict=True) if not engine.scale_can_fall]
         broken = [norm for norm in may_be_broken if not math.isfinite(norm)]
         if broken:
@@ -74,7 +73,7 @@ class Divergence:
         return norms
 
     def skip(self, update: int, why: str, *engines: Engine) -> None:
-        """Leave out an update of `engines` that was not applied.
+        """Skip an update of `engines` that was not applied.
 
         Raises ToolkitError if it is one too many.
         """
@@ -85,7 +84,7 @@ class Divergence:
     def check(self, numbers: Mapping[str, float]) -> None:
         """Raise ToolkitError if a number that was measured in the end is not finite.
 
-        The last updates may all have been skipped for that, too few of them to end the run.
+        The last updates may all have been skipped, but too few of them to end the run.
         """
         broken = {name: value for name, value in numbers.items() if not math.isfinite(value)}
         if broken:
@@ -110,8 +109,9 @@ class Divergence:
 
 
 def diverged(step: int, update: int, why: str, last_good: str) -> ToolkitError:
-    """Make the error that ends a run whose numbers went wrong; last_good: a sentence about the last
-    checkpoint.
+    """Make the error that ends a run whose numbers went wrong.
+
+    last_good: a sentence about the last checkpoint.
     """
     part = STEPS[step].section
     settings = f"lower the learning rate or {part}.max_grad_norm, raise {part}.warmup_updates"

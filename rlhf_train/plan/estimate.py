@@ -1,5 +1,4 @@
-"""`--dry-run`: the resolved job, the steps, the batch arithmetic, and the memory and disk that the
-models will need.
+"""`--dry-run` shows the resolved job, its steps and batches, and the memory and disk it needs.
 
 Memory is that of weights, gradients and optimizer states, which is known beforehand; activations
 depend on lengths.
@@ -23,9 +22,10 @@ from jobs.yaml12 import dump_yaml
 from rlhf_train.disk import size_of
 from rlhf_train.plan.placement import GIB, Placement
 
-# ZeRO 3 gathers layers into buffers that are not counted here: on two GPUs OPT-1.3b's step 1 took
+# ZeRO 3 is advised where it needs less than this share of the memory that is needed without it. It
+# gathers layers into buffers that are not counted here: on two GPUs OPT-1.3b's step 1 took
 # 23.0 GiB, and 20.0 at ZeRO 1.
-ZERO_3_WORTH = 0.8  # of what is needed without it
+ZERO_3_WORTH = 0.8
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -39,7 +39,10 @@ class Size:
 
 
 def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
-    """Counted on a model without memory; needs the model's config, from the hub if it is not here."""
+    """Count a model's parameters, without memory for them.
+
+    The model's config is fetched from the hub if it is not on this machine.
+    """
     from rlhf_train.models.networks import add_lora
 
     network = _network(job, model)
@@ -65,32 +68,36 @@ def _network(job: Job, model: str | Scratch) -> Any:
             return AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(fields.pop("model_type"), vocab_size=job.actor.tokenizer_vocabulary, **fields)
             )
-        except Exception as error:  # a wrong number is a ValueError, TypeError, ZeroDivisionError, RuntimeError or one of transformers' own
+        # A wrong number raises ValueError, TypeError, ZeroDivisionError, RuntimeError or one of
+        # transformers' own errors.
+        except Exception as error:
             raise ToolkitError(
-                "transformers makes no model of a config in the job file",
+                "transformers cannot make a model from a config in the job file",
                 why=f"{type(error).__name__}: {error}",
                 hint="see actor.model.config and critic.model.config",
             ) from None
 
 
 def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> int:
-    """A rank's weights, gradients and AdamW states (in 16 bit: a float32 master copy too) at a ZeRO
-    stage.
+    """Return the bytes of a rank's weights, gradients and AdamW states.
+
+    In 16 bit, the states include a float32 master copy of the weights.
     """
     weight = WEIGHT_BYTES[precision]
     states = 8 if precision == "float32" else 12
     weights, gradients, optimizer = size.all * weight, size.trained * weight, size.trained * states
-    shared = ranks if ranks > 1 else 1
     return (
-        weights // (shared if zero_stage >= 3 else 1)
-        + gradients // (shared if zero_stage >= 2 else 1)
-        + optimizer // (shared if zero_stage >= 1 else 1)
+        weights // (ranks if zero_stage >= 3 else 1)
+        + gradients // (ranks if zero_stage >= 2 else 1)
+        + optimizer // (ranks if zero_stage >= 1 else 1)
     )
 
 
 def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> int:
-    """A rank's weights in step 3 that do not learn: the reward model, the reference, and what
-    rollouts read. See ppo.frozen_copies.
+    """Return the bytes of a rank's weights that are not trained in step 3.
+
+    They are the reward model, the reference, and the weights that rollouts read: see
+    ppo.frozen_copies.
     """
     if zero_stage == 3:
         copies = 2 * actor.all
@@ -102,9 +109,8 @@ def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> 
 def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement) -> str:
     lines = [dump_yaml(job.dump()).rstrip(), ""]
     lines.append(f"run: {run.path}")
-    lines.append(
-        f"device: {placement.device} ({placement.device_reason}), {plural(placement.ranks, 'ranks')}, {placement.precision}"
-    )
+    ranks = plural(placement.ranks, "ranks")
+    lines.append(f"device: {placement.device} ({placement.device_reason}), {ranks}, {placement.precision}")
     for step in wanted:
         state = "to do" if step in todo else "complete"
         lines.append(f"step {step} ({STEPS[step].title}): {state}; global batch {placement.batch_plan(job, step)}")
@@ -124,30 +130,28 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
             if isinstance(model, Scratch):
                 raise
             reason = error.why if isinstance(error, ToolkitError) else str(error)
-            return [f"memory and disk: unknown, since the config of {model} cannot be had ({reason.splitlines()[0]})"]
+            return [f"memory and disk: unknown, since the config of {model} cannot be read ({reason.splitlines()[0]})"]
     actor, critic = sizes
     weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
     actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
     critic_bytes = training_bytes(critic, placement.precision, placement.critic_zero_stage, ranks)
     frozen = frozen_bytes(actor, critic, placement.precision, placement.actor_zero_stage)
     memory = {"actor": actor_bytes, "critic": critic_bytes}
-    lines = [
-        f"parameters: actor {actor.all / 1e6:.1f} M ({actor.trained / 1e6:.1f} M trained), critic {critic.all / 1e6:.1f} M"
-    ]
+    trained = f"{actor.trained / 1e6:.1f} M trained"
+    lines = [f"parameters: actor {actor.all / 1e6:.1f} M ({trained}), critic {critic.all / 1e6:.1f} M"]
     for step in todo:
         needed = sum(memory[network] for network in STEPS[step].networks) + (frozen if step == 3 else 0)
         lines.append(f"memory, step {step}: {_amount(needed)} a rank, and activations")
     need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
-    lines.append(
-        f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them"
-        + ("; too little" if need > free else "")
-    )
+    verdict = "; too little" if need > free else ""
+    lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them{verdict}")
     return lines
 
 
 def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight_bytes: int) -> int:
-    """The most that the steps need at once: the models of those before, a checkpoint, and the next
-    one beside it or the model.
+    """Return the most disk space that the steps need at any time.
+
+    That is the models of the steps before, a checkpoint, and next to it a second one or the model.
     """
     kept = most = 0
     for step in steps:
@@ -162,17 +166,18 @@ def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight
 
 
 def free_bytes(run: RunDir) -> int:
-    """Free where the run lies, or will; what it holds already counts, since these steps will use or
-    replace it.
+    """Return the disk space that is free for the run, with what its folder already takes.
+
+    Those files count as free since these steps will use or replace them.
     """
-    here = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
-    return shutil.disk_usage(here).free + size_of(run.path)
+    folder = next(parent for parent in [run.path.resolve(), *run.path.resolve().parents] if parent.exists())
+    return shutil.disk_usage(folder).free + size_of(run.path)
 
 
 def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement) -> None:
-    """Before anything is fetched or trained, for all steps to come.
+    """Raise ToolkitError if the disk is too small for all steps to come.
 
-    Raises ToolkitError when the disk is too small for them.
+    It is called before anything is fetched or trained.
     """
     critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
@@ -182,10 +187,12 @@ def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement
     need, free = disk_bytes(job, steps, actor, critic, WEIGHT_BYTES[placement.precision]), free_bytes(run)
     if need > free:
         numbers = ", ".join(map(str, steps))
+        named_steps = f"{'step' if len(steps) == 1 else 'steps'} {numbers}"
         raise ToolkitError(
-            f"the disk is too small for the models and checkpoints of {'step' if len(steps) == 1 else 'steps'} {numbers}",
-            why=f"they need {_amount(need)} at once, and {_amount(free)} are free for them at {run.path}",
-            hint="make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller",
+            f"the disk is too small for the models and checkpoints of {named_steps}",
+            why=f"they need {_amount(need)} at the same time, and {_amount(free)} are free for them at {run.path}",
+            hint="make room, or choose an --output-dir on a larger disk; "
+            "actor.lora makes checkpoints many times smaller",
             exit_code=ExitCode.UNFIT,
         )
 
@@ -195,11 +202,12 @@ def _amount(size_bytes: int) -> str:
 
 
 def relief(job: Job, step: int, placement: Placement) -> str:
-    """What would help where even a micro batch of 1 does not fit, cheapest first: a line each, with
-    what a rank then needs.
+    """Say what would help where even a micro batch of 1 does not fit, cheapest first.
+
+    Each remedy is a line, with the memory that a rank then needs.
     """
-    where, hardware = placement, job.hardware
-    stages = {"actor": where.actor_zero_stage, "critic": where.critic_zero_stage}
+    precision = placement.precision
+    stages = {"actor": placement.actor_zero_stage, "critic": placement.critic_zero_stage}
     networks = STEPS[step].networks
     with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
     critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
@@ -209,40 +217,38 @@ def relief(job: Job, step: int, placement: Placement) -> str:
             "critic": model_size(job, critic_source, lora=False),
         }
         adapted = plain | {"actor": model_size(with_lora, job.actor.model, lora=True)}
-    except (OSError, ValueError, ToolkitError):  # the hub is away: no numbers then
+    except (OSError, ValueError, ToolkitError):  # the hub cannot be reached: no numbers then
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
 
-    def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = where.ranks) -> int:
+    def needed(sizes: dict[str, Size], *, zero_3: bool = False, ranks: int = placement.ranks) -> int:
         stage = {network: 3 if zero_3 else stages[network] for network in networks}
-        total = sum(training_bytes(sizes[network], where.precision, stage[network], ranks) for network in networks)
-        return total + (
-            frozen_bytes(sizes["actor"], sizes["critic"], where.precision, stage["actor"]) if step == 3 else 0
-        )
+        total = sum(training_bytes(sizes[network], precision, stage[network], ranks) for network in networks)
+        if step == 3:
+            total += frozen_bytes(sizes["actor"], sizes["critic"], precision, stage["actor"])
+        return total
 
     sizes = plain if job.actor.lora is None else adapted
     now = needed(sizes)
     lines = [
-        f"weights, gradients and optimizer take {_amount(now)} a rank, activations of one sequence the rest; in order of cost:"
+        f"weights, gradients and optimizer states take {_amount(now)} a rank, "
+        "and activations of one sequence the rest; cheapest first:"
     ]
-    if not hardware.gradient_checkpointing:
+    if not job.hardware.gradient_checkpointing:
         lines.append(
-            "hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing"
+            "hardware.gradient_checkpointing: true, "
+            "which keeps activations of one layer at a time and takes about a third more computing"
         )
-    if job.actor.lora is None and needed(adapted) < now:  # adapters of a tiny model are larger than itself
-        then = _amount(needed(adapted))
-        lines.append(
-            f"actor.lora: {{}}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): {_amount(now)} -> {then}"
-        )
+    if job.actor.lora is None and needed(adapted) < now:  # a tiny model is smaller than its adapters
+        example = "learning rates as in jobs/opt-1.3b-lora.yaml"
+        lines.append(f"actor.lora: {{}}, with {example}: {_amount(now)} -> {_amount(needed(adapted))}")
     if any(stages[network] < 3 for network in networks):
-        ranks = max(2, where.ranks)
-        which = ", ".join(f"hardware.{network}_zero_stage: 3" for network in networks)
+        ranks = max(2, placement.ranks)
+        fields = ", ".join(f"hardware.{network}_zero_stage: 3" for network in networks)
         less = needed(sizes, zero_3=True, ranks=ranks)
         if less < ZERO_3_WORTH * now:
-            lines.append(
-                f"{which} on {plural(ranks, 'GPUs')}: {_amount(now)} -> {_amount(less)}, for more traffic between them"
-            )
+            saved = f"{_amount(now)} -> {_amount(less)}"
+            lines.append(f"{fields} on {plural(ranks, 'GPUs')}: {saved}, with more traffic between them")
     longest = job.data.max_prompt_tokens + job.data.max_response_tokens
-    lines.append(
-        f"data.max_prompt_tokens and data.max_response_tokens below their sum of {longest}, or a smaller model"
-    )
+    fields = "data.max_prompt_tokens and data.max_response_tokens"
+    lines.append(f"smaller {fields} (their sum is {longest}), or a smaller model")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The facts of this machine, for jobs/fitness.py to judge.
+"""This module finds out the facts of this machine that jobs/fitness.py judges.
 
 What cannot be found out stays unknown, and nothing is written.
 """
@@ -21,7 +21,7 @@ from jobs.spec import Job, Scratch
 from rlhf_train.host import cpu_flags, cpu_text, read
 from rlhf_train.plan.placement import Machine
 
-DRIVER = Path("/proc/driver/nvidia/version")  # the host's, and seen in its containers too, also in those without a GPU
+DRIVER = Path("/proc/driver/nvidia/version")  # the host's; containers see it too, even without a GPU
 SHARED_MEMORY = Path("/dev/shm")
 PROC = Path("/proc")
 GPU_FILE = re.compile("/dev/nvidia[0-9]+")  # one for each card
@@ -30,9 +30,8 @@ NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without 
 
 def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> FitnessFacts:
     wish, runs = job.hardware, run_folder(run.path)
-    models = [
-        model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"
-    ]
+    sources = (job.actor.model, job.critic.model)
+    models = [model for model in sources if not isinstance(model, Scratch) and model != "actor"]
     facts = FitnessFacts(
         device=wish.device,
         ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,
@@ -43,7 +42,7 @@ def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapp
         prebuilt_operators=prebuilt_operators(),
         uid=os.geteuid(),
         gid=os.getegid(),
-        # Of the cache's disk nothing is asked: tokenised rows are small.
+        # The cache's disk is not checked: tokenised rows are small.
         folders=(runs, replace(folder(cache), free_bytes=None, free_inodes=None)),
         hub_cache=hub_cache(models, runs) if models else None,
     )
@@ -55,7 +54,7 @@ def _with_gpus(facts: FitnessFacts, machine: Machine, environ: Mapping[str, str]
     if cards is None:
         listed, cards = nvidia_smi()
         driver = driver or listed  # WSL has no /proc/driver/nvidia
-    # Without cards nvidia-smi has failed above, and would hang a second time.
+    # Without cards nvidia-smi has failed above, and might hang a second time.
     used, holders = gpu_memory() if cards else (None, ())
     return replace(
         facts,
@@ -72,30 +71,29 @@ def _with_gpus(facts: FitnessFacts, machine: Machine, environ: Mapping[str, str]
 
 
 def driver_version(text: str) -> str | None:
-    """From /proc/driver/nvidia/version, whose first line is
-    `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (...)`, or
-    has `x86_64 Kernel Module`.
+    """Find the driver's version in the text of /proc/driver/nvidia/version.
+
+    Its first line is `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release
+    Build  (...)`, or has `x86_64 Kernel Module`.
     """
     found = re.search(r"^NVRM version:.*?\s([0-9]+(?:\.[0-9]+)+)\s", text, flags=re.MULTILINE)
     return found[1] if found else None
 
 
 def nvidia_smi() -> tuple[str | None, tuple[Gpu, ...] | None]:
-    """-> (driver, cards); None where there is no nvidia-smi, or it does not say."""
-    for fields in (
-        "driver_version,name,compute_cap",
-        "driver_version,name",
-    ):  # drivers of before 2022 do not know the last
-        said = _run_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader")
-        if said is None:
+    """Ask nvidia-smi for (driver, cards); None where it does not answer."""
+    # Drivers older than 2022 do not know compute_cap.
+    for fields in ("driver_version,name,compute_cap", "driver_version,name"):
+        answer = _run_nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader")
+        if answer is None:
             return None, None
-        if said.returncode == 0:
-            return listed_cards(said.stdout)
+        if answer.returncode == 0:
+            return listed_cards(answer.stdout)
     return None, None
 
 
 def _run_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str] | None:
-    """None where it is not there, or hangs."""
+    """Run nvidia-smi; None: it is not installed, or it hangs."""
     try:
         return subprocess.run(
             ["nvidia-smi", *options],
@@ -110,8 +108,10 @@ def _run_nvidia_smi(*options: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def listed_cards(text: str) -> tuple[str | None, tuple[Gpu, ...]]:
-    """Lines of `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or `No
-    devices were found`.
+    """Parse nvidia-smi's list into (driver, cards).
+
+    Its lines are `580.159.04, NVIDIA H200, 9.0`, the last part maybe left out or `[N/A]`; or
+    `No devices were found`.
     """
     driver, cards = None, []
     for line in text.splitlines():
@@ -122,29 +122,28 @@ def listed_cards(text: str) -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def gpu_memory() -> tuple[tuple[int | None, ...] | None, tuple[Holder, ...]]:
-    """-> (bytes in use on each card, who holds them, without this process); None where nvidia-smi
-    does not say.
+    """Return (bytes in use on each card, the other processes that hold them).
 
-    Not by torch.cuda.mem_get_info: it makes a CUDA context, which holds memory of its own until the
-    launcher ends.
+    The bytes are None where nvidia-smi does not report them. Not by torch.cuda.mem_get_info: it
+    makes a CUDA context, which holds memory of its own until the launcher ends.
     """
-    said = _run_nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
-    if said is None or said.returncode:
+    cards = _run_nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
+    if cards is None or cards.returncode:
         return None, ()
-    indexes, used = cards_in_use(said.stdout)
+    indexes, used = cards_in_use(cards.stdout)
     apps = _run_nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits")
     listed = listed_holders(apps.stdout, indexes) if apps and not apps.returncode else []
-    # In a container nvidia-smi lists no process, or the host's pids, of its own processes, too
-    # (NVIDIA/nvidia-docker#1483): those are found as `fuser /dev/nvidia*` does it.
-    others = [Holder(None, pid) for pid in with_gpus_open() if pid not in {holder.pid for holder in listed}]
-    return used, tuple(
-        replace(holder, command=command_of(holder.pid)) for holder in [*listed, *others] if holder.pid != os.getpid()
-    )
+    # In a container nvidia-smi lists no processes, or lists the container's own by the host's pids
+    # (NVIDIA/nvidia-docker#1483): these are found in the way of `fuser /dev/nvidia*`.
+    unlisted = [Holder(None, pid) for pid in with_gpus_open() if pid not in {holder.pid for holder in listed}]
+    others = [holder for holder in [*listed, *unlisted] if holder.pid != os.getpid()]
+    return used, tuple(replace(holder, command=command_of(holder.pid)) for holder in others)
 
 
 def cards_in_use(text: str) -> tuple[dict[str, int], tuple[int | None, ...]]:
-    """Lines of `0, GPU-1b2c..., 1024` (MiB, maybe `[N/A]`) -> (index by UUID, bytes in use by
-    index).
+    """Parse nvidia-smi's lines `0, GPU-1b2c..., 1024` (MiB, maybe `[N/A]`).
+
+    Returns (index by UUID, bytes in use by index).
     """
     indexes, used = {}, {}
     for line in text.splitlines():
@@ -155,9 +154,12 @@ def cards_in_use(text: str) -> tuple[dict[str, int], tuple[int | None, ...]]:
 
 
 def listed_holders(text: str, indexes: Mapping[str, int]) -> list[Holder]:
-    """Lines of `GPU-1b2c..., 4321, 1024` (MiB, maybe `[N/A]`); those without a pid name nobody."""
-    found = (re.fullmatch(r"(\S+), ([0-9]+), ([0-9]+|\[.*\])", line.strip()) for line in text.splitlines())
-    return [Holder(indexes.get(each[1]), int(each[2]), _mebibytes(each[3])) for each in found if each]
+    """Parse nvidia-smi's lines `GPU-1b2c..., 4321, 1024` (MiB, maybe `[N/A]`).
+
+    Lines without a pid are left out.
+    """
+    matches = (re.fullmatch(r"(\S+), ([0-9]+), ([0-9]+|\[.*\])", line.strip()) for line in text.splitlines())
+    return [Holder(indexes.get(match[1]), int(match[2]), _mebibytes(match[3])) for match in matches if match]
 
 
 def _mebibytes(text: str) -> int | None:
@@ -165,7 +167,10 @@ def _mebibytes(text: str) -> int | None:
 
 
 def with_gpus_open() -> list[int]:
-    """Processes of this container that have a card open: ours, or everybody's for root."""
+    """List the processes of this container that have a card open.
+
+    For root these are all processes, for others those of the same user.
+    """
     pids = sorted(int(entry.name) for entry in PROC.glob("[0-9]*"))
     return [pid for pid in pids if any(map(GPU_FILE.fullmatch, _open_files(pid)))]
 
@@ -178,15 +183,15 @@ def _open_files(pid: int) -> Iterator[str]:
 
 
 def command_of(pid: int) -> str:
-    """`python -m rlhf_train.worker`; "" if the process is not to be seen from here."""
+    """Return `python -m rlhf_train.worker`; "" if the process cannot be seen from here."""
     return read(PROC / str(pid) / "cmdline").replace("\0", " ").strip()
 
 
 def prebuilt_operators() -> tuple[str, ...]:
-    """DeepSpeed's operators that were compiled when it was installed:
-    `deepspeed/ops/adam/cpu_adam_op.cpython-310-....so`.
+    """List DeepSpeed's operators that were compiled when it was installed.
 
-    Read without importing it, which takes seconds.
+    They are files like `deepspeed/ops/adam/cpu_adam_op.cpython-310-....so`. DeepSpeed is not
+    imported: that takes seconds.
     """
     package = importlib.util.find_spec("deepspeed")
     places = package.submodule_search_locations if package else None
@@ -195,7 +200,7 @@ def prebuilt_operators() -> tuple[str, ...]:
 
 
 def folder(path: Path) -> Folder:
-    """`path`, or where it would be made."""
+    """Describe `path`, or the folder where it would be made."""
     found, missing, hidden = path, "", False
     while True:
         try:
@@ -203,7 +208,7 @@ def folder(path: Path) -> Folder:
             break
         except (FileNotFoundError, NotADirectoryError):
             missing = str(found)
-        except PermissionError:  # its parent may not be looked into
+        except PermissionError:  # its parent cannot be read
             hidden = True
         except OSError:  # a name too long, a loop of links
             return Folder(str(path), str(path), writable=False)
@@ -228,10 +233,10 @@ def folder(path: Path) -> Folder:
 
 
 def run_folder(path: Path) -> Folder:
-    """The run's folder; before it is made, the one where runs are kept.
+    """Describe the run's folder; before it is made, the folder where runs are kept.
 
-    In a folder that is ours, something that another user
-    left there cannot be written, either: a container that ran as root leaves such things.
+    If a file of another user in our own folder cannot be written, the folder counts as not
+    writable: a container that ran as root leaves such files.
     """
     seen = folder(path)
     if seen.missing:
@@ -245,12 +250,14 @@ def run_folder(path: Path) -> Folder:
 
 
 def hub_cache(models: Sequence[str], runs: Folder) -> Folder | None:
-    """Where these models will be fetched to; None if they are here, or will come to the disk of the
-    runs, which is judged for both.
-    """
-    from rlhf_train.data import hub  # which jobs without such models do without
+    """Describe the folder that these models will be fetched to, if its disk has to be checked.
 
-    with suppress(OSError):  # a cache that may not be looked into is told when it is used
+    None: the models are on this machine already, or go to the disk of the runs, which is checked
+    for both.
+    """
+    from rlhf_train.data import hub  # jobs without such models do not need it
+
+    with suppress(OSError):  # a cache that cannot be read is reported when it is used
         cache = folder(Path(hub.constants.HF_HUB_CACHE))
         if not all(map(hub.is_here, models)) and Path(cache.found).stat().st_dev != Path(runs.found).stat().st_dev:
             return cache

@@ -1,6 +1,4 @@
-"""What fits into memory here: the sizes that a run came down to, remembered in its folder for its
-next start.
-"""
+"""A run remembers which micro batches fitted into memory, in its folder, for its next start."""
 
 from __future__ import annotations
 
@@ -15,33 +13,32 @@ from rlhf_train.plan.placement import Placement
 
 
 def fit(job: Job, run: RunDir, placement: Placement) -> Placement:
-    """`placement` with the sizes that are remembered for these devices and this wish, where they
-    are smaller.
+    """Return `placement` with the remembered sizes where they are smaller.
+
+    Sizes that were remembered for other circumstances are not used.
     """
     known = read_json(run.fitted)
     if known is None or known["for"] != _circumstances(job, placement):
         return placement
+    pairs = zip(placement.micro_batches, known["micro_batches"], strict=True)
     return replace(
         placement,
-        micro_batches=tuple(
-            min(now, then) for now, then in zip(placement.micro_batches, known["micro_batches"], strict=True)
-        ),
+        micro_batches=tuple(min(now, remembered) for now, remembered in pairs),
         rollout_micro_batch=min(placement.rollout_micro_batch, known["rollout_micro_batch"]),
     )
 
 
 def remember(job: Job, run: RunDir, placement: Placement) -> None:
-    """The sizes of `placement`, for the next start; what is remembered already stays where it is
-    smaller.
-    """
+    """Remember the sizes of `placement` for the next start; smaller remembered sizes stay."""
     placement = fit(job, run, placement)
     sizes = {"micro_batches": list(placement.micro_batches), "rollout_micro_batch": placement.rollout_micro_batch}
     write_json(run.fitted, {"for": _circumstances(job, placement), **sizes})
 
 
-def smaller(job: Job, step: int, placement: Placement) -> Placement | None:
-    """With half the micro batch in `step`, or the next number below that divides a rank's share;
-    None if it is 1 already.
+def with_smaller_micro_batch(job: Job, step: int, placement: Placement) -> Placement | None:
+    """Return `placement` with half the micro batch in `step`; None if it is 1 already.
+
+    If half does not divide a rank's share, it is the next smaller number that does.
     """
     plan = placement.batch_plan(job, step)
     if plan.micro_batch == 1:
@@ -52,9 +49,9 @@ def smaller(job: Job, step: int, placement: Placement) -> Placement | None:
 
 
 def _circumstances(job: Job, placement: Placement) -> list[Any]:
-    """On other devices, with other models, wishes or lengths, other sizes fit."""
+    """Return all that decides which sizes fit: devices, models, the job's wishes, lengths."""
     wish = job.hardware.model_dump(mode="json", exclude={"cpu_threads"})
-    batches = [part.global_batch for part in (job.sft, job.reward, job.ppo)]  # which the sizes must divide
+    batches = [part.global_batch for part in (job.sft, job.reward, job.ppo)]  # the sizes divide these
     models = [job.actor.model_dump(mode="json"), job.critic.model_dump(mode="json")]
     lengths = [job.data.max_prompt_tokens, job.data.max_response_tokens]
     return [placement.device_reason, placement.ranks, placement.precision, wish, batches, models, lengths]

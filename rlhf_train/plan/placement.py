@@ -1,5 +1,6 @@
-"""What `auto` means on this machine: device, ranks, precision, ZeRO stages and micro batches,
-derived once and printed.
+"""A placement says what `auto` in a job's `hardware` becomes on this machine.
+
+Device, ranks, precision, ZeRO stages and micro batches are derived once and printed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from jobs.steps import STEPS
 from rlhf_train.data.sequences import BatchPlan, largest_divisor
 
 GIB = 2**30
-# A GPU with more memory than that tries so many sequences at once before the first update, and
-# comes down from there.
+# (bytes, sequences): a GPU with more memory than that tries so many sequences a pass before the
+# first update, and fewer if they do not fit.
 MICRO_BATCHES = ((120 * GIB, 64), (70 * GIB, 32), (40 * GIB, 16), (0, 8))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the choice depends on."""
+    """The facts of a machine that a placement depends on."""
 
     cores: int  # that this process may use
     gpus: tuple[str, ...] = ()  # names
@@ -37,15 +38,19 @@ class Machine:
 
     @classmethod
     def look(cls, *, gpus: bool = True) -> Machine:
-        """`gpus` false: leave them alone, since the job runs on the CPU; they may be broken."""
+        """Find out the facts of this machine.
+
+        gpus: false leaves the GPUs alone, since the job runs on the CPU; they may be broken.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if not gpus:
             return cls(cores)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             available = torch.cuda.is_available()
         if not available:
-            return cls(cores, cuda=torch.version.cuda, gpu_error=str(said[0].message).splitlines()[0] if said else "")
+            error = str(warned[0].message).splitlines()[0] if warned else ""
+            return cls(cores, cuda=torch.version.cuda, gpu_error=error)
         count = torch.cuda.device_count()
         cards = [torch.cuda.get_device_properties(i) for i in range(count)]
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
@@ -62,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
-    """The resolved half of `hardware`; plain values, since it travels to the ranks as JSON."""
+    """The resolved `hardware` of a job: plain values, since it is sent to the ranks as JSON."""
 
     device: str
     device_reason: str
@@ -82,11 +87,11 @@ class Placement:
 
 
 def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
-    """Raises ToolkitError when the job asks for what the machine lacks, or its batches do not
-    divide.
+    """Resolve the job's `hardware` for this machine.
 
-    `auto` is the CPU where PyTorch sees no GPU; that it should have seen one is for jobs/fitness.py
-    to say, beforehand.
+    `auto` is the CPU where PyTorch sees no GPU; jobs/fitness.py has checked before whether it
+    should see one. Raises ToolkitError when the job asks for what the machine lacks, or when its
+    batches do not divide.
     """
     wish = job.hardware
     device, reason = _device(job, machine)
@@ -113,12 +118,11 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             exit_code=ExitCode.UNFIT,
         )
     if wish.micro_batch == "auto":
-        # cpu: an update of real lengths took 5.0 s by 8 rows at once, and 6.1 by 16; at full length
-        # 2 to 4 % less.
+        # On a CPU 8 rows a pass are faster than 16: an update of real lengths took 5.0 and 6.1 s;
+        # with rows of full length 8 took 2 to 4 % less.
         limit = 8 if device == "cpu" else next(size for memory, size in MICRO_BATCHES if machine.gpu_bytes > memory)
-        micro_batches = tuple(
-            largest_divisor(max(1, part.global_batch // ranks), limit) for part in (job.sft, job.reward, job.ppo)
-        )
+        shares = [max(1, part.global_batch // ranks) for part in (job.sft, job.reward, job.ppo)]
+        micro_batches = tuple(largest_divisor(share, limit) for share in shares)
     else:
         micro_batches = (wish.micro_batch,) * 3
     stages = {
@@ -128,14 +132,15 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
     notes: tuple[str, ...] = ()
     if precision != "float32":
         wishes = {"actor": wish.actor_zero_stage, "critic": wish.critic_zero_stage}
-        # DeepSpeed 0.19.8's ZeRO 0 in bfloat16 leaves the path of ZeRO 1-3 and of float32 after one
-        # update (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs no
-        # more memory.
-        notes = tuple(f"{who}: ZeRO 0 is run as ZeRO 1 in {precision}" for who, stage in wishes.items() if stage == 0)
-        stages = {who: max(stage, 1) for who, stage in stages.items()}
+        # DeepSpeed 0.19.8's ZeRO 0 in bfloat16 gives other results than ZeRO 1-3 and float32 after
+        # one update (gradient norm 1.83 against 1.61 on a two-layer OPT). ZeRO 1 on one rank needs
+        # no more memory.
+        zero_0 = [network for network, stage in wishes.items() if stage == 0]
+        notes = tuple(f"{network}: ZeRO 0 is run as ZeRO 1 in {precision}" for network in zero_0)
+        stages = {network: max(stage, 1) for network, stage in stages.items()}
     if wish.rollout_micro_batch != "auto":
         rollout_micro_batch = wish.rollout_micro_batch
-    else:  # a GPU takes fewer where its free memory holds no more answers: see Rollouts
+    else:  # a GPU takes fewer if its free memory is too small for so many answers: see Rollouts
         rollout_micro_batch = max(64, job.ppo.rollout_batch // ranks) if device == "cuda" else 64
     placement = Placement(
         device=device,
@@ -172,11 +177,11 @@ def _device(job: Job, machine: Machine) -> tuple[str, str]:
 
 
 def _zero_stage(wish: str | int, ranks: int, device: str, *, has_lora: bool) -> int:
-    """0 where nothing can be shared or little is to be; else 1.
+    """Choose ZeRO 0 where there is nothing or little to share among ranks, else ZeRO 1.
 
-    Not 2, as DeepSpeed-Chat's single_node scripts have it: that sums gradients over the ranks after
-    each pass, not once an update, and its bucket takes more memory than it spares (OPT-1.3b's step
-    1 on two H200: 20.4 GiB of tensors, and 20.0 at ZeRO 1).
+    Not ZeRO 2, as in DeepSpeed-Chat's single_node scripts: it sums gradients over the ranks after
+    each pass, not once an update, and its bucket takes more memory than it saves (OPT-1.3b's step 1
+    on two H200: 20.4 GiB of tensors, and 20.0 at ZeRO 1).
     """
     if wish != "auto":
         return int(wish)

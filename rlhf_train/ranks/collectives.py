@@ -1,4 +1,4 @@
-"""This process among the ranks of a run: its device, and the few collectives that the steps use."""
+"""`World` is this process among a run's ranks: its device and the collectives that steps use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class World:
     size: int
     device: torch.device
     meet: Callable[[], object] = lambda: None  # called before each collective
-    # over CPUs, for what is in no GPU's memory; None: the default group is over CPUs
+    # A group over CPUs, for values in main memory; None: the default group is over CPUs.
     host_group: dist.ProcessGroup | None = None
 
     @property
@@ -25,30 +25,29 @@ class World:
         return self.rank == 0
 
     def gpu_peak_bytes(self) -> int | None:
-        """Most memory that tensors held on this GPU since the process began."""
+        """Return the most memory that tensors held on this GPU since the process began."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def sum(self, numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
-        """Each number added up over all ranks."""
-        local = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in numbers.values()]
-        )
+        """Return the sum of each number over all ranks."""
+        tensors = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in numbers.values()]
+        local = torch.stack([tensor.detach() for tensor in tensors])
         if self.size > 1:
             self.meet()
             dist.all_reduce(local)
         return dict(zip(numbers, local.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on some rank. Waits for the other ranks, and for no GPU."""
+        """Return whether `flag` is true on any rank. It waits for all ranks, but for no GPU."""
         if self.size == 1:
             return flag
-        told = torch.tensor(int(flag))
+        flags = torch.tensor(int(flag))
         self.meet()
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(told)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(flags)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in the order of ranks."""
+        """Return every rank's picklable value, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

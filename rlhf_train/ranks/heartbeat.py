@@ -1,9 +1,9 @@
-"""Signs of life: what each rank does now, in memory that the launcher shares with all ranks.
+"""Heartbeats tell the launcher what each rank is doing, through memory that they share.
 
 A rank writes its phase and counts up, which costs no system call; the launcher reads. A rank that
-hangs in a collective, on a dead GPU or a dead disk, counts no further. Meetings, the collectives
-that all ranks come to in the same order, are counted apart: the rank that the others wait for has
-come to fewest.
+hangs in a collective, on a dead GPU or on a dead disk stops counting. Meetings (collectives, which
+all ranks reach in the same order) are counted separately: the rank with the fewest keeps the others
+waiting.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ SLOT_BYTES = 128
 
 @dataclass(frozen=True)
 class RankSign:
-    """What a rank said last."""
+    """A rank's latest sign of life."""
 
     count: int
     meetings: int
-    has_trained: bool  # there is something that a checkpoint could keep
-    is_patient: bool  # something goes on that may take long without a sign: fetching a model, tokenising, writing one
-    is_saving: bool  # a checkpoint is being written, maybe beside the phase
+    has_trained: bool  # a checkpoint would have something to keep
+    # The rank may be silent for long: it fetches a model, tokenises rows or writes a model.
+    is_patient: bool
+    is_saving: bool  # a checkpoint is being written, maybe next to the phase
     phase: str
 
 
 class Heartbeat:
-    """One rank's slot, which it writes its signs of life to."""
+    """One rank's slot, where it writes its signs of life."""
 
     def __init__(self, memory: Any, rank: int) -> None:
         self._memory, self._offset = memory, rank * SLOT_BYTES
@@ -42,21 +43,21 @@ class Heartbeat:
 
     @classmethod
     def unseen(cls) -> Heartbeat:
-        """Make one that nobody watches."""
+        """Make a heartbeat that nobody watches."""
         return cls(bytearray(SLOT_BYTES), 0)
 
     @classmethod
     def of_rank(cls, file: int, rank: int, ranks: int) -> Heartbeat:
-        """Make the heartbeat of a rank. file: the launcher's, inherited."""
+        """Make the heartbeat of a rank. file: the launcher's open file, inherited."""
         return cls(mmap.mmap(file, ranks * SLOT_BYTES), rank)
 
     def beat(self, phase: str | None = None) -> None:
-        """Give a sign of life; the rank does `phase` from now on, if it is given."""
+        """Give a sign of life; `phase` says what the rank does from now on, None: the same."""
         self._count += 1
         self._phase = self._phase if phase is None else phase
         words = self._phase.encode(errors="replace")[:108]
-        # Not pack_into: it writes zeros first, and who reads then sees a rank that has not begun.
         flags = self.has_trained, self.is_patient, self.is_saving
+        # Not pack_into: it writes zeros first, and a reader would see a rank that has not begun.
         self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(self._count, self._meetings, *flags, words)
 
     def meet(self) -> None:
@@ -65,8 +66,8 @@ class Heartbeat:
         self.beat()
 
 
-def sign_in(memory: Any, rank: int = 0) -> RankSign:
-    """Read what a rank said last; count 0: it has not begun."""
+def read_sign(memory: Any, rank: int = 0) -> RankSign:
+    """Read a rank's latest sign of life; count 0: it has not begun."""
     count, meetings, has_trained, is_patient, is_saving, words = _SLOT.unpack_from(memory, rank * SLOT_BYTES)
     return RankSign(count, meetings, has_trained, is_patient, is_saving, words.rstrip(b"\0").decode(errors="replace"))
 
@@ -84,8 +85,8 @@ class HeartbeatReader:
         return self._file.fileno()
 
     def signs(self) -> list[RankSign]:
-        """Read what each rank said last, in the order of ranks."""
-        return [sign_in(self._memory, rank) for rank in range(self._ranks)]
+        """Read each rank's latest sign of life, in the order of ranks."""
+        return [read_sign(self._memory, rank) for rank in range(self._ranks)]
 
     def close(self) -> None:
         self._memory.close()

@@ -1,10 +1,7 @@
-"""The processes of the ranks.
+"""Rank processes start before they are needed, since imports take seconds, and get orders later.
 
-They are started before they are needed, since their imports take seconds, and told what to do when
-it is known.
-
-A rank that has not been told yet is a spare: it holds no lock, writes nothing and leaves the GPUs
-alone. It ends with the launcher, however that ends, as all ranks do.
+A rank without an order is a spare: it holds no lock, writes nothing and leaves the GPUs alone. Like
+all ranks, it ends when the launcher ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -25,14 +22,14 @@ from types import TracebackType
 from jobs.spec import Job
 
 POLL_S = 0.1
-GRACE_S = 10.0  # for a process to be gone after SIGKILL, or its lock after it
+GRACE_S = 10.0  # until a process is gone after SIGKILL, and then its lock
 CHECKOUT = Path(__file__).parents[2]
 GPU_FILES = (Path("/dev"), "nvidia[0-9]*")  # one for each card
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """What the ranks' processes are told when they start, since libraries read it only then."""
+    """What rank processes are given when they start, since libraries read it only then."""
 
     device: str
     ranks: int
@@ -41,6 +38,8 @@ class RankEnvironment:
     libraries: tuple[str, ...] = ()  # to be imported besides what every job needs
 
     def environment_of(self, rank: int, environ: Mapping[str, str]) -> dict[str, str]:
+        # The current folder last: a rule may lie next to a job.
+        paths = [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())]
         environment = {
             **environ,
             "RANK": str(rank),
@@ -48,41 +47,39 @@ class RankEnvironment:
             "WORLD_SIZE": str(self.ranks),
             "LOCAL_SIZE": str(self.ranks),  # DeepSpeed on CPU asks numactl without it
             "DS_ACCELERATOR": self.device,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())])
-            ),  # the last: a rule beside a job
-            # from Python 3.11 on: the folder that we are called from may hold a package `jobs`, too
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            # From Python 3.11 on: the current folder may hold a package `jobs`, too.
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             **dict(self.nccl),
         }
-        if self.ranks > 1:  # all on one machine, whatever its name resolves to, or does not
+        if self.ranks > 1:  # all are on one machine, whatever its name resolves to
             environment.setdefault("GLOO_SOCKET_IFNAME", loopback())
         if self.device == "cpu":
             environment |= {
                 "OMP_NUM_THREADS": str(self.cpu_threads),
-                # How long a waiting thread spins (libgomp). With its own 300,000, a busy neighbour
-                # made updates of the demo ten times slower and more; not spinning at all cost a
-                # third of the speed on a quiet machine.
+                # How long a waiting thread spins (libgomp). With libgomp's default of 300,000, a
+                # busy neighbour made the demo's updates more than ten times slower; without
+                # spinning, a quiet machine lost a third of its speed.
                 "GOMP_SPINCOUNT": "3000",
-                # glibc hands large blocks back to the kernel after each use; keeping them made
-                # updates 10 % faster.
+                # By default glibc returns large blocks to the kernel after each use; keeping them
+                # made updates 10 % faster.
                 "MALLOC_MMAP_MAX_": "0",
                 "MALLOC_TRIM_THRESHOLD_": str(2**34),
                 "MALLOC_TOP_PAD_": str(2**28),
-                # Products that oneDNN and its wrapper keep ready, each with its memory: packed rows
-                # bring new shapes with each pass. With 1024 of both, their own default, 1600 shapes
-                # of one layer of 256 x 256 took 811 MiB; with 64, 79 MiB, no slower.
+                # How many products oneDNN and its wrapper keep ready, each with its memory: packed
+                # rows bring new shapes with each pass. With the default, 1024 each, 1600 shapes of
+                # one 256 x 256 layer took 811 MiB; with 64 they took 79 MiB and were no slower.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
                 "LRU_CACHE_CAPACITY": "64",
             }
         return environment
 
 
-def likely_crew(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
-    """What placement.place will choose, as far as that can be told without PyTorch.
+def likely_rank_environment(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
+    """Guess, without PyTorch, the rank environment that follows from `placement.place`.
 
-    A wrong guess only costs the time that a right one saves.
+    A wrong guess only costs the time that a right guess saves.
     """
     wish = job.hardware
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -95,8 +92,9 @@ def likely_crew(job: Job, environ: Mapping[str, str]) -> RankEnvironment:
 
 
 def libraries_of(job: Job) -> tuple[str, ...]:
-    """`datasets` takes a second and more, and reads all rows but those of .jsonl files: see
-    dataset.py.
+    """Return `datasets`, whose import takes over a second, if the job has rows not in .jsonl files.
+
+    See dataset.py.
     """
     for name in job.data.datasets:
         found = next((place for place in (Path.cwd() / name, CHECKOUT / name) if place.exists()), None)
@@ -106,49 +104,52 @@ def libraries_of(job: Job) -> tuple[str, ...]:
 
 
 def loopback() -> str:
-    """The interface's name: `lo` on Linux, `lo0` on macOS."""
+    """Return the interface's name: `lo` on Linux, `lo0` on macOS."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 class Rank(subprocess.Popen[bytes]):
     """One process, `python -m rlhf_train.worker LIBRARY...`.
 
-    It imports what every step needs, and waits to be told.
+    It imports what every step needs, and waits for its order.
     """
 
-    def __init__(self, number: int, crew: RankEnvironment, environ: Mapping[str, str]) -> None:
-        self._link, theirs = socket.socketpair()
-        self._early = tempfile.TemporaryFile()  # noqa: SIM115 (what it says before it knows the log; open as long as it lives)
-        with theirs:
+    def __init__(self, number: int, environment: RankEnvironment, environ: Mapping[str, str]) -> None:
+        self._link, rank_end = socket.socketpair()
+        # What the rank writes before it has the log; open as long as the rank lives.
+        self._early = tempfile.TemporaryFile()  # noqa: SIM115
+        with rank_end:
             super().__init__(
-                [sys.executable, "-m", "rlhf_train.worker", *crew.libraries],
-                stdin=theirs.fileno(),
+                [sys.executable, "-m", "rlhf_train.worker", *environment.libraries],
+                stdin=rank_end.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=self._early.fileno(),
-                env=crew.environment_of(number, environ),
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which then ends the ranks in order
+                env=environment.environment_of(number, environ),
+                # Ctrl-C then reaches only the launcher, which ends the ranks in order.
+                start_new_session=True,
             )
 
     def tell(self, order: str, log: int, heartbeat: int, lock: int) -> None:
-        """What to do: one line of JSON, and the open files that it is to have."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended already, and will be found so
+        """Send the rank its order (one line of JSON) and the open files that it needs."""
+        # A rank that has ended already is noticed elsewhere.
+        with suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self._link, [b"\0"], [log, heartbeat, lock])
             self._link.sendall(order.encode() + b"\n")
 
-    def early_words(self) -> bytes:
-        """What it said, and did not write to the log itself: it ended before."""
+    def early_output(self) -> bytes:
+        """Return what the rank wrote to stderr if it ended before it had the log."""
         return os.pread(self._early.fileno(), 2**20, 0)
 
 
 class SpareRanks:
-    """Ranks that wait for the next step, or for the first, while something else goes on.
+    """Ranks that wait for the next step, or for the first, while other work continues.
 
-    None is left when the block ends.
+    A context manager: no spare is left when its block ends.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        self._crew: RankEnvironment | None = None
+        self._environment: RankEnvironment | None = None
         self._ranks: list[Rank] = []
 
     def __enter__(self) -> SpareRanks:
@@ -159,31 +160,29 @@ class SpareRanks:
     ) -> None:
         self.end()
 
-    def start(self, crew: RankEnvironment) -> None:
-        """If there are none yet, and the machine lets us: what needs them starts them, else, and
-        says why not.
-        """
+    def start(self, environment: RankEnvironment) -> None:
+        """Start the ranks if there are none; if that fails, `take` tries again and reports why."""
         if not self._ranks:
             with suppress(OSError):
-                self._start(crew)
+                self._start(environment)
 
-    def take(self, crew: RankEnvironment) -> list[Rank]:
-        """The ranks of such a crew, in their order: those that wait, else new ones.
+    def take(self, environment: RankEnvironment) -> list[Rank]:
+        """Return the ranks for this environment, in their order: those that wait, else new ones.
 
-        They are the caller's to end.
+        The caller has to end them.
         """
-        if self._crew != crew or any(rank.poll() is not None for rank in self._ranks):
+        if self._environment != environment or any(rank.poll() is not None for rank in self._ranks):
             self.end()
         if not self._ranks:
-            self._start(crew)
+            self._start(environment)
         ranks, self._ranks = self._ranks, []
         return ranks
 
-    def _start(self, crew: RankEnvironment) -> None:
-        self._crew = crew
+    def _start(self, environment: RankEnvironment) -> None:
+        self._environment = environment
         try:
-            for number in range(crew.ranks):
-                self._ranks.append(Rank(number, crew, self._environ))
+            for number in range(environment.ranks):
+                self._ranks.append(Rank(number, environment, self._environ))
         except OSError:
             self.end()
             raise
@@ -196,17 +195,16 @@ class SpareRanks:
 def end(
     ranks: Sequence[Rank], wait_s: float = 0.0, saving_s: float = 0.0, is_saving: Callable[[], bool] = lambda: False
 ) -> list[int]:
-    """All ranks are gone when this returns -> those that were killed here.
+    """End all ranks, and return those that had to be killed.
 
-    SIGKILL: to SIGTERM they answer with a checkpoint, and those
-    that wait for each other not at all.
-
-    They have `wait_s` to end by themselves, and `saving_s` as long as rank 0 writes a checkpoint.
+    They have `wait_s` to end by themselves, or `saving_s` while rank 0 writes a checkpoint. Then
+    they get SIGKILL: they answer SIGTERM with a checkpoint, and not at all while they wait for each
+    other.
     """
     start = time.monotonic()
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() - start < (
-        saving_s if is_saving() else wait_s
-    ):
+    while any(rank.poll() is None for rank in ranks):
+        if time.monotonic() - start >= (saving_s if is_saving() else wait_s):
+            break
         time.sleep(POLL_S)
     killed = [number for number, rank in enumerate(ranks) if rank.poll() is None]
     for number in killed:

@@ -73,19 +73,17 @@ def test_ours_is_held_against_the_faster_peer() -> None:
         "fast": side(3, 6, 5, 7),
         "generate": [{"generation_s": 1.0, "answer_tokens": 640}],
     }
-    said = side_by_side.verdict(sides, 1.5, by_cpu=False)
-    assert (
-        said == "ours against the faster peer, fast: 1.50x by the clock (target 1.5x: met), 1.00x by seconds of the CPU"
+    output = side_by_side.verdict(sides, 1.5, by_cpu=False)
+    assert output == (
+        "ours against the faster peer, fast: 1.50x by the clock (target 1.5x: met), 1.00x by seconds of the CPU"
     )
-    said = side_by_side.verdict(sides, 1.5, by_cpu=True)  # 3 and 3 seconds of the CPU
-    assert said.startswith(
+    output = side_by_side.verdict(sides, 1.5, by_cpu=True)  # 3 and 3 seconds of the CPU
+    assert output.startswith(
         "ours against the faster peer, fast: 1.00x by seconds of the CPU (target 1.5x: MISSED), 1.50x by the clock"
     )
     assert ppo.row("generate", sides["generate"], 64) == ["generate", "1.00", "-", "-", "-", "-", "-", "640"]
 
 
 def test_a_table_lines_its_columns_up() -> None:
-    assert (
-        str(Table("t", ["", "x"], [["a", "1.0"], ["bb", "10.0"]], ["note"]))
-        == "t\n\n       x\n--------\na    1.0\nbb  10.0\n\nnote"
-    )
+    table = Table("t", ["", "x"], [["a", "1.0"], ["bb", "10.0"]], ["note"])
+    assert str(table) == "t\n\n       x\n--------\na    1.0\nbb  10.0\n\nnote"

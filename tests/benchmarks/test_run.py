@@ -1,4 +1,4 @@
-"""`python benchmarks/run.py`: its names, its mistakes, and one real run of the product through it."""
+"""Test `python benchmarks/run.py`: its names, its mistakes, and one real run of the product."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
     done = run("ppo", "pppo")
-    assert (
-        done.returncode == 2 and "`pppo` is no NAME: ceilings, decode" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "`pppo` is no NAME: ceilings, decode" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_list_says_every_name() -> None:
@@ -35,19 +34,8 @@ def test_list_says_every_name() -> None:
 
 def test_step_3_runs_for_real(tmp_path: Path) -> None:
     """The EOS ends its answers: how many tokens they have is asserted inside."""
-    done = run(
-        "ppo",
-        "--size",
-        "tiny",
-        "--repeats",
-        "1",
-        "--lengths",
-        "real",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "out.json"),
-    )
+    options = "--size tiny --repeats 1 --lengths real --device cpu"
+    done = run("ppo", *options.split(), "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     (update,) = json.loads((tmp_path / "out.json").read_text())["ppo"]["numbers"]["real lengths"]
     phases = [update[name] for name in ("generation_s", "scoring_s", "training_s")]

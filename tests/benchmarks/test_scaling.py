@@ -1,4 +1,4 @@
-"""Runs that are measured on several ranks: one for real, on a CPU, and what is made of its numbers."""
+"""Test benchmarks over several ranks: one real run on a CPU, and what its numbers become."""
 
 from __future__ import annotations
 

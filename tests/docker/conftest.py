@@ -1,4 +1,4 @@
-"""`python ...` inside the image; the engine and the image themselves are of tests/docker/images.py."""
+"""Fixtures run `python ...` inside the image, which tests/docker/images.py makes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tests.docker.images import CHECKOUT, MIRROR, Box
 
 @pytest.fixture(scope="session")
 def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
-    """`python ...` inside the image with the tests and pytest, as a user without an entry in
-    /etc/passwd, without a network.
+    """Run `python ...` inside the image with the tests and pytest.
+
+    It runs as a user without an entry in /etc/passwd, and without a network.
     """
     clean = tmp_path_factory.mktemp("image") / "rlhf-box"  # without the job files that other tests add
     engine.copy_checkout(CHECKOUT, clean, built.uid)
@@ -43,15 +44,9 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         cache = tmp_path_factory.mktemp("cache")
         os.chown(cache, built.uid, built.uid)
         mounts = [f"--volume={clean}/tests:/app/tests:ro", f"--volume={clean}/pyproject.toml:/app/pyproject.toml:ro"]
+        mounts.append(f"--volume={cache}:/cache")
         variables = [f"--env={name}={value}" for name, value in (environment or {}).items()]
-        user = [
-            "--user",
-            f"{built.uid}:{built.uid}",
-            "--init",
-            "--shm-size=1g",
-            "--network=none",
-            f"--volume={cache}:/cache",
-        ]
+        user = [f"--user={built.uid}:{built.uid}", "--init", "--shm-size=1g", "--network=none"]
         entry = ["--entrypoint", "python"]
         return built.docker(
             "run",

@@ -1,8 +1,7 @@
-"""A Docker engine for the tests: the one that answers, or, in CI on Debian, one that is installed,
-started and ended here.
+"""This module finds a Docker engine for the tests, or installs one in CI on Debian.
 
-No image can be pulled in CI, so the base is made with debootstrap, and a build image with nvcc 11.8
-(Debian's) from it.
+An engine that it has installed is started and ended here. No image can be pulled in CI, so the base
+is made with debootstrap, and a build image with nvcc 11.8 (Debian's) from it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ PACKAGES = "ca-certificates,libssl3,libffi8,libsqlite3-0,zlib1g,libbz2-1.0,liblz
 NVCC = """
 FROM {base}
 RUN sed -i 's/ main$/ main contrib non-free/' /etc/apt/sources.list && apt-get -qq update \
-    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends nvidia-cuda-toolkit g++-11 >/dev/null
+    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+        nvidia-cuda-toolkit g++-11 >/dev/null
 RUN for tool in gcc g++; do ln -s $tool-11 /usr/bin/$tool; done && ln -s g++-11 /usr/bin/c++ && nvcc --version
 """
 
@@ -46,7 +46,8 @@ class Docker:
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["docker", *arguments],
-            cwd=cwd, env={**self.environment, **variables}, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=cwd, env={**self.environment, **variables}, input=stdin, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
             errors="replace", timeout=timeout_s, check=False,
         )  # fmt: skip
         if check and done.returncode:
@@ -54,14 +55,15 @@ class Docker:
         return done
 
     def answers(self) -> str:
-        """Why not; empty: it does, with Compose and BuildKit."""
+        """Say why the engine cannot be used; "": it answers, with Compose and BuildKit."""
         for arguments in (["version"], ["compose", "version"], ["buildx", "version"]):
             try:
                 done = self(*arguments, check=False, timeout_s=30)
             except (OSError, subprocess.TimeoutExpired) as error:
                 return str(error)
             if done.returncode:
-                return f"docker {' '.join(arguments)}: {done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.returncode}"
+                output = done.stdout.strip()
+                return f"docker {' '.join(arguments)}: {output.splitlines()[-1] if output else done.returncode}"
         return ""
 
 
@@ -72,7 +74,7 @@ def shell(*command: str, cwd: Path | None = None) -> None:
 
 
 def distribution() -> str:
-    """The mirror that this machine's apt asks."""
+    """Return the mirror that this machine's apt uses."""
     for file in [*sorted(Path("/etc/apt").glob("sources.list*/*.sources")), Path("/etc/apt/sources.list")]:
         for line in file.read_text().splitlines() if file.is_file() else []:
             words = line.split()
@@ -83,7 +85,7 @@ def distribution() -> str:
 
 @contextmanager
 def installed_engine() -> Iterator[Docker]:
-    """Needs root on Debian.
+    """Install a Docker engine for the length of the block; it needs root on Debian.
 
     The engine is ended and its images are removed at the end; the packages stay.
     """
@@ -95,23 +97,16 @@ def installed_engine() -> Iterator[Docker]:
     _install_plugins(folder)
     docker = Docker({**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock", "DOCKER_BUILDKIT": "1"})
     with (folder / "dockerd.log").open("wb") as log:
-        places = [
-            "--data-root",
-            f"{folder}/data",
-            "--exec-root",
-            f"{folder}/exec",
-            "--pidfile",
-            f"{folder}/pid",
-            "--host",
-            f"unix://{folder}/docker.sock",
-        ]
+        places = ["--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"]
+        places += ["--pidfile", f"{folder}/pid", "--host", f"unix://{folder}/docker.sock"]
         engine = subprocess.Popen(["dockerd", *places], stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while docker.answers():
             if engine.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(
-                    f"dockerd does not answer: {docker.answers()}\n{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}"
+                    f"dockerd does not answer: {docker.answers()}\n"
+                    f"{(folder / 'dockerd.log').read_text(errors='replace')[-3000:]}"
                 )
             time.sleep(0.5)
         yield docker
@@ -123,8 +118,9 @@ def installed_engine() -> Iterator[Docker]:
 
 
 def _install_plugins(folder: Path) -> None:
-    """Compose v2 and buildx: Debian 12 has neither; Debian 13's packages want no more than its
-    libc.
+    """Install Compose v2 and buildx.
+
+    Debian 12 has neither; Debian 13's packages need nothing but its libc.
     """
     if (
         not Docker()("compose", "version", check=False).returncode
@@ -188,21 +184,19 @@ def _python310() -> Path:
         *([Path(which)] if (which := shutil.which("python3.10")) else []),
     ]
     for python in [Path(sys.executable), *found]:
-        said = subprocess.run(
+        done = subprocess.run(
             [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"],
             capture_output=True,
             text=True,
             check=False,
         )
-        if said.stdout.startswith("3 10 "):
-            return Path(said.stdout.split(maxsplit=2)[2].strip())
+        if done.stdout.startswith("3 10 "):
+            return Path(done.stdout.split(maxsplit=2)[2].strip())
     raise AssertionError("no Python 3.10 is on this machine, and the base image needs one: install python3.10")
 
 
 def make_build(docker: Docker, base: str) -> str | None:
-    """The base with nvcc 11.8 and the C++ compiler that goes with it; None if Debian's package
-    cannot be had.
-    """
+    """Make the base with nvcc 11.8 and its C++ compiler; None if Debian has no package for it."""
     done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base), check=False)
     return BUILD if done.returncode == 0 else None
 

@@ -31,7 +31,7 @@ def check(tmp_path: Path, image: str, torch: str, capabilities: str = "") -> tup
 
 def test_every_mistake_is_a_line(tmp_path: Path) -> None:
     installed = importlib.metadata.version("torch")
-    code, said = check(
+    code, output = check(
         tmp_path, INSTALLED + "PyYAML==0.1 \\\nno-such-package==1.0\n", "torch==2.0.1+cu118 --hash=sha256:0\n", "8.6"
     )
     yaml = importlib.metadata.version("PyYAML")
@@ -46,9 +46,9 @@ def test_every_mistake_is_a_line(tmp_path: Path) -> None:
     ]
     if sys.version_info[:2] != (3, 10):
         expected.insert(0, f"error: Python is {sys.version.split()[0]}, not 3.10")
-    assert said == expected
+    assert output == expected
 
 
 def test_nothing_is_said_of_what_is_as_locked(tmp_path: Path) -> None:
-    _, said = check(tmp_path, INSTALLED, f"torch=={importlib.metadata.version('torch')}\n")
-    assert [line for line in said if "Python is" not in line] == []
+    _, output = check(tmp_path, INSTALLED, f"torch=={importlib.metadata.version('torch')}\n")
+    assert [line for line in output if "Python is" not in line] == []

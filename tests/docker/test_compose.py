@@ -105,16 +105,15 @@ def test_the_build_asks_the_mirror_and_the_proxy(box: Box, mirror: str, variable
 
 
 def test_apt_works_behind_the_secret(box: Box) -> None:
-    """The base of CI has all that the Dockerfile would install, so here a package is asked for by
-    itself.
-    """
+    """CI's base has all that the Dockerfile would install, so this installs another package."""
     if "BASE_IMAGE" not in box.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     dockerfile = f"""
 FROM {box.variables["BASE_IMAGE"]}
 ARG MIRROR=tests
 COPY env/mirrors/tests.env docker/install.sh /build/
-RUN --mount=type=secret,id=ca_bundle set -eu; . /build/install.sh; apt_install tree; tree --version; ! test -e /tmp/apt.conf
+RUN --mount=type=secret,id=ca_bundle set -eu; . /build/install.sh; apt_install tree; tree --version; \
+    ! test -e /tmp/apt.conf
 RUN ! sh -c '. /build/install.sh; apt_install no-such-package; echo went on'
 """
     (box.checkout / "apt.Dockerfile").write_text(dockerfile)

@@ -1,5 +1,6 @@
-"""docker/entrypoint and docker/dotenv.sh without an engine: what they refuse and write, in a copy
-with other folders.
+"""Test docker/entrypoint and docker/dotenv.sh without an engine.
+
+The tests see what they refuse and write, in a copy with other folders.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def test_root_is_refused(entrypoint: Path) -> None:
     assert "error: this container runs as root" in done.stderr
 
 
-# --- .env ---------------------------------------------------------------------------------------------------------------
+# --- .env ---
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The real image, built and run by the commands of docs/container.md: who it runs as, what it
-leaves, what it says, how it ends.
+"""Test the real image, built and run by the commands of docs/container.md.
+
+The tests see which user it runs as, what it leaves, what it prints and how it ends.
 """
 
 from __future__ import annotations
@@ -72,21 +73,14 @@ def test_everything_belongs_to_the_caller_and_nobody_was_root(trained: Completed
     made = [path for top in ("runs", "cache") for path in (built.checkout / top).rglob("*")]
     assert len(made) > 30
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in made} == {(built.uid, built.uid)}
-    said = built.compose(
-        "run",
-        "--rm",
-        "--entrypoint",
-        "sh",
-        "train",
-        "-c",
-        "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home",
-    )
-    assert own(said.stdout)[-5:] == [str(built.uid), str(built.uid), "nobody", "/home/rlhf", "home"]
+    script = "id -u; id -g; whoami 2>/dev/null || echo nobody; echo $HOME; touch $HOME/x && echo home"
+    done = built.compose("run", "--rm", "--entrypoint", "sh", "train", "-c", script)
+    assert own(done.stdout)[-5:] == [str(built.uid), str(built.uid), "nobody", "/home/rlhf", "home"]
 
 
-def test_in_the_evening_it_goes_on(trained: CompletedProcess[str], built: Box, job: str) -> None:
-    said = own(built.train("--step", "all", "--job", job).stdout)
-    assert [line for line in said if "is complete" in line] == [
+def test_in_the_evening_it_resumes(trained: CompletedProcess[str], built: Box, job: str) -> None:
+    output = own(built.train("--step", "all", "--job", job).stdout)
+    assert [line for line in output if "is complete" in line] == [
         f"step {n} ({name}) is complete: runs/tiny/step{n}/model"
         for n, name in ((1, "supervised fine-tuning"), (2, "reward model"), (3, "PPO"))
     ]
@@ -134,10 +128,8 @@ def test_a_folder_of_somebody_else_is_refused_with_the_fix(built: Box, job: str)
     other.chmod(0o755)
     done = built.train("--step", "1", "--job", job, check=False, RLHF_RUNS=str(other))
     assert done.returncode == 3
-    assert (
-        f"{other} belongs to uid 4321, and this container runs as uid {built.uid}, which cannot write there"
-        in done.stdout
-    )
+    what = f"{other} belongs to uid 4321, and this container runs as uid {built.uid}, which cannot write there"
+    assert what in done.stdout
     assert f"else sudo chown -R {built.uid}:{built.uid} {other}" in done.stdout
     assert not list(other.iterdir())
 
@@ -167,14 +159,14 @@ def test_a_second_is_told_and_docker_stop_ends_the_first_after_a_checkpoint(buil
         built.docker("stop", "rlhf-box-stopped")
         assert time.monotonic() - begun < 60  # of two minutes of grace: nobody had to be killed
         code = built.docker("inspect", "--format", "{{.State.ExitCode}}", "rlhf-box-stopped").stdout.strip()
-        said = built.docker("logs", "rlhf-box-stopped").stdout
+        output = built.docker("logs", "rlhf-box-stopped").stdout
     finally:
         built.docker("rm", "--force", "rlhf-box-stopped")
     assert busy.returncode == 5  # two containers in one run: a lock in the folder that both mount
     assert "is being trained by another process" in busy.stdout
     assert code == "75"
     (saved,) = [event for event in map(json.loads, events.read_text().splitlines()) if event["kind"] == "checkpoint"]
-    assert f"stopped: the same command resumes in runs/stopped, from update {saved['update']} of step 1" in said
+    assert f"stopped: the same command resumes in runs/stopped, from update {saved['update']} of step 1" in output
     assert (built.checkout / saved["path"] / "complete.json").exists()
 
 
@@ -201,7 +193,7 @@ def test_an_edit_is_not_stale(built: Box, job: str) -> None:
     assert "edited just now" in own(done.stdout)
 
 
-# --- secrets, the hub ---------------------------------------------------------------------------------------------------
+# --- secrets, the hub ---
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +251,9 @@ def test_the_token_and_the_mirror_reach_every_rank(with_secret: CompletedProcess
     assert (built.checkout / "runs/from-hub/step1/model/model.safetensors").exists()
     assert any(line.startswith("GET /some/gated/resolve/") and line.endswith(" 200") for line in hub.requests)
     assert any("/datasets/some/rows/" in line for line in hub.requests)
-    # A rank that asked elsewhere would have gone on with what the other one had put into the cache.
-    assert (
-        "is taken from the cache" not in with_secret.stdout + (built.checkout / "runs/from-hub/train.log").read_text()
-    )
+    # A rank that asked another hub would have used what the other rank had put into the cache.
+    log = (built.checkout / "runs/from-hub/train.log").read_text()
+    assert "is taken from the cache" not in with_secret.stdout + log
 
 
 def test_the_token_is_nowhere_to_be_seen(with_secret: CompletedProcess[str], built: Box) -> None:
@@ -285,8 +276,9 @@ def test_a_missing_token_is_said(built: Box, hub: Hub, job: str) -> None:
     files = ["-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml", "-f", "host-network.yml"]
     (built.checkout / "host-network.yml").write_text("services: {train: {network_mode: host}}\n")
     done = built.compose(
-        *files, "run", "--rm", "train", "--job", job, "--run", "no-token", "--step", "1", "--set", "actor.model=some/gated",
-        check=False, HF_ENDPOINT=hub.url, RLHF_CACHE=str(empty_folder(built, "cache-2")), RLHF_SECRETS=str(empty_folder(built, "secrets-2")),
+        *files, "run", "--rm", "train", "--job", job, "--run", "no-token", "--step", "1",
+        "--set", "actor.model=some/gated", check=False, HF_ENDPOINT=hub.url,
+        RLHF_CACHE=str(empty_folder(built, "cache-2")), RLHF_SECRETS=str(empty_folder(built, "secrets-2")),
     )  # fmt: skip
     assert done.returncode == 2
     assert "HF_TOKEN" in "\n".join(own(done.stdout)[-6:])
@@ -315,17 +307,15 @@ def test_secrets_of_the_build_are_in_no_layer(built: Box) -> None:
 def test_layers_hold_no_caches_and_no_compiler(built: Box) -> None:
     look = "find /root/.cache /var/lib/apt/lists /var/cache/apt /build -type f 2>/dev/null; "
     look += "find / -xdev -name '*.deb' -o -xdev -name nvcc; which g++ gcc; true"
-    said = built.docker("run", "--rm", "--user=0", "--entrypoint=sh", "rlhf-box:tests", "-c", look).stdout
-    assert [line for line in said.splitlines() if not line.endswith("/lock")] == []
+    output = built.docker("run", "--rm", "--user=0", "--entrypoint=sh", "rlhf-box:tests", "-c", look).stdout
+    assert [line for line in output.splitlines() if not line.endswith("/lock")] == []
 
 
 def test_byte_code_is_in_the_image(built: Box) -> None:
-    """Nobody can write it later, and without it each process compiles PyTorch and transformers
-    anew, for seconds.
-    """
+    """Nobody can write it later, and compiling PyTorch and transformers takes seconds."""
     count = "find /opt/venv/lib/python3.10/site-packages/torch -name '*.pyc' | wc -l"
-    said = built.docker("run", "--rm", "--user=1000", "--entrypoint=sh", "rlhf-box:tests", "-c", count).stdout
-    assert int(said) > 1000
+    output = built.docker("run", "--rm", "--user=1000", "--entrypoint=sh", "rlhf-box:tests", "-c", count).stdout
+    assert int(output) > 1000
 
 
 def test_the_mirror_is_there_when_a_job_runs(built: Box) -> None:
@@ -339,8 +329,9 @@ def test_the_mirror_is_there_when_a_job_runs(built: Box) -> None:
 
 
 def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Box) -> None:
-    """`CUDA_ARCHS=`, on a build image that has no compiler; the stage `build` alone, which is what
-    differs.
+    """Build with `CUDA_ARCHS=` on a build image without a compiler.
+
+    Only the stage `build` differs, so only that is built.
     """
     if "BASE_IMAGE" not in built.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
@@ -361,7 +352,7 @@ def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Bo
     )
     check = ["/docker/check_image.py", "/env/pins/image.txt", f"/env/pins/{variables['TORCH']}.txt", ""]
     mounts = [f"--volume={built.checkout}/{folder}:/{folder}:ro" for folder in ("docker", "env")]
-    said = built.docker("run", "--rm", *mounts, "--entrypoint=/opt/venv/bin/python", tag, *check, check=False)
+    done = built.docker("run", "--rm", *mounts, "--entrypoint=/opt/venv/bin/python", tag, *check, check=False)
     built.docker("image", "rm", tag)
-    assert said.returncode == 0, said.stdout
-    assert "packages as locked; operators for no card" in said.stdout
+    assert done.returncode == 0, done.stdout
+    assert "packages as locked; operators for no card" in done.stdout

@@ -1,5 +1,6 @@
-"""docker/install.sh as it would go on Ubuntu 22.04, which CI cannot pull: apt-get, python3.10 and
-pip are stand-ins that write down what they are asked.
+"""Test docker/install.sh as on Ubuntu 22.04, which CI cannot pull.
+
+apt-get, python3.10 and pip are stand-ins that record their arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ deb http://security.UBUNTU/ubuntu/ jammy-security universe
 """.replace("UBUNTU", "ubuntu" + ".com")
 APT = """#!/bin/sh
 echo "$*" >>{folder}/asked
-[ "$2" != update ] || sed -n 's/^deb //p' "$(sed -n 's/^Dir::Etc::SourceList "\\(.*\\)";/\\1/p' "$APT_CONFIG")" >{folder}/sources
+[ "$2" != update ] || \
+    sed -n 's/^deb //p' "$(sed -n 's/^Dir::Etc::SourceList "\\(.*\\)";/\\1/p' "$APT_CONFIG")" >{folder}/sources
 [ "$2" != install ] || exit {code}
 """
 
@@ -85,9 +87,8 @@ def test_ubuntu_gets_python_and_what_the_build_needs(build: Build, line: str, pa
 def test_the_mirror_of_ubuntu_takes_the_place_of_both_hosts(build: Build) -> None:
     assert build.run("apt_install tree", mirror="cn").returncode == 0
     mirror = "http://mirrors.tuna.tsinghua.edu.cn/ubuntu"
-    assert (
-        build.folder / "sources"
-    ).read_text() == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
+    sources = (build.folder / "sources").read_text()
+    assert sources == f"{mirror} jammy main restricted\n{mirror} jammy-security universe\n"
 
 
 def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
@@ -103,12 +104,14 @@ def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
         (
             "default",
             "torch-cu118",
-            "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7a49d",
+            "https://download.pytorch.org/whl/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl "
+            "--hash=sha256:a7a49d",
         ),
         (
             "cn",
             "torch-cu118",
-            "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl --hash=sha256:a7",
+            "https://mirror.sjtu.edu.cn/pytorch-wheels/cu118/torch-2.0.1%2Bcu118-cp310-cp310-linux_x86_64.whl "
+            "--hash=sha256:a7",
         ),
         (
             "default",
@@ -118,9 +121,7 @@ def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
     ],
 )
 def test_pytorch_comes_from_its_own_files(build: Build, mirror: str, lock: str, asked: str) -> None:
-    """Their names, with the version's + written %2B, are the same on the mirror; the hash goes with
-    them.
-    """
+    """The files' names, with + written as %2B, are the same on the mirror, and so is the hash."""
     build.stand_in("python3.10", "#!/bin/sh\n")
     (build.folder / "opt/bin").mkdir(parents=True)
     (build.folder / "opt/bin/python").symlink_to(build.folder / "bin/python3.10")
@@ -146,12 +147,8 @@ def test_a_base_without_cudas_runtime_is_refused_before_operators_are_compiled_f
     build.stand_in("find", f"#!/bin/sh\necho '{found}'\n")
     done = build.run(f'check_cudart {torch} "{archs}"; echo went on')
     assert (done.returncode, done.stdout) == ((3, "") if refused else (0, "went on\n"))
-    assert (
-        done.stderr.startswith(
-            "error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base"
-        )
-        == refused
-    )
+    error = "error: BASE_IMAGE has no libcudart.so.11.0, which DeepSpeed's operators need: use nvidia/cuda:11.8.0-base"
+    assert done.stderr.startswith(error) == refused
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
         "no:cacheprovider",
         "--basetemp=/tmp/pytest",
         "--junit-xml=/tmp/report.xml",
-        # its data is beside the checkout
+        # its data is next to the checkout
         "--deselect=tests/rlhf_train/data/test_dataset.py::test_real_preference_data",
         "--ignore=tests/integration/remote",  # the laptop's half is not in the image
         "tests/jobs",
@@ -47,8 +47,10 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
 
 
 def test_without_a_shim(in_image: InImage) -> None:
-    """SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the hub;
-    the versions.
+    """Run what needs no shim on the pinned stack.
+
+    That is SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the
+    hub; the versions.
     """
     done = pytest_in(in_image, "pinned", {})
     counts = results(done)
@@ -71,15 +73,14 @@ def test_with_a_shim_for_gloo(in_image: InImage) -> None:
 def test_the_stack_is_the_one_promised(in_image: InImage) -> None:
     versions = "torch.__version__.split('+')[0], importlib.metadata.version('fsspec'), deepspeed.__version__"
     script = f"import sys, torch, deepspeed, importlib.metadata; print(sys.version_info[:2], {versions})"
-    assert (
-        in_image("-c", script, environment={"DS_ACCELERATOR": "cpu"}).stdout.splitlines()[-1]
-        == "(3, 10) 2.0.1 2023.9.2 0.15.4"
-    )
+    done = in_image("-c", script, environment={"DS_ACCELERATOR": "cpu"})
+    assert done.stdout.splitlines()[-1] == "(3, 10) 2.0.1 2023.9.2 0.15.4"
 
 
 def test_cpu_adam_was_compiled_and_computes_adamw(in_image: InImage, built: Box) -> None:
-    """DeepSpeed's operator on this CPU against PyTorch's AdamW, three updates; nothing may be
-    compiled for it.
+    """Compare DeepSpeed's operator on this CPU with PyTorch's AdamW over three updates.
+
+    Nothing may be compiled for it.
     """
     script = Path(__file__).with_name("cpu_adam.py").name
     if built.variables.get("CUDA_ARCHS") == "":

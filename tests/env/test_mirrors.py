@@ -1,5 +1,6 @@
-"""env/mirrors as a shell reads them, which is how the build does; docker compose reads them in
-tests/docker/test_compose.py.
+"""Test env/mirrors as a shell reads them, which is how the build reads them.
+
+docker compose reads them in tests/docker/test_compose.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The pins hold what they say: reasons beside them, locks that agree with each other, and the bug
-that one of them is for.
-"""
+"""Test the pins: they have reasons, their locks agree, and one of them avoids a known bug."""
 
 from __future__ import annotations
 
@@ -86,7 +84,7 @@ def test_conda_installs_the_same_locks() -> None:
     assert all((PINS.parent / file).exists() for file in files)
 
 
-# --- the bug that fsspec is pinned for --------------------------------------------------------------------------------
+# --- the bug that fsspec is pinned for ---
 
 LOAD = """
 import sys
@@ -97,8 +95,9 @@ print(load_dataset("json", data_files=sys.argv[1], split="train")["prompt"])
 
 @pytest.fixture(scope="module")
 def python_with_old_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment of its own with datasets 2.14.4, the last with the bug whose metadata lets
-    both versions of fsspec in.
+    """Make an environment with datasets 2.14.4.
+
+    It is the last version with the bug whose metadata allows both versions of fsspec.
     """
     if not Settings.from_environ(os.environ).ci:
         pytest.skip("downloads 100 MB into an environment of its own; CI does")

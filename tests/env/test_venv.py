@@ -1,8 +1,8 @@
-"""env/venv.sh without its downloads: a stand-in for Python notes what it is asked for, and can fail
-or hang at any stage.
+"""Test env/venv.sh without its downloads.
 
-The stand-in is the only Python on PATH. The one test at the end uses the real Python and the real
-pip, cut off from any index.
+A stand-in for Python records its arguments, and can fail or hang at any stage. It is the only
+Python on PATH. The one test at the end uses the real Python and the real pip, without access to any
+index.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ echo "$*" >>"$STUB_CALLS"
 case "$*" in *"${STUB_HANG:-nothing hangs}"*)
     touch "$STUB_CALLS.hangs"
     tries=0
-    while ! [ -e "$STUB_CALLS.go" ] && [ "$tries" -lt 1200 ]; do sleep 0.05; tries=$((tries + 1)); done ;; # a minute at most
+    # a minute at most
+    while ! [ -e "$STUB_CALLS.go" ] && [ "$tries" -lt 1200 ]; do sleep 0.05; tries=$((tries + 1)); done ;;
 esac
 [ -z "${STUB_FAIL:-}" ] || case "$*" in *"$STUB_FAIL"*) echo "ERROR: no route to host"; exit 1 ;; esac
 case "$*" in
@@ -90,8 +91,8 @@ class Checkout:
 
     def run(self, **environ: str) -> tuple[int, str]:
         process = self.start(**environ)
-        _, said = process.communicate(timeout=60)
-        return process.returncode, said
+        _, output = process.communicate(timeout=60)
+        return process.returncode, output
 
     def calls(self, words: str) -> int:
         return (
@@ -121,9 +122,9 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def test_the_second_call_does_nothing(checkout: Checkout) -> None:
-    status, said = checkout.run()
+    status, output = checkout.run()
     assert status == 0
-    assert [line.split("  ")[1] for line in said.splitlines()[1:]] == [
+    assert [line.split("  ")[1] for line in output.splitlines()[1:]] == [
         "virtual environment",
         f"PyTorch {TORCH} (about 200 MB)",
         "all else that is locked (about 300 MB)",
@@ -192,9 +193,10 @@ def test_killed_at_any_stage_the_next_call_mends_it(checkout: Checkout, stage: s
 
 @pytest.mark.parametrize("stage", PACKAGE_STAGES + LINK_STAGES)
 def test_a_failed_stage_is_said_and_not_taken_for_done(checkout: Checkout, stage: str) -> None:
-    status, said = checkout.run(STUB_FAIL=stage)
+    status, output = checkout.run(STUB_FAIL=stage)
     assert status == 3
-    assert "error: cannot set up .venv: " in said and "    ERROR: no route to host\n" in said and "\nhint: " in said
+    assert "error: cannot set up .venv: " in output and "    ERROR: no route to host\n" in output
+    assert "\nhint: " in output
     assert checkout.run()[0] == 0
     assert checkout.is_whole()
 
@@ -215,7 +217,7 @@ def test_two_at_once_make_one(checkout: Checkout) -> None:
 def test_an_orphan_of_a_killed_call_is_waited_for(checkout: Checkout) -> None:
     killed = checkout.start(STUB_HANG="wheels.txt")
     checkout.hung()
-    killed.kill()  # the shell only; its pip goes on writing into .venv
+    killed.kill()  # the shell only; its pip continues to write into .venv
     killed.wait()
     second = checkout.start()
     assert second.stderr is not None
@@ -228,28 +230,30 @@ def test_an_orphan_of_a_killed_call_is_waited_for(checkout: Checkout) -> None:
 @pytest.mark.parametrize("version", ["2.7", "3.9", "4.0"])
 def test_a_wrong_python_is_named(checkout: Checkout, version: str) -> None:
     checkout.add_python("python3", version)
-    status, said = checkout.run()
+    status, output = checkout.run()
     assert status == 3
-    assert said.startswith(
-        f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\nhint: sudo apt-get install python3 python3-venv"
+    assert output.startswith(
+        f"error: no Python 3.10 or newer\n  why: python3 is {version}\n\n"
+        "hint: sudo apt-get install python3 python3-venv"
     )
     assert not (checkout.path / ".venv").exists()
 
 
 def test_no_python_at_all(checkout: Checkout) -> None:
     (checkout.bin / "python3").unlink()
-    status, said = checkout.run()
+    status, output = checkout.run()
     assert status == 3
-    assert said.startswith(
-        "error: no Python 3.10 or newer\n  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n"
+    assert output.startswith(
+        "error: no Python 3.10 or newer\n"
+        "  why: no command of python3 python3.13 python3.12 python3.11 python3.10 runs\n"
     )
 
 
 def test_an_old_python3_does_not_hide_a_newer_one(checkout: Checkout) -> None:
     checkout.add_python("python3", "3.9")
     checkout.add_python("python3.12", "3.12")
-    status, said = checkout.run()
-    assert status == 0 and "bin/python3.12 (3.12)" in said
+    status, output = checkout.run()
+    assert status == 0 and "bin/python3.12 (3.12)" in output
 
 
 @pytest.mark.parametrize(
@@ -257,28 +261,28 @@ def test_an_old_python3_does_not_hide_a_newer_one(checkout: Checkout) -> None:
 )
 def test_a_python_without_venv_names_the_package(checkout: Checkout, name: str, package: str) -> None:
     checkout.add_python(name, "3.12")
-    status, said = checkout.run(STUB_FAIL="ensurepip", PYTHON=name)
+    status, output = checkout.run(STUB_FAIL="ensurepip", PYTHON=name)
     assert status == 3
-    assert said.endswith(f"hint: sudo apt-get install {package}\n")
+    assert output.endswith(f"hint: sudo apt-get install {package}\n")
 
 
 def test_a_wrong_PYTHON_leaves_the_environment_alone(checkout: Checkout) -> None:
     checkout.run()
-    status, said = checkout.run(PYTHON="/no/such/python")
-    assert status == 3 and said.startswith("error: no Python 3.10 or newer at PYTHON=/no/such/python\n")
+    status, output = checkout.run(PYTHON="/no/such/python")
+    assert status == 3 and output.startswith("error: no Python 3.10 or newer at PYTHON=/no/such/python\n")
     assert checkout.is_whole()
 
 
 def test_a_full_disk_is_said_before_the_download(checkout: Checkout) -> None:
     (checkout.bin / "df").unlink()
     checkout.add_command("df", "#!/bin/sh\necho Filesystem\necho /dev/sda1 9000000 8000000 1000000 90% /\n")
-    status, said = checkout.run()
+    status, output = checkout.run()
     assert status == 3
-    assert said.startswith("error: the disk is too full to set up .venv\n  why: 1000 MB are free at ")
+    assert output.startswith("error: the disk is too full to set up .venv\n  why: 1000 MB are free at ")
     assert checkout.calls("-m ") == 0
 
 
-def test_without_flock_it_goes_on(checkout: Checkout) -> None:
+def test_without_flock_it_continues(checkout: Checkout) -> None:
     (checkout.bin / "flock").unlink(missing_ok=True)
     assert checkout.run()[0] == 0
     assert checkout.is_whole()
@@ -289,9 +293,9 @@ def test_without_a_network_the_real_pip_is_quoted(checkout: Checkout, tmp_path: 
     if not base.exists():
         pytest.skip(f"the Python that made this environment is not at {base}")
     environ = {"PYTHON": str(base), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "HOME": str(tmp_path)}
-    status, said = checkout.run(**environ)
+    status, output = checkout.run(**environ)
     assert status == 3
-    assert f"error: cannot set up .venv: PyTorch {TORCH} " in said
-    assert f"    ERROR: No matching distribution found for torch=={TORCH}\n" in said
-    assert "download.pytorch.org" in said.splitlines()[-1]
+    assert f"error: cannot set up .venv: PyTorch {TORCH} " in output
+    assert f"    ERROR: No matching distribution found for torch=={TORCH}\n" in output
+    assert "download.pytorch.org" in output.splitlines()[-1]
     assert not (checkout.path / ".venv/packages.stamp").exists()

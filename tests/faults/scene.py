@@ -1,5 +1,6 @@
-"""Where the faults happen: a tiny job, trained by a launcher in this process, which spares its
-start; its ranks are real ones.
+"""A scene for faults is a tiny job with real ranks, trained by a launcher in this process.
+
+A launcher in this process needs no start-up time of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, l
 
     what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until
     `file` is there.
-    kind: "training" (passes 1 and 2 are the rehearsal), "generating" (the tokens after the first),
+    kind: "training" (passes 1 and 2 are the trial updates), "generating" (tokens after the first),
     "judging" (whole sequences, not to train on them), "saving" (each file of a checkpoint), or
     "start" (to wait, before anything). saving_too=True: once it has been met, also at each file of
     a checkpoint.
@@ -62,18 +63,12 @@ class Scene:
     def train(
         self, name: str, *settings: str, step: str = "1", met: Fault | None = None, more: tuple[str, ...] = ()
     ) -> int:
-        """`rlhf-train` on the job -> exit code. met: the fault that its ranks meet."""
-        words = [
-            "--job",
-            str(self.folder / "job.yaml"),
-            "--output-dir",
-            str(self.runs),
-            "--run",
-            name,
-            "--step",
-            *step.split(),
-            *more,
-        ]
+        """Run `rlhf-train` on the job, and return its exit code.
+
+        met: the fault that its ranks meet.
+        """
+        words = ["--job", str(self.folder / "job.yaml"), "--output-dir", str(self.runs)]
+        words += ["--run", name, "--step", *step.split(), *more]
         for setting in settings:
             words += ["--set", setting]
         with pytest.MonkeyPatch.context() as patch:
@@ -121,8 +116,9 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; after PATIENCE_S in any case, or the
-    test would last forever.
+    """Do `act` concurrently with the test, as soon as `condition` holds.
+
+    It is done after PATIENCE_S in any case: the test would last forever without it.
     """
 
     def wait_and_act() -> None:
@@ -145,6 +141,6 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-def error_of(said: str) -> str:
+def error_of(output: str) -> str:
     """What the launcher told in the end."""
-    return said[said.index("error: ") :]
+    return output[output.index("error: ") :]

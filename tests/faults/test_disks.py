@@ -1,5 +1,6 @@
-"""Disks that fill, lose their inodes, turn read-only or go away under a run: real file systems,
-mounted for each test.
+"""Test disks that fill, lose their inodes, turn read-only or go away under a run.
+
+They are real file systems, mounted for each test.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def disk(scene: Scene) -> Iterator[Path]:
 
 
 def leave(disk: Path, free_bytes: int) -> None:
-    """As if somebody else had written a file there that leaves so much, but without the memory for
-    it.
-    """
+    """Leave so much room, as if somebody else had written a file, but without using memory."""
     found = os.statvfs(disk)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     assert mount("-o", f"remount,size={used + free_bytes}", disk) == ""
@@ -54,8 +53,10 @@ def leave(disk: Path, free_bytes: int) -> None:
 def while_it_waits(
     scene: Scene, run: RunDir, act: Callable[[], None], *, kind: str = "training", first: int = 7, kept: int = 2
 ) -> int:
-    """Train, and `act` while a rank waits in this pass, and the checkpoint of update `kept` is
-    complete and alone; at the "start", before a rank does anything. -> exit code
+    """Train, and do `act` while a rank waits in this pass; return the exit code.
+
+    The checkpoint of update `kept` is complete then, and the only one. "start": before a rank does
+    anything.
     """
     go = scene.folder / "go"
 
@@ -89,15 +90,17 @@ def checkpoint_size(untroubled: Trained) -> str:
 def test_too_small_from_the_start(scene: Scene, disk: Path, untroubled: Trained, capsys: Said) -> None:
     run = scene.run("small")
     code = while_it_waits(scene, run, lambda: leave(disk, 700_000), kind="start")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert code == 3
     assert re.fullmatch(
         "error: the disk is too small for the models and checkpoints of step 1\n"
-        f"  why: they need [0-9.]+ MiB at once, and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
-        "hint: make room, or choose an --output-dir on a larger disk; actor.lora makes checkpoints many times smaller\n",
-        error_of(said),
-    ), error_of(said)
-    assert "Traceback" not in said and events(run, "metrics") == []
+        "  why: they need [0-9.]+ MiB at the same time, "
+        f"and [0-9.]+ MiB are free for them at {re.escape(str(run.path))}\n\n"
+        "hint: make room, or choose an --output-dir on a larger disk; "
+        "actor.lora makes checkpoints many times smaller\n",
+        error_of(output),
+    ), error_of(output)
+    assert "Traceback" not in output and events(run, "metrics") == []
 
 
 def test_without_inodes(scene: Scene, disk: Path, capsys: Said) -> None:
@@ -118,15 +121,17 @@ def test_without_inodes(scene: Scene, disk: Path, capsys: Said) -> None:
 def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Trained, capsys: Said) -> None:
     run = scene.run("fills")
     code = while_it_waits(scene, run, lambda: leave(disk, LEFT))
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert code == 4
     assert re.fullmatch(
         "error: the checkpoint of update 3 could not be written: the disk is full\n"
-        f"  why: No space left on device; [0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
-        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n",
-        error_of(said),
-    ), error_of(said)
-    assert "Traceback" not in said
+        "  why: No space left on device; "
+        f"[0-9.]+ kB are free at {re.escape(str(run.path))}, and a checkpoint has {checkpoint_size(untroubled)}\n\n"
+        "hint: the last good checkpoint is that of update 2; "
+        "make room or mend the path, then the same command resumes\n",
+        error_of(output),
+    ), error_of(output)
+    assert "Traceback" not in output
     the_last_is_good(run)
 
     assert mount("-o", "remount,size=600m", disk) == ""
@@ -138,7 +143,7 @@ def test_it_fills_while_a_run_trains(scene: Scene, disk: Path, untroubled: Train
 
 
 def the_last_is_good(run: RunDir) -> None:
-    """That of update 2, and nothing beside it."""
+    """Check that the checkpoint of update 2 is there, and nothing else."""
     saved = checkpoint_files.latest(run.step(1), pytest.fail)
     assert saved is not None and saved.update == 2
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
@@ -154,16 +159,17 @@ def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
         assert mount("-o", "remount,ro,bind", disk) == ""
 
     code = while_it_waits(scene, run, turn)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     partial = run.step(1).checkpoint(3).with_name("update-3.partial")
     assert code == 4
-    assert error_of(said).startswith(
+    assert error_of(output).startswith(
         f"error: the checkpoint of update 3 could not be written: cannot use {partial}\n  why: Read-only file system; "
     )
-    assert error_of(said).endswith(
-        "hint: the last good checkpoint is that of update 2; make room or mend the path, then the same command resumes\n"
+    assert error_of(output).endswith(
+        "hint: the last good checkpoint is that of update 2; "
+        "make room or mend the path, then the same command resumes\n"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     the_last_is_good(run)
 
 
@@ -193,9 +199,9 @@ def test_it_goes_away(scene: Scene, disk: Path, capsys: Said, kind: str, first: 
         subprocess.run(["umount", "--lazy", disk], check=True)
 
     code = while_it_waits(scene, run, unmount, kind=kind, first=first, kept=kept)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert not disk.is_mount()
     assert list(disk.iterdir()) == []  # nothing is written into the bare folder below, as if it were the run's
     assert code == 4
-    assert error_of(said) == error.format(run=run.path)
-    assert "Traceback" not in said
+    assert error_of(output) == error.format(run=run.path)
+    assert "Traceback" not in output

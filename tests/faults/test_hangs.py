@@ -1,6 +1,4 @@
-"""A rank that stays away while the others wait for it: found out, named, ended; and the run goes
-on.
-"""
+"""Test a rank that hangs while the others wait: it is found and named, and the run resumes."""
 
 from __future__ import annotations
 
@@ -28,16 +26,17 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
         patch.setattr(launch, "HANG_S", PLENTY_S)
         assert base.train("stopped", *settings, met=fault("stop", rank=1, first=5)) == 4  # in update 3
     assert ranks_here() == []
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     found = re.fullmatch(
-        "error: rank 1 on (.*) stays away: no rank has got further for ([0-9]+) s\n"
+        "error: rank 1 on (.*) hangs: no rank has made progress for ([0-9]+) s\n"
         r"  why: rank 0 on \1 \(process [0-9]+, (?:waiting|running)\): update 3\n"
         r"       rank 1 on \1 \(process [0-9]+, stopped by a signal\): update 3\n\n"
-        "hint: the stacks of all ranks are at the end of train.log; a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
+        "hint: the stacks of all ranks are at the end of train.log; "
+        "a GPU that hangs shows as Xid in `dmesg`, a disk in `df`;\n"
         "      the same command resumes from the last checkpoint\n",
-        error_of(said),
+        error_of(output),
     )
-    assert found is not None, error_of(said)
+    assert found is not None, error_of(output)
     assert found.group(1) == socket.gethostname()
     assert PLENTY_S <= int(found.group(2)) < 60
     (error,) = events(run, "error")
@@ -45,12 +44,8 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
     log = run.log.read_text(encoding="utf-8", errors="replace")
     stack = log[log.rindex("most recent call first") :]
     # What rank 0 waited in.
-    assert (
-        " in all_reduce" in stack
-        and 'deepspeed_engine.py", line' in stack
-        and " in backward" in stack
-        and 'sft.py", line' in stack
-    )
+    for part in (" in all_reduce", 'deepspeed_engine.py", line', " in backward", 'sft.py", line'):
+        assert part in stack
 
     assert base.train("stopped", *settings) == 0  # and nobody stops it this time
     (resumed,) = events(run, "resumed")

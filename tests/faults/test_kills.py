@@ -1,5 +1,6 @@
-"""One run, killed six times, once in each phase that a step has, against one that nobody touched:
-by benchmarks/faults.py.
+"""Test one run that is killed six times, once in each phase of a step, by benchmarks/faults.py.
+
+It is compared with a run that nobody touched.
 """
 
 from __future__ import annotations

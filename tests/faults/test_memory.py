@@ -1,6 +1,4 @@
-"""Ranks that run out of memory: training goes on with less at once, nothing is lost, and the curve
-stays what it was.
-"""
+"""Test ranks that run out of memory: training continues with smaller passes and the same curve."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from tests.tiny import Trained
 Said = pytest.CaptureFixture[str]
 
 # Step 1 of the tiny job: 4 updates of 8 rows. With a micro batch of 4 and one rank, passes 1 and 2
-# are the rehearsal, 3 and 4 update 1. Other micro batches sum up in another order: float32 then
+# are the trial update, 3 and 4 update 1. Other micro batches sum up in another order: float32 then
 # differs in its last digits.
 SAME = 1e-5
 
@@ -24,7 +22,7 @@ def micro_batches(scene: Scene, name: str) -> list[tuple[int, int]]:
     return [(plan["micro_batch"], plan["global_batch"]) for plan in events(scene.run(name), "plan")]
 
 
-def test_the_rehearsal_finds_it_before_the_first_update(base: Scene, untroubled: Trained) -> None:
+def test_the_trial_update_finds_it_before_the_first_update(base: Scene, untroubled: Trained) -> None:
     run, met = base.run("rehearsed"), fault("no memory", rows=4)
     assert base.train("rehearsed", "hardware.micro_batch=auto", met=met) == 0
     assert micro_batches(base, "rehearsed") == [(8, 8), (4, 8)]
@@ -64,11 +62,10 @@ def test_once_more_while_it_saves(base: Scene, untroubled: Trained) -> None:
 
 
 def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
-    """The other waits for it in a collective, and cannot save: all go on from the last checkpoint."""
+    """The other waits for it in a collective and cannot save: both resume from a checkpoint."""
     run, settings = base.run("one-of-two"), ["hardware.ranks=2", "checkpoint.every_updates=1"]
-    assert (
-        base.train("one-of-two", *settings, met=fault("no memory", rows=2, rank=1, first=5)) == 0
-    )  # update 3: a pass an update
+    in_update_3 = fault("no memory", rows=2, rank=1, first=5)  # an update is one pass
+    assert base.train("one-of-two", *settings, met=in_update_3) == 0
     assert micro_batches(base, "one-of-two") == [(4, 8), (2, 8)]
     (resumed,) = events(run, "resumed")
     assert resumed["from_update"] in (1, 2)  # that of update 2 was being written
@@ -91,17 +88,19 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
         for field, value in (("hidden_size", 256), ("word_embed_proj_dim", 256), ("ffn_dim", 1024))
     ]
     assert base.train("none", "hardware.micro_batch=1", *wider, met=fault("no memory", rows=0)) == 4
-    said = capsys.readouterr().err
-    assert error_of(said) == (
+    output = capsys.readouterr().err
+    assert error_of(output) == (
         "error: out of memory in step 1 with a micro batch of 1\n"
         "  why: CUDA out of memory. Tried to allocate 2.00 GiB for 1 rows (injected)\n\n"
-        "hint: weights, gradients and optimizer take 25.7 MiB a rank, activations of one sequence the rest; in order of cost:\n"
-        "      hardware.gradient_checkpointing: true, for activations of one layer at a time and about a third more computing\n"
-        "      actor.lora: {}, with learning rates of its own (see jobs/opt-1.3b-lora.yaml): 25.7 MiB -> 13.2 MiB\n"
-        "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, for more traffic between them\n"
-        "      data.max_prompt_tokens and data.max_response_tokens below their sum of 76, or a smaller model\n"
+        "hint: weights, gradients and optimizer states take 25.7 MiB a rank, "
+        "and activations of one sequence the rest; cheapest first:\n"
+        "      hardware.gradient_checkpointing: true, "
+        "which keeps activations of one layer at a time and takes about a third more computing\n"
+        "      actor.lora: {}, with learning rates as in jobs/opt-1.3b-lora.yaml: 25.7 MiB -> 13.2 MiB\n"
+        "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, with more traffic between them\n"
+        "      smaller data.max_prompt_tokens and data.max_response_tokens (their sum is 76), or a smaller model\n"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     (error,) = events(base.run("none"), "error")
     assert (error["what"], error["exit_code"]) == ("out of memory in step 1 with a micro batch of 1", 4)
     assert warnings(base.run("none")) == [] and not base.run("none").fitted.exists()
@@ -114,16 +113,14 @@ def samples(run: RunDir) -> list[tuple[str, str, str]]:
 def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained) -> None:
     run, plenty = base.run("short-rollouts"), base.run("rollouts")
     assert base.train(plenty.name, step="3", more=("--from", "untroubled")) == 0
-    assert (
-        base.train(run.name, step="3", met=fault("no memory", "generating", rows=10), more=("--from", "untroubled"))
-        == 0
-    )
-    # 64 are allowed, halved until they fit, at the first rollout: that for the scale of the
-    # rewards.
+    no_memory = fault("no memory", "generating", rows=10)
+    assert base.train(run.name, step="3", met=no_memory, more=("--from", "untroubled")) == 0
+    # 64 are allowed. They are halved until they fit, in the first rollout, which sets the scale of
+    # the rewards.
     assert warnings(run, 3) == ["out of memory in a rollout with 64 concurrent prompts: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8
     assert len(samples(run)) == 6 and samples(run) == samples(plenty)
     for name in ("mean_reward", "kl", "entropy", "policy_loss", "value_loss", "response_length", "grad_norm"):
-        theirs = [event[name] for event in events(plenty, "metrics", 3)]
-        assert [event[name] for event in events(run, "metrics", 3)] == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
+        wanted = [event[name] for event in events(plenty, "metrics", 3)]
+        assert [event[name] for event in events(run, "metrics", 3)] == pytest.approx(wanted, rel=1e-4, abs=1e-6), name

@@ -1,5 +1,7 @@
-"""Numbers that go wrong: an update without a finite loss is left out, a run that has diverged ends,
-odd answers are told.
+"""Test numbers that go wrong.
+
+An update without a finite loss is skipped, a run that has diverged ends, and odd answers are
+reported.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ LEFT_OUT = ["update 2 is left out: its loss is not finite (1 so far)"]
 
 
 def test_one_update_is_left_out(base: Scene, untroubled: Trained) -> None:
-    """In either pass of update 2, and on one rank of two: the others train alike, since nothing of
-    it is left in gradients or moments.
+    """Skip update 2 for either of its passes, and for one rank of two.
+
+    The other updates train as before, since nothing of it is left in gradients or moments.
     """
     assert base.train("first-pass", met=fault("nan", first=5, last=5)) == 0
     assert base.train("second-pass", met=fault("nan", first=6, last=6)) == 0
@@ -58,14 +61,15 @@ def test_five_in_a_row_end_the_run(base: Scene, capsys: Said, ranks: int, first:
         ["sft.max_updates=10", "checkpoint.every_updates=2", f"hardware.ranks={ranks}"],
     )
     assert base.train(run.name, *settings, met=fault("nan", first=first)) == 4
-    said = capsys.readouterr().err
-    assert error_of(said) == (
+    output = capsys.readouterr().err
+    assert error_of(output) == (
         "error: step 1 diverged at update 7\n"
         "  why: its loss is not finite; 5 updates in a row were left out\n\n"
-        "hint: lower the learning rate or sft.max_grad_norm, raise sft.warmup_updates, or look for broken rows in the data\n"
+        "hint: lower the learning rate or sft.max_grad_norm, raise sft.warmup_updates, "
+        "or look for broken rows in the data\n"
         "      the last good checkpoint is that of update 2\n"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert list(curve(run)) == [1, 2]
     assert warnings(run) == [
         f"update {update} is left out: its loss is not finite ({update - 2} so far)" for update in (3, 4, 5, 6)
@@ -97,7 +101,7 @@ def test_a_kl_that_explodes_ends_the_run(base: Scene, untroubled: Trained, capsy
     assert not run.step(3).model.exists()
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 EOS, LIMIT = 2, 4
 EMPTY, CUT, PLAIN, FULL = ([EOS], True), ([7, 7, 7, 7], False), ([7, EOS], True), ([7, 7, 7, EOS], True)

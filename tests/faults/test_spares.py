@@ -1,5 +1,6 @@
-"""Ranks that wait for the next step while one ends: they do it, or are gone with all others,
-however the launcher ends.
+"""Test ranks that wait for the next step while one ends.
+
+They train it, or end with all others, however the launcher ends.
 """
 
 from __future__ import annotations

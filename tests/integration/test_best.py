@@ -1,6 +1,4 @@
-"""`checkpoint.best_every_updates`: the weights that did best on held-out data are kept beside the
-model.
-"""
+"""Test `checkpoint.best_every_updates`: the weights that did best on held-out data are kept too."""
 
 from __future__ import annotations
 
@@ -30,11 +28,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def test_the_best_of_all_that_was_measured_is_kept(run: Trained, step: int) -> None:
     kept = [(e["update"], e["value"]) for e in run.events("checkpoint", step) if "metric" in e]
     assert {e["metric"] for e in run.events("checkpoint", step) if "metric" in e} == {METRICS[step]}
-    said = [
+    output = [
         re.fullmatch(r"held-out (\w+) at update (\d+): (\S+) \(best: \S+ at update \d+\)", e["doing"])
         for e in run.events("progress", step)
     ]
-    others = [(int(words[2]), float(words[3])) for words in said if words]
+    others = [(int(words[2]), float(words[3])) for words in output if words]
     measured = dict([*kept, *others])
     assert sorted(measured) == [2, 4, 6]
     best = min(measured.values()) if step == 1 else max(measured.values())

@@ -1,6 +1,4 @@
-"""`make demo` as a newcomer types it: it learns what it promises, shows it, and does so again the
-same.
-"""
+"""Test `make demo` as a newcomer types it: it learns, shows it, and gives the same again."""
 
 from __future__ import annotations
 
@@ -16,14 +14,10 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 VARYING = ("seq", "time", "seconds", "model")
 FEW = [
-    "--set",
-    "sft.max_updates=12",
-    "--set",
-    "reward.max_updates=6",
-    "--set",
-    "ppo.max_updates=8",
-    "--set",
-    "data.eval_rows=32",
+    *("--set", "sft.max_updates=12"),
+    *("--set", "reward.max_updates=6"),
+    *("--set", "ppo.max_updates=8"),
+    *("--set", "data.eval_rows=32"),
 ]
 
 
@@ -72,7 +66,7 @@ def test_the_table_shows_the_numbers_of_the_end_events(demo: tuple[Path, str]) -
     assert table.count("\nbefore") == table.count("\nafter") == 3
 
 
-def test_a_second_call_goes_on_with_the_run_and_trains_nothing(demo: tuple[Path, str]) -> None:
+def test_a_second_call_finds_the_run_complete_and_trains_nothing(demo: tuple[Path, str]) -> None:
     run, table = demo
     written = (run / "events.jsonl").read_bytes()
     environment = os.environ | {"RLHF_RUNS": str(run.parent), "RLHF_CACHE": str(run.parent / "cache")}
@@ -86,20 +80,8 @@ def test_a_second_call_goes_on_with_the_run_and_trains_nothing(demo: tuple[Path,
 def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path: Path) -> None:
     numbers = {}
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
-        command = [
-            sys.executable,
-            "-m",
-            "rlhf_train",
-            "--job",
-            "demo",
-            "--output-dir",
-            str(tmp_path),
-            "--run",
-            name,
-            "--set",
-            f"seed={seed}",
-            *FEW,
-        ]
+        command = [sys.executable, "-m", "rlhf_train", "--job", "demo", "--output-dir", str(tmp_path)]
+        command += ["--run", name, "--set", f"seed={seed}", *FEW]
         subprocess.run(command, cwd=CHECKOUT, capture_output=True, timeout=300, check=True)
         numbers[name] = {
             step: {k: v for k, v in end.items() if k not in ("seq", "time", "seconds", "model")}

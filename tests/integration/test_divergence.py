@@ -29,27 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_diverged_step_stops_with_the_update_and_the_knobs_and_leaves_no_model(folder: Path, step: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf_train",
-        "--job",
-        str(folder / "job.yaml"),
-        "--output-dir",
-        str(folder / "runs"),
-        "--step",
-        str(step),
-    ]
+    command = [sys.executable, "-m", "rlhf_train", "--job", str(folder / "job.yaml")]
+    command += ["--output-dir", str(folder / "runs"), "--step", str(step)]
     command += ["--run", f"wild-{step}", *(["--from", "well"] if step > 1 else [])]
     for setting in WILD[step]:
         command += ["--set", setting]
     environment = os.environ | {"RLHF_CACHE": str(folder / "cache")}
-    said = subprocess.run(
+    done = subprocess.run(
         command, cwd=tiny.CHECKOUT, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
-    assert said.returncode == 4, said.stderr
-    assert f"step {step} diverged at update " in said.stderr
-    assert "learning rate" in said.stderr
+    assert done.returncode == 4, done.stderr
+    assert f"step {step} diverged at update " in done.stderr
+    assert "learning rate" in done.stderr
     run = RunDir(folder / "runs" / f"wild-{step}")
     assert not run.step(step).model.exists()
     assert not run.step(step).complete.exists()

@@ -1,6 +1,4 @@
-"""examples/, by the command that its job file shows: an own data set, a job on it and a rule, all
-three steps.
-"""
+"""Test examples/ by its job file's command: own data, a job on it and a rule, in three steps."""
 
 from __future__ import annotations
 

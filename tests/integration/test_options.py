@@ -1,4 +1,4 @@
-"""Runs with the options that the other runs leave out: LoRA, and all that PPO can be told at once."""
+"""Test the options that the other runs leave out: LoRA, and all options of PPO together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(folder: Path) -> Trained:
-    """One update a rollout, so that what is trained on was always sampled by the policy as it is."""
+    """Make one update a rollout, so that all training data was sampled by the current policy."""
     return train(
         folder,
         "lora",

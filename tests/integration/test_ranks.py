@@ -1,5 +1,6 @@
-"""The same job learns the same on one rank and on two, at every ZeRO stage and with every micro
-batch: real runs, compared.
+"""Test that a job learns the same on one rank and on two, at every ZeRO stage and micro batch.
+
+These are real runs, compared with each other.
 """
 
 from __future__ import annotations
@@ -144,8 +145,9 @@ def settings_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in HOW if name != "micro 1"])
 def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], Trained], name: str) -> None:
-    """Twice: in step 1 between two checkpoints, in step 3 between two updates of a rollout; against
-    the run that nobody touched.
+    """Kill the run twice, and compare it with a run that nobody touched.
+
+    It is killed in step 1 between two checkpoints, and in step 3 between two updates of a rollout.
     """
     whole = trained(name)
     killed = train_killed(
@@ -161,7 +163,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], T
 
 
 @pytest.mark.parametrize(("before", "after"), [("one", "zero 2"), ("zero 3", "one")])
-def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(
+def test_a_run_resumes_with_other_ranks_and_another_zero_stage(
     trained: Callable[[str], Trained], before: str, after: str
 ) -> None:
     whole = trained(before)

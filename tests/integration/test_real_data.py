@@ -1,5 +1,6 @@
-"""The main job, small: all three steps from scratch on real human preference data, and their models
-in a stranger's hands.
+"""Test a small main job from scratch on real human preference data.
+
+It runs all three steps, and then a program that does not know us loads the models.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def opt(hidden: int, heads: int) -> dict[str, Any]:
 JOB: dict[str, Any] = {
     "name": "hh-rm-mini",
     "actor": {"model": opt(64, 4), "tokenizer_vocabulary": 2048},
-    "critic": {"model": opt(48, 3)},  # of its own size, as opt-350m beside opt-1.3b
+    "critic": {"model": opt(48, 3)},  # smaller than the actor, as opt-350m is than opt-1.3b
     "data": {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE},
     "sft": {"global_batch": 16, "learning_rate": 3e-3, "max_updates": 15},
     "reward": {"global_batch": 16, "learning_rate": 1e-3, "max_updates": 10},
@@ -97,7 +98,7 @@ def test_the_ends_carry_the_numbers(trained: Trained) -> None:
     assert all(end["seconds"] > 0 and Path(end["model"]).is_dir() for end in (sft, reward, ppo))
 
 
-# Everything anew from the text: tokenised, cut, scored by what transformers alone knows, one row at
+# Everything again from the text: tokenised, cut, and scored by transformers alone, one row at
 # a time.
 STRANGER = """
 import json, math, sys, torch
@@ -124,7 +125,8 @@ with torch.no_grad():
         count = len(answers["response"])
         nll, tokens = nll + actor(input_ids=ids, labels=labels).loss.item() * count, tokens + count
         if answers["chosen"] != answers["rejected"]:
-            chosen, rejected = (reward(input_ids=torch.tensor([prompt + answers[name]])).logits.item() for name in ("chosen", "rejected"))
+            pair = [torch.tensor([prompt + answers[name]]) for name in ("chosen", "rejected")]
+            chosen, rejected = (reward(input_ids=row).logits.item() for row in pair)
             correct, pairs = correct + (chosen > rejected), pairs + 1
     torch.manual_seed(0)
     prompt = tokenizers[2](rows[0]["prompt"], return_tensors="pt")
@@ -144,9 +146,9 @@ def test_a_stranger_finds_the_same_numbers(trained: Trained) -> None:
         str(PROMPT),
         str(RESPONSE),
     ]
-    said = subprocess.run(command, cwd=trained.dir.path, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+    done = subprocess.run(command, cwd=trained.dir.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["perplexity"] == pytest.approx(trained.end(1)["perplexity_after"], rel=1e-5)
     # One pair may stand so near to a tie that rounding decides it.
     assert found["correct"] == pytest.approx(trained.end(2)["reward_accuracy"] * found["pairs"], abs=1.01)

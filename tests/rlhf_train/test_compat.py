@@ -1,6 +1,4 @@
-"""What differs between library versions, on whichever stack these tests run: today's, or the pinned
-one inside the image.
-"""
+"""Test what differs between library versions, on today's stack or the pinned one of the image."""
 
 from __future__ import annotations
 
@@ -30,9 +28,10 @@ def model() -> Any:
 
 
 def test_deepspeed_is_imported_where_there_is_a_gpu_and_no_nvcc(tmp_path: Any) -> None:
-    """As in the image and on a rented box: CUDA_HOME is a folder without nvcc, which DeepSpeed 0.15
-    would run at import. Nor does it bring in the compiler, which takes 2 s, when its ZeRO then asks
-    for Muon (0.19; 0.15 has none).
+    """CUDA_HOME is a folder without nvcc, as in the image and on a rented box.
+
+    DeepSpeed 0.15 would run nvcc at import. The import must not bring in the compiler either, which
+    takes 2 s, when DeepSpeed's ZeRO then imports Muon (0.19; 0.15 has none).
     """
     script = """
 import sys, torch
@@ -83,8 +82,9 @@ def test_rows_that_leave_the_cache(model: Any) -> None:
 
 
 def test_positions_are_given_only_where_the_model_takes_them(model: Any) -> None:
-    """A row padded on the left gets the logits that it has alone: OPT counts real tokens itself in
-    transformers 4, in 5 it is told.
+    """A row padded on the left has the logits that it has alone.
+
+    OPT counts real tokens itself in transformers 4, and is given positions in 5.
     """
     padded = torch.tensor([[1, 1, 2, 10, 11]])
     mask = (padded != 1).long()

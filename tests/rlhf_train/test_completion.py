@@ -19,13 +19,13 @@ from rlhf_train.completion import (
     begin_run,
     begin_step,
     complete_step,
-    goes_on_from,
     inputs_of,
     is_complete,
     needed_by,
     steps_to_do,
     steps_to_take_over,
     take_over,
+    update_to_resume_from,
 )
 from rlhf_train.disk import read_json, write_json
 
@@ -58,7 +58,7 @@ def refused(spec: Job, run: RunDir, wanted: list[int], *, redo: bool = False) ->
     return caught.value
 
 
-# --- which steps ----------------------------------------------------------------------------------------------------
+# --- which steps ---
 
 
 def test_which_steps_a_step_needs() -> None:
@@ -188,16 +188,16 @@ def test_to_begin_forgets_the_result_and_the_tokenizer_of_the_old_rows(run: RunD
     assert sorted(path.name for path in run.step(1).path.iterdir()) == ["fields.json"]
 
 
-def test_a_step_that_was_stopped_goes_on(run: RunDir) -> None:
+def test_a_step_that_was_stopped_resumes(run: RunDir) -> None:
     assert not begin_step(job(), run, 1)
     half = run.step(1).checkpoint(4)
     half.mkdir(parents=True)
     run.tokenizer.mkdir()
-    assert goes_on_from(run, 1) == 0
+    assert update_to_resume_from(run, 1) == 0
     for update in (4, 12):
         run.step(1).checkpoint(update).mkdir(parents=True, exist_ok=True)
         (run.step(1).checkpoint(update) / "complete.json").touch()
-    assert goes_on_from(run, 1) == 12
+    assert update_to_resume_from(run, 1) == 12
     assert begin_step(job(), run, 1)
     assert half.exists() and run.tokenizer.exists()
     run.step(1).model.mkdir()
@@ -239,7 +239,7 @@ def test_what_a_step_starts_from_is_told_apart(run: RunDir) -> None:
     assert inputs_of(job(), run, 3) != before
 
 
-def test_a_redo_that_was_stopped_goes_on(run: RunDir) -> None:
+def test_a_redo_that_was_stopped_resumes(run: RunDir) -> None:
     for step in ALL:
         do(job(), run, step)
     begin_redo(run, [1, 2, 3])
@@ -275,7 +275,7 @@ def test_a_redo_that_is_killed_while_a_step_is_marked_has_that_step_to_end(
     assert steps_to_do(job(), run, [1, 2], redo=True) == [2]
 
 
-# --- changed settings -----------------------------------------------------------------------------------------------
+# --- changed settings ---
 
 
 def test_a_changed_field_is_refused_with_the_difference(run: RunDir) -> None:
@@ -317,7 +317,7 @@ def test_redo_takes_the_new_settings_for_the_steps_it_does(run: RunDir) -> None:
     assert refused(job("sft.epochs=2"), run, [3], redo=True).what == "run `one` did step 1 with other settings"
 
 
-# --- what is missing ------------------------------------------------------------------------------------------------
+# --- what is missing ---
 
 
 def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
@@ -335,10 +335,8 @@ def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
 
 
 def test_a_critic_from_the_actor_needs_step_1(run: RunDir) -> None:
-    assert (
-        refused(job("critic.model=actor"), run, [2]).what
-        == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
-    )
+    error = refused(job("critic.model=actor"), run, [2])
+    assert error.what == "step 2 (reward model) needs the model of step 1 (supervised fine-tuning)"
     assert steps_to_do(job("critic.model=actor"), run, [1, 2], redo=False) == [1, 2]
 
 
@@ -349,7 +347,7 @@ def test_a_step_without_a_share_of_the_data_is_refused(run: RunDir) -> None:
     assert steps_to_do(spec, run, [2], redo=False) == [2]
 
 
-# --- another run's steps --------------------------------------------------------------------------------------------
+# --- another run's steps ---
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real launchers and real ranks on a tiny job; what a person sees of each, and what is left behind."""
+"""Test real launchers and ranks on a tiny job: what a person sees, and what is left behind."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ Said = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """Where `start` and `main` train the job `own.yaml`: in a folder that is not the checkout, its
-    runs named by a relative path.
+    """Return the run that `start` and `main` train with the job `own.yaml`.
+
+    The current folder is not the checkout, and runs are named by a relative path.
     """
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(job(write_rows(tmp_path / "rows"))), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -109,10 +110,10 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-# --- a launcher of its own ------------------------------------------------------------------------------------------
+# --- a launcher of its own ---
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_resumes(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with start() as launcher:
@@ -208,8 +209,9 @@ def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
 
 
 def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
-    """Preemption: the ranks agree on an update, save it, and end with 75; the second signal changes
-    nothing. Then the run goes on.
+    """Preemption: the ranks agree on an update, save it, and end with 75. Then the run resumes.
+
+    The second signal changes nothing.
     """
     words = [*FOREVER, "--set", "hardware.ranks=2"]
     with start(*words) as launcher:
@@ -226,7 +228,7 @@ def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
         assert resumed["from_update"] == saved["update"]
         run.cancelled.touch()
         launcher.terminate()
-        assert finish(launcher)[0] == 143  # it is not to go on
+        assert finish(launcher)[0] == 143  # it must not resume
 
 
 def test_a_rank_that_is_told_to_end(run: RunDir, capsys: Said) -> None:
@@ -255,9 +257,7 @@ def test_a_second_ctrl_c_waits_for_nothing(run: RunDir) -> None:
 
 
 def test_ranks_that_do_not_end_in_time(run: RunDir) -> None:
-    """The grace of the job file, less the launcher's own end: then nothing is saved, and the code
-    is right all the same.
-    """
+    """After the grace, less the launcher's own end, nothing is saved; the code is still right."""
     with start(*FOREVER, "--set", "checkpoint.grace_s=4.0") as launcher:
         wait_for_event(run, "metrics")
         (rank,) = ranks_of(launcher.pid).values()
@@ -278,12 +278,13 @@ def test_sigterm_before_anything_runs(run: RunDir) -> None:
     assert "Traceback" not in err
 
 
-# --- a launcher in this process, to spare its start -----------------------------------------------------------------
+# --- a launcher in this process, to spare its start ---
 
 
 def when(condition: Callable[[], Any], act: Callable[[], Any]) -> threading.Thread:
-    """Do `act` beside the test as soon as `condition` holds; in the end in any case, or the test
-    would last forever.
+    """Do `act` concurrently with the test, as soon as `condition` holds.
+
+    It is done in the end in any case: the test would last forever without it.
     """
 
     def wait_and_act() -> None:
@@ -308,7 +309,7 @@ def test_a_rank_that_is_killed(run: RunDir, capsys: Said) -> None:
     error = lines[lines.index("error: ") :]
     assert error.startswith(
         "error: rank 0 was ended by SIGKILL\n"
-        "  why: the kernel ends the largest process when memory runs out (dmesg tells)\n"
+        "  why: the kernel kills the largest process when memory runs out (see dmesg)\n"
         "       the last lines of out/tiny/train.log:\n"
     )
     assert "       step 1  supervised fine-tuning: 1000000 updates, " in error
@@ -353,9 +354,7 @@ def test_a_rank_that_others_killed_is_the_cause(
 def test_of_two_ranks_one_is_killed_while_the_other_saves(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, grace_s: float, is_saved: bool
 ) -> None:
-    """What rank 0 writes beside the training is waited for, if that takes no longer than the
-    machine's grace.
-    """
+    """A checkpoint that rank 0 writes is waited for, up to the machine's grace."""
     go_on, partial = tmp_path / "go on", run.step(1).checkpoints / "update-2.partial"
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests/faults/shim"))
     monkeypatch.setenv("FAULT", json.dumps(fault("wait", "saving", file=str(go_on))))
@@ -368,21 +367,8 @@ def test_of_two_ranks_one_is_killed_while_the_other_saves(
             go_on.touch()
 
     thread = when(partial.exists, kill_rank_1)
-    assert (
-        main(
-            [
-                *WORDS,
-                *FOREVER,
-                "--set",
-                "hardware.ranks=2",
-                "--set",
-                "checkpoint.every_updates=2",
-                "--set",
-                f"checkpoint.grace_s={grace_s}",
-            ]
-        )
-        == 4
-    )
+    settings = ["hardware.ranks=2", "checkpoint.every_updates=2", f"checkpoint.grace_s={grace_s}"]
+    assert main([*WORDS, *FOREVER, *(word for setting in settings for word in ("--set", setting))]) == 4
     thread.join()
     assert "error: rank 1 was ended by SIGKILL\n" in capsys.readouterr().err
     assert ranks_of(os.getpid()) == {}
@@ -426,11 +412,13 @@ def test_the_first_error_is_the_cause_of_the_others(run: RunDir) -> None:
         ended(""),
         ended('{"what": "tor'),
     ]
-    said = launch._all_last_words(ranks)
-    assert sorted(said) == [0, 1]
-    assert launch._failure(run, 3, ranks, [0], said).what == "out of memory"  # also when rank 0's end was seen first
-    assert launch._failure(run, 3, ranks, [2], said).what == "rank 2 was ended by exit code 4"  # it had no time to say
-    assert launch._failure(run, 3, ranks, [3], said).what == "rank 3 was ended by exit code 4"
+    last_words = launch._all_last_words(ranks)
+    assert sorted(last_words) == [0, 1]
+    assert (
+        launch._failure(run, 3, ranks, [0], last_words).what == "out of memory"
+    )  # also when rank 0's end was seen first
+    for mute in (2, 3):  # they had no time to report why
+        assert launch._failure(run, 3, ranks, [mute], last_words).what == f"rank {mute} was ended by exit code 4"
     assert [(event["step"], event["rank"]) for event in events(run, "error")] == [(3, 1), (3, 2), (3, 3)]
 
 
@@ -458,7 +446,7 @@ def test_a_log_that_is_gone(run: RunDir) -> None:
     )
 
 
-# --- NCCL -----------------------------------------------------------------------------------------------------------
+# --- NCCL ---
 
 TWO_GPUS = Placement("cuda", "", 2, "bfloat16", 2, 2, (4, 4, 4), 64, 8, no_peer_access="they are too far apart")
 BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
@@ -478,18 +466,19 @@ BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
     """What the user has set stays."""
     assert launch.nccl_settings(TWO_GPUS, environ) == settings
-    environment = launch.crew_of(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
     assert environment["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
-    told = {"GLOO_SOCKET_IFNAME": "eth7"}
-    assert launch.crew_of(load_job("demo"), TWO_GPUS, told).environment_of(0, told)["GLOO_SOCKET_IFNAME"] == "eth7"
-    assert "GLOO_SOCKET_IFNAME" not in launch.crew_of(load_job("demo"), replace(TWO_GPUS, ranks=1), {}).environment_of(
-        0, {}
-    )
+    chosen = {"GLOO_SOCKET_IFNAME": "eth7"}
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, chosen).environment_of(0, chosen)
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(
+        load_job("demo"), replace(TWO_GPUS, ranks=1), {}
+    ).environment_of(0, {})
 
 
 def test_ranks_with_peer_access_get_no_setting() -> None:
@@ -507,7 +496,7 @@ def test_ranks_with_peer_access_get_no_setting() -> None:
     ],
 )
 def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: str, notes: list[str]) -> None:
-    """On the CPU, where it does nothing: what a placement's notes say becomes an event and a line."""
+    """Run on the CPU, where it has no effect: a placement's note becomes an event and a line."""
     for name in BOTH:
         monkeypatch.delenv(name, raising=False)
     placement = replace(place(load_job("own.yaml"), Machine(cores=1)), notes=("a note",), no_peer_access=why)
@@ -516,27 +505,26 @@ def test_the_setting_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch, why: 
     assert [event["message"] for event in events(run, "warning")] == notes
 
 
-# --- disks ----------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 @contextmanager
 def disk(folder: Path, options: str) -> Iterator[None]:
     """A file system of its own in `folder`; skips the test where it may not be mounted."""
     folder.mkdir()
-    said = subprocess.run(
+    done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
     )
-    if said.returncode:
-        pytest.skip(f"needs to mount a tmpfs: {said.stderr.strip()}")
+    if done.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize(
-    "size", ["16k", "28k"]
-)  # pages of 4 kB: with the first, no event can be written, also none of an error
+# Pages have 4 kB: with the first size, no event can be written, not even one of an error.
+@pytest.mark.parametrize("size", ["16k", "28k"])
 def test_a_disk_that_is_too_small_for_the_job(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
@@ -553,11 +541,13 @@ def test_a_disk_that_is_too_small_for_the_job(
     [
         (
             "size=28k",
-            "28.7 kB are free at out, and a run needs 500 MB at least: make room, or choose an --output-dir on a larger disk",
+            "28.7 kB are free at out, and a run needs 500 MB at least: "
+            "make room, or choose an --output-dir on a larger disk",
         ),
         (
             "size=600m,nr_inodes=1000",
-            "999 inodes are free at out, and a run needs 2000 at least: remove many small files (`df -i` and `du --inodes` show where), "
+            "999 inodes are free at out, and a run needs 2000 at least: "
+            "remove many small files (`df -i` and `du --inodes` show where), "
             "or choose an --output-dir on another disk",
         ),
     ],
@@ -575,5 +565,6 @@ def test_a_disk_that_is_read_only(run: RunDir, tmp_path: Path, capsys: Said) -> 
     assert (code, err) == (
         3,
         "error: this machine is not fit for the job\n"
-        "  why: out is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path\n",
+        "  why: out is on a read-only file system: "
+        "mount it writable, or choose another --output-dir, or mend the path\n",
     )

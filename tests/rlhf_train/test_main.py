@@ -36,7 +36,7 @@ def job_of(*arguments: str) -> Job:
     return load_job(args.job, settings_of(args))
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,24 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
     assert "error: " in capsys.readouterr().err
 
 
-# --- mistakes: one error, nothing written ---------------------------------------------------------------------------
+# --- mistakes: one error, nothing written ---
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--job", "dmeo"], "error: there is no job `dmeo`\n  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n"),
+        (
+            ["--job", "dmeo"],
+            "error: there is no job `dmeo`\n"
+            "  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n",
+        ),
         (["--job", ""], "error: there is no job ``\n"),
         (["--job", "x" * 300], "error: there is no job `xxx"),
         (["--job", "caf\udce9.yaml"], "error: there is no job `caf\\udce9.yaml`\n"),
-        (["--run", "../x"], "error: `../x` cannot name a run\n\nhint: use letters, digits, dots, dashes and underscores, 64 at most\n"),
+        (
+            ["--run", "../x"],
+            "error: `../x` cannot name a run\n\nhint: use letters, digits, dots, dashes and underscores, 64 at most\n",
+        ),
         (["--run", "a b"], "error: `a b` cannot name a run\n"),
         (["--run", ""], "error: `` cannot name a run\n"),
         (["--run", "."], "error: `.` cannot name a run\n"),
@@ -144,18 +151,42 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
         (["--set", "name=caf\udce9"], "error: --set name=caf\\udce9 is not valid YAML\n"),
         (["--set", "sft.epochs=" + "[" * 500], " cannot be read\n  why: it is nested too deeply\n"),
         (["--set", "seed=" + "9" * 5000], "`99999999999999999999` cannot be read as int\n"),
-        (["--set", "data.split=[0, 1, 1]"], "error: step 1 (supervised fine-tuning) has no data\n  why: data.split is 0, 1, 1\n"),
-        (["--set", "ppo.rule=nowhere:f"], "error: ppo.rule nowhere:f cannot be imported\n  why: ModuleNotFoundError: No module named 'nowhere'\n"),
-        (["--set", "ppo.rule=json:nothing"], "error: ppo.rule json:nothing cannot be imported\n  why: AttributeError: "),
+        (
+            ["--set", "data.split=[0, 1, 1]"],
+            "error: step 1 (supervised fine-tuning) has no data\n  why: data.split is 0, 1, 1\n",
+        ),
+        (
+            ["--set", "ppo.rule=nowhere:f"],
+            "error: ppo.rule nowhere:f cannot be imported\n  why: ModuleNotFoundError: No module named 'nowhere'\n",
+        ),
+        (
+            ["--set", "ppo.rule=json:nothing"],
+            "error: ppo.rule json:nothing cannot be imported\n  why: AttributeError: ",
+        ),
         (["--set", "ppo.rule=json:__name__"], "error: ppo.rule json:__name__ is not a function\n  why: it is str\n"),
-        (["--set", "sft.global_batch=3", "--set", "hardware={device: cpu, ranks: 2}"], "error: sft.global_batch 3 cannot be shared by 2 ranks\n"),
-        (["--step", "3"], "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n"),
+        (
+            ["--set", "sft.global_batch=3", "--set", "hardware={device: cpu, ranks: 2}"],
+            "error: sft.global_batch 3 cannot be shared by 2 ranks\n",
+        ),
+        (
+            ["--step", "3"],
+            "error: step 3 (PPO) needs the model of step 1 (supervised fine-tuning) and step 2 (reward model)\n",
+        ),
         (["--step", "3"], "hint: run `--step 1 2 3` (or `--step all`),\n"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"], "  why: ValueError: embed_dim must be divisible"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"], "error: transformers makes no model of a config"),
-        (["--dry-run", "--set", "actor.model={config: {model_type: optt}}"], "  why: ValueError: Unrecognized model identifier: optt"),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: opt, num_attention_heads: 5}}"],
+            "  why: ValueError: embed_dim must be divisible",
+        ),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: opt, hidden_size: 0}}"],
+            "error: transformers cannot make a model from a config",
+        ),
+        (
+            ["--dry-run", "--set", "actor.model={config: {model_type: optt}}"],
+            "  why: ValueError: Unrecognized model identifier: optt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_error_and_leaves_nothing(words: list[str], said: str, capsys: Said, tmp_path: Path) -> None:
     assert main(words) == 2
     printed = capsys.readouterr()
@@ -182,13 +213,17 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path, capsys: Said) -> None:
     assert main(["--job", "demo", "--output-dir", "file/runs"]) == 3
     assert capsys.readouterr().err == (
         "error: this machine is not fit for the job\n"
-        "  why: the folder file/runs cannot be made, since file is a file: choose another --output-dir, or mend the path\n"
+        "  why: the folder file/runs cannot be made, since file is a file: "
+        "choose another --output-dir, or mend the path\n"
     )
 
 
 # A PyTorch for CUDA on a machine without a GPU, whatever this one has.
 BLIND = Machine(cores=2, cuda="11.8")
-NO_GPU = "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver"
+NO_GPU = (
+    "PyTorch sees no GPU, and no NVIDIA driver is loaded: "
+    "take a box on which `nvidia-smi` lists a card, or install the driver"
+)
 ON_AUTO = ["--job", "demo", "--set", "hardware={device: auto, micro_batch: 16, precision: float32}"]
 
 
@@ -213,7 +248,8 @@ def test_cuda_without_a_gpu_is_not_the_cpu(tmp_path: Path, capsys: Said, blind: 
     (tmp_path / "runs").write_text("", encoding="utf-8")
     assert main(ON_AUTO) == 3
     assert capsys.readouterr().err == (
-        f"error: this machine is not fit for the job\n  why: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
+        "error: this machine is not fit for the job\n"
+        f"  why: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
         "       the folder runs cannot be made, since runs is a file: choose another --output-dir, or mend the path\n"
     )
     assert blind == []
@@ -258,14 +294,14 @@ def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[st
     file.write_text("2\n", encoding="utf-8")
     capsys.readouterr()
     assert main(["--job", "demo"]) == 2 and blind == [("cpu", 1)]
-    said = capsys.readouterr().err
-    assert "--redo" in said and "--run NEW" in said and file.read_text(encoding="utf-8") == "2\n"
+    output = capsys.readouterr().err
+    assert "--redo" in output and "--run NEW" in output and file.read_text(encoding="utf-8") == "2\n"
     assert main(["--job", "demo", "--redo", "--dry-run"]) == 0 and file.read_text(encoding="utf-8") == "2\n"
     assert main(["--job", "demo", "--redo"]) == 0 and blind == [("cpu", 1)] * 2
     assert file.read_text(encoding="utf-8") == "1\n"
 
 
-def test_a_dry_run_says_it_and_goes_on(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
+def test_a_dry_run_says_it_and_continues(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
     assert main([*ON_AUTO, "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert printed.err == f"unfit: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
@@ -315,10 +351,13 @@ def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -
     assert capsys.readouterr().err == ""
 
 
-# --- --dry-run ------------------------------------------------------------------------------------------------------
+# --- --dry-run ---
 
 
-OPT = "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_layers: 3, ffn_dim: 384, max_position_embeddings: 128}"
+OPT = (
+    "{model_type: opt, hidden_size: 96, word_embed_proj_dim: 96, num_hidden_layers: 3, ffn_dim: 384, "
+    "max_position_embeddings: 128}"
+)
 
 
 def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
@@ -328,19 +367,8 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
         "sft.global_batch=32",
         "hardware={device: cpu, micro_batch: 16}",
     ]
-    assert (
-        main(
-            [
-                "--job",
-                "demo",
-                "--dry-run",
-                "--run",
-                "try",
-                *(word for setting in settings for word in ("--set", setting)),
-            ]
-        )
-        == 0
-    )
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", "--run", "try", *words]) == 0
     printed = capsys.readouterr()
     resolved, facts = printed.out.split("\n\n")
     assert Job.model_validate(yaml.safe_load(resolved)) == load_job("demo", settings)
@@ -366,8 +394,9 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
-    """The actor is its own reference, and rollouts have the adapted matrices of their own; at ZeRO
-    3 both are whole copies.
+    """The actor is its own reference, and rollouts have their own copies of the adapted matrices.
+
+    At ZeRO 3 both are whole copies.
     """
     complete("one", 1, 2)
     hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"
@@ -377,26 +406,16 @@ def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) ->
         "actor.lora={rank: 4, target_modules: [q_proj, v_proj]}",
         hardware,
     ]
-    words = [
-        "--job",
-        "demo",
-        "--dry-run",
-        "--run",
-        "one",
-        "--redo",
-        *(word for setting in settings for word in ("--set", setting)),
-    ]
-    assert main(words) == 0
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", "--run", "one", "--redo", *words]) == 0
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
     adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
     copies = adapted if stage == 0 else 2 * count
-    needed = (
-        (count + 3 * adapters) + 4 * count + (count + copies)
-    )  # in float32 numbers: actor, critic, and what is frozen
-    assert (
-        f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations" in capsys.readouterr().out.splitlines()
-    )
+    # In float32 numbers: actor, critic, and what is frozen.
+    needed = (count + 3 * adapters) + 4 * count + (count + copies)
+    line = f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
@@ -425,21 +444,21 @@ def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess
 
 
 def test_dry_run_without_the_hub(tmp_path: Path) -> None:
-    said = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
+    done = command("--dry-run", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     # What this machine may lack: a GPU for its PyTorch, or room for OPT-1.3b.
     assert [
         line
-        for line in said.stderr.splitlines()
+        for line in done.stderr.splitlines()
         if not line.startswith(("unfit: PyTorch sees no GPU", "warning: only "))
     ] == []
-    *_, prompts, last = said.stdout.splitlines()
+    *_, prompts, last = done.stdout.splitlines()
     assert prompts == "  64 prompts a rollout, 1 update each"
-    assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be had (")
-    assert "run: out/opt-1.3b\n" in said.stdout
+    assert last.startswith("memory and disk: unknown, since the config of facebook/opt-1.3b cannot be read (")
+    assert "run: out/opt-1.3b\n" in done.stdout
 
 
-# --- a run that is complete -----------------------------------------------------------------------------------------
+# --- a run that is complete ---
 
 
 def complete(name: str, *steps: int) -> RunDir:
@@ -462,9 +481,12 @@ def complete(name: str, *steps: int) -> RunDir:
 
 def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
     complete("demo", 1, 2, 3)
-    code = "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); assert 'torch' not in sys.modules; sys.exit(code)"
+    code = (
+        "import sys; from rlhf_train.__main__ import main; code = main(['--job', 'demo']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=environment,
@@ -473,22 +495,22 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         check=False,
         timeout=60,
     )
-    assert (said.returncode, said.stderr) == (
+    assert (done.returncode, done.stderr) == (
         0,
         "step 1 (supervised fine-tuning) is complete: runs/demo/step1/model\n"
         "step 2 (reward model) is complete: runs/demo/step2/model\n"
         "step 3 (PPO) is complete: runs/demo/step3/model\n",
     )
-    assert "perplexity" in said.stdout and "2.50" in said.stdout
+    assert "perplexity" in done.stdout and "2.50" in done.stdout
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     complete("demo", 1, 2, 3)
     reader, writer = os.pipe()
     os.close(reader)
-    said = command("--job", "demo", cwd=tmp_path, stdout=writer)
+    done = command("--job", "demo", cwd=tmp_path, stdout=writer)
     os.close(writer)
-    assert len(said.stderr.splitlines()) == 3  # the three steps, as above
+    assert len(done.stderr.splitlines()) == 3  # the three steps, as above
 
 
 def test_a_changed_field_is_refused(capsys: Said) -> None:

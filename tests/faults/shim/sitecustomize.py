@@ -1,10 +1,10 @@
-"""Faults for real ranks: with this folder on PYTHONPATH and a fault in FAULT (see
-tests/faults/scene.py), a rank meets it by itself.
+"""This shim puts faults into real ranks.
 
-They come where ids are looked up in the embedding of tokens, which every forward pass of a model
-does once: memory that ends there, a number that is none, a process that stops; at a step of the
-decoder; or where a file of a checkpoint is put together. What the ranks and their launcher then do
-is all their own.
+With this folder on PYTHONPATH and a fault in FAULT (see tests/faults/scene.py), a rank meets the
+fault by itself. Faults come where ids are looked up in the token embedding, which every forward
+pass of a model does once: memory runs out, a number is not finite, a process stops. They may also
+come at a decode step, or where a checkpoint's file is put together. How the ranks and their
+launcher react is not changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def wait_for(name: str) -> None:
 
 
 def meet(out: Any, rows: int) -> Any:
-    """The fault, in the pass of so many rows that it is to come in; `out`: what the pass would have
-    got.
+    """Cause the fault if this is the pass, counted by its rows, that it belongs to.
+
+    out: what the pass would have returned.
     """
     import torch
 
@@ -62,7 +63,7 @@ def install() -> None:
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     plain_step = Decoder._step
     passes = 0  # of the kind that the fault comes in
-    longest = 1  # tokens of a row so far: the rehearsal, which is first, has the longest
+    longest = 1  # tokens of a row so far: the trial update, which is first, has the longest
 
     def save(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
         if fault["kind"] == "saving" or (fault.get("saving_too") and passes >= fault["first"]):

@@ -1,6 +1,4 @@
-"""A step without a model, for what saves it and what applies its updates; and a checkpoint's
-tensors.
-"""
+"""A step without a model, for tests of saving and of applying updates; a checkpoint's tensors."""
 
 from __future__ import annotations
 

@@ -35,9 +35,8 @@ def test_what_is_written_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch, s
         assert found.dtype == tensor.dtype and found.equal(tensor) and found.signbit().equal(tensor.signbit())
     assert set(saved.tensors("loop")) == {"mask", "ids"}
     assert size == sum(file.stat().st_size for file in folder.iterdir() if file.name != "complete.json")
-    assert (
-        len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]
-    )  # of 60, 4, 4, 56 and 8 bytes
+    # The tensors have 60, 4, 4, 56 and 8 bytes.
+    assert len(list(folder.glob("*.safetensors"))) == {1: 5, 30: 3, 2**29: 1}[shard_bytes]
 
 
 def spoil_nothing(folder: Path) -> None:
@@ -136,21 +135,21 @@ def test_one_of_other_inputs_is_passed_over(run: RunDir) -> None:
         write(run.step(3).checkpoint(update), [], {"update": update, "inputs": inputs})
     assert latest(run.step(3), complaints.append, {"1": "new"}) == Saved(run.step(3).checkpoint(2))
     assert complaints == [
-        f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again since"
+        f"the checkpoint {run.step(3).checkpoint(8)} is not used: the steps before this one were done again after it"
     ]
 
 
-# --- random states ---------------------------------------------------------------------------------------------------
+# --- random states ---
 
 
 def draws() -> list[Any]:
     return [random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()]
 
 
-def test_every_generator_goes_on_where_it_was() -> None:
+def test_every_generator_resumes_where_it_was() -> None:
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    random.gauss(0, 1)  # two are made at once, and one waits
+    random.gauss(0, 1)  # it makes two numbers and keeps one for later
     np.random.standard_normal()
     states = json.loads(json.dumps(random_states(CPU)))
     expected = draws()

@@ -1,5 +1,6 @@
-"""What makes a step's checkpoints and resumes from them; whole runs that are killed are in
-tests/faults.
+"""Test what makes a step's checkpoints and resumes from them.
+
+Whole runs that are killed are in tests/faults.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def test_every_so_many_updates_and_after_the_last(run: RunDir) -> None:
     assert [folder.name for folder in run.step(1).checkpoints.iterdir()] == ["update-5"]  # one is kept
     (first, *_) = [event for event in step.events if isinstance(event, Checkpoint)]
     assert first.size_bytes > 4 * 6 and first.seconds >= first.held_up_s >= 0  # type: ignore[operator]
-    said = next(event.doing for event in step.events if isinstance(event, Progress))
-    assert said.startswith("a checkpoint has 24 bytes: 124 bytes are needed")
+    output = next(event.doing for event in step.events if isinstance(event, Progress))
+    assert output.startswith("a checkpoint has 24 bytes: 124 bytes are needed")
 
 
 def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monk
     assert step.saved_updates() == [2, 4, 6]
 
 
-def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
+def test_it_resumes_where_it_was(run: RunDir) -> None:
     random.seed(8)
     whole = Step(run, {"every_updates": 100})
     for number in range(1, 7):
@@ -74,9 +75,8 @@ def test_it_goes_on_from_where_it_was(run: RunDir) -> None:
     beats = again.context.heartbeat._count
     state = again.checkpointer.resume()
     assert state is not None
-    assert (
-        again.context.heartbeat._count == beats + 3
-    )  # what it does, and each tensor: a slow disk is not taken for a hang
+    # One for what it does, and one for each tensor: a slow disk is not taken for a hang.
+    assert again.context.heartbeat._count == beats + 3
     again.seen = state["seen"]
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
@@ -181,7 +181,7 @@ def test_with_and_without_memory_for_a_copy(run: RunDir, monkeypatch: pytest.Mon
     step.checkpointer.after(1, {"seen": []})
     assert (step.checkpointer._writing is None) is (memory == 0)
     with torch.no_grad():
-        step.ema._shadow[0].fill_(5.0)  # training goes on
+        step.ema._shadow[0].fill_(5.0)  # training continues
     step.checkpointer._wait()
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.tensor("ema/0").max() < 5
@@ -265,9 +265,7 @@ def test_what_a_killed_save_has_left_goes_at_the_start(run: RunDir) -> None:
 
 
 def test_asked_to_stop_after_an_update_that_was_left_out(run: RunDir) -> None:
-    """The weights are those of the update before: they are saved, and the older checkpoint is not
-    removed for them.
-    """
+    """The weights of the update before are saved, and the older checkpoint stays."""
     step = Step(run, {"every_updates": 1})
     step.update(1)
     step.divergence.skip(2, "its loss is not finite")
@@ -286,7 +284,7 @@ def test_other_data_is_refused(run: RunDir) -> None:
     assert raised.value.why == "it has 6 updates now, and had 5"
     with pytest.raises(ToolkitError, match="the data of step 1 has changed since it was stopped") as raised:
         Step(run, {}, updates=5, rows="def", saved=latest(run.step(1), nobody)).checkpointer.resume()
-    assert raised.value.why == "its rows, or the tokens that they become, are others"
+    assert raised.value.why == "its rows, or their tokens, are different"
 
 
 def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,24 +292,23 @@ def test_room_is_made_before_a_save_and_little_room_is_said_once(run: RunDir, mo
     write(left, [], {"update": 3})
     run.step(2).complete.write_text("{}")
     step = Step(run, {"every_updates": 1})
-    monkeypatch.setattr(
-        checkpointer, "room", lambda folder: (10, 10_000)
-    )  # of the 24 bytes that a checkpoint is thought to have
+    # A checkpoint is thought to have 24 bytes.
+    monkeypatch.setattr(checkpointer, "room", lambda folder: (10, 10_000))
     for number in (1, 2):
         step.update(number)
     assert step.saved_updates() == [1, 2] and not left.exists()
     (warning,) = [event for event in step.events if isinstance(event, Warning)]
     assert warning.message == (
-        f"the next checkpoint will not fit: 10 bytes and 10000 inodes are free at {run.path}, and it has 24 bytes in up to 64 files"
+        "the next checkpoint will not fit: "
+        f"10 bytes and 10000 inodes are free at {run.path}, and it has 24 bytes in up to 64 files"
     )
 
 
 def test_inodes_for_every_shard(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of some size there are more shards than all else has files."""
     monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", 1)
-    monkeypatch.setattr(
-        checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1)
-    )  # two checkpoints of 24 bytes, and a model
+    # Two checkpoints of 24 bytes, and a model.
+    monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64 - 1))
     with pytest.raises(ToolkitError, match="the disk is too small"):
         Step(run, {})
     monkeypatch.setattr(checkpointer, "room", lambda folder: (10**9, 2 * (64 + 24) + 64))

@@ -1,5 +1,6 @@
-"""Real DeepSpeed engines on one rank against plain PyTorch; two ranks are in
-tests/integration/test_ranks.py and steps/test_export.py.
+"""Test real DeepSpeed engines on one rank against plain PyTorch.
+
+Two ranks are in tests/integration/test_ranks.py and steps/test_export.py.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def update(trained: Engine, micro_batch: int, seed: int = 0) -> tuple[float, flo
     return loss, norm, gradients
 
 
-# --- the learning rate ---------------------------------------------------------------------------------------------
+# --- the learning rate ---
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_learning_rate_by_hand(fields: dict[str, Any], expected: list[float]) ->
     assert [learning_rate_factor(n, 8, spec(**fields)) for n in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -201,14 +202,12 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
         torch.testing.assert_close(value, start[name] * (1 - 1e-2 * 0.5 if value.ndim == 2 else 1), rtol=1e-6, atol=0)
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
+# --- precision ---
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], stage: int) -> None:
-    """Weights, activations and gradients have 8 bits (relative error 2^-9 each); the optimizer's
-    copy has 24.
-    """
+    """Weights, activations and gradients have 8 bits (error 2^-9), the optimizer's copy has 24."""
     model = make_model("bfloat16")
     small, whole = (
         engine(m, world, spec(), stage=s, precision=p)
@@ -224,7 +223,7 @@ def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], 
     assert {value.dtype for value in full_state(model, keep=True).values()} == {torch.bfloat16}
 
 
-# --- weights out of an engine ----------------------------------------------------------------------------------------
+# --- weights out of an engine ---
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -295,7 +294,7 @@ def test_ema_of_bfloat16_is_kept_in_float32() -> None:
     assert copy.deepcopy(module).weight.dtype == torch.bfloat16
 
 
-# --- checkpoints, skipped updates, the rehearsal ----------------------------------------------------------------------
+# --- checkpoints, skipped updates, the trial update ---
 
 
 def state_of(trained: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -309,7 +308,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.pinned_gloo
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_restored_engine_goes_on_with_the_same_bits(
+def test_a_restored_engine_continues_with_the_same_bits(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     if precision == "bfloat16" and stage == 0:
@@ -337,7 +336,7 @@ def test_a_restored_engine_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any], stage: int) -> None:
+def test_a_trial_update_changes_nothing(world: World, make_model: Callable[..., Any], stage: int) -> None:
     optimization = spec(weight_decay=0.1, warmup_updates=2)
     plain, other = (engine(make_model(), world, optimization, micro_batch=2, stage=stage) for _ in range(2))
     before = full_state(other.module, keep=True)
@@ -348,12 +347,10 @@ def test_a_rehearsal_changes_nothing(world: World, make_model: Callable[..., Any
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "bfloat16")])
-def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
+def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
-    """For the step has gradients of its own in 16 bit: without room for them, the first update ran
-    out of memory.
-    """
+    """A step has gradients of its own in 16 bit: without room for them, the first update failed."""
     trained = engine(make_model(precision), world, spec(), stage=stage, precision=precision)
     passes, steps = list[int](), list[int]()
 
@@ -369,9 +366,8 @@ def test_a_rehearsal_has_its_last_pass_and_step_beside_adamws_states(
     whole = moments()  # flat parts are filled up at their end
     assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
     assert passes == [0, whole]
-    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (
-        len(steps) // 2
-    )  # DeepSpeed steps by groups of parameters
+    # DeepSpeed steps by groups of parameters.
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 
@@ -418,7 +414,7 @@ def test_the_micro_batch_may_change_between_updates(world: World, make_model: Ca
 def test_gradients_that_are_not_finite(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
-    """They do not reach the weights; where the DeepSpeed at hand lets them in, the engine knows it."""
+    """They do not reach the weights; if this DeepSpeed lets them, the engine notices."""
     trained = rehearsed(engine(make_model(precision), world, spec(), stage=stage, precision=precision))
     update(trained, 4)
     before, _ = state_of(trained)
@@ -431,7 +427,7 @@ def test_gradients_that_are_not_finite(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_rehearsal_on_numbers_that_are_not_finite_is_refused(
+def test_a_trial_update_on_numbers_that_are_not_finite_is_refused(
     world: World, make_model: Callable[..., Any], stage: int
 ) -> None:
     trained = engine(make_model(), world, spec(), stage=stage)
@@ -462,7 +458,7 @@ def test_an_ema_is_restored(world: World, make_model: Callable[..., Any], stage:
 
 
 def test_other_ranks_and_another_stage_restore_the_same_state(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    """One rank writes at ZeRO 0; two read it at 1, 2 and 3; each gives back the same whole tensors."""
+    """One rank writes at ZeRO 0; two read it at 1, 2 and 3, and return the same whole tensors."""
     ranks.on_ranks(1, keep_state, str(tmp_path), 0)
     for stage in (1, 2, 3):
         ranks.on_ranks(2, read_state, str(tmp_path), stage)

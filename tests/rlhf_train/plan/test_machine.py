@@ -26,18 +26,20 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to anothe
 OTHER = 4242  # a uid that nobody has
 
 
-# --- texts ----------------------------------------------------------------------------------------------------------
+# --- texts ---
 
 
 @pytest.mark.parametrize(
     ("text", "driver"),
     [
         (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (nixbld@)\nGCC version:  gcc version 15.3.0 (GCC)\n",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (nixbld@)\n"
+            "GCC version:  gcc version 15.3.0 (GCC)\n",
             "580.159.04",
         ),  # taken from a box with an H200
         (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\nGCC version:  gcc version 12.2.0 (GCC)\n",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.65.01  Wed Mar 16 11:24:05 UTC 2022\n"
+            "GCC version:  gcc version 12.2.0 (GCC)\n",
             "515.65.01",
         ),
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  384.81  Wed Aug 17 22:24:07 PDT 2016\n", "384.81"),
@@ -123,7 +125,7 @@ def test_cpu_flags(text: str, flags: tuple[str, ...] | None) -> None:
     assert host.cpu_flags(text) == flags
 
 
-# --- nvidia-smi -----------------------------------------------------------------------------------------------------
+# --- nvidia-smi ---
 
 
 def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -165,9 +167,7 @@ def test_nvidia_smi_that_is_not_there_or_hangs(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """-> the pid of a process that has a card open (here a file in its place), as this one has,
-    too.
-    """
+    """Return the pid of a process that has a card (a file in its place) open, like this one."""
     card = tmp_path / "nvidia0"
     card.touch()
     monkeypatch.setattr(machine, "GPU_FILE", re.compile(re.escape(str(card.resolve()))))
@@ -230,7 +230,7 @@ def test_the_files_of_cards() -> None:
     assert [name for name in names if machine.GPU_FILE.fullmatch(name)] == ["/dev/nvidia0", "/dev/nvidia15"]
 
 
-# --- DeepSpeed's operators ------------------------------------------------------------------------------------------
+# --- DeepSpeed's operators ---
 
 
 def test_prebuilt_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_prebuilt_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert machine.prebuilt_operators() == ()
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- folders ---
 
 
 def test_a_folder_that_is_there(tmp_path: Path) -> None:
@@ -260,9 +260,8 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
     assert (found.path, found.found, found.missing) == (str(tmp_path), str(tmp_path), "")
     assert (found.is_folder, found.writable, found.read_only, found.uid) == (True, True, False, os.geteuid())
     room = os.statvfs(tmp_path)
-    assert (
-        found.free_bytes is not None and abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30
-    )  # others write, too
+    assert found.free_bytes is not None
+    assert abs(found.free_bytes - room.f_bavail * room.f_frsize) < 2**30  # others write, too
 
 
 @pytest.mark.parametrize(
@@ -307,16 +306,17 @@ from pathlib import Path
 from rlhf_train.plan import machine  # before the privileges go: torch may lie where only root may read
 os.setgid({OTHER}); os.setuid({OTHER})
 from env.settings import Limits
-from jobs.fitness import Facts, judge
+from jobs.fitness import FitnessFacts, judge
 found = machine.run_folder(Path(sys.argv[1]))
-for finding in judge(Facts(uid=os.geteuid(), gid=os.getegid(), folders=(found,)), Limits.load()):
+facts = FitnessFacts(uid=os.geteuid(), gid=os.getegid(), folders=(found,))
+for finding in judge(facts, Limits.load()):
     print(finding)
 """
 
 
 def as_other(cwd: Path, path: str) -> list[str]:
     checkout = str(Path(__file__).parents[3])
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", AS_OTHER, path],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": checkout},
@@ -324,8 +324,8 @@ def as_other(cwd: Path, path: str) -> list[str]:
         text=True,
         check=False,
     )
-    assert said.returncode == 0, said.stderr
-    return said.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @needs_root
@@ -341,11 +341,13 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
         f"runs belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs"
     ]
     assert as_other(tmp_path, "out/new") == [
-        f". belongs to uid 0, and uid {OTHER} may not write to it: sudo mkdir -p out && sudo chown -R {OTHER}:{OTHER} out"
+        f". belongs to uid 0, and uid {OTHER} may not write to it: "
+        f"sudo mkdir -p out && sudo chown -R {OTHER}:{OTHER} out"
     ]
     os.chown(tmp_path / "runs" / "demo", OTHER, OTHER)
     assert as_other(tmp_path, "runs/demo") == [
-        f"runs/demo/events.jsonl belongs to uid 0, and uid {OTHER} may not write to it: sudo chown -R {OTHER}:{OTHER} runs/demo"
+        f"runs/demo/events.jsonl belongs to uid 0, and uid {OTHER} may not write to it: "
+        f"sudo chown -R {OTHER}:{OTHER} runs/demo"
     ]
     os.chown(tmp_path / "runs" / "demo" / "events.jsonl", OTHER, OTHER)
     assert as_other(tmp_path, "runs/demo") == []
@@ -363,7 +365,7 @@ def test_root_may_write_to_anybodys_folder(tmp_path: Path) -> None:
     assert (seen.uid, seen.writable) == (OTHER, True)
 
 
-# --- all ------------------------------------------------------------------------------------------------------------
+# --- all ---
 
 
 def facts(job: Job, seen: Machine, environ: dict[str, str] | None = None) -> FitnessFacts:
@@ -502,11 +504,8 @@ def test_the_disk_of_the_hubs_files(
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(other_disk / "hub"))
     assert seen(SCRATCH) is None and seen("./here") is None  # nothing to fetch
     found = seen("a/b")
-    assert (
-        found is not None
-        and (found.path, found.found) == (str(other_disk / "hub"), str(other_disk))
-        and found.free_bytes
-    )
+    assert found is not None and found.free_bytes
+    assert (found.path, found.found) == (str(other_disk / "hub"), str(other_disk))
 
     store = other_disk / "hub/models--a--b"
     for file in ("refs/main", "snapshots/c0ffee/config.json", "snapshots/c0ffee/model.safetensors"):

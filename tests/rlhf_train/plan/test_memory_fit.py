@@ -1,6 +1,4 @@
-"""The sizes that fitted into memory: halved, remembered, and taken up only where they still say
-something.
-"""
+"""Test the sizes that fitted into memory: halved, remembered, and used while they are valid."""
 
 from __future__ import annotations
 
@@ -56,12 +54,12 @@ def test_halves_that_divide(global_batch: int, ranks: int, sizes: list[int]) -> 
     while place_now is not None:
         assert place_now.batch_plan(for_step_1, 1).global_batch == global_batch
         found.append(place_now.micro_batches[0])
-        place_now = memory_fit.smaller(for_step_1, 1, place_now)
+        place_now = memory_fit.with_smaller_micro_batch(for_step_1, 1, place_now)
     assert found == sizes
 
 
 def test_the_other_steps_keep_theirs() -> None:
-    less = memory_fit.smaller(job(), 2, placed(job()))
+    less = memory_fit.with_smaller_micro_batch(job(), 2, placed(job()))
     assert less == replace(placed(job()), micro_batches=(8, 3, 8))
 
 

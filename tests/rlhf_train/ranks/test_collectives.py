@@ -31,7 +31,7 @@ def test_what_is_in_no_gpus_memory_goes_over_the_cpus() -> None:
 
 
 def tell_each_its_own(world: World) -> None:
-    """The group over CPUs is one of this rank alone here: what goes over it knows of no other rank."""
+    """The group over CPUs has only this rank here: what goes over it never reaches another rank."""
     alone = [dist.new_group([rank], backend="gloo") for rank in range(2)][world.rank]
     world = replace(world, host_group=alone)
     assert world.any(world.rank == 1) == (world.rank == 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_train.ranks.heartbeat import SLOT_BYTES, Heartbeat, HeartbeatReader, RankSign, sign_in
+from rlhf_train.ranks.heartbeat import SLOT_BYTES, Heartbeat, HeartbeatReader, RankSign, read_sign
 from tests.tiny import CHECKOUT
 
 
@@ -31,7 +31,7 @@ def test_a_rank_counts_up_and_says_what_it_does(watch: HeartbeatReader) -> None:
     ]
     heartbeat.beat("update 7")
     heartbeat.beat()
-    assert watch.signs()[1] == RankSign(3, 0, False, False, False, "update 7")  # no phase: the same goes on
+    assert watch.signs()[1] == RankSign(3, 0, False, False, False, "update 7")  # no new phase: the old one stays
     heartbeat.has_trained = True
     heartbeat.beat("a")
     assert watch.signs()[1] == RankSign(4, 0, True, False, False, "a")  # nothing is left of the longer phase
@@ -46,9 +46,7 @@ def test_meetings_are_counted_apart(watch: HeartbeatReader) -> None:
 
 
 def test_a_sign_is_written_at_once() -> None:
-    """Who reads in between must not see zeros: a rank without anything to save is not waited for
-    when the run is to stop.
-    """
+    """A reader must never see zeros: a rank without anything to save is killed immediately."""
 
     class Memory(bytearray):
         writes = 0
@@ -60,11 +58,8 @@ def test_a_sign_is_written_at_once() -> None:
     memory = Memory(3 * SLOT_BYTES)
     heartbeat = Heartbeat(memory, 2)
     heartbeat.beat("update 7")
-    assert (
-        memory.writes == 2
-        and len(memory) == 3 * SLOT_BYTES
-        and sign_in(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
-    )
+    assert memory.writes == 2 and len(memory) == 3 * SLOT_BYTES
+    assert read_sign(memory, 2) == RankSign(2, 0, False, False, False, "update 7")
 
 
 def test_ranks_do_not_write_over_each_other(watch: HeartbeatReader) -> None:
@@ -80,8 +75,8 @@ def test_ranks_do_not_write_over_each_other(watch: HeartbeatReader) -> None:
 def test_a_long_phase_is_cut(watch: HeartbeatReader, phase: str) -> None:
     """Bytes are counted; a character that is cut in two is shown as one that is unknown."""
     Heartbeat.of_rank(watch.file, 0, 3).beat(phase)
-    (said, *others) = watch.signs()
-    kept = said.phase.rstrip("\N{REPLACEMENT CHARACTER}")
+    (output, *others) = watch.signs()
+    kept = output.phase.rstrip("\N{REPLACEMENT CHARACTER}")
     assert phase.startswith(kept) and SLOT_BYTES - 24 < len(kept.encode()) <= SLOT_BYTES
     assert others == [RankSign(0, 0, False, False, False, "")] * 2
 
@@ -94,7 +89,8 @@ def test_any_text_is_a_phase(watch: HeartbeatReader, phase: str, read: str) -> N
 
 
 def test_another_process_is_seen(watch: HeartbeatReader) -> None:
-    code = "import sys; from rlhf_train.ranks.heartbeat import Heartbeat; Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    beat = "Heartbeat.of_rank(int(sys.argv[1]), 2, 3).beat('update 1')"
+    code = f"import sys; from rlhf_train.ranks.heartbeat import Heartbeat; {beat}"
     command = [sys.executable, "-c", code, str(watch.file)]
     subprocess.run(
         command, pass_fds=[watch.file], check=True, cwd=CHECKOUT, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}

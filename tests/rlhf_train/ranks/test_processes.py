@@ -1,4 +1,4 @@
-"""Ranks that are started before they are needed: real processes, which are told late, or never."""
+"""Test ranks that are started before they are needed: real processes with late orders, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_train import launch
 from rlhf_train.plan.placement import Machine, place
 from rlhf_train.ranks import processes
 from rlhf_train.ranks.heartbeat import HeartbeatReader
-from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_crew
+from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_rank_environment
 from rlhf_train.worker import Order
 from tests import tiny
 from tests.faults.scene import PATIENCE_S, ranks_here, until
@@ -35,7 +35,7 @@ def spares() -> Iterator[SpareRanks]:
     assert ranks_here() == []
 
 
-# --- what waits, and for whom -----------------------------------------------------------------------------------------
+# --- what waits, and for whom ---
 
 
 def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: SpareRanks) -> None:
@@ -71,7 +71,9 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
 def test_the_guess_is_what_is_chosen_later(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GPU_FILES", (Path("/nowhere"), "*"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert likely_crew(job, os.environ) == launch.crew_of(job, place(job, Machine.look(gpus=False)), os.environ)
+    assert likely_rank_environment(job, os.environ) == launch.rank_environment(
+        job, place(job, Machine.look(gpus=False)), os.environ
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,9 +96,9 @@ def test_a_guess_where_there_are_gpus(
     job = load_job(
         "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"]
     )
-    assert likely_crew(job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == RankEnvironment(
-        device, count, 4
-    )
+    assert likely_rank_environment(
+        job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    ) == RankEnvironment(device, count, 4)
 
 
 @pytest.mark.parametrize(
@@ -119,18 +121,17 @@ def test_what_reads_the_rows_is_imported_too(
     job = load_job("demo", [f"data.datasets={json.dumps(names)}"])
     assert processes.libraries_of(job) == libraries
     (rank,) = SpareRanks(os.environ).take(RankEnvironment("cpu", 1, 1, libraries=libraries))
-    assert psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries]
+    # The kernel shows the new command line a moment after Popen returns.
+    until(lambda: psutil.Process(rank.pid).cmdline()[2:] == ["rlhf_train.worker", *libraries])
     processes.end([rank])
 
 
-# --- what is told, and what is said -----------------------------------------------------------------------------------
+# --- what is told, and what is said ---
 
 
 def test_one_that_waits_leaves_with_the_launcher() -> None:
-    """Killed, so that it can end nobody: while the spare imports its libraries, which nothing else
-    would cut short.
-    """
-    start = "s = Spares(os.environ); s.start(Crew('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
+    """The launcher is killed, so it can end nobody, while the spare is importing its libraries."""
+    start = "s = SpareRanks(os.environ); s.start(RankEnvironment('cpu', 1, 1)); print(s._ranks[0].pid, flush=True)"
     code = f"import os, time; from rlhf_train.ranks.processes import *; {start}; time.sleep(99)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
@@ -148,7 +149,7 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     )
     watch = HeartbeatReader(1)
     rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
-    until(lambda: rank.early_words() == b"a warning\n")
+    until(lambda: rank.early_output() == b"a warning\n")
     assert rank.poll() is None
     order = Order({}, str(tmp_path / "run"), 1, [1], {}, str(tmp_path), 0)
     with (tmp_path / "log").open("ab") as log, tempfile.TemporaryFile() as lock:
@@ -157,6 +158,6 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     watch.close()
     words = launch._last_words(rank)
     assert words is not None and words.what == "training stopped on ImportError: no such library"
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert said.startswith("a warning\nTraceback ") and said.endswith("ImportError: no such library\n")
-    assert rank.early_words() == b""
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    assert output.startswith("a warning\nTraceback ") and output.endswith("ImportError: no such library\n")
+    assert rank.early_output() == b""

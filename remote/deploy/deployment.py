@@ -194,7 +194,7 @@ def deploy(
     return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
 
 
-# --- plan: pure -----------------------------------------------------------------------------------------------------
+# --- plan: pure -----------------------------------------------------------------------------------
 
 
 def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, checkout: Path, code: str) -> DeployPlan:
@@ -388,7 +388,7 @@ def is_whole(plan: DeployPlan, there: BoxContents) -> bool:
     return there.root == "ours" and there.code and environment and sorted(there.deployed) == sorted(plan.lines())
 
 
-# --- what is done ---------------------------------------------------------------------------------------------------
+# --- what is done ---------------------------------------------------------------------------------
 
 
 @dataclass

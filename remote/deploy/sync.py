@@ -100,7 +100,7 @@ class UploadDiffers(ToolkitError):
     """What arrived is not what was looked at before."""
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def checkout_tree(checkout: Path) -> Tree:
@@ -267,7 +267,7 @@ def largest(tree: Tree, count: int = 8) -> list[str]:
     ]
 
 
-# --- how it is sent -------------------------------------------------------------------------------------------------
+# --- how it is sent -------------------------------------------------------------------------------
 
 
 def send(
@@ -398,7 +398,7 @@ def pack(tree: Tree, archive: Path) -> None:
                 ) from None
 
 
-# --- what arrived ---------------------------------------------------------------------------------------------------
+# --- what arrived ---------------------------------------------------------------------------------
 
 
 def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True) -> CommandResult:

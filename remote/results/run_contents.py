@@ -32,7 +32,7 @@ def is_run_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and not re.search(r"[/\x00-\x1f\x7f\ufffd]", name)
 
 
-# --- on the box ------------------------------------------------------------------------------------------------------
+# --- on the box -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _with(run: Run, word: str, words: list[str]) -> Run:
     return run
 
 
-# --- on the laptop ---------------------------------------------------------------------------------------------------
+# --- on the laptop --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-# --- what would be lost ----------------------------------------------------------------------------------------------
+# --- what would be lost ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -603,7 +603,7 @@ def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, byte
     return (255 if channel.eof_received and channel.get_transport().is_active() else None), bytes(out), bytes(err)
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
+# --- keys -----------------------------------------------------------------------------------------
 
 
 class _Agent(AgentSSH):

@@ -41,7 +41,7 @@ def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
     return ToolkitError(what, why=why, hint=hint, exit_code=ExitCode.UNREACHABLE)
 
 
-# --- host keys --------------------------------------------------------------------------------------------------------
+# --- host keys ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "
     return Trusted("replaced" if known else "new", offered, known)
 
 
-# --- the user's key ---------------------------------------------------------------------------------------------------
+# --- the user's key -------------------------------------------------------------------------------
 
 # $1: the line for authorized_keys; $2: its key alone, which may stand there with options or another
 # comment.

@@ -134,7 +134,7 @@ def diagnose(
     return Diagnosis(tuple(checks), job.name if job else "", facts is not None)
 
 
-# --- what is asked of the box ---------------------------------------------------------------------------------------
+# --- what is asked of the box ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def hub_names(job: Job) -> list[str]:
     return [name for name in names if not name.endswith((".jsonl", ".json"))]
 
 
-# --- the checks -----------------------------------------------------------------------------------------------------
+# --- the checks -----------------------------------------------------------------------------------
 
 
 def _of(name: str, value: str, findings: Iterable[Finding], todo: str = "") -> Check:

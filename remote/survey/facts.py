@@ -24,7 +24,7 @@ Way = Literal["direct", "mirror", "proxy"]
 UNLIMITED = 2**60  # cgroups of version 1 have no word for it, but numbers near 2^63
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def probe_args(
@@ -54,7 +54,7 @@ def _root(data_folder: str) -> str:
     return f"{data_folder.rstrip('/')}/{OUR_FOLDER}"
 
 
-# --- what comes back ------------------------------------------------------------------------------------------------
+# --- what comes back ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -445,7 +445,7 @@ def _routes(said: _Said) -> Iterator[HubRoute]:
             yield HubRoute(cast(Way, name), _int(status) or None, _float(connect), _float(total), error)
 
 
-# --- what follows ---------------------------------------------------------------------------------------------------
+# --- what follows ---------------------------------------------------------------------------------
 
 
 def provider_of(facts: BoxFacts | None, providers: Mapping[str, Provider], chosen: str = "") -> Provider:

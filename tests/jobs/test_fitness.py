@@ -78,7 +78,7 @@ def test_nothing_known_nothing_said() -> None:
     assert said(FitnessFacts(device="cuda", cuda="11.8", ranks=8, cards=(Gpu("A"),), folders=(Folder("a", "."),))) == []
 
 
-# --- driver ---------------------------------------------------------------------------------------------------------
+# --- driver ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
     assert said(replace(FIT, driver="440.118.02", gpus=2)) == []
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------------------
+# --- GPUs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_cards(cuda: str, cards: tuple[Gpu, ...], lines: list[str]) -> None:
     assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards, gpus=None)) == lines  # as the doctor sees it
 
 
-# --- GPU memory -----------------------------------------------------------------------------------------------------
+# --- GPU memory -----------------------------------------------------------------------------------
 
 RANK = "/opt/venv/bin/python -m rlhf_train.worker"
 NOTEBOOK = "/usr/bin/python3 -m ipykernel_launcher -f /home/lin/.local/share/jupyter/kernel-1.json"
@@ -286,7 +286,7 @@ def test_gpu_memory_does_not_matter_to_a_job_on_the_cpu() -> None:
     )
 
 
-# --- /dev/shm -------------------------------------------------------------------------------------------------------
+# --- /dev/shm -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_shared_memory(ranks: int | None, free: int, line: str | None) -> None:
     assert said(replace(facts, shared_memory_used=False)) == [] and said(replace(facts, shared_memory_bytes=None)) == []
 
 
-# --- operators ------------------------------------------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_operators_that_this_cpu_cannot_run(
     assert found == ([f"warning: {line}: {advice}"] if line else [])
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_a_disk_of_the_hubs_files_that_is_nearly_full(free: int | None, lines: l
     assert said(replace(FIT, hub_cache=Folder("/a b/hub", "/a b", free_bytes=free))) == lines
 
 
-# --- all together ---------------------------------------------------------------------------------------------------
+# --- all together ---------------------------------------------------------------------------------
 
 
 def test_all_findings_come_together_a_line_each() -> None:
@@ -462,7 +462,7 @@ def test_facts_travel_as_json() -> None:
     assert said(FitnessFacts(**again)) == [] and again["driver"] == "450.80.02"
 
 
-# --- peer access ----------------------------------------------------------------------------------------------------
+# --- peer access ----------------------------------------------------------------------------------
 
 RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", "8.6")
 

@@ -40,7 +40,7 @@ def mistakes(*settings: str, text: str = SMALL) -> list[str]:
     return caught.value.why.splitlines()
 
 
-# --- the jobs that are shipped --------------------------------------------------------------------------------------
+# --- the jobs that are shipped --------------------------------------------------------------------
 
 
 def test_opt_1_3b_is_deepspeed_chats_single_node() -> None:
@@ -95,7 +95,7 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
     assert found == ["demo", "opt-1.3b", "opt-1.3b-lora"] == [load_job(name).name for name in found]
 
 
-# --- strictness -----------------------------------------------------------------------------------------------------
+# --- strictness -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_file_that_is_no_mapping(text: str, what: str) -> None:
     assert mistakes(text=text) == [f"it holds {what}, not a mapping of fields"]
 
 
-# --- --set ----------------------------------------------------------------------------------------------------------
+# --- --set ----------------------------------------------------------------------------------------
 
 
 def test_set_reads_yaml_and_the_last_one_wins() -> None:
@@ -267,7 +267,7 @@ def test_set_names_itself_when_its_value_is_no_yaml() -> None:
         small("data.split=[1")
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_job_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_a_job_travels_as_json() -> None:
     assert Job.model_validate(json.loads(json.dumps(job.dump()))) == job
 
 
-# --- what a step depends on -----------------------------------------------------------------------------------------
+# --- what a step depends on -----------------------------------------------------------------------
 
 
 def steps_changed(setting: str, *before: str) -> list[int]:
@@ -392,7 +392,7 @@ def test_the_difference_is_one_line_a_field() -> None:
     assert difference(new.fields_of_step(1), old.fields_of_step(1))[-1] == "sft.max_updates: 5 -> not set"
 
 
-# --- every field has a reader ---------------------------------------------------------------------------------------
+# --- every field has a reader ---------------------------------------------------------------------
 
 Types = dict[
     str, set[type[BaseModel]]

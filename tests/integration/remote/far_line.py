@@ -85,7 +85,7 @@ def far_line(bridge: str, address: IPv4Interface, name: str) -> Iterator[FarLine
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def tap(name: str) -> int:

@@ -49,7 +49,7 @@ def end_all(laptop: Laptop, box: BareBox | DockerBox) -> None:
     assert box.ls("slot") == []
 
 
-# --- deploy -----------------------------------------------------------------------------------------------------------
+# --- deploy ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["the server's side is killed", "packets are dropped"])
@@ -131,7 +131,7 @@ def test_no_python_310_is_told_before_anything_is_done(deployed: BareBox, laptop
     assert deployed.sh("ls -A /data3; rmdir /data3") == ""
 
 
-# --- who is who -------------------------------------------------------------------------------------------------------
+# --- who is who -----------------------------------------------------------------------------------
 
 
 def test_a_key_that_is_refused(deployed: BareBox, laptop: Laptop) -> None:
@@ -160,7 +160,7 @@ def test_an_sshd_that_is_frozen(deployed: BareBox, laptop: Laptop) -> None:
     assert "hint: " in done.err, done.all
 
 
-# --- launch -----------------------------------------------------------------------------------------------------------
+# --- launch ---------------------------------------------------------------------------------------
 
 ASKED = 'case $SSH_ORIGINAL_COMMAND in *supervisor.sh*" start "*) ;; *) exec sh -c "$SSH_ORIGINAL_COMMAND" ;; esac\n'
 ANSWER_IS_LOST = f'{ASKED}sh -c "$SSH_ORIGINAL_COMMAND" >/rig/answer; kill -KILL $PPID'
@@ -250,7 +250,7 @@ def test_a_disk_that_is_full_when_a_job_starts(docker_box: DockerBox, laptop: La
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-# --- a run that goes on -----------------------------------------------------------------------------------------------
+# --- a run that goes on ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def ask(fakes: Fakes, *args: str, shell: list[str] | None = None, **environ: str
     return parse(done.stdout.removesuffix(b"left alone"))
 
 
-# --- the machine as it is -------------------------------------------------------------------------------------------
+# --- the machine as it is -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -182,7 +182,7 @@ def test_hostile_names(fakes: Fakes, name: str) -> None:
     assert not list(fakes.home.rglob("pwned"))
 
 
-# --- what is there of ours ------------------------------------------------------------------------------------------
+# --- what is there of ours ------------------------------------------------------------------------
 
 
 def test_what_is_deployed_and_what_runs(fakes: Fakes) -> None:
@@ -213,7 +213,7 @@ def test_what_is_deployed_and_what_runs(fakes: Fakes) -> None:
     assert (empty.marked, empty.deployed, empty.slot, empty.slot_alive) == (False, None, None, False)
 
 
-# --- providers and limits of containers -----------------------------------------------------------------------------
+# --- providers and limits of containers -----------------------------------------------------------
 
 
 def system(folder: Path, files: dict[str, str]) -> str:
@@ -294,7 +294,7 @@ def test_limits_are_the_containers(fakes: Fakes, tmp_path: Path, case: str) -> N
     assert facts.cores == (cores if cores is not None else len(os.sched_getaffinity(0)))
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------------------
+# --- GPUs -----------------------------------------------------------------------------------------
 
 
 def test_two_rtx_4090(fakes: Fakes) -> None:
@@ -419,7 +419,7 @@ def wait_for(ready: object, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-# --- copies between cards -------------------------------------------------------------------------------------------
+# --- copies between cards -------------------------------------------------------------------------
 
 # What the driver's library does for gpu_copy_check.py; device memory is main memory.
 LIBCUDA = r"""
@@ -504,7 +504,7 @@ def test_the_probe_tries_them(fakes: Fakes, libcuda: Path) -> None:
     assert [card.capability for card in facts.cards] == ["8.9", "8.9"]
 
 
-# --- Docker ---------------------------------------------------------------------------------------------------------
+# --- Docker ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_docker_without_its_daemon(fakes: Fakes) -> None:
     assert runtime_of(facts).lacking == "daemon"
 
 
-# --- the way to the hub ---------------------------------------------------------------------------------------------
+# --- the way to the hub ---------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ def box(made: Callable[[str], Box]) -> Box:
 every_shell = pytest.mark.parametrize("shell", SHELLS)
 
 
-# --- a job's life -----------------------------------------------------------------------------------------------------
+# --- a job's life ---------------------------------------------------------------------------------
 
 
 @every_shell
@@ -312,7 +312,7 @@ def test_nvidia_smi_that_hangs_holds_nothing_up(box: Box) -> None:
     assert box.job().exit == 0 and time.monotonic() - began < 5
 
 
-# --- its environment --------------------------------------------------------------------------------------------------
+# --- its environment ------------------------------------------------------------------------------
 
 
 def test_the_environment_is_a_clean_one(box: Box) -> None:
@@ -426,7 +426,7 @@ def test_what_is_not_deployed_is_refused(box: Box, spoil: Callable[[Box], None],
     )
 
 
-# --- secrets ----------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -505,7 +505,7 @@ def test_a_job_file_of_any_bytes_comes_whole(box: Box) -> None:
     assert (box.root / "inputs" / hashlib.sha256(job).hexdigest()[:16] / "job.yaml").read_bytes() == job
 
 
-# --- started once, or not at all --------------------------------------------------------------------------------------
+# --- started once, or not at all ------------------------------------------------------------------
 
 
 @every_shell
@@ -631,7 +631,7 @@ def test_a_job_survives_its_starter_whose_answer_nobody_reads(box: Box) -> None:
     assert box.job().alive and box.job().training
 
 
-# --- following --------------------------------------------------------------------------------------------------------
+# --- following ------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -782,7 +782,7 @@ def test_list_says_what_is_there(box: Box) -> None:
     assert lines[-1].startswith("beat ")
 
 
-# --- cancel -----------------------------------------------------------------------------------------------------------
+# --- cancel ---------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -858,7 +858,7 @@ def test_cancel_names_who_holds_a_card(box: Box) -> None:
         holder.wait()
 
 
-# --- supervisors, boxes and numbers that are gone ---------------------------------------------------------------------
+# --- supervisors, boxes and numbers that are gone -------------------------------------------------
 
 
 def kill(pid: int) -> None:
@@ -993,7 +993,7 @@ def test_a_box_that_is_shut_down_preempts_the_job(box: Box) -> None:
     assert (job.exit, state_of(None, job)) == (75, "preempted")
 
 
-# --- full disks -------------------------------------------------------------------------------------------------------
+# --- full disks -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1040,7 +1040,7 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     assert old.exists()
 
 
-# --- Docker, whose client a script stands for -------------------------------------------------------------------------
+# --- Docker, whose client a script stands for -----------------------------------------------------
 
 DOCKER = r"""#!/bin/sh
 # A container is a process; its files are in $STANDIN.
@@ -1232,7 +1232,7 @@ def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:
     assert "ports" not in train
 
 
-# --- the real thing ---------------------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 def test_a_real_job_trains_and_goes_on_after_a_cancel(box: Box, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def with_settings(*settings: str, job: str = "opt-1.3b") -> Job:
     return load_job(job, settings)
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def test_a_fit_box_line_by_line() -> None:
@@ -174,7 +174,7 @@ def test_what_a_box_says_cannot_draw_on_the_terminal() -> None:
     assert all("\x1b" not in line and "\n" not in line for line in examine(facts).lines())
 
 
-# --- check by check -------------------------------------------------------------------------------------------------
+# --- check by check -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_capability(capability: str | None, wanted: str) -> None:
     assert status("capability", facts) == wanted and status("capability", facts, DEMO) == "ok"
 
 
-# --- P2P ------------------------------------------------------------------------------------------------------------
+# --- P2P ------------------------------------------------------------------------------------------
 
 TWO = replace(BARE, driver="550.54.15", cards=(RTX_4090, replace(RTX_4090, index=1)))
 
@@ -352,7 +352,7 @@ def test_what_deploy_sets_for_the_box() -> None:
     )
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def test_shared_memory() -> None:
@@ -471,7 +471,7 @@ def test_docker(change: dict[str, Any], wanted: str, value: str) -> None:
     assert (found.status, found.value) == (wanted, value)
 
 
-# --- the hub and the clock ------------------------------------------------------------------------------------------
+# --- the hub and the clock ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

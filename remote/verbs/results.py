@@ -63,7 +63,7 @@ def fetch(
     for path in fetched.placed:
         say.data(str(fetched.folder / path))
     for reason in fetched.left:
-        say(reason)
+        say(f"not fetched: {reason}")
     if not dry_run:
         came = f"{size(fetched.moved_bytes)} in {duration(fetched.seconds)}" if fetched.placed else "nothing new"
         say(f"{came}; {size(fetched.total_bytes)} of run `{name}` are here, verified: {fetched.folder}")

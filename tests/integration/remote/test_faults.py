@@ -192,7 +192,7 @@ def test_a_start_whose_answer_was_lost_is_started_once(deployed: BareBox, laptop
         done = laptop.fab(
             "train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "launched", "--detach"
         )
-    assert "it was started" in done.err, done.all
+    assert "the job was started" in done.err, done.all
     assert deployed.sh("cat /rig/answer").startswith("started ")
     assert len(set(deployed.ls("requests")) - requests) == 1
     assert runs_of(laptop, deployed.name)["launched"]["state"] in ("queued", "running")

@@ -271,8 +271,8 @@ def test_what_was_fetched_is_remembered(tmp_path: Path) -> None:
     [
         (Run("r", 10), None, ["its events and its log, 10 bytes"]),
         (Run("r", 10), FetchedRun(events_bytes=10), []),
-        (Run("r", 10), FetchedRun(events_bytes=4), ["events that were written since, 6 bytes"]),
-        (Run("r", 3), FetchedRun(events_bytes=4), ["events that were written since, 3 bytes"]),
+        (Run("r", 10), FetchedRun(events_bytes=4), ["events written since the last fetch, 6 bytes"]),
+        (Run("r", 3), FetchedRun(events_bytes=4), ["events written since the last fetch, 3 bytes"]),
         (Run("r", 0, {1: FinishedStep(A, 2000)}), None, ["the models of step 1 (supervised fine-tuning), 2 kB"]),
         (Run("r", 0, {1: FinishedStep(A, 2000)}), FetchedRun(steps={1: FetchedStep(A, B)}), []),
         (

@@ -137,7 +137,7 @@ def test_that_there_is_no_checkpoint_yet_is_said(laptop: Laptop, box: BoxFolder,
     assert laptop.fetch().left == laptop.fetch(dry_run=True).left == ("there is no checkpoint yet",)
     assert laptop.fetch(what=FetchSelection()).left == ()
     box.step(run, 1)
-    assert laptop.fetch().left == ("there is no checkpoint now: a step that is complete keeps none",)
+    assert laptop.fetch().left == ("there is no checkpoint now: a complete step keeps none",)
     box.checkpoint(run, 2, 10)
     assert laptop.fetch().left == ()
 

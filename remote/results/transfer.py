@@ -54,7 +54,7 @@ MOST_ARGUMENTS = 64 * 1024  # bytes of one command, well below what a shell take
 SPARE_BYTES = 64 << 20  # that must stay free here
 
 
-# --- the connection -------------------------------------------------------------------------------------
+# --- the connection -------------------------------------------------------------------------------
 
 
 class TransferCut(Exception):

@@ -269,7 +269,7 @@ def test_a_tunnel_needs_a_free_port_here(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = place.fab("tunnel", "--port", "80", "--local-port", str(taken.getsockname()[1]), code=2)
     assert (
-        "cannot listen at 127.0.0.1" in ended.stderr
+        "cannot listen on 127.0.0.1" in ended.stderr
         and "--local-port" in ended.stderr
         and "until Ctrl-C" not in ended.stderr
     )

@@ -297,7 +297,7 @@ def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(
 
     monkeypatch.setattr(deploying.sync, "send", edited_first)
     done = scene.deploy()
-    assert "the checkout changed while it was sent: what it is now is sent" in done.notes
+    assert "the checkout changed while it was sent: its present state is sent" in done.notes
     assert (scene.root / f"code/{done.plan.code}/jobs/spec.py").read_text() == "x = 'edited'\n"
     assert done.plan.code == checkout_tree(scene.checkout).key == scene.deployed()["code"]
     assert scene.whole_code() == [done.plan.code]
@@ -317,7 +317,7 @@ def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(
     ]
     assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [
         *said,
-        "settle: would write down what is deployed",
+        "settle: would record what is deployed",
     ]
     assert scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True), rsync="").parts[
         2
@@ -468,7 +468,7 @@ def test_one_who_lost_the_lock_changes_nothing(scene: Scene, monkeypatch: pytest
         return sent
 
     monkeypatch.setattr(deploying.sync, "send", while_another_takes_over)
-    with pytest.raises(ToolkitError, match="not ours any more") as lost:
+    with pytest.raises(ToolkitError, match="this deploy lost the lock") as lost:
         scene.deploy()
     assert lost.value.exit_code == ExitCode.BUSY and "lin@desk" in lost.value.why
     assert not (scene.root / "deployed").exists()
@@ -510,7 +510,7 @@ def test_a_disk_that_fills_up(scene: Scene) -> None:
             scene.deploy(limits=ROOMY.model_copy(update={"disk": LIMITS.disk.model_copy(update={"bytes_min": 1})}))
         assert full.value.exit_code == ExitCode.UNFIT
         assert scene.deployed() == before and not (scene.root / "lock").exists()
-        with pytest.raises(ToolkitError, match="not fit to be deployed to") as unfit:
+        with pytest.raises(ToolkitError, match="cannot deploy to") as unfit:
             scene.deploy()
         assert "are free at" in unfit.value.why and "500 MB are needed" in unfit.value.why
     finally:
@@ -533,7 +533,7 @@ def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatc
     elsewhere = scene.box.model_copy(
         update={"data_folder": "/another/disk"}
     )  # boxes.yaml changed, and this answer says nothing of it
-    with pytest.raises(ToolkitError, match="not fit to be deployed to"):
+    with pytest.raises(ToolkitError, match="cannot deploy to"):
         scene.deploy(box=elsewhere)
     assert asked == [1, 1]
 
@@ -578,7 +578,7 @@ def test_what_is_measured_decides_the_way(planned: Any) -> None:
     for routes, expected in ways.items():
         plan = planned(*routes)
         assert (plan.route, plan.mirror) == expected
-    assert planned().notes == ("no way to the model hub was found: models and data have to come from here",)
+    assert planned().notes == ("the box cannot reach the model hub: send models and data as local folders",)
     assert (planned(quick, mirror, box={"mirror": "cn"}).route, planned(quick, provider="autodl").mirror) == (
         "mirror",
         "cn",
@@ -641,7 +641,7 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
     ("more", "options", "there", "why"),
     [
         ((), {"machine": "aarch64"}, {}, "its processor is aarch64"),
-        ((), {}, {"root": "strange"}, "/data/rlhf-box is there, and is not ours"),
+        ((), {}, {"root": "strange"}, "/data/rlhf-box exists, and is not ours"),
         ((), {}, {"tools": frozenset()}, "neither rsync nor tar"),
         ((), {"free_kb": 100}, {}, "102 kB are free at /data/rlhf-box, and 3 GB are needed"),
         ((), {}, {"root": "ours", "free_kb": 100}, "102 kB are free"),

@@ -424,7 +424,7 @@ def test_the_folder_or_the_run_is_gone(laptop: Laptop, box: BoxFolder, run: RunD
     error = laptop.refused(root=f"{box.root}-2")
     assert error.exit_code == ExitCode.LOST and "not mounted" in error.why
     for name in ("", "..", ".", "a/b", "../../etc", "a\nb"):
-        assert "cannot be the name of a run" in laptop.refused(name).what
+        assert "cannot name a run" in laptop.refused(name).what
 
 
 def test_hostile_names_go_through(sshd: Sshd, tmp_path: Path) -> None:
@@ -493,14 +493,14 @@ def test_many_files_take_several_commands(
 ) -> None:
     box.step(run, 1, size=10)
     lengths: list[int] = []
-    said = fetching._said
+    said = fetching._answer_stream
 
     def measured(line: Any, argv: Sequence[str]) -> Any:
         lengths.append(len(shlex.join(argv[6:])))
         return said(line, argv)
 
     monkeypatch.setattr(fetching, "MOST_ARGUMENTS", 150)
-    monkeypatch.setattr(fetching, "_said", measured)
+    monkeypatch.setattr(fetching, "_answer_stream", measured)
     laptop.fetch()
     assert "step1/complete.json" in laptop.here and len(lengths) > 2 and max(lengths) <= 150
 

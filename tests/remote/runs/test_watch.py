@@ -531,7 +531,7 @@ def test_a_time_that_is_none(text: str) -> None:
 
 
 def test_forms_that_exclude_each_other() -> None:
-    with pytest.raises(ToolkitError, match="two forms"):
+    with pytest.raises(ToolkitError, match="`--json` shows events, `--raw` shows the log"):
         view_of(WHERE, as_json=True, raw=True)
     with pytest.raises(ToolkitError, match="the log of `--raw` has none"):
         view_of(WHERE, raw=True, since=Since(ago_s=1))
@@ -638,16 +638,17 @@ def test_plain_lines_tell_of_a_job_that_needs_somebody(far: Far, capsys: pytest.
 
 WATCHER = """
 import fcntl, subprocess, sys, termios
-from remote.runs.frames import Limits
-from remote.runs.views import Where, view_of
+from remote.runs.frames import StreamTimeouts
+from remote.runs.views import WatchedRun, view_of
 from remote.runs.watch import follow
 if sys.argv[3] == "tty":
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 def opened(run, file, offset):
     return subprocess.Popen([sys.executable, "-S", "-E", sys.argv[1], sys.argv[2], file, str(offset)],
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-where = Where("gpu box", "demo")
-end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=Limits(silence_s=60, connect_s=60, first_pause_s=60))
+where = WatchedRun("gpu box", "demo")
+limits = StreamTimeouts(silence_s=60, connect_s=60, first_pause_s=60)
+end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=limits)
 print("watched", end.done, end.stopped, file=sys.stderr)
 """
 STOPPED = (

@@ -754,5 +754,5 @@ def test_a_server_that_wants_more_than_a_key(make_sshd: MakeSshd, tmp_path: Path
     server = make_sshd("PasswordAuthentication yes", "AuthenticationMethods publickey,password")
     with server.connection(tmp_path) as connection, pytest.raises(KeyRefused) as raised:
         connection.query(["true"])
-    assert "beyond the key it wants: password" in raised.value.why
+    assert "besides the key it wants: password" in raised.value.why
     server.stop()

@@ -132,7 +132,7 @@ def test_a_key_may_be_known_before(sshd: Sshd, tmp_path: Path) -> None:
         with pytest.raises(HostKeyChanged) as raised:
             trust(connection, host_key=f"SHA256:{'x' * 43}")
         assert (raised.value.exit_code, connection.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
-        with pytest.raises(ToolkitError, match="is no fingerprint"):
+        with pytest.raises(ToolkitError, match="is not a fingerprint"):
             trust(connection, host_key="MD5:1234")
         assert trust(connection, host_key=sshd.host_key()).status == "new"
 
@@ -260,7 +260,7 @@ def test_the_users_key_is_installed_after_one_password(sshd: Sshd, tmp_path: Pat
             assert install_key(connection).status == "shown"
             assert not (home / "asked").exists() and "ssh -F" in spoken.getvalue()
         with sshd.connection(tmp_path, box=box) as connection:
-            assert str(install_key(connection)) == f"{mine}.pub was put into authorized_keys there"
+            assert str(install_key(connection)) == f"{mine}.pub was added to authorized_keys on the box"
             assert connection.query(["echo", "in"]).out == "in\n"
             assert install_key(connection).status == "there"
     public = Path(f"{mine}.pub").read_text()
@@ -322,7 +322,7 @@ def test_without_a_terminal_nobody_is_asked_and_that_is_said(sshd: Sshd, tmp_pat
             check=False,
         )
     assert (
-        "there is no terminal to ask for its password on" in done.stderr
+        "there is no terminal on which to ask for its password" in done.stderr
         and Path(f"{mine}.pub").read_text().strip() in done.stderr
     )
     assert not (home / "asked").exists()  # not even an empty password, which would count as a wrong one

@@ -184,11 +184,11 @@ def test_what_runs_on_the_cpu_is_asked_for_no_gpu(choice: dict[str, str]) -> Non
 
 
 TOO_NEW = (
-    "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
+    "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which supports up to 9.0: "
     "take a box with an older card, or a PyTorch for a newer CUDA without the image"
 )
 TOO_OLD = (
-    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which begins at 7.0: "
+    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which needs at least 7.0: "
     f"take a box with a newer card{ON_PURPOSE}"
 )
 
@@ -215,7 +215,9 @@ RANK = "/opt/venv/bin/python -m rlhf_train.worker"
 NOTEBOOK = "/usr/bin/python3 -m ipykernel_launcher -f /home/lin/.local/share/jupyter/kernel-1.json"
 IN_USE = replace(FIT, gpu_used_bytes=(41_000_000, 0))
 OR_WAIT = "wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"
-HOST = f"look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop); {OR_WAIT}"
+HOST = (
+    f"look on the host with `nvidia-smi`: it is outside this container (or another user's, or the desktop); {OR_WAIT}"
+)
 LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if it stays); else {OR_WAIT}"
 
 
@@ -239,10 +241,10 @@ LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if 
         ),
         ([Holder(0, 8, 2, "a\n\x1b[2J")], f"by pid 8 (a \\x1b[2J, 2 bytes): {OR_WAIT}"),
         # Another card's is not named for this one.
-        ([Holder(1, 4321, 40_000_000, RANK)], f"by no process that is to be seen from here: {HOST}"),
-        ([], f"by no process that is to be seen from here: {HOST}"),
-        ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), not to be seen from here: {HOST}"),
-        ([Holder(0, 31337)], f"by pid 31337, not to be seen from here: {HOST}"),
+        ([Holder(1, 4321, 40_000_000, RANK)], f"by no process that can be seen from here: {HOST}"),
+        ([], f"by no process that can be seen from here: {HOST}"),
+        ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), which cannot be seen from here: {HOST}"),
+        ([Holder(0, 31337)], f"by pid 31337, which cannot be seen from here: {HOST}"),
         # In a container: the host's pid, and a process of ours that has the GPUs open.
         (
             [Holder(0, 31337, 40_000_000), Holder(None, 4321, None, RANK)],
@@ -330,7 +332,7 @@ def test_operators_that_this_cpu_cannot_run(
     operators: tuple[str, ...], flags: tuple[str, ...] | None, line: str | None
 ) -> None:
     found = said(replace(FIT, prebuilt_operators=operators, cpu_flags=flags))
-    advice = "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
+    advice = "take a box with a newer CPU before you offload the optimizer to it; all else runs"
     assert found == ([f"warning: {line}: {advice}"] if line else [])
 
 

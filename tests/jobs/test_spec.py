@@ -213,7 +213,7 @@ def test_what_a_person_sees() -> None:
         "  why: seed: 0 or above, not -1\n"
         "       data.eval_rows: above 0, not 0\n"
         "\n"
-        "hint: every field stands with its meaning in docs/job-file.md"
+        "hint: docs/job-file.md explains every field"
     )
     with pytest.raises(ToolkitError, match=r"^error: one mistake in small.yaml\n"):
         parse_job(SMALL + "seed: x\n", "small.yaml")

@@ -36,8 +36,8 @@ def test_not_a_number() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("a: 1\nb: 2\na: 3", "`a` stands twice\n  at line 3, column 1"),
-        ("s: {a: 1, a: 1}", "`a` stands twice\n  at line 1, column 11"),
+        ("a: 1\nb: 2\na: 3", "`a` occurs twice\n  at line 3, column 1"),
+        ("s: {a: 1, a: 1}", "`a` occurs twice\n  at line 1, column 11"),
         ("1: 2", "a field's name is text, not 1\n"),
         ("{[1]: 2}", "a field's name is text, not [1]\n"),
         ("? {a: 1}\n: 2", "a field's name is text, not {'a': 1}\n"),

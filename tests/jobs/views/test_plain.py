@@ -97,7 +97,7 @@ LINES = [
     ),
     (event("error", rank=0, what="no", exit_code=1), ["error: rank 0: no"]),
     (event("resumed", 3, from_update=200), ["step 3  resumed after update 200"]),
-    (event("resumed", 3, from_update=0), ["step 3  starts anew"]),
+    (event("resumed", 3, from_update=0), ["step 3  starts from scratch"]),
     (END_1, ["step 1  done in 1m02s  perplexity 31.20 -> 8.41  model runs/demo/step1/model"]),
     (END_2, ["step 2  done in 38s  accuracy 87.4%  model runs/demo/step2/model"]),
     (

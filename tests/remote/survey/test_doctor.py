@@ -158,7 +158,7 @@ def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:
         BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0
     )
     assert examine(blackwell).verdict == (
-        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
+        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which supports up to 9.0: "
         "take a box with an older card, or a PyTorch for a newer CUDA without the image"
     )
 

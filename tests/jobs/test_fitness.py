@@ -127,18 +127,21 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
     [
         (
             NO_GPU,
-            "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+            "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or "
+            "install the driver",
         ),
         (
             replace(NO_GPU, driver="535.129.03"),
-            "PyTorch sees no GPU, though the NVIDIA driver 535.129.03 is loaded: give the container the GPU (`docker run --gpus all`, or in "
+            "PyTorch sees no GPU, though the NVIDIA driver 535.129.03 is loaded: give the container the GPU (`docker "
+            "run --gpus all`, or in "
             "compose a reservation of `driver: nvidia`; both need nvidia-container-toolkit on the host)",
         ),
         (
             replace(
                 NO_GPU, driver="535.129.03", cards=(H100, H100), gpu_error="Error 802:\n system not yet initialized"
             ),
-            "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system not yet initialized: "
+            "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system "
+            "not yet initialized: "
             "start the box again, or take another (on boxes with NVSwitch, nvidia-fabricmanager must run)",
         ),
         (
@@ -151,7 +154,8 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
         ),
         (
             replace(NO_GPU, gpus=None, cards=()),
-            "there is no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+            "there is no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or "
+            "install the driver",
         ),
     ],
 )
@@ -188,7 +192,8 @@ TOO_NEW = (
     "take a box with an older card, or a PyTorch for a newer CUDA without the image"
 )
 TOO_OLD = (
-    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which needs at least 7.0: "
+    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which needs at "
+    "least 7.0: "
     f"take a box with a newer card{ON_PURPOSE}"
 )
 
@@ -236,7 +241,8 @@ LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if 
                 Holder(0, 8, 1_000_000, "python a.py"),
                 Holder(0, 9, 20_000_000, "python -m rlhf_train --job demo"),
             ],
-            "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train --job demo, 20 MB): "
+            "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train "
+            "--job demo, 20 MB): "
             f"`kill 7 9` if an earlier run left it behind (`kill -9 7 9` if it stays); else {OR_WAIT}",
         ),
         ([Holder(0, 8, 2, "a\n\x1b[2J")], f"by pid 8 (a \\x1b[2J, 2 bytes): {OR_WAIT}"),
@@ -350,12 +356,14 @@ def test_operators_that_this_cpu_cannot_run(
         ({"uid": 1000, "writable": False}, "runs/demo is write-protected: chmod -R u+rwX runs/demo"),
         (
             {"found": ".", "missing": "runs", "uid": 0, "writable": False},
-            ". belongs to uid 0, and uid 1000 may not write to it: sudo mkdir -p runs/demo && sudo chown -R 1000:100 runs",
+            ". belongs to uid 0, and uid 1000 may not write to it: sudo mkdir -p runs/demo && sudo chown -R "
+            "1000:100 runs",
         ),
         ({"found": ".", "missing": "runs", "writable": False}, ". is write-protected: chmod -R u+rwX ."),
         (
             {"found": "runs/demo/events.jsonl", "uid": 0, "writable": False},
-            "runs/demo/events.jsonl belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo",
+            "runs/demo/events.jsonl belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 "
+            "runs/demo",
         ),
         (
             {"path": "my runs/x", "found": "my runs/x", "uid": 0, "writable": False},
@@ -367,7 +375,8 @@ def test_operators_that_this_cpu_cannot_run(
         ),
         (
             {"read_only": True, "writable": False, "uid": 0},
-            "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path",
+            "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend "
+            "the path",
         ),
         (
             {"writable": False, "uid": None},
@@ -397,7 +406,8 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
             {"free_bytes": 900_000},
             True,
             [
-                "unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an --output-dir on a larger disk"
+                "unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an "
+                "--output-dir on a larger disk"
             ],
         ),
         ({"free_bytes": None, "free_inodes": None}, True, []),
@@ -405,7 +415,8 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
             {"free_inodes": 99, "found": "/a b"},
             True,
             [
-                "unfit: 99 inodes are free at '/a b', and a run needs 100 at least: remove many small files (`df -i` and `du --inodes` show "
+                "unfit: 99 inodes are free at '/a b', and a run needs 100 at least: remove many small files (`df -i` "
+                "and `du --inodes` show "
                 "where), or choose an --output-dir on another disk"
             ],
         ),
@@ -423,7 +434,8 @@ def test_a_disk_that_is_nearly_full(folder: dict[str, object], pretrained: bool,
         (
             2_999_999,
             [
-                "warning: only 3 MB are free at '/a b', where models of the hub are kept, and those of OPT-1.3b have about 3 MB: "
+                "warning: only 3 MB are free at '/a b', where models of the hub are kept, and those of OPT-1.3b have "
+                "about 3 MB: "
                 "make room, or choose another HF_HOME"
             ],
         ),

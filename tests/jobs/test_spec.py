@@ -174,7 +174,8 @@ def test_a_long_value_is_cut() -> None:
     [
         (
             "sftt.epochs=1",
-            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, hardware, checkpoint",
+            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, "
+            "hardware, checkpoint",
         ),
         (
             "actor.lora.alpah=1",
@@ -197,7 +198,8 @@ def test_all_mistakes_at_once() -> None:
     assert mistakes("ppo.lam=2", "hardware.ranks=no", "hardware.device=gpu", text=text) == [
         "name: this field is required",
         "sft.learning_rate: this field is required",
-        "sft.lerning_rate: unknown field; did you mean learning_rate? valid here: epochs, max_updates, schedule, final_learning_rate, "
+        "sft.lerning_rate: unknown field; did you mean learning_rate? valid here: epochs, max_updates, schedule, "
+        "final_learning_rate, "
         "warmup_updates, betas, weight_decay, max_grad_norm, global_batch, learning_rate, loss_on_prompt",
         "ppo.lam: 1 or below, not 2",
         "hardware.ranks: 'auto' or an integer above 0, not 'no'",

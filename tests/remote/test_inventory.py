@@ -111,7 +111,8 @@ e: {address: h, name: e}
             "a.build.TORCH: text, not 2",
             "a.secrets.0: a variable's name, not 'A-B'",
             "a.secrets.1: text, not 3",
-            "a.adress: unknown field; did you mean address? valid here: address, port, user, key, provider, price_per_hour, currency, "
+            "a.adress: unknown field; did you mean address? valid here: address, port, user, key, provider, "
+            "price_per_hour, currency, "
             "data_folder, mirror, runtime, build, secrets",
             "b: fields, not 3",
             "c.port: an integer, not 'on'",

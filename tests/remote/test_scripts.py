@@ -96,7 +96,8 @@ def test_the_library(tmp_path: Path, shell: list[str], strict: str) -> None:
         env=dict(os.environ),
     )
     assert (done.stdout, done.stderr, done.returncode) == (
-        "yes no yes [no newline  here ] yes [\\one] no [] no [] yes yes no no no no yes child\nyes no no no no no free\n",
+        "yes no yes [no newline  here ] yes [\\one] no [] no [] yes yes no no no no yes child\n"
+        "yes no no no no no free\n",
         "",
         0,
     )

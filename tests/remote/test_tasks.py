@@ -125,8 +125,10 @@ def lay_out(root: Path) -> None:
         (root / folder).mkdir(parents=True)
     (root / "secrets").chmod(0o700)
     (root / ".rlhf-box").touch()
-    lines = {"code": code, "runtime": "bare", "environment": "0" * 16, "python": sys.executable, "route": "direct", "mirror": "default", "p2p": "0",
-             "device": "cpu", "torch": "torch-cpu", "time": "0"}  # fmt: skip
+    lines = {
+        "code": code, "runtime": "bare", "environment": "0" * 16, "python": sys.executable, "route": "direct",
+        "mirror": "default", "p2p": "0", "device": "cpu", "torch": "torch-cpu", "time": "0",
+    }  # fmt: skip
     (root / "deployed").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
 
 
@@ -196,7 +198,11 @@ def test_help_is_shown_by_fab(tmp_path: Path) -> None:
         (["train", "--host", "gpu-box,second"], 2, "this verb takes one box, not 2"),
         (["-H", "gpu-box,second", "train"], 2, "this verb takes one box, not 2"),
         (["train", "--host", "gpu-box", "--job", "nothing"], 2, "there is no job `nothing`"),
-        (["train", "--host", "gone", "--job", "demo", "--set", "ppo.klcoef=1"], 2, "ppo.klcoef: unknown field; did you mean kl_coef?"),
+        (
+            ["train", "--host", "gone", "--job", "demo", "--set", "ppo.klcoef=1"],
+            2,
+            "ppo.klcoef: unknown field; did you mean kl_coef?",
+        ),
         (["train", "--host", "gone", "--step", "4"], 2, "--step 4 is not a step"),
         (["train", "--host", "gone", "--run", "../../etc"], 2, "cannot name a run"),
         (["train", "--host", "gone", "--deployment-type", "multi_node"], 2, "rented containers open no ports"),
@@ -294,8 +300,10 @@ def test_a_dry_unlock_says_whose_lock_it_is(place: Place) -> None:
 
 
 DRY = [
-    ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"], ["status"], ["cancel"],
-    ["fetch", "--run", "nothing"], ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"], ["purge"], ["stop"],
+    ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"],
+    ["status"], ["cancel"],
+    ["fetch", "--run", "nothing"], ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"],
+    ["purge"], ["stop"],
 ]  # fmt: skip
 
 

@@ -165,7 +165,10 @@ def test_an_sshd_that_is_frozen(deployed: BareBox, laptop: Laptop) -> None:
 ASKED = 'case $SSH_ORIGINAL_COMMAND in *supervisor.sh*" start "*) ;; *) exec sh -c "$SSH_ORIGINAL_COMMAND" ;; esac\n'
 ANSWER_IS_LOST = f'{ASKED}sh -c "$SSH_ORIGINAL_COMMAND" >/rig/answer; kill -KILL $PPID'
 # The box takes it up only when the laptop has asked what became of it.
-COMES_LATE = f'{ASKED}cat >/rig/request; (sleep 4; sh -c "$SSH_ORIGINAL_COMMAND" </rig/request >/rig/answer) >/dev/null 2>&1 & kill -KILL $PPID'
+COMES_LATE = (
+    f'{ASKED}cat >/rig/request; (sleep 4; sh -c "$SSH_ORIGINAL_COMMAND" </rig/request >/rig/answer) '
+    f">/dev/null 2>&1 & kill -KILL $PPID"
+)
 BOX_IS_GONE = f"{ANSWER_IS_LOST} $(cat /rig/listener)"
 
 

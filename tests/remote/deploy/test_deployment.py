@@ -44,8 +44,10 @@ def probed(
     """What the probe would say of a box with this data disk; more: lines of its own."""
     root = f"{folder}/rlhf-box"
     lines = [
-        "probe\t1", "clock\t1700000000.5", f"machine\t{machine}", "home\t/root", f"root\t0|{root}", f"place\t0|1|1|0|{folder}",
-        f"disk\t0|/dev/x {2 * free_kb} {free_kb} {free_kb} 50% /", "tool\trsync|/usr/bin/rsync", "tool\ttar|/usr/bin/tar",
+        "probe\t1", "clock\t1700000000.5", f"machine\t{machine}", "home\t/root", f"root\t0|{root}",
+        f"place\t0|1|1|0|{folder}",
+        f"disk\t0|/dev/x {2 * free_kb} {free_kb} {free_kb} 50% /", "tool\trsync|/usr/bin/rsync",
+        "tool\ttar|/usr/bin/tar",
     ]  # fmt: skip
     lines += [f"python\t3.10.13|1|{python}"] if python else []
     lines += [f"conda\t24.1|{conda}"] if conda else []
@@ -85,7 +87,8 @@ class Scene:
         connection = more.pop("connection", None) or self.sshd.connection(self.state, box=self.box)
         with connection:
             return deploy(
-                connection, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY), providers=PROVIDERS, state=self.state,
+                connection, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY),
+                providers=PROVIDERS, state=self.state,
                 say=self.said.append, now=self.moments.append, **more,
             )  # fmt: skip
 
@@ -156,7 +159,8 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
         write(scene.checkout / f"env/mirrors/{mirror}.env", (scene.checkout / "env/mirrors/here.env").read_text())
     shutil.rmtree(scene.state)
     python = {
-        "python3.10": f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {sys.executable} "$@" ;; esac\n'
+        "python3.10": f"#!/bin/sh\ncase \"$2\" in *sys.version_info*) echo '3.10.13|1' ;; *) exec {sys.executable} "
+        f'"$@" ;; esac\n'
     }
     known = {
         name: each.model_copy(update={"pythons": (str(write(scene.disk / name, text, 0o755)),)})
@@ -341,7 +345,8 @@ box = Box.model_validate_json(fields)
 limits = Limits.load()
 limits = limits.model_copy(update={"environment": limits.environment.model_copy(update={"bytes_cpu": 1})})
 with BoxConnection(box, Path(state), ssh_config=Path(config)) as line:
-    deploy(line, Path(checkout), box, limits=limits, providers=Provider.load_all(), state=Path(state), say=lambda text: print(text, flush=True))
+    deploy(line, Path(checkout), box, limits=limits, providers=Provider.load_all(), state=Path(state),
+           say=lambda text: print(text, flush=True))
 """
 
 
@@ -396,7 +401,10 @@ def test_killed_in_the_middle_of_sync_and_called_again(scene: Scene) -> None:
 
 
 def test_killed_while_the_environment_is_made_and_called_again(scene: Scene) -> None:
-    slow = f'touch \'{scene.disk}/begun\'; [ -e \'{scene.disk}/quick\' ] || sleep 63; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"'
+    slow = (
+        f"touch '{scene.disk}/begun'; [ -e '{scene.disk}/quick' ] || sleep 63; mkdir -p \"$3/bin\"; cp \"$0\" "
+        f'"$3/bin/python"'
+    )
     write(scene.disk / "python", f'#!/bin/sh\ncase "$2" in venv) {slow} ;; *) echo all as locked ;; esac\n', 0o755)
     scene.knows(probed(scene.disk, python=f"{scene.disk}/python"))
     process = deployer(scene)
@@ -646,7 +654,10 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
         ((), {"free_kb": 100}, {}, "102 kB are free at /data/rlhf-box, and 3 GB are needed"),
         ((), {}, {"root": "ours", "free_kb": 100}, "102 kB are free"),
         ((GPU,), {"free_kb": 5_000_000}, {}, "5.12 GB are free at /data/rlhf-box, and 10 GB are needed"),
-        (("python\t3.12.1|1|/usr/bin/python3",), {"python": ""}, {}, "no Python 3.10 with venv, and no conda or uv to make it with"),
+        (
+            ("python\t3.12.1|1|/usr/bin/python3",), {"python": ""}, {},
+            "no Python 3.10 with venv, and no conda or uv to make it with",
+        ),
     ],
 )  # fmt: skip
 def test_what_deploy_itself_needs(

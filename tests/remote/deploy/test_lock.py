@@ -64,7 +64,8 @@ def test_a_second_deployer_is_told_who_has_it(connection: Any, root: str) -> Non
         take(connection, root, CODE, why="mine", laptop="here")
     assert busy.value.exit_code == ExitCode.BUSY
     assert str(busy.value).startswith(
-        "error: cannot deploy to `gpu-box`: another deploy holds the lock\n  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
+        "error: cannot deploy to `gpu-box`: another deploy holds the lock\n"
+        "  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
     )
     assert "fab unlock --host gpu-box" in busy.value.hint
 

@@ -327,7 +327,8 @@ def test_who_holds_memory_ecc_and_xid(fakes: Fakes) -> None:
     apps = f"GPU-h100-5, {os.getpid()}, 40000\nGPU-h100-5, 4194304, [N/A]\n[Not Found], [N/A], [N/A]\n"
     fakes.cards(GPU["H100"].format(i=5), capability="9.0", ecc="2, 17", apps=apps)
     log = "[  9.1] NVRM: Xid (PCI:0000:65:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
-    log += "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
+    log += "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n"
+    log += "[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
     fakes.command("dmesg", f"#!/bin/sh\ncat <<'END'\n{log}END\n")
     facts = ask(fakes)
     assert facts.cards is not None and facts.kernel_log
@@ -435,7 +436,9 @@ int cuDevicePrimaryCtxRetain(void **c, int d) { *c = &contexts[d]; return is("fu
 int cuCtxSetCurrent(void *c) { current = *(int *)c; return 0; }
 int cuMemAlloc_v2(ptr *p, size_t n) { *p = (ptr)malloc(n); memset((void *)*p, 0x55, n); return 0; }
 int cuDeviceCanAccessPeer(int *can, int a, int b) { *can = !is("far"); return 0; }
-int cuCtxEnablePeerAccess(void *c, unsigned f) { int b = *(int *)c; if (reach[current][b]) return 704; reach[current][b] = 1; return 0; }
+int cuCtxEnablePeerAccess(void *c, unsigned f) {
+    int b = *(int *)c; if (reach[current][b]) return 704; reach[current][b] = 1; return 0;
+}
 int cuMemsetD8_v2(ptr p, unsigned char v, size_t n) { memset((void *)p, v, n); return 0; }
 int cuMemcpyHtoD_v2(ptr p, const void *s, size_t n) { memcpy((void *)p, s, n); return 0; }
 int cuMemcpyDtoH_v2(void *t, ptr p, size_t n) { memcpy(t, (void *)p, n); return 0; }
@@ -551,7 +554,8 @@ def test_docker_without_its_daemon(fakes: Fakes) -> None:
     refusal = "permission denied while trying to connect to the Docker daemon socket"
     fakes.command(
         "docker",
-        f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 ;; esac\n",
+        f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 "
+        f";; esac\n",
     )
     facts = ask(fakes)
     assert (facts.docker.client, facts.docker.server, facts.docker.error) == ("27.3.1", "", refusal)

@@ -163,7 +163,10 @@ def test_a_manifest_that_is_torn_is_none() -> None:
 
 
 def test_of_a_step_that_changed_nothing_is_taken() -> None:
-    said = f"begin\nfile 3 {A} step1/model/a\nfile 3 {A} step2/model/a\nfile 1 {B} step2/complete.json\nstep 2 {B}\nchanged 1\nend\n"
+    said = (
+        f"begin\nfile 3 {A} step1/model/a\nfile 3 {A} step2/model/a\nfile 1 {B} step2/complete.json\nstep 2 {B}\n"
+        f"changed 1\nend\n"
+    )
     read = ManifestReader(io.BytesIO(said.encode())).read()
     assert (
         read is not None

@@ -63,7 +63,8 @@ def test_a_card_says_all_that_matters() -> None:
         "meter: stops (¥1.98/h)",
         "disk: costs nothing while the box is stopped; "
         "what the data disk was enlarged by is paid for each day, stopped or not",
-        "folder: /root/autodl-tmp: kept, for 15 days; when the box is given back: lost (not part of a saved image, nor of a move to another host)",
+        "folder: /root/autodl-tmp: kept, for 15 days; when the box is given back: lost (not part of a saved image, "
+        "nor of a move to another host)",
         "folder: /root/autodl-fs: kept; when the box is given back: kept",
         "folder: /: kept, for 15 days; when the box is given back: lost",
         "our folder: /root/autodl-tmp/rlhf-box survives a stop",

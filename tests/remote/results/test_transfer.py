@@ -285,7 +285,8 @@ def wait(done, total, what):
         time.sleep(60)
 box = Box.model_validate_json({laptop.sshd.box().model_dump_json()!r})
 with BoxConnection(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop.sshd.folder / "config")!r})) as line:
-    fetch(line, {str(box.root)!r}, "tiny", Path({str(laptop.runs / "tiny")!r}), state=Path({str(laptop.state)!r}), progress=wait)
+    target, state = Path({str(laptop.runs / "tiny")!r}), Path({str(laptop.state)!r})
+    fetch(line, {str(box.root)!r}, "tiny", target, state=state, progress=wait)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
     until = time.monotonic() + 30

@@ -385,8 +385,7 @@ def test_what_was_said_there_instead_of_a_stream_is_an_error(first: str) -> None
     with pytest.raises(ToolkitError) as caught:
         follow(open_stream, JsonLines(io.BytesIO()), WHERE, limits=LIMITS)
     assert (
-        str(caught.value)
-        == "error: cannot watch run `demo` on `gpu-box`: the box ended with exit code 2\n"
+        str(caught.value) == "error: cannot watch run `demo` on `gpu-box`: the box ended with exit code 2\n"
         "  why: no run\n       \\x1b[2Jdemo"
     )
     assert opened == [0]
@@ -562,7 +561,8 @@ def test_state_in_words(words: str, said: str, is_good: bool) -> None:
 
 def drawn(where: WatchedRun, clock: Callable[[], float] = time.time) -> tuple[Console, PanelView]:
     screen = Console(
-        file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None, markup=False, highlight=False, emoji=False,
+        file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None, markup=False, highlight=False,
+        emoji=False,
         legacy_windows=False, _environ={"TERM": "xterm"},
     )  # fmt: skip
     return screen, PanelView(Live(screen, clock), where)

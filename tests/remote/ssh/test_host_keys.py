@@ -63,7 +63,8 @@ def test_of_two_at_once_one_is_first(tmp_path: Path) -> None:
 def test_lines_that_are_none(tmp_path: Path) -> None:
     known = KnownHosts(tmp_path / "gpu-box", "gpu-box")
     known.file.write_text(
-        f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\nx,gpu-box ssh-rsa {'YWFh'} words\n"
+        f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\n"
+        f"x,gpu-box ssh-rsa {'YWFh'} words\n"
     )
     assert known.keys == (HostKey("ssh-rsa", b"aaa"),)
     known.file.write_text("")

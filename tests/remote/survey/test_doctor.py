@@ -158,7 +158,8 @@ def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:
         BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0
     )
     assert examine(blackwell).verdict == (
-        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which supports up to 9.0: "
+        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which "
+        "supports up to 9.0: "
         "take a box with an older card, or a PyTorch for a newer CUDA without the image"
     )
 
@@ -494,7 +495,13 @@ def test_docker(change: dict[str, Any], wanted: str, value: str) -> None:
         ),
         ((HubRoute("direct", 403, 0.1, 0.2),), "", JOB, "unfit", "not reachable (direct HTTP 403)"),
         ((HubRoute("direct", 403, 0.1, 0.2),), "", None, "warning", "not reachable (direct HTTP 403)"),
-        ((HubRoute("direct", None),), "", DEMO, "ok", "not reachable (direct no answer), and this job does not need it"),
+        (
+            (HubRoute("direct", None),),
+            "",
+            DEMO,
+            "ok",
+            "not reachable (direct no answer), and this job does not need it",
+        ),
         ((), "", JOB, "unknown", "not reachable (not tried)"),
     ],
 )

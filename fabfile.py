@@ -1,4 +1,4 @@
-"""`fab --list` shows the verbs, `fab --help VERB` one of them. They stand in remote/verbs."""
+"""The file that Fabric reads: `fab --list` shows the verbs, `fab --help VERB` explains one."""
 
 from remote.tasks import ns
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a command's exit status means, on the laptop and on the box alike (DESIGN section 4)."""
+    """The meaning of a command's exit status, on the laptop and on the box (DESIGN section 4)."""
 
     OK = 0
     INTERNAL = 1  # our fault; also Fabric's own parse errors
@@ -24,10 +24,10 @@ class ExitCode(IntEnum):
 
 
 class ToolkitError(Exception):
-    """Say what happened, why, and what to do next; printed as it stands, without a traceback.
+    """An error that says what happened, why, and what to do next; printed without a traceback.
 
-    `what`, `why`, `hint`, `exit_code`: these names also in the error event, in `--json` and in a
-    rank's last words.
+    `what`, `why`, `hint` and `exit_code` have the same names in the error event, in `--json` and in
+    a rank's last words.
     """
 
     def __init__(
@@ -52,12 +52,13 @@ class ToolkitError(Exception):
 
 
 def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
-    """What the system refused: no space, no permission, not a folder."""
-    full = error.errno == errno.ENOSPC
+    """Make the error for a system call that failed: no space, no permission, not a folder."""
+    if error.errno == errno.ENOSPC:
+        what = f"the disk is full: {error.filename}" if error.filename else "the disk is full"
+    else:
+        what = f"cannot use {error.filename or 'a file of the run'}"
     return ToolkitError(
-        f"the disk is full{f': {error.filename}' if error.filename else ''}"
-        if full
-        else f"cannot use {error.filename or 'a file of the run'}",
+        what,
         why=error.strerror or str(error),
         hint="make room or mend the path, then the same command resumes",
         exit_code=exit_code,

@@ -1,9 +1,8 @@
-"""`events.jsonl`, the truth of a training run: one JSON object a line, written by rank 0 and
-flushed.
+"""The events of a training run: `events.jsonl`, one JSON object on each line, written by rank 0.
 
-Every line has `schema`, `seq`, `time` (UTC) and `kind`; the other fields of each kind are the
-dataclasses below. Fields that are None are left out; numbers that are not finite are the words nan,
-inf and -inf. Terminal, SSH view and report are views of these lines and of nothing else.
+Every line has `schema`, `seq`, `time` (UTC) and `kind`; the dataclasses below hold the other fields
+of each kind. Fields that are None are left out. Numbers that are not finite are written as the
+words nan, inf and -inf. Terminal, SSH view and report show these lines and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Event):
-    """A step is about to start: what was derived from the job, for a person to check."""
+    """A step is about to start with these values, which were derived from the job."""
 
     kind = "plan"
     step: int
@@ -58,7 +57,7 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Curve:
-    """Draw a metric over the updates, in the panel."""
+    """The panel draws the metric as a curve over the updates."""
 
     color: str
     only_far: bool = False  # only where a run is watched from another machine; elsewhere it is a number
@@ -69,7 +68,7 @@ NUMBER: Literal["number"] = "number"
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """Say how a metric is written, and where it stands in the panel."""
+    """How a metric is written, and where it is in the panel."""
 
     spec: str  # as format() takes it
     label: str
@@ -81,12 +80,12 @@ def metric(spec: str, label: str, place: Curve | Literal["number"]) -> dict[str,
     return {"shown": MetricFormat(spec, label, place)}
 
 
-NOT_SHOWN: dict[str, MetricFormat | None] = {"shown": None}  # a metric that stands in events.jsonl only
+NOT_SHOWN: dict[str, MetricFormat | None] = {"shown": None}  # the metric is only in events.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Event):
-    """Say after which update something was measured.
+    """Something was measured after an update.
 
     Each field that a subclass adds is a metric: its metadata is `metric(...)` or `NOT_SHOWN`.
     """
@@ -105,9 +104,9 @@ class Measured(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Measured):
-    """Numbers after `update` of `updates`.
+    """The numbers after `update` of `updates`.
 
-    Step 3 writes one line a rollout, averaged over its updates.
+    Step 3 writes one line for each rollout, averaged over its updates.
     """
 
     kind = "metrics"
@@ -175,9 +174,7 @@ class Sample(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Event):
-    """A folder is complete on disk: what the step can go on from, or a model in Hugging Face
-    format.
-    """
+    """A folder is complete on disk: a checkpoint of the step, or a model in Hugging Face format."""
 
     kind = "checkpoint"
     step: int
@@ -211,7 +208,7 @@ class Error(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """`step` goes on after `from_update`; views drop its later events (0: it starts anew)."""
+    """`step` resumes after `from_update` (0: from scratch); views drop its later events."""
 
     kind = "resumed"
     step: int
@@ -251,17 +248,17 @@ KINDS: dict[str, type[Event]] = {
 
 
 class EventWriter:
-    """Appends events to `path`, one flushed line each; cuts a torn last line first."""
+    """Appends events to `path`, one flushed line each, after cutting a torn last line off."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._seq = _cut_torn_line(path)
-        # A lone surrogate (a path that is not UTF-8, in an error) becomes its own JSON escape and
-        # reads back the same.
+        # A lone surrogate (from a path that is not UTF-8, in an error) becomes a JSON escape, and
+        # reads back as the same character.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def __call__(self, event: Event) -> RawEvent:
-        """Write one event; returns its line, parsed."""
+        """Write one event, and return its line, parsed."""
         present = {key: _json(value) for key, value in asdict(event).items() if value is not None}
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = {"schema": SCHEMA, "seq": self._seq, "time": now, "kind": event.kind, **present}
@@ -272,40 +269,39 @@ class EventWriter:
 
 
 def _json(value: Any) -> Any:
-    """JSON has no number for them: "nan", "inf", "-inf"."""
+    """Replace a number that JSON does not have by a word: "nan", "inf", "-inf"."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cut_torn_line(path: Path) -> int:
-    """Number of whole lines; what follows the last newline is cut off."""
+    """Cut off what follows the last newline, and return the number of lines."""
     if not path.exists():
         return 0
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    return data[:whole].count(b"\n")
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(path, end)
+    return data[:end].count(b"\n")
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[RawEvent], int]:
-    """Whole lines from byte `offset` on -> (parsed events, offset to read on from).
+    """Read whole lines from byte `offset` on; return the events and the next offset.
 
-    A torn last line waits; one that a loss of power
-    has damaged is left out.
+    A torn last line is read by a later call. A line that a power failure has damaged is left out.
     """
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
-    whole = data.rfind(b"\n") + 1
-    return [event for line in data[:whole].splitlines() if (event := parsed(line)) is not None], offset + whole
+    end = data.rfind(b"\n") + 1
+    return [event for line in data[:end].splitlines() if (event := parsed(line)) is not None], offset + end
 
 
 def parsed(line: bytes) -> RawEvent | None:
-    """Read one line; None for what is no event.
+    """Parse one line; None if it is not an event.
 
-    An error of an older run is given today's field names.
+    An error of an older run gets today's field names.
     """
     try:
         event = json.loads(line)
@@ -319,14 +315,14 @@ def parsed(line: bytes) -> RawEvent | None:
 
 
 def parse(line: RawEvent) -> Event:
-    """A line of the file as its typed event. Raises KeyError for an unknown kind."""
+    """Convert a line of the file to its typed event. Raises KeyError for an unknown kind."""
     cls = KINDS[line["kind"]]
     known = {each.name for each in fields(cls)}
     return cls(**{key: value for key, value in line.items() if key in known})
 
 
 def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
-    """The events that still hold: `resumed` undoes what its step wrote after `from_update`."""
+    """Return the events that still hold: `resumed` undoes its step's events after `from_update`."""
     kept: list[RawEvent] = []
     for event in events:
         if event["kind"] == "resumed":
@@ -336,6 +332,6 @@ def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
 
 
 def _precedes(event: RawEvent, update: int) -> bool:
-    """Whether the step's event was written at or before `update`; at update 0, none was."""
+    """Whether the step's event was written at or before `update`; at update 0 none was."""
     is_last = event["kind"] == "end" or event.get("when") == "after"
     return update > 0 and event.get("update", 0) <= update and not is_last

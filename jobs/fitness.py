@@ -1,8 +1,8 @@
-"""Whether a machine is fit for a job: facts in, findings out, each one line with what to do.
+"""The checks whether a machine is fit for a job: facts in, findings out, each with what to do.
 
-The facts are plain values, collected by rlhf_train/plan/machine.py at each start, and from afar by
-a shell probe; a fact that is None is not known, and what depends on it is not judged. The
-thresholds stand in env/limits.toml.
+The facts are plain values. rlhf_train/plan/machine.py collects them at each start, and a shell
+probe collects them on a rented box. A fact that is None is not known, and what depends on it is not
+judged. The thresholds are in env/limits.toml.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds GPU memory, or may: it has the GPUs open."""
+    """A process that holds GPU memory, or may hold it, since it has the GPUs open."""
 
-    gpu: int | None  # nvidia-smi's index; None: it is not known on which card, or whether at all
+    gpu: int | None  # nvidia-smi's index; None: it is not known on which GPU, or whether at all
     pid: int
     used_bytes: int | None = None
-    # "" if it cannot be seen from here: in a container, nvidia-smi may name processes by the host's
-    # pids
+    # "" if the process cannot be seen from here: in a container, nvidia-smi may show pids of the
+    # host.
     command: str = ""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that the job will write to, as far as it is there."""
+    """A folder that the job will write to, which need not exist yet."""
 
     path: str  # as the user knows it, maybe relative
-    found: str  # itself, or its nearest parent that is there, or a thing in it that cannot be written
-    missing: str = ""  # the first folder on the way that is to be made; "" if none
-    is_folder: bool = True  # `found` is one
+    found: str  # the folder, or its nearest parent that exists, or a part of it that cannot be written
+    missing: str = ""  # the first folder of the path that does not exist; "" if none
+    is_folder: bool = True  # whether `found` is a folder
     writable: bool | None = None
     read_only: bool | None = None  # the file system
     uid: int | None = None  # of `found`
@@ -59,17 +59,18 @@ class Folder:
 @dataclass(frozen=True)
 class FitnessFacts:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # hardware.device
-    ranks: int | None = None  # that the job would have on GPUs
-    pretrained: bool = False  # the job names models, whose weights may be gigabytes, where others come from a config
-    cuda: str | None = None  # that PyTorch was or will be built for; None: not known, or for the CPU only
-    gpus: int | None = None  # that PyTorch sees
-    gpu_error: str = ""  # why it sees none, in its own words
+    ranks: int | None = None  # how many the job would have on GPUs
+    # The job names models, whose weights may be gigabytes; other models start from a config.
+    pretrained: bool = False
+    cuda: str | None = None  # the version for which PyTorch is built; None: not known, or only for the CPU
+    gpus: int | None = None  # how many PyTorch sees
+    gpu_error: str = ""  # PyTorch's message if it sees none
     visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES
-    driver: str | None = None  # NVIDIA's, that the kernel has loaded
+    driver: str | None = None  # the version of NVIDIA's driver that is loaded
     cards: tuple[Gpu, ...] | None = None  # those that PyTorch sees, else those of nvidia-smi
-    peer_access: bool | None = None  # some GPU reaches another's memory
+    peer_access: bool | None = None  # whether some GPU reaches another's memory
     peer_copies_wrong: bool = False  # a copy from one GPU to another was compared, and differed
-    # before the job begins; by nvidia-smi's index, hidden cards too
+    # Before the job begins, by nvidia-smi's index, hidden GPUs included.
     gpu_used_bytes: tuple[int | None, ...] | None = None
     gpu_holders: tuple[Holder, ...] = ()
     shared_memory_bytes: int | None = None  # free in /dev/shm
@@ -79,8 +80,8 @@ class FitnessFacts:
     uid: int | None = None  # ours
     gid: int | None = None
     folders: tuple[Folder, ...] = ()
-    # where models will be fetched to; None too if there are none to fetch, or it is on the run's
-    # disk
+    # Where models will be downloaded to; also None if there are none to download, or if it is on
+    # the run's disk.
     hub_cache: Folder | None = None
 
 
@@ -111,45 +112,37 @@ def judge(facts: FitnessFacts, limits: Limits) -> list[Finding]:
 
 
 def error_of(findings: Iterable[Finding]) -> ToolkitError | None:
-    """What makes the machine unfit, all together; None if nothing does."""
+    """Return one error for all that makes the machine unfit; None if nothing does."""
     lines = [str(finding) for finding in findings if finding.level == "unfit"]
-    return (
-        ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT)
-        if lines
-        else None
-    )
+    if not lines:
+        return None
+    return ToolkitError("this machine is not fit for the job", why="\n".join(lines), exit_code=ExitCode.UNFIT)
 
 
 def no_peer_access(facts: FitnessFacts, limits: Limits) -> str:
-    """Why NCCL shall not try direct access between these GPUs; "" if it may find out by itself, as
-    it does on other cards.
-    """
+    """Return why NCCL must not use direct access between these GPUs; "" if NCCL may decide."""
     if facts.peer_copies_wrong:
         return "what one GPU writes into another's memory arrives changed"
-    name = next((card.name for card in facts.cards or () if "GeForce" in card.name), "")
-    broken = next(
-        (card.name for card in facts.cards or () if any(part in card.name for part in limits.peer_access.broken_cards)),
-        "",
-    )
-    if name and facts.peer_access is False:
-        return f"{name} has no peer access here"
-    if (
-        broken
-        and "GeForce" in broken
-        and (facts.driver is None or version(facts.driver) < version(limits.peer_access.mended_driver))
-    ):
+    names, known_broken = [card.name for card in facts.cards or ()], limits.peer_access.broken_cards
+    geforce = next((name for name in names if "GeForce" in name), "")
+    broken = next((name for name in names if any(part in name for part in known_broken)), "")
+    is_mended = facts.driver is not None and version(facts.driver) >= version(limits.peer_access.mended_driver)
+    if geforce and facts.peer_access is False:
+        return f"{geforce} has no peer access here"
+    if "GeForce" in broken and not is_mended:
         return f"the peer access that driver {facts.driver or 'unknown'} offers on {broken} does not work"
     return ""
 
 
 def version(text: str) -> tuple[int, ...]:
-    """`450.80.02` -> (450, 80, 2)"""
+    """Convert a version to numbers: `450.80.02` -> (450, 80, 2)."""
     return tuple(int(part) for part in text.split("."))
 
 
 def wants_gpu(facts: FitnessFacts) -> bool:
-    """With `auto`, a PyTorch that was built for CUDA wants one, unless GPUs are hidden from it on
-    purpose.
+    """Whether training needs a GPU.
+
+    With `auto`, a PyTorch that was built for CUDA needs one, unless GPUs are hidden on purpose.
     """
     hidden = facts.visible_devices is not None and facts.visible_devices.strip() in ("", "-1")
     return facts.device == "cuda" or (facts.device == "auto" and facts.cuda is not None and not hidden)
@@ -166,16 +159,12 @@ def _cuda_limits(facts: FitnessFacts, limits: Limits) -> CudaLimits | None:
 def _driver(facts: FitnessFacts, limits: Limits) -> list[Finding]:
     wanted = _cuda_limits(facts, limits)
     if wanted is None or facts.driver is None or facts.gpus or version(facts.driver) >= version(wanted.driver_min):
-        return []  # where PyTorch sees a GPU, an older driver has NVIDIA's forward compatibility package
+        # If PyTorch sees a GPU, an older driver works with NVIDIA's forward compatibility package.
+        return []
     what = f"the NVIDIA driver {facts.driver} is too old for CUDA {facts.cuda}"
     least = "" if wanted.driver_advised == wanted.driver_min else f" ({wanted.driver_min} at least)"
-    return [
-        Finding(
-            "unfit",
-            what,
-            f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it",
-        )
-    ]
+    todo = f"install driver {wanted.driver_advised} or newer{least} on the host, or take a box that has it"
+    return [Finding("unfit", what, todo)]
 
 
 def _no_gpu(facts: FitnessFacts) -> Iterator[Finding]:
@@ -208,12 +197,11 @@ def _cards(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
         if card.capability is None:
             continue
         if wanted.capability_max and version(card.capability) > version(wanted.capability_max):
-            what += f" is too new for CUDA {facts.cuda}, which drives up to {wanted.capability_max}"
-            yield Finding(
-                "unfit", what, "take a box with an older card, or a PyTorch for a newer CUDA without the image"
-            )
+            what += f" is too new for CUDA {facts.cuda}, which supports up to {wanted.capability_max}"
+            todo = "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+            yield Finding("unfit", what, todo)
         if wanted.capability_min and version(card.capability) < version(wanted.capability_min):
-            what += f" is too old for this build for CUDA {facts.cuda}, which begins at {wanted.capability_min}"
+            what += f" is too old for this build for CUDA {facts.cuda}, which needs at least {wanted.capability_min}"
             yield Finding("unfit", what, f"take a box with a newer card; {ON_PURPOSE}")
 
 
@@ -228,9 +216,9 @@ def _gpu_memory(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
         if seen:
             what += f"{'by' if sure else 'maybe by'} {', '.join(map(_named, seen))}"
         elif listed:
-            what += f"by {', '.join(map(_named, listed))}, not to be seen from here"
+            what += f"by {', '.join(map(_named, listed))}, which cannot be seen from here"
         else:
-            what += "by no process that is to be seen from here"
+            what += "by no process that can be seen from here"
         yield Finding("warning", what, _freed(seen))
 
 
@@ -243,15 +231,14 @@ def _freed(seen: list[Holder]) -> str:
         ways.append(f"`kill {ours}` if an earlier run left it behind (`kill -9 {ours}` if it stays)")
     if not seen:
         ways.append(
-            "look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop)"
+            "look on the host with `nvidia-smi`: it is outside this container (or another user's, or the desktop)"
         )
-    return "; ".join(
-        [*ways, f"{'else ' if ours else ''}wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"]
-    )
+    wait = "wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"
+    return "; ".join([*ways, f"else {wait}" if ours else wait])
 
 
 def _named(holder: Holder) -> str:
-    """`pid 4321 (python -m rlhf_train.worker, 41 GB)`"""
+    """Describe a process: `pid 4321 (python -m rlhf_train.worker, 41 GB)`."""
     program, space, rest = holder.command.partition(" ")
     command = program.rpartition("/")[2] + space + rest
     about = [command if len(command) <= 60 else f"{command[:60]}..."] if command else []
@@ -260,8 +247,10 @@ def _named(holder: Holder) -> str:
 
 
 def _is_visible(gpu: int, visible_devices: str | None) -> bool:
-    """CUDA_VISIBLE_DEVICES counts up to its first number that is none; of UUIDs (`GPU-...`,
-    `MIG-...`) we do not know the index.
+    """Whether CUDA_VISIBLE_DEVICES shows this GPU.
+
+    CUDA reads the list up to the first entry that is not a number. For UUIDs (`GPU-...`, `MIG-...`)
+    the index is not known, so the GPU counts as visible.
     """
     if visible_devices is None or re.search("[A-Za-z]", visible_devices):
         return True
@@ -274,11 +263,13 @@ def _shared_memory(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
     needed = facts.ranks * limits.shared_memory.bytes_per_rank
     enough = f"{math.ceil(needed / GIB)}g"
     if facts.shared_memory_bytes < needed:
+        free = _mib(facts.shared_memory_bytes)
         yield Finding(
             "unfit",
-            f"/dev/shm has {_mib(facts.shared_memory_bytes)} free, and NCCL needs {_mib(needed)} for {facts.ranks} ranks",
-            f"start the container with --shm-size={enough} (docker compose: RLHF_SHM={enough}) or --ipc=host, and remove what a killed "
-            "run left there (/dev/shm/nccl-*); where it cannot be raised, set NCCL_SHM_DISABLE=1, which is slower",
+            f"/dev/shm has {free} free, and NCCL needs {_mib(needed)} for {facts.ranks} ranks",
+            f"start the container with --shm-size={enough} (docker compose: RLHF_SHM={enough}) or --ipc=host, "
+            "and remove what a killed run left there (/dev/shm/nccl-*); "
+            "if it cannot be raised, set NCCL_SHM_DISABLE=1, which is slower",
         )
 
 
@@ -288,11 +279,10 @@ def _cpu_operators(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
         return
     lacking = [flag for flag in limits.cpu_operators.flags if flag not in facts.cpu_flags]
     if lacking:
-        # A warning: no job uses them yet (they serve optimizers that are offloaded to the CPU).
+        # Only a warning: no job uses these operators yet (they are for optimizers on the CPU).
         what = f"this CPU lacks {', '.join(lacking)}, for which DeepSpeed's {', '.join(operators)} was compiled"
-        yield Finding(
-            "warning", what, "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
-        )
+        todo = "take a box with a newer CPU before you offload the optimizer to it; all else runs"
+        yield Finding("warning", what, todo)
 
 
 def _access(folder: Folder, facts: FitnessFacts) -> list[Finding]:
@@ -320,23 +310,20 @@ def _room(folder: Folder, facts: FitnessFacts, limits: Limits) -> Iterator[Findi
         what = f"{size(folder.free_bytes)} are free at {found}, and a run needs {size(limits.disk.bytes_min)} at least"
         yield Finding("unfit", what, "make room, or choose an --output-dir on a larger disk")
     elif folder.free_bytes is not None and facts.pretrained and folder.free_bytes < limits.disk.bytes_advised:
-        what = f"only {size(folder.free_bytes)} are free at {found}, and a run of OPT-1.3b writes about {size(limits.disk.bytes_advised)}"
+        what = f"only {size(folder.free_bytes)} are free at {found}"
+        what += f", and a run of OPT-1.3b writes about {size(limits.disk.bytes_advised)}"
         yield Finding("warning", what, "see what this job needs with --dry-run, and make room")
     if folder.free_inodes is not None and folder.free_inodes < limits.disk.inodes_min:
-        what = f"{plural(folder.free_inodes, 'inodes')} are free at {found}, and a run needs {limits.disk.inodes_min} at least"
-        yield Finding(
-            "unfit",
-            what,
-            "remove many small files (`df -i` and `du --inodes` show where), or choose an --output-dir on another disk",
-        )
+        what = f"{plural(folder.free_inodes, 'inodes')} are free at {found}"
+        what += f", and a run needs {limits.disk.inodes_min} at least"
+        where = "`df -i` and `du --inodes` show where"
+        yield Finding("unfit", what, f"remove many small files ({where}), or choose an --output-dir on another disk")
 
 
 def _hub_room(folder: Folder | None, limits: Limits) -> Iterator[Finding]:
     if folder is not None and folder.free_bytes is not None and folder.free_bytes < limits.hub.bytes_advised:
-        what = (
-            f"only {size(folder.free_bytes)} are free at {shlex.quote(folder.found)}, where models of the hub are kept,"
-        )
-        what += f" and those of OPT-1.3b have about {size(limits.hub.bytes_advised)}"
+        what = f"only {size(folder.free_bytes)} are free at {shlex.quote(folder.found)}, where models of the hub are"
+        what += f" kept, and those of OPT-1.3b have about {size(limits.hub.bytes_advised)}"
         yield Finding("warning", what, "make room, or choose another HF_HOME")
 
 

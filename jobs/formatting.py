@@ -1,5 +1,7 @@
-"""Numbers and texts as a person reads them: `1h02m`, `2.63 GB`, what became of the rows, the time
-left. Text from a model is shown, never obeyed: see `visible`.
+"""Formatting of numbers and texts for a person: `1h02m`, `2.63 GB`, row counts, the time left.
+
+Control characters in a model's text are made visible, so that a terminal does not obey them: see
+`visible`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from rich.text import Text
 from jobs.events import RawEvent
 from jobs.steps import STEPS
 
-# The names of a plan's `data`: what became of the rows.
+# The names of a plan's `data`, which counts rows -> (left out or cut, noun).
 FATES = {
     "rows": ("", "rows"),
     "empty_prompt": ("left out", "empty prompts"),
@@ -23,13 +25,13 @@ FATES = {
     "answer_cut": ("cut", "overlong answers"),
 }
 
-# Control characters (C0, C1, DEL), line separators, and the marks that turn text around; newline
-# and tab may stay.
+# Control characters (C0, C1, DEL), line separators, and marks that change the text direction.
+# Newline and tab are allowed.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: object) -> str:
-    """Text as it can be shown: what a terminal would obey is spelt out (`\\x1b[2J`)."""
+    """Make control characters visible, as in `\\x1b[2J`, so that a terminal does not obey them."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
@@ -42,7 +44,7 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def number(value: object, spec: str) -> str:
-    """`value` by a format `spec`; what is tiny, huge, not finite or no number at all stays visible."""
+    """Format `value` by `spec`, so that a tiny, huge, not finite or damaged value stays visible."""
     try:
         x = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -53,17 +55,17 @@ def number(value: object, spec: str) -> str:
         return f"{x:.2e}"
     text = format(x, spec)
     if x and spec.endswith("f") and not float(text):
-        return f"{x:.1e}" if abs(x) >= 1e-5 else text.removeprefix("-")  # what is left is rounding
+        return f"{x:.1e}" if abs(x) >= 1e-5 else text.removeprefix("-")  # smaller ones are rounding errors
     return text
 
 
 def duration(seconds: object) -> str:
-    """42s, 3m10s, 1h02m, 2d05h."""
+    """Format a duration: 42s, 3m10s, 1h02m, 2d05h."""
     try:
-        whole = round(float(seconds))  # type: ignore[arg-type]
+        rounded = round(float(seconds))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return "?"
-    minutes, rest = divmod(max(whole, 0), 60)
+    minutes, rest = divmod(max(rounded, 0), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
@@ -83,13 +85,13 @@ def size(size_bytes: object) -> str:
 
 
 def money(amount: float, currency: str = "") -> str:
-    """`¥6.31`, `6.31 EUR`; small amounts keep two digits that say something."""
+    """Format an amount: `¥6.31`, `6.31 EUR`; a small amount keeps two significant digits."""
     text = f"{amount:.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"
     return f"{text} {currency}" if currency.isalpha() else f"{currency}{text}"
 
 
 def tail(text: str, cells: int) -> str:
-    """The end of a text that is too long for its place; a wide character takes two cells."""
+    """Return the end of a text that is too long for its place; a wide character takes two cells."""
     if cell_len(text) <= cells:
         return text
     start = max(len(text) - cells, 0)
@@ -99,9 +101,9 @@ def tail(text: str, cells: int) -> str:
 
 
 def fold(text: str, cells: int, most: int) -> list[str]:
-    """One to `most` lines, none wider than its place; what is left out shows as `…`.
+    """Fold a line into one to `most` lines, none wider than `cells`.
 
-    `text`: one line.
+    A text that does not fit ends with `…`.
     """
     lines = [""]
     for word in text.split(" "):
@@ -123,17 +125,20 @@ def plural(count: object, noun: str) -> str:
 
 
 def data_row_counts(data: object, step: int) -> str:
-    """{"rows": 9, "empty_answer": 3, "answer_cut": 0} -> `9 rows; left out: 3 empty answers`."""
+    """Describe row counts.
+
+    {"rows": 9, "empty_answer": 3, "answer_cut": 0} -> `9 rows; left out: 3 empty answers`.
+    """
     groups: dict[str, list[str]] = {}
     for name, count in data.items() if isinstance(data, dict) else ():
         fate, noun = FATES.get(name, ("", name.replace("_", " ")))
-        if count and not (name == "identical_answers" and step != 2):  # a pair says nothing then; a row does
+        if count and not (name == "identical_answers" and step != 2):  # such a row is useless only as a pair
             groups.setdefault(fate, []).append(plural(count, noun))
     return "; ".join((f"{fate}: " if fate else "") + ", ".join(counts) for fate, counts in groups.items())
 
 
 def facts(end: RawEvent, arrow: str) -> list[str]:
-    """`perplexity 31.20 -> 8.41`, for what the `end` event holds."""
+    """Describe the outcomes of an `end` event: `perplexity 31.20 -> 8.41`."""
     found = []
     step = STEPS.get(end.get("step", 0))
     for outcome in step.outcomes if step else ():
@@ -150,7 +155,7 @@ def verdict_of(sample: RawEvent) -> str:
 
 
 class Pace:
-    """Time left of the current step, from the updates that this process has seen made."""
+    """The time left of the current step, from the updates that this process has seen."""
 
     def __init__(self) -> None:
         self._step: object = None
@@ -161,15 +166,13 @@ class Pace:
     def feed(self, event: RawEvent) -> None:
         step = event.get("step")
         if event["kind"] == "resumed":
-            # After a resume, elapsed_s may go on or begin anew: measure from the first update that
-            # follows.
+            # After a resume, elapsed_s may continue or begin at 0 again. So measure from the first
+            # update that follows.
             self._step, self._latest = step, (event.get("from_update", 0), 0.0)
             self._start = None if self._latest[0] else (0, 0.0)
         elif event["kind"] == "metrics":
-            now, updates = (
-                (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan))),
-                int(event.get("updates", 0)),
-            )
+            now = (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan)))
+            updates = int(event.get("updates", 0))
             if step != self._step or now[0] < self._latest[0]:
                 self._step, self._start = step, (0, 0.0)
             self._start, self._latest, self._updates = self._start or now, now, updates
@@ -178,7 +181,6 @@ class Pace:
     def eta_s(self) -> float | None:
         if self._start is None or self._latest[0] <= self._start[0] or self._latest[0] >= self._updates:
             return None
-        seconds = (
-            (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0]) * (self._updates - self._latest[0])
-        )
+        seconds_per_update = (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0])
+        seconds = seconds_per_update * (self._updates - self._latest[0])
         return seconds if math.isfinite(seconds) else None

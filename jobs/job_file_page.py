@@ -1,5 +1,6 @@
-"""Print docs/job-file.md from the fields of jobs/spec.py: `make docs` writes it, and a test keeps
-the two equal.
+"""The printer of docs/job-file.md, made from the fields of jobs/spec.py.
+
+`make docs` writes the page, and a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -50,19 +51,19 @@ class FieldRow:
 
 
 def rows_of(model: type[BaseModel], path: str = "", steps: Sequence[int] = ()) -> Iterator[FieldRow]:
-    """The fields of a section, and of what stands inside it. steps: the section's own."""
+    """Yield the fields of a section and of the sections inside it. steps: the section's own."""
     for name, field in model.model_fields.items():
-        told = _told(field)
-        own = told["steps"] or steps
+        extra = _unit_and_steps(field)
+        own = extra["steps"] or steps
         inner = models_in(field.annotation)
         meaning = field.description or "".join(_first_line(each) for each in inner)
-        yield FieldRow(f"{path}{name}", told["unit"], _default(field), meaning, own)
+        yield FieldRow(f"{path}{name}", extra["unit"], _default(field), meaning, own)
         for each in inner:
             yield from rows_of(each, f"{path}{name}.", own)
 
 
-def _told(field: FieldInfo) -> Mapping[str, Any]:
-    """Unit and steps, as `_field` in spec.py has put them there."""
+def _unit_and_steps(field: FieldInfo) -> Mapping[str, Any]:
+    """Return what `_field` in spec.py has stored with the field."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {"unit": "", "steps": []}
 
 

@@ -1,11 +1,11 @@
-"""Every path of a run. No other file joins one."""
+"""The paths of a run. No other file puts them together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = 1  # of a run folder; raised when older code can no longer go on with what newer code has written
+FORMAT = 1  # of a run folder; raised when older code can no longer resume what newer code has written
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StepDir:
 
     @property
     def checkpoints(self) -> Path:
-        """What the step goes on from when it was stopped; gone when it is complete."""
+        """The checkpoints from which a stopped step resumes; removed when the step is complete."""
         return self.path / "checkpoints"
 
     def checkpoint(self, update: int) -> Path:
@@ -49,8 +49,9 @@ class StepDir:
 
     @property
     def best(self) -> Path:
-        """With `checkpoint.best_every_updates`: the weights that did best on held-out data, as
-        `model`.
+        """The best weights on held-out data, in the format of `model`.
+
+        They are kept with `checkpoint.best_every_updates`.
         """
         return self.path / "best"
 
@@ -74,7 +75,7 @@ class RunDir:
     def format(self) -> Path:
         """The number of this folder's format (JSON).
 
-        Absent: it was begun before there was one, and is of format 1.
+        If it is absent, the folder was begun before there was a number, and has format 1.
         """
         return self.path / "format"
 
@@ -94,42 +95,47 @@ class RunDir:
 
     @property
     def lock(self) -> Path:
-        """Held (flock) by the process that trains here; a crash lets go of it."""
+        """The lock (flock) of the process that trains here; a crash releases it."""
         return self.path / "job" / "lock"
 
     @property
     def cancelled(self) -> Path:
-        """Written before SIGTERM by who cancels the run: it is not to go on."""
+        """The mark that the run shall not resume, written by a cancel before it sends SIGTERM."""
         return self.path / "job" / "cancelled"
 
-    # The rest of job/ is written by remote/on_box/supervisor.sh, each file one line. Absent: not
-    # known, or the run was started by hand.
+    # remote/on_box/supervisor.sh writes the rest of job/, each file one line. If a file is absent,
+    # its value is not known, or the run was started by hand.
 
     @property
     def request(self) -> Path:
-        """Of the start that made this job."""
+        """The id of the request that started this job."""
         return self.path / "job" / "request"
 
     @property
     def supervisor(self) -> Path:
-        """Its process; `start` (in ticks since the boot) and `boot` beside it tell it from a later
-        one with the same number.
+        """The supervisor's process number.
+
+        `start` (in ticks since the boot) and `boot`, next to it, tell the process from a later one
+        with the same number.
         """
         return self.path / "job" / "pid"
 
     @property
     def process(self) -> Path:
-        """Of the job itself, on a box without Docker: number and start time."""
+        """The job's process, on a box without Docker: number and start time."""
         return self.path / "job" / "process"
 
     @property
     def container(self) -> Path:
-        """Of the job itself, by name, on a box with Docker."""
+        """The name of the job's container, on a box with Docker."""
         return self.path / "job" / "container"
 
     @property
     def started(self) -> Path:
-        """Seconds since 1970, by the box's clock; so are `heartbeat` and `ended`."""
+        """When the job started: seconds since 1970, by the box's clock.
+
+        `heartbeat` and `ended` are in the same unit.
+        """
         return self.path / "job" / "started"
 
     @property
@@ -143,12 +149,12 @@ class RunDir:
 
     @property
     def exit(self) -> Path:
-        """The job's exit code; written last, when nothing of it runs any more."""
+        """The job's exit code, written last, when none of its processes runs any more."""
         return self.path / "job" / "exit"
 
     @property
     def output(self) -> Path:
-        """What the job has printed: why it failed before there was a log."""
+        """The job's output, which shows why it failed before there was a log."""
         return self.path / "job" / "output"
 
     @property
@@ -158,7 +164,7 @@ class RunDir:
 
     @property
     def redo(self) -> Path:
-        """What a `--redo` that is under way has still to do (JSON)."""
+        """The steps that an unfinished `--redo` has still to train (JSON)."""
         return self.path / "job" / "redo.json"
 
     def step(self, number: int) -> StepDir:

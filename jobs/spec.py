@@ -1,9 +1,9 @@
 """The job file: one YAML file for all three steps, checked whole before anything runs.
 
 Batches are global: the same job gives the same learning on 1, 2 or 8 GPUs. `auto` chooses only what
-does not change learning. Each field stands with its meaning and unit, from which docs/job-file.md
-is made (jobs/job_file_page.py). A field without a meaning fails a test, and so does one without a
-reader.
+does not change learning. Each field has its meaning and unit next to it, and docs/job-file.md is
+made from them (jobs/job_file_page.py). A test fails for a field without a meaning, or one that
+nobody reads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jobs.steps import STEPS
 from jobs.yaml12 import dump_yaml, load_yaml
 
 JOBS_FOLDER = Path(__file__).parent
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a job or a run: it becomes a folder's
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a job or a run: it becomes a folder's name
 
 
 def _wants(wanted: str, is_right: Callable[[Any], object]) -> BeforeValidator:
-    """A check whose mistake is one line, where pydantic would write one for each member of a union."""
+    """Make a check whose mistake is one line; pydantic writes one for each member of a union."""
 
     def check(value: Any) -> Any:
         if not is_right(value):
@@ -38,9 +38,10 @@ def _wants(wanted: str, is_right: Callable[[Any], object]) -> BeforeValidator:
 
 
 def _field(default: Any, meaning: str = "", *, unit: str = "", steps: Sequence[int] = ()) -> Any:
-    """A field of the job file. default: `...` where the file must have it. meaning: a section's
-    stands in its docstring.
-    steps: those that read the field, where they are not its section's.
+    """Make a field of the job file.
+
+    default: `...` if the file must have the field. meaning: for a section, its docstring has it.
+    steps: the steps that read the field, if they are not its section's.
     """
     return Field(default, description=meaning, json_schema_extra={"unit": unit, "steps": list(steps)})
 
@@ -91,7 +92,7 @@ class Scratch(_Strict):
         return self
 
 
-KINDS_OF_MODEL = ("<name>", "<config>")  # stand in pydantic's paths; no field has such a name
+KINDS_OF_MODEL = ("<name>", "<config>")  # they are in pydantic's paths; no field has one of these names
 
 
 def _kind_of_model(value: Any) -> str:
@@ -199,7 +200,8 @@ class Reward(Optimization):
     learning_rate: Rate = _field(..., "the schedule's highest learning rate")
     loss: Literal["last_token", "per_token"] = _field(
         "last_token",
-        "`last_token`: the Bradley-Terry loss on the answers' last tokens; `per_token`: on each token after the pair parts, as in DeepSpeed-Chat",
+        "`last_token`: the Bradley-Terry loss on the answers' last tokens; "
+        "`per_token`: on each token after the pair parts, as in DeepSpeed-Chat",
     )
     lm_coef: NonNegative = _field(0.0, "weight of a language-model loss on the chosen answers")
 
@@ -233,7 +235,8 @@ class Ppo(Optimization):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = _field(
         None,
-        "set: draw from only the fewest tokens that have this share of the probability; the KL's estimate is then biased",
+        "set: draw from only the fewest tokens that have this share of the probability; "
+        "the KL's estimate is then biased",
         unit="share",
     )
     normalize_rewards: bool = _field(
@@ -252,7 +255,8 @@ class Ppo(Optimization):
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = _field(
         None,
-        "set: also save `step3/model_ema`, a moving average of the actor's weights; how much of the old average stays at each update",
+        "set: also save `step3/model_ema`, a moving average of the actor's weights; "
+        "how much of the old average stays at each update",
     )
     rule: (
         Annotated[
@@ -262,7 +266,8 @@ class Ppo(Optimization):
         | None
     ) = _field(
         None,
-        "`module:function`; `function(prompt, response, ended)` says whether an answer is good. Only reported: nothing learns from it",
+        "`module:function`; `function(prompt, response, ended)` says whether an answer is good. "
+        "Only reported: nothing learns from it",
     )
 
     @model_validator(mode="after")
@@ -314,7 +319,8 @@ class CheckpointSchedule(_Strict):
 
     every_minutes: Rate | None = _field(
         10.0,
-        "time between checkpoints; more where saving would cost more than 1 % of the training time; `null`: none by time",
+        "time between checkpoints; more where saving would cost more than 1 % of the training time; "
+        "`null`: none by time",
         unit="minutes",
     )
     every_updates: Positive | None = _field(None, "set: a checkpoint also after each so many updates", unit="updates")
@@ -347,21 +353,21 @@ class Job(_Strict):
     checkpoint: CheckpointSchedule = _field(CheckpointSchedule(), steps=(1, 2, 3))
 
     def dump(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers, as YAML and JSON have them."""
+        """Convert the job to plain lists, dicts and numbers, as YAML and JSON have them."""
         return self.model_dump(mode="json")
 
     def fields_of_step(self, step: int) -> dict[str, Any]:
-        """The fields that decide what `step` learns, by dotted path.
+        """Return the fields that decide what `step` learns, by dotted path.
 
-        Changed: the step's old result no longer counts.
+        If one of them changes, the step's old result no longer counts.
         """
-        whole = self.model_dump(mode="json", exclude_none=True)  # None: not set; only a field that is set can differ
+        tree = self.model_dump(mode="json", exclude_none=True)  # None: not set; only a field that is set can differ
         parts = list(STEPS[step].depends_on)
         if step == 2 and self.critic.model == "actor":
             parts += ["actor", "sft"]
         if step == 2 and isinstance(self.critic.model, Scratch):
-            parts += ["actor"]  # whose tokenizer it reads with
-        chosen = {part: whole[part] for part in parts}
+            parts += ["actor"]  # the reward model reads with the actor's tokenizer
+        chosen = {part: tree[part] for part in parts}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 
 
@@ -374,7 +380,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line a changed field: `sft.epochs: 1.0 -> 2.0`."""
+    """Describe each changed field on a line: `sft.epochs: 1.0 -> 2.0`."""
     absent = "not set"
     return [
         f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
@@ -383,11 +389,11 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def find_job(name_or_file: str) -> Path:
-    """`jobs/NAME.yaml` of this checkout, or a file."""
+    """Return the path of `jobs/NAME.yaml` in this checkout, or of a file."""
     is_file = "/" in name_or_file or name_or_file.endswith((".yaml", ".yml"))
     path = Path(name_or_file) if is_file else JOBS_FOLDER / f"{name_or_file}.yaml"
     if os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises when the name is too long)
@@ -401,7 +407,10 @@ def find_job(name_or_file: str) -> Path:
 
 
 def load_job(name_or_file: str, settings: Sequence[str] = ()) -> Job:
-    """Read, apply `a.b=value` settings, check. Raises ToolkitError with every mistake at once."""
+    """Read a job, apply `a.b=value` settings, and check it.
+
+    Raises ToolkitError with all mistakes together.
+    """
     path = find_job(name_or_file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -426,12 +435,12 @@ def parse_job(text: str, source: str, settings: Sequence[str] = ()) -> Job:
         raise ToolkitError(
             f"{count} in {source}{' with --set' if settings else ''}",
             why="\n".join(mistakes),
-            hint="every field stands with its meaning in docs/job-file.md",
+            hint="docs/job-file.md explains every field",
         ) from None
 
 
 def _apply(tree: dict[str, Any], setting: str) -> None:
-    """`a.b=value`, the value in YAML, into the tree."""
+    """Set a field of the tree by `a.b=value`, with the value in YAML."""
     path, equals, value = setting.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -445,7 +454,7 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
     tree[keys[-1]] = load_yaml(value, f"--set {setting}")
 
 
-# What pydantic's kinds of mistake ask for, in our words.
+# pydantic's kinds of mistake -> what is wanted instead, in our words.
 WANTED = {
     "wanted": "{wanted}",
     "int_type": "an integer",
@@ -465,24 +474,20 @@ WANTED = {
 
 
 def _explain(mistake: ErrorDetails) -> str:
-    """One line: path, what is wrong, the valid choices, the value seen."""
+    """Describe a mistake on one line: path, what is wrong, the valid choices, the value seen."""
     location = [str(part) for part in mistake["loc"] if part not in KINDS_OF_MODEL]
     path, kind = ".".join(location), mistake["type"]
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1])
         near = difflib.get_close_matches(location[-1], valid, n=1)
-        return (
-            f"{path}: unknown field; "
-            + (f"did you mean {near[0]}? " if near else "")
-            + f"valid here: {', '.join(valid)}"
-        )
+        guess = f"did you mean {near[0]}? " if near else ""
+        return f"{path}: unknown field; {guess}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg'].removeprefix('Value error, ')}"
-    limits = {
-        name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()
-    }
+    context = mistake.get("ctx", {})
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
 
 
@@ -508,7 +513,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def steps_of(words: Sequence[str]) -> list[int]:
-    """`--step 1 3`, `--step 1,3` or `--step all` -> [1, 3], in order."""
+    """Parse `--step 1 3`, `--step 1,3` or `--step all` into the steps, in order."""
     parts = [part for word in words for part in word.split(",") if part]
     unknown = [part for part in parts if part not in ("1", "2", "3", "all")]
     if unknown or not parts:
@@ -520,7 +525,7 @@ DEPLOYMENT_TYPES = ("single_gpu", "single_node", "multi_node")  # DeepSpeed-Chat
 
 
 def settings_of_deployment(kind: str) -> list[str]:
-    """`--deployment-type single_gpu` as `--set` has it."""
+    """Translate `--deployment-type` into settings as `--set` takes them."""
     if kind == "multi_node":
         raise ToolkitError(
             "--deployment-type multi_node is not supported yet",
@@ -533,7 +538,7 @@ def settings_of_deployment(kind: str) -> list[str]:
 
 
 def save_job(job: Job, path: Path) -> None:
-    """The resolved job, as a job file that reads back to the same."""
+    """Write the resolved job as a job file, which reads back to the same job."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(dump_yaml(job.dump()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The state of a run: one pure function of its last event and of what its supervisor knows."""
+"""The state of a run, as a pure function of its last event and its supervisor's facts."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from jobs.events import RawEvent
 
 State = Literal["queued", "running", "done", "failed", "cancelled", "preempted", "lost"]
 
-# How a job ends that was asked to: by its own code, before it could answer, or by SIGKILL when the
-# grace was over.
+# Exit codes of a cancelled job: its own codes, or 137 for SIGKILL when the grace was over.
 ENDED_BY_CANCEL = {int(ExitCode.CANCELLED), int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED), 137}
-GOES_ON = {int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED)}
+CAN_RESUME = {int(ExitCode.PREEMPTED), int(ExitCode.INTERRUPTED)}
 
 
 class JobFacts(Protocol):
-    """The words of a `job` frame or of a `run` line; remote.runs.job_state.Job is one."""
+    """The facts of a `job` frame or of a `run` line; remote.runs.job_state.JobState has them."""
 
     @property
     def words(self) -> Mapping[str, str]:
-        """All of them. `steps` (`1,3`): those that the job was asked for."""
+        """All words. `steps` (`1,3`): the steps that the job was asked for."""
 
     @property
     def alive(self) -> bool:
-        """Its supervisor is."""
+        """Whether the supervisor runs."""
 
     @property
     def training(self) -> bool:
-        """Processes of the job are there."""
+        """Whether processes of the job run."""
 
     @property
     def exit(self) -> int | None: ...
@@ -40,16 +39,20 @@ class JobFacts(Protocol):
 
     @property
     def started(self) -> float | None:
-        """Seconds since 1970, by the clock that the events' times are of; None: no supervisor has
-        started it.
+        """When the job started, in seconds since 1970; None: no supervisor has started it.
+
+        By the same clock as the times of events.
         """
 
 
 def state_of(last_event: RawEvent | None, facts: JobFacts) -> State:
-    """last_event: the last line of events.jsonl that is whole; None where there is none.
+    """Return the state of a run.
 
-    An exit code decides. Without one, what runs is running, and what does not has been cancelled,
-    has said its end itself, or is lost: its supervisor was killed, or the box with it.
+    last_event: the last whole line of events.jsonl; None if there is none.
+
+    An exit code decides. Without one, a job with processes is `running`. A job without processes
+    was cancelled, has written its end as an event, or is `lost`: its supervisor was killed, or the
+    box went down.
     """
     if facts.exit is not None:
         return _ended(facts.exit, facts.cancelled)
@@ -74,7 +77,7 @@ def _ended(code: int, cancelled: bool) -> State:
         return "done"
     if code == ExitCode.CANCELLED or (cancelled and code in ENDED_BY_CANCEL):
         return "cancelled"
-    return "preempted" if code in GOES_ON else "failed"
+    return "preempted" if code in CAN_RESUME else "failed"
 
 
 def _last_step(words: Mapping[str, str]) -> int:
@@ -82,9 +85,9 @@ def _last_step(words: Mapping[str, str]) -> int:
 
 
 def _is_of_this_job(event: RawEvent, started: float | None) -> bool:
-    """Not of an earlier call with the same run.
+    """Whether the event is of this job, and not of an earlier call with the same run.
 
-    An event without a time that can be read is taken for one of this.
+    An event without a readable time counts as one of this job.
     """
     if started is None:
         return True

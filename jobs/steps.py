@@ -1,7 +1,6 @@
-"""Say each fact about the three steps once: what a step is called, learns from, trains and shows.
+"""The facts about the three steps: what a step is called, learns from, trains and shows.
 
-Whatever another file knows by a step's number it reads from here; a test of the house refuses
-tables of its own.
+Every other file reads them from here; a test in tests/test_house.py refuses other tables by step.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from jobs.events import SHOWN, Curve
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the report: two fields of an `end` event, and how they are written."""
+    """One row of the report: two fields of an `end` event, and their format."""
 
     short: str
     long: str
@@ -43,8 +42,9 @@ class Step:
             raise ValueError(f"step {self.number} shows {', '.join(sorted(unknown))}: no metric of jobs/events.py")
 
     def curves(self, *, far: bool) -> dict[str, Curve]:
-        """Find the metrics that are drawn as curves; `far`: where a run is watched from another
-        machine.
+        """Return the metrics that are drawn as curves.
+
+        far: whether the run is watched from another machine.
         """
         places = ((name, SHOWN[name].place) for name in self.panel)
         curves = {name: place for name, place in places if isinstance(place, Curve)}

@@ -1,7 +1,7 @@
-"""YAML by the core rules of 1.2, where PyYAML has those of 1.1: `1e-6` is a number, `on` and
-`22:22` are words, 010 is ten.
+"""YAML by the core rules of version 1.2: `1e-6` is a number, `on` is a word, 010 is ten.
 
-A key is text and stands once. No other tags: neither Python objects nor timestamps.
+`22:22` is a word, too. PyYAML by itself follows version 1.1. A key is text, and may occur only
+once. There are no other tags: neither Python objects nor timestamps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLAIN = {  # tag -> what a word without quotes must look like, and its first cha
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """Raises ToolkitError with line and column in `source`."""
+    """Parse a text. Raises ToolkitError with line and column in `source`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -42,7 +42,7 @@ def load_yaml(text: str, source: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """What load_yaml, and a reader of YAML 1.1 too, reads back to the same."""
+    """Write a value so that load_yaml, and also a reader of YAML 1.1, reads the same value back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the words that would be a number in either version."""
+    """Quotes the words that would be a number in YAML 1.1 or 1.2."""
 
 
 for _word, (_pattern, _first) in PLAIN.items():
@@ -66,7 +66,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ConstructorError(None, None, f"a field's name is text, not {key!r}", key_node.start_mark)
         if key in fields:
-            raise ConstructorError(None, None, f"`{key}` stands twice", key_node.start_mark)
+            raise ConstructorError(None, None, f"`{key}` occurs twice", key_node.start_mark)
         fields[key] = loader.construct_object(value_node, deep=True)
     return fields
 

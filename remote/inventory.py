@@ -1,4 +1,4 @@
-"""The boxes that `fab` knows: boxes.yaml, a mapping from a name to what is known of it.
+"""The boxes that `fab` knows, in boxes.yaml: a mapping from a box's name to its fields.
 
     gpu-box:
       address: connect.example.com
@@ -6,8 +6,7 @@
       user: root
       price_per_hour: 1.98
 
-A name that is not in it is given to ssh as it stands, with all that the user's own configuration
-says of it.
+A name that is not in it is given to ssh as it stands, and the user's own ssh configuration applies.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ HEAD = "# The boxes that `fab` knows. Every field stands with its meaning in rem
 
 
 def _word(value: str) -> str:
-    """What is given to ssh as one word, and must not look like an option of it."""
+    """Check a value that ssh gets as one word: it must not look like an option."""
     if not value.strip(".") or value.startswith("-") or re.search(r"[\s\x00-\x1f\x7f]", value):
         raise ValueError("a word without spaces that does not begin with a dash")
     return value
 
 
 def _one_of(folder: Path, suffix: str) -> AfterValidator:
-    """The name of a file there, or nothing."""
+    """Make a check for the name of a file in a folder; no name is allowed, too."""
 
     def check(value: str) -> str:
         known = sorted(file.stem for file in folder.glob(f"*{suffix}"))
@@ -70,29 +69,28 @@ class Box(BaseModel):
 
     name: str
     address: Word  # a host name, an IP address, or a name of the user's ssh configuration
-    port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # None here and below: as ssh has it
+    port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # None here and below: ssh's default
     user: Word | None = None
     key: Annotated[str, Field(min_length=1)] | None = None  # the private key's file; `~` is the laptop's
-    provider: Annotated[str, _one_of(PROVIDERS, ".toml")] = ""  # a file of env/providers; "": seen by the probe
+    provider: Annotated[str, _one_of(PROVIDERS, ".toml")] = ""  # a file of env/providers; "": detected by the probe
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     currency: str = ""  # `¥`, or `EUR`
-    # where our folder goes on the box; "": as its provider has it
-    data_folder: Annotated[str, AfterValidator(_absolute)] = ""
+    data_folder: Annotated[str, AfterValidator(_absolute)] = ""  # holds our folder on the box; "": the provider's
     mirror: Annotated[str, _one_of(MIRRORS, ".env")] = ""  # a file of env/mirrors; "": measured
     runtime: Literal["auto", "docker", "bare"] = "auto"
-    build: Mapping[BuildArgument, str] = Field(
-        default_factory=dict
-    )  # arguments of the image's build, and of the bare environment's
-    secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = (
-        "HF_TOKEN",
-    )  # names of those that a job there gets
+    # Arguments for the build of the image, or of the bare environment.
+    build: Mapping[BuildArgument, str] = Field(default_factory=dict)
+    secrets: Annotated[tuple[Variable, ...], Field(strict=False)] = ("HF_TOKEN",)  # names of secrets that a job gets
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_boxes(path: Path) -> dict[str, Box]:
-    """By name; none where there is no such file. Raises ToolkitError with every mistake at once."""
+    """Read boxes.yaml, by name; no boxes if there is no file.
+
+    Raises ToolkitError with all mistakes together.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -103,7 +101,7 @@ def load_boxes(path: Path) -> dict[str, Box]:
 
 
 def parse_boxes(text: str, path: Path) -> dict[str, Box]:
-    """path: where the text is from; a relative key is looked for beside it."""
+    """Parse the text of boxes.yaml. path: its file; a relative key is looked up next to it."""
     tree = load_yaml(text, str(path))
     if tree is None:
         return {}
@@ -120,7 +118,7 @@ def parse_boxes(text: str, path: Path) -> dict[str, Box]:
         elif not isinstance(fields, dict):
             mistakes.append(f"{name}: fields, not {_shown(fields)}")
         elif "name" in fields:
-            mistakes.append(f"{name}.name: unknown field; a box's name stands before its fields")
+            mistakes.append(f"{name}.name: unknown field; a box's name is the key above its fields")
         else:
             try:
                 boxes[name] = _box(name, fields, path.parent)
@@ -131,7 +129,7 @@ def parse_boxes(text: str, path: Path) -> dict[str, Box]:
         raise ToolkitError(
             f"{count} in {path}",
             why="\n".join(mistakes),
-            hint="every field stands with its meaning in remote/inventory.py",
+            hint="remote/inventory.py explains every field",
         )
     return boxes
 
@@ -143,7 +141,7 @@ def _box(name: str, fields: Mapping[str, Any], folder: Path) -> Box:
     return box.model_copy(update={"key": str(folder.absolute() / Path(box.key).expanduser())})
 
 
-# What pydantic's kinds of mistake ask for, in our words.
+# pydantic's kinds of mistake -> what is wanted instead, in our words.
 WANTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -163,24 +161,20 @@ WANTED = {
 
 
 def _explain(mistake: ErrorDetails) -> str:
-    """One line: path, what is wrong, the valid choices, the value seen."""
+    """Describe a mistake on one line: path, what is wrong, the valid choices, the value seen."""
     location = [str(part) for part in mistake["loc"] if part != "[key]"]
     path, kind = ".".join(location), mistake["type"]
     if kind == "extra_forbidden":
         valid = [field for field in Box.model_fields if field != "name"]
         near = difflib.get_close_matches(location[-1], valid, n=1)
-        return (
-            f"{path}: unknown field; "
-            + (f"did you mean {near[0]}? " if near else "")
-            + f"valid here: {', '.join(valid)}"
-        )
+        guess = f"did you mean {near[0]}? " if near else ""
+        return f"{path}: unknown field; {guess}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg']}"
-    limits = {
-        name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in mistake.get("ctx", {}).items()
-    }
+    context = mistake.get("ctx", {})
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
 
 
@@ -190,37 +184,34 @@ def _shown(value: Any) -> str:
 
 
 def find(name: str, boxes: Mapping[str, Box]) -> Box:
-    """The entry of that name, else what ssh makes of the name.
+    """Return the entry of that name, else a box whose address is the name, for ssh to resolve.
 
-    Raises ToolkitError: ssh would take it for an option.
+    Raises ToolkitError: ssh would take the name for an option.
     """
     if name in boxes:
         return boxes[name]
     try:
         _word(name)
     except ValueError as error:
-        raise ToolkitError(f"{name!r} names no box", why=f"it must be {error}", hint=_known(boxes)) from None
+        raise ToolkitError(f"{name!r} cannot name a box", why=f"it must be {error}", hint=_known(boxes)) from None
     return Box(name=name, address=name)
 
 
 def _known(boxes: Mapping[str, Box]) -> str:
-    return (
-        f"boxes.yaml knows: {', '.join(sorted(boxes))}"
-        if boxes
-        else "fab add NAME 'ssh -p PORT USER@HOST', as the rental page shows it"
-    )
+    if boxes:
+        return f"boxes.yaml knows: {', '.join(sorted(boxes))}"
+    return "fab add NAME 'ssh -p PORT USER@HOST', as the rental page shows it"
 
 
-# --- adding -----------------------------------------------------------------------------------------------------------
+# --- adding ---------------------------------------------------------------------------------------
 
 
 def parse_ssh_command(text: str) -> dict[str, Any]:
-    """`ssh -p 41022 -i k root@h`, as a rental page shows it -> address, port, user, key.
+    """Parse `ssh -p 41022 -i k root@h`, as a rental page shows it, into address, port, user, key.
 
-    `ssh` itself may be left out.
-
-    What only forwards ports or asks for less safety (`-o StrictHostKeyChecking=no`) is left out.
-    Raises ToolkitError: no address, or what boxes.yaml has no field for.
+    `ssh` itself may be missing. Options that only forward ports or ask for less safety
+    (`-o StrictHostKeyChecking=no`) are left out. Raises ToolkitError: there is no address, or an
+    option for which boxes.yaml has no field.
     """
     try:
         words = shlex.split(text.strip().removeprefix("$ "))
@@ -230,7 +221,7 @@ def parse_ssh_command(text: str) -> dict[str, Any]:
     for option, value in _options(words[1:] if words[:1] == ["ssh"] else words):
         if option == "address":
             if "address" in fields:
-                raise ToolkitError(f"cannot take a command to run there: `{value}`", hint=PASTE)
+                raise ToolkitError(f"the command ends with a command for the box: `{value}`", hint=PASTE)
             fields |= _address(value, text)
         elif option == "key":
             fields["key"] = _kept_path(value)
@@ -249,17 +240,19 @@ TAKEN = {"-p": "port", "-i": "key", "-l": "user"}
 TAKEN_WORDS = {"port": "port", "identityfile": "key", "user": "user", "hostname": "hostname"}
 LEFT_OUT = {"-L", "-R", "-D", "-W", "-b", "-B", "-c", "-e", "-E", "-m", "-O", "-Q", "-S", "-w"}  # with a value
 LEFT_OUT_WORDS = {
-    "stricthostkeychecking", "userknownhostsfile", "globalknownhostsfile", "loglevel", "serveraliveinterval", "serveralivecountmax",
-    "identitiesonly", "connecttimeout", "forwardagent", "checkhostip", "updatehostkeys", "batchmode", "tcpkeepalive", "compression",
-    "preferredauthentications", "passwordauthentication", "pubkeyauthentication", "requesttty", "localforward", "exitonforwardfailure",
+    "stricthostkeychecking", "userknownhostsfile", "globalknownhostsfile", "loglevel", "serveraliveinterval",
+    "serveralivecountmax", "identitiesonly", "connecttimeout", "forwardagent", "checkhostip", "updatehostkeys",
+    "batchmode", "tcpkeepalive", "compression", "preferredauthentications", "passwordauthentication",
+    "pubkeyauthentication", "requesttty", "localforward", "exitonforwardfailure",
 }  # fmt: skip
 TO_CONFIG = (
-    "give it a Host entry in ~/.ssh/config, and use that name: fab add NAME 'ssh THAT-HOST', or --host THAT-HOST alone"
+    "give the box a Host entry in ~/.ssh/config, and use that name: "
+    "fab add NAME 'ssh THAT-HOST', or --host THAT-HOST alone"
 )
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(field, value) of each; what may be left out is left out."""
+    """Yield (field, value) of each option, without those that may be left out."""
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -288,22 +281,22 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise ToolkitError(f"boxes.yaml has no field for `{flag} {value}`", hint=TO_CONFIG)
 
 
-def _address(text: str, whole: str) -> dict[str, Any]:
-    """user@host, or ssh://user@host:port."""
+def _address(text: str, command: str) -> dict[str, Any]:
+    """Parse user@host, or ssh://user@host:port."""
     url = re.fullmatch(r"ssh://(?:([^@/]+)@)?(\[[^\]]+\]|[^:/@]+)(?::(\d+))?/?", text)
     user, host, port = url.groups() if url else (*(text.rpartition("@")[::2]), None)
-    fields = {"user": user or None, "address": host.strip("[]"), "port": _port(port, whole) if port else None}
+    fields = {"user": user or None, "address": host.strip("[]"), "port": _port(port, command) if port else None}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _port(text: str, whole: str) -> int:
+def _port(text: str, command: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text):
-        raise ToolkitError(f"`{text}` is not a port, in `{whole.strip()}`", hint=PASTE)
+        raise ToolkitError(f"`{text}` is not a port, in `{command.strip()}`", hint=PASTE)
     return int(text)
 
 
 def _kept_path(text: str) -> str:
-    """A path that means the same from any folder: `~` stays, a relative one becomes absolute."""
+    """Return a path that means the same in any folder: `~` stays, a relative path gets absolute."""
     return text if text.startswith("~") else str(Path(text).absolute())
 
 
@@ -314,23 +307,22 @@ class Added:
 
 
 def add_box(path: Path, name: str, command: str, *, dry_run: bool = False, **more: Any) -> Added:
-    """Writes the entry to the end of boxes.yaml, which keeps its comments. more: fields of Box that
-    the user gave; None is not given.
+    """Add an entry to the end of boxes.yaml, which keeps its comments.
 
-    Raises ToolkitError: the name is taken or no name, a mistake in what is there or in what is to
-    be written.
+    more: fields of Box that the user gave; None means not given. Raises ToolkitError: the name is
+    taken or not valid, or there is a mistake in the file or in the new entry.
     """
     if not NAME.fullmatch(name):
-        raise ToolkitError(
-            f"{name!r} cannot be a box's name", why=f"it is {NAME_RULE}, 63 characters at most", hint=PASTE
-        )
+        why = f"a name is {NAME_RULE}, 63 characters at most"
+        raise ToolkitError(f"{name!r} cannot be a box's name", why=why, hint=PASTE)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     known = parse_boxes(old, path)
     if name in known:
-        there = known[name]
+        entry = known[name]
+        user, port = f"{entry.user}@" if entry.user else "", f" port {entry.port}" if entry.port else ""
         raise ToolkitError(
             f"`{name}` is in {path} already",
-            why=f"it is {there.user + '@' if there.user else ''}{there.address}{f' port {there.port}' if there.port else ''}",
+            why=f"it is {user}{entry.address}{port}",
             hint="take another name, or change the entry there",
         )
     fields = parse_ssh_command(command) | {field: value for field, value in more.items() if value is not None}
@@ -344,23 +336,23 @@ def add_box(path: Path, name: str, command: str, *, dry_run: bool = False, **mor
 
 
 def _of_text(new: str, text: str, path: Path, known: Mapping[str, Box], name: str) -> Box:
-    """The box as the file will have it: all that stood there must read as before."""
-    alone = parse_boxes(text, path)  # a mistake in what the user gave is told as such
+    """Return the box as the new file has it, and check that all other entries read as before."""
+    alone = parse_boxes(text, path)  # first, so that a mistake in the new entry is reported as such
     try:
         boxes = parse_boxes(new, path)
     except ToolkitError:
         boxes = {}
     if boxes != {**known, **alone}:
         raise ToolkitError(
-            f"cannot add to {path} without changing it",
-            why="its end is not that of a plain mapping",
-            hint=f"add by hand:\n{text}",
+            f"cannot add an entry at the end of {path}",
+            why="the file does not end like a plain mapping",
+            hint=f"add it by hand:\n{text}",
         )
     return boxes[name]
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all; a link stays one."""
+    """Write the file as a whole or not at all; a link stays a link."""
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")

@@ -1,8 +1,8 @@
-"""The one place that prints what the verbs say: to standard error, or data to standard output, and
-never a secret's value.
+"""The one place that prints for the verbs, and never a secret's value.
 
-A value is found by itself, not by its name, also where it was quoted, escaped or split: what
-surrounds it is often somebody else's text.
+Messages go to standard error, data to standard output. A secret is found by its value, not by its
+name, also where it was quoted, escaped or split: the text around it often comes from another
+program.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import TextIO
 from jobs.formatting import encodable, fold, one_line, visible
 from remote.scripts import dispatch_script
 
-ERASE = "\r\x1b[2K"  # the line of a terminal
+ERASE = "\r\x1b[2K"  # erases a terminal's line
 HIDDEN = "[hidden]"
-SHORT = 6  # characters; a shorter value is hidden only where it stands as a word: `1` is in everything
-# What shlex, repr, JSON, YAML and URLs put between two characters of a quoted value; and what may
-# stand for its white space, also `', '`, where the value was split into words.
+# In characters. A shorter value is hidden only where it stands as a word: `1` is in everything.
+SHORT = 6
+# _QUOTES: what shlex, repr, JSON, YAML and URLs put between two characters of a quoted value. _GAP:
+# what may stand for its white space, also `', '` where the value was split into words.
 _QUOTES = r"""(?:['"\\]|%(?i:22|27|5c))*"""
 _GAP = r"""(?:[\s'"\\,+]|(?<=\\)[nrt]|%(?i:22|27|5c|20|09|0a|0d))*"""
 _SAFE = re.compile(r"[A-Za-z0-9_.-]")
@@ -38,19 +39,18 @@ class Redaction:
     def add(self, *values: str) -> None:
         self._values |= {value.strip() for value in values if value.strip()}
         forms = {form for value in self._values for form in _forms(value)}
-        self._pattern = (
-            re.compile("|".join(_loose(form) for form in sorted(forms, key=lambda form: (-len(form), form))))
-            if forms
-            else None
-        )
+        longest_first = sorted(forms, key=lambda form: (-len(form), form))
+        self._pattern = re.compile("|".join(map(_loose, longest_first))) if forms else None
 
     def __call__(self, text: object) -> str:
         return self._pattern.sub(HIDDEN, str(text)) if self._pattern else str(text)
 
 
 def _forms(value: str) -> Iterator[str]:
-    """The value, the long lines of one that has several (a private key), and what HTTP's basic
-    authentication makes of it.
+    """Yield the texts in which a value may be printed.
+
+    The value, the long lines of a value that has several (a private key), and the base64 form of
+    HTTP's basic authentication.
     """
     yield value
     yield from (line.strip() for line in value.splitlines() if len(line.strip()) > SHORT)
@@ -59,8 +59,9 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _loose(value: str) -> str:
-    """A pattern for the value as it stands, as shlex, repr, JSON and URLs write it, however often,
-    and split at its white space.
+    """Return a pattern that finds a value in any quoting, or split at its white space.
+
+    Any quoting: as it stands, or as shlex, repr, JSON and URLs write it, also several times over.
     """
     words = [_QUOTES.join(map(_character, re.sub(r"""['"\\]""", "", word))) for word in value.split()]
     pattern = _GAP.join(word for word in words if word)
@@ -72,7 +73,7 @@ def _loose(value: str) -> str:
 def _character(char: str) -> str:
     if _SAFE.fullmatch(char):
         return char if char.isalnum() else re.escape(char)
-    units = re.findall("....", char.encode("utf-16-be", "surrogatepass").hex())  # JSON writes two for what is rare
+    units = re.findall("....", char.encode("utf-16-be", "surrogatepass").hex())  # JSON writes two for a rare character
     written = {
         re.escape(char),
         re.escape(char.encode("unicode_escape", "backslashreplace").decode()),
@@ -83,9 +84,9 @@ def _character(char: str) -> str:
 
 
 class Sayer:
-    """Lines for a person, each in one piece, also out of several threads.
+    """Prints lines for a person, each in one piece, also from several threads.
 
-    Called with a text, it says it.
+    A call prints its text to standard error.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class Sayer:
         redacted: Redaction | None = None,
         lock: threading.RLock | None = None,
     ) -> None:
-        """err, out: None for those of sys at the time of speaking. host: stands before each line on
+        """Set where to print, and the secrets to hide.
+
+        err, out: None for those of sys at the time of printing. host: printed before each line on
         standard error.
         """
         self.redacted = redacted or Redaction()
@@ -107,23 +110,24 @@ class Sayer:
         self.hide(*secrets)
 
     def of(self, host: str) -> Sayer:
-        """The same, with the box's name before each line: for several boxes at once."""
+        """Return a Sayer that prints the box's name before each line, for several boxes."""
         return Sayer(err=self._err, out=self._out, host=host, redacted=self.redacted, lock=self._lock)
 
     def hide(self, *values: str) -> None:
-        """From now on these are not shown."""
+        """Hide these values from now on."""
         if values:
             self.redacted.add(*values)
 
     def __call__(self, text: object) -> None:
-        """To standard error: a line, or several, such as a ToolkitError."""
+        """Print one line or several, such as a ToolkitError, to standard error."""
         self._print(text, self._err or sys.stderr, f"{self._host}: " if self._host else "")
 
     def now(self, text: object) -> None:
-        """What is only of the moment: on a terminal a line that the next one takes the place of,
-        elsewhere nothing. "": it is over.
+        """Show a passing state: on a terminal a line that the next one replaces, elsewhere nothing.
+
+        "": the state is over; its line is erased.
         """
-        from jobs.views.console import console_on  # with the panel and all; most of what is said needs none of it
+        from jobs.views.console import console_on  # imports the panel, which most messages do not need
 
         stream = self._err or sys.stderr
         console = console_on(stream)
@@ -140,23 +144,25 @@ class Sayer:
         self(f"warning: {text}")
 
     def command(self, where: str, argv: Sequence[str], stdin: bytes = b"") -> None:
-        """A command as it could be typed; of its input the size alone, and dispatch.sh by its name:
-        fifty lines would hide the rest.
+        """Show a command as it could be typed.
+
+        Of its input only the size is shown. dispatch.sh is shown by its name, since its fifty lines
+        would hide the rest.
         """
         shown, script = shlex.join(argv), shlex.quote(dispatch_script())
-        for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and inside of what an ssh here is given
+        for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and quoted again for a local ssh
             shown = shown.replace(quoted, '"$(cat remote/on_box/dispatch.sh)"')
         self(f"{where}$ {shown}" + (f"  < {len(stdin)} bytes" if stdin else ""))
 
     def data(self, text: object) -> None:
-        """To standard output: what a program may read."""
+        """Print to standard output, where a program may read it."""
         self._print(text, self._out or sys.stdout, "")
 
     def _print(self, text: object, stream: TextIO, prefix: str) -> None:
         shown = encodable(visible(self.redacted(text)), getattr(stream, "encoding", None) or "utf-8")
-        whole = "".join(f"{prefix}{line}\n" for line in shown.split("\n"))
+        lines = "".join(f"{prefix}{line}\n" for line in shown.split("\n"))
         with self._lock:
             if self._is_drawn:
                 self.now("")
-            stream.write(whole)
+            stream.write(lines)
             stream.flush()

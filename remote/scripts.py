@@ -1,8 +1,7 @@
-"""Read the scripts of remote/on_box as they are sent: each whole, since nothing of ours need be on
-the box yet.
+"""Read the scripts of remote/on_box as they are sent to a box.
 
-supervisor.sh and environment.sh are not sent by themselves. They lie on the box in the folder of
-our code, and read lib.sh next to them.
+Each is sent whole, since nothing of ours need be on the box yet. supervisor.sh and environment.sh
+are not sent alone: they are on the box in the folder of our code, and read lib.sh next to them.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 ON_BOX = Path(__file__).parent / "on_box"
-READS_LIB = '. "$(dirname -- "$0")/lib.sh"\n'  # the line of a script that lib.sh takes the place of
-GPU_COPY_CHECK = "@GPU_COPY_CHECK@\n"  # the line of probe.sh that gpu_copy_check.py takes the place of
+READS_LIB = '. "$(dirname -- "$0")/lib.sh"\n'  # the line of a script that lib.sh replaces
+GPU_COPY_CHECK = "@GPU_COPY_CHECK@\n"  # the line of probe.sh that gpu_copy_check.py replaces
 
 
 def script(name: str) -> bytes:
-    """Read one script, with lib.sh in it, and probe.sh also with the program that copies between
-    cards.
-    """
+    """Read one script with lib.sh in it, and probe.sh also with gpu_copy_check.py."""
     return _text(name).replace(READS_LIB, _text("lib.sh")).replace(GPU_COPY_CHECK, _text("gpu_copy_check.py")).encode()
 
 
 def dispatch_script() -> str:
-    """Read dispatch.sh without its comments, since it goes along as an argument."""
+    """Read dispatch.sh without its comments, since it is sent as an argument."""
     return "\n".join(line for line in _text("dispatch.sh").splitlines() if not line.lstrip().startswith("#"))
 
 

@@ -1,4 +1,4 @@
-"""The list of `fab`'s verbs. They stand in remote/verbs, a file for each subject."""
+"""The list of `fab`'s verbs, which are defined in remote/verbs, one file for each subject."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a person sees of a run, drawn from its events and nothing else: here, over SSH, or from an
-old file alike. A panel or lines while it goes on (panel.py, plain.py), a table at the end
-(report.py), in the same words (formatting.py).
+"""The views of a run, drawn from its events and nothing else.
+
+They are the same here, over SSH, and from an old file: a panel or lines while the run trains
+(panel.py, plain.py), and a table at the end (report.py), with the words of formatting.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from jobs.views.report import report
 
 
 def console_on(stream: TextIO) -> Console:
-    # A piped line must stay one line, and our text contains [b, t] and [/paths], which rich takes
+    # A piped line must stay one line. Our text contains [b, t] and [/paths], which rich would take
     # for markup.
     return Console(file=stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def view(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Plain | Live:
-    """`Live` on a terminal that can draw it, else `Plain`; on standard error if no stream is given.
+    """Return `Live` for a terminal that can draw it, else `Plain`; default: standard error.
 
     `clock`: of the panel, in seconds.
     """
@@ -36,7 +37,7 @@ def view(stream: TextIO | None = None, clock: Callable[[], float] = time.monoton
 
 
 def print_report(events: Iterable[RawEvent], console: Console | None = None) -> None:
-    """On standard output: the report is data."""
+    """Print the report on standard output, since it is data."""
     console = console or console_on(sys.stdout)
     if console.is_terminal:
         console.line()
@@ -44,6 +45,6 @@ def print_report(events: Iterable[RawEvent], console: Console | None = None) -> 
 
 
 def print_error(error: object, console: Console | None = None) -> None:
-    """A ToolkitError as it stands, its labels in colour; on standard error."""
+    """Print a ToolkitError on standard error, with its labels in colour."""
     console = console or console_on(sys.stderr)
     console.print(marked(encodable(visible(error), console.encoding)))

@@ -1,5 +1,6 @@
-"""The panel that a terminal shows while a run goes on: `Board` is what stands in it, for any width,
-from the events and the viewer's clock; `Live` draws it.
+"""The panel that a terminal shows while a run trains.
+
+`Board` makes its lines for any width, from the events and the viewer's clock. `Live` draws them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
 
 def sparkline(values: Sequence[float], width: int) -> tuple[str, float, float]:
-    """A curve in `width` characters, and the lowest and highest value drawn. Not finite: `?`."""
+    """Draw a curve in `width` characters; return it with the lowest and highest value drawn.
+
+    A value that is not finite is drawn as `?`.
+    """
     count = len(values)
     if count > width:
         cuts = [i * count // width for i in range(width + 1)]
@@ -57,15 +61,15 @@ class GpuUsage:
 
 @dataclass(frozen=True)
 class BoxView:
-    """What the panel knows of the box that a run is on, from who watches it over a connection.
+    """What the panel knows of the box on which a run trains, from the process that watches it.
 
-    Times by the viewer's clock, in seconds.
+    Times are by the viewer's clock, in seconds.
     """
 
     name: str
     line: str = "connecting"
-    is_good: bool = True  # nothing that a person has to look after
-    away_at: float | None = None  # nothing has come since
+    is_good: bool = True  # whether nothing needs a person's attention
+    away_at: float | None = None  # since when nothing has come
     away_why: str = ""
     cards: tuple[GpuUsage, ...] = ()
     price_per_hour: float | None = None
@@ -120,8 +124,9 @@ class StepView:
 
 
 class Board:
-    """The panel as lines, for any width; `now` is the viewer's clock in seconds and moves only
-    elapsed times.
+    """The panel as lines, for any width.
+
+    `now` is the viewer's clock in seconds, and changes only elapsed times.
     """
 
     def __init__(self) -> None:
@@ -131,11 +136,11 @@ class Board:
         self._box: BoxView | None = None
 
     def feed_box(self, box: BoxView) -> None:
-        """For a run on another machine: its state now, in place of what was fed before."""
+        """Take the present state of the box, for a run on another machine."""
         self._box = box
 
     def feed(self, event: RawEvent, now: float) -> None:
-        step = event.get("step", self._current)  # an error may be nobody's: it is the current step's
+        step = event.get("step", self._current)  # an error without a step belongs to the current one
         if step not in STEPS or event["kind"] not in ("metrics", *LINES):
             return
         if event["kind"] in ("metrics", "resumed"):
@@ -151,14 +156,13 @@ class Board:
         if view and not view.end:
             lines += self._running(self._current, view, width, running_at)
         if box:
-            spare = (
-                height - len(lines) - 6 if height else 0
-            )  # what the box takes: an empty line, cards, cost, prompt, answer, state
+            # The box takes 6 lines: an empty one, cards, cost, prompt, answer, state.
+            spare = height - len(lines) - 6 if height else 0
             lines += [Text(""), *self._far(box, view, width, now, spare)]
             if height and len(lines) > height:
                 lines = [line for line in lines if line.plain.strip()]
             if height and len(lines) > height:
-                lines = [*lines[: height - 1], lines[-1]]  # the last line says whether any of it is still true
+                lines = [*lines[: height - 1], lines[-1]]  # the last line says whether the rest is up to date
         for line in lines:
             line.no_wrap = True
             line.truncate(width, overflow="ellipsis")
@@ -177,7 +181,7 @@ class Board:
         share = view.update / view.updates if view.updates else 0.0
         since = now - view.metrics_at if view.metrics_at is not None else 0.0
         title = _title("✗", "red", step) if view.failed else _title("▸", "cyan", step)
-        if view.updates:  # else it is being made ready, and nobody knows yet how many there will be
+        if view.updates:  # while the step is being prepared, the number of updates is not known yet
             title.append(f"{view.update:>{len(str(view.updates))}} of {view.updates}  {share:4.0%}")
         if view.metrics_at is not None:
             title.append(f"  {duration(float(view.metrics.get('elapsed_s', 0)) + since)}")
@@ -194,7 +198,7 @@ class Board:
         return lines if self._box and not status.plain.strip() else [*lines, Text(""), status]
 
     def _left_s(self, view: StepView | None, now: float) -> float | None:
-        """Until the step that runs has made its updates."""
+        """Return the time until the running step has made its updates."""
         is_over = self._box is not None and self._box.ended_at is not None
         if view is None or view.end or view.failed or view.metrics_at is None or self._pace.eta_s is None or is_over:
             return None
@@ -203,9 +207,8 @@ class Board:
     def _far(self, box: BoxView, view: StepView | None, width: int, now: float, spare: int) -> list[Text]:
         lines, cells = [], max(width - 18, 8)
         if box.cards:
-            lines.append(
-                _labelled("gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus", cards_text(box.cards, cells))
-            )
+            label = "gpu" if len(box.cards) == 1 else f"{len(box.cards)} gpus"
+            lines.append(_labelled(label, cards_text(box.cards, cells)))
         if cost := self._cost(box, view, now):
             lines.append(_labelled("cost", _fitting(cost, cells)))
         if view and view.sample:
@@ -217,18 +220,14 @@ class Board:
                 *(_labelled(label if i == 0 else "", part) for i, part in enumerate(answer)),
             ]
         mark, style = ("●", "green") if box.is_good and box.away_at is None else ("○", "yellow")
-        said = (
-            box.line
-            if box.away_at is None
-            else f"{box.line} for {duration(now - box.away_at)}, reconnecting: {box.away_why}"
-        )
-        return [
-            *lines,
-            Text.assemble("  ", (mark, style), f" {box.name:<12}  ", said if box.is_good else (said, style)),
-        ]
+        state = box.line
+        if box.away_at is not None:
+            state += f" for {duration(now - box.away_at)}, reconnecting: {box.away_why}"
+        box_line = Text.assemble("  ", (mark, style), f" {box.name:<12}  ", state if box.is_good else (state, style))
+        return [*lines, box_line]
 
     def _cost(self, box: BoxView, view: StepView | None, now: float) -> list[str]:
-        """What is spent, what is to come, and the price, most important first.
+        """Return the cost so far, the expected cost, and the price, most important first.
 
         The time of a step that has not begun is not known.
         """
@@ -237,22 +236,21 @@ class Board:
         price = f"{money(box.price_per_hour, box.currency)}/h"
         seconds = max((now if box.ended_at is None else box.ended_at) - box.started_at, 0.0)
         spent = box.price_per_hour * seconds / 3600
-        said = [f"{money(spent, box.currency)} so far"]
+        parts = [f"{money(spent, box.currency)} so far"]
         if box.ended_at is not None:
             return [f"{money(spent, box.currency)} for this job", f"{price} until the box is stopped"]
         if (left_s := self._left_s(view, now)) is not None:
             later = [step for step in box.steps or STEPS if step > self._current]
             until = f"after step {self._current}" if later else "when the job ends"
-            said.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} {until}")
+            parts.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} {until}")
             if later and box.steps:
-                said.append(f"then {plural(len(later), 'steps').split()[1]} {' and '.join(map(str, later))}")
-        return [*said, f"at {price}"]
+                parts.append(f"then {plural(len(later), 'steps').split()[1]} {' and '.join(map(str, later))}")
+        return [*parts, f"at {price}"]
 
     def _curve(self, name: str, curve: Curve, view: StepView, width: int) -> Text:
         values = [value for _, value in view.curves[name]]
-        _, low, high = sparkline(
-            values, len(values)
-        )  # a long curve is drawn by means, which the newest value may lie beyond
+        # From all values: a long curve is drawn from means, which the newest value may exceed.
+        _, low, high = sparkline(values, len(values))
         between = f"  {number(low, SHOWN[name].spec)} to {number(high, SHOWN[name].spec)}"
         line = _cell(name, view.metrics.get(name))
         spark, _, _ = sparkline(values, min(max(width - line.cell_len - len(between), 8), 60))
@@ -262,15 +260,18 @@ class Board:
 
 
 def cards_text(cards: Sequence[GpuUsage], width: int) -> str:
-    """Use and memory of all cards on one line: each by itself as long as there is room, then a
-    block each and the range.
+    """Describe use and memory of all GPUs on one line.
+
+    Each GPU by itself if there is room; otherwise a block for each, and the range of all.
     """
-    each = "   ".join(
-        f"{_range([card.use], '.0f')}% busy, {_range([card.used_mib], '.1f', 1024)} of {_range([card.total_mib], '.1f', 1024)} GiB"
-        for card in cards
-    )
-    if len(each) <= width:
-        return each
+
+    def usage(card: GpuUsage) -> str:
+        used, total = _range([card.used_mib], ".1f", 1024), _range([card.total_mib], ".1f", 1024)
+        return f"{_range([card.use], '.0f')}% busy, {used} of {total} GiB"
+
+    text = "   ".join(map(usage, cards))
+    if len(text) <= width:
+        return text
     blocks = "".join(
         "▁▂▃▄▅▆▇█"[int(min(max(card.use, 0.0), 99.0) / 12.5)] if math.isfinite(card.use) else "?" for card in cards
     )
@@ -279,17 +280,15 @@ def cards_text(cards: Sequence[GpuUsage], width: int) -> str:
 
 
 def _range(values: Sequence[float], spec: str, unit: float = 1.0) -> str:
-    """`3`, or `1 to 4`."""
-    texts = (
-        [format(value / unit, spec) for value in (min(values), max(values))]
-        if all(map(math.isfinite, values))
-        else ["?"]
-    )
-    return texts[0] if texts[0] == texts[-1] else " to ".join(texts)
+    """Format the range of values: `3`, or `1 to 4`; `?` if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return "?"
+    low, high = (format(value / unit, spec) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _fitting(parts: Sequence[str], cells: int) -> str:
-    """The first ones, as many as there is room for; one at least."""
+    """Join the first parts, as many as there is room for, and at least one."""
     count = next((count for count in range(len(parts), 1, -1) if cell_len(", ".join(parts[:count])) <= cells), 1)
     return ", ".join(parts[:count])
 
@@ -312,7 +311,7 @@ def _cell(name: str, value: object) -> Text:
 
 
 def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:
-    """Label and number in columns, as even as they come."""
+    """Lay out labels and numbers in columns, as evenly as possible."""
     most = max(width // 26, 1)
     columns = math.ceil(len(names) / math.ceil(len(names) / most)) if names else 1
     return [
@@ -352,9 +351,10 @@ class Live:
         self._live.stop()
 
     def feed(self, event: RawEvent, *, at: float | None = None, quiet: bool = False) -> None:
-        """`at`: when it was written, by the clock of this panel; None: now.
+        """Show an event.
 
-        Quiet: only the panel takes it in.
+        at: when it was written, by the clock of this panel; None: now. quiet: only the panel
+        changes, and nothing is printed above it.
         """
         with self._lock:
             self._board.feed(event, self._clock() if at is None else at)
@@ -366,7 +366,7 @@ class Live:
             self._print_above(marked(warning_line(event)))
         elif event["kind"] == "error":
             self._print_above(marked(visible(error_text(event))))
-        elif event["kind"] == "resumed":  # an error above it is an old one then
+        elif event["kind"] == "resumed":  # printed, so that an error above it is known to be old
             self._print_above(Text(head(event) + resumed_text(event), style="dim"))
 
     def feed_box(self, box: BoxView) -> None:
@@ -377,18 +377,16 @@ class Live:
         self._print_above(Text(visible(text), style="dim"))
 
     def _print_above(self, text: Text) -> None:
-        self._live.refresh()  # makes good a resize, which print does not
+        self._live.refresh()  # redraws after a resize, which print does not
         self._console.print(text, soft_wrap=False)
 
     def _frame(self) -> RenderableType:
         width = self._console.width - 1  # the last column may wrap
+        height = self._console.height - 2  # one line for the empty line above, one for the cursor below
         with self._lock:
-            lines = [
-                Text(""),
-                *self._board.lines(width, self._clock(), self._console.height - 2),
-            ]  # an empty line above, the cursor below
-        # A terminal made narrower has folded the lines that we drew, and rich goes up by lines, not
-        # by folds.
+            lines = [Text(""), *self._board.lines(width, self._clock(), height)]
+        # A terminal that was made narrower has folded the lines that we drew, but rich moves up by
+        # lines, not by folds.
         folds = sum(max(cells - 1, 0) // self._console.width for cells in self._drawn)
         if folds and self._live.is_started:
             self._console.control(Control(*((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * folds))

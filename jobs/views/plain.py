@@ -1,5 +1,7 @@
-"""One line an event, for pipes and logs: `Plain` writes them, and `Live` prints plans, warnings and
-errors in the same words. Kinds and fields that a newer writer added are ignored.
+"""The view of one line for each event, for pipes and logs.
+
+`Plain` prints the lines, and `Live` prints plans, warnings and errors in the same words. Kinds and
+fields that a newer writer added are ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def plan_lines(event: RawEvent) -> list[str]:
         f"batch {event.get('global_batch')} = {event.get('micro_batch')} micro x "
         f"{event.get('gradient_accumulation')} accumulation x {plural(event.get('ranks'), 'ranks')}"
     )
-    device = f"on {event.get('device')} ({event.get('device_reason')}), {event.get('precision')}, ZeRO {event.get('zero_stage')}"
+    device = f"on {event.get('device')} ({event.get('device_reason')})"
+    device += f", {event.get('precision')}, ZeRO {event.get('zero_stage')}"
     lines = [f"{title}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
     if counts := data_row_counts(event.get("data"), event.get("step", 0)):
         lines.append(f"data of all steps: {counts}")
@@ -78,7 +81,7 @@ def _brief(seconds: object) -> str:
 
 
 def resumed_text(event: RawEvent) -> str:
-    return f"resumed after update {event['from_update']}" if event.get("from_update") else "starts anew"
+    return f"resumed after update {event['from_update']}" if event.get("from_update") else "starts from scratch"
 
 
 def sample_line(event: RawEvent) -> str:
@@ -121,7 +124,7 @@ LINES: dict[str, Callable[[RawEvent], list[str]]] = {
 
 
 def time_of(event: RawEvent) -> float:
-    """Seconds; NaN where the event has no readable time."""
+    """Return the event's time in seconds; NaN if it has no readable time."""
     try:
         return datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00")).timestamp()
     except ValueError:
@@ -129,7 +132,7 @@ def time_of(event: RawEvent) -> float:
 
 
 def marked(text: str) -> Text:
-    """Colour for the words that already say what a line is."""
+    """Colour the words that say what a line is."""
     marked = Text(text)
     marked.highlight_regex(r"(?m)^(step \d  )?warning:", "yellow")
     marked.highlight_regex(r"^error:", "bold red")
@@ -138,12 +141,11 @@ def marked(text: str) -> Text:
 
 
 class Plain:
-    """One line an event, for pipes and logs.
+    """Prints one line for each event, for pipes and logs.
 
-    Of the metrics: each step's first and last, and one now and then between.
-
-    Now and then: 10 s at first, up to 60 s as a step gets long; by the events' own time, so that a
-    file always gives the same lines.
+    Of the metrics it prints each step's first and last, and between them one every 10 s, or up to
+    every 60 s as a step gets long. The events' own time counts, so that a file always gives the
+    same lines.
     """
 
     def __init__(self, console: Console) -> None:
@@ -161,7 +163,7 @@ class Plain:
         self._release()
 
     def feed(self, event: RawEvent, *, quiet: bool = False) -> None:
-        """Quiet: nobody asked for it, but what follows needs it."""
+        """Print an event. quiet: only take note of it, since later lines depend on it."""
         kind = event["kind"]
         if kind in ("metrics", "resumed"):
             self._pace.feed(event)

@@ -1,6 +1,4 @@
-"""The table at the end of a run, and some of its answers: what each step changed, how long it took,
-where its model lies.
-"""
+"""The table at the end of a run: what each step changed, its time, its model, and some answers."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ from jobs.steps import STEPS
 
 
 def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableType:
-    """Numbers before and after, times, models, and three prompts with their answers before and
-    after.
-    """
+    """Make the report: numbers before and after, times, models, three prompts with answers."""
     held = effective(events)
     ends = {event.get("step", 0): event for event in held if event["kind"] == "end"}
     samples: dict[str, dict[str, RawEvent]] = {}  # prompt -> when -> sample; a resumed run may write one twice
@@ -58,7 +54,7 @@ def _outcomes(ends: dict[int, RawEvent]) -> Table:
 
 
 def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
-    """Never folded by us: a path is there to be copied."""
+    """List times and models; a line is never folded, so that its path can be copied."""
     rows = [(f"step {step}", end.get("seconds"), one_line(end.get("model"))) for step, end in sorted(ends.items())]
     total = sum(seconds for _, seconds, _ in rows if isinstance(seconds, int | float))
     lines = [f"{name:<7} {duration(seconds):>6}  {encodable(model, encoding)}" for name, seconds, model in rows]

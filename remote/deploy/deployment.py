@@ -1,9 +1,9 @@
-"""Code and environment onto a box, ready to run: probe, sync, environment, self-check; each said
-with the time it took.
+"""Deploying code and environment to a box: probe, sync, environment, self-check.
 
-What is there is asked first, in one round trip (land.sh): where all is as it should be, that is the
-end. Else the lock is taken, what lacks is sent or made beside its place, and `deployed`, which
-names the whole, is written last. Killed at any moment, what was there before holds.
+First one round trip asks what is on the box (land.sh). If all is as it should be, nothing is done.
+Otherwise the lock is taken, and what is missing is sent or made next to its place. `deployed`,
+which names all parts, is written last. If a deploy is killed at any moment, the one before it still
+holds. Each stage is shown with the time it took.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Name = Literal["probe", "look", "lock", "sync", "environment", "settle"]
 
-# What an environment is made of; a change of any of it is another environment.
+# What an environment is made of. If one of these files changes, it is another environment.
 BARE_FILES = ("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "remote/on_box/environment.sh")
 IMAGE_FILES = (
     *("docker/Dockerfile", "docker/install.sh", "docker/check_image.py", "docker/entrypoint", "docker/compose.cpu.yml"),
     *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/cuda.sh"),
 )
-SENDINGS = 3  # of a checkout that changes while it is sent
+SENDINGS = 3  # attempts, for a checkout that changes while it is sent
 
 
 @dataclass(frozen=True)
 class DeployAction:
-    """One thing that was done, or with --dry-run would be."""
+    """One stage that was done, or with --dry-run would be."""
 
     name: Name
     said: str
@@ -55,7 +55,7 @@ class DeployAction:
 
 @dataclass(frozen=True)
 class DeployPlan:
-    """What is to be on the box, from its facts and this checkout."""
+    """What shall be on the box, from its facts and this checkout."""
 
     root: str
     code: str
@@ -65,9 +65,9 @@ class DeployPlan:
     device: Literal["cuda", "cpu"]
     route: str
     mirror: str
-    p2p_off: str  # why NCCL_P2P_DISABLE=1; "" if it is not
+    p2p_off: str  # why NCCL_P2P_DISABLE=1 is set; "" if it is not
     python: str = ""  # bare: the interpreter that makes the environment
-    maker: str = ""  # bare: what makes an interpreter first
+    maker: str = ""  # bare: the conda or uv that first makes an interpreter
     env_files: tuple[str, ...] = ()
     proxy_files: tuple[str, ...] = ()
     build: tuple[tuple[str, str], ...] = ()  # docker: build arguments of boxes.yaml
@@ -87,7 +87,7 @@ class DeployPlan:
         return f"{self.root}/code/{self.code}"
 
     def lines(self) -> list[str]:
-        """Of ROOT/deployed, but for the time."""
+        """Return the lines of ROOT/deployed, without the time."""
         words = {
             "code": self.code,
             "runtime": self.runtime,
@@ -105,7 +105,7 @@ class DeployPlan:
         return [*(f"{key} {value}" for key, value in words.items() if value), *files]
 
     def settings(self, token: str) -> dict[str, str]:
-        """For remote/on_box/environment.sh."""
+        """Return the settings for remote/on_box/environment.sh."""
         proxy = self.proxy_files[0] if self.route == "proxy" and self.proxy_files else ""
         words = {
             "root": self.root,
@@ -114,8 +114,6 @@ class DeployPlan:
             "runtime": self.runtime,
             "torch": self.torch,
             "mirror": self.mirror,
-        }
-        words |= {
             "device": self.device,
             "python": self.python,
             "maker": self.maker,
@@ -127,20 +125,20 @@ class DeployPlan:
 
 @dataclass(frozen=True)
 class BoxContents:
-    """land.sh's look: what is on the box."""
+    """What is on the box, as `land.sh look` reports it."""
 
     root: Literal["ours", "none", "strange", "unknown"] = "unknown"
     identity: str = ""
     clock: int = 0
     free_kb: int | None = None
     tools: frozenset[str] = frozenset()
-    code: bool = False  # the code that is asked for is whole
+    code: bool = False  # the wanted code is whole on the box
     environment: bool = False
     image: bool = False
     like: str = ""  # the code that was deployed last
-    deployed: tuple[str, ...] = ()  # its lines, but for the time
+    deployed: tuple[str, ...] = ()  # the lines of ROOT/deployed, without the time
     time: int = 0
-    slot: str = ""  # the run that is in it
+    slot: str = ""  # the run that holds the box
     owner: lock.Owner | None = None  # of the lock
 
 
@@ -155,9 +153,8 @@ class DeployResult:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
-        lines = dict(
-            line.partition(" ")[::2] for line in self.plan.lines() if not line.startswith(("env_file", "proxy_file"))
-        )
+        words = [line.partition(" ")[::2] for line in self.plan.lines()]
+        lines = {key: value for key, value in words if key not in ("env_file", "proxy_file")}
         parts = [{"name": part.name, "said": part.said, "seconds": round(part.seconds, 3)} for part in self.parts]
         return {
             "root": self.plan.root,
@@ -183,22 +180,23 @@ def deploy(
     fresh: bool = False,
     rsync: str = "rsync",
 ) -> DeployResult:
-    """The checkout on the box, and an environment for it. Nothing is done if it is there.
+    """Put the checkout and an environment for it on the box; do nothing if both are there.
 
-    say: gets each line that stays, a stage's begin and end, and notes. now: gets what is only of
-    the moment, such as pip's last line, each in place of the one before, and "" when it is over.
-    fresh: the probe is asked even if the box is known. rsync: the local program, "" for none.
-    Raises ToolkitError: UNFIT, if deploy itself cannot work there; BUSY; UNREACHABLE; what git or
-    the disk here says.
+    say: gets each line that stays: the begin and end of a stage, and notes. now: gets passing
+    states such as pip's last line, each in place of the one before, and "" at the end. fresh: probe
+    the box even if it is known. rsync: the local program, "" for none.
+
+    Raises ToolkitError: UNFIT if deploy itself cannot work on the box; BUSY; UNREACHABLE; errors of
+    git or of the disk here.
     """
     return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
 
 
-# --- plan: pure -----------------------------------------------------------------------------------------------------
+# --- plan: pure -----------------------------------------------------------------------------------
 
 
 def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, checkout: Path, code: str) -> DeployPlan:
-    """Raises ToolkitError: UNFIT, with what deploy needs and the box has not."""
+    """Plan a deploy. Raises ToolkitError: UNFIT, with what deploy needs and the box lacks."""
     facts = known.facts
     root = place_of(facts, provider, box.data_folder).root
     runtime = _runtime(facts, box)
@@ -210,9 +208,9 @@ def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, c
     if device == "cpu":
         build = {"CUDA_ARCHS": "", **build}
     python, maker = ("", "") if runtime == "docker" else _python(facts, limits)
-    notes = [] if route else ["no way to the model hub was found: models and data have to come from here"]
+    notes = [] if route else ["the box cannot reach the model hub: send models and data as local folders"]
     if why := peer_access_off(facts, limits):
-        notes.append(f"cards will not copy to each other directly (NCCL_P2P_DISABLE=1): {why}")
+        notes.append(f"GPUs will not copy to each other directly (NCCL_P2P_DISABLE=1): {why}")
     return DeployPlan(
         root=root,
         code=code,
@@ -235,8 +233,10 @@ def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, c
 def environment_key(
     checkout: Path, runtime: str, torch: str, mirror: str, build: Mapping[str, str], device: str
 ) -> str:
-    """Names what an environment is made of, whatever this box has; where packages come from does
-    not change them, only the image's settings.
+    """Return a key that names an environment by what it is made of.
+
+    The mirror is part of an image's key, since it sets the image's settings. It is not part of a
+    bare environment's: the packages are the same from anywhere.
     """
     files = [
         f"env/pins/{torch}.txt",
@@ -270,32 +270,30 @@ def _runtime(facts: BoxFacts, box: Box) -> Literal["docker", "bare"]:
 
 
 def _python(facts: BoxFacts, limits: Limits) -> tuple[str, str]:
-    """-> (a Python of the right version, "") or ("", what makes one)."""
-    wanted = limits.image.python
-    right = [
-        python for python in facts.pythons if python.version.split(".")[:2] == wanted.split(".") and python.makes_venv
-    ]
+    """Return (a Python of the right version, "") or ("", the program that makes one)."""
+    wanted = limits.image.python.split(".")
+    right = [python for python in facts.pythons if python.version.split(".")[:2] == wanted and python.makes_venv]
     if right:
-        return min(right, key=_not_conda).path, ""
+        return min(right, key=_is_conda).path, ""
     return "", facts.condas[0][0] if facts.condas else ""
 
 
-def _not_conda(python: Python) -> bool:
-    return "conda" in python.path  # one that may be removed with an environment of somebody else's
+def _is_conda(python: Python) -> bool:
+    return "conda" in python.path  # its conda environment may be removed by somebody else
 
 
 def check_fit(
     known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box, limits: Limits, provider: Provider
 ) -> None:
-    """What deploy itself needs; all else is doctor's.
+    """Check what deploy itself needs; doctor checks all else.
 
     Raises ToolkitError: UNFIT.
     """
     facts, place = known.facts, place_of(known.facts, provider, box.data_folder)
-    name = f"`{box.name}` is not fit to be deployed to"
+    other_folder = "name another data_folder in boxes.yaml"
 
     def unfit(why: str, hint: str) -> ToolkitError:
-        return ToolkitError(name, why=why, hint=hint, exit_code=ExitCode.UNFIT)
+        return ToolkitError(f"cannot deploy to `{box.name}`", why=why, hint=hint, exit_code=ExitCode.UNFIT)
 
     if facts.machine and facts.machine != limits.image.machine:
         raise unfit(
@@ -303,92 +301,92 @@ def check_fit(
             f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other",
         )
     if there.root == "strange":
-        raise unfit(f"{plan.root} is there, and is not ours", "move it away, or name another data_folder in boxes.yaml")
+        raise unfit(f"{plan.root} exists, and is not ours", f"move it away, or {other_folder}")
     if not re.fullmatch(r"/[^\n]*", plan.root):
         raise unfit(f"our folder would be {one_line(plan.root)}", "name an absolute data_folder in boxes.yaml")
     if there.root != "ours":
         if not place.found:
-            raise unfit(
-                f"{place.root}: no answer from its disk",
-                "see that its disk is there, or name another data_folder in boxes.yaml",
-            )
-        if place.is_folder is False or place.read_only or place.writable is False:
-            what = (
-                "is no folder"
-                if place.is_folder is False
-                else "is read-only"
-                if place.read_only
-                else "cannot be written to"
-            )
-            raise unfit(f"{place.found} {what}", "name another data_folder in boxes.yaml")
+            raise unfit(f"{place.root}: no answer from its disk", f"check that its disk is there, or {other_folder}")
+        if place.is_folder is False:
+            raise unfit(f"{place.found} is not a folder", other_folder)
+        if place.read_only or place.writable is False:
+            what = "is read-only" if place.read_only else "cannot be written to"
+            raise unfit(f"{place.found} {what}", other_folder)
     if not there.tools & {"rsync", "tar"}:
         raise unfit("it has neither rsync nor tar", "apt-get install rsync")
     free = there.free_kb * 1024 if there.free_kb is not None else place.free_bytes
-    whole = there.environment if plan.runtime == "bare" else there.image
+    has_environment = _has_environment(plan, there)
     needed = limits.disk.bytes_min
-    if plan.runtime == "bare" and not whole:
+    if plan.runtime == "bare" and not has_environment:
         needed = limits.environment.bytes_cpu if plan.device == "cpu" else limits.environment.bytes_cuda
         if not plan.python and not plan.maker:
             seen = ", ".join(dict.fromkeys(python.version for python in facts.pythons)) or "none"
             wanted = limits.image.python
             raise unfit(
-                f"no Python {wanted} with venv, and no conda or uv to make it with (Pythons there: {seen})",
-                f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, or take the provider's image that has it",
+                f"no Python {wanted} with venv, and no conda or uv to make it with (Pythons on the box: {seen})",
+                f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, "
+                "or take the provider's image that has it",
             )
-    if place.free_inodes is not None and place.free_inodes < limits.disk.inodes_min and not (whole and there.code):
+    is_installed = has_environment and there.code
+    if place.free_inodes is not None and place.free_inodes < limits.disk.inodes_min and not is_installed:
         raise unfit(
             f"{place.free_inodes} inodes are free at {plan.root}, and {limits.disk.inodes_min} are needed",
-            "remove many small files there, or name another data_folder in boxes.yaml",
+            f"remove many small files there, or {other_folder}",
         )
-    if free is not None and free < needed and not (whole and there.code):
+    if free is not None and free < needed and not is_installed:
         raise unfit(
             f"{size(free)} are free at {plan.root}, and {size(needed)} are needed",
-            "make room there, or name another data_folder in boxes.yaml",
+            f"make room there, or {other_folder}",
         )
 
 
 def parse_look(text: str) -> BoxContents:
-    """Raises ToolkitError: the answer broke off."""
-    said: dict[str, list[str]] = {}
+    """Parse the answer of `land.sh look`. Raises ToolkitError: the answer broke off."""
+    values: dict[str, list[str]] = {}
     for line in text.splitlines():
         key, _, value = line.partition(" ")
-        said.setdefault(key, []).append(value)
-    if "end" not in said:
+        values.setdefault(key, []).append(value)
+    if "end" not in values:
         raise ToolkitError(
             "the box's answer broke off", why=one_line(text[-300:]), hint="try again", exit_code=ExitCode.UNREACHABLE
         )
 
-    def one(key: str) -> str:
-        return said.get(key, [""])[0]
+    def first(key: str) -> str:
+        return values.get(key, [""])[0]
 
     def number(key: str) -> int | None:
-        return int(one(key)) if one(key).lstrip("-").isdecimal() else None
+        return int(first(key)) if first(key).lstrip("-").isdecimal() else None
 
-    lines = said.get("deployed", [])
+    lines = values.get("deployed", [])
     times = [line.removeprefix("time ") for line in lines if line.startswith("time ")]
+    root = first("root")
     return BoxContents(
-        root={"ours": "ours", "none": "none", "strange": "strange"}.get(one("root"), "unknown"),  # type: ignore[arg-type]
-        identity=one("identity"),
+        root=root if root in ("ours", "none", "strange") else "unknown",  # type: ignore[arg-type]
+        identity=first("identity"),
         clock=number("clock") or 0,
         free_kb=number("free"),
-        tools=frozenset(said.get("tool", [])),
-        code="code" in said,
-        environment="environment" in said,
-        image="image" in said,
-        like=one("like"),
+        tools=frozenset(values.get("tool", [])),
+        code="code" in values,
+        environment="environment" in values,
+        image="image" in values,
+        like=first("like"),
         deployed=tuple(line for line in lines if not line.startswith("time ")),
         time=int(times[0]) if times and times[0].isdecimal() else 0,
-        slot=one("slot"),
+        slot=first("slot"),
         owner=lock.owner_of(text.splitlines()),
     )
 
 
+def _has_environment(plan: DeployPlan, there: BoxContents) -> bool:
+    return there.environment if plan.runtime == "bare" else there.image
+
+
 def is_whole(plan: DeployPlan, there: BoxContents) -> bool:
-    environment = there.environment if plan.runtime == "bare" else there.image
-    return there.root == "ours" and there.code and environment and sorted(there.deployed) == sorted(plan.lines())
+    has_all = there.root == "ours" and there.code and _has_environment(plan, there)
+    return has_all and sorted(there.deployed) == sorted(plan.lines())
 
 
-# --- what is done ---------------------------------------------------------------------------------------------------
+# --- what is done ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -407,18 +405,15 @@ class _Deploy:
     rsync: str
     parts: list[DeployAction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    # notes: not before it is sure that there is no error instead, such as a deploy of somebody
-    # else's
+    # Notes are held back until it is sure that no error replaces them, such as a lock that is held.
     are_told: bool = False
 
     def run(self, fresh: bool) -> DeployResult:
         started = time.monotonic()
         tree = sync.checkout_tree(self.checkout)
-        for note in (
-            sync.check_size(tree),
-            *(f"not sent: {name} is a repository of its own" for name in tree.left_out),
-        ):
-            self._note(note)
+        self._note(sync.check_size(tree))
+        for name in tree.left_out:
+            self._note(f"not sent: {name} is a repository of its own")
         known, plan, there = self._look(tree, fresh)
         changed = not is_whole(plan, there)
         for note in plan.notes:
@@ -429,16 +424,9 @@ class _Deploy:
         self._tell()
         if not self.connection.dry_run:
             remember(self.state, self.box.name, replace(known, identity=there.identity, root=plan.root))
-        when = 0 if changed else there.time
-        return DeployResult(
-            plan,
-            known.facts,
-            changed,
-            when,
-            time.monotonic() - started,
-            tuple(self.parts),
-            tuple(dict.fromkeys(self.notes)),
-        )
+        deployed_at, seconds = 0 if changed else there.time, time.monotonic() - started
+        notes = tuple(dict.fromkeys(self.notes))
+        return DeployResult(plan, known.facts, changed, deployed_at, seconds, tuple(self.parts), notes)
 
     def _note(self, note: str) -> None:
         if note and note not in self.notes:
@@ -447,7 +435,7 @@ class _Deploy:
                 self.say(f"note: {note}")
 
     def _tell(self) -> None:
-        """The notes that are there, and from now on each at once."""
+        """Say the notes so far; from now on each is said immediately."""
         for note in [] if self.are_told else self.notes:
             self.say(f"note: {note}")
         self.are_told = True
@@ -457,7 +445,7 @@ class _Deploy:
         self.say(f"{name}: {said} ({_seconds(seconds)})")
 
     def _changed(self, name: Name, said: str, would: str, seconds: float) -> None:
-        """What was done, or with --dry-run what would be."""
+        """Report a stage that was done, or with --dry-run would be."""
         if not self.connection.dry_run:
             self._done(name, said, seconds)
             return
@@ -470,24 +458,19 @@ class _Deploy:
     # --- what is there
 
     def _look(self, tree: Tree, fresh: bool) -> tuple[CachedProbe, DeployPlan, BoxContents]:
-        """From what is remembered, if the box is still the same; else the probe is asked."""
+        """Look at the box. The facts that are remembered are used if the box is still the same."""
         known = None if fresh else recall(self.state, self.box.name)
         if known is not None and known.identity and known.asked == arguments(self.box, self.providers):
             plan, there = self._look_for(tree, known)
             if there.identity == known.identity and there.root != "unknown":
                 return known, plan, there
-            self.say(f"{self.box.name} was started anew, or is another box: asking again what it is")
+            self.say(f"{self.box.name} was restarted, or is another box: probing it again")
         began = time.monotonic()
         known = probe(self.connection, self.box, self.providers)
-        provider = self._provider(known)
-        self._done(
-            "probe",
-            f"{provider.title}; {runtime_of(known.facts).name} ({runtime_of(known.facts).why})",
-            time.monotonic() - began,
-        )
-        found = diagnose(
-            known.facts, None, self.limits, provider, self.connection.link, data_folder=self.box.data_folder
-        )
+        provider, runtime = self._provider(known), runtime_of(known.facts)
+        self._done("probe", f"{provider.title}; {runtime.name} ({runtime.why})", time.monotonic() - began)
+        link = self.connection.link
+        found = diagnose(known.facts, None, self.limits, provider, link, data_folder=self.box.data_folder)
         for check in found.checks:
             if check.status in ("unfit", "warning"):
                 self._note(f"{check.name}: {check}")
@@ -500,16 +483,14 @@ class _Deploy:
         if bundle := self._bundle():
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
-        answer = self.connection.query(
-            commands.sh_script("look", plan.root, tree.key, environment, image), stdin=script("land.sh")
-        )
-        there = parse_look(answer.out)
-        whole = is_whole(plan, there)
-        self._done("look", "already up to date" if whole else _lacking(plan, there), time.monotonic() - began)
+        argv = commands.sh_script("look", plan.root, tree.key, environment, image)
+        there = parse_look(self.connection.query(argv, stdin=script("land.sh")).out)
+        outcome = "already up to date" if is_whole(plan, there) else _lacking(plan, there)
+        self._done("look", outcome, time.monotonic() - began)
         return plan, there
 
     def _bundle(self) -> Tree | None:
-        """The certificates of boxes.yaml's build.CA_BUNDLE, which travel as a file."""
+        """Return the certificates of boxes.yaml's build.CA_BUNDLE, which are sent as a file."""
         if not (path := self.box.build.get("CA_BUNDLE")):
             return None
         file = Path(path).expanduser().resolve()
@@ -535,21 +516,17 @@ class _Deploy:
         )
         if held.took_over:
             self._note(f"the lock was taken over from {held.took_over}")
-        said = "taken" + (f" over from {held.took_over}" if held.took_over else "")
-        self._changed(
-            "lock",
-            said,
-            "would be taken" + (f"; now it is held by {there.owner}" if there.owner else ""),
-            time.monotonic() - began,
-        )
+        taken = "taken" + (f" over from {held.took_over}" if held.took_over else "")
+        would = "would be taken" + (f"; now it is held by {there.owner}" if there.owner else "")
+        self._changed("lock", taken, would, time.monotonic() - began)
         self._tell()
         settled = False
         try:
             settled, plan = self._locked(tree, known, plan, there, held)
         finally:
             if not settled:
-                # If the connection is dead: the next deploy from this laptop knows that this one is
-                # gone, another one waits until it expires.
+                # If the connection is dead, the lock stays. The next deploy from this laptop sees
+                # that this one is gone; one from elsewhere waits until the lock expires.
                 with suppress(ToolkitError):
                     lock.release(self.connection, held)
         return plan
@@ -557,20 +534,15 @@ class _Deploy:
     def _locked(
         self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock
     ) -> tuple[bool, DeployPlan]:
-        whole = there.environment if plan.runtime == "bare" else there.image
+        has_environment = _has_environment(plan, there)
         settled = False
         if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in there.deployed:
-            sync.send_whole(
-                self.connection,
-                bundle,
-                str(PurePosixPath(plan.ca_bundle).parent),
-                rsync_there="rsync" in there.tools,
-                rsync=self.rsync,
-            )
+            folder, rsync_there = str(PurePosixPath(plan.ca_bundle).parent), "rsync" in there.tools
+            sync.send_whole(self.connection, bundle, folder, rsync_there=rsync_there, rsync=self.rsync)
         if not there.code:
-            plan = self._send(tree, known, plan, there, held, plan.lines() if whole else [])
-            settled = whole
-        if not whole:
+            plan = self._send(tree, known, plan, there, held, plan.lines() if has_environment else [])
+            settled = has_environment
+        if not has_environment:
             self._make_environment(plan, held)
         if not settled:
             began = time.monotonic()
@@ -579,9 +551,8 @@ class _Deploy:
             self._settled(answer.out, answer.code)
             if answer.code:
                 raise lock.refused(self.box.name, "write what is deployed", answer)
-            self._changed(
-                "settle", _settled_words(answer.out), "would write down what is deployed", time.monotonic() - began
-            )
+            would = "would record what is deployed"
+            self._changed("settle", _settled_words(answer.out), would, time.monotonic() - began)
         return True, plan
 
     def _send(
@@ -593,20 +564,26 @@ class _Deploy:
         held: lock.Lock,
         lines: Sequence[str],
     ) -> DeployPlan:
-        """The code, verified there; with `lines` it is also what is deployed then. -> the plan, for
-        what the checkout was when it was sent.
+        """Send the code, and have the box verify it; with `lines` it also becomes what is deployed.
+
+        Returns the plan for the checkout as it was sent: it may have changed meanwhile.
         """
-        began, compare = time.monotonic(), False
+        began, compare, rsync_there = time.monotonic(), False, "rsync" in there.tools
         like = f"{plan.root}/code/{there.like}" if there.like else ""
         for attempt in range(1, SENDINGS + 1):
             self.now("" if self.connection.dry_run else f"sync: {tree} ...")
             try:
                 sent = sync.send(
-                    self.connection, tree, plan.code_folder, like=like, rsync_there="rsync" in there.tools, rsync=self.rsync, compare=compare
-                )  # fmt: skip
-                answer = sync.land(
-                    self.connection, tree, plan.code_folder, plan.root, held.token, *(plan.lines() if lines else [])
+                    self.connection,
+                    tree,
+                    plan.code_folder,
+                    like=like,
+                    rsync_there=rsync_there,
+                    rsync=self.rsync,
+                    compare=compare,
                 )
+                deployed = plan.lines() if lines else []
+                answer = sync.land(self.connection, tree, plan.code_folder, plan.root, held.token, *deployed)
                 break
             except sync.UploadDiffers as differs:
                 if attempt == SENDINGS:
@@ -614,7 +591,7 @@ class _Deploy:
                 now = sync.checkout_tree(self.checkout)
                 compare = True
                 if now.key != tree.key:
-                    self._note("the checkout changed while it was sent: what it is now is sent")
+                    self._note("the checkout changed while it was sent: its present state is sent")
                     tree = now
                     again = plan_for(known, self.box, self.limits, self._provider(known), self.checkout, tree.key)
                     if again.environment != plan.environment:
@@ -631,18 +608,17 @@ class _Deploy:
         self._changed("sync", words, f"would send {tree}{how}", time.monotonic() - began)
         return plan
 
-    def _settled(self, said: str, code: int) -> None:
-        if code == 5 or "lost" in said.splitlines():
-            raise lock.lost(self.box.name, lock.owner_of(said.splitlines()))
+    def _settled(self, output: str, code: int) -> None:
+        if code == 5 or "lost" in output.splitlines():
+            raise lock.lost(self.box.name, lock.owner_of(output.splitlines()))
 
     def _make_environment(self, plan: DeployPlan, held: lock.Lock) -> None:
-        began, said = time.monotonic(), _EnvironmentSaid(self.say, self.now)
+        began, output = time.monotonic(), _EnvironmentOutput(self.say, self.now)
         words = [f"arg={name}={value}" for name, value in plan.build]
         argv = [*commands.environment(plan.code_folder, plan.settings(held.token)), *words]
         try:
-            answer = self.connection.local(
-                self.connection.stream(argv), changes=True, timeout_s=None, check=False, heard=said
-            )
+            stream = self.connection.stream(argv)
+            answer = self.connection.local(stream, changes=True, timeout_s=None, check=False, heard=output)
         finally:
             self.now("")
         if not self.connection.dry_run:
@@ -650,24 +626,25 @@ class _Deploy:
                 raise ToolkitError(
                     f"the connection to `{self.box.name}` broke while the environment was made",
                     why=answer.err.strip()[-500:],
-                    hint="the same command makes it, from what is downloaded already",
+                    hint="the same command makes it again, and keeps what is downloaded",
                     exit_code=ExitCode.UNREACHABLE,
                 )
-            if not said.made:
+            if not output.made:
+                refused = output.refused or f"the environment was not made (exit code {answer.code})"
                 raise ToolkitError(
-                    f"`{self.box.name}`: {said.refused or f'the environment was not made (exit code {answer.code})'}",
-                    why="\n".join(said.why) or answer.err.strip()[-1000:],
-                    hint=said.hint or "the same command makes it anew",
-                    exit_code=ExitCode.UNFIT if said.refused else ExitCode.INTERNAL,
+                    f"`{self.box.name}`: {refused}",
+                    why="\n".join(output.why) or answer.err.strip()[-1000:],
+                    hint=output.hint or "the same command makes it again",
+                    exit_code=ExitCode.UNFIT if output.refused else ExitCode.INTERNAL,
                 )
-        for note in said.notes:
+        for note in output.notes:
             self._note(note)
         what = plan.image or f"a virtual environment, {plan.environment}"
         self._changed("environment", f"{what}: made", f"would make {what}", time.monotonic() - began)
 
 
-class _EnvironmentSaid:
-    """environment.sh's lines, as they come."""
+class _EnvironmentOutput:
+    """Shows environment.sh's lines as they come, and keeps what follows from them."""
 
     def __init__(self, say: Say, now: Say) -> None:
         self._say, self._now = say, now
@@ -700,23 +677,23 @@ class _EnvironmentSaid:
 
 
 def _lacking(plan: DeployPlan, there: BoxContents) -> str:
-    whole = there.environment if plan.runtime == "bare" else there.image
-    lacks = [*(["code"] if not there.code else []), *(["environment"] if not whole else [])]
+    lacks = [] if there.code else ["code"]
+    lacks += [] if _has_environment(plan, there) else ["environment"]
     if lacks:
-        return f"{' and '.join(lacks)} to be {'sent' if lacks == ['code'] else 'made'}"
+        return f"{' and '.join(lacks)} missing"
     before = dict(line.partition(" ")[::2] for line in there.deployed)
     now = dict(line.partition(" ")[::2] for line in plan.lines())
     others = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return f"changed: {', '.join(others)}"
 
 
-def _pruned(said: str) -> str:
-    gone = [line.removeprefix("pruned ").split()[0] for line in said.splitlines() if line.startswith("pruned ")]
+def _pruned(output: str) -> str:
+    gone = [line.removeprefix("pruned ").split()[0] for line in output.splitlines() if line.startswith("pruned ")]
     return ", ".join(f"{gone.count(what)} old {what} removed" for what in dict.fromkeys(gone))
 
 
-def _settled_words(said: str) -> str:
-    return "what is deployed is written down" + (f"; {pruned}" if (pruned := _pruned(said)) else "")
+def _settled_words(output: str) -> str:
+    return "recorded what is deployed" + (f"; {pruned}" if (pruned := _pruned(output)) else "")
 
 
 def _seconds(seconds: float) -> str:

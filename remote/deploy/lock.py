@@ -1,9 +1,9 @@
-"""One deploy at a time: a folder on the box that says who has it, since when, why and until when.
-land.sh makes it and takes it away.
+"""The lock that lets one deploy at a time change a box.
 
-It is held only around what changes something. A dead one is taken over, and that is said: when it
-has expired, when the box was started anew, or when its deploy ran on this laptop and is gone. What
-runs on the box keeps it alive as long as it runs.
+It is a folder on the box that says who holds it, since when, why and until when. land.sh makes it
+and removes it. It is held only around what changes something, and work on the box renews it as long
+as it runs. A dead lock is taken over, and this is shown. It is dead when it has expired, when the
+box was restarted, or when its deploy ran on this laptop and is gone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection, CommandResult
 
 EXPIRES_S = 600  # between two signs of life
-SLOW_LINE = 50_000  # bytes a second: what is sent takes no longer than over such a connection
+SLOW_LINE = 50_000  # bytes a second: the slowest connection for which the lock lasts
 
 
 @dataclass(frozen=True)
@@ -49,47 +49,46 @@ class Owner:
         return max(0, self.now - self.when) if self.when else 0
 
     def __str__(self) -> str:
-        if not self.now:  # of a lock that was just taken away: nobody asks any more how long it would have held
+        if not self.now:  # the lock was just removed, so its times do not matter any more
             return f"{self.who} ({self.why})"
         since = f", {duration(self.age_s)} ago" if self.when else ""
         left = self.expires - self.now
         until = f"; it expires in {duration(left)}" if left > 0 else "; it has expired"
-        return f"{self.who} ({self.why}){since}{until}{'; its work continues there' if self.worker else ''}"
+        return f"{self.who} ({self.why}){since}{until}{'; its work is still running there' if self.worker else ''}"
 
 
 def owner_of(lines: Iterable[str], now: int = 0) -> Owner | None:
-    """Of land.sh's answer; None if nobody has it."""
-    said: dict[str, str] = {}
+    """Read the lock's owner from land.sh's answer; None if nobody holds the lock."""
+    fields: dict[str, str] = {}
     for line in lines:
         word, _, rest = line.partition(" ")
         if word == "clock" and rest.isdecimal():
             now = int(rest)
         if word == "lock":
             key, _, value = rest.partition(" ")
-            said[key] = value
-    if not said:
+            fields[key] = value
+    if not fields:
         return None
-    expires = max(_number(said, "expires"), _number(said, "renewed"))
     return Owner(
-        who=one_line(said.get("who", "?")),
-        why=one_line(said.get("why", "?")),
-        laptop=said.get("laptop", ""),
-        pid=_number(said, "pid"),
-        when=_number(said, "when"),
-        expires=expires,
-        token=said.get("token", ""),
-        worker=_number(said, "worker"),
+        who=one_line(fields.get("who", "?")),
+        why=one_line(fields.get("why", "?")),
+        laptop=fields.get("laptop", ""),
+        pid=_number(fields, "pid"),
+        when=_number(fields, "when"),
+        expires=max(_number(fields, "expires"), _number(fields, "renewed")),
+        token=fields.get("token", ""),
+        worker=_number(fields, "worker"),
         now=now,
     )
 
 
-def _number(said: Mapping[str, str], key: str) -> int:
-    value = said.get(key, "")
+def _number(fields: Mapping[str, str], key: str) -> int:
+    value = fields.get(key, "")
     return int(value) if value.isdecimal() and len(value) < 16 else 0
 
 
 def laptop_id(state: Path) -> str:
-    """Written once: names this laptop without saying anything of it."""
+    """Return a random name of this laptop, which is made once and kept."""
     file = state / "laptop"
     with suppress(OSError):
         if known := file.read_text(encoding="ascii").strip():
@@ -101,7 +100,7 @@ def laptop_id(state: Path) -> str:
 
 
 def is_gone(owner: Owner | None, laptop: str) -> bool:
-    """Its deploy ran on this laptop, and no process has its number any more."""
+    """Whether the owner's deploy ran on this laptop, and no process has its number any more."""
     if owner is None or not owner.pid or owner.laptop != laptop:
         return False
     try:
@@ -117,7 +116,7 @@ def is_gone(owner: Owner | None, laptop: str) -> bool:
 class Lock:
     root: str
     token: str
-    took_over: str = ""  # from whom, and why that could be
+    took_over: str = ""  # from whom, and why it was dead
 
 
 def take(
@@ -130,11 +129,10 @@ def take(
     seen: Owner | None = None,
     size_bytes: int = 0,
 ) -> Lock:
-    """Our folder is made with it, if it is not there yet, and an empty place for `code`. seen: who
-    had it a moment ago.
+    """Take the lock, and make our folder and an empty place for `code`, if they do not exist.
 
-    Raises ToolkitError: BUSY, if somebody else has it; UNFIT, if the folder is not ours or its disk
-    is full.
+    seen: who held the lock a moment ago. size_bytes: what will be sent. Raises ToolkitError: BUSY
+    if another deploy holds it; UNFIT if the folder is not ours or its disk is full.
     """
     token = secrets.token_hex(8)
     dead = seen.token if seen is not None and seen.token and is_gone(seen, laptop) else "-"
@@ -143,13 +141,13 @@ def take(
     seconds = EXPIRES_S + size_bytes // SLOW_LINE
     argv = commands.sh_script("lock", root, token, dead, str(seconds), code, *lines)
     answer = connection.change(argv, stdin=script("land.sh"), timeout_s=60.0, check=False)
-    said = answer.out.splitlines()
-    if "busy" in said:
-        raise busy(connection.box.name, owner_of(said))
-    if "locked" not in said and not connection.dry_run:
+    output = answer.out.splitlines()
+    if "busy" in output:
+        raise busy(connection.box.name, owner_of(output))
+    if "locked" not in output and not connection.dry_run:
         raise refused(connection.box.name, "take the lock", answer)
-    taken = next((text.removeprefix("took_over ") for text in said if text.startswith("took_over ")), "")
-    before = owner_of(said)
+    taken = next((text.removeprefix("took_over ") for text in output if text.startswith("took_over ")), "")
+    before = owner_of(output)
     return Lock(root, token, f"{before.who if before else '?'}: {taken}" if taken else "")
 
 
@@ -161,9 +159,9 @@ def _user() -> str:
 
 
 def release(connection: BoxConnection, lock: Lock) -> None:
-    """Gives it back, if it is still ours.
+    """Release the lock, if it is still ours.
 
-    Asked twice: the first time may be what finds out that the connection is broken.
+    It is tried twice: the first time may find out that the connection is broken.
     """
     argv = commands.sh_script("unlock", lock.root, lock.token)
     try:
@@ -174,13 +172,13 @@ def release(connection: BoxConnection, lock: Lock) -> None:
 
 
 def unlock(connection: BoxConnection, root: str) -> Owner | None:
-    """`fab unlock`: takes it from whoever has it, and ends what works for it there. -> who had it."""
+    """Remove the lock, end what works for it on the box, and return who held it (`fab unlock`)."""
     answer = connection.change(commands.sh_script("unlock", root, "any"), stdin=script("land.sh"), timeout_s=30.0)
     return owner_of(answer.out.splitlines())
 
 
 def holder(connection: BoxConnection, root: str) -> Owner | None:
-    """Who has it; changes nothing."""
+    """Return who holds the lock; changes nothing."""
     answer = connection.query(commands.sh_script("look", root, "-", "-", "-"), stdin=script("land.sh"))
     return owner_of(answer.out.splitlines())
 
@@ -196,24 +194,23 @@ def busy(name: str, owner: Owner | None) -> ToolkitError:
 
 def lost(name: str, owner: Owner | None) -> ToolkitError:
     return ToolkitError(
-        f"the lock of `{name}` is not ours any more: nothing was changed",
-        why=f"now {owner} has it" if owner else "somebody took it away",
-        hint="the same command tries again",
+        f"this deploy lost the lock of `{name}`: nothing was changed",
+        why=f"now it is held by {owner}" if owner else "somebody removed it",
+        hint="run the same command again",
         exit_code=ExitCode.BUSY,
     )
 
 
 def refused(name: str, what: str, answer: CommandResult) -> ToolkitError:
-    """land.sh's `refused` and `hint`; without them what was said last."""
-    said = dict(line.partition(" ")[::2] for line in answer.out.splitlines())
-    if "refused" in said:
-        return ToolkitError(
-            f"`{name}`: {one_line(said['refused'])}", hint=one_line(said.get("hint", "")), exit_code=ExitCode.UNFIT
-        )
+    """Make the error from land.sh's `refused` and `hint`, or without them from its last lines."""
+    words = dict(line.partition(" ")[::2] for line in answer.out.splitlines())
+    if "refused" in words:
+        what, hint = f"`{name}`: {one_line(words['refused'])}", one_line(words.get("hint", ""))
+        return ToolkitError(what, hint=hint, exit_code=ExitCode.UNFIT)
     why = "\n".join((answer.err.strip() or answer.out.strip()).splitlines()[-10:])
     return ToolkitError(
         f"`{name}`: cannot {what} (exit code {answer.code})",
         why=why,
-        hint="see that its disk is there, and try again",
+        hint="check that the box's disk is there, and try again",
         exit_code=ExitCode.INTERNAL,
     )

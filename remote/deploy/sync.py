@@ -1,9 +1,11 @@
-"""Files from here to a folder on the box: exactly those of the checkout by git's own rules, as
-little as possible over the connection, whole or not at all. They go to FOLDER.partial, the box
-computes the fingerprint of what lies there by itself, and only if it is ours the folder is renamed.
+"""Sending files from here to a folder on the box, as a whole or not at all.
 
-By rsync, with equal files linked from the code that is there already; by tar where one of both
-sides has no rsync, or an old one here (macOS).
+A checkout is sent as git's own rules define it, with as few bytes over the connection as possible.
+The files go to FOLDER.partial. The box itself computes the fingerprint of what is there, and
+renames the folder only if the fingerprint is ours.
+
+rsync sends the files, and links equal files from the code that is on the box already. tar is used
+if one of the two sides has no rsync, or if the one here is too old (macOS).
 """
 
 from __future__ import annotations
@@ -29,29 +31,26 @@ from remote.ssh import commands
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection, CommandResult
 
-ALWAYS = (
-    "jobs",
-    "env",
-    "remote",
-    "rlhf_train",
-)  # whatever an ignore file says: some call their virtual environment `env`
+# Sent whatever an ignore file says: some people call their virtual environment `env`.
+ALWAYS = ("jobs", "env", "remote", "rlhf_train")
 KEY_DIGITS = 16
 
-# Our own code is 2 MB. More than this is a data set, a model or a run that lies in the checkout by
+# Our own code is 2 MB. More than this is a data set, a model or a run that is in the checkout by
 # mistake.
 ADVISED_BYTES, MOST_BYTES = 50_000_000, 1_000_000_000
 ADVISED_FILES, MOST_FILES = 5_000, 50_000
 
 OLDEST_RSYNC = (3, 0)  # macOS has 2.6.9 (no --protect-args), or openrsync, which calls itself 2.6.9
-# What rsync exits with. 2, 4: it does not know an option; 12, 127: there is no rsync on the other
+# Exit codes of rsync. 2, 4: it does not know an option; 12, 127: there is no rsync on the other
 # side (or the connection broke).
 RSYNC_NOT_THERE = (2, 4, 12, 14, 127)
 RSYNC_CHANGED = (23, 24)  # files vanished, or could not be read
 RSYNC_LINE = (5, 10, 12, 30, 35, 255)
 
-# Without git: what no program needs.
+# Left out where there is no git: what no program needs.
 JUNK = re.compile(
-    r"\.git|\.hg|\.venv|venv|\.tox|node_modules|__pycache__|.*\.py[co]|.*\.egg-info|\.(mypy|pytest|ruff)_cache|\.DS_Store|\.idea|\.vscode"
+    r"\.git|\.hg|\.venv|venv|\.tox|node_modules|__pycache__|.*\.py[co]|.*\.egg-info"
+    r"|\.(mypy|pytest|ruff)_cache|\.DS_Store|\.idea|\.vscode"
 )
 JUNK_AT_TOP = re.compile(r"\.env(\.new)?|\.venv\.lock|build|boxes\.yaml|(runs|cache|data|secrets)/(?!\.gitkeep$).*")
 
@@ -71,11 +70,9 @@ class Tree:
     """Files to be sent, and the fingerprint of them all."""
 
     base: Path
-    files: tuple[
-        File, ...
-    ]  # in the order of their names' bytes; bytes that are no text are in a name as os.fsdecode has them
+    files: tuple[File, ...]  # in the order of their names' bytes; names are decoded by os.fsdecode
     fingerprint: str  # 64 hex digits: names, what is executable, contents, targets of links
-    left_out: tuple[str, ...] = ()  # what git would take for one thing, and we cannot send: other repositories inside
+    left_out: tuple[str, ...] = ()  # other repositories inside, which git lists as one name
 
     @property
     def key(self) -> str:
@@ -97,25 +94,25 @@ class Sent:
 
 
 class UploadDiffers(ToolkitError):
-    """What arrived is not what was looked at before."""
+    """The files that arrived differ from those that were read before."""
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def checkout_tree(checkout: Path) -> Tree:
-    """All that git holds or would take; without git all but the obvious; always our four packages.
+    """Read the files of a checkout: those that git tracks or would track, and our four packages.
 
-    Raises ToolkitError: git cannot be asked, a file cannot be read, or it is too much.
+    Without git: all files but JUNK. Raises ToolkitError: git fails, a file cannot be read, or the
+    checkout is too large.
     """
     names, left_out = _git_names(checkout) if (checkout / ".git").exists() else (set(_walked(checkout)), ())
-    tree = tree_of(
-        checkout, {*names, *(name for package in ALWAYS for name in _walked(checkout, package))}, left_out=left_out
-    )
+    names = {*names, *(name for package in ALWAYS for name in _walked(checkout, package))}
+    tree = tree_of(checkout, names, left_out=left_out)
     missing = [package for package in ALWAYS if not any(file.name.startswith(f"{package}/") for file in tree.files)]
     if missing:
         raise ToolkitError(
-            f"{checkout} is no whole checkout",
+            f"{checkout} is not a whole checkout",
             why=f"no file in {', '.join(missing)}",
             hint="run `fab` in the checkout of rlhf-box",
         )
@@ -124,9 +121,9 @@ def checkout_tree(checkout: Path) -> Tree:
 
 
 def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -> Tree:
-    """The named files below `base`, read once.
+    """Read the named files below `base`, each once.
 
-    Names of what is not there, of folders, and of what lies behind a link are passed over.
+    Names of missing files, of folders, and of files behind a link are skipped.
     """
     plain_folders = {".": True}
     files, content = [], hashlib.sha256()
@@ -137,21 +134,19 @@ def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -
                 continue
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
-                files.append(File(name, target=os.readlink(path)))  # noqa: PTH115 - pathlib writes a target anew
+                files.append(File(name, target=os.readlink(path)))  # noqa: PTH115 - pathlib normalizes a target
             elif stat.S_ISREG(status.st_mode):
                 files.append(File(name, _read_into(content, path), bool(status.st_mode & 0o111)))
         except (FileNotFoundError, NotADirectoryError):
-            continue  # deleted here, and git still has it
+            continue  # deleted here, but still known to git
         except OSError as error:
-            what = f"cannot read {one_line(path)}"
-            raise ToolkitError(
-                what, why=error.strerror or str(error), hint="mend its rights, or put it into .gitignore"
-            ) from None
+            what, why = f"cannot read {one_line(path)}", error.strerror or str(error)
+            raise ToolkitError(what, why=why, hint="mend its permissions, or put it into .gitignore") from None
     return Tree(base, tuple(files), _fingerprint(files, content.hexdigest()), tuple(left_out))
 
 
 def _is_plain(base: Path, folder: PurePosixPath, known: dict[str, bool]) -> bool:
-    """Every part of the path is a real folder: what lies behind a link, git counts as deleted."""
+    """Whether every part of the path is a real folder; for git, files behind a link are deleted."""
     name = str(folder)
     if name not in known:
         known[name] = _is_plain(base, folder.parent, known) and stat.S_ISDIR((base / folder).lstat().st_mode)
@@ -168,10 +163,11 @@ def _read_into(content: hashlib._Hash, path: Path) -> int:
 
 
 def _fingerprint(files: Sequence[File], content: str) -> str:
-    """As land.sh computes it on the box: lists of names, each with a NUL behind; sizes; all
-    contents in a row; targets of links.
+    """Compute a tree's fingerprint, in the same way as land.sh does on the box.
 
-    Together they say what each file holds, and no name has to be read back from a line of text.
+    It hashes lists of names, each with a NUL behind; sizes; all contents in a row; targets of
+    links. Together they define what each file holds, and no name has to be parsed from a line of
+    text.
     """
     plain = [file for file in files if file.target is None]
     links = [file for file in files if file.target is not None]
@@ -195,33 +191,30 @@ def _digest(data: bytes) -> str:
 
 
 def _git_names(checkout: Path) -> tuple[set[str], tuple[str, ...]]:
-    """-> names, and those of other repositories inside: one that is not tracked ends with a slash,
-    a submodule is a folder.
+    """Ask git for the checkout's files, and for the names of other repositories inside.
+
+    git lists an untracked repository with a slash at its end, and a submodule as a folder.
     """
     command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        said = subprocess.run(command, capture_output=True, check=False)
+        listed = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
+        what = "there is no `git` on this machine, and this is a git checkout"
+        raise ToolkitError(what, why="git knows which files belong to it", hint="install git") from None
+    if listed.returncode:
         raise ToolkitError(
-            "there is no `git` here, and this is a git checkout", why="git says what belongs to it", hint="install git"
-        ) from None
-    if said.returncode:
-        raise ToolkitError(
-            "git does not say what belongs to the checkout",
-            why=said.stderr.decode("utf-8", "replace").strip(),
-            hint="git status",
+            "git cannot list the files of the checkout",
+            why=listed.stderr.decode("utf-8", "replace").strip(),
+            hint="see what `git status` says",
         )
-    names = {os.fsdecode(name) for name in said.stdout.split(b"\0") if name}
-    others = {
-        name
-        for name in names
-        if name.endswith("/") or ((checkout / name).is_dir() and not (checkout / name).is_symlink())
-    }
-    return names - others, tuple(sorted(others))
+    names = {os.fsdecode(name) for name in listed.stdout.split(b"\0") if name}
+    folders = {name for name in names if (checkout / name).is_dir() and not (checkout / name).is_symlink()}
+    repositories = folders | {name for name in names if name.endswith("/")}
+    return names - repositories, tuple(sorted(repositories))
 
 
 def _walked(checkout: Path, package: str = "") -> Iterator[str]:
-    """All but the obvious, below the checkout or one of its folders."""
+    """Yield all files but JUNK, below the checkout or one of its folders."""
     for folder, folders, files in os.walk(checkout / package):
         below = Path(folder).relative_to(checkout)
         prefix = "" if below == Path() else f"{below}/"
@@ -235,39 +228,35 @@ def _is_junk(prefix: str, name: str) -> bool:
 
 
 def check_size(tree: Tree) -> str:
-    """A note if it is much; "" if it is not.
+    """Return a note if the checkout is large, else "".
 
-    Raises ToolkitError: it is too much to be code.
+    Raises ToolkitError: it is too large to be code.
     """
     if tree.size_bytes > MOST_BYTES or len(tree.files) > MOST_FILES:
         raise ToolkitError(
             f"the checkout is too large to be sent: {tree}",
             why=f"at most {MOST_FILES} files of {size(MOST_BYTES)} are taken for code; the largest are:\n"
             + "\n".join(largest(tree)),
-            hint="put what is no code into .gitignore; data sets and models that a job names travel by themselves",
+            hint="put what is not code into .gitignore; data sets and models that a job names are sent with the job",
         )
     if tree.size_bytes > ADVISED_BYTES or len(tree.files) > ADVISED_FILES:
-        return f"the checkout is large ({tree}), mostly {', '.join(largest(tree, 3))}; what is no code belongs into .gitignore"
+        mostly = ", ".join(largest(tree, 3))
+        return f"the checkout is large ({tree}), mostly {mostly}; put what is not code into .gitignore"
     return ""
 
 
 def largest(tree: Tree, count: int = 8) -> list[str]:
-    """`runs2/model: 3 files, 5.2 GB`: the largest folders of the first two levels, and files beside
-    them.
-    """
+    """List the largest folders and files of two levels: `runs2/model: 3 files, 5.2 GB`."""
     groups: dict[str, list[File]] = {}
     for file in tree.files:
         groups.setdefault("/".join(file.name.split("/")[:2]), []).append(file)
-    ordered = sorted(
-        groups.items(), key=lambda item: -sum(file.size_bytes + 1000 for file in item[1])
-    )  # a file costs, even an empty one
-    return [
-        f"{one_line(name)}: {plural(len(files), 'files')}, {size(sum(file.size_bytes for file in files))}"
-        for name, files in ordered[:count]
-    ]
+    # 1000 bytes more for each file: even an empty one costs time.
+    ordered = sorted(groups.items(), key=lambda item: -sum(file.size_bytes + 1000 for file in item[1]))
+    sizes = {name: size(sum(file.size_bytes for file in files)) for name, files in ordered[:count]}
+    return [f"{one_line(name)}: {plural(len(groups[name]), 'files')}, {sizes[name]}" for name in sizes]
 
 
-# --- how it is sent -------------------------------------------------------------------------------------------------
+# --- how it is sent -------------------------------------------------------------------------------
 
 
 def send(
@@ -280,11 +269,11 @@ def send(
     rsync: str = "rsync",
     compare: bool = False,
 ) -> Sent:
-    """Into FOLDER.partial on the box; it and FOLDER.temp are there already. `land` makes it whole.
+    """Send a tree into FOLDER.partial on the box, which exists, as does FOLDER.temp.
 
-    like: a whole folder there with much the same files. rsync: the local program; "" if there is
-    none. Raises ToolkitError: the connection broke, the disk there is full; Differs: files changed
-    here meanwhile.
+    `land` then makes it FOLDER. like: a whole folder on the box with mostly the same files. rsync:
+    the local program; "" if there is none. Raises ToolkitError: the connection broke, the box's
+    disk is full; UploadDiffers: files changed here meanwhile.
     """
     started = time.monotonic()
     why = "" if rsync_there else "no rsync on the box"
@@ -312,14 +301,14 @@ def send(
 
 
 def _rsync_failed(connection: BoxConnection, folder: str, answer: CommandResult) -> str:
-    """Why tar is to be tried, or raises what cannot be mended by it."""
+    """Return the reason to try tar, or raise the error that tar would meet, too."""
     if answer.code in RSYNC_CHANGED and not _is_full(connection, folder):
         raise UploadDiffers(
-            "files of the checkout could not be read, or went while they were sent",
+            "files of the checkout could not be read, or disappeared while they were sent",
             why=_last(answer),
             hint="the same command sends what is there now",
         )
-    # 12 is also what a broken connection looks like: then tar fails, too, and says so.
+    # 12 may also mean a broken connection: then tar fails, too, and reports it.
     if answer.code in RSYNC_NOT_THERE and not _is_full(connection, folder):
         return f"rsync ended with {answer.code}: {_last(answer, 1)}"
     raise _not_sent(connection, folder, answer, "rsync", answer.code in RSYNC_LINE)
@@ -328,7 +317,7 @@ def _rsync_failed(connection: BoxConnection, folder: str, answer: CommandResult)
 def _not_sent(
     connection: BoxConnection, folder: str, answer: CommandResult, program: str, broken: bool
 ) -> ToolkitError:
-    again = "the same command resumes; what was there before is as it was"
+    again = "the same command resumes; the deploy before it is unchanged"
     if not broken and _is_full(connection, folder):
         return ToolkitError(
             f"the disk of `{connection.box.name}` is full",
@@ -356,26 +345,30 @@ def _last(answer: CommandResult, count: int = 10) -> str:
 
 
 def _is_full(connection: BoxConnection, folder: str) -> bool:
-    """The disk of a folder on the box, of bytes or of inodes; no, if it cannot be said."""
-    said = connection.query(commands.df(str(PurePosixPath(folder).parent)), check=False)
-    rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", said.out) if not said.code else []
+    """Whether the disk of a folder on the box has no free bytes or inodes; no, if it is unknown."""
+    answer = connection.query(commands.df(str(PurePosixPath(folder).parent)), check=False)
+    rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", answer.out) if not answer.code else []
     return any(int(total) and int(free) <= least for (total, free), least in zip(rows, (1024, 0), strict=False))
 
 
 def rsync_version(program: str) -> tuple[int, int]:
-    """(3, 2); (0, 0) if there is none. openrsync is taken for the 2.6.9 that it says to be like."""
+    """Return rsync's version such as (3, 2); (0, 0) if there is no rsync.
+
+    openrsync counts as the 2.6.9 that it claims to be compatible with.
+    """
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, check=False).stdout.decode(
-            "utf-8", "replace"
-        )
+        output = subprocess.run([program, "--version"], capture_output=True, check=False).stdout
     except OSError:
         return 0, 0
-    found = re.search(r"^rsync +version +v?([0-9]+)\.([0-9]+)", said, re.MULTILINE)
+    found = re.search(rb"^rsync +version +v?([0-9]+)\.([0-9]+)", output, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def pack(tree: Tree, archive: Path) -> None:
-    """GNU's format, which GNU tar and busybox read alike, for names of any length and any bytes."""
+    """Pack a tree in GNU's format.
+
+    Both GNU tar and busybox read it, and names may have any length and any bytes.
+    """
     with tarfile.open(
         archive, "w:gz", compresslevel=6, format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as tar:
@@ -398,21 +391,16 @@ def pack(tree: Tree, archive: Path) -> None:
                 ) from None
 
 
-# --- what arrived ---------------------------------------------------------------------------------------------------
+# --- what arrived ---------------------------------------------------------------------------------
 
 
 def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True) -> CommandResult:
-    """FOLDER.partial is looked at by the box, and becomes FOLDER if it is the tree. more: ROOT,
-    TOKEN and lines of `deployed` (land.sh).
+    """Let the box verify FOLDER.partial, and rename it to FOLDER if it is the tree.
 
-    Raises Differs: it is not.
+    more: ROOT, TOKEN and lines of `deployed` (land.sh). Raises UploadDiffers: it is not the tree.
     """
-    answer = connection.change(
-        commands.sh_script("land", folder, tree.fingerprint, *more),
-        stdin=script("land.sh"),
-        timeout_s=600.0,
-        check=False,
-    )
+    argv = commands.sh_script("land", folder, tree.fingerprint, *more)
+    answer = connection.change(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
     if "differs" in answer.out.split():
         raise UploadDiffers(
             "what arrived is not what was sent",
@@ -423,7 +411,7 @@ def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: 
         raise ToolkitError(
             f"cannot put the files in their place on `{connection.box.name}`",
             why=_last(answer),
-            hint="see that its disk is there and not full",
+            hint="check that the box's disk is there and not full",
             exit_code=ExitCode.UNFIT,
         )
     return answer
@@ -432,17 +420,15 @@ def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: 
 def send_whole(
     connection: BoxConnection, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync"
 ) -> Sent:
-    """A folder of its own, named by its content, for what a job brings: whole or absent.
+    """Send a job's input into a folder that is named by its content, as a whole or not at all.
 
-    What an earlier call left half is gone on with.
-
-    Raises ToolkitError: as `send` and `land`.
+    It resumes what an earlier call left unfinished. Raises ToolkitError: as `send` and `land` do.
     """
     connection.change(commands.mkdir(f"{folder}.partial", f"{folder}.temp"))
     sent = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync)
     try:
         land(connection, tree, folder)
-    except UploadDiffers:  # of an earlier call, or changed within a second: by content, then
+    except UploadDiffers:  # left by an earlier call, or changed within a second: compare contents
         again = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=True)
         land(connection, tree, folder)
         return Sent(again.how, sent.seconds + again.seconds, again.why)

@@ -111,7 +111,7 @@ lock() { # ROOT TOKEN DEAD SECONDS FP LINE...
 
 mark() { # ROOT TOKEN   two may be at it
     if holds_others "$1" && [ ! -f "$1/.rlhf-box" ]; then
-        refuse "$1 is there, and is not ours" "move it away, or name another data_folder in boxes.yaml"
+        refuse "$1 exists, and is not ours" "move it away, or name another data_folder in boxes.yaml"
     fi
     mkdir -p "$1" && put "$1/.rlhf-box.$2" 'made by rlhf-box: fab purge removes this folder' && mv "$1/.rlhf-box.$2" "$1/.rlhf-box"
 }
@@ -139,7 +139,7 @@ take_over() { # of a lock that is there: removed if nobody can be behind it any 
         ! read_line "$root/lock/renewed" || [ "$value" -le "$expires" ] 2>/dev/null || expires=$value
         word_of "$root/lock/owner" box
         if [ "$value" != "$identity" ]; then
-            why='the box was started anew since'
+            why='the box was restarted since'
         elif [ "$theirs" = "$dead" ]; then
             why='its deploy was killed'
         elif [ "$now" -gt "$expires" ] 2>/dev/null; then

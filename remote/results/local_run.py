@@ -1,5 +1,6 @@
-"""A run folder of the laptop, with what fetch puts there: each thing gets its name when it is
-whole, and nothing else is touched.
+"""A run folder of the laptop, into which fetch puts results.
+
+A file or folder gets its name only when it is whole, and nothing else in the run folder is touched.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _CHECKPOINT, _OLD = "checkpoint-", "old-"
 
 
 class LocalRun:
-    """`target` is the run folder; what is on its way lies beside it, on the same file system, so
-    that a rename is enough.
+    """The run folder `target`, and a staging folder next to it for files that are on their way.
+
+    Both are on the same file system, so that a rename is enough.
     """
 
     def __init__(self, target: Path) -> None:
@@ -34,13 +36,13 @@ class LocalRun:
 
     @property
     def _record(self) -> Path:
-        """By path: the hashes that were put there, the latest last, and size and time of the file."""
+        """The file that records, by path, what was fetched: hashes (latest last), size, time."""
         return self.target / ".fetched.json"
 
     def sha256(self, path: str) -> str:
-        """Of the file under its final name; "": it is not there.
+        """Return the hash of the file under its final name; "" if it is not there.
 
-        Size and time answer for a file that was not touched since it was put there.
+        A file whose size and time are unchanged since it was fetched is not hashed again.
         """
         place = self.target / path
         try:
@@ -59,7 +61,7 @@ class LocalRun:
         return all(self.sha256(file.path) == file.sha256 for file in unit.files) and not self._surplus(unit)
 
     def _inside(self, unit: Unit) -> list[str]:
-        """All files that lie under its name."""
+        """List all files that are under the unit's name."""
         place = self.target / unit.path
         if place.is_dir() and not place.is_symlink():
             return [
@@ -73,21 +75,21 @@ class LocalRun:
         return sorted({*self._inside(unit)} - {file.path for file in unit.files})
 
     def check(self, unit: Unit) -> None:
-        """Raises ToolkitError: something lies in its place that no fetch has put there."""
+        """Raise ToolkitError if something is in the unit's place that no fetch has put there."""
         coming = {file.path: file.sha256 for file in unit.files}
         for path in self._inside(unit):
             if self.sha256(path) not in (coming.get(path), *self._placed.get(path, {}).get("sha256", [])):
                 raise ToolkitError(
                     f"{self.target / path} is not what was fetched",
-                    why="it was changed here, or something else has put it there; it is not overwritten",
+                    why="it was changed or written by something else; it is not overwritten",
                     hint="move it away, then the same command resumes",
                 )
 
     def place(self, unit: Unit, parts: Mapping[str, Path]) -> None:
-        """parts: by path, the verified files.
+        """Move a unit into its place, and replace what was fetched earlier.
 
-        What was fetched earlier is replaced; stopped in the middle, the old or the new is there
-        (for a folder, once `put_back` was called).
+        parts: the verified files, by path. If it is stopped in the middle, the old or the new unit
+        is in place; for a folder, once `put_back` was called.
         """
         place, made, old = self.target / unit.path, self.staging / "placing", self._old(unit.path)
         _remove(made)
@@ -96,10 +98,10 @@ class LocalRun:
             file.parent.mkdir(parents=True, exist_ok=True)
             part.replace(file)
         for each in unit.files:
-            if each.path not in parts:  # it is here already
+            if each.path not in parts:  # it was fetched earlier
                 (made / each.path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.target / each.path, made / each.path)
-        self.check(unit)  # it took its time
+        self.check(unit)  # again, since the copy may have taken long
         for each in unit.files:
             file = made / each.path
             file.chmod(0o644)
@@ -109,7 +111,7 @@ class LocalRun:
                 "sha256": list(dict.fromkeys(hashes[::-1]))[:4][::-1],
                 "stat": [found.st_size, found.st_mtime_ns],
             }
-        self._save()  # before the rename: what is found there later is known to be ours
+        self._save()  # before the rename, so that the file is known to be ours as soon as it exists
         place.parent.mkdir(parents=True, exist_ok=True)
         if unit.is_folder:
             for folder in sorted({(made / each.path).parent for each in unit.files}):
@@ -118,29 +120,25 @@ class LocalRun:
                 place.replace(old)
         (made / unit.path).replace(place)
         _sync(place.parent)
-        for path in [
-            path for path in self._placed if path.startswith(f"{unit.path}/") and not (self.target / path).exists()
-        ]:
+        inside = [path for path in self._placed if path.startswith(f"{unit.path}/")]
+        for path in [path for path in inside if not (self.target / path).exists()]:
             del self._placed[path]
         self._save()
         _remove(old)
 
     def _old(self, path: str) -> Path:
-        """Where what is replaced lies for a moment."""
+        """Return where a unit is kept while a new one replaces it."""
         return self.staging / f"{_OLD}{quote(path, safe='')}"
 
     def put_back(self) -> None:
-        """What an earlier call had taken away when it was stopped, and had not replaced yet."""
+        """Put back units that a stopped call had moved away and not yet replaced."""
         for old in self.staging.glob(f"{_OLD}*"):
             place = self.target / unquote(old.name.removeprefix(_OLD))
             if not os.path.lexists(place):
                 old.replace(place)
 
     def drop(self, path: str) -> None:
-        """A folder or file that was fetched earlier, and is of no more use.
-
-        One that was touched since stays.
-        """
+        """Remove a folder or file that was fetched earlier, unless it was changed since."""
         place, old = self.target / path, self.staging / "dropped"
         paths = self._inside(Unit(path, ()))
         if not paths or not all(self.sha256(each) in self._placed.get(each, {}).get("sha256", []) for each in paths):
@@ -161,7 +159,7 @@ class LocalRun:
             folder.rmdir()
 
     def is_complete(self, step: int, mark: str) -> bool:
-        """By the mark of this training of the step; it is the last of it to come."""
+        """Whether all of the step is here. mark: the hash of complete.json, which comes last."""
         return self.sha256(f"step{step}/complete.json") == mark
 
     def _save(self) -> None:
@@ -169,7 +167,7 @@ class LocalRun:
         write_json(self._record, self._placed)
 
     def clear(self, keep: Collection[Path] = (), *, keep_checkpoints: bool = False) -> None:
-        """What is of no more use in the staging folder."""
+        """Remove from the staging folder what is no longer needed."""
         for path in self.staging.iterdir() if self.staging.is_dir() else ():
             if path not in keep and not (keep_checkpoints and path.name.startswith(_CHECKPOINT)):
                 _remove(path)
@@ -179,10 +177,10 @@ class LocalRun:
     # --- parts ---
 
     def part(self, file: RemoteFile) -> Path:
-        """Where it is put together.
+        """Return where a file is put together.
 
-        By its hash, so that what is there can only be its beginning; of one that grows, by its
-        name.
+        The name holds the file's hash, so that a partial file can only be its beginning. A file
+        that grows has its own name instead.
         """
         if file.grows:
             return self.staging / f"growing-{file.path}"
@@ -190,20 +188,21 @@ class LocalRun:
         return self.staging / f"{_CHECKPOINT if '/checkpoints/' in file.path else ''}{file.sha256}-{name}"
 
     def begin(self, file: RemoteFile, *, afresh: bool = False) -> int:
-        """-> the byte to go on from.
+        """Return the byte from which the transfer of a file resumes; 0 if `afresh`.
 
-        What was fetched of a growing file is its beginning, unless it was begun anew.
+        The part of a growing file that was fetched earlier is its beginning, unless the file was
+        written again from scratch.
         """
         part, place = self.part(file), self.target / file.path
         if afresh:
             part.unlink(missing_ok=True)
         elif file.grows and not part.exists() and place.is_file() and place.stat().st_size <= file.size_bytes:
             shutil.copyfile(place, part)
-        there = part.stat().st_size if part.exists() else 0
-        if there > file.size_bytes:
+        part_bytes = part.stat().st_size if part.exists() else 0
+        if part_bytes > file.size_bytes:
             part.unlink()
             return 0
-        return there
+        return part_bytes
 
 
 def _read_json(path: Path) -> Any:

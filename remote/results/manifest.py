@@ -1,6 +1,7 @@
-"""What a box has of a run, as `results.sh manifest` says it: files with their sizes and hashes, put
-together to what gets its name as a whole. The box may be anybody's, so that a name that no run has
-is not taken.
+"""What a box has of a run, as `results.sh manifest` reports it: files with sizes and hashes.
+
+The files are grouped into units, each of which gets its name as a whole. The box may belong to
+anybody, so only names that a run can have are accepted.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from remote.results.run_contents import SHA256, NewestCheckpoint
 NAME_BYTES = 255  # of a file's name, as file systems have it
 MODELS = ("model", "model_ema", "best")
 
-Progress = Callable[
-    [int, int, str], None
-]  # bytes that are here, bytes in all, what comes; while hashes are made there: 0, 0, the file
+# Bytes that are here, bytes in all, the file that comes. While the box hashes: 0, 0, the file.
+Progress = Callable[[int, int, str], None]
 
 
 def silent(_done: int, _total: int, _what: str) -> None:
@@ -32,12 +32,12 @@ class RemoteFile:
     size_bytes: int
     sha256: str  # of its first `size_bytes`
     grows: bool = False
-    content: bytes | None = None  # of a small one that came with the list
+    content: bytes | None = None  # of a small file that came with the list
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets its name here in one rename: a file, or a folder with all that is in it."""
+    """A file, or a folder with all its files, that gets its name here in one rename."""
 
     path: str
     files: tuple[RemoteFile, ...]
@@ -49,26 +49,30 @@ class Unit:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the box has of a run. All of a step or of a checkpoint is in it, or nothing."""
+    """What the box has of a run. A step or a checkpoint is in it as a whole, or not at all."""
 
     files: tuple[RemoteFile, ...] = ()
-    steps: Mapping[int, str] = field(default_factory=dict)  # complete: the hash of complete.json
+    steps: Mapping[int, str] = field(default_factory=dict)  # complete ones: the hash of complete.json
     checkpoints: Mapping[int, NewestCheckpoint] = field(default_factory=dict)
     changed: tuple[int, ...] = ()  # steps that were written to meanwhile
     odd: int = 0  # files whose names hold control characters
-    others: tuple[str, ...] = ()  # runs that are there
+    others: tuple[str, ...] = ()  # runs that are on the box
     problem: str = ""  # no_root, no_run
 
     def units(self) -> list[Unit]:
-        """In the order in which they come: what is small, then each step, its mark last."""
+        """Group the files into units, in the order of transfer.
+
+        Small files first, then each step, its complete.json last.
+        """
         folders: dict[str, list[RemoteFile]] = {}
         for file in self.files:
             folders.setdefault(_unit_of(file.path), []).append(file)
-        units = [Unit(path, tuple(files)) for path, files in folders.items()]
-        return sorted(
-            units,
-            key=lambda unit: (unit.path[:4] == "step", unit.path[:5], unit.path.endswith("complete.json"), unit.path),
-        )
+
+        def order(unit: Unit) -> tuple[bool, str, bool, str]:
+            path = unit.path
+            return path[:4] == "step", path[:5], path.endswith("complete.json"), path
+
+        return sorted((Unit(path, tuple(files)) for path, files in folders.items()), key=order)
 
 
 def _unit_of(path: str) -> str:
@@ -89,7 +93,7 @@ _KNOWN = re.compile(
 
 
 def is_safe(path: str) -> bool:
-    """A file that a run may hold, in the run folder and nowhere else: the box may be anybody's."""
+    """Whether a run may hold a file of this path; a hostile box may name paths outside of it."""
     odd = re.search("[\x00-\x1f\x7f\ufffd]", path)
     return (
         not odd
@@ -99,7 +103,7 @@ def is_safe(path: str) -> bool:
 
 
 class ManifestReader:
-    """The answer of `results.sh manifest`, as it comes."""
+    """Reads the answer of `results.sh manifest` as it comes."""
 
     def __init__(self, stream: IO[bytes], progress: Progress = silent) -> None:
         self._stream, self._progress = stream, progress
@@ -111,7 +115,7 @@ class ManifestReader:
         self._problem, self._odd = "", 0
 
     def read(self) -> Manifest | None:
-        """None: the connection ended before the answer."""
+        """Read the manifest; None if the connection ended before the answer."""
         while line := self._stream.readline():
             if not line.endswith(b"\n"):
                 return None
@@ -152,7 +156,7 @@ class ManifestReader:
             self._odd += 1
 
     def _of_checkpoint(self, path: str, data: bytes) -> None:
-        """The files that its complete.json names."""
+        """Add the files that a checkpoint's complete.json names."""
         try:
             listed = json.loads(data)["files"]
             files = [(name, file["size"], file["sha256"]) for name, file in listed.items()]
@@ -162,7 +166,7 @@ class ManifestReader:
             type(bytes_) is int and bytes_ >= 0 and SHA256.fullmatch(str(sha)) and "/" not in name
             for name, bytes_, sha in files
         ):
-            self._files.pop(path, None)  # of no use: what belongs to it cannot be verified
+            self._files.pop(path, None)  # useless: the checkpoint's files cannot be verified
             self._odd += 1
             return
         for name, bytes_, sha in files:

@@ -1,6 +1,4 @@
-"""Leaving a box as it was found: our folder and all of Docker's that is ours goes, and then it is
-looked whether anything is left.
-"""
+"""Leaving a box as it was found: remove our folder and all that is ours in Docker, and prove it."""
 
 from __future__ import annotations
 
@@ -18,13 +16,13 @@ from remote.ssh.commands import sh_script
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection
 
-COUNT_S = 600.0  # to add up what they take
-PURGE_S = 1800.0  # an environment has some 100,000 files, and a network disk takes its time
+COUNT_S = 600.0  # to add up the sizes
+PURGE_S = 1800.0  # an environment has some 100,000 files, and a network disk is slow
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One thing that was looked for when all was done."""
+    """One thing that was looked for after everything was removed."""
 
     name: str  # folder, processes, docker
     ok: bool
@@ -48,8 +46,8 @@ class Purged:
 
 REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
     "not_ours": ("this is not a folder of ours", "nothing was removed; look at it with fab shell", ExitCode.USAGE),
-    "busy": ("a job runs there", "wait for its end, or fab cancel", ExitCode.BUSY),
-    "locked": ("a deploy is under way there", "wait for its end; fab unlock, if it is dead", ExitCode.BUSY),
+    "busy": ("a job runs there", "wait for its end, or end it with fab cancel", ExitCode.BUSY),
+    "locked": ("a deploy is under way there", "wait for its end; if it is dead, fab unlock", ExitCode.BUSY),
     "mounted": (
         "another file system is mounted in it",
         "unmount it: purge never leaves the file system of its folder",
@@ -59,13 +57,13 @@ REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
 
 
 def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
-    """Removes ROOT, and the containers, images and volumes of ours; then proves it.
+    """Remove ROOT and our containers, images and volumes, and prove that they are gone.
 
-    Twice does no harm. With the line's dry_run it is only
-    asked what would go, and what would be lost is a note.
+    It may be run twice. With the connection's dry_run it only asks what would be removed, and notes
+    what would be lost. fetched: what is safe on the laptop.
 
-    fetched: what is safe on the laptop. Raises ToolkitError: something is not fetched (unless
-    `yes`), a job runs, the folder is not ours, something could not be removed.
+    Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
+    ours, something could not be removed.
     """
     host, found = connection.box.name, read_results(connection, root)
     if found.running is not None:
@@ -80,31 +78,29 @@ def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun
         connection.change(sh_script("purge", root), stdin=script("results.sh"))  # shown
         answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
         would = parse(answer.out, host, root, is_proof_needed=False)
-        return replace(
-            would,
-            notes=(*(f"nowhere else, so that only --yes removes it: {each}" for each in lost if not yes), *would.notes),
-        )
+        needs_yes = [f"not fetched, so only --yes removes it: {each}" for each in lost if not yes]
+        return replace(would, notes=(*needs_yes, *would.notes))
     if lost and not yes:
         raise ToolkitError(
             f"{host} has results that are nowhere else",
             why="\n".join(map(str, lost)),
-            hint=f"{how_to_fetch(host, lost)}\nor --yes, to lose them",
+            hint=f"{how_to_fetch(host, lost)}\nor --yes to delete them",
             exit_code=ExitCode.UNFIT,
         )
     answer = connection.change(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
     purged = parse(answer.out, host, root)
     if not purged.is_clean:
         raise ToolkitError(
-            f"not all of it could be removed from {host}",
+            f"not everything could be removed from {host}",
             why="\n".join(proof.text for proof in purged.proofs if not proof.ok),
-            hint="what holds it is named above; the same command continues with what is left",
+            hint="end what is named above; the same command removes the rest",
             exit_code=ExitCode.UNFIT,
         )
     return purged
 
 
 def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> Purged:
-    """Raises ToolkitError: it was refused, or the answer is not whole."""
+    """Parse the box's answer. Raises ToolkitError: it refused, or the answer is not whole."""
     removed, would, notes, proofs = [], [], [], []
     lines = text.splitlines()
     for line in lines:
@@ -125,11 +121,11 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
         elif word == "note":
             notes.append(rest)
         elif word == "proof":
-            name, state, said = [*rest.split(" ", 2), "", ""][:3]
-            proofs.append(Proof(name, state == "ok", said))
+            name, state, detail = [*rest.split(" ", 2), "", ""][:3]
+            proofs.append(Proof(name, state == "ok", detail))
     if not lines or lines[-1] != "end" or (is_proof_needed and not proofs):
         raise ToolkitError(
-            f"whether {host} is clean cannot be said",
+            f"it is uncertain whether {host} is clean",
             why="its answer was cut short",
             hint="the same command resumes",
             exit_code=ExitCode.UNCERTAIN,
@@ -138,6 +134,6 @@ def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> P
 
 
 def _with_size(text: str) -> str:
-    """`/data/rlhf-box, 1234567 kB` -> `/data/rlhf-box, 1.3 GB`."""
+    """Write a size for a person: `/data/rlhf-box, 1234567 kB` -> `/data/rlhf-box, 1.3 GB`."""
     found = re.fullmatch(r"(.*), ([0-9]{1,15}) kB", text)
     return f"{found[1]}, {size(int(found[2]) * 1024)}" if found else text

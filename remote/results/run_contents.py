@@ -1,6 +1,4 @@
-"""What the runs of a box hold, what of it was fetched, and so what would be lost: for fetch, for
-the card before a stop, for purge.
-"""
+"""What the runs of a box hold, what was fetched, and what would be lost: for fetch, stop, purge."""
 
 from __future__ import annotations
 
@@ -24,15 +22,15 @@ if TYPE_CHECKING:
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SCHEMA = 1
-LOOK_S = 60.0  # the longest that a look may take: it hashes small files only
+LOOK_S = 60.0  # the longest that `results.sh look` may take: it hashes small files only
 
 
 def is_run_name(name: str) -> bool:
-    """A folder of its own in ROOT/runs, whatever else is odd about it."""
+    """Whether a run of this name can have a folder of its own in ROOT/runs."""
     return bool(name) and not name.startswith(".") and not re.search(r"[/\x00-\x1f\x7f\ufffd]", name)
 
 
-# --- on the box ------------------------------------------------------------------------------------------------------
+# --- on the box -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class NewestCheckpoint:
 class FinishedStep:
     """A step whose model is whole."""
 
-    complete: str  # sha256 of its complete.json, which tells one training of it from another
+    complete: str  # sha256 of its complete.json, which differs each time the step is trained
     size_bytes: int  # of its models
 
 
@@ -62,30 +60,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """Of one folder of ours on one box."""
+    """The results in our folder on one box."""
 
     root: str  # without links; "": there is no such folder
     marked: bool = False
-    running: str | None = None  # the run whose job is there; "-": of no run that is known
+    running: str | None = None  # the run whose job runs; "-": a job runs, of an unknown run
     runs: tuple[Run, ...] = ()
 
 
 def read_results(connection: BoxConnection, root: str) -> Results:
-    """One round trip. Raises ToolkitError: the answer is not whole, so nothing can be said."""
+    """Ask the box for its results, in one round trip. Raises ToolkitError: no whole answer."""
     answer = connection.query(sh_script("look", root), stdin=script("results.sh"), timeout_s=LOOK_S)
     lines = answer.out.splitlines()
     if not lines or lines[-1] != "end":
         raise ToolkitError(
-            f"cannot tell what lies on {connection.box.name}",
+            f"cannot tell which results are on {connection.box.name}",
             why=f"the answer stopped after {len(lines)} lines",
-            hint="the same command tries again",
+            hint="try again",
             exit_code=ExitCode.UNREACHABLE,
         )
     return parse_look(answer.out)
 
 
 def parse_look(text: str) -> Results:
-    """Lines that are not known say nothing; what is said of a step is said of the run named last."""
+    """Parse the lines of `results.sh look`.
+
+    A line about a step belongs to the run named last. Unknown lines are ignored.
+    """
     found, runs = Results(""), []
     for line in text.splitlines():
         word, _, rest = line.partition(" ")
@@ -117,7 +118,7 @@ def _with(run: Run, word: str, words: list[str]) -> Run:
     return run
 
 
-# --- on the laptop ---------------------------------------------------------------------------------------------------
+# --- on the laptop --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ class FetchedCheckpoint:
 
 @dataclass(frozen=True)
 class FetchedRun:
-    """What lay in a run folder here when it was last fetched, every byte of it verified."""
+    """What the last fetch left in a run folder here, every byte verified."""
 
-    folder: str = ""  # where it lies here
+    folder: str = ""  # the run folder here
     time: float = 0.0  # by the laptop's clock
     events_bytes: int = 0
     steps: Mapping[int, FetchedStep] = field(default_factory=dict)
@@ -148,10 +149,12 @@ def memory_file(state: Path, box: str) -> Path:
 
 
 def recall(state: Path, box: str) -> dict[str, FetchedRun]:
-    """By run, what was fetched from that box. A file that cannot be read says: nothing."""
+    """Return what was fetched from that box, by run; nothing if the memory file cannot be read."""
     try:
         tree = json.loads(memory_file(state, box).read_text(encoding="utf-8"))
-        return {name: _fetched_run(fields) for name, fields in tree["runs"].items()} if tree["schema"] == SCHEMA else {}
+        if tree["schema"] != SCHEMA:
+            return {}
+        return {name: _fetched_run(fields) for name, fields in tree["runs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -166,13 +169,12 @@ def _fetched_run(fields: Mapping[str, Any]) -> FetchedRun:
 
 def remember(state: Path, box: str, run: str, fetched: FetchedRun) -> None:
     runs = recall(state, box) | {run: fetched}
-    write_json(
-        memory_file(state, box), {"schema": SCHEMA, "runs": {name: asdict(each) for name, each in sorted(runs.items())}}
-    )
+    tree = {name: asdict(each) for name, each in sorted(runs.items())}
+    write_json(memory_file(state, box), {"schema": SCHEMA, "runs": tree})
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or as it was before."""
+    """Write a JSON file as a whole, or leave it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -185,12 +187,12 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-# --- what would be lost ----------------------------------------------------------------------------------------------
+# --- what would be lost ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Unfetched:
-    """One thing that lies on the box alone."""
+    """One result that is only on the box."""
 
     run: str
     what: str  # for a person
@@ -206,33 +208,27 @@ def unfetched(results: Results, fetched: Mapping[str, FetchedRun]) -> tuple[Unfe
 
 
 def _unfetched(run: Run, fetched: FetchedRun) -> Iterator[Unfetched]:
-    for step, there in sorted(run.steps.items()):
-        here = fetched.steps.get(step)
-        if here is None or here.complete != there.complete:
+    for step, finished in sorted(run.steps.items()):
+        fetched_step = fetched.steps.get(step)
+        if fetched_step is None or fetched_step.complete != finished.complete:
             title = STEPS[step].title if step in STEPS else "?"
-            again = "" if here is None else ", trained again since it was fetched"
-            yield Unfetched(run.name, f"the models of step {step} ({title}){again}", there.size_bytes)
+            again = "" if fetched_step is None else ", trained again since it was fetched"
+            yield Unfetched(run.name, f"the models of step {step} ({title}){again}", finished.size_bytes)
     for step, saved in sorted(run.checkpoints.items()):
         kept = fetched.checkpoints.get(step)
         if kept is None or kept.complete != saved.complete:
             older = "" if kept is None else f" (fetched: update {kept.update})"
-            yield Unfetched(
-                run.name,
-                f"the checkpoint of step {step}, update {saved.update}{older}",
-                saved.size_bytes,
-                is_checkpoint=True,
-            )
-    if run.events_bytes != fetched.events_bytes:  # fewer: it was begun anew
+            what = f"the checkpoint of step {step}, update {saved.update}{older}"
+            yield Unfetched(run.name, what, saved.size_bytes, is_checkpoint=True)
+    if run.events_bytes != fetched.events_bytes:  # fewer: the run was started again from scratch
         new = max(run.events_bytes - fetched.events_bytes, 0) or run.events_bytes
-        yield Unfetched(
-            run.name, "events that were written since" if fetched.events_bytes else "its events and its log", new
-        )
+        what = "events written since the last fetch" if fetched.events_bytes else "its events and its log"
+        yield Unfetched(run.name, what, new)
 
 
 def how_to_fetch(host: str, lost: tuple[Unfetched, ...]) -> str:
-    """The commands that bring all of it home."""
+    """Write the commands that bring all of these results home."""
     runs = dict.fromkeys(each.run for each in lost)
     saved = {each.run for each in lost if each.is_checkpoint}
-    return "\n".join(
-        f"fab fetch --host {host} --run {run}" + (" --checkpoints" if run in saved else "") for run in runs
-    )
+    flags = {run: " --checkpoints" if run in saved else "" for run in runs}
+    return "\n".join(f"fab fetch --host {host} --run {run}{flags[run]}" for run in runs)

@@ -1,5 +1,6 @@
-"""The card before a stop: what stopping means for the meter and for the data, truthfully, and what
-lies on the box alone. All of it is pure; `stop` at the end does it.
+"""The card that is shown before a stop: what it means for cost and data, and what is not fetched.
+
+The card is made by pure functions; `stop` at the end stops the box.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ class StopCard:
     currency: str
     disk: str  # while it is stopped: free, paid, unknown
     disk_note: str
-    deadline: float | None  # when the data is released, if it is stopped now; by the laptop's clock
+    deadline: float | None  # when the data is deleted, if the box is stopped now; by the laptop's clock
     deadline_days: int | None
     deadline_note: str
     restart_note: str
-    root: str  # of our folder, without links; "": there is none
+    root: str  # our folder, without links; "": there is none
     root_fate: Fate  # when the box is stopped
     folders: tuple[FolderFate, ...]
-    running: str | None  # the run whose job is there
+    running: str | None  # the run whose job runs on the box
     unfetched: tuple[Unfetched, ...]
-    command: tuple[str, ...]  # inside the box; (): there is none that stops the meter
-    variables: tuple[str, ...]  # that it needs
+    command: tuple[str, ...]  # run on the box to stop the meter; (): there is none
+    variables: tuple[str, ...]  # that the command needs
     by_hand: str
 
     @property
@@ -67,16 +68,16 @@ class StopCard:
         return sum(each.size_bytes for each in self.unfetched)
 
     def lines(self) -> list[tuple[str, str]]:
-        """A label and a text each, for a person."""
+        """Describe the card for a person; each line is a label and a text."""
         meter = {
             "off": "stops",
-            "on": "GOES ON: a stopped box is paid for like a running one",
+            "on": "KEEPS RUNNING: a stopped box costs as much as a running one",
             "unknown": "not known: look at the box's page",
         }[self.meter]
         price = f" ({money(self.price_per_hour, self.currency)}/h)" if self.price_per_hour is not None else ""
         disk = {
-            "free": "costs nothing while it is stopped",
-            "paid": "is paid for while it is stopped",
+            "free": "costs nothing while the box is stopped",
+            "paid": "costs money while the box is stopped",
             "unknown": "not known",
         }[self.disk]
         rows = [
@@ -89,36 +90,24 @@ class StopCard:
             fate = {
                 "kept": "survives a stop",
                 "lost": "is LOST by a stop",
-                "unknown": "nobody promises that it survives a stop",
+                "unknown": "may not survive a stop",
             }[self.root_fate]
             rows.append(("our folder", f"{self.root} {fate}"))
         if self.deadline is not None:
             date = datetime.fromtimestamp(self.deadline, timezone.utc).astimezone().strftime("%Y-%m-%d")
-            rows.append(
-                (
-                    "deadline",
-                    _noted(
-                        f"the data is released after {plural(self.deadline_days, 'days')}, about {date}",
-                        self.deadline_note,
-                    ),
-                )
-            )
+            released = f"the data is deleted after {plural(self.deadline_days, 'days')}, about {date}"
+            rows.append(("deadline", _noted(released, self.deadline_note)))
         elif self.deadline_note:
             rows.append(("deadline", self.deadline_note))
         if self.restart_note:
             rows.append(("start again", self.restart_note))
         rows.append(("running", f"run `{self.running}`" if self.running is not None else "no job"))
-        rows += [("not fetched", str(each)) for each in self.unfetched] or [
-            ("not fetched", "nothing: all results are on this laptop")
-        ]
-        return rows
+        unfetched_texts = [*map(str, self.unfetched)] or ["nothing: all results are on this laptop"]
+        return rows + [("not fetched", text) for text in unfetched_texts]
 
     def as_json(self) -> dict[str, Any]:
-        tree = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name not in ("folders", "unfetched", "command", "variables")
-        }
+        others = ("folders", "unfetched", "command", "variables")
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in others}
         return tree | {
             "folders": [vars(folder) for folder in self.folders],
             "unfetched": [vars(each) for each in self.unfetched],
@@ -142,12 +131,15 @@ def card_of(
     price_per_hour: float | None = None,
     currency: str = "",
 ) -> StopCard:
-    """home: of the box's user, "" if it is not known. now: the laptop's time."""
+    """Make the card of a box from its provider's facts and its results.
+
+    home: of the box's user, "" if it is not known. now: the laptop's time.
+    """
     stop = provider.stop
     folders = tuple(
         FolderFate(_at_home(each.path, home), each.on_stop, each.on_release, each.days, each.note)
         for each in provider.folders
-    )  # nothing is said of others
+    )
     return StopCard(
         host=host,
         provider=provider.title,
@@ -172,22 +164,21 @@ def card_of(
 
 
 def _at_home(path: str, home: str) -> str:
-    return (
-        f"{home.rstrip('/')}{path.removeprefix('$HOME')}"
-        if home and (path == "$HOME" or path.startswith("$HOME/"))
-        else path
-    )
+    if home and (path == "$HOME" or path.startswith("$HOME/")):
+        return f"{home.rstrip('/')}{path.removeprefix('$HOME')}"
+    return path
 
 
 def fate_of(path: str, folders: tuple[FolderFate, ...]) -> Fate:
-    """By the longest folder that holds it."""
+    """Return what a stop does to a path, by the innermost known folder that holds it."""
     holding = [folder for folder in folders if PurePosixPath(path).is_relative_to(folder.path)] if path else []
     return max(holding, key=lambda folder: len(PurePosixPath(folder.path).parts)).on_stop if holding else "unknown"
 
 
 def may_stop(card: StopCard, *, yes: bool = False) -> None:
-    """Raises ToolkitError: without `yes`, BUSY while a job runs, UNFIT while something is not
-    fetched.
+    """Raise ToolkitError if the box may not be stopped without `yes`.
+
+    BUSY while a job runs; UNFIT while something is not fetched.
     """
     if yes:
         return
@@ -195,36 +186,36 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
         raise ToolkitError(
             f"cannot stop {card.host}: a job runs there",
             why=f"run `{card.running}`",
-            hint=f"fab cancel --host {card.host} saves a checkpoint and ends it; or --yes, to stop the box under it",
+            hint=f"fab cancel --host {card.host} saves a checkpoint and ends it; or --yes to stop the box anyway",
             exit_code=ExitCode.BUSY,
         )
     if card.unfetched:
         raise ToolkitError(
             f"{card.host} has results that are nowhere else",
             why="\n".join([*map(str, card.unfetched), _what_becomes_of_them(card)]),
-            hint=f"{how_to_fetch(card.host, card.unfetched)}\nor --yes, to stop it all the same",
+            hint=f"{how_to_fetch(card.host, card.unfetched)}\nor --yes to stop the box anyway",
             exit_code=ExitCode.UNFIT,
         )
 
 
 def _what_becomes_of_them(card: StopCard) -> str:
-    kept = "they survive a stop" + (
-        f", for {plural(card.deadline_days, 'days')}" if card.deadline_days is not None else ""
-    )
-    return {"kept": kept, "lost": "a stop destroys them", "unknown": "whether they survive a stop is not known"}[
-        card.root_fate
-    ]
+    days = f", for {plural(card.deadline_days, 'days')}" if card.deadline_days is not None else ""
+    return {
+        "kept": f"they survive a stop{days}",
+        "lost": "a stop destroys them",
+        "unknown": "it is not known whether they survive a stop",
+    }[card.root_fate]
 
 
 def stop_command(card: StopCard) -> list[str]:
-    """The provider's own command, as it is called inside the box.
+    """Build the provider's own command, as it is called inside the box.
 
     Raises ToolkitError: there is none that stops the meter.
     """
     if card.meter == "on":
         raise ToolkitError(
             f"shutting {card.host} down does not stop its meter",
-            why=_noted(f"{card.provider}: a box that is shut down is paid for like a running one", card.disk_note),
+            why=_noted(f"{card.provider}: a box that is shut down costs as much as a running one", card.disk_note),
             hint=card.by_hand,
             exit_code=ExitCode.UNFIT,
         )
@@ -239,33 +230,33 @@ def stop_command(card: StopCard) -> list[str]:
 
 @dataclass(frozen=True)
 class StopOutcome:
-    said: str  # by the command
-    broke: bool  # the connection closed with the box
+    said: str  # what the command printed
+    broke: bool  # the connection closed because the box went down
 
 
 def stop(connection: BoxConnection, card: StopCard, *, yes: bool = False) -> StopOutcome:
-    """Stops the box.
+    """Stop the box.
 
     Raises ToolkitError: it may not be stopped, cannot stop itself, or its command failed.
 
-    The command's variables (a key of the account among them) are read on the box from its first
-    process, and stand in no argument of ours.
+    The command's variables (among them a key of the account) are read on the box, from its first
+    process. They are in no argument of ours.
     """
     may_stop(card, yes=yes)
     argv = stop_command(card)
-    connection.connect()  # from here on, a connection that breaks is the box going down
+    connection.connect()  # if the connection breaks after this, the box is going down
     try:
         answer = connection.change(argv, stdin=script("results.sh"), timeout_s=STOP_S, check=False)
     except ToolkitError as error:
         if error.exit_code != ExitCode.UNREACHABLE:
             raise
         return StopOutcome("", broke=True)
-    said = " ".join(word for word in (answer.out + answer.err).split() if word != "begin")
-    if answer.code and answer.code != 255:  # as a connection says it that ended with the box
+    output = " ".join(word for word in (answer.out + answer.err).split() if word != "begin")
+    if answer.code and answer.code != 255:  # 255: the connection ended with the box
         raise ToolkitError(
             f"{card.host} was not stopped",
-            why=f"its command ended with exit code {answer.code}: {said[-400:]}",
+            why=f"its command ended with exit code {answer.code}: {output[-400:]}",
             hint=card.by_hand,
             exit_code=ExitCode.UNFIT,
         )
-    return StopOutcome(said, broke=bool(answer.code))
+    return StopOutcome(output, broke=bool(answer.code))

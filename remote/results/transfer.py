@@ -1,13 +1,13 @@
-"""Bringing results home, also while the job trains: events, log, the models of complete steps and,
-if asked, complete checkpoints.
+"""Bringing results home, also while the job trains.
 
-The box says what is complete, with hashes (results.sh); what is not here yet comes over one stream,
-each file from the byte where an earlier call stopped. It is verified here before it gets its name,
-by a rename; a model or a checkpoint gets its name as a whole.
+Results are the events, the log, the models of complete steps and, if asked for, complete
+checkpoints. The box reports what is complete, with hashes (results.sh). What is not here yet comes
+over one stream, each file from the byte where an earlier call stopped. It is verified here before a
+rename gives it its name; a model or a checkpoint gets its name as a whole.
 
-Not by rsync: weights neither shrink nor resemble older ones, so there is nothing for it to save,
-and a partial file, which is known by its hash, goes on at the byte without being read again on the
-box. So boxes and laptops without it are served alike.
+rsync is not used. Weights neither compress nor resemble older ones, so it could save nothing. A
+partial file is known by its hash, so it resumes at its byte without being read again on the box.
+And boxes and laptops need no rsync.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from remote.ssh.commands import sh_script
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection
 
-ROUNDS = 4  # manifests, where what they list changes under our hands
-RECONNECTS = 3  # after a connection that broke, if some bytes had come
-LAST_WORDS_S = 2.0  # for what ssh says of a connection that broke
-GREETING_LINES = 1000  # that a login may say
+ROUNDS = 4  # manifests that are read, at most, while files change on the box
+RECONNECTS = 3  # after a connection that broke, if it had brought some bytes
+LAST_WORDS_S = 2.0  # to wait for ssh's message about a connection that broke
+GREETING_LINES = 1000  # that a login may print
 MOST_ARGUMENTS = 64 * 1024  # bytes of one command, well below what a shell takes as one word
-SPARE_BYTES = 64 << 20  # that stay free here
+SPARE_BYTES = 64 << 20  # that must stay free here
 
 
-# --- the line --------------------------------------------------------------------------------------------------------
+# --- the connection -------------------------------------------------------------------------------
 
 
 class TransferCut(Exception):
-    """The connection ended before all was said."""
+    """The connection ended before the whole answer had come."""
 
 
 @contextmanager
-def _said(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]:
-    """What results.sh says there, as it comes.
+def _answer_stream(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]:
+    """Run results.sh on the box, and yield its output as it comes.
 
-    Raises Cut; ToolkitError where the box cannot be reached at all.
+    Raises TransferCut; ToolkitError if the box cannot be reached at all.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -73,8 +73,8 @@ def _said(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,
-        )  # its own session: Ctrl-C is ours alone
+            start_new_session=True,  # so that Ctrl-C reaches us alone
+        )
         assert process.stdin is not None and process.stdout is not None
         try:
             with suppress(BrokenPipeError):
@@ -95,9 +95,9 @@ def _said(connection: BoxConnection, argv: Sequence[str]) -> Iterator[IO[bytes]]
 
 def _cut(connection: BoxConnection, why: object, done: str) -> ToolkitError:
     return ToolkitError(
-        f"the connection to {connection.box.name} broke while results came",
+        f"the connection to {connection.box.name} broke during the fetch",
         why=f"{why}; {done}",
-        hint="the same command resumes at that byte; the job, if one runs, does not notice",
+        hint="the same command resumes at that byte; a running job is not affected",
         exit_code=ExitCode.UNREACHABLE,
     )
 
@@ -105,13 +105,13 @@ def _cut(connection: BoxConnection, why: object, done: str) -> ToolkitError:
 def ask_manifest(
     connection: BoxConnection, root: str, run: str, *, checkpoints: bool = False, progress: Progress = silent
 ) -> Manifest:
-    """One round trip.
+    """Ask the box what it has of a run, in one round trip.
 
     Raises ToolkitError: no such run, our folder is gone, the connection broke.
     """
     argv = sh_script("manifest", root, run, *(["checkpoints"] if checkpoints else []))
     try:
-        with _said(connection, argv) as stream:
+        with _answer_stream(connection, argv) as stream:
             manifest = ManifestReader(stream, progress).read()
             if manifest is None:
                 raise TransferCut
@@ -120,7 +120,7 @@ def ask_manifest(
     if manifest.problem == "no_root":
         raise ToolkitError(
             f"our folder is gone on {connection.box.name}",
-            why=f"{root} is not there, or has lost its mark: its disk is not mounted, or the box was made anew",
+            why=f"{root} is not there, or has lost its mark: its disk is not mounted, or the box was set up again",
             hint="look at the box's page; what was fetched before is untouched",
             exit_code=ExitCode.LOST,
         )
@@ -131,7 +131,7 @@ def ask_manifest(
     return manifest
 
 
-# --- fetch -----------------------------------------------------------------------------------------------------------
+# --- fetch ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Fetched:
     total_bytes: int = 0  # of all that is here now
     seconds: float = 0.0
     steps: tuple[int, ...] = ()  # complete ones, whose models are here
-    left: tuple[str, ...] = ()  # what is there and not here, each with its reason
+    left: tuple[str, ...] = ()  # what was not fetched from the box, each with its reason
     would: tuple[str, ...] = ()  # with --dry-run: what would come
 
 
@@ -166,12 +166,11 @@ class _Call:
     progress: Progress
     placed: dict[str, None] = field(default_factory=dict)
     moved_bytes: int = 0
-    again: set[str] = field(
-        default_factory=set
-    )  # went on from what was here, and that was no beginning of it: from its first byte, then
-    mismatched: dict[str, str] = field(default_factory=dict)  # came whole, with another hash than this one
-    damaged: dict[str, str] = field(default_factory=dict)  # likewise, twice
-    changed: list[str] = field(default_factory=list)  # of this round: gone there, or not what was listed
+    # Files whose part here proved not to be their beginning; they start from byte 0 next time.
+    again: set[str] = field(default_factory=set)
+    mismatched: dict[str, str] = field(default_factory=dict)  # files that came whole, but not with this hash
+    damaged: dict[str, str] = field(default_factory=dict)  # the same, twice
+    changed: list[str] = field(default_factory=list)  # in this round: gone on the box, or not as listed
 
 
 def fetch(
@@ -186,7 +185,7 @@ def fetch(
 ) -> Fetched:
     """Bring what is complete of ROOT/runs/RUN to `target`, and remember it in `state`.
 
-    Raises ToolkitError; what had come by then stays, and the next call goes on from there.
+    Raises ToolkitError. What had come by then stays, and the next call resumes from there.
     """
     try:
         return _fetch(connection, root, run, target, state, what, progress)
@@ -198,14 +197,12 @@ def _fetch(
     connection: BoxConnection, root: str, run: str, target: Path, state: Path, what: FetchSelection, progress: Progress
 ) -> Fetched:
     if not is_run_name(run):
-        raise ToolkitError(f"`{run}` cannot be the name of a run", hint="fab ps lists those that are there")
+        raise ToolkitError(f"`{run}` cannot name a run", hint="fab ps lists the runs of the box")
     start = time.monotonic()
     if connection.dry_run:
         connection.say.command(connection.box.name, sh_script("manifest", root, run), script("results.sh"))
-        here, manifest = (
-            LocalRun(target),
-            ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress),
-        )
+        here = LocalRun(target)
+        manifest = ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
         units = _wanted(manifest, what)
         coming = [unit.path for unit in units if not here.has(unit)]
         same = [unit.path for unit in units if unit.path not in coming]
@@ -217,16 +214,16 @@ def _fetch(
             manifest = ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
             try:
                 _bring(call, manifest)
-            finally:  # what has its name by now is known, whatever stopped the rest
+            finally:  # whatever has its name by now is recorded, even if the rest failed
                 _remember(call.here, manifest, state, connection.box.name, run)
             if not call.changed and not manifest.changed:
                 break
             if number + 1 == ROUNDS:
+                changed = call.changed or [f"step {step}" for step in manifest.changed]
                 raise ToolkitError(
                     f"run `{run}` changes faster than it can be fetched",
-                    why="changed while it came: "
-                    + ", ".join(call.changed or [f"step {step}" for step in manifest.changed]),
-                    hint="fetch when the step is complete, or let it save checkpoints less often (checkpoint.every_minutes)",
+                    why=f"changed during the fetch: {', '.join(changed)}",
+                    hint="fetch when the step is complete, or save checkpoints less often (checkpoint.every_minutes)",
                     exit_code=ExitCode.BUSY,
                 )
         call.here.clear(keep_checkpoints=not what.checkpoints)
@@ -234,8 +231,8 @@ def _fetch(
     if call.damaged:
         raise ToolkitError(
             f"{plural(len(call.damaged), 'files')} on {connection.box.name} cannot be trusted",
-            why="twice they came with other bytes than their hash says: " + ", ".join(call.damaged),
-            hint="its disk or its memory is broken, or the file was written to; all else was fetched",
+            why="they came twice with bytes that do not match their hash: " + ", ".join(call.damaged),
+            hint="the box's disk or memory is broken, or the file was written to; all else was fetched",
             exit_code=ExitCode.UNFIT,
         )
     return Fetched(
@@ -253,9 +250,9 @@ def _fetch(
 
 @contextmanager
 def _lock(state: Path, box: str) -> Iterator[None]:
-    """One call for a box at a time: all remember in the same file.
+    """Allow one fetch for a box at a time, since all record their results in the same file.
 
-    Raises ToolkitError: another one fetches.
+    Raises ToolkitError: another fetch is running.
     """
     path = memory_file(state, box).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,9 +260,8 @@ def _lock(state: Path, box: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolkitError(
-                f"another call fetches from {box}", hint="let it end first", exit_code=ExitCode.BUSY
-            ) from None
+            what = f"another `fab fetch` from {box} is running"
+            raise ToolkitError(what, hint="wait for its end", exit_code=ExitCode.BUSY) from None
         yield
 
 
@@ -281,14 +277,12 @@ def _wanted(manifest: Manifest, what: FetchSelection) -> list[Unit]:
 
 def _left(manifest: Manifest, what: FetchSelection) -> Iterator[str]:
     if what.checkpoints and not manifest.checkpoints and not manifest.changed:
-        yield (
-            "there is no checkpoint now: a step that is complete keeps none"
-            if manifest.steps
-            else "there is no checkpoint yet"
-        )
+        complete = "there is no checkpoint now: a complete step keeps none"
+        yield complete if manifest.steps else "there is no checkpoint yet"
     for step, saved in sorted(manifest.checkpoints.items()):
         if not what.checkpoints:
-            yield f"the checkpoint of step {step}, update {saved.update}, {size(saved.size_bytes)}: --checkpoints takes it along"
+            checkpoint = f"the checkpoint of step {step}, update {saved.update}, {size(saved.size_bytes)}"
+            yield f"{checkpoint}: --checkpoints brings it"
     if not what.models:
         yield from (f"the models of step {step}: they were not asked for" for step in sorted(manifest.steps))
     if manifest.odd:
@@ -296,14 +290,15 @@ def _left(manifest: Manifest, what: FetchSelection) -> Iterator[str]:
 
 
 def _tidy(here: LocalRun, manifest: Manifest) -> None:
-    """What was fetched earlier and the box itself has no more: models of an earlier training,
-    checkpoints that nothing goes on from.
+    """Remove what was fetched earlier and is no longer on the box.
+
+    These are models of an earlier training, and checkpoints from which nothing resumes any more.
     """
-    there = {unit.path for unit in manifest.units()}
+    remote_paths = {unit.path for unit in manifest.units()}
     for step in manifest.steps:
         if here.is_complete(step, manifest.steps[step]):
             for name in MODELS:
-                if f"step{step}/{name}" not in there:
+                if f"step{step}/{name}" not in remote_paths:
                     here.drop(f"step{step}/{name}")
             here.drop_checkpoints(step)
     for step, saved in manifest.checkpoints.items():
@@ -312,47 +307,40 @@ def _tidy(here: LocalRun, manifest: Manifest) -> None:
 
 
 def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: str) -> None:
-    """Only what is here, every byte verified."""
-    whole = [unit for unit in manifest.units() if here.has(unit)]
-    paths = {unit.path for unit in whole}
+    """Record what was fetched: only what is here, with every byte verified."""
+    local_units = [unit for unit in manifest.units() if here.has(unit)]
+    paths = {unit.path for unit in local_units}
     steps = {}
     for step, mark in manifest.steps.items():
-        names = {
-            unit.path
-            for unit in manifest.units()
-            if unit.path.startswith(f"step{step}/") and "/checkpoints/" not in unit.path
-        }
+        in_step = [unit.path for unit in manifest.units() if unit.path.startswith(f"step{step}/")]
+        names = {path for path in in_step if "/checkpoints/" not in path}
         if names <= paths:
-            models = sorted(
-                f"{file.sha256} {file.size_bytes} {file.path}"
-                for unit in whole
-                if unit.path in names
-                for file in unit.files
-            )
+            files = [file for unit in local_units if unit.path in names for file in unit.files]
+            models = sorted(f"{file.sha256} {file.size_bytes} {file.path}" for file in files)
             steps[step] = FetchedStep(mark, hashlib.sha256("\n".join(models).encode()).hexdigest())
     before = recall(state, box).get(run, FetchedRun())
     checkpoints = {step: each for step, each in before.checkpoints.items() if step not in manifest.steps}
     for step, saved in manifest.checkpoints.items():
         if f"step{step}/checkpoints/update-{saved.update}" in paths:
             checkpoints[step] = FetchedCheckpoint(saved.update, saved.complete)
-    events = next((unit.files[0].size_bytes for unit in whole if unit.path == "events.jsonl"), before.events_bytes)
-    remember(state, box, run, FetchedRun(str(here.target.absolute()), time.time(), events, steps, checkpoints))
+    events = [unit.files[0].size_bytes for unit in local_units if unit.path == "events.jsonl"]
+    events_bytes = events[0] if events else before.events_bytes
+    remember(state, box, run, FetchedRun(str(here.target.absolute()), time.time(), events_bytes, steps, checkpoints))
 
 
 @dataclass
 class _Move:
-    """One file on its way."""
+    """One file that is being transferred."""
 
     unit: Unit
     file: RemoteFile
-    offset: int  # the byte to go on from
+    offset: int  # the byte to resume from
 
 
 def _bring(call: _Call, manifest: Manifest) -> None:
-    """All units that are not here yet, each put in its place when it is whole.
+    """Bring all units that are not here yet, and put each in its place when it is whole.
 
-    Raises ToolkitError when the connection breaks, the disk is full,
-    or a place is taken.
+    Raises ToolkitError: the connection broke, the disk is full, or a place is taken.
     """
     here, call.changed = call.here, []
     missing = [unit for unit in _wanted(manifest, call.what) if not here.has(unit)]
@@ -376,14 +364,14 @@ def _bring(call: _Call, manifest: Manifest) -> None:
     arrived: dict[str, dict[str, Path]] = {unit.path: {} for unit in missing}
 
     def arrive(move: _Move) -> None:
-        """A file that is whole and verified."""
+        """Take a file that is whole and verified, and place its unit if that is whole, too."""
         unit = move.unit
         arrived[unit.path][move.file.path] = here.part(move.file)
         if arrived[unit.path].keys() == lacking[unit.path].keys():
             _place(call, manifest, unit, arrived[unit.path])
 
     for unit in missing:
-        if not lacking[unit.path]:  # only something has to go that is not in it any more
+        if not lacking[unit.path]:  # nothing is missing: only files that the unit lost have to go
             _place(call, manifest, unit, {})
     for move in moves:
         if move.file.content is not None:
@@ -399,11 +387,11 @@ def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path
         other.path.startswith(f"{step}/") and other != unit and not call.here.has(other)
         for other in _wanted(manifest, call.what)
     ):
-        call.changed.append(unit.path)  # a part of the step is not here: nothing may say that it is complete
+        call.changed.append(unit.path)  # a part of the step is missing here, so it is not marked complete
         return
     mark = manifest.steps.get(int(step[4]), "") if step.startswith("step") else ""
     if mark and not is_mark and not call.here.is_complete(int(step[4]), mark):
-        call.here.drop(f"{step}/complete.json")  # it is of an earlier training
+        call.here.drop(f"{step}/complete.json")  # of an earlier training
     call.here.place(unit, parts)
     call.placed[unit.path] = None
 
@@ -413,9 +401,9 @@ def _check_room(here: LocalRun, moves: Sequence[_Move]) -> None:
     free = shutil.disk_usage(here.staging).free
     if needed and needed + SPARE_BYTES > free:
         raise ToolkitError(
-            "the disk here is too small for what is to come",
+            "the disk of this machine is too small for the results",
             why=f"{size(needed)} are to come, and {size(free)} are free at {here.staging.parent}",
-            hint="make room, or fetch into another folder: RLHF_RUNS names it",
+            hint="make room, or fetch into another folder with --to or RLHF_RUNS",
         )
 
 
@@ -432,9 +420,7 @@ class _Counter:
 
 
 def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None]) -> None:
-    """All of them, over a connection that may break: again and again, as long as it brings
-    something.
-    """
+    """Receive all files, and reconnect if the connection breaks, as long as it brings something."""
     counter = _Counter(call.progress, sum(move.offset for move in moves), sum(move.file.size_bytes for move in moves))
     left, tries = deque(moves), RECONNECTS
     while left:
@@ -450,9 +436,9 @@ def _receive(call: _Call, moves: Sequence[_Move], arrive: Callable[[_Move], None
 
 
 def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], None], counter: _Counter) -> None:
-    """As many as one command takes; each leaves `left` when it has come, or is no more.
+    """Receive as many files as one command takes.
 
-    Raises Cut.
+    A file is removed from `left` when it has come or is gone on the box. Raises TransferCut.
     """
     batch: list[_Move] = []
     words: list[str] = []
@@ -462,7 +448,7 @@ def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], Non
             break
         batch.append(move)
         words += more
-    with _said(call.connection, sh_script("send", call.root, call.run, *words)) as stream:
+    with _answer_stream(call.connection, sh_script("send", call.root, call.run, *words)) as stream:
         _skip_greeting(stream)
         for index, move in enumerate(batch):
             header = stream.readline().decode("utf-8", "replace")
@@ -470,7 +456,7 @@ def _receive_some(call: _Call, left: deque[_Move], arrive: Callable[[_Move], Non
                 call.changed.append(move.file.path)
             elif header != f"bytes {index} {move.file.size_bytes - move.offset}\n":
                 raise TransferCut(
-                    "what came was not what had been asked for" if header.endswith("\n") else "nothing more came"
+                    "the answer was not the file asked for" if header.endswith("\n") else "nothing more came"
                 )
             else:
                 _take(call, move, stream, counter, arrive)
@@ -490,9 +476,9 @@ def _skip_greeting(stream: IO[bytes]) -> None:
 
 
 def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive: Callable[[_Move], None]) -> None:
-    """The rest of one file.
+    """Receive the rest of one file, and verify it.
 
-    Raises Cut: then all that came stays, and `move.offset` says how much that is.
+    Raises TransferCut. All that came stays, and `move.offset` says how much that is.
     """
     path, file = call.here.part(move.file), move.file
     resumed, digest = move.offset, hashlib.sha256()
@@ -504,7 +490,7 @@ def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive
             if not block:
                 raise TransferCut("nothing more came")
             part.write(block)
-            part.flush()  # else a full disk is noticed too late to say how much is here
+            part.flush()  # otherwise a full disk would show too late to know how much is here
             digest.update(block)
             move.offset += len(block)
             counter.add(len(block), file.path)
@@ -513,7 +499,7 @@ def _take(call: _Call, move: _Move, stream: IO[bytes], counter: _Counter, arrive
         arrive(move)
         return
     path.unlink()
-    if resumed:  # perhaps that was no beginning of it
+    if resumed:  # the part that was here may not have been its beginning
         call.again.add(file.path)
         call.changed.append(file.path)
     elif not file.grows and call.mismatched.get(file.path) == file.sha256:

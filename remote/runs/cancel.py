@@ -1,4 +1,4 @@
-"""Cancelling a job on a box, with the proof that nothing of it is left."""
+"""Cancelling a job on a box, and the proof that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -34,43 +34,39 @@ class Cancelled:
             "by itself": f"ended by itself{code}",
             "killed": f"killed, since it did not end by itself{code}",
         }
-        proof = [f"still there: process {each}" for each in self.left] + [
-            f"still in GPU memory: {each}" for each in self.gpu_held
-        ]
-        return "\n".join(
-            [ended[self.how], *(proof or ["nothing of it is left, and no process of its holds GPU memory"])]
-        )
+        leftovers = [f"still running: process {each}" for each in self.left]
+        leftovers += [f"still in GPU memory: {each}" for each in self.gpu_held]
+        return "\n".join([ended[self.how], *(leftovers or ["none of its processes is left or holds GPU memory"])])
 
 
 def cancel(
     connection: BoxConnection, providers: Mapping[str, Provider], run: str, grace_s: str, say: Callable[[str], None]
 ) -> Cancelled:
-    """TERM, time for a checkpoint, KILL, and the proof that nothing of it is left. run, grace_s:
-    `-` for the job's own.
+    """Send SIGTERM, give time for a checkpoint, send SIGKILL, and prove that nothing is left.
 
-    Raises ToolkitError: nothing deployed, no such run; UNCERTAIN if the connection broke before the
-    end was seen.
+    run, grace_s: `-` for the running run, and for the job's own grace. Raises ToolkitError: nothing
+    is deployed, there is no such run; UNCERTAIN if the connection broke before the end was seen.
     """
     argv = dispatch(connection.box, providers, "cancel", run, grace_s)
-    said: list[str] = []
+    lines: list[str] = []
 
     def heard(text: str) -> None:
-        said.append(text)
+        lines.append(text)
         if text.strip() in ("term", "kill"):
-            say("asked it to end" if text.strip() == "term" else "its time is over: killing it")
+            say("asked the job to end" if text.strip() == "term" else "the grace is over: killing the job")
 
-    # with our own words for what is wrong with the connection; what follows takes as long as the
-    # job does
+    # First, since it has our own words for a connection that fails. The command below takes as long
+    # as the job needs to end.
     connection.connect()
     answer = connection.local(connection.stream(argv), changes=True, check=False, heard=heard)
     if connection.dry_run:
         return Cancelled("not running")
-    ended = read_cancel("\n".join(said))
+    ended = read_cancel("\n".join(lines))
     if ended is None and answer.code == 255:
         raise ToolkitError(
             f"the connection to `{connection.box.name}` broke while the job was ending",
             why=one_line(answer.err),
-            hint="the same command again is safe, and says how it ended",
+            hint="run the same command again: it is safe, and says how the job ended",
             exit_code=ExitCode.UNCERTAIN,
         )
     if ended is None:
@@ -84,15 +80,15 @@ def cancel(
 
 
 def read_cancel(text: str) -> Cancelled | None:
-    """None: it did not come to its end."""
-    said = [line.strip().partition(" ") for line in text.splitlines()]
-    words = {word for word, _, _ in said}
+    """Parse the answer of `supervisor.sh cancel`; None if it does not say how the job ended."""
+    lines = [line.strip().partition(" ") for line in text.splitlines()]
+    words = {word for word, _, _ in lines}
     if not words & {"ended", "not_running"}:
         return None
-    code = next((rest for word, _, rest in said if word == "ended"), "")
+    code = next((rest for word, _, rest in lines if word == "ended"), "")
     return Cancelled(
         "not running" if "not_running" in words else "killed" if "kill" in words else "by itself",
         int(code) if re.fullmatch(r"-?[0-9]{1,9}", code) else None,
-        tuple(rest for word, _, rest in said if word == "left"),
-        tuple(rest for word, _, rest in said if word == "gpu_held"),
+        tuple(rest for word, _, rest in lines if word == "left"),
+        tuple(rest for word, _, rest in lines if word == "gpu_held"),
     )

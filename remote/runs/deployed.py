@@ -1,5 +1,6 @@
-"""What is deployed on a box, and how its supervisor is called: one command that finds our folder by
-itself, from any laptop.
+"""What is deployed on a box, and how its supervisor is called.
+
+One command finds our folder on the box by itself, so that it works from any laptop.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ NOT_DEPLOYED = 3
 
 
 def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
-    """Where our folder may be: where boxes.yaml says, else where its provider has its data disk,
-    else at any provider's place.
+    """Return the paths where our folder may be on the box.
+
+    Where boxes.yaml says; else on its provider's data disk; else in any provider's place.
     """
     if box.data_folder:
         folders = [box.data_folder]
@@ -31,7 +33,7 @@ def roots(box: Box, providers: Mapping[str, Provider]) -> list[str]:
 
 
 def dispatch(box: Box, providers: Mapping[str, Provider], verb: str, *arguments: str) -> list[str]:
-    """`supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
+    """Call `supervisor.sh VERB ROOT ARGUMENT...` of the code that was deployed last."""
     return ["sh", "-c", dispatch_script(), "rlhf-box", *roots(box, providers), "--", verb, *arguments]
 
 
@@ -39,7 +41,7 @@ def dispatch(box: Box, providers: Mapping[str, Provider], verb: str, *arguments:
 class Deployment:
     root: str
     facts: Mapping[str, str] = field(default_factory=dict)  # the lines of ROOT/deployed
-    inputs: frozenset[str] = frozenset()  # hashes that are there
+    inputs: frozenset[str] = frozenset()  # hashes of the inputs that are on the box
     slot: str = ""  # the run that holds the box
 
     @property
@@ -51,41 +53,33 @@ class Deployment:
 
 
 def find_deployment(connection: BoxConnection, providers: Mapping[str, Provider]) -> Deployment:
-    """One round trip. Raises ToolkitError: nothing is deployed."""
+    """Ask the box what is deployed, in one round trip. Raises ToolkitError: nothing is deployed."""
     answer = connection.query(dispatch(connection.box, providers, "where"), check=False)
     check(connection.box, answer)
     lines = [text.partition(" ") for text in answer.out.splitlines()]
     facts = {key: value for key, _, value in lines if key not in ("root", "input", "slot")}
     named = {key: value for key, _, value in lines if key in ("root", "slot")}
-    return Deployment(
-        named.get("root", ""),
-        facts,
-        frozenset(value for key, _, value in lines if key == "input"),
-        named.get("slot", ""),
-    )
+    inputs = frozenset(value for key, _, value in lines if key == "input")
+    return Deployment(named.get("root", ""), facts, inputs, named.get("slot", ""))
 
 
 def our_root(connection: BoxConnection, providers: Mapping[str, Provider]) -> tuple[str, bool]:
-    """-> (our folder on the box, whether it is there), also where a deploy has not come to its end."""
+    """Return our folder's path on the box, and whether it exists; a deploy may be unfinished."""
     answer = connection.query(dispatch(connection.box, providers, "root"))
-    found = next(
-        (text.partition(" ") for text in answer.out.splitlines() if text.startswith(("root ", "would "))), None
-    )
-    if found is None:
-        raise ToolkitError(
-            f"`{connection.box.name}` did not say where our folder is",
-            why=answer.out[-300:],
-            exit_code=ExitCode.INTERNAL,
-        )
-    return found[2], found[0] == "root"
+    for line in answer.out.splitlines():
+        word, _, path = line.partition(" ")
+        if line.startswith(("root ", "would ")):
+            return path, word == "root"
+    what = f"`{connection.box.name}` did not say where our folder is"
+    raise ToolkitError(what, why=answer.out[-300:], exit_code=ExitCode.INTERNAL)
 
 
 def open_stream(
     connection: BoxConnection, providers: Mapping[str, Provider]
 ) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
-    """For remote.runs.watch.follow.
+    """Make the function with which remote.runs.watch.follow opens its streams.
 
-    The client is out of reach of Ctrl-C at the terminal, which is for us alone.
+    The ssh process gets its own session, so that Ctrl-C at the terminal reaches us alone.
     """
 
     def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
@@ -98,17 +92,15 @@ def open_stream(
 
 
 def check(box: Box, answer: CommandResult) -> None:
-    """Raises ToolkitError if nothing is deployed, or the command failed."""
+    """Raise ToolkitError if nothing is deployed, or the command failed."""
+    output = answer.err.strip() or answer.out.strip()
     if answer.code == NOT_DEPLOYED and "not_deployed" in answer.out.split():
         raise not_deployed(box)
-    if answer.code == ExitCode.USAGE:  # said there, on purpose
-        raise ToolkitError(
-            f"`{box.name}`: {(answer.err.strip() or answer.out.strip()).removeprefix('error: ')}",
-            hint=f"fab ps --host {box.name}",
-        )
+    if answer.code == ExitCode.USAGE:  # an error that the supervisor wrote for a person
+        raise ToolkitError(f"`{box.name}`: {output.removeprefix('error: ')}", hint=f"fab ps --host {box.name}")
     if answer.code:
-        said = last_lines(answer.err.strip() or answer.out)
-        raise ToolkitError(f"`{box.name}` answered with exit code {answer.code}", why=said, exit_code=ExitCode.INTERNAL)
+        what = f"`{box.name}` answered with exit code {answer.code}"
+        raise ToolkitError(what, why=last_lines(output), exit_code=ExitCode.INTERNAL)
 
 
 def not_deployed(box: Box) -> ToolkitError:

@@ -1,6 +1,7 @@
-"""What of a job lies on the laptop and has to be on the box: data sets and models that are local
-paths. They travel by their content's hash, so that the same content travels once, and a run that
-goes on finds the same path in its job.
+"""The local data sets and models of a job, which have to be sent to the box.
+
+Their folder on the box is named by the hash of their content. So the same content is sent once, and
+a run that resumes finds the same path in its job.
 """
 
 from __future__ import annotations
@@ -28,23 +29,22 @@ class JobInput:
         return f"{root}/inputs/{self.tree.key}"
 
     def on_box(self, root: str) -> str:
-        """The path that the job says there."""
+        """Return the path that the job file on the box names."""
         return f"{self.folder(root)}/{self.path.name}"
 
 
 def pack(job: Job, here: Path, checkout: Path) -> list[JobInput]:
-    """All that has to travel.
+    """Find all inputs that have to be sent.
 
-    Names are looked up as training looks them up: in this folder, then in the checkout.
-
-    Raises ToolkitError: a path that is not there, or that cannot be read.
+    Names are looked up as training looks them up: in this folder, then in the checkout. Raises
+    ToolkitError: a path does not exist or cannot be read.
     """
     models = [model for model in (job.actor.model, job.critic.model) if isinstance(model, str) and model != "actor"]
     names = [*dict.fromkeys((*job.data.datasets, *models))]
-    return [luggage for name in names if (luggage := _luggage(name, here, checkout))]
+    return [job_input for name in names if (job_input := _job_input(name, here, checkout))]
 
 
-def _luggage(name: str, here: Path, checkout: Path) -> JobInput | None:
+def _job_input(name: str, here: Path, checkout: Path) -> JobInput | None:
     found = next(
         (place for folder in (here, checkout) if os.path.lexists(place := folder / Path(name).expanduser())), None
     )
@@ -57,8 +57,8 @@ def _luggage(name: str, here: Path, checkout: Path) -> JobInput | None:
             )
         return None  # a name of the hub
     path = found.resolve()
-    goes_with_the_code = Path(name).parts[:1] in {(part,) for part in ALWAYS} and path == (checkout / name).resolve()
-    return None if goes_with_the_code else JobInput(name, path, _tree(name, path))
+    is_in_code = Path(name).parts[:1] in {(part,) for part in ALWAYS} and path == (checkout / name).resolve()
+    return None if is_in_code else JobInput(name, path, _tree(name, path))
 
 
 def _tree(name: str, path: Path) -> Tree:
@@ -71,31 +71,29 @@ def _tree(name: str, path: Path) -> Tree:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Hidden ones (.git, .cache, .DS_Store) stay at home.
+    """Yield the files of a folder, without hidden ones (.git, .cache, .DS_Store).
 
-    Raises ToolkitError for a link, whose target stays there, too.
+    Raises ToolkitError for a link, since its target would not be sent.
     """
     for above, folders, names in os.walk(folder):
         folders[:] = [each for each in folders if not each.startswith(".")]
         for path in (Path(above, each) for each in (*folders, *names) if not each.startswith(".")):
             if path.is_symlink():
                 raise ToolkitError(
-                    f"{path} is a link, and what it leads to does not travel",
+                    f"{path} is a link, and its target would not be sent",
                     hint="copy the folder with `cp -rL`, and name the copy",
                 )
             if path.is_file():
                 yield path
 
 
-def job_on_box(job: Job, luggage: Sequence[JobInput], root: str) -> bytes:
-    """The job file that training reads there: `--set` applied, every local path as it is on the
-    box.
-    """
-    there = {each.name: each.on_box(root) for each in luggage}
+def job_on_box(job: Job, inputs: Sequence[JobInput], root: str) -> bytes:
+    """Write the job file for the box: `--set` applied, and local paths replaced by those there."""
+    paths = {each.name: each.on_box(root) for each in inputs}
     tree = job.dump()
-    tree["data"]["datasets"] = [there.get(name, name) for name in tree["data"]["datasets"]]
+    tree["data"]["datasets"] = [paths.get(name, name) for name in tree["data"]["datasets"]]
     for part in ("actor", "critic"):
         model = tree[part]["model"]
         if isinstance(model, str):
-            tree[part]["model"] = there.get(model, model)
+            tree[part]["model"] = paths.get(model, model)
     return dump_yaml(tree).encode()

@@ -1,4 +1,4 @@
-"""What the supervisor of a job says of it, and that in words."""
+"""The state of a job as its supervisor reports it, and that state in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.errors import ExitCode
 
 EXITS = {
     int(ExitCode.OK): "done",
-    int(ExitCode.PREEMPTED): "preempted, the same command resumes",
+    int(ExitCode.PREEMPTED): "preempted; the same command resumes it",
     int(ExitCode.CANCELLED): "cancelled",
 }
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class JobState:
     """A `job` frame: the supervisor's facts.
 
-    `words` holds all of them, those of a newer supervisor too.
+    `words` holds all of them, also those that only a newer supervisor knows.
     """
 
     words: Mapping[str, str] = field(default_factory=dict)
@@ -50,25 +50,25 @@ class JobState:
 
     @property
     def started(self) -> float | None:
-        """By the box's clock."""
+        """Return when the job started, by the box's clock."""
         return number_of(self.words.get("started", ""), None)
 
     @property
     def ended(self) -> float | None:
-        """By the box's clock; the last heartbeat where nothing else is known."""
+        """Return when the job ended, by the box's clock; without that, the last heartbeat."""
         return number_of(self.words.get("ended", self.words.get("heartbeat", "")), None)
 
 
 def state_text(job: JobState) -> tuple[str, bool]:
-    """In words, and whether nobody has to look after it."""
+    """Return the job's state in words, and whether it needs no attention."""
     if job.exit is not None:
-        said = "cancelled" if job.cancelled else EXITS.get(job.exit, "failed")
-        return f"ended with exit code {job.exit} ({said})", job.exit == 0 or job.cancelled
+        meaning = "cancelled" if job.cancelled else EXITS.get(job.exit, "failed")
+        return f"ended with exit code {job.exit} ({meaning})", job.exit == 0 or job.cancelled
     if job.alive:
         return ("being cancelled" if job.cancelled else "running" if job.training else "starting"), True
     if job.training:
         return "the supervisor is gone; the job may still be running unattended", False
-    return "lost: it stopped without a word, and the same command resumes", False
+    return "lost: the job stopped without an exit code; the same command resumes it", False
 
 
 def number_of(text: str, otherwise: T) -> float | T:

@@ -1,6 +1,4 @@
-"""What lies on a box and what runs there, as `supervisor.sh list` says it; for ps, status, and the
-card before a stop.
-"""
+"""The runs of a box, as `supervisor.sh list` reports them, for ps, status and the stop card."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class RemoteRun:
     last: RawEvent | None = None
     size_bytes: int | None = None
     complete: tuple[int, ...] = ()  # steps whose model is whole
-    checkpoint: tuple[int, int] | None = None  # step and update of the newest whole one
+    checkpoint: tuple[int, int] | None = None  # step and update of the newest complete one
 
     @property
     def state(self) -> State:
@@ -37,11 +35,11 @@ class RemoteRun:
 
     @property
     def is_orphan(self) -> bool:
-        """It goes on, though its supervisor is gone: nobody will write down how it ends."""
+        """Whether the job runs without its supervisor, so that its exit code will not be known."""
         return self.job.training and not self.job.alive and self.job.exit is None
 
     def seconds(self, now: float) -> float | None:
-        """That the job has run, or ran; both times by the box's clock."""
+        """Return how long the job has run, by the box's clock; None if that is not known."""
         started = self.job.started
         if started is None:
             return None
@@ -50,14 +48,13 @@ class RemoteRun:
         return None if ended is None else max(ended - started, 0.0)
 
     def progress(self) -> str:
-        """`step 3, update 12/400`."""
+        """Return the run's progress in words: `step 3, update 12/400`."""
         if self.last is None:
             return ""
         words = [f"step {self.last['step']}"] if "step" in self.last else []
         if "update" in self.last:
-            words.append(
-                f"update {self.last['update']}" + (f"/{self.last['updates']}" if "updates" in self.last else "")
-            )
+            total = f"/{self.last['updates']}" if "updates" in self.last else ""
+            words.append(f"update {self.last['update']}{total}")
         elif self.last["kind"] == "end":
             words.append("complete")
         elif doing := self.last.get("doing"):
@@ -81,12 +78,12 @@ class Listing:
         return next((run for run in self.runs if run.job.alive or run.job.training), None)
 
     def newest(self) -> RemoteRun | None:
-        """The one that runs, else the one that was last started."""
+        """Return the running run, else the one that was started last."""
         return self.running or max(self.runs, key=lambda run: (run.job.started or -math.inf, run.name), default=None)
 
 
 def parse(text: str) -> Listing:
-    """Lines of words; what is torn or not known says nothing."""
+    """Parse the lines of `supervisor.sh list`; a torn or unknown line is ignored."""
     runs: dict[str, dict[str, str]] = {}
     last: dict[str, RawEvent] = {}
     cards, slot, disk, clock = [], "", None, None
@@ -107,8 +104,9 @@ def parse(text: str) -> Listing:
             disk = int(words[0]) * 1024
         elif word == "beat" and words:
             clock = _number(words[0])
-    there = tuple(_run(name, facts, last.get(name)) for name, facts in sorted(runs.items()))
-    return Listing(there, tuple(cards), slot, disk, clock if clock is not None and math.isfinite(clock) else None)
+    remote_runs = tuple(_run(name, facts, last.get(name)) for name, facts in sorted(runs.items()))
+    clock = clock if clock is not None and math.isfinite(clock) else None
+    return Listing(remote_runs, tuple(cards), slot, disk, clock)
 
 
 def _run(name: str, facts: dict[str, str], last: RawEvent | None) -> RemoteRun:
@@ -142,7 +140,7 @@ def as_json(host: str, listing: Listing, now: float, price_per_hour: float | Non
         "running": listing.running.name if listing.running else None,
         "disk_free_bytes": listing.disk_free_bytes,
         "gpus": [
-            {"index": card.index, "used_mib": _finite(card.used_mib), "total_mib": _finite(card.total_mib), "use": _finite(card.use)}
+            {"index": card.index} | {name: _finite(getattr(card, name)) for name in ("used_mib", "total_mib", "use")}
             for card in listing.cards
         ],
         "runs": [
@@ -161,7 +159,7 @@ def as_json(host: str, listing: Listing, now: float, price_per_hour: float | Non
             }
             for run in listing.runs
         ],
-    }  # fmt: skip
+    }
 
 
 def _finite(value: float) -> float | None:
@@ -194,9 +192,7 @@ def _remark(run: RemoteRun) -> str:
 
 
 def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Text in columns, two blanks between them; columns that are empty below their head are left
-    out.
-    """
+    """Lay out a table in columns, and leave out columns that are empty below their head."""
     head, *body = table
     kept = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
     widths = {index: max(cell_len(row[index]) for row in table) for index in kept}
@@ -205,29 +201,24 @@ def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def box_facts(listing: Listing) -> list[tuple[str, str]]:
-    """Cards and disk, a label and a text a line."""
-    rows = [
-        ("gpu" if len(listing.cards) == 1 else f"gpu {card.index}", cards_text([card], 60)) for card in listing.cards
-    ]
-    return [
-        *rows,
-        *([("disk", f"{size(listing.disk_free_bytes)} free")] if listing.disk_free_bytes is not None else []),
-    ]
+    """Describe GPUs and disk; each line is a label and a text."""
+    is_only = len(listing.cards) == 1
+    rows = [("gpu" if is_only else f"gpu {card.index}", cards_text([card], 60)) for card in listing.cards]
+    if listing.disk_free_bytes is not None:
+        rows.append(("disk", f"{size(listing.disk_free_bytes)} free"))
+    return rows
 
 
 def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str) -> list[tuple[str, str]]:
-    """All of one run, a label and a text a line."""
-    facts = [
-        ("run", run.name),
-        ("state", run.state + (f", exit code {run.job.exit}" if run.job.exit is not None else "")),
-    ]
+    """Describe one run in full; each line is a label and a text."""
+    exit_code = f", exit code {run.job.exit}" if run.job.exit is not None else ""
+    facts = [("run", run.name), ("state", run.state + exit_code)]
     if run.is_orphan:
-        facts.append(
-            (
-                "",
-                "the supervisor is gone; the job may still be running unattended: its end shows in its events, and `fab cancel` ends it",
-            )
+        unattended = (
+            "the supervisor is gone; the job may still be running unattended: "
+            "its events show its end, and `fab cancel` ends it"
         )
+        facts.append(("", unattended))
     if run.progress():
         facts.append(("now at", run.progress()))
     if run.last is not None and math.isfinite(at := time_of(run.last)):
@@ -236,9 +227,8 @@ def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str
         facts.append(("time", duration(seconds)))
     if (paid := spent(run, now, price_per_hour)) is not None:
         facts.append(("spent", f"{money(paid, currency)} ({money(price_per_hour or 0.0, currency)}/h)"))
-    facts.append(
-        ("steps done", ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS) or "none")
-    )
+    steps_done = ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS)
+    facts.append(("steps done", steps_done or "none"))
     if run.checkpoint:
         facts.append(("checkpoint", f"step {run.checkpoint[0]}, update {run.checkpoint[1]}"))
     if run.size_bytes is not None:

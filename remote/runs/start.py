@@ -1,8 +1,8 @@
 """Starting a job on a box exactly once, over a connection that may break at any moment.
 
-A request has an id. The box decides by making a folder of that name, so that for a start whose
-answer was lost one more question tells whether it was started, and makes sure that it never will be
-if it was not.
+Each request has an id. The box starts it by making a folder of that name, which succeeds once. If
+the answer was lost, one more call (`withdraw`) tells whether the job was started. If it was not,
+that call makes sure that it never will be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jobs.formatting import one_line
 from remote.runs.deployed import Deployment, last_lines
 from remote.ssh.connection import BoxConnection
 
-SETTLE_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # pauses before the box is asked what became of a start
+SETTLE_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # pauses before the box is asked whether a job was started
 SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
@@ -36,7 +36,7 @@ class Request:
 @dataclass(frozen=True)
 class Started:
     request: str
-    again: bool = False  # it had been started before, by this very request
+    again: bool = False  # it was started before, by the same request
 
 
 def start_command(deployed: Deployment, request: Request) -> list[str]:
@@ -46,21 +46,19 @@ def start_command(deployed: Deployment, request: Request) -> list[str]:
 
 
 def message(request: Request, secrets: Mapping[str, str]) -> bytes:
-    """What `supervisor.sh start` reads on its standard input.
+    """Make the text that `supervisor.sh start` reads on its standard input.
 
-    Raises ToolkitError for a secret that does not travel.
+    Raises ToolkitError for a secret that cannot be sent.
     """
     for name, value in secrets.items():
         if not SECRET_NAME.fullmatch(name) or "\n" in value or "\0" in value:
             raise ToolkitError(
-                f"the secret `{name}` cannot travel",
-                why="its name is no variable's, or its value has more than one line",
+                f"the secret `{name}` cannot be sent",
+                why="its name cannot name a variable, or its value has more than one line",
             )
     lines = [f"secrets {len(secrets)}", *(f"{name}={value}" for name, value in secrets.items())]
-    return (
-        "".join(f"{line}\n" for line in [*lines, f"job {hashlib.sha256(request.job).hexdigest()[:16]}"]).encode()
-        + request.job
-    )
+    lines.append(f"job {hashlib.sha256(request.job).hexdigest()[:16]}")
+    return "".join(f"{line}\n" for line in lines).encode() + request.job
 
 
 def start(
@@ -70,8 +68,10 @@ def start(
     secrets: Mapping[str, str],
     say: Callable[[str], None],
 ) -> Started:
-    """Raises ToolkitError: busy with another job (5), refused there (3), not run for want of a
-    connection (8), or not to be known (6).
+    """Start the job on the box, exactly once, whatever the connection does.
+
+    Raises ToolkitError: BUSY with another job; UNFIT if the box refused it; UNREACHABLE if it was
+    not started for want of a connection; UNCERTAIN if nobody knows.
     """
     try:
         answer = connection.change(
@@ -101,14 +101,16 @@ def _started(host: str, request: Request, words: Sequence[str]) -> Started:
         return Started(request.id, again=words[0] == "already")
     if words[0] == "busy":
         raise busy(host, words[1] if len(words) > 1 else "?")
-    raise ToolkitError(f"`{host}` did not start the job", why=" ".join(words[1:]) or words[0], exit_code=ExitCode.UNFIT)
+    why = " ".join(words[1:]) or words[0]
+    raise ToolkitError(f"`{host}` did not start the job", why=why, exit_code=ExitCode.UNFIT)
 
 
 def busy(host: str, run: str) -> ToolkitError:
+    target = f"--host {host} --run {run}"
     return ToolkitError(
         f"`{host}` is busy: run `{run}` is being trained there",
         why="a box runs one job at a time",
-        hint=f"watch it with `fab logs --follow --host {host} --run {run}`, end it with `fab cancel --host {host} --run {run}`",
+        hint=f"watch it with `fab logs --follow {target}`, end it with `fab cancel {target}`",
         exit_code=ExitCode.BUSY,
     )
 
@@ -116,10 +118,8 @@ def busy(host: str, run: str) -> ToolkitError:
 def _settle(
     connection: BoxConnection, deployed: Deployment, request: Request, broke: ToolkitError, say: Callable[[str], None]
 ) -> Started:
-    """The connection broke in the middle of a start: was it started? If not, it is made sure that
-    it never will be.
-    """
-    say(f"the connection broke while the job was being started ({broke.what}); asking the box what became of it")
+    """Find out whether a start whose connection broke was carried out, and if not, prevent it."""
+    say(f"the connection broke while the job was being started ({broke.what}); asking the box whether it was started")
     for pause_s in SETTLE_S:
         time.sleep(pause_s)
         try:
@@ -130,25 +130,26 @@ def _settle(
             continue
         words = _answer(answer.out, ("started", "not_run", "busy", "refused"))
         if words and words[0] == "not_run":
-            what = "the job was not started, and will not be"
-            raise ToolkitError(
-                what, why=broke.what, hint="the same command again is safe", exit_code=ExitCode.UNREACHABLE
-            )
+            what, hint = "the job was not started, and will not be", "the same command again is safe"
+            raise ToolkitError(what, why=broke.what, hint=hint, exit_code=ExitCode.UNREACHABLE)
         if words:
             started = _started(connection.box.name, request, words)
-            say("it was started")
+            say("the job was started")
             return started
+    host = connection.box.name
     raise ToolkitError(
-        f"it is uncertain whether the job was started on `{connection.box.name}`",
+        f"it is uncertain whether the job was started on `{host}`",
         why=f"the connection broke while it was being started, and the box has not answered since: {broke.what}",
-        hint=f"`fab ps --host {connection.box.name}` when it is back; a second `fab train` cannot start it twice: a box runs one job at a time",
+        hint=f"run `fab ps --host {host}` when the box is back; "
+        "a second `fab train` cannot start it twice: a box runs one job at a time",
         exit_code=ExitCode.UNCERTAIN,
     )
 
 
 def _answer(text: str, known: Sequence[str]) -> list[str] | None:
-    """The last line that begins with one of these words: a login may say something of its own
-    before.
+    """Return the words of the last line that begins with one of `known`, or None.
+
+    A login may print lines of its own before it.
     """
     lines = [line.split() for line in text.splitlines()]
     return next((words for words in reversed(lines) if words and words[0] in known), None)

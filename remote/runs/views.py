@@ -1,6 +1,4 @@
-"""What a person, or a program, gets to see of a run that is watched: a panel, lines, JSON lines, or
-the raw log.
-"""
+"""The forms in which a watched run is shown: a panel, lines, JSON lines, or the raw log."""
 
 from __future__ import annotations
 
@@ -44,12 +42,12 @@ class WatchedRun:
 
 
 def named(where: WatchedRun, job: JobState | None) -> WatchedRun:
-    """With the run's name as the box has it, where none was asked for."""
+    """Fill in the run's name from the job's state, if the user named none."""
     return replace(where, run=where.run or (job.words.get("run", "") if job else ""))
 
 
 class View(Protocol):
-    """What a person, or a program, gets to see. `file`: which file of the run it shows."""
+    """One form of showing a run. `file`: which file of the run it shows."""
 
     file: str
 
@@ -60,19 +58,19 @@ class View(Protocol):
     ) -> None: ...
 
     def data(self, data: bytes) -> None:
-        """Bytes of the file, in order; of the events, whole lines only."""
+        """Take bytes of the file, in order; of the events, whole lines only."""
 
     def beat(self, epoch: float) -> None:
-        """The box's clock."""
+        """Take the time of the box's clock."""
 
     def job(self, job: JobState) -> None: ...
 
     def card(self, card: GpuUsage) -> None: ...
 
     def connection_lost(self, why: str, since: float) -> None:
-        """Nothing comes from the box, since a time of our clock.
+        """Show that nothing comes from the box since a time of our clock.
 
-        Again, if there is another reason.
+        Called again if the reason changes.
         """
 
     def back(self) -> None: ...
@@ -90,7 +88,7 @@ def _away_text(why: str) -> str:
 
 
 class _Quiet:
-    """A view that shows the file and says the rest on standard error."""
+    """A view that shows the file, and prints all else on standard error."""
 
     def __enter__(self) -> Self:
         return self
@@ -120,13 +118,12 @@ class _Quiet:
 
 
 class RawLog(_Quiet):
-    """`--raw`: the bytes of train.log as they are; on a terminal, what it would obey is spelt out."""
+    """`--raw`: the bytes of train.log; on a terminal, its control characters are made visible."""
 
     def __init__(self, out: TextIO, file: str = "log") -> None:
         self._out, self.file = out, file
-        self._decoder = IncrementalNewlineDecoder(
-            getincrementaldecoder("utf-8")("backslashreplace"), translate=True
-        )  # bare \r: progress bars
+        utf8 = getincrementaldecoder("utf-8")("backslashreplace")
+        self._decoder = IncrementalNewlineDecoder(utf8, translate=True)  # progress bars write a bare \r
 
     def data(self, data: bytes) -> None:
         if self._out.isatty():
@@ -162,7 +159,7 @@ class JsonLines(_Quiet):
             return
         for line in lines_of(data):
             event = parsed(line)
-            if event is not None:  # a damaged line has no time: it belongs to the one before
+            if event is not None:  # a damaged line has no time: it is shown if the line before it was
                 self._is_shown = not self._gate.is_early(event)
             if self._is_shown:
                 _write(self._out, line)
@@ -175,19 +172,19 @@ def _write(out: BinaryIO, data: bytes) -> None:
 
 
 class Gate:
-    """Which events are early, by the box's clock: `10m` ago is ten minutes before its `beat`.
+    """Tells which events are too early for `--since`, and holds lines back until that is known.
 
-    Until that is known, lines wait.
+    Times are by the box's clock: `10m` is ten minutes before its `beat`.
     """
 
     def __init__(self, since: Since | None, *, holds: bool, wall: Callable[[], float] = time.time) -> None:
         self.since, self._wall = since, wall
-        self._ahead_s = 0.0  # the box's clock, against ours
+        self._ahead_s = 0.0  # how far the box's clock is ahead of ours
         self._held: bytearray | None = bytearray() if holds else None
         self._first = -math.inf if since is None else since.first(wall())
 
     def viewer_time(self, epoch: float | None) -> float | None:
-        """From the box's clock to ours. What has been is never in the future."""
+        """Convert a time of the box's clock to ours. A past event is never put into the future."""
         return None if epoch is None or not math.isfinite(epoch) else min(epoch - self._ahead_s, self._wall())
 
     def take(self, data: bytes) -> bytes:
@@ -211,7 +208,7 @@ class Gate:
 
 
 class PanelView:
-    """The live panel, or plain lines: the same views as on the box itself, fed over the connection."""
+    """The live panel or plain lines: the views used on the box itself, fed over the connection."""
 
     file = "events"
 
@@ -223,7 +220,7 @@ class PanelView:
         )
         self._cards: dict[int, GpuUsage] = {}
         self._job: JobState | None = None
-        self._first_event: float | None = None  # for the box that does not say when the job has begun
+        self._first_event: float | None = None  # used if the box does not say when the job began
         self._is_worried = False
 
     def __enter__(self) -> Self:
@@ -247,8 +244,8 @@ class PanelView:
                 continue
             if self._first_event is None and math.isfinite(at := time_of(event)):
                 self._first_event = at
-            # What a view cannot take (text for a number) says less than the next event: watching
-            # goes on.
+            # An event that a view cannot take (text for a number) is skipped: the next ones matter
+            # more.
             with contextlib.suppress(TypeError, ValueError, AttributeError):
                 if isinstance(self._view, Live):
                     self._view.feed(event, at=self._gate.viewer_time(time_of(event)), quiet=self._gate.is_early(event))
@@ -262,17 +259,17 @@ class PanelView:
 
     def job(self, job: JobState) -> None:
         self._job = job
-        said, is_good = state_text(job)
+        text, is_good = state_text(job)
         self._where = named(self._where, job)
-        self._box = replace(self._box, line=f"run {self._where.run}, {said}", is_good=is_good)
+        self._box = replace(self._box, line=f"run {self._where.run}, {text}", is_good=is_good)
         self._set_times()
         self._show_box()
         if not isinstance(self._view, Live) and not is_good and not self._is_worried:
-            self.note(f"run {self._where.run}: {said}")
+            self.note(f"run {self._where.run}: {text}")
         self._is_worried = not is_good
 
     def _set_times(self) -> None:
-        """When the job began and ended, by our clock."""
+        """Set when the job began and ended, by our clock."""
         job = self._job or JobState({"alive": "1"})
         started = job.started or self._first_event
         ended = None if job.alive or job.training else job.ended
@@ -287,16 +284,15 @@ class PanelView:
 
     def connection_lost(self, why: str, since: float) -> None:
         if isinstance(self._view, Live):
-            self._box = replace(
-                self._box, line=f"run {self._where.run}, connection lost", away_at=since, away_why=one_line(why)
-            )
+            line = f"run {self._where.run}, connection lost"
+            self._box = replace(self._box, line=line, away_at=since, away_why=one_line(why))
             self._show_box()
         else:
             self.note(_away_text(why))
 
     def back(self) -> None:
-        said = state_text(self._job)[0] if self._job else "connected"
-        self._box = replace(self._box, line=f"run {self._where.run}, {said}", away_at=None, away_why="")
+        text = state_text(self._job)[0] if self._job else "connected"
+        self._box = replace(self._box, line=f"run {self._where.run}, {text}", away_at=None, away_why="")
         self._show_box()
 
     def note(self, text: str) -> None:
@@ -324,9 +320,9 @@ class Since:
 
 
 def parse_since(text: str) -> Since:
-    """`90s`, `10m`, `2h`, `1d`, or a time as ISO 8601 writes it; without a zone, the laptop's.
+    """Parse `90s`, `10m`, `2h`, `1d`, or an ISO 8601 time; without a zone, the laptop's.
 
-    Raises ToolkitError.
+    Raises ToolkitError for any other text.
     """
     text = text.strip()
     if match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhd])", text, re.ASCII):
@@ -349,21 +345,20 @@ def view_of(
     since: Since | None = None,
     out: TextIO | None = None,
 ) -> View:
-    """The form that was asked for, on standard output unless `out` is given.
+    """Choose the view that was asked for, on standard output unless `out` is given.
 
-    `live`: a panel if it is a terminal that can draw one.
+    `live`: a panel, if the output is a terminal that can draw one.
     """
     out = out or sys.stdout
     if as_json and raw:
-        raise ToolkitError("`--json` and `--raw` are two forms: events, or the log", hint="ask for one of them")
+        raise ToolkitError("`--json` shows events, `--raw` shows the log", hint="leave out one of them")
     if raw:
         if since is not None:
-            raise ToolkitError(
-                "`--since` goes by the time of events; the log of `--raw` has none", hint="leave out one of them"
-            )
+            what = "`--since` needs the time of events; the log of `--raw` has none"
+            raise ToolkitError(what, hint="leave out one of them")
         return RawLog(out)
     if as_json:
         return JsonLines(out.buffer, since)
-    # The wall clock: the monotonic one stands still while a laptop sleeps, and the job keeps
+    # The wall clock: the monotonic one stands still while a laptop sleeps, but the job keeps
     # running.
     return PanelView(console.view(out, time.time) if live else Plain(console.console_on(out)), where, since)

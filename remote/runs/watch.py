@@ -1,6 +1,8 @@
-"""Watching a run over a connection that breaks: `follow` reads the framed stream of `supervisor.sh
-follow`, feeds a view, and goes on at the exact byte by itself. What is watched goes on in any case:
-the job is nobody's child.
+"""Watching a run over a connection that may break.
+
+`follow` reads the framed stream of `supervisor.sh follow` and feeds a view. After a break it
+reconnects by itself and resumes at the exact byte. The job keeps running in any case, since it is
+not a child of the connection.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ from remote.runs.frames import ConnectionLost, FrameStream, Reread, StreamTimeou
 from remote.runs.job_state import JobState, number_of
 from remote.runs.views import View, WatchedRun, named, note
 
-# Run ("": the one that runs, else the last), file ("events", "log" or "output"), byte offset.
+# Run ("": the running one, else the last), file ("events", "log" or "output"), byte offset.
 OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
-Refused = Callable[
-    [int, str], "ToolkitError | None"
-]  # exit code and last words of the ssh process: is there no use in trying again?
+# Exit code and last words of the ssh process -> the error, if trying again is useless.
+Refused = Callable[[int, str], "ToolkitError | None"]
 
 LIMITS = StreamTimeouts()
 
@@ -41,9 +42,9 @@ class Watched:
     """How watching ended. `done`: the job has ended, and all of the file was shown."""
 
     done: bool
-    stopped: bool  # by Ctrl-C, or nobody reads any more
-    job: JobState | None  # None: the box has said nothing
-    last: RawEvent | None  # of the events that were read
+    stopped: bool  # by Ctrl-C, or because nobody reads our output any more
+    job: JobState | None  # None: nothing came from the box
+    last: RawEvent | None  # the last event that was read
     offset: int  # the first byte that was not shown
 
     @property
@@ -57,16 +58,15 @@ def follow(
     where: WatchedRun,
     *,
     once: bool = False,
-    refused: Refused = lambda code, said: None,
+    refused: Refused = lambda code, last_words: None,
     limits: StreamTimeouts = LIMITS,
     offset: int = 0,
 ) -> Watched:
-    """Show the run until it has ended, through every break of the connection, or until Ctrl-C,
-    which ends nothing but this.
+    """Show the run until it has ended or until Ctrl-C, reconnecting whenever the connection breaks.
 
-    once: only what is there now. refused: whether a connection that ended is the last (a changed
-    host key, a refused login). Raises ToolkitError: the box refuses us, or `limits.tries` are used
-    up.
+    Ctrl-C ends only the watching. once: show only what the file holds now. refused: the error to
+    raise when a connection ended for good (a changed host key, a refused login). Raises
+    ToolkitError: the box refuses us, or `limits.tries` are used up.
     """
     watch = _Watch(view, once, refused, limits, offset, where)
     stopped = False
@@ -77,10 +77,10 @@ def follow(
                     watch.through(open_stream)
                 finally:
                     if interrupts and not _polled(sys.stdout, select.POLLOUT):
-                        _hush(sys.stdout)  # nobody takes what is left to say: `fab logs | less`
+                        _hush(sys.stdout)  # nobody reads the rest of the output: `fab logs | less`
         except KeyboardInterrupt:
             stopped = True
-        except (BrokenPipeError, SystemExit) as closed:  # `fab logs | head`; rich makes a SystemExit of it
+        except (BrokenPipeError, SystemExit) as closed:  # `fab logs | head`; rich raises SystemExit for it
             if isinstance(closed, SystemExit) and not isinstance(closed.__context__, BrokenPipeError):
                 raise
             stopped = True
@@ -93,16 +93,16 @@ def follow(
 def _stopped_text(where: WatchedRun, job: JobState | None) -> str:
     if job is not None and not job.alive and not job.training:
         return "stopped watching; the job is not running"
-    said = "stopped watching; the job keeps running" if job else "stopped watching; a job would not notice"
+    text = "stopped watching; the job keeps running" if job else "stopped watching; a job, if any, keeps running"
     target = f"--host {shlex.quote(where.host)}" + (f" --run {shlex.quote(where.run)}" if where.run else "")
-    return f"{said}: fab logs --follow {target}\nto cancel it: fab cancel {target}"
+    return f"{text}\nto watch it again: fab logs --follow {target}\nto cancel it: fab cancel {target}"
 
 
 @contextlib.contextmanager
 def _one_interrupt() -> Iterator[list[int]]:
-    """One Ctrl-C is enough: those that follow would break what it has begun.
+    """Obey the first Ctrl-C and ignore later ones, which would break the clean-up.
 
-    Gives a list that is not empty once it has come.
+    Yields a list that is not empty once Ctrl-C was pressed.
     """
     before, interrupts = signal.getsignal(signal.SIGINT), list[int]()
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN or before is None:
@@ -122,7 +122,10 @@ def _one_interrupt() -> Iterator[list[int]]:
 
 
 def _hush(stream: TextIO) -> None:
-    """Else Python complains about the closed pipe once more when it ends, or waits for it."""
+    """Point a stream to /dev/null.
+
+    Otherwise Python complains about the closed pipe again when it ends, or waits for it.
+    """
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -130,7 +133,7 @@ def _hush(stream: TextIO) -> None:
 
 
 def _polled(stream: TextIO, events: int) -> int:
-    """What `poll` says of it at once: 0 for nothing."""
+    """Return the events that `poll` reports immediately; 0 for none."""
     with contextlib.suppress(OSError, ValueError):
         poll = select.poll()
         poll.register(stream.fileno(), events)
@@ -149,7 +152,7 @@ class _Watch:
         self.job: JobState | None = None
         self.last: RawEvent | None = None
         self.is_done = False
-        self._heard_at = time.time()  # the monotonic clock stands still while a laptop sleeps
+        self._heard_at = time.time()  # not monotonic: that clock stands still while a laptop sleeps
         self._has_heard = False
         self._away_since: float | None = None
         self._away_why = ""
@@ -159,8 +162,8 @@ class _Watch:
     def through(self, open_stream: OpenStream) -> None:
         failures, pause_s = 0, self._limits.first_pause_s
         while True:
-            # By the name that was heard: another run may be the newest by now, and the offset is
-            # this one's.
+            # By the name that the box told: another run may be the newest by now, but the offset
+            # belongs to this one.
             run = named(self._where, self.job).run
             connection = FrameStream(open_stream(run, self._view.file, self.tail.offset), self._limits)
             try:
@@ -181,28 +184,27 @@ class _Watch:
             pause_s = min(pause_s * 2, self._limits.longest_pause_s)
 
     def _judge(self, connection: FrameStream, why: str, failures: int) -> None:
-        """Raises ToolkitError if there is no use in trying again."""
+        """Raise ToolkitError if trying again is useless."""
         code = connection.code
         if code is not None and (error := self._refused(code, connection.last_words)):
             raise error
-        # 255 is ssh itself, and 128 + n a signal: lines. Anything else was said there, on purpose,
-        # instead of a stream.
+        # 255 is ssh itself, and 128 + n a signal: the connection broke. With any other code the box
+        # answered, on purpose, without a stream.
         if code is not None and 0 < code < 128 and not connection.has_progress:
             raise ToolkitError(
-                f"cannot watch run `{self._where.run}` on `{self._where.host}`: exit code {code} there",
+                f"cannot watch run `{self._where.run}` on `{self._where.host}`: the box ended with exit code {code}",
                 why=visible(connection.last_words),
             )
         if self.job is None and self._limits.first_tries is not None and failures >= self._limits.first_tries:
-            hint = f"fab doctor --host {shlex.quote(self._where.host)} checks the connection by itself"
+            hint = f"fab doctor --host {shlex.quote(self._where.host)} checks the connection"
             raise ToolkitError(
                 f"cannot reach `{self._where.host}`", why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE
             )
         tries = self._limits.tries
         if tries is not None and failures >= tries:
             what = f"the connection to `{self._where.host}` broke {plural(failures, 'times')} in a row"
-            raise ToolkitError(
-                what, why=visible(why), hint="the job is not touched by it; try again", exit_code=ExitCode.UNREACHABLE
-            )
+            hint = "try again; the job is not affected"
+            raise ToolkitError(what, why=visible(why), hint=hint, exit_code=ExitCode.UNREACHABLE)
 
     def _away(self, why: str) -> None:
         if self._away_since is None:
@@ -212,7 +214,7 @@ class _Watch:
             self._view.connection_lost(why, self._away_since)
 
     def _read(self, connection: FrameStream) -> None:
-        """Until the job has ended and all is shown; `once`: until what is there now is shown."""
+        """Show frames until the job has ended, or with `once` until all of the file is shown."""
         is_new, has_data, beats = True, False, 0
         for frame in connection.frames():
             self._heard_at = time.time()
@@ -233,14 +235,14 @@ class _Watch:
                 self._view.beat(epoch)
                 self.tail.beat()
                 beats += 1
-                # The first beat may come before the file was looked at: without a byte for us, the
-                # second one tells.
+                # The first beat may come before the supervisor has looked at the file. If no byte
+                # came, only the second beat proves that there is none.
                 if has_data or beats > 1:
                     self._caught_up()
                     if self._once:
                         return
                 if _polled(sys.stdout, 0) & (select.POLLERR | select.POLLHUP):
-                    raise BrokenPipeError  # a write would tell, but the next one may be an hour away
+                    raise BrokenPipeError  # a write would find out, but the next one may be an hour away
             elif frame.word == "done":
                 self._caught_up()
                 self.is_done = True
@@ -248,7 +250,7 @@ class _Watch:
 
     def _bytes(self, offset: int, data: bytes) -> None:
         if offset != self.tail.next:
-            raise ConnectionLost(f"byte {offset} came, byte {self.tail.next} was due")
+            raise ConnectionLost(f"byte {offset} came instead of byte {self.tail.next}")
         data = self.tail.take(data)
         if not data:
             return
@@ -264,8 +266,7 @@ class _Watch:
         if self._away_since is not None:
             away_s, self._away_since = max(self._back_at - self._away_since, 0.0), None
             missed = plural(self._missed, "events") if self.tail.by_lines else size(self._missed)
+            missed = missed if self._missed else "nothing new"
             if self._has_heard:
-                self._view.note(
-                    f"the connection was lost for {duration(away_s)}; {missed if self._missed else 'nothing new'} meanwhile"
-                )
+                self._view.note(f"the connection was lost for {duration(away_s)}; {missed} meanwhile")
         self._has_heard = True

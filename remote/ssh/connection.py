@@ -1,10 +1,9 @@
-"""One box over SSH: a command there and its answer, each with an end in time; and how OpenSSH is
-called for what streams.
+"""The connection to one box over SSH: commands with a deadline, and OpenSSH's argv for streams.
 
-Fabric holds one connection for short commands. It is told all by `ssh -G` (openssh.py), so that
-Fabric, rsync and the printed commands go the same way. It notices a peer that fell silent only
-after minutes, so that each command has a deadline of its own; what streams goes through the OpenSSH
-client, which notices by itself.
+Fabric holds one connection for short commands. All its settings come from `ssh -G` (openssh.py), so
+that Fabric, rsync and the printed commands reach the box in the same way. Fabric notices only after
+minutes that a peer fell silent, so each command has its own deadline. Streams go through the
+OpenSSH client, which notices a silent peer by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# after a connection that was dropped before it began: a box under scan load does that (MaxStartups)
+# After a connection was dropped before it began: a box that is being scanned does that
+# (MaxStartups).
 RETRY_PAUSE_S = 0.5
 KEEPALIVE_S = 15
 
@@ -56,10 +56,9 @@ class CommandFailed(ToolkitError):
 
 
 class BoxConnection:
-    """The line to one box.
+    """The connection to one box, for one thread.
 
-    Opened when first needed, opened again if it broke, closed at the end of a `with`. For one
-    thread.
+    It is opened when first needed, opened again if it broke, and closed at the end of a `with`.
     """
 
     def __init__(
@@ -72,8 +71,10 @@ class BoxConnection:
         ssh_config: Path | None = None,
         connect_s: int = CONNECT_S,
     ) -> None:
-        """state: Settings.state, where host keys are kept. ssh_config: in place of the user's own.
-        connect_s: for each stage of connecting.
+        """Prepare a connection without opening it.
+
+        state: Settings.state, where host keys are kept. ssh_config: in place of the user's own.
+        connect_s: the limit for each stage of connecting.
         """
         self.box, self.dry_run, self.say = box, dry_run, say or Sayer()
         self.openssh = OpenSSH(state, ssh_config, connect_s)
@@ -97,20 +98,20 @@ class BoxConnection:
     def query(
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True
     ) -> CommandResult:
-        """Runs what changes nothing there, with --dry-run too.
+        """Run a command that changes nothing on the box, with --dry-run too.
 
-        Once more if a connection that stood before turns out to be broken.
+        It is repeated once if a connection that was open before turns out to be broken.
 
         Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an
         exit code other than 0.
         """
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
-        stood = self._alive()
+        was_open = self._alive()
         try:
             answer = self._run(argv, stdin, timeout_s)
         except _Broke:
-            if not stood:
+            if not was_open:
                 raise
             answer = self._run(argv, stdin, timeout_s)
         return self._checked(argv, answer, check)
@@ -118,7 +119,10 @@ class BoxConnection:
     def change(
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True
     ) -> CommandResult:
-        """Runs what changes something there; --dry-run only shows it. Never tried twice."""
+        """Run a command that changes something on the box; --dry-run only shows it.
+
+        It is never repeated.
+        """
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
             return CommandResult(0, "", "", 0.0)
@@ -137,7 +141,7 @@ class BoxConnection:
 
         def expire() -> None:
             late.set()
-            transport.close()  # a peer that fell silent would not answer a polite end either
+            transport.close()  # not politely: a silent peer would not answer that either
 
         deadline = threading.Timer(timeout_s, expire)
         deadline.daemon = True
@@ -153,21 +157,21 @@ class BoxConnection:
             deadline.cancel()
         if code is None:
             self.close()
-            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, "the connection ended")
+            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, "")
         seconds = time.monotonic() - started
         return CommandResult(code, out.decode(errors="replace"), err.decode(errors="replace"), seconds)
 
     def _late(self, argv: Sequence[str], timeout_s: float) -> ToolkitError:
         return unreachable(
             f"`{self.box.name}` gave no answer within {timeout_s:g} s",
-            why=f"asked was: {short(argv)}",
+            why=f"the command: {short(argv)}",
             hint=f"it may be busy or frozen: fab doctor --host {shlex.quote(self.box.name)}",
         )
 
     def _broke(self, argv: Sequence[str], why: str) -> _Broke:
         return _Broke(
             f"the connection to `{self.box.name}` broke",
-            why=f"{why or 'the connection ended'}, while this was on its way: {short(argv)}",
+            why=f"{why or 'it was closed'}, during this command: {short(argv)}",
             hint="the same command resumes when the box is back",
             exit_code=ExitCode.UNREACHABLE,
         )
@@ -175,9 +179,9 @@ class BoxConnection:
     # --- OpenSSH
 
     def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
-        """Local argv of an OpenSSH client that runs `argv` there.
+        """Return the argv of a local OpenSSH client that runs `argv` on the box.
 
-        For logs, tunnels, a shell: it ends by itself if the connection breaks.
+        For logs, tunnels and a shell. The client ends by itself if the connection breaks.
 
         argv: empty for the user's shell, or with `forward` for nothing. forward:
         `[address:]port:host:port` each, as for `ssh -L`; the address should be 127.0.0.1. Opens the
@@ -186,60 +190,46 @@ class BoxConnection:
         self._meet()
         options = ["-tt" if tty else "-T", "-e", "none"]
         if forward:
-            options += [
-                "-o",
-                "ExitOnForwardFailure=yes",
-                *(word for each in forward for word in ("-L", each)),
-                *([] if argv else ["-N"]),
-            ]
+            options += ["-o", "ExitOnForwardFailure=yes", *(word for each in forward for word in ("-L", each))]
+            options += [] if argv else ["-N"]
         else:
             options += ["-o", "ClearAllForwardings=yes"]
-        return [
-            *self.openssh.command(self._address, *options),
-            "--",
-            self.box.address,
-            *([shlex.join(argv)] if argv else []),
-        ]
+        command = [shlex.join(argv)] if argv else []
+        return [*self.openssh.command(self._address, *options), "--", self.box.address, *command]
 
     def rsync_shell(self) -> list[str]:
-        """For `rsync -e`, as one word by shlex.join; rsync itself adds the address, which is
-        `target`.
+        """Return the argv for `rsync -e`, which the caller joins into one word.
+
+        rsync itself adds the address, which is `target`.
         """
         self._meet()
         return self.openssh.command(self._address, "-T", "-e", "none", "-o", "ClearAllForwardings=yes")
 
     @property
     def target(self) -> str:
-        """For `rsync ... TARGET:PATH`. The user's name is in rsync_shell()."""
+        """The box's address for `rsync ... TARGET:PATH`. The user's name is in rsync_shell()."""
         return f"[{self.box.address}]" if ":" in self.box.address else self.box.address
 
     def with_password(self, argv: Sequence[str]) -> list[str]:
-        """As `stream`, but ssh asks for the password on the terminal, once, and offers no key.
+        """Return the argv of an OpenSSH client that logs in with a password.
 
-        For trust.py alone.
+        ssh asks for it on the terminal, once, and offers no key. Only `install_key` in host_keys.py
+        uses this.
         """
         self._meet(log_in=False)
-        options = [
-            *(
-                "-T",
-                "-o",
-                "ClearAllForwardings=yes",
-                "-o",
-                "PubkeyAuthentication=no",
-                "-o",
-                "NumberOfPasswordPrompts=1",
-            ),
-            *("-o", "PreferredAuthentications=password,keyboard-interactive"),
-        ]
+        options = ["-T", "-o", "ClearAllForwardings=yes", "-o", "PubkeyAuthentication=no"]
+        options += ["-o", "NumberOfPasswordPrompts=1"]
+        options += ["-o", "PreferredAuthentications=password,keyboard-interactive"]
         return [*self.openssh.command(self._address, *options, batch=False), "--", self.box.address, shlex.join(argv)]
 
     def _meet(self, *, log_in: bool = True) -> None:
-        """OpenSSH accepts no key that is not known: the first contact is made here, where the
-        fingerprint is said.
+        """Make the first contact, if a host key on the way to the box is not known yet.
+
+        OpenSSH accepts no unknown key, so the key is accepted here, where its fingerprint is shown.
         """
-        if not self.known_hosts.keys or any(
-            not self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)
-        ):
+        known_hosts = [self.known_hosts]
+        known_hosts += [self.openssh.known_hosts(jump.name) for jump in self.openssh.chain(self._address)]
+        if any(not each.keys for each in known_hosts):
             if log_in:
                 self.connect()
             else:
@@ -258,12 +248,12 @@ class BoxConnection:
         heard: Callable[[str], None] | None = None,
         asks: bool = False,
     ) -> CommandResult:
-        """Runs a command on this machine, such as rsync, with its children in a group of their own,
-        which Ctrl-C and `timeout_s` end.
+        """Run a command on this machine, such as rsync.
 
-        heard: gets each whole line of standard output as it comes. asks: it may ask on the
-        terminal. Raises ToolkitError: it is not there, `timeout_s` is over; with `check`,
-        CommandFailed.
+        Ctrl-C and `timeout_s` end it together with its children, which are in a group of their own.
+        heard: gets each whole line of standard output as it comes. asks: the command may ask on the
+        terminal. Raises ToolkitError: the program is not installed, `timeout_s` is over; with
+        `check`, CommandFailed.
         """
         if self.dry_run:
             self.say.command("here", argv, stdin)
@@ -288,25 +278,28 @@ class BoxConnection:
     def link(self) -> Link:
         """How the box is reached, for doctor.
 
-        Connects if need be; never raises ToolkitError for a box that cannot be reached.
+        It connects if necessary. For a box that cannot be reached it raises no ToolkitError.
         """
         error: ToolkitError | None = None
         try:
             self.connect()
         except ToolkitError as refused:
             error = refused
-        shown = self._offered.fingerprint if self._offered else ""
+        fingerprint = self._offered.fingerprint if self._offered else ""
         key: Any = self._key_was
         if error is None:
-            return Link(seconds=self._seconds, host_key=key, fingerprint=shown)
+            return Link(seconds=self._seconds, host_key=key, fingerprint=fingerprint)
         why = f"{error.what}: {error.why}" if error.why else error.what
-        return Link(False, None, why, error.hint, key, shown)
+        return Link(False, None, why, error.hint, key, fingerprint)
 
     def _alive(self) -> bool:
         return self._connection is not None and self._connection.is_connected
 
     def connect(self) -> None:
-        """Raises ToolkitError: not there, no answer, another host key, refused."""
+        """Open the connection, if it is not open.
+
+        Raises ToolkitError: no such host, no answer, another host key, a refused key.
+        """
         if self._alive():
             return
         self.close()
@@ -318,9 +311,7 @@ class BoxConnection:
             for jump, before in jumps.items():
                 for key in self.openssh.known_hosts(jump.name).keys:
                     if key not in before:
-                        self.say(
-                            f"{jump.name}, on the way to {self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on"
-                        )
+                        self.say(f"{jump.name}, on the way to {self.box.name}: {_new_key(key)}")
         self._seconds = time.monotonic() - started
 
     def _open(self) -> None:
@@ -331,8 +322,8 @@ class BoxConnection:
         connection = Connection(
             self.known_hosts.alias,
             user=self.resolved.user,
-            port=22,  # the name that Fabric looks up in known_hosts is then the alias alone
-            config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # none of Fabric's own: ssh -G has said it all
+            port=22,  # so that Fabric looks up only the alias in known_hosts
+            config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # empty: all settings come from ssh -G
             forward_agent=False,
             connect_kwargs={
                 "sock": sock,
@@ -342,12 +333,10 @@ class BoxConnection:
         )
         known = self.known_hosts.keys
         for key in known:
-            with contextlib.suppress(
-                SSHException, ValueError, paramiko.pkey.UnknownKeyType
-            ):  # a sort that paramiko lacks: see _accept
-                connection.client.get_host_keys().add(
-                    self.known_hosts.alias, key.sort, paramiko.PKey.from_type_string(key.sort, key.blob)
-                )
+            # Suppressed: a sort of key that paramiko lacks; see _accept.
+            with contextlib.suppress(SSHException, ValueError, paramiko.pkey.UnknownKeyType):
+                loaded = paramiko.PKey.from_type_string(key.sort, key.blob)
+                connection.client.get_host_keys().add(self.known_hosts.alias, key.sort, loaded)
         connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
         self._key_was = "known" if known else "new"
         self._connection = connection
@@ -374,7 +363,7 @@ class BoxConnection:
         self._offered = _host_key(transport.get_remote_server_key())
 
     def close(self) -> None:
-        """Says nothing if there is nothing to close."""
+        """Close the connection, if it is open."""
         connection, proxy = self._connection, self._proxy
         self._connection = self._proxy = None
         if connection is not None:
@@ -383,7 +372,7 @@ class BoxConnection:
             proxy.close()
 
     def offered_key(self) -> HostKey:
-        """The host key that the box shows now, trusted or not. Does not log in."""
+        """Return the host key that the box shows now, trusted or not. Does not log in."""
         _quiet()
         transport = paramiko.Transport(self._dial())
         started = time.monotonic()
@@ -411,13 +400,14 @@ class BoxConnection:
         if known or not self.known_hosts.keep(key):
             self._key_was = "changed"
             raise changed(self.box.name, key, self.known_hosts.keys)
-        self.say(f"{self.box.name}: new host key {key.fingerprint} ({key.sort}), kept from now on")
+        self.say(f"{self.box.name}: {_new_key(key)}")
 
     # --- the socket
 
     def _dial(self) -> socket.socket:
-        """A socket on which the box has begun to speak SSH. Once more if it was dropped before
-        that.
+        """Return a socket on which the box has begun to speak SSH.
+
+        It tries a second time if the first connection was dropped before that.
         """
         for last in (False, True):
             sock = self._socket()
@@ -432,44 +422,42 @@ class BoxConnection:
             except OSError as refused:
                 error = refused
             sock.close()
-            said = self._last_words()
+            last_words = self._last_words()
             if last:
-                raise self._dropped(error, said)
+                raise self._dropped(error, last_words)
             time.sleep(RETRY_PAUSE_S)
         raise AssertionError("the loop has returned or raised")
 
     def _socket(self) -> socket.socket:
         wait_s = self.openssh.connect_s
-        way = self.openssh.proxy(self._address)
-        if way:
-            proxied = replace(self.resolved, proxy=way).proxy_command()
-            self._proxy = Proxy(proxied)
+        proxy = self.openssh.proxy(self._address)
+        if proxy:
+            self._proxy = Proxy(replace(self.resolved, proxy=proxy).proxy_command())
             self._proxy.socket.settimeout(wait_s * (1 + max(1, len(self.openssh.chain(self._address)))))
             return self._proxy.socket
         host, port = self.resolved.host, self.resolved.port
         try:
             sock = socket.create_connection((host, port), timeout=wait_s)
-            # paramiko leaves it off: each small message then waits for the other side's word on the
-            # one before, a round trip of its own.
+            # paramiko leaves it off. Each small message then waits until the one before it is
+            # acknowledged, a round trip of its own.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except socket.gaierror as error:
-            hint = "look at the name: `fab add` takes what the rental page shows; or the network here is down"
+            hint = "check the name (`fab add` takes what the rental page shows), and the network of this machine"
             raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
         except ConnectionRefusedError:
-            hint = f"is the box running, and is {port} its SSH port now? It changes when a rented box is started again: see boxes.yaml"
-            raise unreachable(
-                f"cannot reach `{self.box.name}`", why=f"{host} refuses connections at port {port}", hint=hint
-            ) from None
+            why = f"{host} refuses connections at port {port}"
+            hint = (
+                f"is the box running, and is {port} its SSH port now? "
+                "It changes when a rented box is started again: see boxes.yaml"
+            )
+            raise unreachable(f"cannot reach `{self.box.name}`", why=why, hint=hint) from None
         except TimeoutError:
             raise self._silent() from None
         except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            raise unreachable(
-                f"cannot reach `{self.box.name}`",
-                why=f"{host} port {port}: {why}",
-                hint="look at the network here, and at the address",
-            ) from None
+            why = f"{host} port {port}: {getattr(error, 'strerror', None) or error}"
+            hint = "check the network of this machine, and the address"
+            raise unreachable(f"cannot reach `{self.box.name}`", why=why, hint=hint) from None
 
     def _where(self) -> str:
         jumps = self.openssh.chain(self._address)
@@ -480,42 +468,39 @@ class BoxConnection:
         return unreachable(
             f"no answer from `{self.box.name}` within {self.openssh.connect_s} s",
             why=self._where(),
-            hint="is the box running, is the address right, and does a firewall lie between? A frozen box is started again on the provider's page",
+            hint="is the box running, is the address right, and does a firewall block it? "
+            "Restart a frozen box on the provider's page",
         )
 
-    def _dropped(self, error: OSError | None, said: str) -> ToolkitError:
+    def _dropped(self, error: OSError | None, last_words: str) -> ToolkitError:
         self._look_at_jumps()
-        if said:
-            hint = "what stands above was said on the way: try it by itself, with `ssh`"
-            return unreachable(f"cannot reach `{self.box.name}`", why=f"{self._where()}: {said}", hint=hint)
-        why = (
-            f"{self._where()}: {error.strerror}"
-            if error
-            else f"{self._where()} closed the connection before it began, twice"
-        )
-        return unreachable(
-            f"cannot reach `{self.box.name}`",
-            why=why,
-            hint="try again in a minute, as a box under load drops some; is this its SSH port?",
-        )
+        what = f"cannot reach `{self.box.name}`"
+        if last_words:
+            hint = "the proxy command printed this: try it by itself, with `ssh`"
+            return unreachable(what, why=f"{self._where()}: {last_words}", hint=hint)
+        reason = f": {error.strerror}" if error else " closed the connection before it began, twice"
+        hint = "try again in a minute, since a busy box drops some connections; is this its SSH port?"
+        return unreachable(what, why=f"{self._where()}{reason}", hint=hint)
 
     def _failed(self, error: BaseException, seconds: float) -> ToolkitError:
-        said = self._last_words()
+        last_words = self._last_words()
         if seconds >= self.openssh.connect_s * 0.9:
             return self._silent()
-        why = said or str(error) or type(error).__name__
-        hint = "try again; if it stays so: is this an SSH port, and is the box's SSH server newer than 2015?"
+        why = last_words or str(error) or type(error).__name__
+        hint = "try again; if it fails again: is this an SSH port, and is the box's SSH server newer than 2015?"
         return unreachable(f"cannot speak SSH with `{self.box.name}`", why=f"{self._where()}: {why}", hint=hint)
 
     def _last_words(self) -> str:
-        """Of the ProxyCommand, if there is one; closes all."""
-        said = self._proxy.last_words() if self._proxy else ""
+        """Close the connection, and return the last lines that the ProxyCommand printed, if any."""
+        last_words = self._proxy.last_words() if self._proxy else ""
         self.close()
-        return said
+        return last_words
 
     def _look_at_jumps(self) -> None:
-        """Raises ToolkitError as a jump host's own line does: what ssh says of it in a ProxyCommand
-        is for people, not for us.
+        """Connect to each jump host by itself, which raises ToolkitError for the one that fails.
+
+        The text that ssh prints about a jump host in a ProxyCommand is made for people, not for
+        programs.
         """
         for jump in self.openssh.chain(self._address):
             with BoxConnection(
@@ -530,15 +515,19 @@ class BoxConnection:
 
 
 class _Broke(ToolkitError):
-    """The connection broke while a command was on its way."""
+    """The connection broke during a command."""
 
 
 class _Silent(Exception):
-    """No answer in time, while logging in."""
+    """No answer came in time during the login."""
+
+
+def _new_key(key: HostKey) -> str:
+    return f"new host key {key.fingerprint} ({key.sort}), kept from now on"
 
 
 def _quiet() -> None:
-    """paramiko logs what we tell as errors ourselves, with tracebacks, to standard error."""
+    """Silence paramiko's log, which prints the errors that we report ourselves, with tracebacks."""
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
@@ -559,9 +548,10 @@ class _Meet(paramiko.MissingHostKeyPolicy):
 
 
 def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, bytes, bytes]:
-    """Exit code, output and errors of what runs in the channel. None: the connection ended first.
+    """Return exit code, output and errors of the channel's command.
 
-    One thread: what is sent waits for what is read, or both sides would wait for each other.
+    The code is None if the connection ended first. One thread sends and receives in turn, so that
+    the two sides never wait for each other.
     """
     out, err, left, ended_at = bytearray(), bytearray(), memoryview(stdin), None
     ready, shut = channel.fileno(), False
@@ -576,7 +566,7 @@ def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, byte
         while left and not channel.closed and channel.send_ready():
             try:
                 left = left[channel.send(left[:TAKES]) :]
-            except OSError:  # it reads no more
+            except OSError:  # the command reads no more
                 left = left[len(left) :]
         if not left and not shut and not channel.closed:
             with contextlib.suppress(OSError, EOFError):
@@ -600,14 +590,15 @@ def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, byte
         err += channel.recv_stderr(TAKES)
     if channel.exit_status != -1:
         return channel.exit_status, bytes(out), bytes(err)
-    return (255 if channel.eof_received and channel.get_transport().is_active() else None), bytes(out), bytes(err)
+    was_killed = channel.eof_received and channel.get_transport().is_active()
+    return (255 if was_killed else None), bytes(out), bytes(err)
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
+# --- keys -----------------------------------------------------------------------------------------
 
 
 class _Agent(AgentSSH):
-    """An agent at a socket that the configuration names; paramiko knows the environment's alone."""
+    """An agent at a socket that the configuration names; paramiko only knows the environment's."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -618,8 +609,9 @@ class _Agent(AgentSSH):
 
 
 class _Keys:
-    """Logs in as OpenSSH does: with the agent's keys that the configuration names, its others, then
-    the files. Never with a password.
+    """Logs in with keys in OpenSSH's order, and never with a password.
+
+    First the agent's keys that the configuration names, then the agent's others, then key files.
     """
 
     def __init__(self, resolved: Resolved, wait_s: float) -> None:
@@ -648,11 +640,11 @@ class _Keys:
                 if not transport.is_active():
                     raise self._refused(
                         f"tried: {', '.join(self._tried)}; then the box ended the connection",
-                        "the same command again; then: ",
+                        "run the same command again; else: ",
                     ) from None
                 continue
             if more:
-                raise self._refused(f"beyond the key it wants: {', '.join(more)}")
+                raise self._refused(f"besides the key it wants: {', '.join(more)}")
             return []
         raise self._refused()
 
@@ -686,10 +678,12 @@ class _Keys:
         return None
 
     def _refused(self, why: str = "", first: str = "") -> KeyRefused:
-        """first: what to do before all else."""
-        tried = ", ".join(dict.fromkeys(self._tried)) or "none was there to be tried"
-        lines = [why or f"tried: {tried}"]
-        hint = "fab trust puts your key there after one password; or paste your public key on the provider's page; or name the key in boxes.yaml"
+        """Make the error for a refused login. first: what to do before all else."""
+        lines = [why or f"tried: {', '.join(dict.fromkeys(self._tried)) or 'no key was found'}"]
+        hint = (
+            "fab trust puts your key on the box after one password; or paste your public key on the provider's page; "
+            "or name the key in boxes.yaml"
+        )
         if self._locked:
             lines.append(f"locked by a passphrase, and no agent holds it: {', '.join(map(str, self._locked))}")
             hint = f"ssh-add {shlex.quote(str(self._locked[0]))}, then the same command; else {hint}"
@@ -704,7 +698,9 @@ class _Keys:
 
 
 def _public_blob(file: Path) -> bytes:
-    """Of FILE.pub, which stands beside a key as a rule, or of FILE if it is one; of what is locked
+    """Read the public key that belongs to a key file; b"" if there is none.
+
+    It is FILE.pub, usually next to FILE, or FILE itself if that is a public key. For a locked key
     nothing else is known.
     """
     public = file if file.suffix == ".pub" else file.with_name(f"{file.name}.pub")

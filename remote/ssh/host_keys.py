@@ -1,8 +1,7 @@
-"""Whom we speak to, and how the box knows us: host keys kept by a box's name, and the user's public
-key put there after one password.
+"""Host keys, kept by a box's name, and the user's public key, installed after one password.
 
-A key that is not known yet is kept and its fingerprint said; another one later is a hard stop until
-`fab trust --replace`.
+A key that is not known yet is kept, and its fingerprint shown. If the box shows another key later,
+every verb stops until `fab trust --replace`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PASSWORD_S = 120.0  # to type it
 
 
 class HostKeyChanged(ToolkitError):
-    """The machine that answers is not the one that was trusted."""
+    """The host key differs from the trusted one: it may be another machine that answers."""
 
 
 class KeyRefused(ToolkitError):
@@ -41,7 +40,7 @@ def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
     return ToolkitError(what, why=why, hint=hint, exit_code=ExitCode.UNREACHABLE)
 
 
-# --- host keys --------------------------------------------------------------------------------------------------------
+# --- host keys ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class HostKey:
 
     @property
     def fingerprint(self) -> str:
-        """As `ssh-keygen -l` shows it."""
+        """The fingerprint, as `ssh-keygen -l` shows it."""
         return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
 
     def line(self, alias: str) -> str:
@@ -60,7 +59,7 @@ class HostKey:
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """A known_hosts file of one name, readable by OpenSSH and Fabric alike."""
+    """The known_hosts file of one name, which both OpenSSH and Fabric can read."""
 
     file: Path
     alias: str  # the first word of its lines
@@ -81,14 +80,14 @@ class KnownHosts:
         return None
 
     def keep(self, key: HostKey) -> bool:
-        """For a name without a key. False: somebody else kept another one meanwhile."""
+        """Keep a key for a name that has none; False if another key was kept meanwhile."""
         return self._write(key, over=False) or key in self.keys
 
     def replace(self, key: HostKey) -> None:
         self._write(key, over=True)
 
     def _write(self, key: HostKey, *, over: bool) -> bool:
-        """Whole or not at all; of two at once, one is first."""
+        """Write the file as a whole or not at all; of two concurrent calls, one is first."""
         self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=".new-")
         try:
@@ -108,11 +107,13 @@ class KnownHosts:
 
 
 def changed(name: str, offered: HostKey, known: Sequence[HostKey]) -> HostKeyChanged:
+    trusted = ", ".join(key.fingerprint for key in known)
     return HostKeyChanged(
         f"the host key of `{name}` has changed",
-        why=f"it shows {offered.fingerprint} ({offered.sort}), and {', '.join(key.fingerprint for key in known)} was trusted",
-        hint=f"if the box was made anew or its address now leads to another of yours: fab trust --host {shlex.quote(name)} --replace\n"
-        "else somebody is in between: do not continue",
+        why=f"it shows {offered.fingerprint} ({offered.sort}), but the trusted key is {trusted}",
+        hint="if the box was set up again, or its address now leads to another box of yours: "
+        f"fab trust --host {shlex.quote(name)} --replace\n"
+        "if not, do not continue: somebody may be intercepting the connection",
         exit_code=ExitCode.UNREACHABLE,
     )
 
@@ -124,30 +125,28 @@ class Trusted:
     before: tuple[HostKey, ...] = ()  # those that were replaced
 
     def __str__(self) -> str:
-        said = {"known": "known", "new": "new, kept from now on", "replaced": "replaced"}[self.status]
+        status = {"known": "known", "new": "new, kept from now on", "replaced": "replaced"}[self.status]
         was = f" (was {', '.join(key.fingerprint for key in self.before)})" if self.before else ""
-        return f"host key {self.key.fingerprint} ({self.key.sort}): {said}{was}"
+        return f"host key {self.key.fingerprint} ({self.key.sort}): {status}{was}"
 
 
 def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "") -> Trusted:
-    """Look at the key that the box shows now, and keep it if none is known, or if `replace` says
-    so.
+    """Look at the key that the box shows now, and keep it if none is known or `replace` is set.
 
-    host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: another
-    one, or one that changed. With the line's dry_run nothing is kept.
+    host_key: the fingerprint that it must have, from the rental page. Raises ToolkitError: it shows
+    another one, or the key has changed. With the connection's dry_run nothing is kept.
     """
     if host_key and not FINGERPRINT.fullmatch(host_key):
-        raise ToolkitError(
-            f"`{host_key}` is no fingerprint",
-            hint="it looks like SHA256:, then 43 characters, as `ssh-keygen -l` shows it",
-        )
+        hint = "it is SHA256: and 43 characters, as `ssh-keygen -l` shows it"
+        raise ToolkitError(f"`{host_key}` is not a fingerprint", hint=hint)
     connection.close()
     offered, known = connection.offered_key(), connection.known_hosts.keys
     if host_key and offered.fingerprint != host_key:
         raise HostKeyChanged(
             f"`{connection.box.name}` shows another host key than {host_key}",
             why=f"it shows {offered.fingerprint} ({offered.sort})",
-            hint="look at address and port; if they are right, somebody is in between: do not continue",
+            hint="check address and port; if they are right, do not continue: "
+            "somebody may be intercepting the connection",
             exit_code=ExitCode.UNREACHABLE,
         )
     if offered in known:
@@ -162,10 +161,10 @@ def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "
     return Trusted("replaced" if known else "new", offered, known)
 
 
-# --- the user's key ---------------------------------------------------------------------------------------------------
+# --- the user's key -------------------------------------------------------------------------------
 
-# $1: the line for authorized_keys; $2: its key alone, which may stand there with options or another
-# comment.
+# $1: the line for authorized_keys; $2: its key alone, since the line may already be there with
+# options or another comment.
 INSTALL = """
 umask 077
 cd && mkdir -p .ssh || exit 1
@@ -178,8 +177,8 @@ exit 0
 """
 
 
-# Where ssh asks for a password: on the terminal, else by a program (SSH_ASKPASS) where one may be
-# shown. As ssh itself decides it.
+# Whether ssh can ask for a password: on the terminal, else by a program (SSH_ASKPASS) if there is a
+# display. ssh itself decides it in the same way.
 CAN_BE_ASKED = """
 (: </dev/tty) 2>/dev/null || case ${SSH_ASKPASS_REQUIRE:-} in
     force) ;;
@@ -192,23 +191,23 @@ esac
 @dataclass(frozen=True)
 class Installed:
     status: Literal["there", "installed", "shown"]  # shown: --dry-run
-    key: str = ""  # the file of the public key; "" where the box took one already
+    key: str = ""  # the file of the public key; "" if the box takes a key already
 
     def __str__(self) -> str:
         return {
-            "there": "your key is already there",
-            "installed": f"{self.key} was put into authorized_keys there",
-            "shown": f"{self.key} would be put into authorized_keys there",
+            "there": "your key is already on the box",
+            "installed": f"{self.key} was added to authorized_keys on the box",
+            "shown": f"{self.key} would be added to authorized_keys on the box",
         }[self.status]
 
 
 def install_key(connection: BoxConnection, public_key: Path | None = None) -> Installed:
-    """Put the user's public key on the box, which asks for the password once; nothing to do where
-    the box takes a key already.
+    """Put the user's public key on the box, which asks for the password once.
 
-    public_key: None for the first of those that ssh would use. The only place where a password is
-    asked for, by ssh itself: we never see it. Raises ToolkitError: there is no key, nobody can be
-    asked, or the password was wrong.
+    If the box takes a key already, nothing is done. public_key: None for the first key that ssh
+    would use. Only here is a password asked for, by ssh itself: we never see it.
+
+    Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
     """
     try:
         connection.connect()
@@ -218,14 +217,12 @@ def install_key(connection: BoxConnection, public_key: Path | None = None) -> In
     file = public_key or _first_public(connection)
     words = _public_line(file)
     by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
-    if (
-        not connection.dry_run
-        and connection.local(["sh", "-c", CAN_BE_ASKED], changes=False, check=False, asks=True).code
-    ):
+    can_be_asked = ["sh", "-c", CAN_BE_ASKED]
+    if not connection.dry_run and connection.local(can_be_asked, changes=False, check=False, asks=True).code:
         raise ToolkitError(
-            f"cannot put your key on `{connection.box.name}`: there is no terminal to ask for its password on",
-            why="it takes no key of yours yet, and ssh asks on a terminal",
-            hint=f"the same command in a terminal, once; or {by_hand}",
+            f"cannot put your key on `{connection.box.name}`: there is no terminal on which to ask for its password",
+            why="the box takes none of your keys yet, and ssh asks for a password on a terminal",
+            hint=f"run the same command in a terminal, once; or {by_hand}",
             exit_code=ExitCode.UNREACHABLE,
         )
     argv = connection.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
@@ -236,10 +233,10 @@ def install_key(connection: BoxConnection, public_key: Path | None = None) -> In
         raise ToolkitError(
             f"cannot put your key on `{connection.box.name}`",
             why=answer.err or f"ssh ended with exit code {answer.code}",
-            hint=f"the password stands on the rental page; or {by_hand}",
+            hint=f"the rental page shows the password; or {by_hand}",
             exit_code=ExitCode.UNREACHABLE,
         )
-    connection.connect()  # a box that does not read that file says so here
+    connection.connect()  # fails if the box does not read that file
     return Installed("installed", str(file))
 
 
@@ -253,7 +250,7 @@ def _first_public(connection: BoxConnection) -> Path:
 
 
 def _public_line(file: Path) -> list[str]:
-    """Sort, key, comment. Raises ToolkitError: it is no public key, or even the private one."""
+    """Read sort, key and comment. Raises ToolkitError: not a public key, maybe the private one."""
     try:
         words = file.read_text(encoding="utf-8", errors="replace").strip().split(None, 2)
     except OSError as error:
@@ -268,6 +265,6 @@ def _public_line(file: Path) -> list[str]:
     ):
         raise ToolkitError(
             f"{file} is not a public key",
-            hint="name the .pub file of your key; the other one never leaves this machine",
+            hint="name the .pub file of your key; the private key never leaves this machine",
         )
     return words

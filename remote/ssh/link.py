@@ -1,4 +1,4 @@
-"""How a box was reached, as `fab doctor` shows it."""
+"""The outcome of connecting to a box, as `fab doctor` shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Link:
-    """How the box was reached: found out by the caller, before the probe."""
+    """How the box was reached. The caller finds this out before the probe."""
 
     reached: bool = True
     seconds: float | None = None  # of the connection, or of the probe's round trip

@@ -1,6 +1,4 @@
-"""Processes on this machine, each with an end: a command and its answer, and the ProxyCommand that
-a connection goes through.
-"""
+"""Processes on this machine: commands with a deadline, and the ProxyCommand of a connection."""
 
 from __future__ import annotations
 
@@ -20,19 +18,19 @@ from typing import IO
 from jobs.errors import ToolkitError
 from remote.ssh.host_keys import unreachable
 
-LINGER_S = 1.0  # for what a command left behind, which may hold its output open
+LINGER_S = 1.0  # to wait for processes that a command left behind, which may hold its output open
 LAST_LINES = 10
 TAKES = 32 * 1024
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command said.
+    """The exit code and output of a command.
 
-    Bytes that are no UTF-8 are shown as U+FFFD: files never travel this way.
+    Bytes that are not UTF-8 become U+FFFD; files are never sent this way.
     """
 
-    code: int  # 255 if a signal ended it there, as OpenSSH has it
+    code: int  # 255 if a signal ended the command on the box, as OpenSSH has it
     out: str
     err: str
     seconds: float
@@ -44,8 +42,9 @@ def short(argv: Sequence[str]) -> str:
 
 
 class Proxy:
-    """A ProxyCommand, as OpenSSH runs it, on a real socket: paramiko's own reads a byte at a time,
-    and leaves the process behind.
+    """A ProxyCommand, as OpenSSH runs it, on a real socket.
+
+    paramiko's own class reads one byte at a time, and leaves the process behind.
     """
 
     def __init__(self, command: str) -> None:
@@ -70,7 +69,7 @@ class Proxy:
 
 
 def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """The process and its children, which are a group of their own."""
+    """End the process and its children, which are a group of their own."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)

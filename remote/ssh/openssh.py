@@ -1,9 +1,8 @@
-"""The OpenSSH client: what it makes of a name (`ssh -G`), and how it is called.
+"""The OpenSSH client: how it resolves a name (`ssh -G`), and how it is called.
 
-One truth for Fabric, streams, rsync and jump hosts.
-
-Host keys are always checked, against a file of our own for each name: an address with a port is
-somebody else's tomorrow.
+Fabric, streams, rsync and jump hosts all take their settings from here. Host keys are always
+checked, against a file of our own for each name, not for each address: an address with a port may
+belong to somebody else tomorrow.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jobs.errors import ToolkitError
 from remote.ssh.host_keys import KnownHosts
 
 CONNECT_S = 10
-LONGEST_CHAIN = 5  # jump hosts one behind another; more is a circle
+LONGEST_CHAIN = 5  # jump hosts in a row; more than that is taken for a circle
 RESOLVE_S = 20.0  # `Match exec` runs the user's own commands
 
 
@@ -33,13 +32,14 @@ class Target:
     user: str | None = None
     port: int | None = None
     key: str | None = None
-    # the jump hosts to it, the first to be reached first; None: as its configuration has it
+    # The jump hosts on the way, in the order of connecting; None: as its configuration has it.
     via: tuple[Target, ...] | None = None
 
     @classmethod
     def of_jump(cls, text: str, via: tuple[Target, ...] | None = None) -> Target:
-        """One of ProxyJump's: [user@]host[:port], or ssh://. Named so that `fab trust --host NAME`
-        means the same file.
+        """Parse one word of ProxyJump: [user@]host[:port], or ssh://.
+
+        It is named so that `fab trust --host NAME` uses the same known_hosts file.
         """
         match = re.fullmatch(r"(?:ssh://)?(?:(.+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?/?", text.strip())
         user, host, port = match.groups() if match else (None, text.strip(), None)
@@ -49,26 +49,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What ssh makes of a target."""
+    """A target as ssh resolves it."""
 
     host: str
     port: int
     user: str
     keys: tuple[Path, ...]  # private keys that it would try; they need not be there
-    only_these: bool  # IdentitiesOnly: of the agent's keys only those
+    only_these: bool  # IdentitiesOnly: use only those keys of the agent
     agent: str  # the socket that IdentityAgent names; "": the environment's; "none"
     proxy: str  # ProxyCommand for a shell, with %h and %p; ""
-    jumps: tuple[Target, ...]  # ProxyJump, the first to be reached first
+    jumps: tuple[Target, ...]  # ProxyJump, in the order of connecting
 
     def proxy_command(self) -> str:
-        """`proxy` with its tokens filled in."""
+        """Return `proxy` with its tokens filled in."""
         values = {"%": "%", "h": self.host, "n": self.host, "p": str(self.port), "r": self.user}
         return re.sub("%(.)", lambda token: values.get(token[1], token[0]), self.proxy)
 
 
 @dataclass(frozen=True)
 class OpenSSH:
-    """state: where the laptop remembers host keys. config: in place of the user's own (`ssh -F`)."""
+    """The OpenSSH client with our settings.
+
+    state: where the laptop keeps host keys. config: in place of the user's own (`ssh -F`).
+    """
 
     state: Path
     config: Path | None = None
@@ -79,13 +82,14 @@ class OpenSSH:
         return KnownHosts(self.state / "known_hosts" / quote(name, safe="@"), alias(name))
 
     def resolve(self, target: Target) -> Resolved:
-        """Raises ToolkitError: ssh is not there, or refuses the name or its own configuration; the
-        key is not there.
+        """Ask ssh for the settings of a target.
+
+        Raises ToolkitError: there is no ssh; ssh refuses the name or its own configuration; the key
+        file does not exist.
         """
-        if target.key and not Path(target.key).is_file():  # ssh would warn, and go on with others
-            raise ToolkitError(
-                f"the key of `{target.name}` is not there", why=target.key, hint="mend `key` in boxes.yaml"
-            )
+        if target.key and not Path(target.key).is_file():  # ssh would only warn, and try other keys
+            what = f"the key file of `{target.name}` does not exist"
+            raise ToolkitError(what, why=target.key, hint="mend `key` in boxes.yaml")
         if target not in self._seen:
             self._seen[target] = self._ask(target)
         return self._seen[target]
@@ -93,22 +97,21 @@ class OpenSSH:
     def _ask(self, target: Target) -> Resolved:
         argv = ["ssh", "-G", *self._own_config(), *_named(target), "--", target.address]
         try:
-            said = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=RESOLVE_S, check=False)
+            ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=RESOLVE_S, check=False)
         except FileNotFoundError:
             raise ToolkitError("there is no `ssh` on this machine", hint="install the OpenSSH client") from None
         except subprocess.TimeoutExpired:
-            raise ToolkitError(
-                f"`{shlex.join(argv)}` does not end", hint="look at `Match exec` in ~/.ssh/config"
-            ) from None
-        if said.returncode:
-            why = said.stderr.decode(errors="replace")
+            what = f"`{shlex.join(argv)}` does not end"
+            raise ToolkitError(what, hint="look at `Match exec` in ~/.ssh/config") from None
+        if ended.returncode:
+            why = ended.stderr.decode(errors="replace")
             raise ToolkitError(f"ssh does not take `{target.address}`", why=why, hint="mend ~/.ssh/config, or the name")
-        return _resolved(said.stdout.decode(errors="replace"))
+        return _resolved(ended.stdout.decode(errors="replace"))
 
     def chain(self, target: Target) -> tuple[Target, ...]:
-        """All jump hosts on the way, the first to be reached first.
+        """Return all jump hosts on the way, in the order of connecting.
 
-        A ProxyCommand of the user's own counts for nothing here.
+        A ProxyCommand of the user's own is not counted.
         """
         return self._chain(target, ())
 
@@ -119,38 +122,39 @@ class OpenSSH:
         if len(behind) + len(jumps) > LONGEST_CHAIN:
             names = " -> ".join(jump.name for jump in (*jumps, *behind))
             raise ToolkitError(
-                f"the way to `{(*behind, target)[-1].name}` goes in a circle",
+                f"the jump hosts to `{(*behind, target)[-1].name}` form a circle",
                 why=names,
                 hint="look at ProxyJump in ~/.ssh/config",
             )
         return (*self._chain(jumps[0], (*jumps, *behind)), *jumps)
 
     def proxy(self, target: Target) -> str:
-        """How the target is reached if not directly: a ProxyCommand for a shell, with tokens.
+        """Return the ProxyCommand for a target that is not reached directly, with tokens.
 
-        OpenSSH's own ProxyJump would check a jump host against the user's known_hosts; here it is
+        OpenSSH's own ProxyJump would check a jump host against the user's known_hosts. Here it is
         checked as the box is.
         """
         if chain := self.chain(target):
             last = chain[-1]
-            first = not self.known_hosts(last.name).keys
-            self.known_hosts(last.name).file.parent.mkdir(
-                parents=True, exist_ok=True, mode=0o700
-            )  # ssh makes none, and would not keep the key
+            known_hosts = self.known_hosts(last.name)
+            # ssh does not make the folder, and would not keep the key.
+            known_hosts.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             argv = [
                 "ssh",
                 *self._own_config(),
-                *self.strict(last.name, first_contact=first),
+                *self.strict(last.name, first_contact=not known_hosts.keys),
                 *_proxied(self.proxy(last)),
                 *_named(last),
             ]
-            return (
-                f"{shlex.join(argv).replace('%', '%%')} -W '[%h]:%p' -- {shlex.quote(last.address).replace('%', '%%')}"
-            )
+            command, address = (text.replace("%", "%%") for text in (shlex.join(argv), shlex.quote(last.address)))
+            return f"{command} -W '[%h]:%p' -- {address}"
         return self.resolve(target).proxy if target.via is None else ""
 
     def command(self, target: Target, *options: str, batch: bool = True) -> list[str]:
-        """Up to the address, which the caller adds. batch: nothing is asked on the terminal."""
+        """Return ssh's argv up to the address, which the caller adds.
+
+        batch: ssh asks nothing on the terminal.
+        """
         return [
             "ssh",
             *self._own_config(),
@@ -161,9 +165,10 @@ class OpenSSH:
         ]
 
     def strict(self, name: str, *, first_contact: bool = False, batch: bool = True) -> list[str]:
-        """first_contact: a key is accepted where none is known.
+        """Return the options that check host keys against our own file.
 
-        Of another sort than the known ones: never.
+        first_contact: accept a key if none is known. A key of another sort than the known ones is
+        never accepted.
         """
         known = self.known_hosts(name)
         file = str(known.file)
@@ -185,7 +190,7 @@ class OpenSSH:
             "ForwardX11": "no",
             "PermitLocalCommand": "no",
             "RemoteCommand": "none",
-            "ControlMaster": "no",  # a shared connection was opened by somebody else's rules
+            "ControlMaster": "no",  # a shared connection was opened with other options
             "ControlPath": "none",
             "ConnectTimeout": str(self.connect_s),
             "ServerAliveInterval": "5",
@@ -199,9 +204,7 @@ class OpenSSH:
 
 
 def alias(name: str) -> str:
-    """The name inside its known_hosts file, where commas, stars and capitals would mean something
-    else.
-    """
+    """Return a name for a known_hosts file, in which commas, stars and capitals have a meaning."""
     return re.sub(r"[^a-z0-9._-]", "_", name.lower())
 
 
@@ -210,7 +213,7 @@ def _set(settings: Mapping[str, str]) -> list[str]:
 
 
 def _proxied(command: str) -> list[str]:
-    """`none`: else a ProxyJump of the configuration would hold."""
+    """Set the ProxyCommand; `none`, since otherwise ssh would use the configuration's ProxyJump."""
     return ["-o", f"ProxyCommand={command or 'none'}"]
 
 
@@ -223,35 +226,35 @@ def _named(target: Target) -> list[str]:
 
 
 def _resolved(text: str) -> Resolved:
-    """text: of `ssh -G`, a keyword and its value a line."""
+    """Parse the output of `ssh -G`, a keyword and its value on each line."""
     lines = [line.partition(" ") for line in text.splitlines()]
     values = {key.lower(): value for key, _, value in reversed(lines)}
     user, host = values.get("user", ""), values.get("hostname", "")
     jumps = values.get("proxyjump", "none")
     proxy = values.get("proxycommand", "none")
     agent = values.get("identityagent", "")
+    if agent in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK"):
+        agent = ""
+    elif agent and agent != "none":
+        agent = str(_expanded(agent, host, user))
+    files = [value for key, _, value in lines if key == "identityfile" and value != "none"]
     return Resolved(
         host=host,
         port=int(values.get("port", 22)),
         user=user,
-        keys=tuple(
-            _expanded(value, host, user) for key, _, value in lines if key == "identityfile" and value != "none"
-        ),
+        keys=tuple(_expanded(file, host, user) for file in files),
         only_these=values.get("identitiesonly") == "yes",
-        agent=""
-        if agent in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK")
-        else agent
-        if agent == "none"
-        else str(_expanded(agent, host, user))
-        if agent
-        else "",
+        agent=agent,
         proxy="" if proxy == "none" else proxy,
         jumps=() if jumps == "none" else _jumps(jumps.split(",")),
     )
 
 
 def _jumps(texts: Sequence[str]) -> tuple[Target, ...]:
-    """The first is reached as its own configuration says, each other one through those before it."""
+    """Parse ProxyJump's list.
+
+    The first is reached as its own configuration says, each other one through those before it.
+    """
     jumps: tuple[Target, ...] = ()
     for text in texts:
         jumps = (*jumps, Target.of_jump(text, via=jumps or None))

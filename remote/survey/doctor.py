@@ -1,8 +1,8 @@
-"""Whether a box is fit for a job, before money is spent on it: facts in, checks out, a line each
-and always in the same order.
+"""The checks whether a box is fit for a job, before money is spent: facts in, checks out.
 
-Pure. What can be judged at a start, too, is judged by jobs/fitness.py, so that doctor and training
-say the same; the rest here. Thresholds stand in env/limits.toml.
+Each check is one line, always in the same order. All functions are pure. jobs/fitness.py judges
+what training can also judge at its start, so that doctor and training say the same; the rest is
+judged here. The thresholds are in env/limits.toml.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from remote.survey.facts import (
 )
 
 NOT_ASKED = "not asked"
+CHECKS_OF_FACTS = (
+    *("provider", "driver", "cards", "capability", "P2P", "/dev/shm", "CPU and memory"),
+    *("disk", "inodes", "Python", "Docker", "hub", "clock"),
+)
 
 Status = Literal["ok", "warning", "unfit", "unknown"]
 
@@ -40,7 +44,7 @@ class Check:
     name: str
     status: Status
     value: str  # what was seen
-    todo: str = ""  # what to do about it; "" where nothing is to be done
+    todo: str = ""  # what to do about it; "" if nothing
 
     def __str__(self) -> str:
         return one_line(f"{self.value}: {self.todo}" if self.todo else self.value)
@@ -49,7 +53,7 @@ class Check:
 @dataclass(frozen=True)
 class Diagnosis:
     checks: tuple[Check, ...]
-    job: str  # its name; "" without one
+    job: str  # its name; "" without a job
     reached: bool = True
 
     @property
@@ -58,17 +62,17 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """`fit for opt-1.3b`, or `not fit for opt-1.3b: what, and what to do; ...`."""
+        """The result: `fit for opt-1.3b`, or `not fit for opt-1.3b: what, and what to do; ...`."""
         target = f" for {self.job}" if self.job else ""
         if not self.reached:
-            return f"not fit{target}: it was not reached"
+            return f"not fit{target}: the box was not reached"
         if not self.fit:
             return f"not fit{target}: " + "; ".join(str(check) for check in self.checks if check.status == "unfit")
         warnings = sum(check.status == "warning" for check in self.checks)
         return f"fit{target}" + (f", with {plural(warnings, 'warnings')}" if warnings else "")
 
     def lines(self) -> list[str]:
-        """A line for each check, the words in columns, and the verdict."""
+        """Return a line for each check, in columns, and the verdict."""
         shown = [check for check in self.checks if self.reached or check.value != NOT_ASKED]
         width = max((len(check.name) for check in shown), default=0)
         return [*(f"{check.status:<7}  {check.name:<{width}}  {check}" for check in shown), self.verdict]
@@ -93,27 +97,13 @@ def diagnose(
     data_folder: str = "",
     prefer_route: str = "",
 ) -> Diagnosis:
-    """facts: None where the box was not reached. data_folder, prefer_route: what boxes.yaml says of
-    it.
+    """Check a box for a job.
+
+    facts: None if the box was not reached. data_folder, prefer_route: from boxes.yaml.
     """
     checks = [_reachable(link, facts), _host_key(link)]
     if facts is None:
-        names = (
-            "provider",
-            "driver",
-            "cards",
-            "capability",
-            "P2P",
-            "/dev/shm",
-            "CPU and memory",
-            "disk",
-            "inodes",
-            "Python",
-            "Docker",
-            "hub",
-            "clock",
-        )
-        checks += [Check(name, "unknown", NOT_ASKED) for name in names]
+        checks += [Check(name, "unknown", NOT_ASKED) for name in CHECKS_OF_FACTS]
     else:
         seen = SurveyedBox(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
         checks += [
@@ -134,7 +124,7 @@ def diagnose(
     return Diagnosis(tuple(checks), job.name if job else "", facts is not None)
 
 
-# --- what is asked of the box ---------------------------------------------------------------------------------------
+# --- what is asked of the box ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,8 +140,10 @@ class SurveyedBox:
 
     @property
     def wants_gpu(self) -> bool:
-        """With device auto, a job that starts from random weights runs on the CPU where there is no
-        card, as deploy sets it up.
+        """Whether the job needs a GPU.
+
+        With `device: auto`, a job that starts from random weights runs on the CPU if there is no
+        GPU, and deploy prepares that.
         """
         if self.job is None:
             return self.facts.cards != ()
@@ -164,7 +156,7 @@ class SurveyedBox:
         return (len(self.facts.cards) if self.facts.cards else None) if wish == "auto" else wish
 
     def judged(self, **known: Any) -> list[Finding]:
-        """What jobs/fitness.py says of these facts alone."""
+        """Let jobs/fitness.py judge these facts alone."""
         device = self.job.hardware.device if self.job else "auto"
         cuda = self.limits.image.cuda if self.wants_gpu else None
         pretrained = self.job is not None and is_pretrained(self.job)
@@ -176,64 +168,45 @@ def is_pretrained(job: Job) -> bool:
 
 
 def hub_names(job: Job) -> list[str]:
-    """Models and data sets that may have to come from the hub: those that are no path by their
-    looks.
-    """
-    models = [
-        model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch) and model != "actor"
-    ]
-    names = [name for name in (*models, *job.data.datasets) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)]
-    return [name for name in names if not name.endswith((".jsonl", ".json"))]
+    """List models and data sets that may have to come from the hub: names that are not paths."""
+    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch)]
+    names = [*(model for model in models if model != "actor"), *job.data.datasets]
+    looks_like_hub = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+    return [name for name in names if looks_like_hub.fullmatch(name) and not name.endswith((".jsonl", ".json"))]
 
 
-# --- the checks -----------------------------------------------------------------------------------------------------
+# --- the checks -----------------------------------------------------------------------------------
 
 
 def _of(name: str, value: str, findings: Iterable[Finding], todo: str = "") -> Check:
-    """A check of what was found, the worst first; without findings all is well."""
+    """Make a check of findings, the worst first; without findings it is `ok`."""
     found = sorted(findings, key=lambda finding: finding.level != "unfit")
     if not found:
         return Check(name, "ok", value)
-    return Check(
-        name,
-        found[0].level,
-        "; ".join(finding.what for finding in found),
-        todo or "; ".join(dict.fromkeys(each.todo for each in found)),
-    )
+    todo = todo or "; ".join(dict.fromkeys(finding.todo for finding in found))
+    return Check(name, found[0].level, "; ".join(finding.what for finding in found), todo)
 
 
 def _reachable(link: Link, facts: BoxFacts | None) -> Check:
     if not link.reached and link.host_key == "changed":
         return Check("reachable", "unfit", "it answers, with another host key")
     if not link.reached:
-        return Check(
-            "reachable",
-            "unfit",
-            link.error or "no answer",
-            link.todo or "see that it runs, and its address and port in boxes.yaml",
-        )
+        todo = link.todo or "check that it runs, and its address and port in boxes.yaml"
+        return Check("reachable", "unfit", link.error or "no answer", todo)
     took = f"in {link.seconds * 1000:.0f} ms" if link.seconds is not None else "yes"
     if facts is None or not facts.complete:
         return Check("reachable", "warning", f"{took}, but the probe's answer broke off", "try again")
     if facts.late:
-        return Check(
-            "reachable",
-            "warning",
-            f"{took}; no answer in time from: {', '.join(facts.late)}",
-            "try again, or take another box",
-        )
+        value = f"{took}; no answer in time from: {', '.join(facts.late)}"
+        return Check("reachable", "warning", value, "try again, or take another box")
     return Check("reachable", "ok", took)
 
 
 def _host_key(link: Link) -> Check:
     shown = link.fingerprint or "not seen"
     if link.host_key == "changed":
-        return Check(
-            "host key",
-            "unfit",
-            f"changed: {shown}",
-            "if the box was made anew, `fab trust --replace`; else somebody is in between",
-        )
+        todo = "if the box was set up again, `fab trust --replace`; if not, somebody may be intercepting the connection"
+        return Check("host key", "unfit", f"changed: {shown}", todo)
     if link.host_key == "new":
         return Check("host key", "ok", f"{shown}, seen for the first time")
     return Check("host key", "ok" if link.host_key == "known" else "unknown", shown)
@@ -241,15 +214,15 @@ def _host_key(link: Link) -> Check:
 
 def _provider(box: SurveyedBox) -> Check:
     facts = box.facts
-    value = f"{box.provider.title}, {'container' if facts.container else 'machine'}; runtime {box.runtime.name} ({box.runtime.why})"
+    kind = "container" if facts.container else "machine"
+    value = f"{box.provider.title}, {kind}; runtime {box.runtime.name} ({box.runtime.why})"
     if box.place.deployed:
         value += f"; deployed: {box.place.deployed.get('code', '?')[:12]}"
     if box.place.slot and box.place.slot_alive:
         value += f"; a job runs: {box.place.slot.get('run', '?')}"
     if facts.machine and facts.machine != box.limits.image.machine:
-        todo = (
-            f"take a box with {box.limits.image.machine}; PyTorch for CUDA {box.limits.image.cuda} is made for no other"
-        )
+        image = box.limits.image
+        todo = f"take a box with {image.machine}; PyTorch for CUDA {image.cuda} is made for no other"
         return Check("provider", "unfit", f"{value}; its processor is {facts.machine}", todo)
     return Check("provider", "ok", value)
 
@@ -259,14 +232,10 @@ def _driver(box: SurveyedBox) -> Check:
     if not box.wants_gpu:
         return Check("driver", "ok", facts.driver or "none, and this job needs none")
     if facts.driver is None and facts.cards is None:
-        return Check(
-            "driver",
-            "unknown",
-            facts.smi_error or "nvidia-smi does not answer",
-            "run `nvidia-smi` there; if it hangs, take another box",
-        )
+        todo = "run `nvidia-smi` there; if it hangs, take another box"
+        return Check("driver", "unknown", facts.smi_error or "nvidia-smi does not answer", todo)
     if facts.driver is None:
-        return Check("driver", "unknown", "none is loaded")  # the cards' check says what to do
+        return Check("driver", "unknown", "none is loaded")  # the check `cards` says what to do
     wanted = f"{facts.driver}, for CUDA {box.limits.image.cuda}"
     return _of("driver", wanted, box.judged(driver=facts.driver))
 
@@ -287,41 +256,33 @@ def _cards(box: SurveyedBox) -> Iterator[Check]:
         elif box.job is None or box.job.hardware.device == "cpu":
             yield Check("cards", "ok", "none" + (", and this job needs none" if box.job else ""))
         else:
-            yield Check(
-                "cards",
-                "warning",
-                "none: the job will run on the CPU",
-                "take a box with a GPU, or --set hardware.device=cpu to mean it",
-            )
+            todo = "take a box with a GPU; if the CPU is intended, --set hardware.device=cpu"
+            yield Check("cards", "warning", "none: the job will run on the CPU", todo)
     for card in facts.cards or ():
         yield _card(box, card)
     if facts.cards and box.wants_gpu and box.ranks is not None and box.ranks > len(facts.cards):
-        here = f"the job asks for {box.ranks} ranks, and here {'is' if len(facts.cards) == 1 else 'are'} {plural(len(facts.cards), 'cards')}"
-        yield Check("ranks", "unfit", here, "take a box with more cards, or --set hardware.ranks=auto")
+        value = f"the job asks for {box.ranks} ranks, and the box has {plural(len(facts.cards), 'cards')}"
+        yield Check("ranks", "unfit", value, "take a box with more cards, or --set hardware.ranks=auto")
 
 
 def _card(box: SurveyedBox, card: GpuCard) -> Check:
     limits, name = box.limits.gpu_health, f"card {card.index}"
-    free = (
-        f", {size(card.total_bytes)}, {size(card.used_bytes)} in use"
-        if card.total_bytes is not None and card.used_bytes is not None
-        else ""
-    )
-    value = f"{card.name or 'a card'}{free}"
+    value = card.name or "a card"
+    if card.total_bytes is not None and card.used_bytes is not None:
+        value += f", {size(card.total_bytes)}, {size(card.used_bytes)} in use"
     found: list[Finding] = []
     if box.wants_gpu:
         used = (*(None for _ in range(card.index)), card.used_bytes)
         holders = tuple(holder for holder in box.facts.holders if holder.gpu in (None, card.index))
         found += box.judged(gpu_used_bytes=used, gpu_holders=holders)
-    away = "take another box: this card ends runs, or computes wrong" if box.wants_gpu else "this job does not use it"
+    avoid = "take another box: this card ends runs, or computes wrong" if box.wants_gpu else "this job does not use it"
     bad: Literal["unfit", "warning"] = "unfit" if box.wants_gpu else "warning"
     if (card.ecc_now or 0) > limits.ecc_uncorrected_max:
-        found.append(
-            Finding(bad, f"{plural(card.ecc_now, 'uncorrected memory errors')} (ECC) since its driver was loaded", away)
-        )
+        errors = plural(card.ecc_now, "uncorrected memory errors")
+        found.append(Finding(bad, f"{errors} (ECC) since its driver was loaded", avoid))
     for numbers, level in ((limits.xid_unfit, bad), (limits.xid_warning, "warning")):
         if logged := [str(xid) for xid in card.xids if xid in numbers]:
-            todo = away if level == "unfit" else "it may be over; should a run end with a CUDA error, take another box"
+            todo = avoid if level == "unfit" else "it may be over; if a run ends with a CUDA error, take another box"
             found.append(Finding(level, f"the kernel logged Xid {', '.join(logged)} for it", todo))
     check = _of(name, value, found)
     return replace(check, value=f"{value}; {check.value}") if found else check
@@ -331,25 +292,18 @@ def _capability(box: SurveyedBox) -> Check:
     cards = tuple(Gpu(card.name, card.capability) for card in box.facts.cards or ())
     shown = ", ".join(dict.fromkeys(card.capability or "?" for card in cards))
     if not cards or not box.wants_gpu:
-        return Check(
-            "capability",
-            "ok" if box.facts.cards is not None or not box.wants_gpu else "unknown",
-            shown or "no card to look at",
-        )
+        is_known = box.facts.cards is not None or not box.wants_gpu
+        return Check("capability", "ok" if is_known else "unknown", shown or "no card to look at")
     wanted = box.limits.cuda[box.limits.image.cuda]
-    value = f"{shown}, where CUDA {box.limits.image.cuda} drives {wanted.capability_min} to {wanted.capability_max}"
+    value = f"{shown}; CUDA {box.limits.image.cuda} supports {wanted.capability_min} to {wanted.capability_max}"
     if all(card.capability is None for card in cards):
-        return Check(
-            "capability",
-            "unknown",
-            "nvidia-smi does not say",
-            "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not",
-        )
+        todo = "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not"
+        return Check("capability", "unknown", "nvidia-smi does not say", todo)
     return _of("capability", value, box.judged(cards=cards))
 
 
 def fitness_facts(facts: BoxFacts) -> FitnessFacts:
-    """The box's cards as jobs/fitness.py reads them."""
+    """Collect what jobs/fitness.py needs to know of the box's GPUs."""
     access = [peer.access for peer in facts.peers if peer.access is not None]
     return FitnessFacts(
         driver=facts.driver,
@@ -360,9 +314,9 @@ def fitness_facts(facts: BoxFacts) -> FitnessFacts:
 
 
 def peer_access_off(facts: BoxFacts, limits: Limits) -> str:
-    """Why NCCL_P2P_DISABLE=1 belongs into this box's environment; "" if it does not.
+    """Return why this box's environment needs NCCL_P2P_DISABLE=1; "" if it does not.
 
-    Training finds out all but the wrong copies.
+    Training itself could find out all reasons but wrong copies.
     """
     return no_peer_access(fitness_facts(facts), limits)
 
@@ -380,20 +334,16 @@ def _peers(box: SurveyedBox) -> Check:
     failed = [peer for peer in facts.peers if peer.result.startswith("failed")]
     if failed:
         what = f"GPU {failed[0].source} to GPU {failed[0].target}: {failed[0].result}"
-        return Check("P2P", "unfit", what, "take another box: what CUDA refuses now, it will refuse to training")
+        return Check("P2P", "unfit", what, "take another box: training would fail at the same copy")
     if why := peer_access_off(facts, box.limits):
-        return Check("P2P", "warning", why, "NCCL_P2P_DISABLE=1, which deploy sets for this box; slower, but right")
+        return Check("P2P", "warning", why, "deploy sets NCCL_P2P_DISABLE=1 for this box; slower, but correct")
     pairs = len(facts.cards) * (len(facts.cards) - 1)
     if len(facts.peers) < pairs:
-        said = facts.peers_said or f"{len(facts.peers)} of {pairs} copies in time"
-        return Check(
-            "P2P",
-            "unknown",
-            f"not tried: {said}" if not facts.peers else f"{said}, all right",
-            "watch the first update: NCCL_P2P_DISABLE=1",
-        )
+        reason = facts.peers_said or f"{len(facts.peers)} of {pairs} copies in time"
+        value = f"{reason}, all correct" if facts.peers else f"not tried: {reason}"
+        return Check("P2P", "unknown", value, "if the first update hangs, set NCCL_P2P_DISABLE=1")
     direct = sum(peer.access is True for peer in facts.peers)
-    return Check("P2P", "ok", f"{direct} of {pairs} ways direct, all {pairs} copies right")
+    return Check("P2P", "ok", f"{direct} of {pairs} paths are direct, all {pairs} copies are correct")
 
 
 def _shm(box: SurveyedBox) -> Check:
@@ -414,32 +364,18 @@ def _cpu_and_memory(box: SurveyedBox) -> Check:
     value = f"{_cores(cores)}, {size(most)}, {size(free)} of it free"
     larger, found = "take a larger box", []
     if cores is not None and cores < cpu.cores_min:
-        found.append(
-            Finding(
-                "unfit",
-                f"only {_cores(cores)}, and {cpu.cores_min:g} is the least",
-                f"{larger} (or start it with its card)",
-            )
-        )
+        what = f"only {_cores(cores)}, and {cpu.cores_min:g} is the minimum"
+        found.append(Finding("unfit", what, f"{larger} (or start it with its card)"))
     ranks = box.ranks or 1
     if cores is not None and cpu.cores_min <= cores < cpu.cores_advised_per_rank * ranks:
-        found.append(
-            Finding("warning", f"{_cores(cores)} for {ranks} ranks, so that the GPUs will wait for them", larger)
-        )
+        what = f"{_cores(cores)} for {ranks} ranks: the GPUs will wait for the CPU"
+        found.append(Finding("warning", what, larger))
     if free is not None and free < memory.bytes_min:
-        found.append(
-            Finding(
-                "unfit",
-                f"{size(free)} of memory are free, and a run needs {size(memory.bytes_min)} at least",
-                f"end what runs there, or {larger}",
-            )
-        )
+        what = f"{size(free)} of memory are free, and a run needs at least {size(memory.bytes_min)}"
+        found.append(Finding("unfit", what, f"end what runs there, or {larger}"))
     elif free is not None and free < memory.bytes_advised and box.job is not None and is_pretrained(box.job):
-        found.append(
-            Finding(
-                "warning", f"only {size(free)} of memory are free, and {size(memory.bytes_advised)} are advised", larger
-            )
-        )
+        what = f"only {size(free)} of memory are free, and {size(memory.bytes_advised)} are advised"
+        found.append(Finding("warning", what, larger))
     return _of("CPU and memory", value, found)
 
 
@@ -462,12 +398,8 @@ def _folder(place: Place) -> Folder:
 def _disk(box: SurveyedBox) -> Check:
     place = box.place
     if not place.found:
-        return Check(
-            "disk",
-            "unknown",
-            f"{place.root}: no answer from its disk",
-            "see that its disk is there, or name another data_folder in boxes.yaml",
-        )
+        todo = "check that its disk is there, or name another data_folder in boxes.yaml"
+        return Check("disk", "unknown", f"{place.root}: no answer from its disk", todo)
     folder = replace(_folder(place), free_bytes=place.free_bytes)
     value = f"{size(place.free_bytes) if place.free_bytes is not None else '?'} free at {place.found}"
     value += f" ({place.file_system})" if place.file_system else ""
@@ -479,12 +411,10 @@ def _disk(box: SurveyedBox) -> Check:
 
 def _inodes(box: SurveyedBox) -> Check:
     place = box.place
+    if place.free_inodes is None and not place.found:
+        return Check("inodes", "unknown", "not seen")
     if place.free_inodes is None:
-        return Check(
-            "inodes",
-            "unknown" if not place.found else "ok",
-            "this file system does not count them" if place.found else "not seen",
-        )
+        return Check("inodes", "ok", "this file system does not count them")
     folder = Folder(place.root, place.found, free_inodes=place.free_inodes)
     todo = "remove many small files (`df -i` and `du --inodes` show where), or name another data_folder in boxes.yaml"
     return _of("inodes", f"{place.free_inodes} free at {place.found}", box.judged(folders=(folder,)), todo=todo)
@@ -504,38 +434,39 @@ def _python(box: SurveyedBox) -> Check:
         todo = f"apt-get install python{wanted}-venv"
         return Check("Python", "unfit", f"{right[0].path} has no venv or ensurepip", todo)
     seen = ", ".join(dict.fromkeys(python.version for python in box.facts.pythons)) or "none"
-    todo = f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, or take the provider's image that has it"
+    todo = (
+        f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, "
+        "or take the provider's image that has it"
+    )
     return Check("Python", "unfit", f"no Python {wanted} and no conda to make it with (there is: {seen})", todo)
 
 
+WITHOUT_DOCKER = "without Docker the bare runtime is used"
 DOCKER_HELP = {
-    "daemon": "start it, or let this user speak to it (the group `docker`, which is as good as root); else the bare runtime serves",
-    "compose": "install docker-compose-plugin (Compose 2); else the bare runtime serves",
-    "gpu": "install nvidia-container-toolkit, `nvidia-ctk runtime configure --runtime=docker`, restart Docker (not Docker from snap); "
-    "else the bare runtime serves",
+    "daemon": "start it, or put this user into the group `docker`, which can do what root can; " + WITHOUT_DOCKER,
+    "compose": f"install docker-compose-plugin (Compose 2); {WITHOUT_DOCKER}",
+    "gpu": "install nvidia-container-toolkit, `nvidia-ctk runtime configure --runtime=docker`, "
+    f"restart Docker (not Docker from snap); {WITHOUT_DOCKER}",
 }
 
 
 def _docker(box: SurveyedBox) -> Check:
     docker = box.facts.docker
     if not docker.client and not docker.server:
-        return Check("Docker", "ok", "none, and none is needed: the bare runtime serves")
+        return Check("Docker", "ok", "none, and none is needed: the bare runtime is used")
     if box.runtime.lacking:
-        saw_none = docker.gpu_code == 0 and not reaches_gpus(docker)
-        said = docker.error or (
-            ("a container saw no card" if saw_none else docker.gpu_said) if box.runtime.lacking == "gpu" else ""
-        )
-        return Check(
-            "Docker", "warning", f"{box.runtime.why}{f' ({said})' if said else ''}", DOCKER_HELP[box.runtime.lacking]
-        )
+        reason = docker.error
+        if not reason and box.runtime.lacking == "gpu":
+            saw_none = docker.gpu_code == 0 and not reaches_gpus(docker)
+            reason = "a container saw no card" if saw_none else docker.gpu_said
+        value = f"{box.runtime.why} ({reason})" if reason else box.runtime.why
+        return Check("Docker", "warning", value, DOCKER_HELP[box.runtime.lacking])
     value = f"{docker.server}, Compose {docker.compose}" + (f", buildx {docker.buildx}" if docker.buildx else "")
     if box.facts.cards:
-        tried = (
-            f"a container saw {plural(docker.gpu_cards, 'cards')}"
-            if docker.gpu_code == 0
-            else "its GPU runtime is there, not tried"
-        )
-        value += f"; {tried}" + (f" ({docker.gpu_said})" if docker.gpu_code != 0 and docker.gpu_said else "")
+        if docker.gpu_code == 0:
+            value += f"; a container saw {plural(docker.gpu_cards, 'cards')}"
+        else:
+            value += "; its GPU runtime is installed, not tried" + (f" ({docker.gpu_said})" if docker.gpu_said else "")
         if docker.gpu_code == 0 and docker.gpu_cards != len(box.facts.cards):
             return Check("Docker", "warning", f"{value} of {len(box.facts.cards)}", "restart Docker, or the box")
     if not docker.buildx:
@@ -548,13 +479,12 @@ def _hub(box: SurveyedBox, prefer: str) -> Check:
     route = route_of(box.facts, box.limits, prefer)
     names = hub_names(box.job) if box.job else []
     if route is None:
-        value = f"no way to it ({shown or 'not tried'})"
+        value = f"not reachable ({shown or 'not tried'})"
         if box.job is not None and not names:
-            return Check("hub", "ok", f"{value}, and this job needs none")
+            return Check("hub", "ok", f"{value}, and this job does not need it")
         todo = "give the box a `mirror` in boxes.yaml, or a proxy, or send models and data as local folders"
-        return Check(
-            "hub", "unfit" if names and box.facts.routes else "warning" if box.facts.routes else "unknown", value, todo
-        )
+        failed: Status = "unfit" if names else "warning"
+        return Check("hub", failed if box.facts.routes else "unknown", value, todo)
     value = f"{route.name} ({shown})"
     if (route.total_s or 0) > box.limits.hub.small_file_max_s:
         return Check("hub", "warning", f"{value}, which is slow for a small file", "try a `mirror` in boxes.yaml")
@@ -572,10 +502,6 @@ def _clock(offset: ClockOffset | None, limits: Limits) -> Check:
         return Check("clock", "unknown", "not seen")
     value = f"{abs(offset.seconds):.1f} s {'ahead' if offset.seconds >= 0 else 'behind'} (to {offset.within_s:.1f} s)"
     if abs(offset.seconds) - offset.within_s > limits.clock.offset_max_s:
-        return Check(
-            "clock",
-            "warning",
-            value,
-            "set it on the host (in a container nobody can); times in logs will be off by so much",
-        )
+        todo = "set it on the host (it cannot be set in a container); times in logs will be off by this much"
+        return Check("clock", "warning", value, todo)
     return Check("clock", "ok", value)

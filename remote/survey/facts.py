@@ -1,8 +1,7 @@
-"""What probe.sh said of a box, as typed values; and what follows from them: provider, folder,
-runtime, way to the hub, clock.
+"""The answer of probe.sh as typed values, and what follows: provider, folder, runtime, hub, clock.
 
-All of it is pure. A line that is torn, or of a kind that is not known here, says nothing; what
-nothing was said of is None.
+All functions are pure. A torn line, or a line of an unknown kind, is ignored. A value that the
+answer does not give is None.
 """
 
 from __future__ import annotations
@@ -16,29 +15,29 @@ from typing import Literal, cast, get_args
 from env.settings import Limits, Provider
 from jobs.fitness import Holder
 
-PROBE_S = 6.0  # that it takes at most, on the box
+PROBE_S = 6.0  # the longest that the probe takes on the box
 OUR_FOLDER = "rlhf-box"
-# A few hundred bytes that every mirror has, and a job needs anyhow.
+# A few hundred bytes that every mirror has, and that a job needs anyway.
 SMALL_FILE = "facebook/opt-125m/resolve/main/config.json"
 Way = Literal["direct", "mirror", "proxy"]
-UNLIMITED = 2**60  # cgroups of version 1 have no word for it, but numbers near 2^63
+UNLIMITED = 2**60  # in cgroups of version 1, a number near 2^63 means no limit
 
 
-# --- what is sent ---------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 def probe_args(
     providers: Mapping[str, Provider], *, data_folder: str = "", hub: str = "https://huggingface.co", mirror: str = ""
 ) -> list[str]:
-    """data_folder: the one that boxes.yaml names, if any. hub, mirror: addresses; an empty one is
-    not tried.
+    """Return the arguments of probe.sh.
+
+    data_folder: the one that boxes.yaml names, if any. hub, mirror: addresses; an empty one is not
+    tried.
     """
     known = providers.values()
+    folders = [data_folder] if data_folder else [folder for each in known for folder in each.data_folders]
     wanted = {
-        "root": [
-            _root(folder)
-            for folder in ([data_folder] if data_folder else [folder for each in known for folder in each.data_folders])
-        ],
+        "root": [_root(folder) for folder in folders],
         "file": [file for each in known for file in each.signs.files]
         + [file for each in known for file in (*each.env_files, *each.proxy_files)],
         "python": [path for each in known for path in each.pythons],
@@ -54,7 +53,7 @@ def _root(data_folder: str) -> str:
     return f"{data_folder.rstrip('/')}/{OUR_FOLDER}"
 
 
-# --- what comes back ------------------------------------------------------------------------------------------------
+# --- what comes back ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class GpuCard:
 
 @dataclass(frozen=True)
 class Peer:
-    """One copy from card to card that was compared."""
+    """One copy from GPU to GPU, which was compared."""
 
     source: int
     target: int
@@ -84,24 +83,24 @@ class Peer:
 
 @dataclass(frozen=True)
 class Docker:
-    client: str = ""  # its version; "" where there is none
-    server: str = ""  # the daemon's; "" where it does not answer
-    error: str = ""  # why not
+    client: str = ""  # its version; "" if there is none
+    server: str = ""  # the daemon's version; "" if it does not answer
+    error: str = ""  # why the daemon does not answer
     compose: str = ""
     buildx: str = ""
     runtimes: tuple[str, ...] = ()
     gpu_code: int | None = None  # exit code of a container with GPUs; None: not tried
-    gpu_cards: int | None = None  # that it saw
+    gpu_cards: int | None = None  # that the container saw
     gpu_image: str = ""
-    gpu_said: str = ""  # its first line, or why nothing was tried
+    gpu_said: str = ""  # the container's first line, or why nothing was tried
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where our folder lies, or would lie."""
+    """The place of our folder on the box, whether it exists or not."""
 
     root: str
-    found: str = ""  # itself, or the nearest parent that is there
+    found: str = ""  # our folder, or its nearest parent that exists
     missing: str = ""  # the first folder to be made
     is_folder: bool | None = None
     writable: bool | None = None
@@ -125,7 +124,7 @@ class Python:
 
 @dataclass(frozen=True)
 class HubRoute:
-    """A way to the model hub, measured with a small file. Never two ways at once."""
+    """A way to the model hub, measured with a small file. Only one way is ever used."""
 
     name: Way
     status: int | None = None  # HTTP
@@ -141,8 +140,8 @@ class HubRoute:
 @dataclass(frozen=True)
 class BoxFacts:
     complete: bool = False  # the probe came to its end
-    elapsed_s: float | None = None  # that it took on the box
-    late: tuple[str, ...] = ()  # parts that were ended when their time was over
+    elapsed_s: float | None = None  # how long it took on the box
+    late: tuple[str, ...] = ()  # parts that were killed at their time limit
     clock: float | None = None  # the box's time when the probe began
     hostname: str = ""
     boot: str = ""
@@ -152,18 +151,18 @@ class BoxFacts:
     uid: int | None = None
     gid: int | None = None
     home: str = ""
-    variables: frozenset[str] = frozenset()  # of the environment: names alone, of process 1 and of our shell
-    files: frozenset[str] = frozenset()  # of those asked for
+    variables: frozenset[str] = frozenset()  # names of environment variables, of process 1 and of our shell
+    files: frozenset[str] = frozenset()  # those of the files asked for that exist
     container: bool = False
     hypervisor: bool = False
     driver: str | None = None
     cards: tuple[GpuCard, ...] | None = None  # None: not known; (): none
     smi_error: str = ""
     holders: tuple[Holder, ...] = ()
-    kernel_log: bool = False  # it can be read
+    kernel_log: bool = False  # whether it can be read
     topology: tuple[str, ...] = ()
     peers: tuple[Peer, ...] = ()
-    peers_said: str = ""  # why they were not tried
+    peers_said: str = ""  # why the copies were not tried
     shm_bytes: int | None = None
     shm_free_bytes: int | None = None
     home_free_bytes: int | None = None
@@ -181,12 +180,12 @@ class BoxFacts:
     routes: tuple[HubRoute, ...] = ()
 
 
-class _Said:
-    """The lines, by key."""
+class _Answer:
+    """The lines of the probe's answer, by key."""
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, list[str]] = {}
-        *lines, _torn = text.split("\n")  # what has no newline is torn, or nothing
+        *lines, _torn = text.split("\n")  # the text after the last newline is torn, or empty
         for line in lines:
             key, tab, value = line.partition("\t")
             if tab and value:
@@ -199,7 +198,7 @@ class _Said:
         return self.all_values(key)[0] if key in self.values else ""
 
     def rows(self, key: str, fields: int) -> Iterator[list[str]]:
-        """Values of so many fields; only the last may hold a bar."""
+        """Yield the values of a key that have so many fields; only the last may hold a bar."""
         for value in self.all_values(key):
             parts = [part.strip() for part in value.split("|", fields - 1)]
             if len(parts) == fields:
@@ -209,58 +208,58 @@ class _Said:
         return next((parts for parts in self.rows(key, fields) if parts[0] == first), None)
 
 
-def parse(answer: str | bytes) -> BoxFacts:
-    said = _Said(answer.decode("utf-8", "replace") if isinstance(answer, bytes) else answer)
-    cards = _cards(said)
-    limit, used = _memory(said)
-    shm, home = _df(said.value("shm")), _df(said.value("home_disk"))
-    elapsed_ms, clock = _int(said.value("end")), _float(said.value("clock"))
+def parse(text: str | bytes) -> BoxFacts:
+    answer = _Answer(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+    cards = _cards(answer)
+    limit, used = _memory(answer)
+    shm, home = _df(answer.value("shm")), _df(answer.value("home_disk"))
+    elapsed_ms, clock = _int(answer.value("end")), _float(answer.value("clock"))
     return BoxFacts(
         complete=elapsed_ms is not None,
         elapsed_s=None if elapsed_ms is None else elapsed_ms / 1000,
-        late=tuple(said.all_values("late")),
+        late=tuple(answer.all_values("late")),
         clock=clock,
-        hostname=said.value("hostname"),
-        boot=said.value("boot"),
-        kernel=said.value("kernel"),
-        machine=said.value("machine"),
-        user=said.value("user"),
-        uid=_int(said.value("uid")),
-        gid=_int(said.value("gid")),
-        home=said.value("home"),
-        variables=frozenset(said.all_values("environ")),
-        files=frozenset(said.all_values("file")),
-        container=bool(said.all_values("container")) or said.value("root_file_system") == "overlay",
-        hypervisor=said.value("hypervisor") == "1",
-        driver=_driver(said),
+        hostname=answer.value("hostname"),
+        boot=answer.value("boot"),
+        kernel=answer.value("kernel"),
+        machine=answer.value("machine"),
+        user=answer.value("user"),
+        uid=_int(answer.value("uid")),
+        gid=_int(answer.value("gid")),
+        home=answer.value("home"),
+        variables=frozenset(answer.all_values("environ")),
+        files=frozenset(answer.all_values("file")),
+        container=bool(answer.all_values("container")) or answer.value("root_file_system") == "overlay",
+        hypervisor=answer.value("hypervisor") == "1",
+        driver=_driver(answer),
         cards=cards,
-        smi_error=next((parts[1] for parts in said.rows("smi_error", 2) if parts[0] == "gpu"), ""),
-        holders=_holders(said, cards or ()),
-        kernel_log=said.value("kernel_log") == "1",
-        topology=tuple(said.all_values("topology")),
-        peers=tuple(_peers(said)),
-        peers_said=said.value("peers"),
+        smi_error=next((parts[1] for parts in answer.rows("smi_error", 2) if parts[0] == "gpu"), ""),
+        holders=_holders(answer, cards or ()),
+        kernel_log=answer.value("kernel_log") == "1",
+        topology=tuple(answer.all_values("topology")),
+        peers=tuple(_peers(answer)),
+        peers_said=answer.value("peers"),
         shm_bytes=shm[0],
         shm_free_bytes=shm[1],
         home_free_bytes=home[1],
-        cores=_cores(said),
+        cores=_cores(answer),
         memory_bytes=limit,
         memory_free_bytes=None if limit is None or used is None else max(0, limit - used),
-        cpu_flags=tuple(said.value("cpu_flags").split()) or None,
-        places=tuple(_place(said, index, root) for index, root in said.rows("root", 2)),
+        cpu_flags=tuple(answer.value("cpu_flags").split()) or None,
+        places=tuple(_place(answer, index, root) for index, root in answer.rows("root", 2)),
         pythons=tuple(
             dict.fromkeys(
                 Python(path, version, whole == "1")
-                for version, whole, path in said.rows("python", 3)
+                for version, whole, path in answer.rows("python", 3)
                 if _is_version(version)
             )
         ),
-        condas=tuple(sorted({(path, version) for version, path in said.rows("conda", 2)}, key=_conda_order)),
-        tools=dict(said.rows("tool", 2)),
-        rsync=_version_in(said.value("rsync")),
-        gnu_tar="GNU tar" in said.value("tar") if said.value("tar") else None,
-        docker=_docker(said),
-        routes=tuple(_routes(said)),
+        condas=tuple(sorted({(path, version) for version, path in answer.rows("conda", 2)}, key=_conda_order)),
+        tools=dict(answer.rows("tool", 2)),
+        rsync=_version_in(answer.value("rsync")),
+        gnu_tar="GNU tar" in answer.value("tar") if answer.value("tar") else None,
+        docker=_docker(answer),
+        routes=tuple(_routes(answer)),
     )
 
 
@@ -286,23 +285,25 @@ def _mebibytes(text: str) -> int | None:
     return None if number is None else number * 2**20
 
 
-def _driver(said: _Said) -> str | None:
-    versions = [row[6] for row in said.rows("gpu", 8)] + re.findall(r"\s([0-9]+(?:\.[0-9]+)+)\s", said.value("nvrm"))
+def _driver(answer: _Answer) -> str | None:
+    versions = [row[6] for row in answer.rows("gpu", 8)] + re.findall(
+        r"\s([0-9]+(?:\.[0-9]+)+)\s", answer.value("nvrm")
+    )
     return next(filter(_is_version, versions), None)
 
 
-def _cards(said: _Said) -> tuple[GpuCard, ...] | None:
-    rows = [row for row in said.rows("gpu", 8) if _int(row[0]) is not None]
+def _cards(answer: _Answer) -> tuple[GpuCard, ...] | None:
+    rows = [row for row in answer.rows("gpu", 8) if _int(row[0]) is not None]
     if not rows:
-        # Nothing of NVIDIA is here; where something is and says nothing, it hangs or is broken: not
-        # known.
-        nothing = not (said.all_values("card_file") or said.value("nvrm") or said.all_values("smi_error"))
-        smi_is_here = any(name == "nvidia-smi" for name, _ in said.rows("tool", 2))
-        return () if said.value("probe") and nothing and (not smi_is_here or said.value("gpus_asked")) else None
-    xids = _xids(said)
+        # (): nothing of NVIDIA is on the box. None: something is there but reports no GPU, so it
+        # hangs or is broken.
+        nothing = not (answer.all_values("card_file") or answer.value("nvrm") or answer.all_values("smi_error"))
+        smi_is_here = any(name == "nvidia-smi" for name, _ in answer.rows("tool", 2))
+        return () if answer.value("probe") and nothing and (not smi_is_here or answer.value("gpus_asked")) else None
+    xids = _xids(answer)
     cards = []
     for index, uuid, bus, total, used, busy, _, name in rows:
-        capability, ecc = said.row("capability", 3, index), said.row("ecc", 3, index)
+        capability, ecc = answer.row("capability", 3, index), answer.row("ecc", 3, index)
         cards.append(
             GpuCard(
                 index=int(index),
@@ -322,40 +323,42 @@ def _cards(said: _Said) -> tuple[GpuCard, ...] | None:
 
 
 def _bus(text: str) -> str:
-    """`00000000:65:00.0`, `0000:65:00` -> `65:00`, with the domain where it is not 0: a host's log
-    names cards of others, too.
+    """Shorten a bus address: `00000000:65:00.0` and `0000:65:00` become `65:00`.
+
+    A domain other than 0 is kept, since a host's log also names GPUs of other people.
     """
     domain, _, rest = text.lower().partition(":")
     rest = rest.partition(".")[0]
     return rest if not domain.strip("0") else f"{domain.lstrip('0')}:{rest}"
 
 
-def _xids(said: _Said) -> list[tuple[str, int]]:
-    found = (re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): ([0-9]+)", line) for line in said.all_values("xid"))
+def _xids(answer: _Answer) -> list[tuple[str, int]]:
+    found = (re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): ([0-9]+)", line) for line in answer.all_values("xid"))
     return [(_bus(each[1]), int(each[2])) for each in found if each]
 
 
-def _holders(said: _Said, cards: Iterable[GpuCard]) -> tuple[Holder, ...]:
+def _holders(answer: _Answer, cards: Iterable[GpuCard]) -> tuple[Holder, ...]:
     indexes = {card.uuid: card.index for card in cards}
     listed = [
         Holder(indexes.get(uuid), int(pid), _mebibytes(used), command)
-        for uuid, pid, used, command in said.rows("holder", 4)
+        for uuid, pid, used, command in answer.rows("holder", 4)
         if pid.isdecimal()
     ]
     known = {holder.pid for holder in listed}
-    others = [Holder(None, int(pid), None, command) for pid, command in said.rows("opener", 2) if pid.isdecimal()]
+    others = [Holder(None, int(pid), None, command) for pid, command in answer.rows("opener", 2) if pid.isdecimal()]
     return (*listed, *(holder for holder in others if holder.pid not in known))
 
 
-def _peers(said: _Said) -> Iterator[Peer]:
-    for source, target, access, result in said.rows("peer", 4):
+def _peers(answer: _Answer) -> Iterator[Peer]:
+    for source, target, access, result in answer.rows("peer", 4):
         if source.isdecimal() and target.isdecimal() and result:
             yield Peer(int(source), int(target), {"1": True, "0": False}.get(access), result)
 
 
 def _df(line: str) -> tuple[int | None, int | None]:
-    """`/dev/vda 1000 400 600 40% /data` of `df -P -k` -> (bytes in all, bytes free); the device's
-    name may hold blanks.
+    """Parse `/dev/vda 1000 400 600 40% /data` of `df -P -k` into (bytes in all, bytes free).
+
+    The device's name may hold blanks.
     """
     total, free = _df_numbers(line)
     return (None if total is None else total * 1024, None if free is None else free * 1024)
@@ -366,33 +369,34 @@ def _df_numbers(line: str) -> tuple[int | None, int | None]:
     return (int(found[1]), max(0, int(found[3]))) if found else (None, None)
 
 
-def _cores(said: _Said) -> float | None:
-    """As many as the cgroup gives time for, at most those that we may run on."""
-    quotas = [_float(said.value("cores"))]
-    for value in said.all_values("cpu_max"):
+def _cores(answer: _Answer) -> float | None:
+    """Return how many cores the cgroup gives time for, at most those that we may run on."""
+    quotas = [_float(answer.value("cores"))]
+    for value in answer.all_values("cpu_max"):
         quota, _, period = value.partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
             quotas.append(int(quota) / int(period))
     return min((each for each in quotas if each), default=None)
 
 
-def _memory(said: _Said) -> tuple[int | None, int | None]:
-    """-> (bytes that this box may use, those in use): the narrowest of the machine's and of each
-    cgroup's.
+def _memory(answer: _Answer) -> tuple[int | None, int | None]:
+    """Return (bytes that this box may use, bytes in use).
+
+    The machine and each cgroup set a limit; the one that leaves the least memory free counts.
     """
-    total, available = _int(said.value("MemTotal")), _int(said.value("MemAvailable"))
+    total, available = _int(answer.value("MemTotal")), _int(answer.value("MemAvailable"))
     bounds = [(total * 1024, (total - (available if available is not None else total)) * 1024)] if total else []
-    for limit, used, cached in said.rows("memory_max", 3):
+    for limit, used, cached in answer.rows("memory_max", 3):
         if limit.isdecimal() and used.isdecimal() and int(limit) < UNLIMITED:
             bounds.append((int(limit), max(0, int(used) - (_int(cached) or 0))))
     return min(bounds, key=lambda bound: bound[0] - bound[1], default=(None, None))
 
 
-def _place(said: _Said, index: str, root: str) -> Place:
-    at, missing, mount = said.row("place", 5, index), said.row("missing", 2, index), said.row("mount", 3, index)
-    disk, inodes = said.row("disk", 2, index), said.row("inodes", 2, index)
-    lines = [line.partition(" ") for place, line in said.rows("deployed", 2) if place == index]
-    slot = {name: value for place, name, value in said.rows("slot", 3) if place == index}
+def _place(answer: _Answer, index: str, root: str) -> Place:
+    at, missing, mount = answer.row("place", 5, index), answer.row("missing", 2, index), answer.row("mount", 3, index)
+    disk, inodes = answer.row("disk", 2, index), answer.row("inodes", 2, index)
+    lines = [line.partition(" ") for place, line in answer.rows("deployed", 2) if place == index]
+    slot = {name: value for place, name, value in answer.rows("slot", 3) if place == index}
     return Place(
         root=root,
         found=at[4] if at else "",
@@ -404,10 +408,10 @@ def _place(said: _Said, index: str, root: str) -> Place:
         free_inodes=_free_inodes(inodes[1]) if inodes else None,
         file_system=mount[1] if mount else "",
         read_only="ro" in mount[2].split(",") if mount else None,
-        marked=index in said.all_values("marker"),
+        marked=index in answer.all_values("marker"),
         deployed={key: value for key, _, value in lines if key} if lines else None,
         slot=slot or None,
-        slot_alive=index in said.all_values("slot_alive"),
+        slot_alive=index in answer.all_values("slot_alive"),
     )
 
 
@@ -422,37 +426,36 @@ def _conda_order(conda: tuple[str, str]) -> tuple[int, str]:
     return (known.index(name) if name in known else len(known), conda[0])
 
 
-def _docker(said: _Said) -> Docker:
-    daemon = next(said.rows("docker_daemon", 4), None)
-    tried = next(said.rows("docker_gpu", 4), None)
+def _docker(answer: _Answer) -> Docker:
+    daemon = next(answer.rows("docker_daemon", 4), None)
+    tried = next(answer.rows("docker_gpu", 4), None)
     return Docker(
-        client=_version_in(said.value("docker")),
+        client=_version_in(answer.value("docker")),
         server=daemon[0] if daemon else "",
-        error="" if daemon else said.value("docker_error"),
-        compose=_version_in(said.value("docker_compose")),
-        buildx=_version_in(said.value("docker_buildx")),
+        error="" if daemon else answer.value("docker_error"),
+        compose=_version_in(answer.value("docker_compose")),
+        buildx=_version_in(answer.value("docker_buildx")),
         runtimes=tuple(daemon[2].split()) if daemon else (),
         gpu_code=_int(tried[0]) if tried else None,
         gpu_cards=_int(tried[1]) if tried else None,
         gpu_image=tried[2] if tried else "",
-        gpu_said=tried[3] if tried else said.value("docker_gpu"),
+        gpu_said=tried[3] if tried else answer.value("docker_gpu"),
     )
 
 
-def _routes(said: _Said) -> Iterator[HubRoute]:
-    for name, status, connect, total, _size, error in said.rows("hub", 6):
+def _routes(answer: _Answer) -> Iterator[HubRoute]:
+    for name, status, connect, total, _size, error in answer.rows("hub", 6):
         if name in get_args(Way):
             yield HubRoute(cast(Way, name), _int(status) or None, _float(connect), _float(total), error)
 
 
-# --- what follows ---------------------------------------------------------------------------------------------------
+# --- what follows ---------------------------------------------------------------------------------
 
 
 def provider_of(facts: BoxFacts | None, providers: Mapping[str, Provider], chosen: str = "") -> Provider:
-    """The one that boxes.yaml names; else the one whose signs are there; else the generic one.
+    """Return the provider that boxes.yaml names; else the one whose signs are found; else generic.
 
-    Other providers have some of the same files, so a name of a host or a variable counts more than
-    a file.
+    Some providers share files, so the name of a host or a variable counts more than a file.
     """
     if chosen in providers:
         return providers[chosen]
@@ -473,27 +476,29 @@ def _by_file(provider: Provider, facts: BoxFacts) -> bool:
 
 
 def home_path(path: str, facts: BoxFacts) -> str:
-    """A provider's `$HOME/...`, as it is on the box."""
-    return (
-        f"{facts.home or '/root'}{path.removeprefix('$HOME')}" if path == "$HOME" or path.startswith("$HOME/") else path
-    )
+    """Replace `$HOME` in a provider's path by the home folder on the box."""
+    if path == "$HOME" or path.startswith("$HOME/"):
+        return f"{facts.home or '/root'}{path.removeprefix('$HOME')}"
+    return path
 
 
 def place_of(facts: BoxFacts, provider: Provider, data_folder: str = "") -> Place:
-    """Where our folder is: in the folder that boxes.yaml names, else in the provider's first that
-    is there, else at home.
+    """Return the place of our folder on the box.
+
+    It is in the folder that boxes.yaml names; else in the first folder of the provider that exists;
+    else in the home folder.
     """
     wanted = [home_path(folder, facts) for folder in ((data_folder,) if data_folder else provider.data_folders)]
     known = {place.root: place for place in facts.places}
     places = [known.get(_root(folder), Place(_root(folder))) for folder in wanted]
-    there = [
+    existing = [
         place
         for place, folder in zip(places, wanted, strict=True)
         if place.found in (folder.rstrip("/") or "/", place.root)
     ]
     home = _root(home_path("$HOME", facts))
-    if there or data_folder:
-        return (there or places)[0]
+    if existing or data_folder:
+        return (existing or places)[0]
     return known.get(home, Place(home))
 
 
@@ -501,11 +506,11 @@ def place_of(facts: BoxFacts, provider: Provider, data_folder: str = "") -> Plac
 class Runtime:
     name: Literal["docker", "bare"]
     why: str
-    lacking: str = ""  # bare, though Docker is there: what keeps it from being used
+    lacking: str = ""  # if Docker is there but cannot be used: the part that is missing
 
 
 def runtime_of(facts: BoxFacts) -> Runtime:
-    """Docker only if all of it is there, and reaches the GPUs if there are any."""
+    """Choose the runtime: Docker, if all of it works and it reaches the GPUs, if there are any."""
     docker = facts.docker
     if not docker.client and not docker.server:
         return Runtime("bare", "no Docker")
@@ -519,10 +524,10 @@ def runtime_of(facts: BoxFacts) -> Runtime:
 
 
 def reaches_gpus(docker: Docker) -> bool:
-    """A container saw cards.
+    """Whether a container with GPUs sees them.
 
-    Where none could tell (no image, or one that runs no nvidia-smi: 126, 127), NVIDIA's runtime is
-    listed.
+    If no container could tell (no image, or one without nvidia-smi: 126, 127), it is enough that
+    NVIDIA's runtime is listed.
     """
     if docker.gpu_code in (None, 126, 127):
         return "nvidia" in docker.runtimes
@@ -530,28 +535,30 @@ def reaches_gpus(docker: Docker) -> bool:
 
 
 def route_of(facts: BoxFacts, limits: Limits, prefer: str = "") -> HubRoute | None:
-    """The one way to the hub: the preferred if it works at all, else the direct one if it is quick
-    enough, else the quickest.
+    """Choose the one way to the hub.
+
+    The preferred one if it works at all, else the direct one if it is quick enough, else the
+    quickest.
     """
     working = [route for route in facts.routes if route.works]
     chosen = [route for route in working if route.name == prefer]
-    direct = [
-        route for route in working if route.name == "direct" and (route.total_s or 0) <= limits.hub.small_file_max_s
-    ]
+    direct = [route for route in working if route.name == "direct"]
+    direct = [route for route in direct if (route.total_s or 0) <= limits.hub.small_file_max_s]
     quickest = sorted(working, key=lambda route: route.total_s or 0)
     return next(iter([*chosen, *direct, *quickest]), None)
 
 
 @dataclass(frozen=True)
 class ClockOffset:
-    seconds: float  # the box's clock is ahead by so much
-    within_s: float  # as well as the round trip lets one know
+    seconds: float  # how far the box's clock is ahead
+    within_s: float  # how exact that is, which depends on the round trip
 
 
 def clock_offset(facts: BoxFacts, sent: float, received: float) -> ClockOffset | None:
-    """sent, received: the laptop's time around the call.
+    """Compute how far the box's clock is ahead of the laptop's.
 
-    What the probe itself took is no part of the round trip.
+    sent, received: the laptop's time before and after the call. The probe's own time is not part of
+    the round trip.
     """
     if facts.clock is None:
         return None

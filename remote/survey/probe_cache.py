@@ -1,6 +1,4 @@
-"""What the laptop remembers of a box: the last answer of the probe, so that a deploy that finds the
-same box need not ask again.
-"""
+"""The last answer of a box's probe, kept on the laptop, so that a deploy need not probe again."""
 
 from __future__ import annotations
 
@@ -26,17 +24,17 @@ if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection
 
 MIRRORS = PROVIDERS.with_name("mirrors")
-OTHER_MIRROR = "cn"  # whose way to the hub is tried where boxes.yaml names none
+OTHER_MIRROR = "cn"  # the mirror that is tried if boxes.yaml names none
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class CachedProbe:
-    asked: tuple[str, ...]  # the probe's arguments: others mean that boxes.yaml or the providers changed
+    asked: tuple[str, ...]  # the probe's arguments: if they differ, boxes.yaml or the providers changed
     probe: str  # its answer, as it came
-    sent: float  # the laptop's clock around it
+    sent: float  # by the laptop's clock, as is `received`
     received: float
-    identity: str = ""  # land.sh's: another one means that the box was started anew, or is another one
+    identity: str = ""  # land.sh's: if it differs, the box was restarted or is another one
     root: str = ""
 
     @cached_property
@@ -49,12 +47,12 @@ def file_of(state: Path, name: str) -> Path:
 
 
 def recall(state: Path, name: str) -> CachedProbe | None:
-    """None if nothing is known, or what is written is not of this version."""
+    """Return what is remembered; None if nothing is, or if another version has written it."""
     try:
-        said = json.loads(file_of(state, name).read_text(encoding="utf-8"))
-        if said.pop("schema") != SCHEMA:
+        fields = json.loads(file_of(state, name).read_text(encoding="utf-8"))
+        if fields.pop("schema") != SCHEMA:
             return None
-        return CachedProbe(**{**said, "asked": tuple(said["asked"])})
+        return CachedProbe(**{**fields, "asked": tuple(fields["asked"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -62,13 +60,13 @@ def recall(state: Path, name: str) -> CachedProbe | None:
 def remember(state: Path, name: str, known: CachedProbe) -> None:
     file = file_of(state, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}.new")
-    beside.write_text(json.dumps({"schema": SCHEMA, **asdict(known)}), encoding="utf-8")
-    os.replace(beside, file)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.new")
+    partial.write_text(json.dumps({"schema": SCHEMA, **asdict(known)}), encoding="utf-8")
+    os.replace(partial, file)
 
 
 def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]) -> CachedProbe:
-    """One round trip, some seconds.
+    """Probe the box, in one round trip of some seconds.
 
     Raises ToolkitError: the box cannot be reached, or its answer broke off.
     """
@@ -86,7 +84,7 @@ def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]
 
 
 def probe_again(connection: BoxConnection, box: Box, providers: Mapping[str, Provider], state: Path) -> CachedProbe:
-    """For who wants to know how it is now; what is remembered of its folder stays."""
+    """Probe the box now, and remember the answer; what is remembered of its folder stays."""
     before, known = recall(state, box.name), probe(connection, box, providers)
     if before is not None and not connection.dry_run:
         remember(state, box.name, replace(known, identity=before.identity, root=before.root))
@@ -102,12 +100,12 @@ def arguments(box: Box, providers: Mapping[str, Provider]) -> tuple[str, ...]:
 
 
 def hub_mirror(box: Box) -> str:
-    """The one whose way to the hub is tried."""
+    """Return the name of the mirror over which the hub is tried."""
     return box.mirror if box.mirror not in ("", "default") else OTHER_MIRROR
 
 
 def mirror_values(name: str, folder: Path = MIRRORS) -> dict[str, str]:
-    """NAME=VALUE of env/mirrors/NAME.env; of `${NAME:-VALUE}` what stands for nothing said.
+    """Read env/mirrors/NAME.env; of `${NAME:-VALUE}` the default is taken.
 
     Raises ToolkitError: there is no such file.
     """

@@ -1,9 +1,8 @@
-"""What the verbs share: the boxes and settings that they work with, how a verb ends, and one box or
-several.
+"""The parts that all verbs share: boxes and settings, how a verb ends, and one box or several.
 
-Each verb is thin: it reads flags, asks or changes a box through `BoxConnection`, and shows what
-came of it. Data goes to standard output, everything else to standard error. A verb ends with one of
-the exit codes of jobs/errors.py.
+Each verb is thin: it reads flags, queries or changes a box through `BoxConnection`, and shows the
+result. Data goes to standard output, everything else to standard error. A verb ends with one of the
+exit codes of jobs/errors.py.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 HOST = "a name in boxes.yaml, or anything that ssh understands"
 HOSTS = f"{HOST}; several with commas"
+RUN = "the run (default: the running one, else the last)"
 JSON = "for programs: JSON on standard output"
 DRY_RUN = "show the commands that would change something, and run none of them"
 
@@ -45,7 +45,7 @@ def read_settings() -> Settings:
 
 @dataclass(frozen=True)
 class VerbContext:
-    """What the verbs work with."""
+    """The settings, boxes and providers that a verb works with."""
 
     settings: Settings
     boxes: Mapping[str, Box]
@@ -64,9 +64,7 @@ class VerbContext:
         return inventory.find(name, self.boxes)
 
     def secrets(self, box: Box) -> dict[str, str]:
-        """Those that the box's entry names, from the environment, else from secrets/ in the
-        checkout.
-        """
+        """Return the secrets that the box's entry names, from the environment or from secrets/."""
         found = {}
         for name in box.secrets:
             file = CHECKOUT / "secrets" / name
@@ -77,7 +75,10 @@ class VerbContext:
 
 
 def hosts_of(c: Context, host: str) -> list[str]:
-    """`--host a,b`, or Fabric's own `-H a,b`. Raises ToolkitError: none, or one twice."""
+    """Return the names given by `--host a,b`, or by Fabric's own `-H a,b`.
+
+    Raises ToolkitError: no name, or the same name twice.
+    """
     if host and isinstance(c, Connection):
         raise ToolkitError(
             "the box is named twice",
@@ -87,7 +88,7 @@ def hosts_of(c: Context, host: str) -> list[str]:
     named = program.args.hosts.value if isinstance(c, Connection) else host
     names = [name.strip() for name in (named or "").split(",") if name.strip()]
     if not names:
-        raise ToolkitError("which box?", hint="--host NAME, a name of boxes.yaml or anything that ssh understands")
+        raise ToolkitError("which box?", hint="--host NAME: a name in boxes.yaml, or anything that ssh understands")
     if len({*names}) < len(names):
         raise ToolkitError(f"a box is named twice: {', '.join(names)}")
     return names
@@ -96,16 +97,20 @@ def hosts_of(c: Context, host: str) -> list[str]:
 def one_host(c: Context, host: str) -> str:
     names = hosts_of(c, host)
     if len(names) > 1:
-        raise ToolkitError(f"this takes one box, not {len(names)}", why=", ".join(names), hint="one call for each")
+        raise ToolkitError(
+            f"this verb takes one box, not {len(names)}", why=", ".join(names), hint="call it once for each box"
+        )
     return names[0]
 
 
 def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..., ExitCode | int | None]], Any]:
-    """A task whose errors are shown as they are, and whose exit code is one of ours.
+    """Make a task that shows a ToolkitError as it is and ends with one of our exit codes.
 
-    The default of an iterable flag is None: any other
-    takes the place of its kind. With `-H a,b` Fabric calls it once for each host:
-    the first call takes all of them, as with `--host a,b`.
+    iterable: flags that may be repeated. Their default must be None, since Invoke takes any other
+    default for the flag's type. texts: the help of each flag.
+
+    With `-H a,b` Fabric calls the task once for each host. The first call handles all of them, as
+    with `--host a,b`.
     """
 
     def decorate(body: Callable[..., ExitCode | int | None]) -> Any:
@@ -129,9 +134,8 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
                 Sayer()(system_error(error, ExitCode.INTERNAL))
                 code = ExitCode.INTERNAL
             except KeyboardInterrupt:
-                Sayer()(
-                    "\nstopped by Ctrl-C" if sys.stderr.isatty() else "stopped by Ctrl-C"
-                )  # the terminal has shown a ^C
+                after_caret = "\n" if sys.stderr.isatty() else ""  # the terminal has shown a ^C
+                Sayer()(f"{after_caret}stopped by Ctrl-C")
                 code = ExitCode.INTERRUPTED
             if code:
                 raise Exit(code=int(code))
@@ -142,32 +146,31 @@ def verb(*, iterable: Sequence[str] = (), **texts: str) -> Callable[[Callable[..
     return decorate
 
 
-# --- one box or several -----------------------------------------------------------------------------------------------
+# --- one box or several ---------------------------------------------------------------------------
 
 
 def on_each(
-    desk: VerbContext, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False
+    context: VerbContext, names: Sequence[str], work: Callable[[Box, Sayer], int], say: Sayer, *, as_json: bool = False
 ) -> int:
-    """In parallel; the failure of one box hides nothing of another's.
+    """Do `work` on each box concurrently, and return the first exit code that is not 0.
 
-    The exit code of the first that has one, in the order of the names.
-
-    as_json: a box that fails has its line of JSON, too.
+    The first in the order of the names. The failure of one box hides nothing of another's output.
+    as_json: print a line of JSON also for a box that fails.
     """
     if len(names) == 1:
-        return work(desk.box(names[0]), say)
+        return work(context.box(names[0]), say)
 
     def guarded(name: str) -> int:
-        mine = say.of(name)
+        say_of_box = say.of(name)
         try:
-            return work(desk.box(name), mine)
+            return work(context.box(name), say_of_box)
         except ToolkitError as error:
             failed = error
         except OSError as error:
             failed = system_error(error, ExitCode.INTERNAL)
         if as_json:
             say.data(to_json({"host": name, **error_as_json(failed)}))
-        mine(failed)
+        say_of_box(failed)
         return failed.exit_code
 
     with ThreadPoolExecutor(len(names)) as pool:
@@ -183,7 +186,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# --- what several verbs ask -------------------------------------------------------------------------------------------
+# --- what several verbs need ----------------------------------------------------------------------
 
 
 def is_number(text: str) -> bool:
@@ -193,7 +196,7 @@ def is_number(text: str) -> bool:
         return False
 
 
-def list_jobs(desk: VerbContext, connection: BoxConnection) -> listing.Listing:
-    answer = connection.query(dispatch(connection.box, desk.providers, "list"), check=False)
+def list_jobs(context: VerbContext, connection: BoxConnection) -> listing.Listing:
+    answer = connection.query(dispatch(connection.box, context.providers, "list"), check=False)
     check(connection.box, answer)
     return listing.parse(answer.out)

@@ -1,4 +1,4 @@
-"""Getting a box ready: deploy, unlock."""
+"""The verbs that make a box ready: deploy, unlock."""
 
 from __future__ import annotations
 
@@ -25,61 +25,56 @@ from remote.verbs.base import (
 )
 
 
-def _drop(text: object) -> None:
-    """Says nothing."""
+def _say_nothing(text: object) -> None:
+    pass
 
 
 @verb(host=HOSTS, json_=JSON, dry_run=DRY_RUN)
 def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = False) -> int:
-    """Code and environment onto the box, ready to run.
+    """Put code and environment on the box, ready to run. Several boxes: --host a,b
 
-    Again with nothing changed: seconds. Several boxes: --host a,b
+    If nothing has changed since the last deploy, it takes seconds.
 
     fab deploy --host gpu-box
     """
-    desk, limits = VerbContext.open(dry_run=dry_run), Limits.load()
+    context, limits = VerbContext.open(dry_run=dry_run), Limits.load()
 
-    def one(box: Box, say: Sayer) -> int:
-        with desk.connection(box, say) as connection:
-            hear, now = (_drop, _drop) if json_ else (say, say.now)
+    def deploy_to(box: Box, say: Sayer) -> int:
+        with context.connection(box, say) as connection:
             done = deployment.deploy(
                 connection,
                 CHECKOUT,
                 box,
                 limits=limits,
-                providers=desk.providers,
-                state=desk.settings.state,
-                say=hear,
-                now=now,
+                providers=context.providers,
+                state=context.settings.state,
+                say=_say_nothing if json_ else say,
+                now=_say_nothing if json_ else say.now,
             )
         if json_:
             say.data(to_json({"host": box.name, **done.as_json()}))
         else:
             what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"
-            say.data(
-                f"{box.name}: {what}, in {done.seconds:.1f} s ({done.plan.runtime}, code {done.plan.code}, {done.plan.root})"
-            )
+            plan = done.plan
+            say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({plan.runtime}, code {plan.code}, {plan.root})")
         return ExitCode.OK
 
-    return on_each(desk, hosts_of(c, host), one, Sayer(), as_json=json_)
+    return on_each(context, hosts_of(c, host), deploy_to, Sayer(), as_json=json_)
 
 
 @verb(host=HOST, json_=JSON, dry_run=DRY_RUN)
 def unlock(c: Context, host: str = "", json_: bool = False, dry_run: bool = False) -> None:
-    """Take away the lock of a deploy that is dead, and say whose it was.
+    """Remove the lock of a dead deploy, and say whose it was.
 
     fab unlock --host gpu-box
     """
-    desk, say = VerbContext.open(dry_run=dry_run), Sayer()
-    with desk.connection(desk.box(one_host(c, host)), say) as connection:
-        root = our_root(connection, desk.providers)[0]
+    context, say = VerbContext.open(dry_run=dry_run), Sayer()
+    with context.connection(context.box(one_host(c, host)), say) as connection:
+        root = our_root(connection, context.providers)[0]
         owner = lock.holder(connection, root) if dry_run else None
         owner = lock.unlock(connection, root) or owner
     if json_:
         say.data(to_json({"host": connection.box.name, "lock": str(owner) if owner else None}))
     else:
-        say.data(
-            f"{'would be' if dry_run else ''} taken from {owner}".lstrip()
-            if owner
-            else "nobody holds it; nothing to unlock"
-        )
+        outcome = "would be unlocked" if dry_run else "unlocked"
+        say.data(f"{outcome}; the lock was held by {owner}" if owner else "not locked; nothing to unlock")

@@ -38,6 +38,7 @@ def test_one_spelling_of_an_error() -> None:
 
 def test_the_exit_codes_are_those_of_the_design() -> None:
     assert {code.name: code.value for code in ExitCode} == {
-        "OK": 0, "INTERNAL": 1, "USAGE": 2, "UNFIT": 3, "TRAINING": 4, "BUSY": 5, "UNCERTAIN": 6, "LOST": 7, "UNREACHABLE": 8,
+        "OK": 0, "INTERNAL": 1, "USAGE": 2, "UNFIT": 3, "TRAINING": 4, "BUSY": 5, "UNCERTAIN": 6, "LOST": 7,
+        "UNREACHABLE": 8,
         "PREEMPTED": 75, "INTERRUPTED": 130, "CANCELLED": 143,
     }  # fmt: skip

@@ -32,11 +32,14 @@ pytestmark = pytest.mark.pinned
 
 ONE_OF_EACH: list[Event] = [
     Plan(
-        step=1, updates=2, rows=64, ranks=1, device="cpu", device_reason="no GPU", precision="float32", global_batch=32, micro_batch=16,
-        gradient_accumulation=2, zero_stage=0, data={"read": 70, "left out: empty answers": 6},
+        step=1, updates=2, rows=64, ranks=1, device="cpu", device_reason="no GPU", precision="float32", global_batch=32,
+        micro_batch=16, gradient_accumulation=2, zero_stage=0, data={"read": 70, "left out: empty answers": 6},
     ),
     Progress(step=1, doing="evaluating"),
-    Metrics(step=1, update=1, updates=2, elapsed_s=0.5, learning_rate=1e-6, tokens_per_s=3120.0, real_token_share=0.9, grad_norm=1.5, loss=2.25),
+    Metrics(
+        step=1, update=1, updates=2, elapsed_s=0.5, learning_rate=1e-6, tokens_per_s=3120.0, real_token_share=0.9,
+        grad_norm=1.5, loss=2.25,
+    ),
     Sample(step=3, when="before", prompt="two\nlines\r\u2028", response="\x1b[31m 你好", reward=-0.5, good=False),
     Checkpoint(step=1, update=2, path="runs/a b/step1", size_bytes=12, seconds=0.25),
     Warning(message="no step"),

@@ -78,7 +78,7 @@ def test_nothing_known_nothing_said() -> None:
     assert said(FitnessFacts(device="cuda", cuda="11.8", ranks=8, cards=(Gpu("A"),), folders=(Folder("a", "."),))) == []
 
 
-# --- driver ---------------------------------------------------------------------------------------------------------
+# --- driver ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
     assert said(replace(FIT, driver="440.118.02", gpus=2)) == []
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------------------
+# --- GPUs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,21 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
     [
         (
             NO_GPU,
-            "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+            "PyTorch sees no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or "
+            "install the driver",
         ),
         (
             replace(NO_GPU, driver="535.129.03"),
-            "PyTorch sees no GPU, though the NVIDIA driver 535.129.03 is loaded: give the container the GPU (`docker run --gpus all`, or in "
+            "PyTorch sees no GPU, though the NVIDIA driver 535.129.03 is loaded: give the container the GPU (`docker "
+            "run --gpus all`, or in "
             "compose a reservation of `driver: nvidia`; both need nvidia-container-toolkit on the host)",
         ),
         (
             replace(
                 NO_GPU, driver="535.129.03", cards=(H100, H100), gpu_error="Error 802:\n system not yet initialized"
             ),
-            "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system not yet initialized: "
+            "PyTorch sees no GPU, though nvidia-smi lists 2 cards (NVIDIA H100 80GB HBM3); it says Error 802: system "
+            "not yet initialized: "
             "start the box again, or take another (on boxes with NVSwitch, nvidia-fabricmanager must run)",
         ),
         (
@@ -151,7 +154,8 @@ def test_an_old_driver_with_which_pytorch_sees_the_gpu_all_the_same() -> None:
         ),
         (
             replace(NO_GPU, gpus=None, cards=()),
-            "there is no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or install the driver",
+            "there is no GPU, and no NVIDIA driver is loaded: take a box on which `nvidia-smi` lists a card, or "
+            "install the driver",
         ),
     ],
 )
@@ -184,11 +188,12 @@ def test_what_runs_on_the_cpu_is_asked_for_no_gpu(choice: dict[str, str]) -> Non
 
 
 TOO_NEW = (
-    "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
+    "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which supports up to 9.0: "
     "take a box with an older card, or a PyTorch for a newer CUDA without the image"
 )
 TOO_OLD = (
-    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which begins at 7.0: "
+    "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which needs at "
+    "least 7.0: "
     f"take a box with a newer card{ON_PURPOSE}"
 )
 
@@ -209,13 +214,15 @@ def test_cards(cuda: str, cards: tuple[Gpu, ...], lines: list[str]) -> None:
     assert said(replace(FIT, cuda=cuda, driver="580.65.06", cards=cards, gpus=None)) == lines  # as the doctor sees it
 
 
-# --- GPU memory -----------------------------------------------------------------------------------------------------
+# --- GPU memory -----------------------------------------------------------------------------------
 
 RANK = "/opt/venv/bin/python -m rlhf_train.worker"
 NOTEBOOK = "/usr/bin/python3 -m ipykernel_launcher -f /home/lin/.local/share/jupyter/kernel-1.json"
 IN_USE = replace(FIT, gpu_used_bytes=(41_000_000, 0))
 OR_WAIT = "wait for its end, or choose another card with CUDA_VISIBLE_DEVICES"
-HOST = f"look on the host with `nvidia-smi`, since it is outside this container (or another user's, or the desktop); {OR_WAIT}"
+HOST = (
+    f"look on the host with `nvidia-smi`: it is outside this container (or another user's, or the desktop); {OR_WAIT}"
+)
 LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if it stays); else {OR_WAIT}"
 
 
@@ -234,15 +241,16 @@ LEFT_BEHIND = f"`kill 4321` if an earlier run left it behind (`kill -9 4321` if 
                 Holder(0, 8, 1_000_000, "python a.py"),
                 Holder(0, 9, 20_000_000, "python -m rlhf_train --job demo"),
             ],
-            "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train --job demo, 20 MB): "
+            "by pid 7 (python -m rlhf_train.worker, 20 MB), pid 8 (python a.py, 1 MB), pid 9 (python -m rlhf_train "
+            "--job demo, 20 MB): "
             f"`kill 7 9` if an earlier run left it behind (`kill -9 7 9` if it stays); else {OR_WAIT}",
         ),
         ([Holder(0, 8, 2, "a\n\x1b[2J")], f"by pid 8 (a \\x1b[2J, 2 bytes): {OR_WAIT}"),
         # Another card's is not named for this one.
-        ([Holder(1, 4321, 40_000_000, RANK)], f"by no process that is to be seen from here: {HOST}"),
-        ([], f"by no process that is to be seen from here: {HOST}"),
-        ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), not to be seen from here: {HOST}"),
-        ([Holder(0, 31337)], f"by pid 31337, not to be seen from here: {HOST}"),
+        ([Holder(1, 4321, 40_000_000, RANK)], f"by no process that can be seen from here: {HOST}"),
+        ([], f"by no process that can be seen from here: {HOST}"),
+        ([Holder(0, 31337, 40_000_000)], f"by pid 31337 (40 MB), which cannot be seen from here: {HOST}"),
+        ([Holder(0, 31337)], f"by pid 31337, which cannot be seen from here: {HOST}"),
         # In a container: the host's pid, and a process of ours that has the GPUs open.
         (
             [Holder(0, 31337, 40_000_000), Holder(None, 4321, None, RANK)],
@@ -286,7 +294,7 @@ def test_gpu_memory_does_not_matter_to_a_job_on_the_cpu() -> None:
     )
 
 
-# --- /dev/shm -------------------------------------------------------------------------------------------------------
+# --- /dev/shm -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,7 +316,7 @@ def test_shared_memory(ranks: int | None, free: int, line: str | None) -> None:
     assert said(replace(facts, shared_memory_used=False)) == [] and said(replace(facts, shared_memory_bytes=None)) == []
 
 
-# --- operators ------------------------------------------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,11 +338,11 @@ def test_operators_that_this_cpu_cannot_run(
     operators: tuple[str, ...], flags: tuple[str, ...] | None, line: str | None
 ) -> None:
     found = said(replace(FIT, prebuilt_operators=operators, cpu_flags=flags))
-    advice = "take a box with a newer CPU before the optimizer is offloaded to it; all else runs"
+    advice = "take a box with a newer CPU before you offload the optimizer to it; all else runs"
     assert found == ([f"warning: {line}: {advice}"] if line else [])
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,12 +356,14 @@ def test_operators_that_this_cpu_cannot_run(
         ({"uid": 1000, "writable": False}, "runs/demo is write-protected: chmod -R u+rwX runs/demo"),
         (
             {"found": ".", "missing": "runs", "uid": 0, "writable": False},
-            ". belongs to uid 0, and uid 1000 may not write to it: sudo mkdir -p runs/demo && sudo chown -R 1000:100 runs",
+            ". belongs to uid 0, and uid 1000 may not write to it: sudo mkdir -p runs/demo && sudo chown -R "
+            "1000:100 runs",
         ),
         ({"found": ".", "missing": "runs", "writable": False}, ". is write-protected: chmod -R u+rwX ."),
         (
             {"found": "runs/demo/events.jsonl", "uid": 0, "writable": False},
-            "runs/demo/events.jsonl belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 runs/demo",
+            "runs/demo/events.jsonl belongs to uid 0, and uid 1000 may not write to it: sudo chown -R 1000:100 "
+            "runs/demo",
         ),
         (
             {"path": "my runs/x", "found": "my runs/x", "uid": 0, "writable": False},
@@ -365,7 +375,8 @@ def test_operators_that_this_cpu_cannot_run(
         ),
         (
             {"read_only": True, "writable": False, "uid": 0},
-            "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend the path",
+            "runs/demo is on a read-only file system: mount it writable, or choose another --output-dir, or mend "
+            "the path",
         ),
         (
             {"writable": False, "uid": None},
@@ -395,7 +406,8 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
             {"free_bytes": 900_000},
             True,
             [
-                "unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an --output-dir on a larger disk"
+                "unfit: 900 kB are free at runs/demo, and a run needs 1 MB at least: make room, or choose an "
+                "--output-dir on a larger disk"
             ],
         ),
         ({"free_bytes": None, "free_inodes": None}, True, []),
@@ -403,7 +415,8 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
             {"free_inodes": 99, "found": "/a b"},
             True,
             [
-                "unfit: 99 inodes are free at '/a b', and a run needs 100 at least: remove many small files (`df -i` and `du --inodes` show "
+                "unfit: 99 inodes are free at '/a b', and a run needs 100 at least: remove many small files (`df -i` "
+                "and `du --inodes` show "
                 "where), or choose an --output-dir on another disk"
             ],
         ),
@@ -421,7 +434,8 @@ def test_a_disk_that_is_nearly_full(folder: dict[str, object], pretrained: bool,
         (
             2_999_999,
             [
-                "warning: only 3 MB are free at '/a b', where models of the hub are kept, and those of OPT-1.3b have about 3 MB: "
+                "warning: only 3 MB are free at '/a b', where models of the hub are kept, and those of OPT-1.3b have "
+                "about 3 MB: "
                 "make room, or choose another HF_HOME"
             ],
         ),
@@ -431,7 +445,7 @@ def test_a_disk_of_the_hubs_files_that_is_nearly_full(free: int | None, lines: l
     assert said(replace(FIT, hub_cache=Folder("/a b/hub", "/a b", free_bytes=free))) == lines
 
 
-# --- all together ---------------------------------------------------------------------------------------------------
+# --- all together ---------------------------------------------------------------------------------
 
 
 def test_all_findings_come_together_a_line_each() -> None:
@@ -462,7 +476,7 @@ def test_facts_travel_as_json() -> None:
     assert said(FitnessFacts(**again)) == [] and again["driver"] == "450.80.02"
 
 
-# --- peer access ----------------------------------------------------------------------------------------------------
+# --- peer access ----------------------------------------------------------------------------------
 
 RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", "8.6")
 

@@ -40,7 +40,7 @@ def mistakes(*settings: str, text: str = SMALL) -> list[str]:
     return caught.value.why.splitlines()
 
 
-# --- the jobs that are shipped --------------------------------------------------------------------------------------
+# --- the jobs that are shipped --------------------------------------------------------------------
 
 
 def test_opt_1_3b_is_deepspeed_chats_single_node() -> None:
@@ -95,7 +95,7 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
     assert found == ["demo", "opt-1.3b", "opt-1.3b-lora"] == [load_job(name).name for name in found]
 
 
-# --- strictness -----------------------------------------------------------------------------------------------------
+# --- strictness -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,8 @@ def test_a_long_value_is_cut() -> None:
     [
         (
             "sftt.epochs=1",
-            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, hardware, checkpoint",
+            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, "
+            "hardware, checkpoint",
         ),
         (
             "actor.lora.alpah=1",
@@ -197,7 +198,8 @@ def test_all_mistakes_at_once() -> None:
     assert mistakes("ppo.lam=2", "hardware.ranks=no", "hardware.device=gpu", text=text) == [
         "name: this field is required",
         "sft.learning_rate: this field is required",
-        "sft.lerning_rate: unknown field; did you mean learning_rate? valid here: epochs, max_updates, schedule, final_learning_rate, "
+        "sft.lerning_rate: unknown field; did you mean learning_rate? valid here: epochs, max_updates, schedule, "
+        "final_learning_rate, "
         "warmup_updates, betas, weight_decay, max_grad_norm, global_batch, learning_rate, loss_on_prompt",
         "ppo.lam: 1 or below, not 2",
         "hardware.ranks: 'auto' or an integer above 0, not 'no'",
@@ -213,7 +215,7 @@ def test_what_a_person_sees() -> None:
         "  why: seed: 0 or above, not -1\n"
         "       data.eval_rows: above 0, not 0\n"
         "\n"
-        "hint: every field stands with its meaning in docs/job-file.md"
+        "hint: docs/job-file.md explains every field"
     )
     with pytest.raises(ToolkitError, match=r"^error: one mistake in small.yaml\n"):
         parse_job(SMALL + "seed: x\n", "small.yaml")
@@ -224,7 +226,7 @@ def test_a_file_that_is_no_mapping(text: str, what: str) -> None:
     assert mistakes(text=text) == [f"it holds {what}, not a mapping of fields"]
 
 
-# --- --set ----------------------------------------------------------------------------------------------------------
+# --- --set ----------------------------------------------------------------------------------------
 
 
 def test_set_reads_yaml_and_the_last_one_wins() -> None:
@@ -267,7 +269,7 @@ def test_set_names_itself_when_its_value_is_no_yaml() -> None:
         small("data.split=[1")
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_job_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +319,7 @@ def test_a_job_travels_as_json() -> None:
     assert Job.model_validate(json.loads(json.dumps(job.dump()))) == job
 
 
-# --- what a step depends on -----------------------------------------------------------------------------------------
+# --- what a step depends on -----------------------------------------------------------------------
 
 
 def steps_changed(setting: str, *before: str) -> list[int]:
@@ -392,7 +394,7 @@ def test_the_difference_is_one_line_a_field() -> None:
     assert difference(new.fields_of_step(1), old.fields_of_step(1))[-1] == "sft.max_updates: 5 -> not set"
 
 
-# --- every field has a reader ---------------------------------------------------------------------------------------
+# --- every field has a reader ---------------------------------------------------------------------
 
 Types = dict[
     str, set[type[BaseModel]]

@@ -47,7 +47,8 @@ HOSTILE = (
 # As the real one, and what it imports, when it is imported.
 MAKES_FOLDERS = """
 import os
-for folder in ("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/autotune"), ("XDG_CACHE_HOME", "~/.cache/x"):
+hub, triton = ("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/autotune")
+for folder in hub, triton, ("XDG_CACHE_HOME", "~/.cache/x"):
     os.makedirs(os.environ.get(folder[0]) or os.path.expanduser(folder[1]), exist_ok=True)
 """
 # {name: (version, files)}

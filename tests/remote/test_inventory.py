@@ -111,7 +111,8 @@ e: {address: h, name: e}
             "a.build.TORCH: text, not 2",
             "a.secrets.0: a variable's name, not 'A-B'",
             "a.secrets.1: text, not 3",
-            "a.adress: unknown field; did you mean address? valid here: address, port, user, key, provider, price_per_hour, currency, "
+            "a.adress: unknown field; did you mean address? valid here: address, port, user, key, provider, "
+            "price_per_hour, currency, "
             "data_folder, mirror, runtime, build, secrets",
             "b: fields, not 3",
             "c.port: an integer, not 'on'",
@@ -120,7 +121,7 @@ e: {address: h, name: e}
             "c.secrets: a list, not 'HF_TOKEN'",
             "c.build: fields, not 'x'",
             f"d.address: {word}, not 'a b'",
-            "e.name: unknown field; a box's name stands before its fields",
+            "e.name: unknown field; a box's name is the key above its fields",
         ]
     )
 
@@ -147,7 +148,7 @@ def test_find(tmp_path: Path) -> None:
     assert find("gpu-box", known) is known["gpu-box"]
     assert find("me@host.example", known) == Box(name="me@host.example", address="me@host.example")
     for name in ("", "-oProxyCommand=x", "a b", "a\nb", "..", "a\x00"):
-        with pytest.raises(ToolkitError, match="names no box") as raised:
+        with pytest.raises(ToolkitError, match="cannot name a box") as raised:
             find(name, known)
         assert "gpu-box" in raised.value.hint
 
@@ -247,7 +248,7 @@ def test_add_refuses(tmp_path: Path) -> None:
 def test_add_leaves_a_file_that_it_cannot_add_to(tmp_path: Path, text: str) -> None:
     file = tmp_path / "boxes.yaml"
     file.write_text(text)
-    with pytest.raises(ToolkitError, match="without changing it") as raised:
+    with pytest.raises(ToolkitError, match="cannot add an entry") as raised:
         add_box(file, "new", "ssh h")
     assert "new:\n  address: h" in raised.value.hint.replace("      ", "")
     assert file.read_text() == text

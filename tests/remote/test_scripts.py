@@ -25,7 +25,7 @@ def text_of(name: str) -> str:
     return (ON_BOX / name).read_text(encoding="utf-8")
 
 
-# --- what is sent -----------------------------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -59,7 +59,7 @@ def test_what_is_sent_is_clean(name: str) -> None:
     assert said.returncode == 0, said.stdout.decode()
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- what they share ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -96,13 +96,14 @@ def test_the_library(tmp_path: Path, shell: list[str], strict: str) -> None:
         env=dict(os.environ),
     )
     assert (done.stdout, done.stderr, done.returncode) == (
-        "yes no yes [no newline  here ] yes [\\one] no [] no [] yes yes no no no no yes child\nyes no no no no no free\n",
+        "yes no yes [no newline  here ] yes [\\one] no [] no [] yes yes no no no no yes child\n"
+        "yes no no no no no free\n",
         "",
         0,
     )
 
 
-# --- what PROTOCOL.md says --------------------------------------------------------------------------------------------
+# --- what PROTOCOL.md says ------------------------------------------------------------------------
 
 
 def verbs_of(name: str, text: str) -> set[str]:

@@ -125,8 +125,10 @@ def lay_out(root: Path) -> None:
         (root / folder).mkdir(parents=True)
     (root / "secrets").chmod(0o700)
     (root / ".rlhf-box").touch()
-    lines = {"code": code, "runtime": "bare", "environment": "0" * 16, "python": sys.executable, "route": "direct", "mirror": "default", "p2p": "0",
-             "device": "cpu", "torch": "torch-cpu", "time": "0"}  # fmt: skip
+    lines = {
+        "code": code, "runtime": "bare", "environment": "0" * 16, "python": sys.executable, "route": "direct",
+        "mirror": "default", "p2p": "0", "device": "cpu", "torch": "torch-cpu", "time": "0",
+    }  # fmt: skip
     (root / "deployed").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
 
 
@@ -161,7 +163,7 @@ def wait_until(what: Callable[[], object], text: str) -> None:
         time.sleep(0.05)
 
 
-# --- help and flags ----------------------------------------------------------------------------------------------------
+# --- help and flags -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", tasks.VERBS, ids=lambda verb: verb.name)
@@ -193,10 +195,14 @@ def test_help_is_shown_by_fab(tmp_path: Path) -> None:
         (["ps", "--host", "second"], 3, "nothing is deployed on `second`"),
         (["ps", "--host", "gpu-box,gpu-box"], 2, "named twice"),
         (["-H", "gpu-box", "ps", "--host", "gpu-box"], 2, "named twice"),
-        (["train", "--host", "gpu-box,second"], 2, "this takes one box, not 2"),
-        (["-H", "gpu-box,second", "train"], 2, "this takes one box, not 2"),
+        (["train", "--host", "gpu-box,second"], 2, "this verb takes one box, not 2"),
+        (["-H", "gpu-box,second", "train"], 2, "this verb takes one box, not 2"),
         (["train", "--host", "gpu-box", "--job", "nothing"], 2, "there is no job `nothing`"),
-        (["train", "--host", "gone", "--job", "demo", "--set", "ppo.klcoef=1"], 2, "ppo.klcoef: unknown field; did you mean kl_coef?"),
+        (
+            ["train", "--host", "gone", "--job", "demo", "--set", "ppo.klcoef=1"],
+            2,
+            "ppo.klcoef: unknown field; did you mean kl_coef?",
+        ),
         (["train", "--host", "gone", "--step", "4"], 2, "--step 4 is not a step"),
         (["train", "--host", "gone", "--run", "../../etc"], 2, "cannot name a run"),
         (["train", "--host", "gone", "--deployment-type", "multi_node"], 2, "rented containers open no ports"),
@@ -207,8 +213,8 @@ def test_help_is_shown_by_fab(tmp_path: Path) -> None:
         (["tunnel", "--host", "gpu-box"], 2, "which port"),
         (["exec", "--host", "gpu-box"], 2, "which command"),
         (["cancel", "--host", "gpu-box", "--grace", "soon"], 2, "not a number"),
-        (["ps", "--host", "-oProxyCommand=touch pwned"], 2, "names no box"),
-        (["ps", "--host", "$(touch pwned)"], 2, "names no box"),
+        (["ps", "--host", "-oProxyCommand=touch pwned"], 2, "cannot name a box"),
+        (["ps", "--host", "$(touch pwned)"], 2, "cannot name a box"),
         (["add", "Gpu_Box", "ssh root@h"], 2, "cannot be a box's name"),
         (["add", "gpu-box", "ssh root@h"], 2, "is in"),
         (["add", "new-box", "ssh"], 2, "there is no address"),
@@ -269,7 +275,7 @@ def test_a_tunnel_needs_a_free_port_here(place: Place) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = place.fab("tunnel", "--port", "80", "--local-port", str(taken.getsockname()[1]), code=2)
     assert (
-        "cannot listen at 127.0.0.1" in ended.stderr
+        "cannot listen on 127.0.0.1" in ended.stderr
         and "--local-port" in ended.stderr
         and "until Ctrl-C" not in ended.stderr
     )
@@ -287,15 +293,17 @@ def test_a_dry_unlock_says_whose_lock_it_is(place: Place) -> None:
     held.mkdir()
     (held / "owner").write_text("token 0123456789abcdef\nwho lin@laptop\nwhy fab deploy\n")
     try:
-        assert place.fab("unlock", "--dry-run").stdout.startswith("would be taken from lin@laptop")
+        assert place.fab("unlock", "--dry-run").stdout.startswith("would be unlocked; the lock was held by lin@laptop")
         assert held.is_dir()
     finally:
         shutil.rmtree(held, ignore_errors=True)
 
 
 DRY = [
-    ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"], ["status"], ["cancel"],
-    ["fetch", "--run", "nothing"], ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"], ["purge"], ["stop"],
+    ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"],
+    ["status"], ["cancel"],
+    ["fetch", "--run", "nothing"], ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"],
+    ["purge"], ["stop"],
 ]  # fmt: skip
 
 
@@ -311,7 +319,7 @@ def test_a_dry_run_changes_nothing(place: Place, words: list[str]) -> None:
     assert not place.run("dry").path.exists()
 
 
-# --- from a job to a model at home -------------------------------------------------------------------------------------
+# --- from a job to a model at home ----------------------------------------------------------------
 
 
 def test_all_three_steps_and_the_model_at_home(place: Place) -> None:
@@ -361,7 +369,7 @@ def test_a_job_that_fails_gives_its_own_code(place: Place) -> None:
     ended = place.fab(
         "train", "--job", str(place.job), "--run", "fails", "--set", "hardware.ranks=3", "--step", "1", "--wait", code=2
     )
-    assert "it ended before it could train" in ended.stderr and "cannot be shared by 3 ranks" in ended.stderr
+    assert "the job ended before it could train" in ended.stderr and "cannot be shared by 3 ranks" in ended.stderr
     assert "cannot be shared by 3 ranks" in place.fab("logs", "--raw", "--run", "fails").stdout
     assert "failed (2)" in place.fab("ps").stdout
 
@@ -421,7 +429,7 @@ def test_ctrl_c_stops_the_watching_and_not_the_job(place: Place, long_run: str) 
     assert json.loads(place.fab("ps", "--json").stdout)["running"] == "long"
 
 
-# --- leaving -----------------------------------------------------------------------------------------------------------
+# --- leaving --------------------------------------------------------------------------------------
 
 
 def test_results_that_are_nowhere_else_hold_up_a_stop_and_a_purge(

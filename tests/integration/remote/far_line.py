@@ -62,7 +62,10 @@ class FarLine:
 
 @contextmanager
 def far_line(bridge: str, address: IPv4Interface, name: str) -> Iterator[FarLine]:
-    """bridge: an interface of this machine; address: that of the far end, in the bridge's network."""
+    """Set up the far end of a slow connection.
+
+    bridge: an interface of this machine; address: that of the far end, in the bridge's network.
+    """
     here, there = f"{name}a", f"{name}b"
     process = subprocess.Popen(
         [sys.executable, __file__, here, there], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -85,7 +88,7 @@ def far_line(bridge: str, address: IPv4Interface, name: str) -> Iterator[FarLine
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def tap(name: str) -> int:

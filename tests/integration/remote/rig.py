@@ -36,8 +36,10 @@ BARE_IMAGE = "rlhf-box-tests/bare"
 # libfaketime is for a clock that is off; rsync is left out, as rented containers do.
 BARE = """
 FROM {base}
-RUN apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends openssh-server libfaketime >/dev/null
-RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig && python3.10 -m compileall -q -x lib2to3/tests /usr/local/lib/python3.10
+RUN apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+apt-get -qq install -y --no-install-recommends openssh-server libfaketime >/dev/null
+RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig \
+&& python3.10 -m compileall -q -x lib2to3/tests /usr/local/lib/python3.10
 """
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 FAB_S = 300.0
@@ -48,7 +50,7 @@ HEARS_CTRL_C = (
 T = TypeVar("T")
 
 
-# --- the laptop -------------------------------------------------------------------------------------------------------
+# --- the laptop -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Done:
 
     @property
     def all(self) -> str:
-        return f"{shlex.join(['fab', *self.words])} -> {self.code} in {self.seconds:.1f} s\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+        call = shlex.join(["fab", *self.words])
+        output = f"--- stdout\n{self.out}\n--- stderr\n{self.err}"
+        return f"{call} -> {self.code} in {self.seconds:.1f} s\n{output}"
 
 
 @dataclass
@@ -183,7 +187,8 @@ class Laptop:
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             process = subprocess.Popen(
                 [*HEARS_CTRL_C, *self.through, str(fab), *words],
-                cwd=self.checkout, env={**self._environment(), **variables}, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                cwd=self.checkout, env={**self._environment(), **variables}, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=err, start_new_session=True,
             )  # fmt: skip
         return Fab(words, process, folder)
 
@@ -203,7 +208,7 @@ class Laptop:
         return kept | {name: str(self.folder / value) for name, value in ours.items()}
 
 
-# --- boxes ------------------------------------------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -505,7 +510,7 @@ def bare_box(
         docker("rm", "--force", "--volumes", name, check=False)
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -540,7 +545,7 @@ def line_through(network: Network) -> Iterator[FarLine]:
         yield connection
 
 
-# --- small things -----------------------------------------------------------------------------------------------------
+# --- small things ---------------------------------------------------------------------------------
 
 
 def make_key(file: Path) -> None:

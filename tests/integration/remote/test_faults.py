@@ -49,7 +49,7 @@ def end_all(laptop: Laptop, box: BareBox | DockerBox) -> None:
     assert box.ls("slot") == []
 
 
-# --- deploy -----------------------------------------------------------------------------------------------------------
+# --- deploy ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["the server's side is killed", "packets are dropped"])
@@ -131,7 +131,7 @@ def test_no_python_310_is_told_before_anything_is_done(deployed: BareBox, laptop
     assert deployed.sh("ls -A /data3; rmdir /data3") == ""
 
 
-# --- who is who -------------------------------------------------------------------------------------------------------
+# --- who is who -----------------------------------------------------------------------------------
 
 
 def test_a_key_that_is_refused(deployed: BareBox, laptop: Laptop) -> None:
@@ -160,12 +160,15 @@ def test_an_sshd_that_is_frozen(deployed: BareBox, laptop: Laptop) -> None:
     assert "hint: " in done.err, done.all
 
 
-# --- launch -----------------------------------------------------------------------------------------------------------
+# --- launch ---------------------------------------------------------------------------------------
 
 ASKED = 'case $SSH_ORIGINAL_COMMAND in *supervisor.sh*" start "*) ;; *) exec sh -c "$SSH_ORIGINAL_COMMAND" ;; esac\n'
 ANSWER_IS_LOST = f'{ASKED}sh -c "$SSH_ORIGINAL_COMMAND" >/rig/answer; kill -KILL $PPID'
 # The box takes it up only when the laptop has asked what became of it.
-COMES_LATE = f'{ASKED}cat >/rig/request; (sleep 4; sh -c "$SSH_ORIGINAL_COMMAND" </rig/request >/rig/answer) >/dev/null 2>&1 & kill -KILL $PPID'
+COMES_LATE = (
+    f'{ASKED}cat >/rig/request; (sleep 4; sh -c "$SSH_ORIGINAL_COMMAND" </rig/request >/rig/answer) '
+    f">/dev/null 2>&1 & kill -KILL $PPID"
+)
 BOX_IS_GONE = f"{ANSWER_IS_LOST} $(cat /rig/listener)"
 
 
@@ -192,7 +195,7 @@ def test_a_start_whose_answer_was_lost_is_started_once(deployed: BareBox, laptop
         done = laptop.fab(
             "train", "--host", name, "--job", str(long_job), "--step", "2", "--run", "launched", "--detach"
         )
-    assert "it was started" in done.err, done.all
+    assert "the job was started" in done.err, done.all
     assert deployed.sh("cat /rig/answer").startswith("started ")
     assert len(set(deployed.ls("requests")) - requests) == 1
     assert runs_of(laptop, deployed.name)["launched"]["state"] in ("queued", "running")
@@ -250,7 +253,7 @@ def test_a_disk_that_is_full_when_a_job_starts(docker_box: DockerBox, laptop: La
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-# --- a run that goes on -----------------------------------------------------------------------------------------------
+# --- a run that goes on ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

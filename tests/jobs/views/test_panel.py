@@ -148,7 +148,8 @@ def test_sparkline(values: list[float], width: int, drawn: tuple[str, float, flo
 
 def terminal(width: int, colors: bool = False) -> Console:
     return Console(
-        file=io.StringIO(), force_terminal=True, width=width, height=40, color_system="standard" if colors else None, soft_wrap=True, markup=False,
+        file=io.StringIO(), force_terminal=True, width=width, height=40, color_system="standard" if colors else None,
+        soft_wrap=True, markup=False,
         highlight=False, emoji=False, legacy_windows=False, _environ={"TERM": "xterm"},
     )  # fmt: skip
 

@@ -26,7 +26,8 @@ LINES = [
             "step 3  PPO: 480 updates, 1920 prompts",
             "step 3  batch 32 = 16 micro x 2 accumulation x 1 rank",
             "step 3  on cpu (PyTorch sees no GPU), float32, ZeRO 0",
-            "step 3  data of all steps: 2000 rows; left out: 3 empty answers, 1 overlong prompt; cut: 5 overlong answers",
+            "step 3  data of all steps: 2000 rows; left out: 3 empty answers, 1 overlong prompt; cut: 5 overlong "
+            "answers",
         ],
     ),
     (
@@ -55,7 +56,8 @@ LINES = [
     (
         sample("before", "I am \x1b[31mred\nand \x9b2J.", reward=-0.52, good=False),
         [
-            "step 3  before  reward -0.52  bad  prompt: Human: hi\\nAssistant:  response: I am \\x1b[31mred\\nand \\x9b2J."
+            "step 3  before  reward -0.52  bad  prompt: Human: hi\\nAssistant:  response: I am \\x1b[31mred\\nand "
+            "\\x9b2J."
         ],
     ),
     (
@@ -65,7 +67,8 @@ LINES = [
     (
         sample("after", "r" * 310, reward=1.0, prompt="p" * 25 + "q" * 100, good=True),
         [
-            f"step 3  after  reward 1.00  good  prompt: (25 characters) ... {'q' * 100}  response: {'r' * 300} ... (10 more characters)"
+            f"step 3  after  reward 1.00  good  prompt: (25 characters) ... {'q' * 100}  response: {'r' * 300} ... "
+            f"(10 more characters)"
         ],
     ),
     (
@@ -97,13 +100,14 @@ LINES = [
     ),
     (event("error", rank=0, what="no", exit_code=1), ["error: rank 0: no"]),
     (event("resumed", 3, from_update=200), ["step 3  resumed after update 200"]),
-    (event("resumed", 3, from_update=0), ["step 3  starts anew"]),
+    (event("resumed", 3, from_update=0), ["step 3  starts from scratch"]),
     (END_1, ["step 1  done in 1m02s  perplexity 31.20 -> 8.41  model runs/demo/step1/model"]),
     (END_2, ["step 2  done in 38s  accuracy 87.4%  model runs/demo/step2/model"]),
     (
         END_3,
         [
-            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  reward -0.52 -> 1.93  kl 0.000 -> 0.410  length 20.3 -> 30.1  "
+            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  reward -0.52 -> 1.93  kl 0.000 -> 0.410  length "
+            "20.3 -> 30.1  "
             "eos 70.0% -> 99.1%  model runs/demo/step3/model"
         ],
     ),

@@ -44,8 +44,10 @@ def probed(
     """What the probe would say of a box with this data disk; more: lines of its own."""
     root = f"{folder}/rlhf-box"
     lines = [
-        "probe\t1", "clock\t1700000000.5", f"machine\t{machine}", "home\t/root", f"root\t0|{root}", f"place\t0|1|1|0|{folder}",
-        f"disk\t0|/dev/x {2 * free_kb} {free_kb} {free_kb} 50% /", "tool\trsync|/usr/bin/rsync", "tool\ttar|/usr/bin/tar",
+        "probe\t1", "clock\t1700000000.5", f"machine\t{machine}", "home\t/root", f"root\t0|{root}",
+        f"place\t0|1|1|0|{folder}",
+        f"disk\t0|/dev/x {2 * free_kb} {free_kb} {free_kb} 50% /", "tool\trsync|/usr/bin/rsync",
+        "tool\ttar|/usr/bin/tar",
     ]  # fmt: skip
     lines += [f"python\t3.10.13|1|{python}"] if python else []
     lines += [f"conda\t24.1|{conda}"] if conda else []
@@ -85,7 +87,8 @@ class Scene:
         connection = more.pop("connection", None) or self.sshd.connection(self.state, box=self.box)
         with connection:
             return deploy(
-                connection, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY), providers=PROVIDERS, state=self.state,
+                connection, self.checkout, more.pop("box", self.box), limits=more.pop("limits", ROOMY),
+                providers=PROVIDERS, state=self.state,
                 say=self.said.append, now=self.moments.append, **more,
             )  # fmt: skip
 
@@ -156,7 +159,8 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
         write(scene.checkout / f"env/mirrors/{mirror}.env", (scene.checkout / "env/mirrors/here.env").read_text())
     shutil.rmtree(scene.state)
     python = {
-        "python3.10": f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {sys.executable} "$@" ;; esac\n'
+        "python3.10": f"#!/bin/sh\ncase \"$2\" in *sys.version_info*) echo '3.10.13|1' ;; *) exec {sys.executable} "
+        f'"$@" ;; esac\n'
     }
     known = {
         name: each.model_copy(update={"pythons": (str(write(scene.disk / name, text, 0o755)),)})
@@ -297,7 +301,7 @@ def test_a_checkout_that_changes_while_it_is_sent_is_sent_as_it_is_then(
 
     monkeypatch.setattr(deploying.sync, "send", edited_first)
     done = scene.deploy()
-    assert "the checkout changed while it was sent: what it is now is sent" in done.notes
+    assert "the checkout changed while it was sent: its present state is sent" in done.notes
     assert (scene.root / f"code/{done.plan.code}/jobs/spec.py").read_text() == "x = 'edited'\n"
     assert done.plan.code == checkout_tree(scene.checkout).key == scene.deployed()["code"]
     assert scene.whole_code() == [done.plan.code]
@@ -317,7 +321,7 @@ def test_a_dry_run_changes_nothing_and_shows_what_would_be_run(
     ]
     assert [text for text in scene.said[1:] if not text.startswith("note: ")] == [
         *said,
-        "settle: would write down what is deployed",
+        "settle: would record what is deployed",
     ]
     assert scene.deploy(connection=scene.sshd.connection(scene.state, box=scene.box, dry_run=True), rsync="").parts[
         2
@@ -341,7 +345,8 @@ box = Box.model_validate_json(fields)
 limits = Limits.load()
 limits = limits.model_copy(update={"environment": limits.environment.model_copy(update={"bytes_cpu": 1})})
 with BoxConnection(box, Path(state), ssh_config=Path(config)) as line:
-    deploy(line, Path(checkout), box, limits=limits, providers=Provider.load_all(), state=Path(state), say=lambda text: print(text, flush=True))
+    deploy(line, Path(checkout), box, limits=limits, providers=Provider.load_all(), state=Path(state),
+           say=lambda text: print(text, flush=True))
 """
 
 
@@ -396,7 +401,10 @@ def test_killed_in_the_middle_of_sync_and_called_again(scene: Scene) -> None:
 
 
 def test_killed_while_the_environment_is_made_and_called_again(scene: Scene) -> None:
-    slow = f'touch \'{scene.disk}/begun\'; [ -e \'{scene.disk}/quick\' ] || sleep 63; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"'
+    slow = (
+        f"touch '{scene.disk}/begun'; [ -e '{scene.disk}/quick' ] || sleep 63; mkdir -p \"$3/bin\"; cp \"$0\" "
+        f'"$3/bin/python"'
+    )
     write(scene.disk / "python", f'#!/bin/sh\ncase "$2" in venv) {slow} ;; *) echo all as locked ;; esac\n', 0o755)
     scene.knows(probed(scene.disk, python=f"{scene.disk}/python"))
     process = deployer(scene)
@@ -468,7 +476,7 @@ def test_one_who_lost_the_lock_changes_nothing(scene: Scene, monkeypatch: pytest
         return sent
 
     monkeypatch.setattr(deploying.sync, "send", while_another_takes_over)
-    with pytest.raises(ToolkitError, match="not ours any more") as lost:
+    with pytest.raises(ToolkitError, match="this deploy lost the lock") as lost:
         scene.deploy()
     assert lost.value.exit_code == ExitCode.BUSY and "lin@desk" in lost.value.why
     assert not (scene.root / "deployed").exists()
@@ -510,7 +518,7 @@ def test_a_disk_that_fills_up(scene: Scene) -> None:
             scene.deploy(limits=ROOMY.model_copy(update={"disk": LIMITS.disk.model_copy(update={"bytes_min": 1})}))
         assert full.value.exit_code == ExitCode.UNFIT
         assert scene.deployed() == before and not (scene.root / "lock").exists()
-        with pytest.raises(ToolkitError, match="not fit to be deployed to") as unfit:
+        with pytest.raises(ToolkitError, match="cannot deploy to") as unfit:
             scene.deploy()
         assert "are free at" in unfit.value.why and "500 MB are needed" in unfit.value.why
     finally:
@@ -533,7 +541,7 @@ def test_another_boot_is_asked_anew(scene: Scene, monkeypatch: pytest.MonkeyPatc
     elsewhere = scene.box.model_copy(
         update={"data_folder": "/another/disk"}
     )  # boxes.yaml changed, and this answer says nothing of it
-    with pytest.raises(ToolkitError, match="not fit to be deployed to"):
+    with pytest.raises(ToolkitError, match="cannot deploy to"):
         scene.deploy(box=elsewhere)
     assert asked == [1, 1]
 
@@ -578,7 +586,7 @@ def test_what_is_measured_decides_the_way(planned: Any) -> None:
     for routes, expected in ways.items():
         plan = planned(*routes)
         assert (plan.route, plan.mirror) == expected
-    assert planned().notes == ("no way to the model hub was found: models and data have to come from here",)
+    assert planned().notes == ("the box cannot reach the model hub: send models and data as local folders",)
     assert (planned(quick, mirror, box={"mirror": "cn"}).route, planned(quick, provider="autodl").mirror) == (
         "mirror",
         "cn",
@@ -641,12 +649,15 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
     ("more", "options", "there", "why"),
     [
         ((), {"machine": "aarch64"}, {}, "its processor is aarch64"),
-        ((), {}, {"root": "strange"}, "/data/rlhf-box is there, and is not ours"),
+        ((), {}, {"root": "strange"}, "/data/rlhf-box exists, and is not ours"),
         ((), {}, {"tools": frozenset()}, "neither rsync nor tar"),
         ((), {"free_kb": 100}, {}, "102 kB are free at /data/rlhf-box, and 3 GB are needed"),
         ((), {}, {"root": "ours", "free_kb": 100}, "102 kB are free"),
         ((GPU,), {"free_kb": 5_000_000}, {}, "5.12 GB are free at /data/rlhf-box, and 10 GB are needed"),
-        (("python\t3.12.1|1|/usr/bin/python3",), {"python": ""}, {}, "no Python 3.10 with venv, and no conda or uv to make it with"),
+        (
+            ("python\t3.12.1|1|/usr/bin/python3",), {"python": ""}, {},
+            "no Python 3.10 with venv, and no conda or uv to make it with",
+        ),
     ],
 )  # fmt: skip
 def test_what_deploy_itself_needs(

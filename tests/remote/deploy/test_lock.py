@@ -64,7 +64,8 @@ def test_a_second_deployer_is_told_who_has_it(connection: Any, root: str) -> Non
         take(connection, root, CODE, why="mine", laptop="here")
     assert busy.value.exit_code == ExitCode.BUSY
     assert str(busy.value).startswith(
-        "error: cannot deploy to `gpu-box`: another deploy holds the lock\n  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
+        "error: cannot deploy to `gpu-box`: another deploy holds the lock\n"
+        "  why: lin@desk (run ppo-0412), 4m00s ago; it expires in "
     )
     assert "fab unlock --host gpu-box" in busy.value.hint
 
@@ -92,7 +93,7 @@ def test_of_ten_at_once_one_gets_it(sshd: Any, tmp_path: Path, root: str) -> Non
     ("values", "why"),
     [
         ({"expires": 1}, "it has expired"),
-        ({"box": "another boot"}, "the box was started anew since"),
+        ({"box": "another boot"}, "the box was restarted since"),
     ],
 )
 def test_a_stale_one_is_taken_over_and_said(connection: Any, root: str, values: dict[str, object], why: str) -> None:
@@ -169,7 +170,7 @@ def test_a_folder_of_somebody_else_is_left_alone(connection: Any, root: str) -> 
     (Path(root) / "lock").mkdir(parents=True)
     (Path(root) / "code").mkdir()
     (Path(root) / "code/mine.partial").write_text("")
-    with pytest.raises(ToolkitError, match="is there, and is not ours") as refused:
+    with pytest.raises(ToolkitError, match="exists, and is not ours") as refused:
         take(connection, root, CODE, why="x", laptop="here")
     assert refused.value.exit_code == ExitCode.UNFIT
     assert unlock(connection, root) is None

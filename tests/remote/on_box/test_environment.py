@@ -238,7 +238,10 @@ def test_python_is_made_where_there_is_none(on_box: OnBox, tool: str, asked: str
     base = on_box.environment / "base"
     place = base / ("cpython-3.10/bin" if tool == "uv" else "bin")
     write(on_box.home / ".condarc", "channels: [a mirror]\n")
-    writes = 'mkdir -p "$HOME/.conda" "${CONDA_PKGS_DIRS:-$HOME/pkgs}" "${UV_PYTHON_BIN_DIR:-$HOME/bin}"; cp "$CONDARC" "$HOME/.conda/seen"'
+    writes = (
+        'mkdir -p "$HOME/.conda" "${CONDA_PKGS_DIRS:-$HOME/pkgs}" "${UV_PYTHON_BIN_DIR:-$HOME/bin}"; cp '
+        '"$CONDARC" "$HOME/.conda/seen"'
+    )
     makes = f"mkdir -p '{place}'\nln -s '{on_box.root}/tools/python' '{place}/python3.10'"
     maker = on_box.stand_in(tool, f"echo \"$*\" >'{on_box.root}/asked'\n{writes}\n{makes}")
     on_box.stand_in("python", f"echo \"$0 $*\" >>'{on_box.root}/asked'\nexit 7")
@@ -254,10 +257,14 @@ def test_python_is_made_where_there_is_none(on_box: OnBox, tool: str, asked: str
 
 def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
     write(on_box.home / ".docker/config.json", "a login")
-    writes = 'mkdir -p "${BUILDX_CONFIG:-$HOME/.docker/buildx}"; config=${DOCKER_CONFIG:-$HOME/.docker}; cp "$config/config.json" "$config/.token_seed"'
+    writes = (
+        'mkdir -p "${BUILDX_CONFIG:-$HOME/.docker/buildx}"; config=${DOCKER_CONFIG:-$HOME/.docker}; cp '
+        '"$config/config.json" "$config/.token_seed"'
+    )
     docker = on_box.stand_in(
         "docker",
-        f"echo \"$*\" >>'{on_box.root}/asked'; [ \"$2\" = inspect ] || env >'{on_box.root}/environment'; echo '#7 [build 3/9] RUN'; {writes}",
+        f"echo \"$*\" >>'{on_box.root}/asked'; [ \"$2\" = inspect ] || env >'{on_box.root}/environment'; echo '#7 "
+        f"[build 3/9] RUN'; {writes}",
     )
     process = on_box.start("arg=CUDA_ARCHS=", "arg=BASE_IMAGE=a b", runtime="docker", python="")
     process.communicate(timeout=30)

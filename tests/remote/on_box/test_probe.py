@@ -114,7 +114,7 @@ def ask(fakes: Fakes, *args: str, shell: list[str] | None = None, **environ: str
     return parse(done.stdout.removesuffix(b"left alone"))
 
 
-# --- the machine as it is -------------------------------------------------------------------------------------------
+# --- the machine as it is -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -182,7 +182,7 @@ def test_hostile_names(fakes: Fakes, name: str) -> None:
     assert not list(fakes.home.rglob("pwned"))
 
 
-# --- what is there of ours ------------------------------------------------------------------------------------------
+# --- what is there of ours ------------------------------------------------------------------------
 
 
 def test_what_is_deployed_and_what_runs(fakes: Fakes) -> None:
@@ -213,7 +213,7 @@ def test_what_is_deployed_and_what_runs(fakes: Fakes) -> None:
     assert (empty.marked, empty.deployed, empty.slot, empty.slot_alive) == (False, None, None, False)
 
 
-# --- providers and limits of containers -----------------------------------------------------------------------------
+# --- providers and limits of containers -----------------------------------------------------------
 
 
 def system(folder: Path, files: dict[str, str]) -> str:
@@ -294,7 +294,7 @@ def test_limits_are_the_containers(fakes: Fakes, tmp_path: Path, case: str) -> N
     assert facts.cores == (cores if cores is not None else len(os.sched_getaffinity(0)))
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------------------
+# --- GPUs -----------------------------------------------------------------------------------------
 
 
 def test_two_rtx_4090(fakes: Fakes) -> None:
@@ -327,7 +327,8 @@ def test_who_holds_memory_ecc_and_xid(fakes: Fakes) -> None:
     apps = f"GPU-h100-5, {os.getpid()}, 40000\nGPU-h100-5, 4194304, [N/A]\n[Not Found], [N/A], [N/A]\n"
     fakes.cards(GPU["H100"].format(i=5), capability="9.0", ecc="2, 17", apps=apps)
     log = "[  9.1] NVRM: Xid (PCI:0000:65:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
-    log += "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
+    log += "[ 10.1] NVRM: Xid (PCI:0000:66:00): 48, another card\n"
+    log += "[ 11.0] NVRM: Xid (PCI:0000:65:00): 13, pid=7\n[ 12] NVRM: Xid (PCI:0000:65:00): 13\n"
     fakes.command("dmesg", f"#!/bin/sh\ncat <<'END'\n{log}END\n")
     facts = ask(fakes)
     assert facts.cards is not None and facts.kernel_log
@@ -419,7 +420,7 @@ def wait_for(ready: object, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-# --- copies between cards -------------------------------------------------------------------------------------------
+# --- copies between cards -------------------------------------------------------------------------
 
 # What the driver's library does for gpu_copy_check.py; device memory is main memory.
 LIBCUDA = r"""
@@ -435,7 +436,9 @@ int cuDevicePrimaryCtxRetain(void **c, int d) { *c = &contexts[d]; return is("fu
 int cuCtxSetCurrent(void *c) { current = *(int *)c; return 0; }
 int cuMemAlloc_v2(ptr *p, size_t n) { *p = (ptr)malloc(n); memset((void *)*p, 0x55, n); return 0; }
 int cuDeviceCanAccessPeer(int *can, int a, int b) { *can = !is("far"); return 0; }
-int cuCtxEnablePeerAccess(void *c, unsigned f) { int b = *(int *)c; if (reach[current][b]) return 704; reach[current][b] = 1; return 0; }
+int cuCtxEnablePeerAccess(void *c, unsigned f) {
+    int b = *(int *)c; if (reach[current][b]) return 704; reach[current][b] = 1; return 0;
+}
 int cuMemsetD8_v2(ptr p, unsigned char v, size_t n) { memset((void *)p, v, n); return 0; }
 int cuMemcpyHtoD_v2(ptr p, const void *s, size_t n) { memcpy((void *)p, s, n); return 0; }
 int cuMemcpyDtoH_v2(void *t, ptr p, size_t n) { memcpy(t, (void *)p, n); return 0; }
@@ -504,7 +507,7 @@ def test_the_probe_tries_them(fakes: Fakes, libcuda: Path) -> None:
     assert [card.capability for card in facts.cards] == ["8.9", "8.9"]
 
 
-# --- Docker ---------------------------------------------------------------------------------------------------------
+# --- Docker ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -551,14 +554,15 @@ def test_docker_without_its_daemon(fakes: Fakes) -> None:
     refusal = "permission denied while trying to connect to the Docker daemon socket"
     fakes.command(
         "docker",
-        f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 ;; esac\n",
+        f"#!/bin/sh\ncase $1 in --version) echo 'Docker version 27.3.1, build x' ;; *) echo '{refusal}' >&2; exit 1 "
+        f";; esac\n",
     )
     facts = ask(fakes)
     assert (facts.docker.client, facts.docker.server, facts.docker.error) == ("27.3.1", "", refusal)
     assert runtime_of(facts).lacking == "daemon"
 
 
-# --- the way to the hub ---------------------------------------------------------------------------------------------
+# --- the way to the hub ---------------------------------------------------------------------------
 
 
 @pytest.fixture

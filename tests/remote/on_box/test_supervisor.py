@@ -46,7 +46,10 @@ run=$RLHF_RUNS/$6
 . "$RLHF_RUNS/../scenario.sh"
 """
 TRAINS = "trap 'echo stopped; exit 143' TERM; echo begun; while :; do sleep 0.05; done\n"
-DEAF = "trap '' TERM; setsid sh -c 'while :; do sleep 0.1; done' rank-of-its-own & echo begun; while :; do sleep 0.1; done\n"
+DEAF = (
+    "trap '' TERM; setsid sh -c 'while :; do sleep 0.1; done' rank-of-its-own & echo begun; while :; do sleep "
+    "0.1; done\n"
+)
 
 
 class Box:
@@ -243,14 +246,15 @@ def box(made: Callable[[str], Box]) -> Box:
 every_shell = pytest.mark.parametrize("shell", SHELLS)
 
 
-# --- a job's life -----------------------------------------------------------------------------------------------------
+# --- a job's life ---------------------------------------------------------------------------------
 
 
 @every_shell
 def test_a_job_from_its_start_to_its_end(made: Callable[[str], Box], shell: str) -> None:
     box = made(shell)
     box.scenario(
-        'printf "%s\\n" begun >&2; echo one >"$run/events.jsonl"; sleep 0.5; echo two >>"$run/events.jsonl"; printf last; exit 75'
+        'printf "%s\\n" begun >&2; echo one >"$run/events.jsonl"; sleep 0.5; echo two >>"$run/events.jsonl"; printf '
+        "last; exit 75"
     )
     pid = box.started("run-1", "req-1", "--step", "1", "2")
     assert psutil.Process(pid).ppid() != os.getpid() and os.getsid(pid) == pid
@@ -270,7 +274,8 @@ def test_a_job_from_its_start_to_its_end(made: Callable[[str], Box], shell: str)
     assert (ended.alive, ended.training, ended.exit) == (False, False, 75) and state_of(None, ended) == "preempted"
     assert ended.ended is not None and running.started <= ended.ended <= time.time() + 1
     assert {path.name for path in (box.run().path / "job").iterdir()} == {
-        "request", "pid", "start", "boot", "started", "heartbeat", "grace", "steps", "process", "output", "ended", "exit",
+        "request", "pid", "start", "boot", "started", "heartbeat", "grace", "steps", "process", "output", "ended",
+        "exit",
     }  # fmt: skip
     assert box.run().exit.read_text() == "75\n" and not any(line.startswith("slot") for line in box.ask("list"))
     assert list((box.root / "secrets").iterdir()) == [] and not (box.root / "slot").exists()
@@ -312,7 +317,7 @@ def test_nvidia_smi_that_hangs_holds_nothing_up(box: Box) -> None:
     assert box.job().exit == 0 and time.monotonic() - began < 5
 
 
-# --- its environment --------------------------------------------------------------------------------------------------
+# --- its environment ------------------------------------------------------------------------------
 
 
 def test_the_environment_is_a_clean_one(box: Box) -> None:
@@ -328,8 +333,10 @@ def test_the_environment_is_a_clean_one(box: Box) -> None:
     lines = dict(line.split("=", 1) for line in box.output().splitlines() if "=" in line)
     cache = box.root / "cache"
     expected = {
-        "HF_HOME": f"{cache}/huggingface", "RLHF_CACHE": f"{cache}/rlhf-box", "XDG_CACHE_HOME": str(cache), "TMPDIR": f"{cache}/tmp",
-        "RLHF_RUNS": f"{box.root}/runs", "PYTHONPATH": str(box.code), "RLHF_REQUEST": "req-1", "HOME": box.environ["HOME"], "USER": "tester",
+        "HF_HOME": f"{cache}/huggingface", "RLHF_CACHE": f"{cache}/rlhf-box", "XDG_CACHE_HOME": str(cache),
+        "TMPDIR": f"{cache}/tmp",
+        "RLHF_RUNS": f"{box.root}/runs", "PYTHONPATH": str(box.code), "RLHF_REQUEST": "req-1",
+        "HOME": box.environ["HOME"], "USER": "tester",
         "HF_ENDPOINT": "https://huggingface.co", "LANG": "C.UTF-8", "PWD": str(box.code),
     }  # fmt: skip
     assert {name: lines.get(name) for name in expected} == expected
@@ -426,7 +433,7 @@ def test_what_is_not_deployed_is_refused(box: Box, spoil: Callable[[Box], None],
     )
 
 
-# --- secrets ----------------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -434,8 +441,8 @@ def test_secrets_are_in_the_jobs_environment_and_nowhere_else(made: Callable[[st
     box = made(shell)
     value = "hf_'a b$(touch pwned)\"\\n=#"
     box.scenario(
-        '[ "$HF_TOKEN" = "$(cat "$RLHF_RUNS/../expected")" ] && echo right; cd "${RLHF_RUNS%/runs}/secrets/req-1"; stat -c "%a %n" *; '
-        + TRAINS
+        '[ "$HF_TOKEN" = "$(cat "$RLHF_RUNS/../expected")" ] && echo right; cd "${RLHF_RUNS%/runs}/secrets/req-1"; '
+        'stat -c "%a %n" *; ' + TRAINS
     )
     (box.root / "expected").write_text(value)
     pid = box.started(stdin=sent(f"HF_TOKEN={value}", "OTHER_KEY=two"))
@@ -505,7 +512,7 @@ def test_a_job_file_of_any_bytes_comes_whole(box: Box) -> None:
     assert (box.root / "inputs" / hashlib.sha256(job).hexdigest()[:16] / "job.yaml").read_bytes() == job
 
 
-# --- started once, or not at all --------------------------------------------------------------------------------------
+# --- started once, or not at all ------------------------------------------------------------------
 
 
 @every_shell
@@ -537,8 +544,11 @@ def test_many_at_once_start_one(box: Box) -> None:
         call.stdin.write(sent(f"SECRET={request}"))
         call.stdin.close()
         said[number] = (request, call)
-    answers = [(request, call.communicate()[0].decode().split()) if not call.stdin.closed else (request, call.stdout.read().decode().split())
-               for request, call in said.values() if call.stdin and call.stdout]  # fmt: skip
+    answers = []
+    for request, call in said.values():
+        if call.stdin and call.stdout:
+            output = call.stdout.read() if call.stdin.closed else call.communicate()[0]
+            answers.append((request, output.decode().split()))
     (winner,) = {request for request, words in answers if words[0] == "started"}
     assert sorted(words[0] for _, words in answers) == ["already"] * 2 + ["busy"] * 6 + ["started"]
     assert all(words == ["already", winner] for request, words in answers if words[0] == "already")
@@ -598,8 +608,10 @@ def test_start_and_withdraw_at_once_agree(box: Box) -> None:
 
 
 def test_the_line_that_breaks_in_the_middle_of_stdin_starts_nothing(box: Box) -> None:
-    call = subprocess.Popen([str(box.bin / "sh"), *box.argv("start", "run-1", "req-1", FP, "60", "--")[1:]], env=box.environ,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    argv = [str(box.bin / "sh"), *box.argv("start", "run-1", "req-1", FP, "60", "--")[1:]]
+    call = subprocess.Popen(
+        argv, env=box.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert call.stdin and call.stdout
     call.stdin.write(sent("HF_TOKEN=hf_x")[:-4])
     call.stdin.flush()
@@ -617,8 +629,10 @@ def test_the_line_that_breaks_in_the_middle_of_stdin_starts_nothing(box: Box) ->
 
 def test_a_job_survives_its_starter_whose_answer_nobody_reads(box: Box) -> None:
     box.scenario(TRAINS)
-    call = subprocess.Popen([str(box.bin / "sh"), *box.argv("start", "run-1", "req-1", FP, "60", "--")[1:]], env=box.environ,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    argv = [str(box.bin / "sh"), *box.argv("start", "run-1", "req-1", FP, "60", "--")[1:]]
+    call = subprocess.Popen(
+        argv, env=box.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert call.stdin and call.stdout
     call.stdout.close()
     call.stdin.write(sent())
@@ -631,7 +645,7 @@ def test_a_job_survives_its_starter_whose_answer_nobody_reads(box: Box) -> None:
     assert box.job().alive and box.job().training
 
 
-# --- following --------------------------------------------------------------------------------------------------------
+# --- following ------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -640,7 +654,8 @@ def test_every_byte_comes_once_and_in_order(made: Callable[[str], Box], shell: s
     box = made(shell)
     (box.root / "bytes").write_bytes(os.urandom(700_000) + b"\n\0bytes 3 4\n" * 100)
     box.scenario(
-        'echo begun; for i in 1 2 3; do cat "$RLHF_RUNS/../bytes"; sleep 0.3; done >"$run/train.log"; printf end >>"$run/train.log"'
+        'echo begun; for i in 1 2 3; do cat "$RLHF_RUNS/../bytes"; sleep 0.3; done >"$run/train.log"; printf end '
+        '>>"$run/train.log"'
     )
     box.started()
     watched, seen = box.watch("log")
@@ -675,8 +690,8 @@ def test_standard_output_may_be_a_socket(box: Box) -> None:
 
 def test_following_begins_at_once_and_new_bytes_come_soon(box: Box) -> None:
     box.scenario(
-        'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two >>"$run/train.log"; '
-        + TRAINS
+        'printf "one\\n" >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; echo two '
+        '>>"$run/train.log"; ' + TRAINS
     )
     box.started()
     process = box.stream("run-1", "log", 0)
@@ -707,7 +722,8 @@ def _frames(process: subprocess.Popen[bytes]) -> Iterator[Any]:
 
 def test_a_file_that_was_cut_is_told(box: Box) -> None:
     box.scenario(
-        'echo 0123456789 >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; printf new >"$run/train.log"; sleep 0.5'
+        'echo 0123456789 >"$run/train.log"; echo begun; while [ ! -e "$run/go" ]; do sleep 0.02; done; printf new '
+        '>"$run/train.log"; sleep 0.5'
     )
     box.started()
     frames = _frames(box.stream("run-1", "log", 0))
@@ -782,7 +798,7 @@ def test_list_says_what_is_there(box: Box) -> None:
     assert lines[-1].startswith("beat ")
 
 
-# --- cancel -----------------------------------------------------------------------------------------------------------
+# --- cancel ---------------------------------------------------------------------------------------
 
 
 @every_shell
@@ -843,7 +859,8 @@ def test_cancel_names_who_holds_a_card(box: Box) -> None:
     holder = subprocess.Popen(["sleep", "61"])
     box.command(
         "nvidia-smi",
-        f"#!/bin/sh\ncase $1 in *compute-apps*) echo 'GPU-aa, {holder.pid}, 512'; echo 'GPU-bb, 4194999, [N/A]' ;; esac\n",
+        f"#!/bin/sh\ncase $1 in *compute-apps*) echo 'GPU-aa, {holder.pid}, 512'; echo 'GPU-bb, 4194999, [N/A]' ;; "
+        f"esac\n",
     )
     box.scenario(TRAINS)
     box.started()
@@ -858,7 +875,7 @@ def test_cancel_names_who_holds_a_card(box: Box) -> None:
         holder.wait()
 
 
-# --- supervisors, boxes and numbers that are gone ---------------------------------------------------------------------
+# --- supervisors, boxes and numbers that are gone -------------------------------------------------
 
 
 def kill(pid: int) -> None:
@@ -870,7 +887,8 @@ def kill(pid: int) -> None:
 def test_the_job_goes_on_without_its_supervisor(made: Callable[[str], Box], shell: str) -> None:
     box = made(shell)
     box.scenario(
-        'echo begun; while [ ! -e "$run/go" ]; do sleep 0.05; done; echo \'{"kind": "end", "step": 1}\' >"$run/events.jsonl"; exit 0'
+        'echo begun; while [ ! -e "$run/go" ]; do sleep 0.05; done; echo \'{"kind": "end", "step": 1}\' '
+        '>"$run/events.jsonl"; exit 0'
     )
     pid = box.started("run-1", "req-1", "--step", "1", stdin=sent("HF_TOKEN=x"))
     kill(pid)
@@ -973,8 +991,10 @@ def test_many_take_over_one_slot_at_once(box: Box) -> None:
     supervisor = box.started()
     kill(supervisor)
     kill(int(box.run().process.read_text().split()[0]))
-    calls = [subprocess.Popen([str(box.bin / "sh"), *box.argv("start", "run-1", f"next-{number}", FP, "60", "--")[1:]], env=box.environ,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) for number in range(6)]  # fmt: skip
+    calls = []
+    for number in range(6):
+        argv = [str(box.bin / "sh"), *box.argv("start", "run-1", f"next-{number}", FP, "60", "--")[1:]]
+        calls.append(subprocess.Popen(argv, env=box.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
     for call in calls:
         assert call.stdin
         call.stdin.write(sent())
@@ -993,7 +1013,7 @@ def test_a_box_that_is_shut_down_preempts_the_job(box: Box) -> None:
     assert (job.exit, state_of(None, job)) == (75, "preempted")
 
 
-# --- full disks -------------------------------------------------------------------------------------------------------
+# --- full disks -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1040,7 +1060,7 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     assert old.exists()
 
 
-# --- Docker, whose client a script stands for -------------------------------------------------------------------------
+# --- Docker, whose client a script stands for -----------------------------------------------------
 
 DOCKER = r"""#!/bin/sh
 # A container is a process; its files are in $STANDIN.
@@ -1060,7 +1080,10 @@ case "$1 $2" in
         while [ ! -s "$at.pid" ]; do sleep 0.01; done
         echo 0123456789ab ;;
     'logs -f') exec tail -n +1 -s 0.05 -f --pid "$(cat "$at.pid")" "$at.log" ;;
-    'wait '*) [ ! -e "$STANDIN/away" ] || exit 1; while [ -e "$at.pid" ] && [ ! -e "$at.code" ]; do sleep 0.05; done; cat "$at.code" ;;
+    'wait '*)
+        [ ! -e "$STANDIN/away" ] || exit 1
+        while [ -e "$at.pid" ] && [ ! -e "$at.code" ]; do sleep 0.05; done
+        cat "$at.code" ;;
     'kill -s') [ -e "$at.pid" ] && kill -TERM "$(cat "$at.pid")" ;;
     'stop -t') [ -e "$at.pid" ] && kill -KILL -"$(cat "$at.pid")" ;;
     'inspect --format')
@@ -1124,8 +1147,10 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
     calls = (engine(docked) / "calls").read_text().splitlines()
     (compose,) = (call for call in calls if call.startswith("compose"))
     assert compose == (
-        f"compose --project-directory {code} --env-file /dev/null -f {code}/docker-compose.yml -f {code}/docker/compose.cpu.yml "
-        f"-f {code}/docker/compose.box.yml run -d -T --no-deps --name rlhf-box-req-1 train --job {job_file} --run run-1 --step 1 a b'c"
+        f"compose --project-directory {code} --env-file /dev/null -f {code}/docker-compose.yml -f "
+        f"{code}/docker/compose.cpu.yml "
+        f"-f {code}/docker/compose.box.yml run -d -T --no-deps --name rlhf-box-req-1 train --job {job_file} --run "
+        f"run-1 --step 1 a b'c"
     )
     assert (
         "wait rlhf-box-req-1" in calls
@@ -1135,8 +1160,10 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
     variables = dict(line.split("=", 1) for line in (engine(docked) / "env").read_text().splitlines())
     uid = 1000 if os.getuid() == 0 else os.getuid()
     expected = {
-        "RLHF_TAG": KEY, "RLHF_UID": str(uid), "RLHF_RUNS": f"{root}/runs", "RLHF_CACHE": f"{root}/cache", "RLHF_SECRETS": str(secrets),
-        "RLHF_INPUTS": f"{root}/inputs", "RLHF_REQUEST": "req-1", "RLHF_GRACE": "60", "MIRROR": "default", "NCCL_P2P_DISABLE": "1",
+        "RLHF_TAG": KEY, "RLHF_UID": str(uid), "RLHF_RUNS": f"{root}/runs", "RLHF_CACHE": f"{root}/cache",
+        "RLHF_SECRETS": str(secrets),
+        "RLHF_INPUTS": f"{root}/inputs", "RLHF_REQUEST": "req-1", "RLHF_GRACE": "60", "MIRROR": "default",
+        "NCCL_P2P_DISABLE": "1",
     }  # fmt: skip
     assert expected.items() <= variables.items() and "HTTPS_PROXY" not in variables
     assert not secrets.exists()
@@ -1232,7 +1259,7 @@ def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:
     assert "ports" not in train
 
 
-# --- the real thing ---------------------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 def test_a_real_job_trains_and_goes_on_after_a_cancel(box: Box, tmp_path: Path) -> None:

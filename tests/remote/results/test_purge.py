@@ -95,7 +95,8 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     (tmp_path / "box" / "mine").write_text("mine")
     for folder, name, text in (
         ("containers", "rlhf-box-1", "rlhf-box:x|Exited (0) 3 hours ago"), ("containers", "odd", "rlhf-box:x|Created"),
-        ("containers", "mine", "rlhf-boxes:x|Exited (0) 3 hours ago"), ("images", "x", ""), ("volumes", "v", ""), ("networks", "n", ""),
+        ("containers", "mine", "rlhf-boxes:x|Exited (0) 3 hours ago"), ("images", "x", ""), ("volumes", "v", ""),
+        ("networks", "n", ""),
     ):  # fmt: skip
         (docker / folder / name).write_text(text)
     error = refused(far, tmp_path, box.root)

@@ -163,7 +163,10 @@ def test_a_manifest_that_is_torn_is_none() -> None:
 
 
 def test_of_a_step_that_changed_nothing_is_taken() -> None:
-    said = f"begin\nfile 3 {A} step1/model/a\nfile 3 {A} step2/model/a\nfile 1 {B} step2/complete.json\nstep 2 {B}\nchanged 1\nend\n"
+    said = (
+        f"begin\nfile 3 {A} step1/model/a\nfile 3 {A} step2/model/a\nfile 1 {B} step2/complete.json\nstep 2 {B}\n"
+        f"changed 1\nend\n"
+    )
     read = ManifestReader(io.BytesIO(said.encode())).read()
     assert (
         read is not None
@@ -271,8 +274,8 @@ def test_what_was_fetched_is_remembered(tmp_path: Path) -> None:
     [
         (Run("r", 10), None, ["its events and its log, 10 bytes"]),
         (Run("r", 10), FetchedRun(events_bytes=10), []),
-        (Run("r", 10), FetchedRun(events_bytes=4), ["events that were written since, 6 bytes"]),
-        (Run("r", 3), FetchedRun(events_bytes=4), ["events that were written since, 3 bytes"]),
+        (Run("r", 10), FetchedRun(events_bytes=4), ["events written since the last fetch, 6 bytes"]),
+        (Run("r", 3), FetchedRun(events_bytes=4), ["events written since the last fetch, 3 bytes"]),
         (Run("r", 0, {1: FinishedStep(A, 2000)}), None, ["the models of step 1 (supervised fine-tuning), 2 kB"]),
         (Run("r", 0, {1: FinishedStep(A, 2000)}), FetchedRun(steps={1: FetchedStep(A, B)}), []),
         (

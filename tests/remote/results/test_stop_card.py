@@ -61,12 +61,14 @@ def test_a_card_says_all_that_matters() -> None:
     assert text == [
         "box: box, AutoDL",
         "meter: stops (¥1.98/h)",
-        "disk: costs nothing while it is stopped; what the data disk was enlarged by is paid for each day, stopped or not",
-        "folder: /root/autodl-tmp: kept, for 15 days; when the box is given back: lost (not part of a saved image, nor of a move to another host)",
+        "disk: costs nothing while the box is stopped; "
+        "what the data disk was enlarged by is paid for each day, stopped or not",
+        "folder: /root/autodl-tmp: kept, for 15 days; when the box is given back: lost (not part of a saved image, "
+        "nor of a move to another host)",
         "folder: /root/autodl-fs: kept; when the box is given back: kept",
         "folder: /: kept, for 15 days; when the box is given back: lost",
         "our folder: /root/autodl-tmp/rlhf-box survives a stop",
-        "deadline: the data is released after 15 days, about 2025-12-09; an empty account stops the box, too",
+        "deadline: the data is deleted after 15 days, about 2025-12-09; an empty account stops the box, too",
         "start again: it starts again only if its host has a free card then",
         "running: no job",
         "not fetched: run `other`: the checkpoint of step 2, update 40, 14 GB",
@@ -82,7 +84,7 @@ def test_a_card_says_all_that_matters() -> None:
         ("runpod", "/root/rlhf-box", "lost", "stops"),
         ("runpod", "/workspaces/rlhf-box", "lost", "stops"),  # not in /workspace
         ("vast", "/workspace/rlhf-box", "kept", "stops"),
-        ("lambda", "/lambda/nfs/mine/rlhf-box", "kept", "GOES ON"),
+        ("lambda", "/lambda/nfs/mine/rlhf-box", "kept", "KEEPS RUNNING"),
         ("generic", "/root/rlhf-box", "unknown", "not known"),
         ("generic", "/data/rlhf-box", "unknown", "not known"),
     ],
@@ -91,7 +93,7 @@ def test_which_folder_survives(provider: str, root: str, fate: str, meter: str) 
     shown = card(provider, root)
     rows = dict(shown.lines())
     assert shown.root_fate == fate and rows["meter"].startswith(meter)
-    assert {"kept": "survives a stop", "lost": "LOST", "unknown": "nobody promises"}[fate] in rows["our folder"]
+    assert {"kept": "survives a stop", "lost": "LOST", "unknown": "may not survive"}[fate] in rows["our folder"]
     assert fate_of("", shown.folders) == "unknown"
 
 
@@ -99,7 +101,7 @@ def test_nothing_is_stopped_while_something_would_be_lost() -> None:
     may_stop(card())
     error = refusal(card(fetched={}))
     assert error.exit_code == ExitCode.UNFIT and "2 GB" in error.why and "they survive a stop, for 15 days" in error.why
-    assert error.hint == "fab fetch --host box --run tiny\nor --yes, to stop it all the same"
+    assert error.hint == "fab fetch --host box --run tiny\nor --yes to stop the box anyway"
     assert (
         "a stop destroys them" in refusal(card("runpod", fetched={})).why
         and "is not known" in refusal(card("generic", fetched={})).why

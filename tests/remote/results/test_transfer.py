@@ -137,7 +137,7 @@ def test_that_there_is_no_checkpoint_yet_is_said(laptop: Laptop, box: BoxFolder,
     assert laptop.fetch().left == laptop.fetch(dry_run=True).left == ("there is no checkpoint yet",)
     assert laptop.fetch(what=FetchSelection()).left == ()
     box.step(run, 1)
-    assert laptop.fetch().left == ("there is no checkpoint now: a step that is complete keeps none",)
+    assert laptop.fetch().left == ("there is no checkpoint now: a complete step keeps none",)
     box.checkpoint(run, 2, 10)
     assert laptop.fetch().left == ()
 
@@ -285,7 +285,8 @@ def wait(done, total, what):
         time.sleep(60)
 box = Box.model_validate_json({laptop.sshd.box().model_dump_json()!r})
 with BoxConnection(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop.sshd.folder / "config")!r})) as line:
-    fetch(line, {str(box.root)!r}, "tiny", Path({str(laptop.runs / "tiny")!r}), state=Path({str(laptop.state)!r}), progress=wait)
+    target, state = Path({str(laptop.runs / "tiny")!r}), Path({str(laptop.state)!r})
+    fetch(line, {str(box.root)!r}, "tiny", target, state=state, progress=wait)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
     until = time.monotonic() + 30
@@ -424,7 +425,7 @@ def test_the_folder_or_the_run_is_gone(laptop: Laptop, box: BoxFolder, run: RunD
     error = laptop.refused(root=f"{box.root}-2")
     assert error.exit_code == ExitCode.LOST and "not mounted" in error.why
     for name in ("", "..", ".", "a/b", "../../etc", "a\nb"):
-        assert "cannot be the name of a run" in laptop.refused(name).what
+        assert "cannot name a run" in laptop.refused(name).what
 
 
 def test_hostile_names_go_through(sshd: Sshd, tmp_path: Path) -> None:
@@ -493,14 +494,14 @@ def test_many_files_take_several_commands(
 ) -> None:
     box.step(run, 1, size=10)
     lengths: list[int] = []
-    said = fetching._said
+    said = fetching._answer_stream
 
     def measured(line: Any, argv: Sequence[str]) -> Any:
         lengths.append(len(shlex.join(argv[6:])))
         return said(line, argv)
 
     monkeypatch.setattr(fetching, "MOST_ARGUMENTS", 150)
-    monkeypatch.setattr(fetching, "_said", measured)
+    monkeypatch.setattr(fetching, "_answer_stream", measured)
     laptop.fetch()
     assert "step1/complete.json" in laptop.here and len(lengths) > 2 and max(lengths) <= 150
 

@@ -17,7 +17,8 @@ TEXT = """Welcome to a box!
 run done request=a alive=0 training=0 exit=0 cancelled=0 started=1000 ended=4600 size_kb=2048 complete=1,2,3
 last done {"schema": 1, "seq": 9, "time": "1970-01-01T01:16:40Z", "kind": "end", "step": 3}
 run orphan request=b alive=0 training=1 cancelled=0 started=4000 heartbeat=4100 complete=1 checkpoint=1:9,2:40
-last orphan {"schema": 1, "seq": 3, "time": "1970-01-01T01:23:00Z", "kind": "metrics", "step": 2, "update": 40, "updates": 100}
+last orphan {"schema": 1, "seq": 3, "time": "1970-01-01T01:23:00Z", "kind": "metrics", "step": 2, \
+"update": 40, "updates": 100}
 run torn request=c alive=0 training=0 exit=4 started=900 ended=910
 last torn {"schema": 1, "se
 gpu 0 41984 81920 97

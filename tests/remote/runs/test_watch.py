@@ -385,8 +385,8 @@ def test_what_was_said_there_instead_of_a_stream_is_an_error(first: str) -> None
     with pytest.raises(ToolkitError) as caught:
         follow(open_stream, JsonLines(io.BytesIO()), WHERE, limits=LIMITS)
     assert (
-        str(caught.value)
-        == "error: cannot watch run `demo` on `gpu-box`: exit code 2 there\n  why: no run\n       \\x1b[2Jdemo"
+        str(caught.value) == "error: cannot watch run `demo` on `gpu-box`: the box ended with exit code 2\n"
+        "  why: no run\n       \\x1b[2Jdemo"
     )
     assert opened == [0]
 
@@ -530,7 +530,7 @@ def test_a_time_that_is_none(text: str) -> None:
 
 
 def test_forms_that_exclude_each_other() -> None:
-    with pytest.raises(ToolkitError, match="two forms"):
+    with pytest.raises(ToolkitError, match="`--json` shows events, `--raw` shows the log"):
         view_of(WHERE, as_json=True, raw=True)
     with pytest.raises(ToolkitError, match="the log of `--raw` has none"):
         view_of(WHERE, raw=True, since=Since(ago_s=1))
@@ -542,10 +542,10 @@ def test_forms_that_exclude_each_other() -> None:
         ("alive=1 training=1", "running", True),
         ("alive=1 cancelled=1", "being cancelled", True),
         ("alive=0 training=1", "the supervisor is gone; the job may still be running unattended", False),
-        ("alive=0 training=0", "lost: it stopped without a word, and the same command resumes", False),
+        ("alive=0 training=0", "lost: the job stopped without an exit code; the same command resumes it", False),
         ("alive=0 exit=0", "ended with exit code 0 (done)", True),
         ("alive=0 exit=4", "ended with exit code 4 (failed)", False),
-        ("exit=75", "ended with exit code 75 (preempted, the same command resumes)", False),
+        ("exit=75", "ended with exit code 75 (preempted; the same command resumes it)", False),
         ("exit=143 cancelled=1", "ended with exit code 143 (cancelled)", True),
         ("exit=137 cancelled=1 mood=odd", "ended with exit code 137 (cancelled)", True),
         ("exit=-9", "ended with exit code -9 (failed)", False),
@@ -561,7 +561,8 @@ def test_state_in_words(words: str, said: str, is_good: bool) -> None:
 
 def drawn(where: WatchedRun, clock: Callable[[], float] = time.time) -> tuple[Console, PanelView]:
     screen = Console(
-        file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None, markup=False, highlight=False, emoji=False,
+        file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None, markup=False, highlight=False,
+        emoji=False,
         legacy_windows=False, _environ={"TERM": "xterm"},
     )  # fmt: skip
     return screen, PanelView(Live(screen, clock), where)
@@ -607,7 +608,7 @@ def test_the_panel_over_a_line_that_breaks(far: Far) -> None:
     assert has(screen, r"○ gpu-box +run demo, connection lost for \ds, reconnecting: no route")
     assert has(screen, r"the connection was lost for \ds; nothing new meanwhile") and has(screen, "warning: hot")
     last = [text.rstrip() for text in lines_on(screen) if text.strip()][-1]
-    assert last == "  ○ gpu-box       run demo, ended with exit code 75 (preempted, the same command resumes)"
+    assert last == "  ○ gpu-box       run demo, ended with exit code 75 (preempted; the same command resumes it)"
     assert has(screen, "¥100.00 for this job, ¥3600.00/h until the box is stopped")
 
 
@@ -637,19 +638,24 @@ def test_plain_lines_tell_of_a_job_that_needs_somebody(far: Far, capsys: pytest.
 
 WATCHER = """
 import fcntl, subprocess, sys, termios
-from remote.runs.frames import Limits
-from remote.runs.views import Where, view_of
+from remote.runs.frames import StreamTimeouts
+from remote.runs.views import WatchedRun, view_of
 from remote.runs.watch import follow
 if sys.argv[3] == "tty":
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 def opened(run, file, offset):
     return subprocess.Popen([sys.executable, "-S", "-E", sys.argv[1], sys.argv[2], file, str(offset)],
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-where = Where("gpu box", "demo")
-end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=Limits(silence_s=60, connect_s=60, first_pause_s=60))
+where = WatchedRun("gpu box", "demo")
+limits = StreamTimeouts(silence_s=60, connect_s=60, first_pause_s=60)
+end = follow(opened, view_of(where, raw=sys.argv[3] == "raw"), where, limits=limits)
 print("watched", end.done, end.stopped, file=sys.stderr)
 """
-STOPPED = "stopped watching; the job keeps running: fab logs --follow --host 'gpu box' --run demo\nto cancel it: fab cancel --host 'gpu box' --run demo\n"
+STOPPED = (
+    "stopped watching; the job keeps running\n"
+    "to watch it again: fab logs --follow --host 'gpu box' --run demo\n"
+    "to cancel it: fab cancel --host 'gpu box' --run demo\n"
+)
 
 
 def watcher(far: Far, form: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":

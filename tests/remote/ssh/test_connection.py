@@ -370,7 +370,10 @@ pump(lambda size: os.read(0, size), far.sendall, lambda: os._exit(0))
 def test_a_proxy_command(sshd: Sshd, tmp_path: Path) -> None:
     """With tokens, quotes and a shell's words; the process is gone after."""
     (tmp_path / "a pump").write_text(PUMP)
-    command = f'sh -c \'echo "$PPID %% %r" >>"{tmp_path}/log"; exec {sys.executable} "{tmp_path}/a pump" "$@"\' pump %h %p 2>&1'
+    command = (
+        f'sh -c \'echo "$PPID %% %r" >>"{tmp_path}/log"; exec {sys.executable} "{tmp_path}/a pump" "$@"\' pump '
+        f"%h %p 2>&1"
+    )
     file = config(tmp_path, host("inner", sshd, f"ProxyCommand {command}"))
     with sshd.connection(tmp_path, box=find("inner", {}), ssh_config=file) as connection:
         assert both_ways(connection) == ["$HOME a\n"] * 2
@@ -742,7 +745,10 @@ def test_a_state_folder_that_ssh_cannot_name(sshd: Sshd, tmp_path: Path) -> None
 
 def test_it_is_imported_quickly() -> None:
     """`fab` itself takes most of it; what this adds is loaded when it is needed."""
-    script = "import sys, fabric, remote.ssh.connection; print([*{'remote.survey.doctor', 'jobs.spec', 'jobs.views.panel'} & {*sys.modules}])"
+    script = (
+        "import sys, fabric, remote.ssh.connection; print([*{'remote.survey.doctor', 'jobs.spec', "
+        "'jobs.views.panel'} & {*sys.modules}])"
+    )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert shown == "[]\n"
 
@@ -754,5 +760,5 @@ def test_a_server_that_wants_more_than_a_key(make_sshd: MakeSshd, tmp_path: Path
     server = make_sshd("PasswordAuthentication yes", "AuthenticationMethods publickey,password")
     with server.connection(tmp_path) as connection, pytest.raises(KeyRefused) as raised:
         connection.query(["true"])
-    assert "beyond the key it wants: password" in raised.value.why
+    assert "besides the key it wants: password" in raised.value.why
     server.stop()

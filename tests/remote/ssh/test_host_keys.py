@@ -63,7 +63,8 @@ def test_of_two_at_once_one_is_first(tmp_path: Path) -> None:
 def test_lines_that_are_none(tmp_path: Path) -> None:
     known = KnownHosts(tmp_path / "gpu-box", "gpu-box")
     known.file.write_text(
-        f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\nx,gpu-box ssh-rsa {'YWFh'} words\n"
+        f"# comment\n\ngpu-box\ngpu-box ssh-ed25519 not/base64!\nother ssh-ed25519 AAAA\n\xff\n"
+        f"x,gpu-box ssh-rsa {'YWFh'} words\n"
     )
     assert known.keys == (HostKey("ssh-rsa", b"aaa"),)
     known.file.write_text("")
@@ -132,7 +133,7 @@ def test_a_key_may_be_known_before(sshd: Sshd, tmp_path: Path) -> None:
         with pytest.raises(HostKeyChanged) as raised:
             trust(connection, host_key=f"SHA256:{'x' * 43}")
         assert (raised.value.exit_code, connection.known_hosts.keys) == (ExitCode.UNREACHABLE, ())
-        with pytest.raises(ToolkitError, match="is no fingerprint"):
+        with pytest.raises(ToolkitError, match="is not a fingerprint"):
             trust(connection, host_key="MD5:1234")
         assert trust(connection, host_key=sshd.host_key()).status == "new"
 
@@ -260,7 +261,7 @@ def test_the_users_key_is_installed_after_one_password(sshd: Sshd, tmp_path: Pat
             assert install_key(connection).status == "shown"
             assert not (home / "asked").exists() and "ssh -F" in spoken.getvalue()
         with sshd.connection(tmp_path, box=box) as connection:
-            assert str(install_key(connection)) == f"{mine}.pub was put into authorized_keys there"
+            assert str(install_key(connection)) == f"{mine}.pub was added to authorized_keys on the box"
             assert connection.query(["echo", "in"]).out == "in\n"
             assert install_key(connection).status == "there"
     public = Path(f"{mine}.pub").read_text()
@@ -322,7 +323,7 @@ def test_without_a_terminal_nobody_is_asked_and_that_is_said(sshd: Sshd, tmp_pat
             check=False,
         )
     assert (
-        "there is no terminal to ask for its password on" in done.stderr
+        "there is no terminal on which to ask for its password" in done.stderr
         and Path(f"{mine}.pub").read_text().strip() in done.stderr
     )
     assert not (home / "asked").exists()  # not even an empty password, which would count as a wrong one

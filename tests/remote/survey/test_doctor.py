@@ -86,7 +86,7 @@ def with_settings(*settings: str, job: str = "opt-1.3b") -> Job:
     return load_job(job, settings)
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 def test_a_fit_box_line_by_line() -> None:
@@ -96,14 +96,14 @@ def test_a_fit_box_line_by_line() -> None:
         "ok       provider        AutoDL, container; runtime bare (no Docker)",
         "ok       driver          550.54.15, for CUDA 11.8",
         "ok       card 0          NVIDIA H100 80GB HBM3, 80 GB, 0 bytes in use",
-        "ok       capability      9.0, where CUDA 11.8 drives 7.0 to 9.0",
+        "ok       capability      9.0; CUDA 11.8 supports 7.0 to 9.0",
         "ok       P2P             not needed",
         "ok       /dev/shm        40 GB free",
         "ok       CPU and memory  12 cores, 90 GB, 80 GB of it free",
         "ok       disk            50 GB free at /root/autodl-tmp (xfs)",
         "ok       inodes          3000000 free at /root/autodl-tmp",
         "ok       Python          3.10 will be made by /root/miniconda3/bin/conda",
-        "ok       Docker          none, and none is needed: the bare runtime serves",
+        "ok       Docker          none, and none is needed: the bare runtime is used",
         "ok       hub             mirror (direct no answer, mirror 0.31 s)",
         "ok       clock           0.2 s ahead (to 0.1 s)",
         "fit for opt-1.3b",
@@ -131,7 +131,7 @@ def test_of_a_box_of_which_nothing_is_known_nothing_bad_is_said_but_of_its_answe
 def test_a_box_that_is_not_reached() -> None:
     link = Link(reached=False, error="connection refused", todo="start the box")
     diagnosis = examine(None, link=link)
-    assert not diagnosis.fit and diagnosis.verdict == "not fit for opt-1.3b: it was not reached"
+    assert not diagnosis.fit and diagnosis.verdict == "not fit for opt-1.3b: the box was not reached"
     assert {each.status for each in diagnosis.checks[1:]} == {"unknown"}
     assert [line.split()[:2] for line in diagnosis.lines()] == [
         ["unfit", "reachable"],
@@ -158,7 +158,8 @@ def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:
         BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0
     )
     assert examine(blackwell).verdict == (
-        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which drives up to 9.0: "
+        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which "
+        "supports up to 9.0: "
         "take a box with an older card, or a PyTorch for a newer CUDA without the image"
     )
 
@@ -174,7 +175,7 @@ def test_what_a_box_says_cannot_draw_on_the_terminal() -> None:
     assert all("\x1b" not in line and "\n" not in line for line in examine(facts).lines())
 
 
-# --- check by check -------------------------------------------------------------------------------------------------
+# --- check by check -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_capability(capability: str | None, wanted: str) -> None:
     assert status("capability", facts) == wanted and status("capability", facts, DEMO) == "ok"
 
 
-# --- P2P ------------------------------------------------------------------------------------------------------------
+# --- P2P ------------------------------------------------------------------------------------------
 
 TWO = replace(BARE, driver="550.54.15", cards=(RTX_4090, replace(RTX_4090, index=1)))
 
@@ -314,7 +315,7 @@ def both(access: bool, *results: str) -> tuple[Peer, ...]:
 @pytest.mark.parametrize(
     ("change", "wanted", "value"),
     [
-        ({"peers": both(True, "right")}, "ok", "2 of 2 ways direct, all 2 copies right"),
+        ({"peers": both(True, "right")}, "ok", "2 of 2 paths are direct, all 2 copies are correct"),
         ({"peers": both(False, "right")}, "warning", "NVIDIA GeForce RTX 4090 has no peer access here"),
         (
             {"peers": both(True, "right", "wrong")},
@@ -333,7 +334,7 @@ def both(access: bool, *results: str) -> tuple[Peer, ...]:
             "the peer access that driver 535.129.03 offers on",
         ),
         ({"peers_said": "no libcuda.so.1"}, "unknown", "not tried: no libcuda.so.1"),
-        ({"peers": both(True, "right")[:1]}, "unknown", "1 of 2 copies in time, all right"),
+        ({"peers": both(True, "right")[:1]}, "unknown", "1 of 2 copies in time, all correct"),
     ],
 )
 def test_copies_between_cards(change: dict[str, Any], wanted: str, value: str) -> None:
@@ -352,7 +353,7 @@ def test_what_deploy_sets_for_the_box() -> None:
     )
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def test_shared_memory() -> None:
@@ -462,7 +463,7 @@ REFUSAL = 'docker: Error response from daemon: could not select device driver ""
         (
             {"gpu_code": None, "gpu_cards": None, "gpu_said": "no image is here"},
             "ok",
-            "27.3.1, Compose 2.29.7, buildx 0.17.1; its GPU runtime is there, not tried (no image is here)",
+            "27.3.1, Compose 2.29.7, buildx 0.17.1; its GPU runtime is installed, not tried (no image is here)",
         ),
     ],
 )
@@ -471,7 +472,7 @@ def test_docker(change: dict[str, Any], wanted: str, value: str) -> None:
     assert (found.status, found.value) == (wanted, value)
 
 
-# --- the hub and the clock ------------------------------------------------------------------------------------------
+# --- the hub and the clock ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -492,10 +493,16 @@ def test_docker(change: dict[str, Any], wanted: str, value: str) -> None:
             "ok",
             "mirror (direct 0.50 s, mirror 0.20 s)",
         ),
-        ((HubRoute("direct", 403, 0.1, 0.2),), "", JOB, "unfit", "no way to it (direct HTTP 403)"),
-        ((HubRoute("direct", 403, 0.1, 0.2),), "", None, "warning", "no way to it (direct HTTP 403)"),
-        ((HubRoute("direct", None),), "", DEMO, "ok", "no way to it (direct no answer), and this job needs none"),
-        ((), "", JOB, "unknown", "no way to it (not tried)"),
+        ((HubRoute("direct", 403, 0.1, 0.2),), "", JOB, "unfit", "not reachable (direct HTTP 403)"),
+        ((HubRoute("direct", 403, 0.1, 0.2),), "", None, "warning", "not reachable (direct HTTP 403)"),
+        (
+            (HubRoute("direct", None),),
+            "",
+            DEMO,
+            "ok",
+            "not reachable (direct no answer), and this job does not need it",
+        ),
+        ((), "", JOB, "unknown", "not reachable (not tried)"),
     ],
 )
 def test_the_hub(routes: tuple[HubRoute, ...], prefer: str, job: Job | None, wanted: str, value: str) -> None:

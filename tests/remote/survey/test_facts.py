@@ -221,7 +221,7 @@ def test_the_driver_where_nvidia_smi_does_not_say(line: str) -> None:
     assert parse(f"nvrm\t{line}\n").driver == "535.129.03"
 
 
-# --- provider and folder --------------------------------------------------------------------------------------------
+# --- provider and folder --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_what_the_probe_is_asked() -> None:
     assert b"@GPU_COPY_CHECK@" not in script("probe.sh") and b"cuMemcpyPeer" in script("probe.sh")
 
 
-# --- runtime --------------------------------------------------------------------------------------------------------
+# --- runtime --------------------------------------------------------------------------------------
 
 WHOLE = Docker(client="27.3.1", server="27.3.1", compose="2.29.7", runtimes=("nvidia", "runc"), gpu_code=0, gpu_cards=1)
 ONE_CARD = BoxFacts(cards=(GpuCard(0),), docker=WHOLE)
@@ -301,7 +301,7 @@ def test_the_runtime(docker: dict[str, object], cards: tuple[GpuCard, ...] | Non
     assert (runtime.name, runtime.lacking) == (name, lacking)
 
 
-# --- the hub and the clock ------------------------------------------------------------------------------------------
+# --- the hub and the clock ------------------------------------------------------------------------
 
 DIRECT, MIRROR, PROXY = (
     HubRoute("direct", 200, 0.1, 0.9),

@@ -217,7 +217,7 @@ def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pyte
 def test_another_step_that_was_done_again(run: RunDir) -> None:
     """What a checkpoint was made from is in it."""
     step = Step(run, {"every_updates": 1})
-    step.checkpointer.around = replace(step.checkpointer.around, inputs={"1": "abc"})
+    step.checkpointer.surroundings = replace(step.checkpointer.surroundings, inputs={"1": "abc"})
     step.update(1)
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.state["inputs"] == {"1": "abc"}

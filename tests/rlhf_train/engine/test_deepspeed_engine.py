@@ -157,8 +157,10 @@ def test_deepspeed_is_told_the_norm(world: World, make_model: Callable[..., Any]
     PyTorch 2.0 has no quicker way.
     """
     trained, asked = engine(make_model(), world, spec(), micro_batch=4, stage=stage), []
-    theirs = trained.optimizer.scaled_global_norm
-    trained.optimizer.scaled_global_norm = lambda *args, **kwargs: asked.append(stage) or theirs(*args, **kwargs)
+    deepspeed_norm = trained.optimizer.scaled_global_norm
+    trained.optimizer.scaled_global_norm = lambda *args, **kwargs: (
+        asked.append(stage) or deepspeed_norm(*args, **kwargs)
+    )
     update(trained, 4)
     assert bool(asked) == (not compat.KNOWS_DTYPE_OF_NORMS)
 
@@ -209,12 +211,12 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
 def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], stage: int) -> None:
     """Weights, activations and gradients have 8 bits (error 2^-9), the optimizer's copy has 24."""
     model = make_model("bfloat16")
-    small, whole = (
+    small, exact = (
         engine(m, world, spec(), stage=s, precision=p)
         for m, s, p in ((model, stage, "bfloat16"), (make_model(), 0, "float32"))
     )
     for number in range(5):
-        (loss, norm, _), (expected_loss, expected_norm, _) = update(small, 4), update(whole, 4)
+        (loss, norm, _), (expected_loss, expected_norm, _) = update(small, 4), update(exact, 4)
         assert loss == pytest.approx(expected_loss, rel=0.01)
         # Adam makes a whole step of the rounding of a gradient that is near 0, another one on each
         # CPU: 4 % was seen in the fourth update.
@@ -347,7 +349,7 @@ def test_a_trial_update_changes_nothing(world: World, make_model: Callable[..., 
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "bfloat16")])
-def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
+def test_a_trial_update_has_its_last_pass_and_step_next_to_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     """A step has gradients of its own in 16 bit: without room for them, the first update failed."""
@@ -363,11 +365,11 @@ def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
 
     trained._adamw.register_step_pre_hook(lambda *_: steps.append(moments()))
     trial_update((trained, forward))
-    whole = moments()  # flat parts are filled up at their end
-    assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
-    assert passes == [0, whole]
+    count = moments()  # flat parts are filled up at their end
+    assert count >= sum(parameter.numel() for parameter in trained.module.parameters())
+    assert passes == [0, count]
     # DeepSpeed steps by groups of parameters.
-    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [count] * (len(steps) // 2)
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 

@@ -189,7 +189,9 @@ def test_updates_are_those_of_plain_adamw(world: World, make_model: Callable[...
         adamw.step()
     found = full_state(model, keep=True)
     for name, wanted in plain.named_parameters():
-        if not name.endswith("k_proj.bias"):  # no attention sees it: its gradient is rounding, which AdamW blows up
+        if not name.endswith(
+            "k_proj.bias"
+        ):  # it has no effect on attention: its gradient is rounding, which AdamW amplifies
             torch.testing.assert_close(found[name], wanted.data, rtol=0, atol=1e-5)  # they moved by about 2.5e-2
 
 
@@ -221,7 +223,7 @@ def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], 
         # Adam makes a whole step of the rounding of a gradient that is near 0, another one on each
         # CPU: 4 % was seen in the fourth update.
         assert norm == pytest.approx(expected_norm, rel=0.01 if number == 0 else 0.1)
-    assert expected_loss < 4  # of 6 at the start: they went somewhere together
+    assert expected_loss < 4  # it was 6 at the start: both have trained
     assert {value.dtype for value in full_state(model, keep=True).values()} == {torch.bfloat16}
 
 
@@ -314,7 +316,7 @@ def test_a_restored_engine_continues_with_the_same_bits(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     if precision == "bfloat16" and stage == 0:
-        return  # is run as ZeRO 1: see placement.py
+        return  # it is run as ZeRO 1: see placement.py
     optimization = spec(schedule="cosine", warmup_updates=2, weight_decay=0.1, max_grad_norm=0.5)
     first = rehearsed(
         engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision)

@@ -198,7 +198,7 @@ if { read -r old began <"$environment.child"; } 2>/dev/null && is_running "$old"
 fi
 fields_of $$
 { echo "$$ $since" >"$root/lock/worker"; } 2>/dev/null || true
-if ! : >"$log"; then refuse "cannot write to $root/env" "see that its disk is there and not full"; fi
+if ! : >"$log"; then refuse "cannot write to $root/env" "check that its disk is there and not full"; fi
 keep_lock
 [ "$runtime" = docker ] || rm -rf "$environment"
 case $runtime in

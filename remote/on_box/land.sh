@@ -38,7 +38,7 @@ is_full() { # FOLDER
 
 failed() { # WHAT FOLDER   what was written did not get there
     ! is_full "$2" || refuse "the disk is full at $2" "make room there, or name another data_folder in boxes.yaml"
-    refuse "$1" "see that $2 can be written to"
+    refuse "$1" "check that $2 can be written to"
 }
 
 # --- look ----------------------------------------------------------------------------------------------------------

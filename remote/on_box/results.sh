@@ -327,7 +327,7 @@ may_purge() {
     esac
     [ ! -L "$root" ] || refuse not_ours "$root is a link"
     [ -d "$root" ] || return 0
-    [ -f "$root/.rlhf-box" ] && [ ! -L "$root/.rlhf-box" ] || refuse not_ours "$root has no .rlhf-box in it, which says that it is ours"
+    [ -f "$root/.rlhf-box" ] && [ ! -L "$root/.rlhf-box" ] || refuse not_ours "$root has no .rlhf-box, the mark of our folder"
     [ "$real" != / ] || refuse not_ours "$root is /"
     found=$(running)
     [ -z "$found" ] || refuse busy "${found#running }"
@@ -405,7 +405,7 @@ would() { # SORT   for each line of standard input
 what_stays() {
     ! has docker || ! docker version </dev/null >/dev/null 2>&1 ||
         say note 'the cache of image builds is shared with others and stays; docker builder prune empties it'
-    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'the line of your key in ~/.ssh/authorized_keys stays, since it lets you in'
+    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'your key stays in ~/.ssh/authorized_keys, since it lets you log in'
 }
 
 prove() {
@@ -418,7 +418,7 @@ prove() {
     left=$(of_a_job | while read -r pid request; do
         case $ours in
             *"$newline$request$newline"*) say proof processes left "$pid $(command_of "$pid")" ;;
-            *) say note "process $pid belongs to a job that this folder knows nothing of" ;;
+            *) say note "process $pid belongs to a job that is not known in this folder" ;;
         esac
     done)
     named=$(names_root | while read -r pid; do say proof processes left "$pid $(command_of "$pid")"; done)

@@ -186,7 +186,7 @@ no_room() { refuse "cannot write in $root: $(free_kb "$root") KB are free there"
 receive() { # standard input, to its end; secrets stay in variables until all of it is known to be whole
     torn='the connection broke before all of the job was here'
     IFS=' ' read -r word count rest || refuse "$torn"
-    [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'what came is no job: it must begin with `secrets N`'
+    [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'the input is not a job: it must begin with `secrets N`'
     index=0
     while [ $index -lt "$count" ]; do
         IFS= read -r line || refuse "$torn"
@@ -196,7 +196,7 @@ receive() { # standard input, to its end; secrets stay in variables until all of
         index=$((index + 1))
     done
     IFS=' ' read -r word hash rest || refuse "$torn"
-    case $word$rest in job) ;; *) refuse 'what came is no job: `job HASH` must follow the secrets' ;; esac
+    case $word$rest in job) ;; *) refuse 'the input is not a job: `job HASH` must follow the secrets' ;; esac
     case $hash in *[!0-9a-f]*) hash='' ;; esac
     [ ${#hash} -ge 16 ] || refuse 'the hash of the job file is not one'
     mkdir -p "$root/inputs" 2>/dev/null && { cat >"$incoming"; } 2>/dev/null || no_room
@@ -222,7 +222,7 @@ newline='
 check() { # that the job can begin at all
     [ -f "$root/.rlhf-box" ] && [ -r "$root/deployed" ] || refuse "nothing is deployed in $root"
     read_deployed "$root/deployed"
-    [ "$d_code" = "$fp" ] && [ -d "$code" ] || refuse "the code $fp is not deployed here, but ${d_code:-none}"
+    [ "$d_code" = "$fp" ] && [ -d "$code" ] || refuse "the code $fp is not deployed here; deployed: ${d_code:-none}"
     [ -r "$code/env/mirrors/$d_mirror.env" ] || refuse "there is no mirror $d_mirror in env/mirrors"
     case $d_runtime in
         bare) [ -x "$d_python" ] || refuse "there is no Python at ${d_python:-?}: deploy again" ;;
@@ -260,7 +260,7 @@ claim() { # the slot; or say who has it
             fi
         fi
         waits=$((waits - 1))
-        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not come to an end"
+        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not end"
         pause 1
     done
     claimed=1
@@ -336,7 +336,7 @@ run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
     shift 5
     is_name "$run" || refuse 'this cannot name a run: letters, digits, dots, dashes and underscores, 64 at most'
     is_name "$request" || refuse 'this cannot name a request'
-    is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not a word that this takes'
+    is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not valid'
     case $root in /*) ;; *) refuse 'ROOT must be an absolute path' ;; esac
     [ -d "$root/code" ] || refuse "nothing is deployed in $root"
     code=$root/code/$fp incoming=$root/inputs/.incoming.$$ new=$root/runs/$run/job/new.$$
@@ -396,7 +396,7 @@ run_bare() { # ARG...
     [ ! -e "$job/cancelled" ] || kill -TERM "$target" 2>/dev/null
     wait_for "$target"
     each_tenth $LEFTOVERS has_no_members "$request" || {
-        printf 'supervisor: the job has ended with %s and left processes, which are ended now\n' "$code_of_job"
+        printf 'supervisor: the job ended with %s and left processes, which are ended now\n' "$code_of_job"
         end_members "$request"
     }
 }

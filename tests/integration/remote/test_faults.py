@@ -1,5 +1,6 @@
-"""What goes wrong between a laptop and a box, each fault made for real: what was there before
-holds, nothing starts twice, nothing is lost.
+"""Faults between a laptop and a box, each made for real.
+
+What was there before still holds, nothing starts twice, nothing is lost.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Tries the direct way between GPUs: a pattern is copied from each card to each other, and
-compared.
+"""A check of copies between GPUs: copy a pattern from each GPU to each other, and compare it.
 
-Runs on the box as a piece of probe.sh, by whatever Python is there (3.6 or newer) and with the
-driver's library alone. Some drivers offer peer access that delivers zeros (RTX 4090,
-NVIDIA/nccl-tests#117), which training would not notice.
+It runs on the box as a part of probe.sh, with any Python from 3.6 on, and needs only the driver's
+library. Some drivers offer peer access that delivers zeros (RTX 4090, NVIDIA/nccl-tests#117), which
+training would not notice.
 
-What it prints: PROTOCOL.md. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh
-sets it.
+PROTOCOL.md describes the output. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as
+probe.sh sets it.
 """
 
 import ctypes
@@ -22,7 +21,7 @@ class Failed(Exception):
 
 
 def say(key: str, *fields: object) -> None:
-    # One write for a line, at once: what is known stays known when the time is over.
+    # One write for each line, immediately, so that no result is lost when the time is over.
     sys.stdout.write("{}\t{}\n".format(key, "|".join(map(str, fields))))
     sys.stdout.flush()
 

@@ -153,7 +153,7 @@ bare() {
     stage "DeepSpeed" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --no-build-isolation --requirement "$environment/deepspeed.txt"
     # shellcheck source=env/cuda.sh
     . "$code/env/cuda.sh"
-    stage "self-check" "the same command makes it anew" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
+    stage "self-check" "the same command makes it again" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
     say "note $(tail -n 1 "$log")"
     unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR
     if [ "$device" = cuda ]; then

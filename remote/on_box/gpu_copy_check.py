@@ -37,11 +37,12 @@ class Cuda:
 
 
 def pattern(source: int, target: int) -> bytes:
-    """Without zeros, and another one for each pair: what an earlier copy left behind does not look
-    right.
+    """Make the bytes to copy: without zeros, and different for each pair of GPUs.
+
+    So bytes that an earlier copy left behind do not look right.
     """
-    one = bytes(bytearray(1 + (index * 7 + source * 31 + target * 101) % 255 for index in range(255)))
-    return (one * (SIZE // len(one) + 1))[:SIZE]
+    period = bytes(bytearray(1 + (index * 7 + source * 31 + target * 101) % 255 for index in range(255)))
+    return (period * (SIZE // len(period) + 1))[:SIZE]
 
 
 class CudaDevice:

@@ -75,5 +75,5 @@ def test_the_same_command_goes_on_and_its_events_are_one_story(
     following.says("resumed after update", 90)
     following.interrupt()
     stopped = following.wait(10)
-    assert stopped.code == 0 and "goes on" in stopped.all
+    assert stopped.code == 0 and "the job keeps running" in stopped.all
     laptop.fab("cancel", *host, "--run", "goes-on")

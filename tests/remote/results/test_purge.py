@@ -125,7 +125,7 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     )
     (tmp_path / "home" / ".ssh").mkdir(parents=True)
     (tmp_path / "home" / ".ssh" / "authorized_keys").write_text("ssh-ed25519 AAAA me\n")
-    assert "authorized_keys stays" in "".join(purged(far, tmp_path, box.root).notes)
+    assert "your key stays" in "".join(purged(far, tmp_path, box.root).notes)
     assert purged(far, tmp_path, box.root).is_clean  # once more does no harm
 
 

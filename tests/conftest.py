@@ -58,7 +58,7 @@ LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "rem
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist") and config.getoption("dist") == "loadgroup":
+    if getattr(config.option, "loadgroup", False):  # pytest-xdist says so to its workers
         for item in items:
             item.add_marker(pytest.mark.xdist_group(_group(_place(item))))
         items.sort(key=lambda item: _begins_as(_place(item)))

@@ -57,6 +57,7 @@ SHARED_PLACES = {"docker/": "containers", "integration/remote/": "containers", "
 LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "remote/", "rlhf_train/")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if getattr(config.option, "loadgroup", False):  # pytest-xdist says so to its workers
         for item in items:

@@ -62,7 +62,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def letters(text: str) -> list[int]:
     """Look up the ids of printable ASCII one by one.
 
-    Byte-level BPE writes such a byte as itself, and a space as Ġ.
+    Byte-level BPE writes a byte of ASCII as itself, and a space as Ġ.
     """
     vocabulary = bytes_tokenizer().get_vocab()
     return [vocabulary["Ġ" if letter == " " else letter] for letter in text]

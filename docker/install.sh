@@ -84,7 +84,7 @@ install_packages() {
     pip install --no-deps --require-hashes --requirement /tmp/wheels.txt
 }
 
-install_deepspeed() { # CUDA_ARCHS; empty: without compiled operators
+compile_deepspeed() { # CUDA_ARCHS; empty: without operators. Into a wheel in /wheels
     # shellcheck source=env/cuda.sh
     . /build/cuda.sh
     locked deepspeed >/tmp/deepspeed.txt
@@ -102,10 +102,11 @@ install_deepspeed() { # CUDA_ARCHS; empty: without compiled operators
         export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 TORCH_CUDA_ARCH_LIST="$1"
         command -v objdump >/dev/null || refuse "BUILD_IMAGE has no objdump, which looks for instructions of this machine's CPU alone" "install binutils in it"
     fi
-    pip install --no-deps --no-build-isolation /tmp/sdist/deepspeed-*/
-    for library in /opt/venv/lib/python3.10/site-packages/deepspeed/ops/adam/cpu_adam_op*.so; do
+    pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /tmp/sdist/deepspeed-*/
+    python3.10 -m zipfile -e /wheels/deepspeed-*.whl /tmp/unpacked # its operators
+    for library in /tmp/unpacked/deepspeed/ops/adam/cpu_adam_op*.so; do
         # zmm: the registers of AVX-512, which x86-64-v3 has not.
-        [ ! -e "$library" ] || ! objdump -d "$library" | grep -q -m 1 '%zmm' || refuse "cpu_adam was compiled for this machine's CPU alone" "see install_deepspeed"
+        [ ! -e "$library" ] || ! objdump -d "$library" | grep -q -m 1 '%zmm' || refuse "cpu_adam was compiled for this machine's CPU alone" "see compile_deepspeed"
     done
-    pip check
+    rm -rf /tmp/sdist /tmp/unpacked
 }

@@ -331,28 +331,21 @@ def test_the_mirror_is_there_when_a_job_runs(built: Box) -> None:
 def test_without_nvcc_there_are_no_operators_and_all_else_is_as_it_was(built: Box) -> None:
     """Build with `CUDA_ARCHS=` on a build image without a compiler.
 
-    Only the stage `build` differs, so only that is built.
+    The packages are the other image's, and its check at the end of the build is what is read.
     """
     if "BASE_IMAGE" not in built.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     variables = built.variables | {"CUDA_ARCHS": "", "BUILD_IMAGE": built.variables["BASE_IMAGE"]}
-    arguments = [f"--build-arg={name}={variables[name]}" for name in ("MIRROR", "TORCH", "CUDA_ARCHS", "BUILD_IMAGE")]
-    secret = f"--secret=id=ca_bundle,src={variables['CA_BUNDLE']}"
-    tag = "rlhf-box:without-operators"
-    built.docker(
+    names = ("MIRROR", "TORCH", "CUDA_ARCHS", "BUILD_IMAGE", "BASE_IMAGE")
+    done = built.docker(
         "build",
-        *arguments,
-        secret,
-        "--target=build",
-        f"--tag={tag}",
+        *(f"--build-arg={name}={variables[name]}" for name in names),
+        f"--secret=id=ca_bundle,src={variables['CA_BUNDLE']}",
+        "--progress=plain",
+        "--target=train",
         "--file=docker/Dockerfile",
         ".",
         cwd=built.checkout,
         timeout_s=1200,
     )
-    check = ["/docker/check_image.py", "/env/pins/image.txt", f"/env/pins/{variables['TORCH']}.txt", ""]
-    mounts = [f"--volume={built.checkout}/{folder}:/{folder}:ro" for folder in ("docker", "env")]
-    done = built.docker("run", "--rm", *mounts, "--entrypoint=/opt/venv/bin/python", tag, *check, check=False)
-    built.docker("image", "rm", tag)
-    assert done.returncode == 0, done.stdout
-    assert "packages as locked; operators for no card" in done.stdout
+    assert re.search(r"\d+ packages as locked; operators for no card", done.stdout)

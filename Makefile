@@ -44,6 +44,7 @@ lock: ## write the locks of env/pins anew from their .in files and pyproject.tom
 	$(compile) $(pinned) --no-emit-package torch --excludes env/pins/image.excludes --extra train \
 		--output-file env/pins/image.txt pyproject.toml env/pins/image.in
 	$(compile) $(pinned) --output-file env/pins/pip.txt env/pins/pip.in
+	$(compile) --universal --python-version 3.10 --output-file env/pins/uv.txt env/pins/uv.in
 	$(compile) $(pinned) --no-deps --output-file env/pins/torch-ci.txt env/pins/torch-ci.in
 	$(compile) $(pinned) --constraint env/pins/image.txt --output-file env/pins/image-test.txt env/pins/image-test.in
 	$(compile) --universal --python-version 3.10 --extra laptop --output-file env/pins/laptop.txt pyproject.toml env/pins/laptop.in

@@ -66,6 +66,9 @@ python_for() { # runtime, or: build CUDA_ARCHS. Python 3.10, if it is not there;
     [ -z "$packages" ] || apt_install $packages
 }
 
+# For env/install_locked.sh: the image's Python writes no bytecode when it runs.
+export UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
+
 pip() { /opt/venv/bin/python -m pip "$@"; }
 
 locked() { sed -n "/^$1==/,/# via/p" /build/image.txt; } # NAME: its lines of the lock
@@ -76,12 +79,13 @@ install_torch() { # LOCK
     # shellcheck source=env/torch_wheel.sh
     . /build/torch_wheel.sh
     torch_requirement "$1" >/tmp/torch.txt
-    pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement /tmp/torch.txt
+    sh /build/env/install_locked.sh /opt/venv/bin/python /tmp/torch.txt --download-first --timeout 60 --retries 5
 }
 
 install_packages() {
     sed '/^deepspeed==/,/# via/d' /build/image.txt >/tmp/wheels.txt
-    pip install --no-deps --require-hashes --requirement /tmp/wheels.txt
+    sh /build/env/install_locked.sh /opt/venv/bin/python /tmp/wheels.txt
+    rm -rf /opt/venv/uv
 }
 
 compile_deepspeed() { # CUDA_ARCHS; empty: without operators. Into a wheel in /wheels

@@ -4,7 +4,7 @@
 #     sh env/venv.sh                    PYTHON=/path/to/python3.12 sh env/venv.sh
 #
 # Stamps are written last: a set-up that was killed at any moment is never taken for a whole one, and the next call makes
-# it anew. Outside the checkout nothing is written but pip's own cache.
+# it anew. Outside the checkout nothing is written but the caches of pip and uv.
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 unset PYTHONHOME PYTHONPATH
@@ -27,7 +27,7 @@ fail() { # WHAT WHY HINT
 }
 
 # What .venv was made of. A change of the project's own file only needs `link`; any other change, a new .venv.
-packages_key() { echo "torch $torch, python $1, $(cat "$lock" env/venv.sh | cksum)"; }
+packages_key() { echo "torch $torch, python $1, $(cat "$lock" env/venv.sh env/install_locked.sh | cksum)"; }
 project_key() { echo "$(cksum <pyproject.toml) $(pwd -P)"; }
 
 packages_whole() {
@@ -93,11 +93,12 @@ download.pytorch.org or at PIP_FIND_LINKS" pip install --no-deps --retries 1 --t
     # DeepSpeed is built here, by the setuptools of the lock and with PyTorch in sight, so it comes after all others.
     sed '/^deepspeed==/,/# via/d' "$lock" >.venv/wheels.txt
     stage "all else that is locked (about 300 MB)" "$network" \
-        pip install --no-deps --require-hashes --requirement .venv/wheels.txt
+        sh env/install_locked.sh .venv/bin/python .venv/wheels.txt
     stage "DeepSpeed" "$network" \
         pip install --no-deps --require-hashes --no-build-isolation --requirement "$lock"
     stage "does PyTorch start?" "another Python may fit better: PYTHON=/path/to/python3.12" \
         .venv/bin/python -c 'import torch; torch.ones(2, 2) @ torch.ones(2, 2)'
+    rm -rf .venv/uv
     stamp packages "$(packages_key "$version")"
 }
 

@@ -36,10 +36,13 @@ Say = Callable[[str], None]
 Name = Literal["probe", "look", "lock", "sync", "environment", "settle"]
 
 # What an environment is made of. If one of these files changes, it is another environment.
-BARE_FILES = ("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "remote/on_box/environment.sh")
+BARE_FILES = (
+    *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/install_locked.sh"),
+    "remote/on_box/environment.sh",
+)
 IMAGE_FILES = (
     *("docker/Dockerfile", "docker/install.sh", "docker/check_image.py", "docker/entrypoint", "docker/compose.cpu.yml"),
-    *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/cuda.sh"),
+    *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/install_locked.sh", "env/cuda.sh"),
 )
 SENDINGS = 3  # attempts, for a checkout that changes while it is sent
 
@@ -659,7 +662,7 @@ class _EnvironmentOutput:
             self.stage = one_line(rest)
             self._say(f"environment: {self.stage} ...")
         elif word == "now" and rest.strip():
-            self._now(f"{self.stage}: {one_line(rest)}")
+            self._now(f"{self.stage}: {_progress(one_line(rest))}")
         elif word == "done":
             seconds, _, what = rest.partition(" ")
             self._now("")
@@ -674,6 +677,12 @@ class _EnvironmentOutput:
             self.why.append(rest)
         elif word == "hint":
             self.hint = one_line(rest)
+
+
+def _progress(line: str) -> str:
+    """Return what pip says of a download, `Progress 1000000 of 2000000`, in readable units."""
+    found = re.fullmatch(r"Progress (\d+) of (\d+)", line)
+    return f"{size(int(found[1]))} of {size(int(found[2]))}" if found and int(found[2]) else line
 
 
 def _lacking(plan: DeployPlan, contents: BoxContents) -> str:

@@ -117,6 +117,19 @@ make_python() { # ARG...
     stage "Python 3.10, by ${maker##*/}" "$network" env HOME="$own" XDG_CONFIG_HOME="$config" XDG_DATA_HOME="$own/data" UV_PYTHON_BIN_DIR="$own/bin" "$maker" "$@"
 }
 
+# The provider's image may have the locked PyTorch: 2.3 GB need not be downloaded then.
+take_torch() {
+    for theirs in "$python" /opt/conda/bin/python3.10 /root/miniconda3/bin/python3.10 /venv/main/bin/python3.10 /usr/bin/python3.10; do
+        [ -x "$theirs" ] || continue
+        has_torch=$("$theirs" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) || continue
+        grep -q "^torch==$has_torch\([ \\]\|$\)" "$pins/$torch.txt" || continue
+        packages=$(echo "$environment"/lib/python3.*/site-packages)
+        stage "PyTorch ($torch), which this box has" "$network" "$theirs" "$code/env/take_torch.py" "$pins/$torch.txt" "$packages"
+        [ ! -e "$packages/torch/__init__.py" ] || return 0
+    done
+    return 1
+}
+
 bare() {
     # shellcheck source=env/torch_wheel.sh
     . "$code/env/torch_wheel.sh"
@@ -142,11 +155,14 @@ bare() {
     fi
     stage "a virtual environment" "install python3.10-venv there" "$python" -m venv "$environment"
     stage "pip" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$pins/pip.txt"
-    torch_requirement "$pins/$torch.txt" >"$environment/torch.txt"
-    stage "PyTorch ($torch)" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement "$environment/torch.txt"
+    export UV_CACHE_DIR="$cache/uv"
+    if ! take_torch; then
+        torch_requirement "$pins/$torch.txt" >"$environment/torch.txt"
+        stage "PyTorch ($torch)" "$network" sh "$code/env/install_locked.sh" "$environment/bin/python" "$environment/torch.txt" --download-first --timeout 60 --retries 5
+    fi
     # DeepSpeed is built here, with the lock's setuptools and PyTorch installed, so it comes after all others.
     sed '/^deepspeed==/,/# via/d' "$pins/image.txt" >"$environment/wheels.txt"
-    stage "all else that is locked" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$environment/wheels.txt"
+    stage "all else that is locked" "$network" sh "$code/env/install_locked.sh" "$environment/bin/python" "$environment/wheels.txt"
     # No operators are compiled, since a box may have no nvcc: training uses PyTorch's AdamW, and looks for no accelerator.
     export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
     sed -n '/^deepspeed==/,/# via/p' "$pins/image.txt" >"$environment/deepspeed.txt"
@@ -155,6 +171,7 @@ bare() {
     . "$code/env/cuda.sh"
     stage "self-check" "the same command makes it again" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
     say "note $(tail -n 1 "$log")"
+    rm -rf "$environment/uv"
     unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR
     if [ "$device" = cuda ]; then
         cards=$("$environment/bin/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>>"$log" || echo 0)

@@ -37,6 +37,10 @@ class Build:
         text = re.sub(r"/(build|tmp|etc|opt|run|var)/(?:apt/|venv/|secrets/)?", rf"{folder}/\1/", text)
         (folder / "build/install.sh").write_text(text)
         (folder / "build/torch_wheel.sh").write_text((ROOT / "env/torch_wheel.sh").read_text(encoding="utf-8"))
+        (folder / "build/env").mkdir()
+        (folder / "build/env/install_locked.sh").write_text(
+            (ROOT / "env/install_locked.sh").read_text(encoding="utf-8")
+        )
         for mirror in ("default", "cn"):
             (folder / f"build/{mirror}.env").write_text((ROOT / f"env/mirrors/{mirror}.env").read_text())
         self.stand_in("apt-get", APT.format(folder=folder, code=0))
@@ -49,7 +53,8 @@ class Build:
     def run(self, line: str, mirror: str = "default") -> subprocess.CompletedProcess[str]:
         path = f"{self.folder}/bin:{self.folder}/tools"
         (self.folder / "tools").mkdir(exist_ok=True)
-        for tool in ("sed", "cat", "rm", "grep", "cp", "uname"):  # not this machine's Python or compiler
+        # Not this machine's Python or compiler.
+        for tool in ("sed", "cat", "rm", "grep", "cp", "uname", "sh", "dirname"):
             if not (self.folder / "tools" / tool).exists():
                 (self.folder / "tools" / tool).symlink_to(
                     next(p for p in (Path("/usr/bin") / tool, Path("/bin") / tool) if p.exists())

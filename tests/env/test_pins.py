@@ -14,7 +14,7 @@ import yaml
 from env.settings import Settings
 
 PINS = Path(__file__).parents[2] / "env/pins"
-LOCKS = ["cpu.txt", "image.txt", "image-test.txt", "laptop.txt", "pip.txt", "torch-ci.txt"]
+LOCKS = ["cpu.txt", "image.txt", "image-test.txt", "laptop.txt", "pip.txt", "torch-ci.txt", "uv.txt"]
 
 
 def name(package: str) -> str:
@@ -42,6 +42,7 @@ def test_every_line_of_a_lock_has_a_hash(lock: str) -> None:
         ("image.in", "image.txt"),
         ("image-test.in", "image-test.txt"),
         ("torch-ci.in", "torch-ci.txt"),
+        ("uv.in", "uv.txt"),
     ],
 )
 def test_a_lock_has_what_was_written(written: str, lock: str) -> None:

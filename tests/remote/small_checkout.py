@@ -5,6 +5,7 @@ Stand-ins replace what is large: three wheels of some lines, and locks that name
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ OURS = (
         "remote/on_box/environment.sh",
         "remote/on_box/lib.sh",
         "env/torch_wheel.sh",
+        "env/install_locked.sh",
+        "env/pins/uv.txt",
         "env/cuda.sh",
         "env/caches.sh",
     ),
@@ -131,6 +134,10 @@ def digest(index: Path, package: str) -> str:
     return hashlib.sha256(wheel_of(index, package).read_bytes()).hexdigest()
 
 
+def record_digest(text: str) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+
+
 def make_index(folder: Path) -> Path:
     """A package index on the disk."""
     for package, (version, files) in WHEELS.items():
@@ -145,6 +152,7 @@ def make_index(folder: Path) -> Path:
         with zipfile.ZipFile(wheel, "w") as archive:
             for name, text in texts.items():
                 archive.writestr(name, text)
-            archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in (*texts, f"{info}/RECORD")))
+            record = [f"{name},sha256={record_digest(text)},{len(text.encode())}\n" for name, text in texts.items()]
+            archive.writestr(f"{info}/RECORD", "".join([*record, f"{info}/RECORD,,\n"]))
         write(wheel.parent / "index.html", f'<a href="{wheel.name}">{wheel.name}</a>\n')
     return folder

@@ -68,6 +68,7 @@ class Network:
     project_out: LinearWeights | None
     head: LinearWeights
     heads: int
+    tokens: int | None = None  # ids of the head from here on are never sampled
 
     @property
     def width(self) -> int:

@@ -7,7 +7,9 @@ what is saved is the model inside them.
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from rlhf_train.data import hub
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models import packed_attention
+from rlhf_train.models.head import LogitTransform, find_transform, transform_of
 from rlhf_train.models.log_probs import label_log_probs
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -88,9 +91,12 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
-        return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **dtype_argument))
-    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
-    return cpu_matmul.use_in(_fit_vocabulary(loaded, tokenizer))
+        loaded = AutoModelForCausalLM.from_config(config, **dtype_argument)
+    else:
+        loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
+        loaded = _fit_vocabulary(loaded, tokenizer)
+    loaded.logit_transform = replace(find_transform(loaded), tokens=len(tokenizer))
+    return cpu_matmul.use_in(loaded)
 
 
 def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
@@ -118,6 +124,18 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
         values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
         head.data.copy_(values)
     return cpu_matmul.use_in(scorer)
+
+
+def language_transform(scorer: Any, tokenizer: PreTrainedTokenizerFast) -> LogitTransform:
+    """Return what the causal model of a reward model's family does to its logits.
+
+    It is measured on one layer with random weights.
+    """
+    config = copy.deepcopy(scorer.config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return replace(find_transform(AutoModelForCausalLM.from_config(config)), tokens=len(tokenizer))
 
 
 def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -223,7 +241,8 @@ class ActorForward(nn.Module):
         """
         index, labels = batch.predicted(from_prompt=from_prompt)
         states, head = _hidden_states(self.model, batch, index), self.model.get_output_embeddings()
-        return label_log_probs(states, labels, head, self.model.config.vocab_size, temperature, with_entropy)
+        rows = self.model.config.vocab_size
+        return label_log_probs(states, labels, head, rows, temperature, with_entropy, transform_of(self.model))
 
 
 class ScoreForward(nn.Module):
@@ -238,6 +257,7 @@ class ScoreForward(nn.Module):
         self.model: Any = model
         self.shift, self.scale = shift, scale
         self.lm_head: nn.Linear | None = None
+        self.transform = transform_of(model)  # of the language model's logits
         if with_lm:
             embedding = model.get_input_embeddings().weight
             if not getattr(model.config, "tie_word_embeddings", False):
@@ -265,7 +285,8 @@ class ScoreForward(nn.Module):
         assert at is None, "the log-probs are of other tokens than the scores"
         count = int(batch.host_response_lengths[:lm_rows].sum())
         states = hidden.index_select(0, index[:count])
-        return scores, label_log_probs(states, labels[:count], self.lm_head, self.model.config.vocab_size)[0]
+        rows = self.model.config.vocab_size
+        return scores, label_log_probs(states, labels[:count], self.lm_head, rows, transform=self.transform)[0]
 
 
 def last_scores(scores: Tensor, batch: Sequences) -> Tensor:

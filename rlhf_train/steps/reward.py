@@ -28,6 +28,7 @@ from rlhf_train.models.networks import (
     ScoreForward,
     check_lengths,
     checkpoint_activations,
+    language_transform,
     last_scores,
     load_scorer,
     load_tokenizer,
@@ -63,6 +64,8 @@ def run(context: StepContext) -> End:
     context.doing(2, "loading the reward model")
     model = load_scorer(source, tokenizer, context.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if spec.lm_coef:
+        model.logit_transform = language_transform(model, tokenizer)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
     pad_id = padding(tokenizer, model)

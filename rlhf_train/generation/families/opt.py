@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_train.kernels.decoder_weights import Layer, LinearWeights, Network, Norm
+from rlhf_train.models.head import transform_of
 
 
 def network_of(model: Any) -> Network | None:
@@ -60,6 +61,7 @@ def opt(model: Any) -> Network:
                 after_mlp=_norm(after_mlp) if after_mlp is not None else None,
             )
         )
+    tokens = transform_of(model).tokens
     return Network(
         token_embedding=decoder.embed_tokens.weight.data,
         position_embedding=decoder.embed_positions.weight.data,
@@ -71,6 +73,7 @@ def opt(model: Any) -> Network:
         project_out=_linear(decoder.project_out) if decoder.project_out is not None else None,
         head=_linear(model.lm_head),
         heads=config.num_attention_heads,
+        tokens=tokens if tokens is not None and tokens < model.lm_head.out_features else None,
     )
 
 

@@ -49,9 +49,12 @@ class LogitTransform:
         return logits.masked_fill(unused, NEVER)
 
 
+IDENTITY = LogitTransform()
+
+
 def transform_of(model: Any) -> LogitTransform:
     """Return the transform that was found when the model was loaded."""
-    found: LogitTransform = getattr(model, "logit_transform", LogitTransform())
+    found: LogitTransform = getattr(model, "logit_transform", IDENTITY)
     return found
 
 
@@ -101,7 +104,7 @@ def _head_and_logits(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(raw: Tensor, logits: Tensor, config: Any) -> Iterator[LogitTransform]:
-    yield LogitTransform()
+    yield IDENTITY
     # Near 0 a cap does nothing, so the slope there is the scale.
     small = raw.abs() < 0.05 * SPREAD
     slope = float((raw[small] * logits[small]).sum() / raw[small].square().sum())

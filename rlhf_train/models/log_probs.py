@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_train import compat
 from rlhf_train.kernels import decode_step, softmax
 from rlhf_train.kernels.cpu_matmul import product
-from rlhf_train.models.head import NEVER, LogitTransform
+from rlhf_train.models.head import IDENTITY, NEVER, LogitTransform
 
 FLOAT32_BYTES = 64 * 2**20  # float32 softmax numbers of one piece of rows
 MODULE_BYTES = 256 * 2**20  # float32 logits of one piece, if the head is called as a module
@@ -35,7 +35,7 @@ def label_log_probs(
     vocabulary: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(transform(head(states)) / temperature)[labels], in float32, and entropies.
 

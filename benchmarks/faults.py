@@ -288,7 +288,7 @@ class Trainer:
 
 
 def _is_same(descriptor: int, path: str) -> bool:
-    """Return whether they are the same file; false when there is no file at `path` any more."""
+    """Return whether descriptor and path are the same file; false if `path` is gone."""
     try:
         return os.fstat(descriptor).st_ino == Path(path).stat().st_ino
     except FileNotFoundError:

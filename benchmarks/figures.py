@@ -22,7 +22,7 @@ class Spread:
         return cls(median(values), min(values), max(values), len(values))
 
     def __format__(self, spec: str) -> str:
-        """`1.65 (1.42-2.25)`, each number by `spec`."""
+        """Format as `1.65 (1.42-2.25)`, each number by `spec`."""
         middle = format(self.median, spec)
         return f"{middle} ({format(self.least, spec)}-{format(self.most, spec)})" if self.count > 1 else middle
 

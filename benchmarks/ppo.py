@@ -98,7 +98,7 @@ COLUMNS = [
 def table(
     size: Size, folder: Path, where: Where, updates: int, seed: int, lengths: str, say: Callable[[str], None]
 ) -> Table:
-    """lengths: full, real or both."""
+    """Measure step 3 and make its table. lengths: full, real or both."""
     rows, notes, numbers = [], [], {}
     for real_lengths, name in LENGTHS.items():
         if lengths not in ("both", name.split()[0]):

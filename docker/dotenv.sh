@@ -3,7 +3,7 @@
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
-# The container never runs as root. Who is root here (a rented machine, sudo) gets the user behind sudo, or 1000.
+# The container never runs as root. Root (on a rented machine, or by sudo) gets the user who called sudo, or 1000.
 uid=$(id -u) gid=$(id -g)
 [ "$uid" != 0 ] || { uid=${SUDO_UID:-1000} gid=${SUDO_GID:-1000}; }
 [ "$uid" != 0 ] || { uid=1000 gid=1000; }
@@ -13,7 +13,7 @@ chmod 700 secrets
 [ "$(id -u)" != 0 ] || chown "$uid:$gid" data runs cache secrets
 
 {
-    echo "# Written by \`make .env\`; yours from now on. Remove it, and \`make .env\` writes it anew."
+    echo "# Written by \`make .env\`; yours from now on. Remove it, and \`make .env\` writes it again."
     echo "RLHF_UID=$uid"
     echo "RLHF_GID=$gid"
     if [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] && ! command -v nvidia-smi >/dev/null; then # dxg: the GPU of WSL
@@ -21,7 +21,7 @@ chmod 700 secrets
         echo "COMPOSE_FILE=docker-compose.yml:docker/compose.cpu.yml"
     fi
 } >.env.new
-if [ "$(id -u)" = 0 ]; then # it is that user's; and a checkout under a strict umask is to be read by him
+if [ "$(id -u)" = 0 ]; then # the file is that user's, who must be able to read a checkout with a strict umask, too
     chown "$uid:$gid" .env.new
     chmod -R a+rX jobs data
 fi

@@ -332,6 +332,6 @@ def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
 
 
 def _precedes(event: RawEvent, update: int) -> bool:
-    """Whether the step's event was written at or before `update`; at update 0 none was."""
+    """Tell whether the step's event was written at or before `update`; at update 0 none was."""
     is_last = event["kind"] == "end" or event.get("when") == "after"
     return update > 0 and event.get("update", 0) <= update and not is_last

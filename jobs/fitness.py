@@ -140,7 +140,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def wants_gpu(facts: FitnessFacts) -> bool:
-    """Whether training needs a GPU.
+    """Tell whether training needs a GPU.
 
     With `auto`, a PyTorch that was built for CUDA needs one, unless GPUs are hidden on purpose.
     """
@@ -247,7 +247,7 @@ def _named(holder: Holder) -> str:
 
 
 def _is_visible(gpu: int, visible_devices: str | None) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES shows this GPU.
+    """Tell whether CUDA_VISIBLE_DEVICES shows this GPU.
 
     CUDA reads the list up to the first entry that is not a number. For UUIDs (`GPU-...`, `MIG-...`)
     the index is not known, so the GPU counts as visible.

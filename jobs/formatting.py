@@ -16,7 +16,7 @@ from jobs.events import RawEvent
 from jobs.steps import STEPS
 
 # The names of a plan's `data`, which counts rows -> (left out or cut, noun).
-FATES = {
+ROW_COUNTS = {
     "rows": ("", "rows"),
     "empty_prompt": ("left out", "empty prompts"),
     "empty_answer": ("left out", "empty answers"),
@@ -131,10 +131,10 @@ def data_row_counts(data: object, step: int) -> str:
     """
     groups: dict[str, list[str]] = {}
     for name, count in data.items() if isinstance(data, dict) else ():
-        fate, noun = FATES.get(name, ("", name.replace("_", " ")))
+        outcome, noun = ROW_COUNTS.get(name, ("", name.replace("_", " ")))
         if count and not (name == "identical_answers" and step != 2):  # such a row is useless only as a pair
-            groups.setdefault(fate, []).append(plural(count, noun))
-    return "; ".join((f"{fate}: " if fate else "") + ", ".join(counts) for fate, counts in groups.items())
+            groups.setdefault(outcome, []).append(plural(count, noun))
+    return "; ".join((f"{outcome}: " if outcome else "") + ", ".join(counts) for outcome, counts in groups.items())
 
 
 def facts(end: RawEvent, arrow: str) -> list[str]:

@@ -25,11 +25,11 @@ class JobFacts(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether the supervisor runs."""
+        """Tell whether the supervisor runs."""
 
     @property
     def training(self) -> bool:
-        """Whether processes of the job run."""
+        """Tell whether processes of the job run."""
 
     @property
     def exit(self) -> int | None: ...
@@ -85,7 +85,7 @@ def _last_step(words: Mapping[str, str]) -> int:
 
 
 def _is_of_this_job(event: RawEvent, started: float | None) -> bool:
-    """Whether the event is of this job, and not of an earlier call with the same run.
+    """Tell whether the event is of this job, and not of an earlier call with the same run.
 
     An event without a readable time counts as one of this job.
     """

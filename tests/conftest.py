@@ -49,9 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Two at a time (`-n 2 --dist loadgroup`): the tests of a group run in order, in one process. A file is a group, but for
-# places whose files share something dear: Docker's engine and image, with the box that is reached through sshd; the
-# runs that faults are compared with. What takes long begins first.
+# Two at a time (`-n 2 --dist loadgroup`): the tests of a group run in order, in one process. A file
+# is a group, but for places whose files share something dear: Docker's engine and image, with the
+# box that is reached through sshd; the runs that faults are compared with. What takes long begins
+# first.
 SHARED_PLACES = {"docker/": "containers", "integration/remote/": "containers", "faults/": "faults"}
 LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "remote/", "rlhf_train/")
 

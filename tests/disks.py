@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-PATIENCE_S = 20.0  # what the end of a line has ended is gone a moment later
+PATIENCE_S = 20.0  # a process whose connection has ended is gone a moment later
 
 
 def unmount(disk: Path) -> None:

@@ -60,7 +60,7 @@ class Hub:
     def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
         self.root, self.gated = root, frozenset(gated)
         self.requests: list[str] = []
-        self.retry_after = ""  # what a 429 says in its header of this name
+        self.retry_after = ""  # the value of this header in a 429 response
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         self._server = _Server(self)

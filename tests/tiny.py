@@ -104,7 +104,7 @@ class Trained:
         return event
 
     def weights(self, step: int, folder: str = "model") -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file  # the rest of this file, which tests without torch use, too, needs none
+        from safetensors.torch import load_file  # the rest of this file needs no torch, and tests without torch use it
 
         return load_file(self.dir.step(step).path / folder / "model.safetensors")
 

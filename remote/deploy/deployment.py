@@ -283,7 +283,7 @@ def _is_conda(python: Python) -> bool:
 
 
 def check_fit(
-    known: CachedProbe, plan: DeployPlan, there: BoxContents, box: Box, limits: Limits, provider: Provider
+    known: CachedProbe, plan: DeployPlan, contents: BoxContents, box: Box, limits: Limits, provider: Provider
 ) -> None:
     """Check what deploy itself needs; doctor checks all else.
 
@@ -300,11 +300,11 @@ def check_fit(
             f"its processor is {facts.machine}",
             f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other",
         )
-    if there.root == "strange":
+    if contents.root == "strange":
         raise unfit(f"{plan.root} exists, and is not ours", f"move it away, or {other_folder}")
     if not re.fullmatch(r"/[^\n]*", plan.root):
         raise unfit(f"our folder would be {one_line(plan.root)}", "name an absolute data_folder in boxes.yaml")
-    if there.root != "ours":
+    if contents.root != "ours":
         if not place.found:
             raise unfit(f"{place.root}: no answer from its disk", f"check that its disk is there, or {other_folder}")
         if place.is_folder is False:
@@ -312,10 +312,10 @@ def check_fit(
         if place.read_only or place.writable is False:
             what = "is read-only" if place.read_only else "cannot be written to"
             raise unfit(f"{place.found} {what}", other_folder)
-    if not there.tools & {"rsync", "tar"}:
+    if not contents.tools & {"rsync", "tar"}:
         raise unfit("it has neither rsync nor tar", "apt-get install rsync")
-    free = there.free_kb * 1024 if there.free_kb is not None else place.free_bytes
-    has_environment = _has_environment(plan, there)
+    free = contents.free_kb * 1024 if contents.free_kb is not None else place.free_bytes
+    has_environment = _has_environment(plan, contents)
     needed = limits.disk.bytes_min
     if plan.runtime == "bare" and not has_environment:
         needed = limits.environment.bytes_cpu if plan.device == "cpu" else limits.environment.bytes_cuda
@@ -327,7 +327,7 @@ def check_fit(
                 f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, "
                 "or take the provider's image that has it",
             )
-    is_installed = has_environment and there.code
+    is_installed = has_environment and contents.code
     if place.free_inodes is not None and place.free_inodes < limits.disk.inodes_min and not is_installed:
         raise unfit(
             f"{place.free_inodes} inodes are free at {plan.root}, and {limits.disk.inodes_min} are needed",
@@ -377,13 +377,13 @@ def parse_look(text: str) -> BoxContents:
     )
 
 
-def _has_environment(plan: DeployPlan, there: BoxContents) -> bool:
-    return there.environment if plan.runtime == "bare" else there.image
+def _has_environment(plan: DeployPlan, contents: BoxContents) -> bool:
+    return contents.environment if plan.runtime == "bare" else contents.image
 
 
-def is_whole(plan: DeployPlan, there: BoxContents) -> bool:
-    has_all = there.root == "ours" and there.code and _has_environment(plan, there)
-    return has_all and sorted(there.deployed) == sorted(plan.lines())
+def is_whole(plan: DeployPlan, contents: BoxContents) -> bool:
+    has_all = contents.root == "ours" and contents.code and _has_environment(plan, contents)
+    return has_all and sorted(contents.deployed) == sorted(plan.lines())
 
 
 # --- what is done ---------------------------------------------------------------------------------
@@ -414,17 +414,17 @@ class _Deploy:
         self._note(sync.check_size(tree))
         for name in tree.left_out:
             self._note(f"not sent: {name} is a repository of its own")
-        known, plan, there = self._look(tree, fresh)
-        changed = not is_whole(plan, there)
+        known, plan, contents = self._look(tree, fresh)
+        changed = not is_whole(plan, contents)
         for note in plan.notes:
             self._note(note)
         if changed:
-            check_fit(known, plan, there, self.box, self.limits, self._provider(known))
-            plan = self._change(tree, known, plan, there)
+            check_fit(known, plan, contents, self.box, self.limits, self._provider(known))
+            plan = self._change(tree, known, plan, contents)
         self._tell()
         if not self.connection.dry_run:
-            remember(self.state, self.box.name, replace(known, identity=there.identity, root=plan.root))
-        deployed_at, seconds = 0 if changed else there.time, time.monotonic() - started
+            remember(self.state, self.box.name, replace(known, identity=contents.identity, root=plan.root))
+        deployed_at, seconds = 0 if changed else contents.time, time.monotonic() - started
         notes = tuple(dict.fromkeys(self.notes))
         return DeployResult(plan, known.facts, changed, deployed_at, seconds, tuple(self.parts), notes)
 
@@ -461,9 +461,9 @@ class _Deploy:
         """Look at the box. The facts that are remembered are used if the box is still the same."""
         known = None if fresh else recall(self.state, self.box.name)
         if known is not None and known.identity and known.asked == arguments(self.box, self.providers):
-            plan, there = self._look_for(tree, known)
-            if there.identity == known.identity and there.root != "unknown":
-                return known, plan, there
+            plan, contents = self._look_for(tree, known)
+            if contents.identity == known.identity and contents.root != "unknown":
+                return known, plan, contents
             self.say(f"{self.box.name} was restarted, or is another box: probing it again")
         began = time.monotonic()
         known = probe(self.connection, self.box, self.providers)
@@ -474,8 +474,8 @@ class _Deploy:
         for check in found.checks:
             if check.status in ("unfit", "warning"):
                 self._note(f"{check.name}: {check}")
-        plan, there = self._look_for(tree, known)
-        return known, plan, there
+        plan, contents = self._look_for(tree, known)
+        return known, plan, contents
 
     def _look_for(self, tree: Tree, known: CachedProbe) -> tuple[DeployPlan, BoxContents]:
         began = time.monotonic()
@@ -484,10 +484,10 @@ class _Deploy:
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
         argv = commands.sh_script("look", plan.root, tree.key, environment, image)
-        there = parse_look(self.connection.query(argv, stdin=script("land.sh")).out)
-        outcome = "already up to date" if is_whole(plan, there) else _lacking(plan, there)
+        contents = parse_look(self.connection.query(argv, stdin=script("land.sh")).out)
+        outcome = "already up to date" if is_whole(plan, contents) else _lacking(plan, contents)
         self._done("look", outcome, time.monotonic() - began)
-        return plan, there
+        return plan, contents
 
     def _bundle(self) -> Tree | None:
         """Return the certificates of boxes.yaml's build.CA_BUNDLE, which are sent as a file."""
@@ -503,7 +503,7 @@ class _Deploy:
 
     # --- what is changed
 
-    def _change(self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents) -> DeployPlan:
+    def _change(self, tree: Tree, known: CachedProbe, plan: DeployPlan, contents: BoxContents) -> DeployPlan:
         began = time.monotonic()
         held = lock.take(
             self.connection,
@@ -511,18 +511,18 @@ class _Deploy:
             tree.key,
             why=self.why,
             laptop=lock.laptop_id(self.state),
-            seen=there.owner,
-            size_bytes=0 if there.code else tree.size_bytes,
+            seen=contents.owner,
+            size_bytes=0 if contents.code else tree.size_bytes,
         )
         if held.took_over:
             self._note(f"the lock was taken over from {held.took_over}")
         taken = "taken" + (f" over from {held.took_over}" if held.took_over else "")
-        would = "would be taken" + (f"; now it is held by {there.owner}" if there.owner else "")
+        would = "would be taken" + (f"; now it is held by {contents.owner}" if contents.owner else "")
         self._changed("lock", taken, would, time.monotonic() - began)
         self._tell()
         settled = False
         try:
-            settled, plan = self._locked(tree, known, plan, there, held)
+            settled, plan = self._locked(tree, known, plan, contents, held)
         finally:
             if not settled:
                 # If the connection is dead, the lock stays. The next deploy from this laptop sees
@@ -532,15 +532,15 @@ class _Deploy:
         return plan
 
     def _locked(
-        self, tree: Tree, known: CachedProbe, plan: DeployPlan, there: BoxContents, held: lock.Lock
+        self, tree: Tree, known: CachedProbe, plan: DeployPlan, contents: BoxContents, held: lock.Lock
     ) -> tuple[bool, DeployPlan]:
-        has_environment = _has_environment(plan, there)
+        has_environment = _has_environment(plan, contents)
         settled = False
-        if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in there.deployed:
-            folder, rsync_there = str(PurePosixPath(plan.ca_bundle).parent), "rsync" in there.tools
+        if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in contents.deployed:
+            folder, rsync_there = str(PurePosixPath(plan.ca_bundle).parent), "rsync" in contents.tools
             sync.send_whole(self.connection, bundle, folder, rsync_there=rsync_there, rsync=self.rsync)
-        if not there.code:
-            plan = self._send(tree, known, plan, there, held, plan.lines() if has_environment else [])
+        if not contents.code:
+            plan = self._send(tree, known, plan, contents, held, plan.lines() if has_environment else [])
             settled = has_environment
         if not has_environment:
             self._make_environment(plan, held)
@@ -560,7 +560,7 @@ class _Deploy:
         tree: Tree,
         known: CachedProbe,
         plan: DeployPlan,
-        there: BoxContents,
+        contents: BoxContents,
         held: lock.Lock,
         lines: Sequence[str],
     ) -> DeployPlan:
@@ -568,8 +568,8 @@ class _Deploy:
 
         Returns the plan for the checkout as it was sent: it may have changed meanwhile.
         """
-        began, compare, rsync_there = time.monotonic(), False, "rsync" in there.tools
-        like = f"{plan.root}/code/{there.like}" if there.like else ""
+        began, compare, rsync_there = time.monotonic(), False, "rsync" in contents.tools
+        like = f"{plan.root}/code/{contents.like}" if contents.like else ""
         for attempt in range(1, SENDINGS + 1):
             self.now("" if self.connection.dry_run else f"sync: {tree} ...")
             try:
@@ -676,12 +676,12 @@ class _EnvironmentOutput:
             self.hint = one_line(rest)
 
 
-def _lacking(plan: DeployPlan, there: BoxContents) -> str:
-    lacks = [] if there.code else ["code"]
-    lacks += [] if _has_environment(plan, there) else ["environment"]
+def _lacking(plan: DeployPlan, contents: BoxContents) -> str:
+    lacks = [] if contents.code else ["code"]
+    lacks += [] if _has_environment(plan, contents) else ["environment"]
     if lacks:
         return f"{' and '.join(lacks)} missing"
-    before = dict(line.partition(" ")[::2] for line in there.deployed)
+    before = dict(line.partition(" ")[::2] for line in contents.deployed)
     now = dict(line.partition(" ")[::2] for line in plan.lines())
     others = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return f"changed: {', '.join(others)}"

@@ -100,7 +100,7 @@ def laptop_id(state: Path) -> str:
 
 
 def is_gone(owner: Owner | None, laptop: str) -> bool:
-    """Whether the owner's deploy ran on this laptop, and no process has its number any more."""
+    """Tell whether the owner's deploy ran on this laptop, and its process has ended."""
     if owner is None or not owner.pid or owner.laptop != laptop:
         return False
     try:

@@ -146,7 +146,7 @@ def tree_of(base: Path, names: Iterable[str], *, left_out: Sequence[str] = ()) -
 
 
 def _is_plain(base: Path, folder: PurePosixPath, known: dict[str, bool]) -> bool:
-    """Whether every part of the path is a real folder; for git, files behind a link are deleted."""
+    """Tell whether all parts of a path are real folders: git takes files behind a link for gone."""
     name = str(folder)
     if name not in known:
         known[name] = _is_plain(base, folder.parent, known) and stat.S_ISDIR((base / folder).lstat().st_mode)
@@ -345,7 +345,7 @@ def _last(answer: CommandResult, count: int = 10) -> str:
 
 
 def _is_full(connection: BoxConnection, folder: str) -> bool:
-    """Whether the disk of a folder on the box has no free bytes or inodes; no, if it is unknown."""
+    """Tell whether a folder's disk on the box has no free bytes or inodes; no, if unknown."""
     answer = connection.query(commands.df(str(PurePosixPath(folder).parent)), check=False)
     rows = re.findall(r"\s([0-9]+)\s+[0-9]+\s+(-?[0-9]+)\s+[0-9-]+%?\s+/", answer.out) if not answer.code else []
     return any(int(total) and int(free) <= least for (total, free), least in zip(rows, (1024, 0), strict=False))

@@ -1,6 +1,6 @@
 # shellcheck shell=sh
-# Finds our folder on a box and goes on with what was asked for: sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that
-# one round trip is enough and nothing has to be remembered on the laptop. Its verbs, answers and exit codes: PROTOCOL.md.
+# Finds our folder on a box, and then runs the verb. It is sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that one
+# round trip is enough and the laptop need not remember the folder. Its verbs, answers and exit codes: PROTOCOL.md.
 found='' marked='' first=''
 while [ $# -gt 0 ]; do
     root=$1
@@ -29,7 +29,7 @@ if [ -z "$code" ] || [ ! -f "$found/code/$code/remote/on_box/supervisor.sh" ]; t
     echo not_deployed
     exit 3
 fi
-if [ "${1-}" = - ]; then # of follow and cancel: the run in the slot, else the one that was started last
+if [ "${1-}" = - ]; then # for follow and cancel: the run in the slot, else the run that was started last
     shift
     # shellcheck disable=SC2012 # names of runs are plain, and only `ls` sorts by time everywhere
     { read -r run <"$found/slot/run"; } 2>/dev/null || run=$(cd "$found/runs" && ls -t -- */job/started 2>/dev/null | sed -n '1s|/.*||p')

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes what a job runs in, on the box: a virtual environment from the locks (bare), or the image (docker). Called by
-# remote/deploy/deployment.py. Its words, answers and exit codes: PROTOCOL.md. All that is said by the programs goes to ROOT/env/KEY.log.
+# Makes the environment of jobs on the box: a virtual environment from the locks (bare), or the image (docker). Called by
+# remote/deploy/deployment.py. Its words, answers and exit codes: PROTOCOL.md. All output of the programs goes to ROOT/env/KEY.log.
 #
-# ROOT/env/KEY is made in its place, since a virtual environment cannot be moved, and has the file `complete` only once it is whole; what
-# a killed call left is made anew. While it runs, the lock of its deploy is kept alive; when nobody hears it any more, it ends.
+# ROOT/env/KEY is made in its place, since a virtual environment cannot be moved. It has the file `complete` only when it is whole; if a
+# call is killed, the next one starts from scratch. While it runs, it renews the lock of its deploy. It ends with its connection.
 set -eu
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 export LC_ALL PATH
@@ -26,7 +26,7 @@ code=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd -P)
 pins=$code/env/pins
 environment=$root/env/$key
 log=$root/env/$key.log
-lock_s=120 # that the lock is kept for from each beat on
+lock_s=120 # for how long each beat renews the lock
 child=''
 
 say() { printf '%s\n' "$*" || end_child; }
@@ -38,14 +38,14 @@ refuse() { # WHAT HINT [WHY]
     exit 3
 }
 
-end_child() { # and all that it has started: it leads a group of its own
+end_child() { # and all processes that it has started: it leads a group of its own
     trap '' PIPE TERM HUP INT
     [ -z "$child" ] || kill -TERM "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null
     exit 143
 }
 trap end_child PIPE TERM HUP INT
 
-keep_lock() { # ours, or nobody's
+keep_lock() { # our lock, if it is still ours or nobody's
     [ "$(sed -n 's/^token //p' "$root/lock/owner" 2>/dev/null)" = "$token" ] || return 0
     { echo $(($(date +%s) + lock_s)) >"$root/lock/renewed.new" && mv "$root/lock/renewed.new" "$root/lock/renewed"; } 2>/dev/null || return 0
 }
@@ -74,7 +74,7 @@ stage() { # NAME HINT COMMAND...
     rm -f "$environment.child"
     if [ $status -ne 0 ]; then
         free=$(free_kb "$root/env")
-        # pip takes its files back when it fails, so that the disk need not look full any more.
+        # pip removes its files when it fails, so the disk may have room again by now.
         if [ "${free:-2048}" -le 1024 ] || tail -n 20 "$log" | grep -q 'No space left on device\|Disk quota exceeded'; then
             refuse "the disk is full, at: $name" "make room at $root, or name another data_folder in boxes.yaml" "$(tail -n 3 "$log")"
         fi
@@ -90,12 +90,12 @@ unset HF_ENDPOINT PIP_CONSTRAINT PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PY
 set -a
 # shellcheck disable=SC1090
 . "$code/env/mirrors/$mirror.env"
-# A proxy is for the way abroad; packages of a mirror come directly, since through both it is slower than through either.
+# The proxy is for addresses abroad. Packages of a mirror come directly: through both is slower than through either.
 # shellcheck disable=SC1090
 if [ -z "${PIP_INDEX_URL:-}" ] && [ -r "$proxy" ]; then . "$proxy" >/dev/null 2>&1 || true; fi
 set +a
 export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# The self-check imports what makes folders in a home as soon as it is imported.
+# The self-check imports packages that make folders in the home when they are imported.
 cache=$root/cache
 # shellcheck source=env/caches.sh
 . "$code/env/caches.sh"
@@ -106,8 +106,8 @@ network="see that the box reaches its package index; a \`mirror\` in boxes.yaml 
 
 # --- the two runtimes ------------------------------------------------------------------------------------------------
 
-# What makes a Python: with a home of its own, since conda writes down there where it makes environments and uv puts programs there, and
-# with the user's own settings nevertheless, which name a provider's mirror.
+# Runs the conda or uv that makes a Python. It gets a home of its own, since conda records its environments in the home and uv puts
+# programs there. It still gets the user's own settings, which name a provider's mirror.
 make_python() { # ARG...
     config=${XDG_CONFIG_HOME:-${HOME:-/}/.config} own=$cache/home
     [ -n "${CONDARC:-}" ] || [ ! -r "${HOME:-}/.condarc" ] || export CONDARC="$HOME/.condarc"
@@ -132,7 +132,7 @@ bare() {
                 python=$environment/base/bin/python3.10
                 ;;
             *)
-                # Without a channel of the mirror: as the box's own configuration has it, which providers point at a mirror of theirs.
+                # Without a channel of the mirror, the box's own configuration is used, which providers point at their mirror.
                 if [ -n "${CONDA_CHANNEL:-}" ]; then set -- --override-channels --channel "$CONDA_CHANNEL"; else set --; fi
                 make_python create --yes --quiet --prefix "$environment/base" "$@" python=3.10
                 python=$environment/base/bin/python3.10
@@ -144,16 +144,16 @@ bare() {
     stage "pip" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$pins/pip.txt"
     torch_requirement "$pins/$torch.txt" >"$environment/torch.txt"
     stage "PyTorch ($torch)" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --timeout 60 --retries 5 --requirement "$environment/torch.txt"
-    # DeepSpeed is built here, by the setuptools of the lock and with PyTorch in sight, so it comes after all others.
+    # DeepSpeed is built here, with the lock's setuptools and PyTorch installed, so it comes after all others.
     sed '/^deepspeed==/,/# via/d' "$pins/image.txt" >"$environment/wheels.txt"
     stage "all else that is locked" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$environment/wheels.txt"
-    # No operators are compiled, for no nvcc can be counted on: training takes PyTorch's AdamW, and no accelerator is looked for.
+    # No operators are compiled, since a box may have no nvcc: training uses PyTorch's AdamW, and looks for no accelerator.
     export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
     sed -n '/^deepspeed==/,/# via/p' "$pins/image.txt" >"$environment/deepspeed.txt"
     stage "DeepSpeed" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --no-build-isolation --requirement "$environment/deepspeed.txt"
     # shellcheck source=env/cuda.sh
     . "$code/env/cuda.sh"
-    stage "self-check" "the same command makes it anew" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
+    stage "self-check" "the same command makes it again" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
     say "note $(tail -n 1 "$log")"
     unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR
     if [ "$device" = cuda ]; then
@@ -165,7 +165,7 @@ bare() {
     mv "$environment/complete.new" "$environment/complete"
 }
 
-own_docker_config() { # what the user's own holds, and beside it what a build writes (.token_seed), which would stay in the home
+own_docker_config() { # a copy of the user's own, since a build writes files next to it (.token_seed) that would stay in the home
     theirs=${DOCKER_CONFIG:-${HOME:-}/.docker}
     rm -rf "$cache/docker"
     mkdir -p "$cache/docker"
@@ -192,13 +192,13 @@ END
 }
 
 mkdir -p "$root/env" "$root/cache/tmp"
-# A call that was killed by force could not end what it had started.
+# A call that was killed (SIGKILL) could not end the processes that it had started.
 if { read -r old began <"$environment.child"; } 2>/dev/null && is_running "$old" "$began"; then
     kill -KILL "-$old" 2>/dev/null || kill -KILL "$old" 2>/dev/null || true
 fi
 fields_of $$
 { echo "$$ $since" >"$root/lock/worker"; } 2>/dev/null || true
-if ! : >"$log"; then refuse "cannot write to $root/env" "see that its disk is there and not full"; fi
+if ! : >"$log"; then refuse "cannot write to $root/env" "check that its disk is there and not full"; fi
 keep_lock
 [ "$runtime" = docker ] || rm -rf "$environment"
 case $runtime in

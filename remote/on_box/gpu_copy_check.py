@@ -1,12 +1,11 @@
-"""Tries the direct way between GPUs: a pattern is copied from each card to each other, and
-compared.
+"""A check of copies between GPUs: copy a pattern from each GPU to each other, and compare it.
 
-Runs on the box as a piece of probe.sh, by whatever Python is there (3.6 or newer) and with the
-driver's library alone. Some drivers offer peer access that delivers zeros (RTX 4090,
-NVIDIA/nccl-tests#117), which training would not notice.
+It runs on the box as a part of probe.sh, with any Python from 3.6 on, and needs only the driver's
+library. Some drivers offer peer access that delivers zeros (RTX 4090, NVIDIA/nccl-tests#117), which
+training would not notice.
 
-What it prints: PROTOCOL.md. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as probe.sh
-sets it.
+PROTOCOL.md describes the output. Indexes are nvidia-smi's, with CUDA_DEVICE_ORDER=PCI_BUS_ID as
+probe.sh sets it.
 """
 
 import ctypes
@@ -22,7 +21,7 @@ class Failed(Exception):
 
 
 def say(key: str, *fields: object) -> None:
-    # One write for a line, at once: what is known stays known when the time is over.
+    # One write for each line, immediately, so that no result is lost when the time is over.
     sys.stdout.write("{}\t{}\n".format(key, "|".join(map(str, fields))))
     sys.stdout.flush()
 
@@ -38,11 +37,12 @@ class Cuda:
 
 
 def pattern(source: int, target: int) -> bytes:
-    """Without zeros, and another one for each pair: what an earlier copy left behind does not look
-    right.
+    """Make the bytes to copy: without zeros, and different for each pair of GPUs.
+
+    So bytes that an earlier copy left behind do not look right.
     """
-    one = bytes(bytearray(1 + (index * 7 + source * 31 + target * 101) % 255 for index in range(255)))
-    return (one * (SIZE // len(one) + 1))[:SIZE]
+    period = bytes(bytearray(1 + (index * 7 + source * 31 + target * 101) % 255 for index in range(255)))
+    return (period * (SIZE // len(period) + 1))[:SIZE]
 
 
 class CudaDevice:

@@ -1,16 +1,16 @@
 #!/bin/sh
-# What deploy does on a box besides sending files; sent anew with each call, so nothing of ours has to be there yet. Its verbs, answers and
-# exit codes: PROTOCOL.md.
+# The part of a deploy that runs on the box, other than sending files. It is sent with each call, so nothing of ours need be there yet. Its
+# verbs, answers and exit codes: PROTOCOL.md.
 #
-# What is half made has a name of its own (.partial, .new), and gets its real one by rename: a call that is killed leaves nothing that
-# could be taken for whole. Nothing is removed but below a ROOT that has our marker.
+# Unfinished files have a name of their own (.partial, .new), and get their real name by a rename. So a call that is killed leaves nothing
+# that looks complete. Files are removed only below a ROOT that has our marker.
 
 LC_ALL=C
 export LC_ALL
 umask 022
 # shellcheck source=remote/on_box/lib.sh
 . "$(dirname -- "$0")/lib.sh"
-no_owner_s=60 # a lock without the file that says whose it is: its maker was killed in between, or is just about to write it
+no_owner_s=60 # a lock without an owner file: its maker was killed in between, or is about to write the file
 
 refuse() { # WHAT HINT
     printf 'refused %s\nhint %s\n' "$1" "$2"
@@ -21,7 +21,7 @@ word_of() { # FILE KEY   sets value: the rest of the line that begins with KEY
     value=$(sed -n "s/^$2 //p" "$1" 2>/dev/null | sed q)
 }
 
-identity() { # sets identity: it changes when the box is started anew, is another one, or has other cards
+identity() { # sets identity: it changes when the box is restarted, is another one, or has other cards
     read_line /proc/sys/kernel/random/boot_id
     identity=$value
     read_line /proc/sys/kernel/hostname
@@ -36,9 +36,9 @@ is_full() { # FOLDER
     [ "${free:-1025}" -le 1024 ]
 }
 
-failed() { # WHAT FOLDER   what was written did not get there
+failed() { # WHAT FOLDER   writing has failed
     ! is_full "$2" || refuse "the disk is full at $2" "make room there, or name another data_folder in boxes.yaml"
-    refuse "$1" "see that $2 can be written to"
+    refuse "$1" "check that $2 can be written to"
 }
 
 # --- look ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ say_lock() { # ROOT
     echo 'lock held'
 }
 
-worker_lives() { # LOCK   sets worker: what runs on the box for the one who has it
+worker_lives() { # LOCK   sets worker: the process on the box that works for the lock's owner
     worker=''
     { read -r worker began <"$1/worker"; } 2>/dev/null || return 1
     is_running "$worker" "$began"
@@ -103,13 +103,13 @@ lock() { # ROOT TOKEN DEAD SECONDS FP LINE...
     for old in "$root"/code/*.partial "$root"/code/*.temp; do
         [ "$old" = "$root/code/$code.partial" ] || rm -rf "$old"
     done
-    # Files that an earlier call brought are whole: rsync has them elsewhere while they are not.
+    # Files of an earlier call are whole: rsync keeps unfinished ones elsewhere.
     rm -rf "$root/code/$code.temp"
     is_whole_code "$root/code/$code" || mkdir -p "$root/code/$code.partial" "$root/code/$code.temp" || unlocked_failure "cannot make folders in $root"
     echo locked
 }
 
-mark() { # ROOT TOKEN   two may be at it
+mark() { # ROOT TOKEN   two calls may do this concurrently
     if holds_others "$1" && [ ! -f "$1/.rlhf-box" ]; then
         refuse "$1 exists, and is not ours" "move it away, or name another data_folder in boxes.yaml"
     fi
@@ -127,7 +127,7 @@ unlocked_failure() { # WHAT
     failed "$1" "$root"
 }
 
-take_over() { # of a lock that is there: removed if nobody can be behind it any more, else we end here
+take_over() { # an existing lock: remove it if it is dead, else end here
     word_of "$root/lock/owner" token
     theirs=$value now=$(date +%s) why=''
     if [ -z "$theirs" ]; then
@@ -156,7 +156,7 @@ take_over() { # of a lock that is there: removed if nobody can be behind it any 
     rm -rf "$stale"
     mv "$root/lock" "$stale" 2>/dev/null || return 0
     word_of "$stale/owner" token
-    if [ "$value" != "$theirs" ]; then # another one took it over just now, and this is theirs
+    if [ "$value" != "$theirs" ]; then # another call took it over just now, and this is its lock
         mv "$stale" "$root/lock"
         return 0
     fi
@@ -166,7 +166,7 @@ take_over() { # of a lock that is there: removed if nobody can be behind it any 
     rm -rf "$stale"
 }
 
-end_worker() { # environment.sh ends what it has started
+end_worker() { # environment.sh ends the processes that it has started
     kill -TERM "$worker" 2>/dev/null
     for tenth in 1 2 3 4 5 6 7 8 9 10; do
         is_running "$worker" "$began" || return 0
@@ -236,14 +236,14 @@ settle() { # ROOT TOKEN LINE...
     put "$root/deployed" "$@" "time $(date +%s)" || unlocked_failure "cannot write $root/deployed"
     word_of "$root/deployed" runtime
     runtime=$value
-    # The container is never root; what it writes belongs to the user that it runs as.
+    # The container never runs as root; its files belong to the user that it runs as.
     if [ "$runtime" = docker ] && [ "$(id -u)" = 0 ]; then
         for folder in runs cache inputs secrets; do
             [ "$(stat -c %u "$root/$folder")" = 1000 ] || chown -R 1000:1000 "$root/$folder"
         done
     fi
-    # A job keeps the code and the environment that it was started with: while one is there, nothing goes. Supervisors take the slot
-    # first and then read `deployed`, which is written above: so none can be on its way to what goes now.
+    # A job keeps the code and the environment with which it was started: while a job is there, nothing is removed. A supervisor first
+    # takes the slot and then reads `deployed`, which is written above: so none can still be about to use what is removed now.
     [ -e "$root/slot" ] || prune
     rm -rf "$root"/code/*.partial "$root"/code/*.temp
     rm -rf "$root/lock"
@@ -270,7 +270,7 @@ prune() {
     done
     [ "$runtime" = docker ] || return 0
     word_of "$root/deployed" image
-    # Only those that we named: by 16 digits. One that a container still uses is refused by Docker itself.
+    # Only images that we named, by 16 digits. Docker itself refuses to remove one that a container still uses.
     docker image ls --format '{{.Repository}}:{{.Tag}}' rlhf-box 2>/dev/null | grep -x 'rlhf-box:[0-9a-f]\{16\}' | grep -v -x -F "$value" | while read -r old; do
         ! docker image rm "$old" >/dev/null 2>&1 || echo "pruned image $old"
     done

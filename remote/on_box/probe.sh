@@ -1,10 +1,10 @@
 #!/bin/sh
-# What a box is and has, in one call: `key<TAB>value` lines on standard output, in no order, read by remote/survey/facts.py. Its words and
+# Finds out what a box is and has, in one call. It prints `key<TAB>value` lines, in no order, for remote/survey/facts.py. Its words and
 # answers: PROTOCOL.md.
 #
-# What is slow runs at once in the background, each part with its own time limit; all of it ends within 6 s. A part says its lines by
-# itself, each in one write, so that nothing lies on the disk and a part that hangs takes no other with it. No root, no `timeout`,
-# no tool is needed: what is not there is not said. Fields of a value are separated by `|`; only the last one may hold one itself.
+# Slow parts run concurrently in the background, each with its own time limit; all end within 6 s. A part prints its own lines, each in
+# one write, so that nothing is written to the disk and a part that hangs blocks no other. It needs no root, no `timeout` and no other
+# tool: what is missing is not reported. Fields of a value are separated by `|`; only the last field may hold one itself.
 
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/nvidia/bin:/usr/lib/wsl/lib"
 export LC_ALL PATH
@@ -12,7 +12,7 @@ umask 077
 # shellcheck source=remote/on_box/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 cd / || exit 1
-trap '' PIPE # the line may break: then the rest is said to nobody, and what runs is ended all the same
+trap '' PIPE # if the connection breaks, nobody reads the rest, but the parts are still ended
 
 running=''
 under=''
@@ -59,9 +59,9 @@ start() { # NAME TICKS COMMAND...   in the background, ended after so many ticks
     running="$running $!:$entry"
 }
 
-end_tree() { # PID...   these and all that they have started; of these only our own children, whatever the list says
+end_tree() { # PID...   end these and all that they have started; only our own children, whatever the list says
     before=''
-    while :; do # until nothing new is found: what is stopped starts nothing any more
+    while :; do # until nothing new is found: a stopped process starts no others
         doomed=' ' pairs='' more=1
         for file in /proc/[0-9]*/stat; do
             { IFS= read -r stat <"$file"; } 2>/dev/null || continue
@@ -89,7 +89,7 @@ end_tree() { # PID...   these and all that they have started; of these only our 
     kill -KILL $doomed 2>/dev/null
 }
 
-end_all() { # by /proc, not by our list: a signal may come before what was just started stands in it
+end_all() { # by /proc, not by our list: a signal may come before a new process is in the list
     trap - EXIT
     pids=''
     for file in /proc/[0-9]*/stat; do
@@ -159,7 +159,7 @@ container() {
     grep -q '^flags.*hypervisor' "$under/proc/cpuinfo" 2>/dev/null && say hypervisor 1
 }
 
-limits() { # of this process's cgroup and of those above it: each may be narrower
+limits() { # of this process's cgroup and of those above it: each may have a lower limit
     while IFS=: read -r _ kind group; do
         case ",$kind," in
             ,,) places="$under/sys/fs/cgroup $under/sys/fs/cgroup/unified" ;;
@@ -187,7 +187,7 @@ limits() { # of this process's cgroup and of those above it: each may be narrowe
     sed -n 's/^flags[[:space:]]*: //p' "$under/proc/cpuinfo" 2>/dev/null | sed q | each_line cpu_flags
 }
 
-memory() { # FOLDER LIMIT USED   pages of files that nobody uses count as used, and are given back at need
+memory() { # FOLDER LIMIT USED   cached pages of files count as used, and are freed when needed
     cached=$(sed -n 's/^\(total_\)\{0,1\}inactive_file //p' "$1/memory.stat" 2>/dev/null | sed -n '$p')
     say memory_max "$2" "$3" "${cached:-0}"
 }
@@ -214,7 +214,7 @@ deployed() { # INDEX ROOT
 
 # --- what may be slow ----------------------------------------------------------------------------------------------
 
-place() { # INDEX ROOT   the folder, or its nearest parent that is there; a network disk that is gone hangs
+place() { # INDEX ROOT   the folder, or its nearest parent that exists; a network disk that is gone hangs
     at=$2 missing=''
     while [ ! -e "$at" ] && [ ! -L "$at" ] && [ -n "$at" ]; do
         missing=$at
@@ -238,7 +238,7 @@ free_at() { # KEY FOLDER
     [ ! -d "$2" ] || df -P -k "$2" 2>/dev/null | sed -n 2p | each_line "$1"
 }
 
-smi() { # KEY QUERY   a card is a line; what else it says is an error
+smi() { # KEY QUERY   each card is a line; any other output is an error
     text=$(nvidia-smi "$2" --format=csv,noheader,nounits 2>&1)
     code=$?
     printf '%s\n' "$text" | sed 's/, /|/g' | while IFS= read -r line; do
@@ -250,13 +250,13 @@ smi() { # KEY QUERY   a card is a line; what else it says is an error
     done
 }
 
-holders() { # who holds memory; in a container by the host's pids, which name nobody here
+holders() { # who holds memory; in a container by the host's pids, which are unknown here
     nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader,nounits 2>/dev/null | while IFS=', ' read -r uuid pid used; do
         case $pid in '' | *[!0-9]*) ;; *) say holder "$uuid" "$pid" "$used" "$(command_of "$pid")" ;; esac
     done
 }
 
-with_cards_open() { # as `fuser /dev/nvidia*` does it; our own are not meant
+with_cards_open() { # as `fuser /dev/nvidia*` does it, without our own
     # shellcheck disable=SC2012 # find cannot print what a link says in busybox
     ls -l /proc/[0-9]*/fd 2>/dev/null | sed -n 's|^/proc/\([0-9]*\)/fd:$|\1|p; s|.* -> /dev/nvidia[0-9][0-9]*$|open|p' | while read -r word; do
         [ "$word" = open ] || {
@@ -274,7 +274,7 @@ cards() {
     smi gpu --query-gpu=index,uuid,pci.bus_id,memory.total,memory.used,utilization.gpu,driver_version,name
     say gpus_asked 1
     holders
-    # Only now: the copies take memory on each card themselves.
+    # Only now, since the copies themselves take memory on each card.
     [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" -gt 1 ] || return 0
     for python in python3 python3.10 python "$@"; do
         expand "$python"
@@ -299,13 +299,13 @@ docker_daemon() {
     say docker "$(docker --version 2>/dev/null | sed q)"
     text=$(docker info --format '{{.ServerVersion}}|{{.DefaultRuntime}}|{{range $name, $_ := .Runtimes}}{{$name}} {{end}}|{{.DockerRootDir}}' 2>&1)
     code=$?
-    # Before the line of the format there may be warnings; without a daemon some versions end with 0 all the same.
+    # There may be warnings before the formatted line. Without a daemon some versions still end with 0.
     info=$(printf '%s\n' "$text" | grep '^[0-9][^|]*|' | sed q)
     if [ $code -eq 0 ] && [ -n "$info" ]; then
         printf 'docker_daemon\t%s\n' "$info"
     else
         said=$(printf '%s\n' "$text" | grep -v '^|' | grep -v '^$')
-        plain=$(printf '%s\n' "$said" | grep -v '^template:') # the format's own trouble with an answer that is not there
+        plain=$(printf '%s\n' "$said" | grep -v '^template:') # the template's own error about a missing answer
         say docker_error "$(first_line "${plain:-$said}")"
     fi
 }
@@ -313,7 +313,7 @@ docker_daemon() {
 docker_compose() { docker compose version --short 2>/dev/null | sed q | each_line docker_compose; }
 docker_buildx() { docker buildx version 2>/dev/null | sed q | each_line docker_buildx; }
 
-docker_gpu() { # the runtime is really tried, with an image that is there: nothing is pulled
+docker_gpu() { # really try the runtime, with an image that is there: nothing is pulled
     [ -e /dev/nvidiactl ] || has nvidia-smi || return 0
     images=$(docker image ls --format '{{.Repository}}:{{.Tag}}' 2>/dev/null | grep -v '<none>')
     image=$(printf '%s\n' "$images" | grep '^rlhf-box:' | sed q)

@@ -1,9 +1,9 @@
 #!/bin/sh
-# What the runs of a box hold, and the way of it home; and how a box is left. It comes by standard input each time, so it needs nothing
-# that is deployed, and may remove all that is. Its verbs, answers and exit codes: PROTOCOL.md.
+# Lists the results of a box, sends them, stops the box, and removes our files. It is sent by standard input with each call, so it needs
+# nothing that is deployed, and may remove all of it. Its verbs, answers and exit codes: PROTOCOL.md.
 #
-# What is complete is decided here, while it may change: a step by its complete.json and model/, a checkpoint by its complete.json. A file
-# that grows is as long as it was when it was looked at.
+# It decides what is complete, although files may change meanwhile: a step by its complete.json and model/, a checkpoint by its
+# complete.json. For a file that grows, the length at the first look counts.
 
 LC_ALL=C PATH="${PATH:-/usr/bin:/bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 export LC_ALL PATH
@@ -43,7 +43,7 @@ sum_of() { # FOLDER...   the bytes of all files in them
 
 is_complete() { [ -s "$1/complete.json" ] && [ -d "$1/model" ]; } # the folder of a step
 
-newest_checkpoint() { # FOLDER of a step   sets update; nothing of an older one is wanted
+newest_checkpoint() { # FOLDER of a step   sets update; older ones are not wanted
     update=''
     for found in "$1"/checkpoints/update-*/complete.json; do
         number=${found%/complete.json}
@@ -79,7 +79,7 @@ look() {
 
 # --- what runs -------------------------------------------------------------------------------------------------------
 
-requests() { # of this folder, a line each: they tell our jobs from somebody else's
+requests() { # of this folder, a line each: they tell our jobs from other people's
     for found in "$root"/requests/*/; do
         found=${found%/}
         [ ! -d "$found" ] || printf '%s\n' "${found##*/}"
@@ -101,7 +101,7 @@ of_a_job() { # lines `PID REQUEST`: every process that a job has started
     done
 }
 
-names_root() { # pids of processes with ROOT in their command line; not this script, who has started it, and what it starts
+names_root() { # pids of processes with ROOT in their command line, without this script, its parents and its children
     own=' ' each=$$
     while is_number "$each" && [ "$each" -gt 1 ] && fields_of "$each"; do own="$own$each " each=$parent; done
     for name in "$root" "$real"; do grep -lsF -e "$name" /proc/[0-9]*/cmdline 2>/dev/null; done | sort -u | while IFS=/ read -r _ _ pid _; do
@@ -152,7 +152,7 @@ running() { # `running RUN REQUEST`, if there is a job: its supervisor, its proc
 
 # --- manifest --------------------------------------------------------------------------------------------------------
 
-hash_file() { # NAME below the run   sets sha and bytes, from what is remembered if it was not written to since
+hash_file() { # NAME below the run   sets sha and bytes; those of an unchanged file are remembered
     before=$(stat_of "$run/$1") && [ ! -L "$run/$1" ] && [ -f "$run/$1" ] || return 1
     bytes=${before#* }
     bytes=${bytes%% *}
@@ -187,7 +187,7 @@ $names
 NAMES
 }
 
-grown_file() { # NAME [lines]   as far as it has come; with `lines` to the end of its last whole one
+grown_file() { # NAME [lines]   up to its present length; with `lines` to the end of its last whole line
     [ -f "$run/$1" ] || return 0
     bytes=$(stat -L -c %s "$run/$1") || return 0
     if [ "${2-}" = lines ] && [ "$bytes" -gt 0 ] && [ -n "$(head -c "$bytes" <"$run/$1" | tail -c 1)" ]; then
@@ -259,7 +259,7 @@ send() { # RUN [OFFSET SIZE FILE]...   bytes OFFSET to SIZE of each, in one go
         bytes=$(stat -c %s -- "$run/$3" 2>/dev/null)
         if [ -n "$bytes" ] && [ "$bytes" -ge "$2" ] && [ ! -L "$run/$3" ] && [ -f "$run/$3" ]; then
             {
-                opened=1 # from here on it may be removed: it stays open
+                opened=1 # the file may be removed from here on, since it stays open
                 say bytes $index $(($2 - $1)) || exit 0
                 tail -c "+$(($1 + 1))" 2>/dev/null | head -c $(($2 - $1))
             } <"$run/$3" 2>/dev/null
@@ -279,7 +279,7 @@ stop() { # ENVIRON VARIABLE... -- COMMAND...
         case $1 in
             '' | [!A-Za-z_]* | *[!A-Za-z0-9_]*) exit 2 ;;
         esac
-        # A value may have lines of its own; they are turned into a sign that no value has, and back.
+        # A value may have several lines: their newlines become a character that no value has, and are put back.
         value=$({ tr '\n\000' '\001\n' <"$environ"; } 2>/dev/null | sed -n "s/^$1=//p" | sed q | tr '\001' '\n' && printf .)
         value=${value%.}
         value=${value%"$newline"}
@@ -297,7 +297,7 @@ refuse() { # WHY TEXT...
     exit 0
 }
 
-containers() { # [running]   names: of our jobs, and of others' that have ended; a job that runs for another folder is left alone
+containers() { # [running]   names, of our jobs and of ended jobs of others; a running job of another folder is left alone
     docker ps --all --format '{{.Names}}|{{.Image}}|{{.Status}}' </dev/null 2>/dev/null | while IFS='|' read -r name image status; do
         case $name in
             rlhf-box-*) ;;
@@ -327,7 +327,7 @@ may_purge() {
     esac
     [ ! -L "$root" ] || refuse not_ours "$root is a link"
     [ -d "$root" ] || return 0
-    [ -f "$root/.rlhf-box" ] && [ ! -L "$root/.rlhf-box" ] || refuse not_ours "$root has no .rlhf-box in it, which says that it is ours"
+    [ -f "$root/.rlhf-box" ] && [ ! -L "$root/.rlhf-box" ] || refuse not_ours "$root has no .rlhf-box, the mark of our folder"
     [ "$real" != / ] || refuse not_ours "$root is /"
     found=$(running)
     [ -z "$found" ] || refuse busy "${found#running }"
@@ -335,7 +335,7 @@ may_purge() {
         until=$(sed -n 's/^expires //p' "$root/lock/owner" 2>/dev/null)
         ! is_number "$until" || [ "$until" -le "$(date +%s)" ] || refuse locked "$(sed -n 's/^who //p' "$root/lock/owner" | sed q)"
     fi
-    # What is mounted below is another file system: never entered.
+    # A mount below is another file system, which is never entered.
     while read -r _ _ _ _ point _; do
         case $point in *\\*) point=$(printf '%b.' "$(printf %s "$point" | sed 's/\\\([0-7][0-7][0-7]\)/\\0\1/g')") ;; *) point=$point. ;; esac
         case ${point%.} in "$real"/*) refuse mounted "${point%.}" ;; esac
@@ -344,14 +344,14 @@ may_purge() {
 
 remaining() { [ -d "$root" ] && [ -n "$(find "$real" -mindepth 1 -maxdepth 1 ! -name .rlhf-box 2>/dev/null | sed q)" ]; }
 
-remove() { # all in ROOT but the marker, which goes last: a removal that is cut short can be done again
+remove() { # all in ROOT, and the marker last, so that a removal that broke off can be repeated
     set -- find "$real" -xdev -mindepth 1 -maxdepth 1 ! -name .rlhf-box -exec rm -rf -- {} +
     "$@" </dev/null 2>/dev/null
     if remaining; then # folders that may not be written to
         find "$real" -xdev -type d ! -perm -700 -exec chmod u+rwx {} + </dev/null 2>/dev/null
         "$@" </dev/null 2>/dev/null
     fi
-    if remaining && has docker; then # of another user, as containers may leave them: a container may remove them
+    if remaining && has docker; then # files of another user, as containers may leave them: a container may remove them
         image=$(images | sed q)
         if [ -n "$image" ] && docker run --rm --pull never --network none --user 0:0 --entrypoint find --mount "type=bind,source=$real,target=/purge" "$image" \
             /purge -xdev -mindepth 1 -maxdepth 1 ! -name .rlhf-box -exec rm -rf -- {} + </dev/null >/dev/null 2>&1; then
@@ -405,7 +405,7 @@ would() { # SORT   for each line of standard input
 what_stays() {
     ! has docker || ! docker version </dev/null >/dev/null 2>&1 ||
         say note 'the cache of image builds is shared with others and stays; docker builder prune empties it'
-    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'the line of your key in ~/.ssh/authorized_keys stays, since it lets you in'
+    [ ! -s "${HOME:-}/.ssh/authorized_keys" ] || say note 'your key stays in ~/.ssh/authorized_keys, since it lets you log in'
 }
 
 prove() {
@@ -418,7 +418,7 @@ prove() {
     left=$(of_a_job | while read -r pid request; do
         case $ours in
             *"$newline$request$newline"*) say proof processes left "$pid $(command_of "$pid")" ;;
-            *) say note "process $pid belongs to a job that this folder knows nothing of" ;;
+            *) say note "process $pid belongs to a job that is not known in this folder" ;;
         esac
     done)
     named=$(names_root | while read -r pid; do say proof processes left "$pid $(command_of "$pid")"; done)

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Looks after the one job of a box, in both runtimes: log, exit code, heartbeat, cancel. A job is nobody's child but this script's,
-# which is nobody's child at all. What it knows are files of ROOT/runs/RUN/job. Its verbs, answers and exit codes: PROTOCOL.md.
+# Supervises the one job of a box, in both runtimes: log, exit code, heartbeat, cancel. The job is a child of this script, which has left
+# its own parent. Its state is in files of ROOT/runs/RUN/job. Its verbs, answers and exit codes: PROTOCOL.md.
 #
-# A request runs at most once: ROOT/requests/REQUEST is made by `start`, as its last doubt before the job begins, or by `withdraw`.
-# The slot is made before that. A process is known by its number, its start time and the boot, since numbers come again.
+# A request runs at most once: ROOT/requests/REQUEST is made either by `start`, as its last step before the job begins, or by `withdraw`.
+# The slot is made before that. A process is identified by its number, its start time and the boot, since numbers are reused.
 #
 # shellcheck disable=SC2015 # `a && b || c` is meant as it stands: c also if b fails
-# shellcheck disable=SC2016 # the backticks are for who reads the message
+# shellcheck disable=SC2016 # the backticks are part of the message
 # shellcheck disable=SC2154,SC2034 # j_*, d_* and secret_* are set by eval, `secrets` is read by env/secrets.sh
 # shellcheck disable=SC2030,SC2031 # NCCL_P2P_DISABLE is set in two processes
 
@@ -20,8 +20,8 @@ umask 022
 # shellcheck source=remote/on_box/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 
-CHUNK=262144 # bytes of a frame: between two of them there is time for a beat
-LEFTOVERS=20 # tenths of a second for what a job has started, once it has ended itself
+CHUNK=262144 # bytes of a frame: between two frames there is time for a beat
+LEFTOVERS=20 # tenths of a second for processes that a job left behind
 
 # --- small things --------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ write() { # FILE TEXT
     { printf '%s\n' "$2" >"$1" && [ -s "$1" ]; } 2>/dev/null
 }
 
-put() { # FILE TEXT   by rename: whole or not at all
+put() { # FILE TEXT   by rename, so as a whole or not at all
     write "$1.$$" "$2" && mv -f "$1.$$" "$1" 2>/dev/null && return 0
     rm -f "$1.$$"
     return 1
@@ -66,7 +66,7 @@ each_tenth() { # TIMES COMMAND...   until it succeeds
 
 # --- what there is of a job -----------------------------------------------------------------------------------------
 
-members() { # REQUEST   the processes of its job, wherever they are: ranks have sessions of their own. Sees into containers, too.
+members() { # REQUEST   the processes of its job, also in containers; ranks have sessions of their own
     [ -n "$1" ] || return 0
     with_variable "RLHF_REQUEST=$1" | while IFS=/ read -r _ _ pid _; do
         ! is_alive "$pid" || printf '%s\n' "$pid"
@@ -88,7 +88,7 @@ has_no_members() { [ -z "$(members "$1")" ]; }
 is_gone() { ! is_running "$@"; }
 
 end_members() { # REQUEST
-    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do # what one has started meanwhile, the next round finds
+    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do # the next round finds processes that were started meanwhile
         left=$(members "$1")
         [ -n "$left" ] || return 0
         # shellcheck disable=SC2086
@@ -110,7 +110,7 @@ job_is_there() { # of the files that `look` has read
     fi
 }
 
-look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a supervisor, `training` stays as it was, since it is slow to find out
+look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a supervisor, keep `training`, since finding it out is slow
     j=$root/runs/$1/job
     for name in request pid start boot started heartbeat exit ended grace steps container; do
         read_word "$j/$name"
@@ -136,22 +136,22 @@ look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a superv
     done
 }
 
-tidy() { # REQUEST   of a job of which nothing runs any more
+tidy() { # REQUEST   of a job without any process left
     is_name "$1" || return 0
     rm -rf "$root/secrets/$1"
     read_line "$slot/request"
     [ "$value" = "$1" ] || return 0
-    # By rename: nobody finds half a slot.
+    # By rename, so that nobody sees half a slot.
     mv "$slot" "$slot.gone.$$" 2>/dev/null && rm -rf "$slot.gone.$$"
 }
 
-tidy_lost() { # as `look` has found it: nobody looks after it, and it has ended
+tidy_lost() { # a job that `look` has found ended, without a supervisor
     [ "$alive$training" != 00 ] || [ -z "$j_request" ] || [ ! -d "$root/secrets/$j_request" ] || tidy "$j_request"
 }
 
 # --- start ----------------------------------------------------------------------------------------------------------
 
-start() { # as it was called; the line may break at any time, so all is done by a process that has left it
+start() { # with the arguments of `run`. The connection may break at any time, so a process that has left it does all work
     has setsid || {
         printf 'refused there is no setsid here (util-linux)\n'
         return
@@ -162,7 +162,7 @@ start() { # as it was called; the line may break at any time, so all is done by 
     printf '%s\n' "${answer:-refused the supervisor ended without a word}"
 }
 
-answer() { # WORD...   to who has called `start`, who may be gone
+answer() { # WORD...   to the caller of `start`, who may be gone
     trap '' PIPE
     printf '%s\n' "$*" 2>/dev/null
     trap - PIPE
@@ -173,7 +173,7 @@ give_up() { # ANSWER...
     rm -rf "$incoming" "$new"
     if [ -n "$claimed" ]; then
         tidy "$request"
-        rmdir "$root/runs/$run/job" "$root/runs/$run" 2>/dev/null # where this call has made them
+        rmdir "$root/runs/$run/job" "$root/runs/$run" 2>/dev/null # if this call has made them
     fi
     answer "$@"
     exit 0
@@ -183,10 +183,10 @@ refuse() { give_up refused "$(printf %s "$1" | tr '\n' ' ')"; }
 
 no_room() { refuse "cannot write in $root: $(free_kb "$root") KB are free there"; }
 
-receive() { # standard input, to its end; secrets stay in variables until all of it is known to be whole
+receive() { # read standard input to its end; secrets stay in variables until it is known to be whole
     torn='the connection broke before all of the job was here'
     IFS=' ' read -r word count rest || refuse "$torn"
-    [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'what came is no job: it must begin with `secrets N`'
+    [ "$word" = secrets ] && is_number "$count" && [ -z "$rest" ] || refuse 'the input is not a job: it must begin with `secrets N`'
     index=0
     while [ $index -lt "$count" ]; do
         IFS= read -r line || refuse "$torn"
@@ -196,7 +196,7 @@ receive() { # standard input, to its end; secrets stay in variables until all of
         index=$((index + 1))
     done
     IFS=' ' read -r word hash rest || refuse "$torn"
-    case $word$rest in job) ;; *) refuse 'what came is no job: `job HASH` must follow the secrets' ;; esac
+    case $word$rest in job) ;; *) refuse 'the input is not a job: `job HASH` must follow the secrets' ;; esac
     case $hash in *[!0-9a-f]*) hash='' ;; esac
     [ ${#hash} -ge 16 ] || refuse 'the hash of the job file is not one'
     mkdir -p "$root/inputs" 2>/dev/null && { cat >"$incoming"; } 2>/dev/null || no_room
@@ -214,15 +214,15 @@ read_deployed() { # FILE   sets d_*
         esac
     done <"$1"
     d_image=${d_image#rlhf-box:}
-    is_name "$d_mirror" && [ "$d_route" = mirror ] || d_mirror=default # never through a mirror and a proxy at once
+    is_name "$d_mirror" && [ "$d_route" = mirror ] || d_mirror=default # never through both a mirror and a proxy
 }
 newline='
 '
 
-check() { # that the job can begin at all
+check() { # whether the job can begin at all
     [ -f "$root/.rlhf-box" ] && [ -r "$root/deployed" ] || refuse "nothing is deployed in $root"
     read_deployed "$root/deployed"
-    [ "$d_code" = "$fp" ] && [ -d "$code" ] || refuse "the code $fp is not deployed here, but ${d_code:-none}"
+    [ "$d_code" = "$fp" ] && [ -d "$code" ] || refuse "the code $fp is not deployed here; deployed: ${d_code:-none}"
     [ -r "$code/env/mirrors/$d_mirror.env" ] || refuse "there is no mirror $d_mirror in env/mirrors"
     case $d_runtime in
         bare) [ -x "$d_python" ] || refuse "there is no Python at ${d_python:-?}: deploy again" ;;
@@ -239,16 +239,16 @@ say_decided() {
     give_up already "$request"
 }
 
-claim() { # the slot; or say who has it
+claim() { # take the slot, or say who has it
     waits=20
     until mkdir "$slot" 2>/dev/null; do
         [ -d "$slot" ] || no_room
         read_word "$slot/run" && has_slot=$value && read_word "$slot/request" && had=$value && read_word "$slot/start"
-        if [ -z "$value" ] || ! is_name "$has_slot"; then # just being made, or given back
+        if [ -z "$value" ] || ! is_name "$has_slot"; then # it is being made, or released
             [ $waits -gt 0 ] || take_over "$had"
         else
             look "$has_slot"
-            if [ "$j_request" != "$had" ]; then # it was claimed, and its job is not begun yet
+            if [ "$j_request" != "$had" ]; then # it was claimed, and its job has not begun yet
                 j_exit='' alive=0 training=0
                 read_word "$slot/boot" && [ "$value" = "$boot" ] && read_word "$slot/start" && begun=$value && read_word "$slot/pid" && is_running "$value" "$begun" && alive=1
             fi
@@ -260,7 +260,7 @@ claim() { # the slot; or say who has it
             fi
         fi
         waits=$((waits - 1))
-        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not come to an end"
+        [ $waits -gt -30 ] || refuse "another start is taking over the slot of run ${has_slot:-?}, and does not end"
         pause 1
     done
     claimed=1
@@ -269,7 +269,7 @@ claim() { # the slot; or say who has it
         write "$slot/pid" $$ && write "$slot/boot" "$boot" && cp "$root/deployed" "$slot/deployed" 2>/dev/null && write "$slot/start" "$own_start" || no_room
 }
 
-take_over() { # REQUEST   the slot of a job that is gone; two may want to at once, and one of them may look at the other's new slot
+take_over() { # REQUEST   the slot of a job that is gone. Two calls may do this concurrently, and one may see the other's new slot
     if ! mkdir "$slot/taken" 2>/dev/null; then
         read_line "$slot/taken/by"
         [ -z "$value" ] || is_running "${value% *}" "${value#* }" || rm -rf "$slot/taken"
@@ -285,15 +285,15 @@ take_over() { # REQUEST   the slot of a job that is gone; two may want to at onc
     fi
 }
 
-own() { # FILE...   what the container's user is to read or write
+own() { # FILE...   that the container's user shall read or write
     [ "$uid" = "$(id -u)" ] || chown -R "$uid:$gid" "$@"
 }
 
-prepare() { # all that takes room on the disk, so that after it nothing can fail
+prepare() { # write all that needs room on the disk, so that nothing can fail after it
     mkdir -p "$root/requests" "$root/runs/$run/job" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp" "$root/inputs/$hash" 2>/dev/null &&
         (umask 077 && mkdir -p "$root/secrets/$request") 2>/dev/null && mv -f "$incoming" "$root/inputs/$hash/job.yaml" || no_room
     incoming=''
-    for folder in "$root"/secrets/*; do [ "${folder##*/}" = "$request" ] || rm -rf "$folder"; done # of jobs that nobody saw end
+    for folder in "$root"/secrets/*; do [ "${folder##*/}" = "$request" ] || rm -rf "$folder"; done # of jobs whose end was not seen
     index=0
     while [ $index -lt "$count" ]; do
         eval "line=\$secret_$index secret_$index=''"
@@ -305,7 +305,7 @@ prepare() { # all that takes room on the disk, so that after it nothing can fail
     now=$(epoch)
     mkdir "$new" 2>/dev/null && write "$new/request" "$request" && write "$new/pid" $$ && write "$new/start" "$own_start" && write "$new/boot" "$boot" &&
         write "$new/started" "$now" && write "$new/heartbeat" "$now" && write "$new/grace" "$grace" && write "$new/steps" "$steps" || no_room
-    # Given back when the exit code is to be written, which must not be lost on a full disk.
+    # A reserve, which is released before the exit code is written: a full disk must not lose the code.
     { head -c 16384 /dev/zero >"$new/room" && printf '' >"$new/output"; } 2>/dev/null && [ "$(wc -c <"$new/room")" -eq 16384 ] || no_room
     uid=$(id -u) gid=$(id -g)
     if [ "$d_runtime" = docker ]; then # never as root
@@ -315,7 +315,7 @@ prepare() { # all that takes room on the disk, so that after it nothing can fail
     fi
 }
 
-steps_in() { # ARG...   sets steps: those that are asked for, as rlhf-train understands it
+steps_in() { # ARG...   sets steps: those that are asked for, by rlhf-train's rules
     steps='' taking=''
     for word; do
         case $word in
@@ -336,7 +336,7 @@ run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
     shift 5
     is_name "$run" || refuse 'this cannot name a run: letters, digits, dots, dashes and underscores, 64 at most'
     is_name "$request" || refuse 'this cannot name a request'
-    is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not a word that this takes'
+    is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not valid'
     case $root in /*) ;; *) refuse 'ROOT must be an absolute path' ;; esac
     [ -d "$root/code" ] || refuse "nothing is deployed in $root"
     code=$root/code/$fp incoming=$root/inputs/.incoming.$$ new=$root/runs/$run/job/new.$$
@@ -358,7 +358,7 @@ run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
     job=$root/runs/$run/job
     (cd "$job" && rm -f process container exit ended cancelled gpu) # of an earlier call
     mv -f "$new"/[!r]* "$new/room" "$job"
-    mv -f "$new/request" "$job" # last: from here on all of it is this job's
+    mv -f "$new/request" "$job" # last: from here on all files are this job's
     rmdir "$new"
     answer started "$request" $$
     exec </dev/null >>"$job/output" 2>&1
@@ -381,7 +381,7 @@ wait_for() { # PID   sets code_of_job; a signal for us ends `wait`, and not the 
         caught=0
         wait "$1"
         code=$?
-        [ $code -ne 127 ] || [ "$code_of_job" -eq 127 ] || return 0 # it was told the time before
+        [ $code -ne 127 ] || [ "$code_of_job" -eq 127 ] || return 0 # its code was reported the time before
         code_of_job=$code
         [ $caught -eq 1 ] && [ $code -gt 128 ] || return 0
     done
@@ -396,7 +396,7 @@ run_bare() { # ARG...
     [ ! -e "$job/cancelled" ] || kill -TERM "$target" 2>/dev/null
     wait_for "$target"
     each_tenth $LEFTOVERS has_no_members "$request" || {
-        printf 'supervisor: the job has ended with %s and left processes, which are ended now\n' "$code_of_job"
+        printf 'supervisor: the job ended with %s and left processes, which are ended now\n' "$code_of_job"
         end_members "$request"
     }
 }
@@ -419,7 +419,7 @@ run_docker() { # ARG...
     docker rm -f "$name" >/dev/null 2>&1
 }
 
-watch_container() { # ends with its code. The daemon may be away for a while; a container may have been removed
+watch_container() { # ends with the container's code. The daemon may be away for a while; the container may have been removed
     trap - TERM INT HUP
     misses=0
     while [ $misses -lt 3 ]; do
@@ -470,7 +470,7 @@ END
     done
 }
 
-source_file() { # FILE   of the provider; one that would end this shell is left out
+source_file() { # FILE   of the provider; a file that would end this shell is left out
     # shellcheck disable=SC1090
     [ -r "$1" ] && (. "$1") >/dev/null 2>&1 </dev/null && . "$1" >/dev/null 2>&1 </dev/null
 }
@@ -497,8 +497,8 @@ END
     # shellcheck disable=SC1090
     . "$code/env/mirrors/$d_mirror.env"
     set +a
-    # PYTHONDONTWRITEBYTECODE: the folder of the code stays as it was sent. To compile it anew takes 0.1 s. PYTHONPYCACHEPREFIX would hide
-    # what pip has compiled, too: PyTorch and transformers then take 8 s more of each process at a box's first start.
+    # PYTHONDONTWRITEBYTECODE: the folder of the code stays as it was sent; compiling it each time takes 0.1 s. PYTHONPYCACHEPREFIX would
+    # also hide what pip has compiled: PyTorch and transformers then cost each process 8 s more at a box's first start.
     PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONDONTWRITEBYTECODE=1
     export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONDONTWRITEBYTECODE
     # shellcheck source=env/caches.sh
@@ -532,7 +532,7 @@ pulse() { # until the supervisor is gone
     second=0 smi='' smi_start=''
     while is_running $$ "$own_start"; do
         put "$job/heartbeat" "$(epoch)"
-        if [ $((second % 5)) -eq 0 ] && has nvidia-smi; then # one at a time, whatever becomes of it
+        if [ $((second % 5)) -eq 0 ] && has nvidia-smi; then # one at a time, even if it hangs
             is_running "$smi" "$smi_start" || ask_cards "$job/gpu" $USE
         fi
         second=$((second + 1))
@@ -574,7 +574,7 @@ size_of() { # FILE   sets size; 0 where it is not
     size=$((${size:-0}))
 }
 
-send() { # FILE   what it has beyond offset. A frame that came out short (the file was cut just then) cannot be mended: the line ends.
+send() { # FILE   send what it has beyond offset. A short frame (the file was cut just then) cannot be mended, so the connection ends.
     size_of "$1"
     if [ "$size" -lt "$offset" ]; then
         offset=$size
@@ -584,14 +584,14 @@ send() { # FILE   what it has beyond offset. A frame that came out short (the fi
         length=$((size - offset))
         [ $length -le $CHUNK ] || length=$CHUNK
         printf 'bytes %s %s\n' "$offset" $length || exit 0
-        # Counted on their way by `wc`. Standard output may be a socket, which cannot be opened once more; the pipe to wc can.
+        # `wc` counts the bytes. Standard output may be a socket, which cannot be opened a second time; the pipe to wc can.
         sent=$({ tail -c "+$((offset + 1))" "$1" 2>/dev/null | head -c $length | tee /proc/self/fd/4 >&3; } 4>&1 | wc -c)
         [ $((sent)) -eq $length ] || exit 1
         offset=$((offset + length))
     done
 }
 
-beat() { # each second, and only when all is sent that was there: that is what it tells
+beat() { # each second, and only when all that was there is sent, since it says so
     now=$(epoch)
     [ "$now" != "$beaten" ] || return 0
     cards=''
@@ -637,7 +637,7 @@ follow() { # RUN FILE OFFSET
         beat
         if [ "$alive$training" = 00 ] || [ -n "$j_exit" ]; then
             quiet=$((quiet + 1))
-            # Without an exit code a second look decides: it may be just about to begin again.
+            # Without an exit code a second look decides: the run may be about to start again.
             if [ -n "$j_exit" ] || [ $quiet -gt 2 ]; then
                 printf 'done\n' || exit 0
                 tidy_lost
@@ -671,7 +671,7 @@ list() {
         printf 'run %s %s%s size_kb=%s%s%s\n' "$name_of_run" "$words" "${j_heartbeat:+ heartbeat=$j_heartbeat}" "${size_kb%%[!0-9]*}" \
             "${complete:+ complete=${complete#,}}" "${checkpoints:+ checkpoint=${checkpoints#,}}"
         last=''
-        # Of two lines the second may be torn, and is not read then.
+        # The second of two lines may be torn, and is then not read.
         last=$(tail -n 2 "${folder}events.jsonl" 2>/dev/null | { while IFS= read -r line; do last=$line; done && printf %s "$last"; })
         [ -z "$last" ] || printf 'last %s %s\n' "$name_of_run" "$last"
         tidy_lost
@@ -692,22 +692,22 @@ list() {
 
 # --- cancel ---------------------------------------------------------------------------------------------------------
 
-has_ended() { # RUN   the job that `cancel` has found; another call may have begun since
+has_ended() { # RUN   the job that `cancel` has found; another job may have begun since
     look "$1"
     [ -n "$j_exit" ] || [ "$alive$training" = 00 ] || [ "$j_request" != "$wanted" ]
 }
 
-term() { # -> whether there was somebody to tell
+term() { # -> whether there was a process to signal
     if [ -n "$j_container" ]; then
         docker kill -s TERM "$j_container" >/dev/null 2>&1
     elif is_running "${j_process% *}" "${j_process#* }"; then
         kill -TERM "${j_process% *}" 2>/dev/null
-    elif [ $alive -eq 0 ]; then # its ranks, without who has started them
+    elif [ $alive -eq 0 ]; then # the ranks, without their supervisor
         left=$(members "$wanted")
         # shellcheck disable=SC2086
         [ -n "$left" ] && kill -TERM $left 2>/dev/null
     else
-        false # just about to begin; the supervisor itself looks for `cancelled` then
+        false # the job is about to begin; the supervisor itself then looks for `cancelled`
     fi
 }
 
@@ -722,7 +722,7 @@ cancel() { # RUN GRACE_S
         printf 'not_running\n'
         return
     fi
-    # Before the signal: it tells a cancel from a box that is taken away.
+    # Before the signal, since the file tells a cancel from a box that is taken away.
     put "$j/cancelled" "$(epoch)" || { rm -f "$j/room" && put "$j/cancelled" "$(epoch)"; } || fail 6 "cannot write in $j: nothing was cancelled"
     if term; then told=1; else told=''; fi
     printf 'term\n'
@@ -761,7 +761,7 @@ prove() { # that nothing is left; the driver takes a moment to give memory back
     printf '%s\n' "${found:-free}"
 }
 
-holders() { # gpu_held UUID PID MIB COMMAND, by what the driver says (of the host's numbers, in a container) and by who has a card open
+holders() { # gpu_held UUID PID MIB COMMAND, by the driver (in a container with the host's pids) and by who has a card open
     listed=' '
     if has nvidia-smi; then
         ask_cards "$root/.smi.$$" --query-compute-apps=gpu_uuid,pid,used_memory
@@ -779,7 +779,7 @@ holders() { # gpu_held UUID PID MIB COMMAND, by what the driver says (of the hos
         [ "$word" = open ] || holder=$word
         [ "$word" = open ] && [ -n "$holder" ] || continue
         said=$(command_of "$holder")
-        case $said in *nvidia-persistenced* | *nv-hostengine* | *dcgm*) holder='' ;; esac # they watch, and hold no memory
+        case $said in *nvidia-persistenced* | *nv-hostengine* | *dcgm*) holder='' ;; esac # these only monitor, and hold no memory
         case $listed in *" $holder "*) ;; *) [ -z "$holder" ] || printf 'gpu_held - %s - %s\n' "$holder" "$said" ;; esac
         holder=''
     done

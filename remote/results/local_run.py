@@ -159,7 +159,7 @@ class LocalRun:
             folder.rmdir()
 
     def is_complete(self, step: int, mark: str) -> bool:
-        """Whether all of the step is here. mark: the hash of complete.json, which comes last."""
+        """Tell whether all of the step is here. mark: the hash of complete.json, which is last."""
         return self.sha256(f"step{step}/complete.json") == mark
 
     def _save(self) -> None:

@@ -93,7 +93,7 @@ _KNOWN = re.compile(
 
 
 def is_safe(path: str) -> bool:
-    """Whether a run may hold a file of this path; a hostile box may name paths outside of it."""
+    """Tell whether a run may hold a file of this path; a hostile box may name any path."""
     odd = re.search("[\x00-\x1f\x7f\ufffd]", path)
     return (
         not odd

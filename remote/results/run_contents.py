@@ -26,7 +26,7 @@ LOOK_S = 60.0  # the longest that `results.sh look` may take: it hashes small fi
 
 
 def is_run_name(name: str) -> bool:
-    """Whether a run of this name can have a folder of its own in ROOT/runs."""
+    """Tell whether a run of this name can have a folder of its own in ROOT/runs."""
     return bool(name) and not name.startswith(".") and not re.search(r"[/\x00-\x1f\x7f\ufffd]", name)
 
 

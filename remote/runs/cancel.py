@@ -36,7 +36,8 @@ class Cancelled:
         }
         leftovers = [f"still running: process {each}" for each in self.left]
         leftovers += [f"still in GPU memory: {each}" for each in self.gpu_held]
-        return "\n".join([ended[self.how], *(leftovers or ["none of its processes is left or holds GPU memory"])])
+        proof = leftovers or ["nothing of it is left: none of its processes runs or holds GPU memory"]
+        return "\n".join([ended[self.how], *proof])
 
 
 def cancel(

@@ -35,7 +35,7 @@ class RemoteRun:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the job runs without its supervisor, so that its exit code will not be known."""
+        """Tell whether the job runs without its supervisor, so its exit code will be lost."""
         return self.job.training and not self.job.alive and self.job.exit is None
 
     def seconds(self, now: float) -> float | None:

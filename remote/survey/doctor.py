@@ -129,7 +129,7 @@ def diagnose(
 
 @dataclass(frozen=True)
 class SurveyedBox:
-    """What the checks read."""
+    """The facts, the job and the limits that the checks read."""
 
     facts: BoxFacts
     job: Job | None
@@ -140,7 +140,7 @@ class SurveyedBox:
 
     @property
     def wants_gpu(self) -> bool:
-        """Whether the job needs a GPU.
+        """Tell whether the job needs a GPU.
 
         With `device: auto`, a job that starts from random weights runs on the CPU if there is no
         GPU, and deploy prepares that.
@@ -423,11 +423,11 @@ def _inodes(box: SurveyedBox) -> Check:
 def _python(box: SurveyedBox) -> Check:
     wanted = box.limits.image.python
     right = [python for python in box.facts.pythons if python.version.split(".")[:2] == wanted.split(".")]
-    whole = [python for python in right if python.makes_venv]
+    usable = [python for python in right if python.makes_venv]
     if box.runtime.name == "docker":
         return Check("Python", "ok", f"{wanted}, in the image")
-    if whole:
-        return Check("Python", "ok", f"{whole[0].version} at {whole[0].path}")
+    if usable:
+        return Check("Python", "ok", f"{usable[0].version} at {usable[0].path}")
     if box.facts.condas:
         return Check("Python", "ok", f"{wanted} will be made by {box.facts.condas[0][0]}")
     if right:

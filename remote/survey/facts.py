@@ -249,8 +249,8 @@ def parse(text: str | bytes) -> BoxFacts:
         places=tuple(_place(answer, index, root) for index, root in answer.rows("root", 2)),
         pythons=tuple(
             dict.fromkeys(
-                Python(path, version, whole == "1")
-                for version, whole, path in answer.rows("python", 3)
+                Python(path, version, makes_venv == "1")
+                for version, makes_venv, path in answer.rows("python", 3)
                 if _is_version(version)
             )
         ),
@@ -524,7 +524,7 @@ def runtime_of(facts: BoxFacts) -> Runtime:
 
 
 def reaches_gpus(docker: Docker) -> bool:
-    """Whether a container with GPUs sees them.
+    """Tell whether a container with GPUs sees them.
 
     If no container could tell (no image, or one without nvidia-smi: 126, 127), it is enough that
     NVIDIA's runtime is listed.

@@ -69,7 +69,7 @@ class RunSurroundings:
 
 
 @dataclass(frozen=True)
-class _Now:
+class _WholeUpdate:
     """The step's state after its last whole update."""
 
     update: int
@@ -86,7 +86,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        around: RunSurroundings,
+        surroundings: RunSurroundings,
         updates: int,
         parts: Mapping[str, Stateful],
         *,
@@ -100,19 +100,23 @@ class Checkpointer:
         model_bytes: size of the model that the step will write.
         Raises ToolkitError if the disk is too small.
         """
-        self.around = around
-        self.step = around.step
+        self.surroundings = surroundings
+        self.run = surroundings.run
+        self.world = surroundings.world
+        self.heartbeat = surroundings.heartbeat
+        self.emit = surroundings.emit
+        self.step = surroundings.step
         self.updates = updates
         self.parts = parts
         self.rows = rows
-        self.spec: spec.CheckpointSchedule = around.settings
-        self.folder = around.run.step(around.step)
+        self.spec: spec.CheckpointSchedule = surroundings.settings
+        self.folder = self.run.step(self.step)
         self.size_bytes = sum(part.size_bytes() for part in parts.values())
         self.inodes = FILES + self.size_bytes // checkpoint_files.SHARD_BYTES
         self.skips = Skips()  # for Divergence to count; saved with each checkpoint
         self.best_value: float | None = None
         self._best_update = 0
-        self._now: _Now | None = None
+        self._last_update: _WholeUpdate | None = None
         self._saved_update: int | None = None  # of the last one that is complete
         self._saved_at = time.monotonic()
         self._seconds: float | None = None  # that the last one took until it was on disk
@@ -124,16 +128,16 @@ class Checkpointer:
         self._is_abandoned = False
         self._has_warned = False
         self.loop_tensors: dict[str, Tensor] = {}  # of the step's loop, from the checkpoint
-        around.heartbeat.is_patient = False  # from now on, signs of life come often
-        if around.world.is_main:
-            remove_others(self.folder, around.saved.path if around.saved is not None else None)
+        self.heartbeat.is_patient = False  # from now on, signs of life come often
+        if self.world.is_main:
+            remove_others(self.folder, surroundings.saved.path if surroundings.saved is not None else None)
             self._check_room(model_bytes)
 
     def _check_room(self, model_bytes: int) -> None:
         on_disk = size_of(self.folder.checkpoints)
         best = 0 if self.spec.best_every_updates is None or self.folder.best.exists() else model_bytes
         needed = max(0, max(2 * self.size_bytes, self.size_bytes + model_bytes) + best - on_disk)
-        run = self.around.run.path
+        run = self.run.path
         free, inodes = room(run)
         disk = f"{size(needed)} are needed for the old and the new one, {size(free)} are free"
         self._doing(f"a checkpoint has {size(self.size_bytes)}: {disk}")
@@ -153,7 +157,7 @@ class Checkpointer:
         None: the step starts from scratch. The loop's tensors are put in `loop_tensors`.
         Raises ToolkitError if the data has changed.
         """
-        saved = self.around.saved
+        saved = self.surroundings.saved
         if saved is None:
             return None
         self._doing(f"reading the checkpoint of update {saved.update}")
@@ -168,7 +172,7 @@ class Checkpointer:
             )
 
         def read(name: str) -> Tensor:
-            self.around.heartbeat.beat()  # a slow disk takes minutes for all tensors
+            self.heartbeat.beat()  # a slow disk takes minutes for all tensors
             return saved.tensor(name)
 
         for name, part in self.parts.items():
@@ -176,13 +180,13 @@ class Checkpointer:
         # With more ranks than before, the added ranks take the states of others: none of our draws
         # depends on them (see rollout.py).
         states = saved.state["random"]
-        set_random_states(states[self.around.world.rank % len(states)], self.around.world.device)
+        set_random_states(states[self.world.rank % len(states)], self.world.device)
         self.skips.in_a_row, self.skips.in_all = saved.state["skipped"]
         self.best_value, self._best_update = saved.state["best"]
         self._saved_update, self._seconds = saved.update, saved.state["seconds"]
         self.loop_tensors = saved.tensors("loop")
         saved.close()
-        self.around.heartbeat.has_trained = True
+        self.heartbeat.has_trained = True
         return saved.state["loop"]
 
     def after(self, update: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -192,9 +196,9 @@ class Checkpointer:
         state, tensors: of the step's loop.
         Raises what `stop_if_asked` raises, and the error of a save that failed.
         """
-        self._now = _Now(update, state, tensors or {}, random_states(self.around.world.device))
-        self.around.heartbeat.has_trained = True
-        self.around.stop_if_asked()
+        self._last_update = _WholeUpdate(update, state, tensors or {}, random_states(self.world.device))
+        self.heartbeat.has_trained = True
+        self.surroundings.stop_if_asked()
         self._collect()
         if self.skips.in_a_row == 0 and self._is_due(update):
             self._save()
@@ -205,8 +209,8 @@ class Checkpointer:
         if self.spec.every_minutes is None:
             return False
         pause_s = max(60 * self.spec.every_minutes, self._held_up_s / MOST_COST)
-        is_time = self.around.world.is_main and self._writing is None and time.monotonic() - self._saved_at >= pause_s
-        return self.around.world.any(is_time)
+        is_time = self.world.is_main and self._writing is None and time.monotonic() - self._saved_at >= pause_s
+        return self.world.any(is_time)
 
     def close(self) -> None:
         """Give up a checkpoint that is still being written: the saved model replaces it."""
@@ -219,13 +223,13 @@ class Checkpointer:
 
         Raises InterruptedError if the checkpoint was given up.
         """
-        self.around.heartbeat.beat()
+        self.heartbeat.beat()
         if self._is_abandoned:
             raise InterruptedError
 
     def _doing(self, what: str) -> None:
-        self.around.heartbeat.beat(what)
-        self.around.emit(Progress(step=self.step, doing=what))
+        self.heartbeat.beat(what)
+        self.emit(Progress(step=self.step, doing=what))
 
     # --- saving ---
 
@@ -235,65 +239,65 @@ class Checkpointer:
         All ranks take part, and rank 0 writes. Unless `wait_for_disk`, training continues meanwhile
         if there is memory for a copy. Raises ToolkitError on rank 0.
         """
-        assert self._now is not None
-        now, start = self._now, time.perf_counter()
+        assert self._last_update is not None
+        last, start = self._last_update, time.perf_counter()
         self._wait()
-        world = self.around.world
-        self.around.heartbeat.beat(f"update {now.update}, checkpoint")
-        randoms = world.gather(now.random)
-        tensors = self._tensors(now)
+        world = self.world
+        self.heartbeat.beat(f"update {last.update}, checkpoint")
+        randoms = world.gather(last.random)
+        tensors = self._tensors(last)
         if not world.is_main:
             for _ in tensors:
-                self.around.heartbeat.beat()
+                self.heartbeat.beat()
             return
         state = {
-            "update": now.update,
+            "update": last.update,
             "updates": self.updates,
             "rows": self.rows,
-            "loop": now.state,
+            "loop": last.state,
             "parts": {name: part.numbers() for name, part in self.parts.items()},
             "random": randoms,
             "skipped": [self.skips.in_a_row, self.skips.in_all],
             "best": [self.best_value, self._best_update],
             "seconds": self._seconds,
-            "inputs": self.around.inputs,
+            "inputs": self.surroundings.inputs,
             "ranks": world.size,
         }
         in_background = not wait_for_disk and free_memory_bytes() > 2 * self.size_bytes
         if in_background:
             copies = [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
             self._held_up_s = time.perf_counter() - start
-            work = (now.update, copies, lambda: copies, state, start)
+            work = (last.update, copies, lambda: copies, state, start)
             self._writing = threading.Thread(target=self._write, args=work)
-            self._writing_update = now.update
+            self._writing_update = last.update
             self._writing.start()
         else:
             # With several ranks there is no second try: the others gather their tensors only once.
-            again = (lambda: self._tensors(now)) if world.size == 1 else None
-            self._write(now.update, tensors, again, state, start)
+            second_try = (lambda: self._tensors(last)) if world.size == 1 else None
+            self._write(last.update, tensors, second_try, state, start)
             for _ in tensors:  # after a failure: the other ranks gather all tensors
                 pass
             self._held_up_s = time.perf_counter() - start
             self._collect()
 
-    def _tensors(self, now: _Now) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, last: _WholeUpdate) -> Iterator[tuple[str, Tensor]]:
         for name, part in self.parts.items():
             for key, tensor in part.tensors():
                 yield f"{name}/{key}", tensor
-        for name, tensor in now.tensors.items():
+        for name, tensor in last.tensors.items():
             yield f"loop/{name}", tensor
 
     def _write(
         self,
         update: int,
         tensors: Iterable[tuple[str, Tensor]],
-        again: Callable[[], Iterable[tuple[str, Tensor]]] | None,
+        second_try: Callable[[], Iterable[tuple[str, Tensor]]] | None,
         state: dict[str, Any],
         start: float,
     ) -> None:
         """Write a checkpoint, in this thread or its own, and leave the result in `_written`.
 
-        again: returns the tensors for a second try; None: there is none.
+        second_try: returns the tensors again; None: they cannot be had again.
         """
         folder = self.folder.checkpoint(update)
         self._tried = update
@@ -301,17 +305,17 @@ class Checkpointer:
         try:
             self._make_room()
             # Fail if the disk is gone: else the run folder would be made again at its mount point.
-            self.around.run.path.stat()
+            self.run.path.stat()
             with suppress(FileNotFoundError):
-                sync(self.around.run.events)  # events must be on disk before the state that follows them
+                sync(self.run.events)  # events must be on disk before the state that follows them
             try:
                 written = checkpoint_files.write(folder, tensors, state, self._beat)
             except OSError:
-                self.around.run.path.stat()
-                if again is None or self._is_abandoned:
+                self.run.path.stat()
+                if second_try is None or self._is_abandoned:
                     raise
                 self._free_what_may_go()
-                written = checkpoint_files.write(folder, again(), state, self._beat)
+                written = checkpoint_files.write(folder, second_try(), state, self._beat)
             if state["skipped"][0] == 0:  # else the new checkpoint may be of a run that diverges
                 remove_others(self.folder, folder)
             self._written = Checkpoint(
@@ -327,11 +331,11 @@ class Checkpointer:
             self._tell_of_saving(False)
 
     def _tell_of_saving(self, is_saving: bool) -> None:
-        self.around.heartbeat.is_saving = is_saving
-        self.around.heartbeat.beat()
+        self.heartbeat.is_saving = is_saving
+        self.heartbeat.beat()
 
     def _make_room(self) -> None:
-        if not self._fits(*room(self.around.run.path)):
+        if not self._fits(*room(self.run.path)):
             self._free_what_may_go()
 
     def _fits(self, free_bytes: int, inodes: int | None) -> bool:
@@ -343,14 +347,14 @@ class Checkpointer:
         keep = None if self._saved_update is None else self.folder.checkpoint(self._saved_update)
         remove_others(self.folder, keep)
         for step in (1, 2, 3):
-            other = self.around.run.step(step)
+            other = self.run.step(step)
             shutil.rmtree(other.model.with_name(f"{other.model.name}.partial"), ignore_errors=True)
             if step != self.step and other.complete.exists():
                 shutil.rmtree(other.checkpoints, ignore_errors=True)
 
     def _wait(self) -> None:
         if self._writing is not None:
-            self.around.heartbeat.beat("waiting for the disk")
+            self.heartbeat.beat("waiting for the disk")
             while self._writing.is_alive():
                 self._writing.join(1.0)
         self._collect()
@@ -366,21 +370,21 @@ class Checkpointer:
             raise written
         if written is not None:
             self._saved_update, self._seconds, self._saved_at = written.update, written.seconds, time.monotonic()
-            self.around.emit(replace(written, held_up_s=self._held_up_s))
+            self.emit(replace(written, held_up_s=self._held_up_s))
             self._warn_of_little_room()
 
     def _warn_of_little_room(self) -> None:
         with suppress(OSError):
-            free, inodes = room(self.around.run.path)
+            free, inodes = room(self.run.path)
             if not self._fits(free, inodes) and not self._has_warned:
                 self._has_warned = True
-                where = f"{_free(free, inodes)} at {self.around.run.path}"
+                where = f"{_free(free, inodes)} at {self.run.path}"
                 needed = f"{size(self.size_bytes)} in up to {self.inodes} files"
                 message = f"the next checkpoint will not fit: {where}, and it has {needed}"
-                self.around.emit(Warning(step=self.step, message=message, hint="make room while it trains"))
+                self.emit(Warning(step=self.step, message=message, hint="make room while it trains"))
 
     def _failure(self, error: OSError, update: int) -> ToolkitError:
-        run = self.around.run.path
+        run = self.run.path
         plain = system_error(error, ExitCode.TRAINING)
         if not run.is_dir():
             plain.what = f"the run folder {run} is gone"
@@ -401,7 +405,7 @@ class Checkpointer:
         """
         with suppress(ToolkitError):  # the other error is the one to report
             self._wait()
-        return _named(self.around.world.gather(self._saved_update)[0])
+        return _named(self.world.gather(self._saved_update)[0])
 
     def _last_good_here(self) -> str:
         """Name the last good checkpoint, on rank 0 alone."""
@@ -421,27 +425,27 @@ class Checkpointer:
 
         grace_s: the time that is left; None: no limit.
         """
-        if self._now is None:
+        if self._last_update is None:
             return
-        if not self._is_whole(self._now.update):
+        if not self._is_whole(self._last_update.update):
             self._say_nothing_is_saved("the update after it was only half done")
             return
-        if self.around.world.any(self._now.update in (self._saved_update, self._writing_update)):
+        if self.world.any(self._last_update.update in (self._saved_update, self._writing_update)):
             self._wait()
             return
         saves = 2 if self._writing else 1  # the one under way has to end first
         fits = grace_s is None or self._seconds is None or self._seconds * saves <= grace_s
-        if self.around.world.any(self.around.world.is_main and fits):
+        if self.world.any(self.world.is_main and fits):
             self._save(wait_for_disk=True)
-        elif self.around.world.is_main:
+        elif self.world.is_main:
             self._say_nothing_is_saved(f"{grace_s:.0f} s are left, and the last one took {self._seconds:.0f} s")
             self._wait()
 
     def _say_nothing_is_saved(self, why: str) -> None:
-        assert self._now is not None
-        message = f"no checkpoint of update {self._now.update}: {why}"
+        assert self._last_update is not None
+        message = f"no checkpoint of update {self._last_update.update}: {why}"
         hint = f"{self._last_good_here()}; checkpoint.grace_s says how long this machine waits after SIGTERM"
-        self.around.emit(Warning(step=self.step, message=message, hint=hint))
+        self.emit(Warning(step=self.step, message=message, hint=hint))
 
     def _is_whole(self, update: int) -> bool:
         """Return whether no part is in the middle of an update or ahead of the others."""
@@ -476,7 +480,7 @@ class Checkpointer:
         else:
             best = f"{self.best_value:.6g} at update {self._best_update}"
             doing = f"held-out {metric} at update {update}: {value:.6g} (best: {best})"
-            self.around.emit(Progress(step=self.step, doing=doing))
+            self.emit(Progress(step=self.step, doing=doing))
 
 
 def _named(saved_update: int | None) -> str:

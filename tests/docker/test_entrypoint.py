@@ -22,8 +22,8 @@ def entrypoint(tmp_path: Path) -> Path:
     script = tmp_path / "entrypoint"
     text = (DOCKER / "entrypoint").read_text(encoding="utf-8")
     assert "secrets=/run/secrets\n" in text and ". /app/env/cuda.sh\n" in text
-    for here, there in {"/run/secrets": "secrets", "/app/runs": "app-runs", "/cache": "app-cache"}.items():
-        text = text.replace(here, str(tmp_path / there))
+    for path, folder in {"/run/secrets": "secrets", "/app/runs": "app-runs", "/cache": "app-cache"}.items():
+        text = text.replace(path, str(tmp_path / folder))
     shutil.copy(DOCKER.parent / "env/secrets.sh", tmp_path / "secrets.sh")
     text = text.replace(". /app/env/cuda.sh", "true").replace("/app/env/secrets.sh", str(tmp_path / "secrets.sh"))
     script.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from jobs.run_dir import RunDir
 from rlhf_train.__main__ import main
 from tests import tiny
 
-PATIENCE_S = 90.0  # for what takes seconds; other work may share the machine
+PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
 SHIM = Path(__file__).parent / "shim"
 
 Fault = dict[str, Any]

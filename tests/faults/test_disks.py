@@ -21,8 +21,8 @@ from tests.tiny import Trained
 
 Said = pytest.CaptureFixture[str]
 
-ROOMY = "size=600m,nr_inodes=5000"  # above what every start asks for; a tmpfs takes no memory before it is used
-LEFT = 64 * 1024  # bytes: for some events, and not for a checkpoint of 0.4 MB
+ROOMY = "size=600m,nr_inodes=5000"  # more than every start needs; a tmpfs takes no memory before it is used
+LEFT = 64 * 1024  # bytes: enough for some events, too little for a checkpoint of 0.4 MB
 
 
 def mount(*words: str | Path) -> str:

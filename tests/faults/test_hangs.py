@@ -17,7 +17,7 @@ from tests.tiny import Trained
 
 Said = pytest.CaptureFixture[str]
 
-PLENTY_S = 10.0  # for an update of the tiny job, which takes a tenth of a second, and for its first, on a busy machine
+PLENTY_S = 10.0  # an update of the tiny job takes a tenth of a second; the first takes longer on a busy machine
 
 
 def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) -> None:
@@ -49,7 +49,7 @@ def test_a_rank_that_is_stopped(base: Scene, untroubled: Trained, capsys: Said) 
 
     assert base.train("stopped", *settings) == 0  # and nobody stops it this time
     (resumed,) = events(run, "resumed")
-    assert resumed["from_update"] in (1, 2)  # that of update 2 may have been in the writing
+    assert resumed["from_update"] in (1, 2)  # the checkpoint of update 2 was maybe being written
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=1e-5)
 
 

@@ -29,10 +29,10 @@ def test_the_trial_update_finds_it_before_the_first_update(base: Scene, untroubl
     message = "out of memory with a micro batch of 8: continues with 4, from update 0"
     assert warnings(run) == [message]
     assert [event["from_update"] for event in events(run, "resumed")] == [0]
-    assert read_json(run.fitted)["micro_batches"] == [4, 8, 8]  # of the steps; the others have not tried yet
+    assert read_json(run.fitted)["micro_batches"] == [4, 8, 8]  # of the steps; the other steps have not tried yet
     assert curve(run) == pytest.approx(curve(untroubled.dir), rel=SAME)
 
-    # The next call begins with what was found; 8 rows would fail again, and be said again.
+    # The next call begins with the size that fitted; 8 rows would fail and warn again.
     assert base.train("rehearsed", "hardware.micro_batch=auto", met=met, more=("--redo",)) == 0
     assert micro_batches(base, "rehearsed")[2:] == [(4, 8)]
     assert warnings(run) == [message]
@@ -68,7 +68,7 @@ def test_one_rank_of_two(base: Scene, untroubled: Trained) -> None:
     assert base.train("one-of-two", *settings, met=in_update_3) == 0
     assert micro_batches(base, "one-of-two") == [(4, 8), (2, 8)]
     (resumed,) = events(run, "resumed")
-    assert resumed["from_update"] in (1, 2)  # that of update 2 was being written
+    assert resumed["from_update"] in (1, 2)  # the checkpoint of update 2 was being written
     assert warnings(run) == [
         f"out of memory with a micro batch of 4: continues with 2, from update {resumed['from_update']}"
     ]

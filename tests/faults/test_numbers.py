@@ -84,7 +84,7 @@ def test_a_kl_that_explodes_ends_the_run(base: Scene, untroubled: Trained, capsy
     assert base.train("far", *settings, step="3", more=("--from", "untroubled")) == 4
     first, second = events(run, "metrics", 3)  # one a rollout of two updates; the first is the reference's own
     assert first["kl"] == 0.0 and second["kl"] > 1e-9
-    # Of the second nothing is learned, and so nothing saved.
+    # The second rollout is not trained on, so nothing is saved.
     assert (second["update"], second["grad_norm"], "policy_loss" in second, second["mean_reward"] is not None) == (
         3,
         0.0,

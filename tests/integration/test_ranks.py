@@ -149,15 +149,18 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], T
 
     It is killed in step 1 between two checkpoints, and in step 3 between two updates of a rollout.
     """
-    whole = trained(name)
+    uninterrupted = trained(name)
     killed = train_killed(
-        whole.dir.path.parents[1], f"{whole.dir.name}-killed", settings_of(name) + SAVES, at=[(1, 7), (3, 4)]
+        uninterrupted.dir.path.parents[1],
+        f"{uninterrupted.dir.name}-killed",
+        settings_of(name) + SAVES,
+        at=[(1, 7), (3, 4)],
     )
     assert any(event["from_update"] > 0 for step in (1, 2, 3) for event in killed.events("resumed", step))
     for step in (1, 2, 3):
-        assert curve(killed, step) == curve(whole, step)
+        assert curve(killed, step) == curve(uninterrupted, step)
         for folder in ["model", "model_ema"] if step == 3 else ["model"]:
-            found, expected = killed.weights(step, folder), whole.weights(step, folder)
+            found, expected = killed.weights(step, folder), uninterrupted.weights(step, folder)
             assert found.keys() == expected.keys() and all(found[key].equal(tensor) for key, tensor in expected.items())
         assert not killed.dir.step(step).checkpoints.exists()
 
@@ -166,22 +169,23 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], T
 def test_a_run_resumes_with_other_ranks_and_another_zero_stage(
     trained: Callable[[str], Trained], before: str, after: str
 ) -> None:
-    whole = trained(before)
+    uninterrupted = trained(before)
     then = [setting for setting in settings_of(after) if setting not in JOB]
     if "ranks" not in HOW[after]:
         then += ["hardware.ranks=1", "hardware.actor_zero_stage=0", "hardware.critic_zero_stage=0"]
-    folder = whole.dir.path.parents[1]
+    folder = uninterrupted.dir.path.parents[1]
     killed = train_killed(
-        folder, f"{whole.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 7), (3, 4)], then=then
+        folder, f"{uninterrupted.dir.name}-moved", settings_of(before) + SAVES, at=[(1, 7), (3, 4)], then=then
     )
     assert {event["ranks"] for event in killed.events("plan", 3)} == {1, 2}
     for step in (1, 2, 3):
-        expected, found = curve(whole, step), curve(killed, step)
+        expected, found = curve(uninterrupted, step), curve(killed, step)
         assert len(found) == len(expected)
         for one, other in zip(expected, found, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
     samples = [
-        [(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))] for run in (whole, killed)
+        [(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))]
+        for run in (uninterrupted, killed)
     ]
     assert samples[0] == samples[1]
 

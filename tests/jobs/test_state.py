@@ -16,8 +16,10 @@ NOON = "started=1736078400"
 
 @dataclass(frozen=True)
 class Known:
-    """What a supervisor knows; remote.runs.job_state.Job reads the same words, and is not in the
-    image, where this is tested, too.
+    """The facts that a supervisor knows.
+
+    remote.runs.job_state.JobState reads the same words, but it is not in the image, where this is
+    tested, too.
     """
 
     words: Mapping[str, str]

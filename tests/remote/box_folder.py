@@ -1,6 +1,4 @@
-"""Our folder on a box, as deploy, the supervisor and training leave it: real files, with what is in
-them made up.
-"""
+"""Our folder on a box, as deploy, the supervisor and training leave it; its content is made up."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The far end of a line, as `supervisor.sh follow` speaks: a program for the tests of
-remote/runs/watch.py.
+"""The far end of a connection, which speaks as `supervisor.sh follow`, for tests of runs/watch.py.
 
-Usage: far_end.py FOLDER FILE OFFSET. In FOLDER lie the file, and what is to be said: `job` (words),
-`gpu` (lines), `ahead` (seconds that the clock is wrong by), `cut` (bytes a frame), `refuse` (exit
+Usage: far_end.py FOLDER FILE OFFSET. FOLDER holds the file, and what is to be said: `job` (words),
+`gpu` (lines), `ahead` (seconds by which the clock is wrong), `cut` (bytes a frame), `refuse` (exit
 code and last words, instead of all this). `lines` gets a line `PID FILE OFFSET` for each
 connection.
 """

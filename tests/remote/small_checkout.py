@@ -1,5 +1,6 @@
-"""A checkout that is small and whole: our own scripts and a few files of each package, with
-stand-ins for what is large: three wheels of some lines, and locks that name them.
+"""A checkout that is small and whole: our own scripts and a few files of each package.
+
+Stand-ins replace what is large: three wheels of some lines, and locks that name them.
 """
 
 from __future__ import annotations

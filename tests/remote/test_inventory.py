@@ -187,7 +187,7 @@ def test_a_pasted_command(text: str, fields: dict[str, Any]) -> None:
         ("ssh root@", "no address"),
         ("ssh h -p", "lacks its value"),
         ("ssh -p x h", "not a port"),
-        ("ssh h ls", "a command to run"),
+        ("ssh h ls", "a command for the box"),
         ("ssh -J b h", "no field for `-J b`"),
         ("ssh -o ProxyCommand=x h", "no field for `-o ProxyCommand=x`"),
         ("ssh --help h", "no option"),

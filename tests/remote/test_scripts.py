@@ -1,6 +1,4 @@
-"""The scripts of remote/on_box as they are sent, what they share, and what PROTOCOL.md says of
-them.
-"""
+"""The scripts of remote/on_box as they are sent, what they share, and what PROTOCOL.md says."""
 
 from __future__ import annotations
 
@@ -107,8 +105,9 @@ def test_the_library(tmp_path: Path, shell: list[str], strict: str) -> None:
 
 
 def verbs_of(name: str, text: str) -> set[str]:
-    """Of a script: the patterns of `case $verb in`, what the verb is compared with, or the words
-    NAME=VALUE that it takes.
+    """Return a script's verbs: the patterns of `case $verb in`, or what the verb is compared with.
+
+    Or the words NAME=VALUE that it takes.
     """
     if name in BY_WORDS:
         return set(re.findall(r"\b([a-z_]+)=\*\)", text))

@@ -77,8 +77,8 @@ def test_rows_that_leave_the_cache(model: Any) -> None:
             attention_mask=torch.ones(2, 4, dtype=torch.long),
             use_cache=True,
         )
-        whole = model(input_ids=IDS).logits[[2, 0], 3]
-    torch.testing.assert_close(left.logits[:, -1], whole, rtol=1e-5, atol=1e-5)
+        expected = model(input_ids=IDS).logits[[2, 0], 3]
+    torch.testing.assert_close(left.logits[:, -1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_positions_are_given_only_where_the_model_takes_them(model: Any) -> None:

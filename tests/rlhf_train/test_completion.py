@@ -455,8 +455,8 @@ def test_nothing_to_take_over(run: RunDir, new: RunDir) -> None:
 
 
 def test_writing_over_a_link_leaves_the_other_run_alone(tmp_path: Path) -> None:
-    theirs, ours = tmp_path / "theirs.json", tmp_path / "ours.json"
-    write_json(theirs, {"shift": 1.0})
-    ours.hardlink_to(theirs)
-    write_json(ours, {"shift": 2.0})
-    assert (json.loads(theirs.read_text()), json.loads(ours.read_text())) == ({"shift": 1.0}, {"shift": 2.0})
+    linked, written = tmp_path / "linked.json", tmp_path / "written.json"
+    write_json(linked, {"shift": 1.0})
+    written.hardlink_to(linked)
+    write_json(written, {"shift": 2.0})
+    assert (json.loads(linked.read_text()), json.loads(written.read_text())) == ({"shift": 1.0}, {"shift": 2.0})

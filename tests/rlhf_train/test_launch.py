@@ -34,7 +34,7 @@ from rlhf_train.worker import LastWords
 from tests.faults.scene import fault
 from tests.tiny import CHECKOUT, job, write_rows
 
-PATIENCE_S = 90.0  # for what takes seconds; other work may share the machine
+PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
 FOREVER = ["--set", "sft.max_updates=1000000", "--set", "sft.epochs=1000000"]
 
 Said = pytest.CaptureFixture[str]
@@ -128,7 +128,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_re
             pytest.raises(ToolkitError, match="processes of an earlier call still hold run `tiny`") as raised,
         ):
             patch.setattr(launch, "GRACE_S", 0.2)
-            with launch.locked(run):  # not while a rank is there, who may be writing
+            with launch.locked(run):  # not while a rank lives, which may be writing
                 pass
         assert raised.value.why.startswith(f"process {rank.pid} (") and "rlhf_train.worker" in raised.value.why
         assert raised.value.why.endswith(
@@ -528,7 +528,7 @@ def disk(folder: Path, options: str) -> Iterator[None]:
 def test_a_disk_that_is_too_small_for_the_job(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    monkeypatch.setattr(fitness, "judge", lambda *_: [])  # which asks for room for any run
+    monkeypatch.setattr(fitness, "judge", lambda *_: [])  # it asks for the disk space of any run
     with disk(tmp_path / "out", f"size={size}"):
         code, err = main(WORDS), capsys.readouterr().err
     error = err[err.index("error: ") :]

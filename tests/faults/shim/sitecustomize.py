@@ -62,7 +62,7 @@ def install() -> None:
         packed_attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     plain_step = Decoder._step
-    passes = 0  # of the kind that the fault comes in
+    passes = 0  # passes of the fault's kind
     longest = 1  # tokens of a row so far: the trial update, which is first, has the longest
 
     def save(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

@@ -102,8 +102,9 @@ def job(laptop: Laptop) -> Path:
 
 @pytest.fixture(scope="session")
 def long_job(laptop: Laptop, job: Path) -> Path:
-    """Step 1 is quick, with a model of some megabytes, so that it takes a moment on the line; step
-    2 would take hours.
+    """Make a job whose step 2 would take hours.
+
+    Step 1 is quick, with a model of some megabytes, so that sending it takes a moment.
     """
     fields = yaml.safe_load(job.read_text())
     fields["name"] = "long"

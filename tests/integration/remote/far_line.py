@@ -1,8 +1,8 @@
-"""A long line: a network namespace whose packets reach a bridge of this machine late, or not at
-all. Needs root.
+"""A slow connection: a network namespace whose packets reach a bridge of this machine late.
 
-`tc netem` would do the same, but not every kernel has it. So a program of its own stands between
-two taps, one in the namespace and one in the bridge, and passes Ethernet frames on after a while:
+Or not at all. It needs root. `tc netem` would do the same, but not every kernel has it. So a
+program of our own stands between two taps, one in the namespace and one in the bridge, and passes
+Ethernet frames on after a while:
 
     python far_line.py TAP TAP   on standard input: `delay SECONDS`, `rate BYTES_PER_SECOND` (each
     way; 0: as it comes), `cut`, `mend`;

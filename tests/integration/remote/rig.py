@@ -1,8 +1,7 @@
-"""The far half of the end-to-end tests, from real parts: two boxes behind a real sshd each, a
-laptop that runs `fab`, a long line.
+"""The real parts of the end-to-end tests: two boxes, each with an sshd, a laptop, a slow network.
 
-The box with Docker is this machine, with the engine of the tests; the bare box is a container with
-sshd and Python 3.10 and no more.
+The box with Docker is this machine, with the engine of the tests. The bare box is a container with
+sshd and Python 3.10 and nothing else. The laptop runs `fab`.
 """
 
 from __future__ import annotations
@@ -121,9 +120,7 @@ class Fab:
 
 @dataclass(frozen=True)
 class Laptop:
-    """A person's machine, all in one folder: a checkout in git, a home, the boxes, and what `fab`
-    remembers of them.
-    """
+    """A person's machine in one folder: a git checkout, a home, boxes.yaml, and `fab`'s memory."""
 
     folder: Path
     through: tuple[str, ...] = ()  # in front of each command: FarLine.through
@@ -242,14 +239,14 @@ class Box(ABC):
 
     @abstractmethod
     def sh(self, script: str, *words: str, check: bool = True) -> str:
-        """A shell on the box, not by ssh. -> what it said on both streams."""
+        """Run a command on the box, not by ssh, and return both output streams."""
 
     def sessions(self) -> list[psutil.Process]:
         """The server's processes for connections that are open."""
         return [process for process in self.server.children(recursive=True) if name_of(process) == "sshd"]
 
     def cut(self) -> int:
-        """Ends every connection from the far side. -> how many processes that were"""
+        """End every connection from the far side, and return how many processes that were."""
         ended = self.sessions()
         for process in ended:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -345,8 +342,9 @@ class BareBox(Box):
 
     @contextlib.contextmanager
     def another_sshd(self, *, host_key: str = "host_key", force: str = "") -> Iterator[dict[str, Any]]:
-        """At another port. force: a shell script that gets each session's command as
-        SSH_ORIGINAL_COMMAND. -> its entry in boxes.yaml
+        """Run another sshd at another port, and return its entry in boxes.yaml.
+
+        force: a shell script that gets each session's command as SSH_ORIGINAL_COMMAND.
         """
         port = 2222
         config = sshd_config(port, "/rig", host_key, {}) + ("ForceCommand exec sh /rig/force\n" if force else "")
@@ -406,8 +404,10 @@ def sshd_config(
 def docker_box(
     docker: Docker, sshd: str, folder: Path, laptop: Laptop, build: Mapping[str, str], addresses: Sequence[str]
 ) -> Iterator[DockerBox]:
-    """sshd: the program. addresses: that it listens on, the first one being the box's. build: of
-    its entry.
+    """Run this machine as the box with Docker.
+
+    sshd: the program. addresses: those on which it listens, the first one being the box's. build:
+    the field of its entry in boxes.yaml.
     """
     port = free_port()
     for each in ("data", "home"):
@@ -515,9 +515,7 @@ def bare_box(
 
 @dataclass(frozen=True)
 class Network:
-    """A bridge of the engine's, with this machine at its first address, the bare box at its second,
-    and the far end at its third.
-    """
+    """A bridge of the engine, with this machine, the bare box and the far end in it."""
 
     name: str
     subnet: IPv4Network
@@ -567,7 +565,7 @@ def wait_for_ssh(address: str, port: int, timeout_s: float = 20) -> None:
 
 
 def until(holds: Callable[[], T], timeout_s: float, why: Callable[[], str] | str = "") -> T:
-    """Asks until it holds. -> what it said"""
+    """Ask until the answer is true, and return it."""
     deadline = time.monotonic() + timeout_s
     while not (said := holds()):
         if time.monotonic() > deadline:

@@ -1,5 +1,6 @@
-"""A box that is a container with Python 3.10 and sshd, without Docker, without rsync; over a
-connection of 100 ms.
+"""A box that is a container with Python 3.10 and sshd, over a connection of 100 ms.
+
+It has neither Docker nor rsync.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def test_three_steps_and_the_models_come_home(deployed: BareBox, laptop: Laptop,
 
 
 def test_nothing_lies_outside_of_the_folder(deployed: BareBox) -> None:
-    """After a deploy and a run: as the engine sees it, apart from what sshd, apt and the rig itself
-    have written.
-    """
+    """Compared by the engine after a deploy and a run, without what sshd, apt and the rig wrote."""
     changed = [line.split(maxsplit=1)[1] for line in deployed.docker("diff", deployed.container).stdout.splitlines()]
     known = ("/data", "/rig", "/run", "/etc", "/small", "/var/log")
     assert [path for path in changed if not path.startswith(known) and path not in ("/root", "/tmp", "/var")] == []
@@ -63,8 +62,9 @@ def test_rsync_serves_where_it_comes_later(deployed: BareBox, laptop: Laptop) ->
 def test_the_same_command_goes_on_and_its_events_are_one_story(
     deployed: BareBox, laptop: Laptop, long_job: Path
 ) -> None:
-    """TERM is a preemption only for a provider; `cancel` keeps a checkpoint, and the same command
-    resumes from it.
+    """`cancel` keeps a checkpoint, and the same command resumes from it.
+
+    A TERM counts as a preemption only when the provider sends it.
     """
     host, train = ("--host", deployed.name), ("--job", str(long_job), "--step", "2", "--run", "goes-on")
     laptop.fab("train", *host, *train, "--detach")
@@ -75,5 +75,5 @@ def test_the_same_command_goes_on_and_its_events_are_one_story(
     following.says("resumed after update", 90)
     following.interrupt()
     stopped = following.wait(10)
-    assert stopped.code == 0 and "goes on" in stopped.all
+    assert stopped.code == 0 and "the job keeps running" in stopped.all
     laptop.fab("cancel", *host, "--run", "goes-on")

@@ -1,6 +1,4 @@
-"""A box with Docker, from an SSH address to a model at home; and nothing is left there when it is
-over.
-"""
+"""A box with Docker, from an SSH address to a model at home; nothing is left on it at the end."""
 
 from __future__ import annotations
 

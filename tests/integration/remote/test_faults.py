@@ -1,5 +1,6 @@
-"""What goes wrong between a laptop and a box, each fault made for real: what was there before
-holds, nothing starts twice, nothing is lost.
+"""Faults between a laptop and a box, each made for real.
+
+What was there before still holds, nothing starts twice, nothing is lost.
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ def test_a_view_is_exact_over_every_break_of_the_line(
     for name, view in views.items():
         view.interrupt()
         done = view.wait(10)
-        assert done.code == 0 and "goes on" in done.err, done.all
+        assert done.code == 0 and "the job keeps running" in done.err, done.all
         shown, file = view.out_bytes, deployed.read(f"runs/{running}/{name}").encode()
         assert shown and file.startswith(shown)
 

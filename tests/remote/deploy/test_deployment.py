@@ -1,5 +1,6 @@
-"""Deploys to a real sshd: what is done, what is not done again, and what a deploy that is killed,
-cut, or not alone leaves behind.
+"""Deploys to a real sshd: what is done, and what is not done again.
+
+Also what a deploy leaves behind that is killed, cut off, or not the only one.
 """
 
 from __future__ import annotations
@@ -152,9 +153,7 @@ def own_scene(tmp_path: Path, own_sshd: Any, index: Path) -> Iterator[Scene]:
 
 
 def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(scene: Scene, index: Path) -> None:
-    """The real probe, except for its way to a hub that is not here; a real environment, of small
-    wheels.
-    """
+    """The probe is real, except for its way to a hub; the environment is real, of small wheels."""
     for mirror in ("default", "cn"):
         write(scene.checkout / f"env/mirrors/{mirror}.env", (scene.checkout / "env/mirrors/here.env").read_text())
     shutil.rmtree(scene.state)
@@ -223,9 +222,7 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
 
 
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:
-    """A running job keeps what it was started with; the one before the last stays, for a start that
-    is on its way.
-    """
+    """A running job keeps its code; the one before the last stays for a start under way."""
     key = scene.environment_is_there()
     write(scene.root / f"env/{'a' * 16}/complete", "")
     write(scene.root / f"env/{'a' * 16}.log", "")
@@ -380,9 +377,7 @@ def wait_for(what: Any, seconds: float = 30) -> None:
 
 
 def test_killed_in_the_middle_of_sync_and_called_again(scene: Scene) -> None:
-    """KILL, which runs no handler: the lock stays, the next call on this laptop sees that nobody is
-    behind it.
-    """
+    """KILL runs no handler: the lock stays, and the next call sees that its process is gone."""
     scene.environment_is_there()
     scene.deploy()
     before = scene.deployed()

@@ -1,5 +1,6 @@
-"""Two deployers and one lock, with the real script behind a real sshd: who has it is said, and who
-is dead loses it.
+"""Two deployers and one lock, with the real script behind a real sshd.
+
+The holder of the lock is named, and a dead holder loses it.
 """
 
 from __future__ import annotations

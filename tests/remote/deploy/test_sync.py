@@ -1,5 +1,6 @@
-"""What is sent is what git says, and what arrives is that or nothing: real git, real rsync and tar,
-a real sshd, the shells that boxes have.
+"""Files that are sent are those that git lists, and they arrive as a whole or not at all.
+
+With real git, rsync, tar and sshd, and the shells that boxes have.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def test_without_git_all_but_the_obvious(tmp_path: Path, index: Path) -> None:
 
 def test_a_git_that_refuses_is_not_passed_over(checkout: Path) -> None:
     (checkout / ".git/index").write_bytes(b"no index")
-    with pytest.raises(ToolkitError, match="git does not say"):
+    with pytest.raises(ToolkitError, match="git cannot list"):
         checkout_tree(checkout)
 
 
@@ -268,8 +269,9 @@ def test_equal_files_are_linked_and_the_old_folder_stays_as_it_is(
 
 
 def test_a_change_that_size_and_time_hide_is_found_and_mended(checkout: Path, tmp_path: Path, connection: Any) -> None:
-    """Nothing wrong is ever landed, and comparing by content mends it without touching the folder
-    that was linked from.
+    """Nothing wrong is ever landed, and a comparison by content mends it.
+
+    The folder from which files were linked stays untouched.
     """
     old, new = tmp_path / "old", tmp_path / "new"
     send_whole(connection, checkout_tree(checkout), str(old))

@@ -1,6 +1,4 @@
-"""remote/on_box/environment.sh with small wheels from an index on the disk: a real Python, a real
-venv, a real pip.
-"""
+"""remote/on_box/environment.sh with a real Python, venv and pip, and small local wheels."""
 
 from __future__ import annotations
 
@@ -199,8 +197,9 @@ def test_it_keeps_the_lock_alive_and_says_so(on_box: OnBox) -> None:
 
 @pytest.mark.parametrize("end", ["terminated", "nobody listens", "nobody listens, PIPE ignored", "killed"])
 def test_nothing_of_it_lives_on(on_box: OnBox, end: str) -> None:
-    """By TERM, which a takeover sends; by the end of the line; and by KILL, after which the next
-    call ends what was left.
+    """After a TERM, which a takeover sends; after the connection ended; and after a KILL.
+
+    After a KILL the next call ends what was left.
     """
     process = on_box.start(python=slow_python(on_box), pipe_ignored="ignored" in end)
     wait_for(lambda: (on_box.root / "started").exists() and (on_box.root / "started").read_text())

@@ -1,5 +1,6 @@
-"""The real probe.sh, under the shells that boxes have, in front of the real system; fakes only for
-what cannot be here: a GPU, Docker's GPU runtime, a provider.
+"""The real probe.sh, under the shells that boxes have, on the real system.
+
+Fakes stand only for what cannot be here: a GPU, Docker's GPU runtime, a provider.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def fakes(tmp_path: Path) -> Fakes:
 
 
 def ask(fakes: Fakes, *args: str, shell: list[str] | None = None, **environ: str) -> BoxFacts:
-    """As box.call sends it: the script comes by standard input, and something after it that nobody
-    may eat.
+    """Run the probe as BoxConnection sends it: by standard input, with text behind it.
+
+    No command of the script may read that text.
     """
     sent = script("probe.sh")
     command = [*(shell or SHELLS[0]), "-c", f'eval "$(head -c {len(sent)})"; cat', "sh", *args]
@@ -387,9 +389,7 @@ def test_a_broken_line_leaves_no_process(fakes: Fakes, how: signal.Signals | str
 
 
 def test_only_its_own_children_are_ever_ended(fakes: Fakes) -> None:
-    """A wrong number in its list must not reach a stranger: process 1 of a container is everybody's
-    parent.
-    """
+    """A wrong number in its list must not reach another process: process 1 is a parent of all."""
     text = script("probe.sh").decode()
     function = text[text.index("end_tree() {") : text.index("end_all() {")].replace("kill -KILL", "echo would end")
     calls = (
@@ -567,7 +567,7 @@ def test_docker_without_its_daemon(fakes: Fakes) -> None:
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """-> (its address, what was asked of it: a path, or a whole address by a proxy)"""
+    """Return the hub's address and what was asked of it: a path, or a whole address by a proxy."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

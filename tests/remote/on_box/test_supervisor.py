@@ -1,6 +1,7 @@
-"""The real supervisor.sh under the shells that boxes have, with real processes; a script stands for
-the training at the boundary, and for Docker's client, since no engine is here. One job is a real
-one.
+"""The real supervisor.sh under the shells that boxes have, with real processes.
+
+A script stands for the training, and for Docker's client, since there is no engine here. One job is
+a real one.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Box:
         return line
 
     def started(self, run: str = "run-1", request: str = "req-1", *args: str, stdin: bytes | None = None) -> int:
-        """-> the supervisor's pid, when the job says that it has begun."""
+        """Return the supervisor's pid, when the job says that it has begun."""
         word, of, pid = self.start(run, request, *args, stdin=stdin).split()
         assert (word, of) == ("started", request)
         until(lambda: "begun" in self.output(run))
@@ -417,7 +418,7 @@ def test_an_unknown_run_is_told(box: Box) -> None:
     [
         (lambda box: (box.root / ".rlhf-box").unlink(), "nothing is deployed in"),
         (lambda box: (box.root / "deployed").unlink(), "nothing is deployed in"),
-        (lambda box: box.deployed(code="ffff"), f"the code {FP} is not deployed here, but ffff"),
+        (lambda box: box.deployed(code="ffff"), f"the code {FP} is not deployed here; deployed: ffff"),
         (lambda box: box.deployed(python="/no/python"), "there is no Python at /no/python: deploy again"),
         (lambda box: box.deployed(route="mirror", mirror="nope"), "there is no mirror nope in env/mirrors"),
         (lambda box: box.deployed(runtime="odd"), "the runtime odd is not known"),
@@ -486,7 +487,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
         (b"secrets 1\nHF_TOKEN=x", "the connection broke before all of the job was here"),
         (sent("HF_TOKEN=x")[:-1], "the connection broke before all of the job was here"),
         (sent() + b"more", "the connection broke before all of the job was here"),
-        (b"job 123\n", "what came is no job"),
+        (b"job 123\n", "the input is not a job"),
         (sent("hf_token=x"), "secret 1 does not name a variable"),
         (sent("HF_TOKEN"), "secret 1 has no value"),
         (b"secrets 0\njob 12\n", "the hash of the job file is not one"),
@@ -736,9 +737,7 @@ def test_a_file_that_was_cut_is_told(box: Box) -> None:
 
 
 def test_a_torn_event_is_read_whole_over_a_line_that_breaks(box: Box) -> None:
-    """Each connection is killed after some bytes; the file also gets a torn line that a resume cuts
-    off.
-    """
+    """Each connection is killed after some bytes, and a resume cuts a torn line off the file."""
     lines = [
         b'{"kind": "progress", "seq": %d, "doing": "%s"}\n' % (number, b"x" * (number * 37 % 400))
         for number in range(300)
@@ -982,7 +981,7 @@ def test_a_slot_that_another_takes_over_is_left_to_it(box: Box) -> None:
         "taken/by": f"{os.getpid()} {own_start}",
     }.items():
         (slot / name).write_text(f"{text}\n")
-    assert box.start() == "refused another start is taking over the slot of run run-9, and does not come to an end"
+    assert box.start() == "refused another start is taking over the slot of run run-9, and does not end"
     assert (slot / "taken/by").exists() and not (box.root / "requests").exists()
 
 

@@ -64,7 +64,7 @@ def make_docker(state: Path) -> Path:
 
 @pytest.fixture
 def docker(tmp_path: Path) -> Path:
-    """-> its state; its folder of commands stands in it."""
+    """Return the state of a stand-in for Docker, whose folder of commands is in it."""
     return make_docker(tmp_path / "docker")
 
 
@@ -125,7 +125,7 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     )
     (tmp_path / "home" / ".ssh").mkdir(parents=True)
     (tmp_path / "home" / ".ssh" / "authorized_keys").write_text("ssh-ed25519 AAAA me\n")
-    assert "authorized_keys stays" in "".join(purged(far, tmp_path, box.root).notes)
+    assert "your key stays" in "".join(purged(far, tmp_path, box.root).notes)
     assert purged(far, tmp_path, box.root).is_clean  # once more does no harm
 
 
@@ -230,9 +230,7 @@ def test_another_file_system_is_never_entered(box: BoxFolder, tmp_path: Path, no
 
 
 def test_files_of_another_user() -> None:
-    """A container of our image may remove them; and while they are there, the folder keeps its
-    mark, and that is said.
-    """
+    """A container of our image may remove them; while they are there, the folder keeps its mark."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
     folder = Path(tempfile.mkdtemp(prefix="rlhf-box-test-"))

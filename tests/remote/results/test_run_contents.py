@@ -1,6 +1,4 @@
-"""results.sh under the shells that boxes have, and what is made of its answers; all here, without a
-line.
-"""
+"""results.sh under the shells that boxes have, and what is made of its answers, without SSH."""
 
 from __future__ import annotations
 

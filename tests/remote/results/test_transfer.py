@@ -207,8 +207,9 @@ def test_checkpoints_that_are_replaced_faster_than_they_come(laptop: Laptop, box
 
 
 def test_a_step_that_goes_away_while_it_comes(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """Half of its models are here by then, and its mark is the last to go there: nothing says here
-    that it is complete.
+    """Half of its models are here by then, and nothing here says that it is complete.
+
+    Its mark is the last file to be removed on the box.
     """
     box.step(run, 3, models=("best", "model", "model_ema"), size=3_000_000)
 
@@ -303,9 +304,7 @@ with BoxConnection(box, Path({str(laptop.state)!r}), ssh_config=Path({str(laptop
 
 
 def test_stopped_between_two_renames(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """The old model was taken away, and the new one had not its place yet: the old one comes back
-    first.
-    """
+    """The old model was moved away, and the new one is not in place: the old one returns first."""
     box.step(run, 1)
     laptop.fetch()
     staging = laptop.runs / ".tiny.fetch"

@@ -1,6 +1,7 @@
-"""Watching over lines that break: the far end is a real process (far_end.py), killed, frozen and
-refused; what was shown is compared with the file. Ctrl-C is a real signal to a real process that
-runs `follow`.
+"""Watching over connections that break: what was shown is compared with the file.
+
+The far end is a real process (far_end.py), which is killed, frozen and refused. Ctrl-C is a real
+signal to a real process that runs `follow`.
 """
 
 import contextlib
@@ -679,8 +680,9 @@ def gone(pid: int) -> bool:
 
 
 def ended_within(process: "subprocess.Popen[bytes]", began: float, seconds: float = 1.0) -> str:
-    """0.3 s is what is promised, and what it takes on an idle machine; this one may have other
-    work. Gives standard error.
+    """Wait for the process, check how long that took, and return its standard error.
+
+    0.3 s is what is promised, and what it takes on an idle machine. This one may have other work.
     """
     process.wait(20)
     took = time.monotonic() - began

@@ -1,6 +1,4 @@
-"""BoxConnection against a real sshd: what goes there and comes back, host keys, the ways through
-other hosts, and everything that can be in between.
-"""
+"""BoxConnection against a real sshd: commands and answers, host keys, jump hosts and proxies."""
 
 from __future__ import annotations
 
@@ -472,7 +470,7 @@ def test_a_box_that_ends_the_connection_at_a_key(make_sshd: MakeSshd, tmp_path: 
     ):
         connection.connect()
     assert "then the box ended the connection" in caught.value.why and caught.value.hint.startswith(
-        "the same command again"
+        "run the same command again"
     )
 
 
@@ -480,7 +478,7 @@ def test_a_key_that_is_not_there(sshd: Sshd, tmp_path: Path) -> None:
     """ssh itself would try others."""
     with (
         sshd.connection(tmp_path, box=sshd.box(key=str(tmp_path / "nothing"))) as connection,
-        pytest.raises(ToolkitError, match="is not there") as raised,
+        pytest.raises(ToolkitError, match="does not exist") as raised,
     ):
         connection.query(["true"])
     assert str(tmp_path / "nothing") in raised.value.why
@@ -709,8 +707,8 @@ def test_forwards_and_a_terminal(connection: BoxConnection, sshd: Sshd) -> None:
     try:
         for _ in range(1000):
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-                    assert connection.recv(4) == b"SSH-"
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as tunnel:
+                    assert tunnel.recv(4) == b"SSH-"
                 break
             except ConnectionRefusedError:
                 time.sleep(0.01)

@@ -1,5 +1,6 @@
-"""Host keys by name, and the user's key put on a box after one password: against a real sshd, and a
-server that asks for a password.
+"""Host keys by name, and the user's key put on a box after one password.
+
+Against a real sshd, and a server that asks for a password.
 """
 
 from __future__ import annotations
@@ -171,8 +172,9 @@ def test_a_jump_host_is_trusted_by_its_own_name(sshd: Sshd, own_sshd: Sshd, tmp_
 
 
 class AsksForPassword(paramiko.ServerInterface):
-    """Runs commands for whom the password or a key of authorized_keys lets in: what sshd does only
-    for root, by PAM.
+    """A server that runs commands for whoever has the password or a key of authorized_keys.
+
+    sshd does that only for root, by PAM.
     """
 
     def __init__(self, home: Path) -> None:

@@ -77,7 +77,7 @@ def rename_as_before_the_end(folder: Path) -> None:
         (change_a_byte, "tensors-000.safetensors"),
         (cut_the_state, "state.json"),
         (lose_a_file, "tensors-000.safetensors"),
-        (lose_the_mark, ""),  # it was being written: nothing to complain of
+        (lose_the_mark, ""),  # it was being written: no complaint
         (empty_the_mark, ""),
         (rename_as_before_the_end, ""),
     ],

@@ -59,9 +59,9 @@ def test_by_the_clock_and_no_more_than_a_hundredth_of_the_time(run: RunDir, monk
 
 def test_it_resumes_where_it_was(run: RunDir) -> None:
     random.seed(8)
-    whole = Step(run, {"every_updates": 100})
+    uninterrupted = Step(run, {"every_updates": 100})
     for number in range(1, 7):
-        whole.update(number)
+        uninterrupted.update(number)
 
     random.seed(8)
     killed = Step(run, {"every_updates": 2})
@@ -81,8 +81,11 @@ def test_it_resumes_where_it_was(run: RunDir) -> None:
     nn.init.constant_(again.module.weight, 2.0)
     for number in range(3, 7):
         again.update(number)
-    assert again.seen == whole.seen
-    assert all(one.equal(other) for (_, one), (_, other) in zip(again.ema.tensors(), whole.ema.tensors(), strict=True))
+    assert again.seen == uninterrupted.seen
+    assert all(
+        found.equal(wanted)
+        for (_, found), (_, wanted) in zip(again.ema.tensors(), uninterrupted.ema.tensors(), strict=True)
+    )
 
 
 def test_without_a_checkpoint_it_starts_anew(run: RunDir) -> None:
@@ -217,7 +220,7 @@ def test_a_save_frees_what_may_go_and_tries_again(run: RunDir, monkeypatch: pyte
 def test_another_step_that_was_done_again(run: RunDir) -> None:
     """What a checkpoint was made from is in it."""
     step = Step(run, {"every_updates": 1})
-    step.checkpointer.around = replace(step.checkpointer.around, inputs={"1": "abc"})
+    step.checkpointer.surroundings = replace(step.checkpointer.surroundings, inputs={"1": "abc"})
     step.update(1)
     saved = latest(run.step(1), nobody)
     assert saved is not None and saved.state["inputs"] == {"1": "abc"}

@@ -157,8 +157,10 @@ def test_deepspeed_is_told_the_norm(world: World, make_model: Callable[..., Any]
     PyTorch 2.0 has no quicker way.
     """
     trained, asked = engine(make_model(), world, spec(), micro_batch=4, stage=stage), []
-    theirs = trained.optimizer.scaled_global_norm
-    trained.optimizer.scaled_global_norm = lambda *args, **kwargs: asked.append(stage) or theirs(*args, **kwargs)
+    deepspeed_norm = trained.optimizer.scaled_global_norm
+    trained.optimizer.scaled_global_norm = lambda *args, **kwargs: (
+        asked.append(stage) or deepspeed_norm(*args, **kwargs)
+    )
     update(trained, 4)
     assert bool(asked) == (not compat.KNOWS_DTYPE_OF_NORMS)
 
@@ -187,7 +189,9 @@ def test_updates_are_those_of_plain_adamw(world: World, make_model: Callable[...
         adamw.step()
     found = full_state(model, keep=True)
     for name, wanted in plain.named_parameters():
-        if not name.endswith("k_proj.bias"):  # no attention sees it: its gradient is rounding, which AdamW blows up
+        if not name.endswith(
+            "k_proj.bias"
+        ):  # it has no effect on attention: its gradient is rounding, which AdamW amplifies
             torch.testing.assert_close(found[name], wanted.data, rtol=0, atol=1e-5)  # they moved by about 2.5e-2
 
 
@@ -209,17 +213,17 @@ def test_only_matrices_decay(world: World, make_model: Callable[..., Any], stage
 def test_bfloat16_follows_float32(world: World, make_model: Callable[..., Any], stage: int) -> None:
     """Weights, activations and gradients have 8 bits (error 2^-9), the optimizer's copy has 24."""
     model = make_model("bfloat16")
-    small, whole = (
+    small, exact = (
         engine(m, world, spec(), stage=s, precision=p)
         for m, s, p in ((model, stage, "bfloat16"), (make_model(), 0, "float32"))
     )
     for number in range(5):
-        (loss, norm, _), (expected_loss, expected_norm, _) = update(small, 4), update(whole, 4)
+        (loss, norm, _), (expected_loss, expected_norm, _) = update(small, 4), update(exact, 4)
         assert loss == pytest.approx(expected_loss, rel=0.01)
         # Adam makes a whole step of the rounding of a gradient that is near 0, another one on each
         # CPU: 4 % was seen in the fourth update.
         assert norm == pytest.approx(expected_norm, rel=0.01 if number == 0 else 0.1)
-    assert expected_loss < 4  # of 6 at the start: they went somewhere together
+    assert expected_loss < 4  # it was 6 at the start: both have trained
     assert {value.dtype for value in full_state(model, keep=True).values()} == {torch.bfloat16}
 
 
@@ -312,7 +316,7 @@ def test_a_restored_engine_continues_with_the_same_bits(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     if precision == "bfloat16" and stage == 0:
-        return  # is run as ZeRO 1: see placement.py
+        return  # it is run as ZeRO 1: see placement.py
     optimization = spec(schedule="cosine", warmup_updates=2, weight_decay=0.1, max_grad_norm=0.5)
     first = rehearsed(
         engine(make_model(precision), world, optimization, micro_batch=2, stage=stage, precision=precision)
@@ -347,7 +351,7 @@ def test_a_trial_update_changes_nothing(world: World, make_model: Callable[..., 
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (1, "bfloat16")])
-def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
+def test_a_trial_update_has_its_last_pass_and_step_next_to_adamws_states(
     world: World, make_model: Callable[..., Any], stage: int, precision: str
 ) -> None:
     """A step has gradients of its own in 16 bit: without room for them, the first update failed."""
@@ -363,11 +367,11 @@ def test_a_trial_update_has_its_last_pass_and_step_beside_adamws_states(
 
     trained._adamw.register_step_pre_hook(lambda *_: steps.append(moments()))
     trial_update((trained, forward))
-    whole = moments()  # flat parts are filled up at their end
-    assert whole >= sum(parameter.numel() for parameter in trained.module.parameters())
-    assert passes == [0, whole]
+    count = moments()  # flat parts are filled up at their end
+    assert count >= sum(parameter.numel() for parameter in trained.module.parameters())
+    assert passes == [0, count]
     # DeepSpeed steps by groups of parameters.
-    assert steps[0] == 0 and steps[len(steps) // 2 :] == [whole] * (len(steps) // 2)
+    assert steps[0] == 0 and steps[len(steps) // 2 :] == [count] * (len(steps) // 2)
     assert all(parameter.grad is None for parameter in trained.module.parameters())
 
 

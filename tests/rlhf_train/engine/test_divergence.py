@@ -26,7 +26,7 @@ def test_updates_that_are_left_out(run: RunDir) -> None:
     for number in range(2, 6):
         step.divergence.skip(number, "its loss is not finite")
         step.update(number)
-    assert step.saved_updates() == [1]  # what comes of it is not known to be good
+    assert step.saved_updates() == [1]  # the result may be bad
     warnings = [event.message for event in step.events if isinstance(event, Warning)]
     assert warnings == [
         f"update {number} is left out: its loss is not finite ({number - 1} so far)" for number in range(2, 6)

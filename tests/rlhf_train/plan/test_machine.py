@@ -100,7 +100,7 @@ def test_cards_in_use(text: str, indexes: dict[str, int], used: tuple[int | None
         (
             "GPU-a, [N/A], 1024\n[N/A], 4321, 1\n",
             [Holder(None, 4321, 1_048_576)],
-        ),  # without a pid there is nobody to name
+        ),  # without a pid no process can be named
         ("No running processes found\n", []),
         ("", []),
     ],

@@ -74,14 +74,14 @@ def test_a_torn_file_says_nothing(run: RunDir, torn: str) -> None:
 
 
 def test_what_is_remembered_is_taken_up(run: RunDir) -> None:
-    whole = placed(job())
-    memory_fit.remember(job(), run, replace(whole, micro_batches=(4, 6, 8)))
-    assert memory_fit.fit(job(), run, whole) == replace(whole, micro_batches=(4, 6, 8))
-    memory_fit.remember(job(), run, replace(whole, rollout_micro_batch=10))  # the smaller of both
-    memory_fit.remember(job(), run, replace(whole, micro_batches=(8, 6, 4)))
-    assert memory_fit.fit(job(), run, whole) == replace(whole, micro_batches=(4, 6, 4), rollout_micro_batch=10)
-    smaller = replace(whole, micro_batches=(1, 1, 1), rollout_micro_batch=1)
-    assert memory_fit.fit(job(), run, smaller) == smaller  # never larger than what is asked for
+    placement = placed(job())
+    memory_fit.remember(job(), run, replace(placement, micro_batches=(4, 6, 8)))
+    assert memory_fit.fit(job(), run, placement) == replace(placement, micro_batches=(4, 6, 8))
+    memory_fit.remember(job(), run, replace(placement, rollout_micro_batch=10))  # the smaller of both
+    memory_fit.remember(job(), run, replace(placement, micro_batches=(8, 6, 4)))
+    assert memory_fit.fit(job(), run, placement) == replace(placement, micro_batches=(4, 6, 4), rollout_micro_batch=10)
+    smaller = replace(placement, micro_batches=(1, 1, 1), rollout_micro_batch=1)
+    assert memory_fit.fit(job(), run, smaller) == smaller  # never larger than the wish
 
 
 CHANGED: list[dict[str, Any]] = [
@@ -98,7 +98,7 @@ def test_other_circumstances_are_tried_anew(run: RunDir, hardware: dict[str, Any
     other = job(**hardware)
     assert memory_fit.fit(other, run, placed(other)) == placed(other)
     memory_fit.remember(other, run, replace(placed(other), micro_batches=(2, 2, 2)))
-    assert read_json(run.fitted)["micro_batches"] == [2, 2, 2]  # and what was known of others is no limit
+    assert read_json(run.fitted)["micro_batches"] == [2, 2, 2]  # sizes of other circumstances are no limit
 
 
 def test_another_global_batch_can_be_shared_evenly(run: RunDir) -> None:

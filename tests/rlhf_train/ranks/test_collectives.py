@@ -23,7 +23,7 @@ def tell(world: World) -> None:
     assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
     assert world.sum({"one": 1.0, "rank": torch.tensor(world.rank)}) == {"one": 2.0, "rank": 1.0}
     world.barrier()
-    assert len(meetings) == 6  # each is seen by who watches for ranks that hang
+    assert len(meetings) == 6  # the launcher sees each, and so which rank hangs
 
 
 def test_what_is_in_no_gpus_memory_goes_over_the_cpus() -> None:

@@ -58,7 +58,7 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
     assert [psutil.Process(rank.pid).environ()["RANK"] for rank in two] == ["0", "1"]
     processes.end(two)
     spares.start(RankEnvironment("cpu", 2, 1))
-    spares._ranks[1].kill()  # while it waited, for want of memory, say
+    spares._ranks[1].kill()  # while it waited: memory ran out, say
     spares._ranks[1].wait()
     again = spares.take(RankEnvironment("cpu", 2, 1))
     assert [rank.poll() for rank in again] == [None, None]

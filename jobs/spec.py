@@ -64,6 +64,10 @@ Names = Annotated[
     Field(strict=False),
     _wants("a list of at least one name", _is_list),
 ]
+Targets = Annotated[
+    Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)],
+    _wants("'all-linear' or a list of at least one name", lambda value: value == "all-linear" or _is_list(value)),
+]
 AutoCount = Annotated[
     Literal["auto"] | int,
     _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0)),
@@ -119,9 +123,9 @@ class Lora(_Strict):
 
     rank: Positive = _field(64, "rank of the two small matrices")
     alpha: Rate = _field(64.0, "the adapter's product is scaled by alpha / rank")
-    target_modules: Names = _field(
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        "the linear layers that get an adapter, by the last part of their names",
+    target_modules: Targets = _field(
+        "all-linear",
+        "the layers that get an adapter: all linear layers of the blocks, or a list of names, by their last parts",
     )
 
 

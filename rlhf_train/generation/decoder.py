@@ -397,7 +397,10 @@ def _run_layers(
         x, y = add_norm(x, layer.output(seen), layer.after_attention)
         if not network.norm_first:
             x = y
-        grown = layer.down(fused_layers.linear_relu(y, layer.up.weight, layer.up.bias))
+        if layer.up.adapter is None:
+            grown = layer.down(fused_layers.linear_relu(y, layer.up.weight, layer.up.bias))
+        else:
+            grown = layer.down(F.relu(layer.up(y)))
         x, y = add_norm(x, grown, layer.after_mlp) if layer.after_mlp is not None else (x + grown, x + grown)
         if not network.norm_first:
             x = y

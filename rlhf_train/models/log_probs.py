@@ -44,7 +44,8 @@ def label_log_probs(
     """
     if is_plain(head, states) and transform.cap is None:
         # softmax(scale x / T) is softmax(x / (T / scale)).
-        tokens = transform.tokens if transform.tokens is not None and transform.tokens < len(head.weight) else None
+        rows: int = head.weight.shape[0]  # type: ignore[assignment,index,union-attr]
+        tokens = transform.tokens if transform.tokens is not None and transform.tokens < rows else None
         log_probs, entropies = _LabelLogProbs.apply(
             states,
             head.weight,

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.spec import Lora, Scratch
+from jobs.spec import Scratch
 from rlhf_train import compat
 from rlhf_train.data import hub
 from rlhf_train.data.sequences import Sequences
@@ -317,56 +317,3 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
     for model in models:
         packed_attention.keep_rows_apart(model)
     return None
-
-
-# --- LoRA ---------------------------------------------------------------------------------------
-
-
-def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Inject PEFT's adapters into `model` in place; only they are trained.
-
-    The model's own class stays.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=list(lora.target_modules),
-        bias="none",
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise ToolkitError(
-            "actor.lora.target_modules names no layer of the model",
-            why=str(error).splitlines()[0],
-            hint=f"its linear layers are {', '.join(linear)}",
-        ) from None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
-
-
-def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """Return a plain model's state dict from one with adapters.
-
-    A merged weight is W + alpha / rank B A, computed in float32 and cast once.
-    """
-    merged: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            prefix, _, leaf = name.partition(".base_layer.")
-            if leaf == "weight":
-                a, b = (state[f"{prefix}.lora_{side}.default.weight"].float() for side in "AB")
-                value = (value.float() + (lora.alpha / lora.rank) * (b @ a)).to(value.dtype)
-            name = f"{prefix}.{leaf}"
-        merged[name] = value
-    return merged

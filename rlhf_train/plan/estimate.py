@@ -34,8 +34,7 @@ class Size:
     """Parameters of one network."""
 
     all: int
-    trained: int
-    adapted: int = 0  # those of the matrices that adapters change
+    trained: int  # with LoRA: those of the adapters, which `all` leaves out
 
 
 def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
@@ -43,7 +42,7 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
 
     The model's config is fetched from the hub if it is not on this machine.
     """
-    from rlhf_train.models.networks import add_lora
+    from rlhf_train.models.adapters import add_lora
 
     network = _network(job, model)
     if lora and job.actor.lora is not None:
@@ -51,8 +50,7 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
             add_lora(network, job.actor.lora, seed=0)
     adapters = sum(p.numel() for name, p in network.named_parameters() if "lora_" in name)
     everything = sum(p.numel() for p in network.parameters())
-    adapted = sum(p.numel() for name, p in network.named_parameters() if name.endswith(".base_layer.weight"))
-    return Size(everything - adapters, adapters or everything, adapted)
+    return Size(everything - adapters, adapters or everything)
 
 
 def _network(job: Job, model: str | Scratch) -> Any:
@@ -102,7 +100,8 @@ def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> 
     if zero_stage == 3:
         copies = 2 * actor.all
     else:
-        copies = actor.adapted or actor.all  # LoRA: the reference is the actor with its adapters off
+        # LoRA: the reference is the actor with its adapters off, and rollouts read the actor.
+        copies = actor.all if actor.trained == actor.all else 0
     return (critic.all + copies) * WEIGHT_BYTES[precision]
 
 

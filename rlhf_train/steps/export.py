@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
 from jobs.spec import Job, Lora, Scratch
 from jobs.steps import STEPS
-from rlhf_train.disk import rename, size_of, sync_files
+from rlhf_train.disk import read_json, rename, size_of, sync_files, write_json
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
-from rlhf_train.models.networks import merge_lora
+from rlhf_train.models.adapters import merge_lora, save_adapter
 from rlhf_train.steps.context import StepContext
+
+ADAPTER = "adapter"  # in a model's folder: LoRA's adapters by themselves, a PEFT folder
 
 
 def save_model(
@@ -49,8 +51,9 @@ def save_model(
     model: Any = engine.module.model
     state = full_state(model, keep=context.world.is_main)
     if context.world.is_main:
+        adapted_state = state
         if lora is not None:
-            state = merge_lora(state, lora)
+            state = merge_lora(state, model)
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
@@ -58,7 +61,12 @@ def save_model(
         # point.
         partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
+        if lora is not None:
+            _state_dtype(partial / "config.json", state)
         tokenizer.save_pretrained(str(partial))
+        if lora is not None:
+            save_adapter(adapted_state, model, lora, origin(context.job, model), partial / ADAPTER)
+            sync_files(partial / ADAPTER)
         generation_config(context.job, tokenizer).save_pretrained(str(partial))
         (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
         sync_files(partial)
@@ -78,6 +86,24 @@ def save_model(
         )
     context.world.barrier()
     context.heartbeat.is_patient = False
+
+
+def _state_dtype(config: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the dtype of the saved weights, which may be float32 after a merge, into config.json.
+
+    transformers wrote that of the model in memory.
+    """
+    fields, dtypes = read_json(config), {value.dtype for value in state.values() if value.is_floating_point()}
+    (dtype,) = dtypes
+    for name in ("dtype", "torch_dtype"):
+        if name in fields:
+            fields[name] = str(dtype).removeprefix("torch.")
+    write_json(config, fields)
+
+
+def origin(job: Job, model: Any) -> str:
+    """Name the model whose weights the adapters belong to."""
+    return model.name_or_path or f"random weights (seed {job.seed})"
 
 
 def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:

@@ -16,10 +16,10 @@ from rlhf_train.disk import write_json
 from rlhf_train.engine.checkpointer import Stateful
 from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, trial_update
 from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.models.adapters import add_lora, describe
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -92,7 +92,7 @@ class Setup:
     def refresh_rollouts(self) -> None:
         """Let rollouts read the actor's weights as they are now."""
         if self.rollout_copy is not None:
-            copy_weights(self.actor, self.rollout_copy, self.lora)
+            copy_weights(self.actor, self.rollout_copy)
 
     def held_out_answers(self) -> list[Answer]:
         """Answer the held-out prompts with the actor as it is now."""
@@ -127,7 +127,7 @@ def set_up(context: StepContext) -> Setup:
     actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
     for model in (actor_model, reward_model.model):
         check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
-    reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
+    reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage, job.seed)
     if job.actor.lora is not None and isinstance(reference, ActorForward):
         why = "ZeRO 3 has no whole weights"
         context.doing(3, f"the reference is a copy of the actor, not the actor with its adapters off: {why}")
@@ -135,6 +135,7 @@ def set_up(context: StepContext) -> Setup:
         checkpoint_activations(actor_model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
+        context.doing(3, f"LoRA adapts {describe(actor_model)}")
     critic_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(critic_model)
@@ -213,27 +214,26 @@ def set_up(context: StepContext) -> Setup:
 
 
 def frozen_copies(
-    actor_model: Any,
-    lora: Lora | None,
-    zero_stage: int,
+    actor_model: Any, lora: Lora | None, zero_stage: int, seed: int
 ) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
     """Copy the loaded actor, before it gets adapters, as the reference and for rollouts.
 
-    Rollouts need a copy if the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has
-    adapters next to the weights. `copy_weights` fills it once a rollout.
+    Rollouts read the actor itself, with its adapters, if its weights are whole. ZeRO-3 has parts of
+    them: there rollouts have a copy, which `copy_weights` fills once a rollout.
 
     LoRA leaves the actor's own weights as they are. So the reference is the actor with its adapters
-    off, and the rollouts' copy has memory of its own only for weights that adapters change. Under
-    ZeRO-3 that would gather all weights, layer by layer, for each batch; there both are whole
-    copies.
+    off. Under ZeRO-3 that would gather all weights, layer by layer, for each batch; there it is a
+    copy, too.
     """
-    if lora is None or zero_stage == 3:
-        copies = 2 if zero_stage == 3 else 1
-        reference, *rollouts = (ActorForward(eval_model(copy.deepcopy(actor_model))) for _ in range(copies))
-        return reference, rollouts[0] if rollouts else None
-    adapted = tuple(f".{target}.weight" for target in lora.target_modules)
-    kept = {id(weight): weight for name, weight in actor_model.named_parameters() if not f".{name}".endswith(adapted)}
-    return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
+    if zero_stage != 3 and lora is not None:
+        return WithoutAdapters(ActorForward(actor_model)), None
+    reference = ActorForward(eval_model(copy.deepcopy(actor_model)))
+    if zero_stage != 3:
+        return reference, None
+    rollouts = copy.deepcopy(actor_model)
+    if lora is not None:
+        add_lora(rollouts, lora, seed)
+    return reference, ActorForward(eval_model(rollouts))
 
 
 def try_the_longest(context: StepContext, setup: Setup) -> None:

@@ -22,9 +22,9 @@ from rlhf_train.data.sequences import (
     grouped_rows_of_update,
 )
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
+from rlhf_train.models.adapters import add_lora, describe
 from rlhf_train.models.networks import (
     ActorForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -67,6 +67,7 @@ def run(context: StepContext) -> End:
         checkpoint_activations(model)
     if job.actor.lora is not None:
         add_lora(model, job.actor.lora, job.seed)
+        context.doing(1, f"LoRA adapts {describe(model)}")
     pad_id = padding(tokenizer, model)
     engine = Engine(
         ActorForward(model),

@@ -29,7 +29,8 @@ from rlhf_train.engine.deepspeed_engine import (
     learning_rate_factor,
     trial_update,
 )
-from rlhf_train.models.networks import ActorForward, add_lora, load_causal, train_tokenizer
+from rlhf_train.models.adapters import add_lora
+from rlhf_train.models.networks import ActorForward, load_causal, train_tokenizer
 from rlhf_train.ranks.collectives import World
 from tests import ranks, tiny
 
@@ -261,7 +262,7 @@ def test_adapters_are_merged_into_a_copy(world: World, make_model: Callable[...,
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)  # adapters start at zero
     trained = engine(model, world, spec(), stage=stage)
-    copy_weights(trained, ActorForward(copied), lora)
+    copy_weights(trained, ActorForward(copied))
     plain = ActorForward(copied)(rows())[0]
     torch.testing.assert_close(plain, trained(rows())[0])
     assert not torch.allclose(plain, ActorForward(make_model())(rows())[0], atol=1e-3)

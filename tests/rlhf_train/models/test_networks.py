@@ -17,10 +17,10 @@ from jobs.spec import Lora, Scratch
 from rlhf_train import compat
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.models import packed_attention
+from rlhf_train.models.adapters import add_lora, merge_lora
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -28,7 +28,6 @@ from rlhf_train.models.networks import (
     load_causal,
     load_scorer,
     load_tokenizer,
-    merge_lora,
     padding,
     train_tokenizer,
 )
@@ -175,7 +174,7 @@ def test_lora_starts_at_the_model_itself_and_merges_to_what_it_computes(actor, b
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     merged = copy.deepcopy(actor)
-    merged.load_state_dict(merge_lora(adapted.state_dict(), lora))
+    merged.load_state_dict(merge_lora(adapted.state_dict(), adapted))
     assert not torch.allclose(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0], atol=1e-2)
     torch.testing.assert_close(ActorForward(merged)(batch)[0], ActorForward(adapted)(batch)[0], rtol=1e-5, atol=1e-5)
 

@@ -19,10 +19,10 @@ from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
 from rlhf_train.data.sequences import BatchPlan, Sequences
 from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
+from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     last_scores,
     load_causal,
     load_scorer,

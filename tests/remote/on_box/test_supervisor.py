@@ -208,7 +208,7 @@ class Seen:
     def card(self, card: GpuUsage) -> None:
         self.cards.append(card)
 
-    def away(self, why: str, since: float) -> None:
+    def connection_lost(self, why: str, since: float) -> None:
         self.aways += 1
 
     def back(self) -> None:

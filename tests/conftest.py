@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -49,18 +49,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Two at a time (`-n 2 --dist loadgroup`): the tests of a group run in order, in one process. A file
-# is a group, but for places whose files share something dear: Docker's engine and image, with the
-# box that is reached through sshd; the runs that faults are compared with. What takes long begins
-# first.
+# Two at a time (`-n 2`): the tests of a group run in order, in one process. A file is a group, but
+# for places whose files share something dear: Docker's engine and image, with the box that is
+# reached through sshd; the runs that faults are compared with. What takes long begins first.
 SHARED_PLACES = {"docker/": "containers", "integration/remote/": "containers", "faults/": "faults"}
 LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "remote/", "rlhf_train/")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid.split("::")[0].removeprefix("tests/"))
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist") and config.getoption("dist") == "loadgroup":
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(_place(item))))
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
         items.sort(key=lambda item: _begins_as(_place(item)))
     if config.getoption("--fast"):
         slow = [item for item in items if not _is_fast(item)]

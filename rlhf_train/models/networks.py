@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     else:
         loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
         loaded = _fit_vocabulary(loaded, tokenizer)
-    loaded.logit_transform = replace(find_transform(loaded), tokens=len(tokenizer))
+    loaded.logit_transform = find_transform(loaded)
     return cpu_matmul.use_in(loaded)
 
 
@@ -126,7 +125,7 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     return cpu_matmul.use_in(scorer)
 
 
-def language_transform(scorer: Any, tokenizer: PreTrainedTokenizerFast) -> LogitTransform:
+def language_transform(scorer: Any) -> LogitTransform:
     """Return what the causal model of a reward model's family does to its logits.
 
     It is measured on one layer with random weights.
@@ -135,7 +134,7 @@ def language_transform(scorer: Any, tokenizer: PreTrainedTokenizerFast) -> Logit
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    return replace(find_transform(AutoModelForCausalLM.from_config(config)), tokens=len(tokenizer))
+    return find_transform(AutoModelForCausalLM.from_config(config))
 
 
 def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:

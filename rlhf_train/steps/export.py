@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
@@ -54,6 +55,8 @@ def save_model(
         adapted_state = state
         if lora is not None:
             state = merge_lora(state, model)
+        # Before save_pretrained, which empties the state while it writes.
+        dtype = next(value.dtype for value in state.values() if value.is_floating_point())
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
@@ -62,7 +65,7 @@ def save_model(
         partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
         if lora is not None:
-            _state_dtype(partial / "config.json", state)
+            _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(str(partial))
         if lora is not None:
             save_adapter(adapted_state, model, lora, origin(context.job, model), partial / ADAPTER)
@@ -88,13 +91,12 @@ def save_model(
     context.heartbeat.is_patient = False
 
 
-def _state_dtype(config: Path, state: Mapping[str, Tensor]) -> None:
+def _state_dtype(config: Path, dtype: torch.dtype) -> None:
     """Write the dtype of the saved weights, which may be float32 after a merge, into config.json.
 
     transformers wrote that of the model in memory.
     """
-    fields, dtypes = read_json(config), {value.dtype for value in state.values() if value.is_floating_point()}
-    (dtype,) = dtypes
+    fields = read_json(config)
     for name in ("dtype", "torch_dtype"):
         if name in fields:
             fields[name] = str(dtype).removeprefix("torch.")

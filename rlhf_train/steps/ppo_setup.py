@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,8 @@ def set_up(context: StepContext) -> Setup:
     scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
     reward_model = ScoreForward(eval_model(scorer_model))
     actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
+    # The policy is one over the tokenizer's ids. Step 1 learns, as the saved model, over all rows.
+    actor_model.logit_transform = replace(actor_model.logit_transform, tokens=len(tokenizer))
     for model in (actor_model, reward_model.model):
         check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage, job.seed)

@@ -65,7 +65,7 @@ def run(context: StepContext) -> End:
     model = load_scorer(source, tokenizer, context.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     if spec.lm_coef:
-        model.logit_transform = language_transform(model, tokenizer)
+        model.logit_transform = language_transform(model)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
     pad_id = padding(tokenizer, model)

@@ -254,10 +254,10 @@ def test_whole_weights(world: World, make_model: Callable[..., Any], stage: int)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_adapters_are_merged_into_a_copy(world: World, make_model: Callable[..., Any], stage: int) -> None:
+def test_adapters_are_copied_beside_their_weights(world: World, make_model: Callable[..., Any], stage: int) -> None:
     """Held to the outputs of the model with its adapters."""
     lora = Lora(rank=2, alpha=6.0)
-    copied, model = make_model(), add_lora(make_model(), lora, seed=0)
+    copied, model = (add_lora(make_model(), lora, seed=0) for _ in range(2))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)  # adapters start at zero

@@ -253,7 +253,8 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     with torch.no_grad():
         untouched = ActorForward(load())(batch)[0]
     model, lora = load(), Lora(rank=4)
-    reference, twin = frozen_copies(model, lora, stage)
+    reference, twin = frozen_copies(model, lora, stage, seed=1)
+    assert (twin is None) == (stage < 3)  # rollouts read the actor itself where its weights are whole
     add_lora(model, lora, 1)
     actor = Engine(
         ActorForward(model),
@@ -272,15 +273,9 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
         assert reference(batch)[0].equal(untouched)
         seen.append(actor(batch)[0].detach())
         assert (seen[-1] - seen[-2]).abs().max() > 0.1  # it learns, also after its adapters were off
-        assert twin is not None
-        copy_weights(actor, twin)
-        torch.testing.assert_close(twin(batch)[0], seen[-1], rtol=0, atol=1e-5)
-    # What adapters do not change is there once; the matrices of two layers are not.
-    own = {p.data_ptr(): p.numel() for p in twin.parameters()}
-    shared = {p.data_ptr() for p in model.parameters()}
-    assert sum(count for place, count in own.items() if place not in shared) == (
-        2 * (4 * 32 * 32 + 2 * 32 * 64) if stage < 3 else sum(own.values())
-    )
+        if twin is not None:
+            copy_weights(actor, twin)
+            torch.testing.assert_close(twin(batch)[0], seen[-1], rtol=0, atol=1e-5)
 
 
 # --- on-policy ----------------------------------------------------------------------------------

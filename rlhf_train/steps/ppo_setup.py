@@ -33,6 +33,7 @@ from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import Answer, HeldOut
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.steps.scoring import Scorer, WithoutAdapters
+from rlhf_train.steps.self_test import weights_digest
 
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
@@ -62,6 +63,7 @@ class Setup:
     scorer: Scorer
     held_out: HeldOut
     longest: Sequences  # one micro batch
+    reference_digest: str  # sha256 of the reference's weights on disk
 
     @property
     def rows(self) -> np.ndarray:
@@ -212,6 +214,7 @@ def set_up(context: StepContext) -> Setup:
         scorer=scorer,
         held_out=held_out,
         longest=longest,
+        reference_digest=weights_digest(context.run.step(1).model),
     )
 
 

@@ -23,6 +23,9 @@ ROW_COUNTS = {
     "prompt_too_long": ("left out", "overlong prompts"),
     "identical_answers": ("left out", "identical answers"),
     "answer_cut": ("cut", "overlong answers"),
+    "duplicate": ("kept", "duplicate rows"),
+    "prompt_held_out": ("kept", "held-out prompts"),
+    "control_token": ("as text", "typed control tokens"),
 }
 
 # Control characters (C0, C1, DEL), line separators, and marks that change the text direction.

@@ -371,6 +371,7 @@ class Job(_Strict):
             parts += ["actor", "sft"]
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # the reward model reads with the actor's tokenizer
+        tree["data"].pop("eval_rows", None)  # it decides what is measured, not what is learned
         chosen = {part: tree[part] for part in parts}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 

@@ -7,7 +7,9 @@ is DeepSpeed-Chat's arithmetic. Where we differ from it:
 - rows are split before any is left out, so the limits do not decide which row serves which step;
 - every step is measured on the same held-out split; if a data set has none, 5 % of its rows are
   held out before the split;
-- text that looks like a control token (`</s>` typed by a user) stays text.
+- rows with the same prompt stay together: held out together, or in the share of one step;
+- text that looks like a control token (`</s>` typed by a user) stays text;
+- an answer's ids are those that follow its prompt's ids in the text of both.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -32,6 +34,7 @@ from tokenizers import Tokenizer
 
 import jobs.errors
 from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import plural
 from jobs.spec import Data
 from jobs.steps import STEPS
 
@@ -40,8 +43,9 @@ ANSWERS = ("response", "chosen", "rejected")
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
 MISTAKES_SHOWN = 10  # for one file
+NEUTRAL = ("\n", "a", ".", "1", "é")  # texts to put before another; one of them merges with none of its tokens
 CHUNK_ROWS = 4096  # rows in a file of the cache; a rank's unit of work
-CACHE_VERSION = 1  # raise it when the same text gets other ids
+CACHE_VERSION = 2  # raise it when the same text gets other ids
 POLL_S, SAY_EVERY_S = 0.1, 5.0
 
 Say = Callable[[str], None]
@@ -109,6 +113,8 @@ class Table:
     step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
     # `rows`: those read. Left out for the first reason that holds: `empty_prompt`, `empty_answer`,
     # `prompt_too_long`. Of the rest: `identical_answers` (left out in step 2 only), `answer_cut`.
+    # Of all: `duplicate` (equal to an earlier row), `prompt_held_out` (of a row that is measured,
+    # too), `control_token` (its text stays text).
     row_counts: dict[str, int]
 
     def digest(self, step: int) -> str:
@@ -126,6 +132,7 @@ class Table:
 class Corpus:
     train: Table
     held_out: Table
+    digest: str  # sha256 of all rows' texts, in their order
 
 
 def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
@@ -139,12 +146,26 @@ def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_siz
         [chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out)
     )
     _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
-    train_orders = _split([len(rows) for rows in train], spec)
+    train_orders = _split(train, spec)
     held_out_orders = dict.fromkeys((1, 2, 3), _shuffled(sum(map(len, held_out)), spec.seed))
+    control = re.compile("|".join(map(re.escape, encoder.control.values())))
+    prompts = {row.prompt for rows in held_out for row in rows}
     return Corpus(
-        train=_table("training", train, _load(train_chunks, say), train_orders, spec),
-        held_out=_table("held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, spec.eval_rows),
+        train=_table("training", train, _load(train_chunks, say), train_orders, spec, control, prompts),
+        held_out=_table(
+            "held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, control, max_rows=spec.eval_rows
+        ),
+        digest=_digest([*train, *held_out]),
     )
+
+
+def _digest(parts: Iterable[list[Row]]) -> str:
+    """Return the sha256 of the texts of all rows."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def texts(spec: Data) -> Iterator[str]:
@@ -160,7 +181,8 @@ def texts(spec: Data) -> Iterator[str]:
 def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
     """Read a data set's training and held-out rows.
 
-    Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out.
+    Without a held-out split, 5 % of the rows are held out: all rows of the first prompts of
+    RandomState(seed)'s shuffle.
     """
     say(f"reading {name}")
     train, held_out = read_rows(name, (Path.cwd(), Path(jobs.errors.__file__).parents[1]))
@@ -171,8 +193,18 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
                 why="it has one row and no held-out split",
                 hint="add rows, or a test split",
             )
-        order, count = _shuffled(len(train), seed), max(1, round(HELD_OUT_SHARE * len(train)))
-        held_out, train = ([train[i] for i in sorted(rows)] for rows in (order[:count], order[count:]))
+        groups = _by_prompt(train)
+        order, count = _shuffled(len(groups), seed), max(1, round(HELD_OUT_SHARE * len(train)))
+        sizes = np.cumsum([len(groups[i]) for i in order])
+        first = int(np.searchsorted(sizes, count)) + 1
+        if first == len(groups):
+            raise ToolkitError(
+                f"nothing of data set `{name}` can be held out",
+                why=f"its {len(train)} rows have {plural(len(groups), 'prompts')}, and those of one stay together",
+                hint="add rows with other prompts, or a test split",
+            )
+        parts = (order[:first], order[first:])
+        held_out, train = ([train[i] for i in sorted(chain.from_iterable(groups[g] for g in part))] for part in parts)
     return train, held_out
 
 
@@ -202,6 +234,14 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
         hint = "name a .jsonl file, or a folder with train*.jsonl and, if there is one, test*.jsonl"
         raise ToolkitError(f"no training rows in `{name}`", why=why, hint=hint)
     return _read_jsonl(train), _read_jsonl(held_out)
+
+
+def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
+    """Return the row numbers of each prompt, in the order in which prompts appear."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(number)
+    return list(groups.values())
 
 
 class _BadRow(Exception):
@@ -331,10 +371,14 @@ class _Encoder:
         Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores
         it for slow ones.
         """
-        found, control = self.encode(lines), self.control.values()
+        return self._as_text(lines, self.encode)
+
+    def _as_text(self, lines: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        found, control = encode(lines), self.control.values()
         for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
             inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control)
-            found[i] = list(chain.from_iterable(self.encode(re.split(inside, lines[i]))))
+            first, *others = re.split(inside, lines[i])
+            found[i] = list(chain.from_iterable([*encode([first]), *self._behind(others)]))
             if left := self.control.keys() & found[i]:
                 raise ToolkitError(
                     "the tokenizer makes control tokens of plain text",
@@ -342,6 +386,40 @@ class _Encoder:
                     hint="take that text out of the data set",
                 )
         return found
+
+    def answers(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        """Encode answers as they follow their prompts, (prompt, answer) each.
+
+        Prompt and answer are encoded as one text, and cut where the prompt's own ids end. A
+        tokenizer that puts a space in front of every text (LLaMA 2) so puts none in between.
+        Where a token crosses the border, the answer is encoded behind a neutral text instead.
+        """
+        prompts = dict.fromkeys(prompt for prompt, _ in pairs)
+        starts = dict(zip(prompts, self.ids(list(prompts)), strict=True))
+        found = self.ids([prompt + answer for prompt, answer in pairs])
+        crossed = []
+        for i, (prompt, _) in enumerate(pairs):
+            start = starts[prompt]
+            if found[i][: len(start)] == start:
+                found[i] = found[i][len(start) :]
+            else:
+                crossed.append(i)
+        for i, ids in zip(crossed, self._as_text([pairs[i][1] for i in crossed], self._behind), strict=True):
+            found[i] = ids
+        return found
+
+    def _behind(self, lines: list[str]) -> list[list[int]]:
+        """Encode texts as they stand behind other text, with whose end they share no token."""
+        found: dict[int, list[int]] = {}
+        for neutral in NEUTRAL:
+            left = [i for i in range(len(lines)) if i not in found]
+            [start] = self.encode([neutral])
+            for i, ids in zip(left, self.encode([neutral + lines[i] for i in left]), strict=True):
+                if ids[: len(start)] == start:
+                    found[i] = ids[len(start) :]
+        left = [i for i in range(len(lines)) if i not in found]
+        found |= dict(zip(left, self.encode([lines[i] for i in left]), strict=True))
+        return [found[i] for i in range(len(lines))]
 
 
 def _encoder(tokenizer: Any) -> _Encoder:
@@ -414,15 +492,21 @@ def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
 
 def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
     """Return the four columns, uncut; a response that is the chosen answer has length 0."""
-    lines = list(dict.fromkeys(chain.from_iterable(rows)))
-    ids = dict(zip(lines, encoder.ids(lines), strict=True))
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    of_prompt = dict(zip(prompts, encoder.ids(prompts), strict=True))
+    pairs = list(dict.fromkeys((row.prompt, answer) for row in rows for answer in row[1:]))
+    of_answer = dict(zip(pairs, encoder.answers(pairs), strict=True))
+
+    def column(name: str) -> Ragged:
+        return Ragged.of([[*of_answer[row.prompt, getattr(row, name)], encoder.eos] for row in rows])
+
     return {
-        "prompt": Ragged.of([[*encoder.front, *ids[row.prompt]] for row in rows]),
+        "prompt": Ragged.of([[*encoder.front, *of_prompt[row.prompt]] for row in rows]),
         "response": Ragged.of(
-            [[] if row.response == row.chosen else [*ids[row.response], encoder.eos] for row in rows]
+            [[] if row.response == row.chosen else [*of_answer[row.prompt, row.response], encoder.eos] for row in rows]
         ),
-        "chosen": Ragged.of([[*ids[row.chosen], encoder.eos] for row in rows]),
-        "rejected": Ragged.of([[*ids[row.rejected], encoder.eos] for row in rows]),
+        "chosen": column("chosen"),
+        "rejected": column("rejected"),
     }
 
 
@@ -496,14 +580,18 @@ def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
     return [order[start:end] for start, end in pairwise(points)]
 
 
-def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
-    """Split each data set by itself; join the parts of each step, and shuffle them again."""
-    parts = [
-        [start + share for share in _shares(n, spec.split, spec.seed)]
-        for start, n in zip(_starts(sizes), sizes, strict=False)
-    ]
+def _split(train: Sequence[list[Row]], spec: Data) -> dict[int, Order]:
+    """Split each data set by itself; join the parts of each step, and shuffle them again.
+
+    Prompts are dealt to the steps, each with all its rows.
+    """
+    parts = []
+    for start, rows in zip(_starts([len(rows) for rows in train]), train, strict=False):
+        groups = _by_prompt(rows)
+        shares = _shares(len(groups), spec.split, spec.seed)
+        parts.append([start + np.array([i for g in share for i in groups[g]], dtype=np.int64) for share in shares])
     steps = {step: np.concatenate([part[step - 1] for part in parts]) for step in (1, 2, 3)}
-    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(sizes) > 1 else steps
+    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(train) > 1 else steps
 
 
 def _table(
@@ -512,9 +600,14 @@ def _table(
     uncut: dict[str, Ragged],
     orders: dict[int, Order],
     spec: Data,
+    control: re.Pattern[str],
+    held_out: Set[str] = frozenset(),
     max_rows: int | None = None,
 ) -> Table:
-    """Cut the answers, count the rows by what becomes of them, and drop unusable rows."""
+    """Cut the answers, count the rows by what becomes of them, and drop unusable rows.
+
+    control: finds the text of a control token; held_out: the prompts of the other table.
+    """
     rows = list(chain.from_iterable(parts))
     empty_prompt = np.array([not row.prompt.strip() for row in rows], dtype=bool)
     empty_answer = np.array([not all(answer.strip() for answer in row[1:]) for row in rows], dtype=bool) & ~empty_prompt
@@ -536,6 +629,9 @@ def _table(
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
     row_counts = {"rows": len(rows), **{name: int(mask.sum()) for name, mask in masks.items()}}
+    row_counts["duplicate"] = len(rows) - len(set(rows))
+    row_counts["prompt_held_out"] = sum(row.prompt in held_out for row in rows)
+    row_counts["control_token"] = sum(control.search("\0".join(row)) is not None for row in rows)
     # Step 2 learns nothing from a pair of identical answers.
     usable = {step: kept & ~identical if step == 2 else kept for step in orders}
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}

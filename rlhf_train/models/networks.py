@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -105,6 +106,8 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     """
     config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    if isinstance(model, str):
+        _check_labels(model, config)
     config.num_labels = 1
     torch.manual_seed(seed)
     if isinstance(model, Scratch):
@@ -185,8 +188,11 @@ def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
 
 
 def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Raise ToolkitError if prompt and response together outgrow the model's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    """Raise ToolkitError if prompt and response together outgrow the positions.
+
+    model: a model or its config.
+    """
+    limit = getattr(getattr(model, "config", model), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + response_tokens > limit:
         raise ToolkitError(
             f"prompts of {prompt_tokens} and responses of {response_tokens} tokens do not fit the model",
@@ -195,19 +201,86 @@ def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
         )
 
 
+def check_scorer(source: str, *, prompt_tokens: int, response_tokens: int, lm_coef: float) -> None:
+    """Raise ToolkitError if no reward model can be made from `source`. Only its config is read.
+
+    Step 1 calls it, so that nobody trains for hours to learn of it in step 2.
+    """
+    config = _load(AutoConfig.from_pretrained, source, hub.config_files)
+    check_lengths(config, prompt_tokens, response_tokens)
+    _check_labels(source, config)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ToolkitError(
+            f"a reward model cannot be made from {source}",
+            why=f"transformers has no sequence classification for {config.model_type}",
+            hint="choose a critic.model that has: OPT, GPT-2, LLaMA, Mistral, Qwen2 and others do",
+        )
+    if lm_coef and not getattr(config, "tie_word_embeddings", False):
+        raise _untied(source)
+
+
+def _check_labels(source: str, config: Any) -> None:
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ToolkitError(
+            f"{source} is no reward model",
+            why=f"it is a classifier with {config.num_labels} labels, and a reward is one number",
+            hint="choose a model with one label, or a causal model, which gets a new head",
+        )
+
+
+def _untied(name: str) -> ToolkitError:
+    return ToolkitError(
+        "reward.lm_coef needs a model whose input and output embeddings are one",
+        why=f"those of {name} are two, and a reward model has no output embedding",
+        hint="set reward.lm_coef: 0",
+    )
+
+
+# Text of several scripts and kinds, to compare two tokenizers.
+PROBE = "\n\nHuman: Grüße, 你好! 12.5 %\n\nAssistant: I'm  fine,\tthanks 🙂"
+
+
 def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
-    """Raise ToolkitError if actor and reward model number their tokens differently.
+    """Raise ToolkitError unless actor and reward model read the same ids in the same way.
 
     Step 3 hands the actor's token ids to the reward model.
     """
-    if actor.get_vocab() != critic.get_vocab():
-        names = f"{actor.name_or_path or 'the actor'} and {critic.name_or_path or 'the reward model'}"
+    names = (actor.name_or_path or "the actor", critic.name_or_path or "the reward model")
+    if why := _tokenizer_difference(actor, critic, *names):
         raise ToolkitError(
             "the actor and the reward model use different tokenizers",
-            why=f"{names} number their tokens differently",
+            why=why,
             hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
             "or critic.model: actor",
         )
+
+
+def _tokenizer_difference(actor: Any, critic: Any, actor_name: str, critic_name: str) -> str:
+    own, other = actor.get_vocab(), critic.get_vocab()
+    moved = [token for token, number in own.items() if other.get(token, number) != number]
+    if moved:
+        token = min(moved, key=own.__getitem__)
+        return f"{token!r} is number {own[token]} of {actor_name} and number {other[token]} of {critic_name}"
+    for missing, in_name, not_in in (
+        (own.keys() - other, actor_name, critic_name),
+        (other.keys() - own, critic_name, actor_name),
+    ):
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            return f"{in_name} has {len(missing)} tokens that {not_in} lacks: {some}"
+    if actor.eos_token_id != critic.eos_token_id:
+        return f"an answer of {actor_name} ends with {actor.eos_token}, one of {critic_name} with {critic.eos_token}"
+    if _in_front(actor) != _in_front(critic):
+        return f"{actor_name} begins a text with the tokens {_in_front(actor)}, {critic_name} with {_in_front(critic)}"
+    ids = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (actor, critic)]
+    return f"{actor_name} and {critic_name} cut the same text into other tokens" if ids[0] != ids[1] else ""
+
+
+def _in_front(tokenizer: Any) -> list[str]:
+    bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return list(tokenizer.convert_ids_to_tokens(framed[:start]))
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -260,11 +333,7 @@ class ScoreForward(nn.Module):
         if with_lm:
             embedding = model.get_input_embeddings().weight
             if not getattr(model.config, "tie_word_embeddings", False):
-                raise ToolkitError(
-                    "reward.lm_coef needs a model whose input and output embeddings are one",
-                    why=f"{type(model).__name__}'s are two, and a reward model has no output embedding",
-                    hint="set reward.lm_coef: 0",
-                )
+                raise _untied(type(model).__name__)
             # A module of its own, so that ZeRO-3 gathers the tied weight where it is used.
             self.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
             self.lm_head.weight = embedding

@@ -70,7 +70,9 @@ def save_model(
         if lora is not None:
             save_adapter(adapted_state, model, lora, origin(context.job, model), partial / ADAPTER)
             sync_files(partial / ADAPTER)
-        generation_config(context.job, tokenizer).save_pretrained(str(partial))
+        generation_config(context.job, tokenizer, getattr(model, "generation_config", None)).save_pretrained(
+            str(partial)
+        )
         (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
         sync_files(partial)
         rename(partial, folder)
@@ -108,15 +110,21 @@ def origin(job: Job, model: Any) -> str:
     return model.name_or_path or f"random weights (seed {job.seed})"
 
 
-def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
-    """Return the generation config that samples as the rollouts did."""
+def generation_config(job: Job, tokenizer: Any, source: GenerationConfig | None = None) -> GenerationConfig:
+    """Return the generation config that samples as the rollouts did.
+
+    source: that of the model that training started from. Its EOS tokens end an answer here, too.
+    """
+    others = getattr(source, "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])}
     return GenerationConfig(
         do_sample=True,
         temperature=job.ppo.temperature,
-        top_k=0,
+        top_k=job.ppo.top_k or 0,
+        top_p=job.ppo.top_p or 1.0,
         max_new_tokens=job.data.max_response_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 

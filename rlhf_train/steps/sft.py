@@ -27,6 +27,7 @@ from rlhf_train.models.networks import (
     ActorForward,
     check_lengths,
     check_same_tokenizer,
+    check_scorer,
     checkpoint_activations,
     load_causal,
     load_tokenizer,
@@ -56,8 +57,12 @@ def run(context: StepContext) -> End:
         row_counts=tokens.train.row_counts,
     )
 
-    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # checked now, not after hours of training
-        check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
+    # What steps 2 and 3 need, checked now and not after hours of training.
+    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    if isinstance(critic_source, str):
+        lengths = {"prompt_tokens": job.data.max_prompt_tokens, "response_tokens": job.data.max_response_tokens}
+        check_scorer(critic_source, **lengths, lm_coef=job.reward.lm_coef)
+        check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
 
     # 2. Load the actor, and give it an engine.
     context.doing(1, "loading the actor")

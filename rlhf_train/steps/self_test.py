@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ def rounding_of(context: StepContext, actor: Engine, row: Scored, log_probs: np.
     """
     if context.placement.precision == "float32":
         return 0.0
-    model, world, found = actor.module.model, context.world, 0.0
+    model: Any = actor.module.model
+    world, found = context.world, 0.0
     state = full_state(model, keep=world.is_main)
     if world.is_main:
         twin = AutoModelForCausalLM.from_config(model.config, **compat.dtype_argument(torch.float32)).eval()

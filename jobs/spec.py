@@ -484,16 +484,46 @@ def _explain(mistake: ErrorDetails) -> str:
     path, kind = ".".join(location), mistake["type"]
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
+        guess = _guess(location, valid)
         return f"{path}: unknown field; {guess}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg'].removeprefix('Value error, ')}"
+    if path == "actor.lora" and mistake["input"] is True:
+        return "actor.lora: fields, not True; `lora: {}` takes the defaults"
+    if path.endswith("precision") and str(mistake["input"]) in ("fp16", "half", "bf16", "fp32"):
+        word = {"bf16": "bfloat16", "fp32": "float32"}.get(str(mistake["input"]), "float16")
+        return f"{path}: did you mean {word}? not {_shown(mistake['input'])}"
     context = mistake.get("ctx", {})
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
+
+
+# Words of other toolkits -> our fields, by the last part of their path.
+SYNONYMS = {
+    "lr": ("learning_rate", "actor_learning_rate"),
+    "batch_size": ("global_batch",),
+    "train_batch_size": ("global_batch",),
+    "num_train_epochs": ("epochs",),
+    "max_steps": ("max_updates",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "dataset": ("data.datasets",),
+    "datasets": ("data.datasets",),
+    "model": ("actor.model",),
+    "model_name_or_path": ("actor.model", "model"),
+    "tokenizer": ("actor.model",),
+    "beta": ("kl_coef",),
+    "cliprange": ("clip_range",),
+}
+
+
+def _guess(location: Sequence[str], valid: Sequence[str]) -> str:
+    """Return `did you mean ...? ` for an unknown field; "" if nothing is like it."""
+    known = [name for name in SYNONYMS.get(location[-1], ()) if name in valid or (len(location) == 1 and "." in name)]
+    near = known or difflib.get_close_matches(location[-1], valid, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _shown(value: Any) -> str:

@@ -5,16 +5,20 @@ Its flags include those of DeepSpeed-Chat.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports, which take a second: 75 is "preempted"
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+
 import argparse
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -112,7 +116,32 @@ def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> N
         raise error
 
 
+def refuse_launchers(environ: Mapping[str, str]) -> None:
+    """Raise ToolkitError if this is one of several processes that a launcher has started.
+
+    RANK, WORLD_SIZE or SLURM_* alone may be left over in the shell of a cluster: they are ignored.
+    """
+    several = {
+        "torchrun or accelerate": "LOCAL_RANK" in environ and _number(environ, "WORLD_SIZE") > 1,
+        "mpirun": _number(environ, "OMPI_COMM_WORLD_SIZE") > 1,
+        "srun": _number(environ, "SLURM_STEP_NUM_TASKS") > 1,
+    }
+    for launcher, is_one in several.items():
+        if is_one:
+            raise ToolkitError(
+                f"{launcher} has started this program several times",
+                why="it starts its ranks itself, and each of these would train the same run",
+                hint="start `rlhf-train` once on a machine, by itself; hardware.ranks says how many GPUs it uses",
+            )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
+
+
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
+    refuse_launchers(os.environ)
     settings = Settings.from_environ(os.environ)
     wanted = steps_of(args.step)
     job = load_job(args.job, settings_of(args))
@@ -174,6 +203,8 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             if args.redo:
                 completion.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided
         if code != ExitCode.OK:
             left = completion.left_to_redo(run)
             step = next(step for step in todo if not completion.is_complete(run, step) or step in left)
@@ -201,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.UNFIT
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            # From a shell: ignored until the process is gone, which takes torch a moment.
+            signal.signal(signal.SIGTERM, before if argv is not None else signal.SIG_IGN)
 
 
 if __name__ == "__main__":

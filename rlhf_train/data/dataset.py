@@ -14,6 +14,8 @@ is DeepSpeed-Chat's arithmetic. Where we differ from it:
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import io
 import json
@@ -22,6 +24,7 @@ import re
 import secrets
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -42,7 +45,7 @@ REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
-MISTAKES_SHOWN = 10  # for one file
+MISTAKES_SHOWN, ROWS_SHOWN = 10, 3  # for one file; of one mistake
 NEUTRAL = ("\n", "a", ".", "1", "é")  # texts to put before another; one of them merges with none of its tokens
 CHUNK_ROWS = 4096  # rows in a file of the cache; a rank's unit of work
 CACHE_VERSION = 2  # raise it when the same text gets other ids
@@ -214,24 +217,25 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
     `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
     Raises ToolkitError.
     """
-    places = [folder / name for folder in search]
+    places = [folder / Path(name).expanduser() for folder in search]
     found = next((place for place in places if os.access(place, os.F_OK)), None)
-    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".jsonl")):
+    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _is_file_name(name)):
         looked_for = "\n".join(dict.fromkeys(f"no {place}" for place in places))
         raise ToolkitError(
             f"there is no data set `{name}`",
             why=looked_for,
-            hint="data.datasets takes .jsonl files, folders and hub names",
+            hint="data.datasets takes files (.jsonl, .json, .csv, .parquet), folders and hub names",
         )
-    if found is None or (found.is_dir() and not any(found.glob("*.jsonl"))):
-        return _read_by_datasets(name, found)
-    if found.suffix == ".jsonl" and found.is_file():
+    if found is not None and found.is_file() and found.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl([found]), []
+    if found is None or _builder(found) or (found.is_dir() and not any(found.glob("*.jsonl"))):
+        return _read_by_datasets(name, found)
     train = sorted(found.glob("train*.jsonl"))
     held_out = next(filter(None, (sorted(found.glob(f"{word}*.jsonl")) for word in HELD_OUT_NAMES)), [])
     if not train:
-        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is not a .jsonl file"
-        hint = "name a .jsonl file, or a folder with train*.jsonl and, if there is one, test*.jsonl"
+        kinds = ".jsonl, .json, .csv or .parquet file (.gz, too)"
+        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is no {kinds}"
+        hint = f"name a {kinds}, or a folder with train*.jsonl and, if there is one, test*.jsonl"
         raise ToolkitError(f"no training rows in `{name}`", why=why, hint=hint)
     return _read_jsonl(train), _read_jsonl(held_out)
 
@@ -242,6 +246,16 @@ def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
     for number, row in enumerate(rows):
         groups.setdefault(row.prompt, []).append(number)
     return list(groups.values())
+
+
+def _is_file_name(name: str) -> bool:
+    return name.removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".parquet"))
+
+
+def _builder(file: Path) -> str:
+    """Return the word that `datasets` has for a file of rows; "" for a folder or another file."""
+    kind = file.name.removesuffix(".gz").rpartition(".")[2]
+    return kind if kind in ("json", "csv", "parquet") and file.is_file() else ""
 
 
 class _BadRow(Exception):
@@ -281,19 +295,23 @@ def _parsed(line: bytes) -> Row:
         raise _BadRow(f"column 1: no JSON that can be read: {error}") from None
 
 
-def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, unit: str, first: int) -> list[Row]:
-    """Return all rows of a file or split, or raise one error with its first mistakes."""
+def _collect(items: Iterable[tuple[int, Any]], parse: Callable[[Any], Row], *, source: str, unit: str) -> list[Row]:
+    """Return all rows of a file or split, or raise one error with its mistakes.
+
+    items: the number of a line or row, and what stands there.
+    """
     rows: list[Row] = []
-    mistakes: list[str] = []
-    for number, item in enumerate(items, first):
+    places: dict[str, list[int]] = {}  # of each mistake
+    for number, item in items:
         try:
             rows.append(parse(item))
         except _BadRow as bad:
-            mistakes += [f"{unit} {number}, {mistake}" for mistake in bad.args]
-        if len(mistakes) >= MISTAKES_SHOWN:
+            for mistake in bad.args:
+                places.setdefault(mistake, []).append(number)
+    if places:
+        mistakes = [_places(unit, numbers) + f", {mistake}" for mistake, numbers in places.items()]
+        if len(mistakes) > MISTAKES_SHOWN:
             mistakes = [*mistakes[:MISTAKES_SHOWN], f"(no more than {MISTAKES_SHOWN} are shown)"]
-            break
-    if mistakes:
         hint = "every row needs the texts prompt, chosen and rejected, and may have response"
         raise ToolkitError(f"bad rows in {source}", why="\n".join(mistakes), hint=hint)
     if not rows:
@@ -301,29 +319,53 @@ def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, 
     return rows
 
 
+def _places(unit: str, numbers: Sequence[int]) -> str:
+    """`line 4`; `lines 4 and 7`; `lines 4, 7, 9 and 30 more`."""
+    shown = ", ".join(map(str, numbers[:ROWS_SHOWN]))
+    if len(numbers) == 1:
+        return f"{unit} {shown}"
+    more = len(numbers) - ROWS_SHOWN
+    if more > 0:
+        return f"{unit}s {shown} and {more} more"
+    return f"{unit}s {' and '.join(shown.rsplit(', ', 1))}"
+
+
 def _read_jsonl(files: Sequence[Path]) -> list[Row]:
     rows: list[Row] = []
     for file in files:
         try:
-            content = file.read_bytes().rstrip()
-        except OSError as error:
+            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
             raise ToolkitError(f"cannot read {file}", why=str(error)) from None
-        rows += _collect(content.split(b"\n") if content else [], _parsed, source=str(file), unit="line", first=1)
+        lines = enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1)
+        rows += _collect([pair for pair in lines if pair[1].strip()], _parsed, source=str(file), unit="line")
     return rows
 
 
-def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    """Read a hub name, a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
+def _read_by_datasets(name: str, found_at: Path | None) -> tuple[list[Row], list[Row]]:
+    """Read a hub name, a parquet, csv or json file, a folder of them, or what `save_to_disk` wrote.
+
+    found_at: the file or folder; None: a hub name.
+    """
     import datasets  # takes seconds, and JSONL does not need it
     from datasets.builder import DatasetGenerationError
 
     from rlhf_train.data import hub
 
     datasets.disable_progress_bar()
-    place = folder or hub.data_set(name)
+    place = found_at or hub.data_set(name)
+    # Words such as None and N/A are text: csv has no other way to write them.
+    more = (
+        {"keep_default_na": False} if place.name.endswith((".csv", ".csv.gz")) or any(place.glob("**/*.csv*")) else {}
+    )
     try:
         saved = any((place / file).exists() for file in ("dataset_dict.json", "state.json"))
-        found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(str(place))
+        if saved:
+            found = datasets.load_from_disk(str(place))
+        elif builder := _builder(place):
+            found = datasets.load_dataset(builder, data_files={"train": str(place)}, **more)
+        else:
+            found = datasets.load_dataset(str(place), **more)
     except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
         why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
         hint = (
@@ -331,7 +373,7 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
             "or what `save_to_disk` of the same datasets version wrote"
         )
         downloaded = f"cannot load the data set `{name}`, although its download is complete"
-        what = f"cannot load the data set in {folder}" if folder else downloaded
+        what = f"cannot load the data set in {found_at}" if found_at else downloaded
         raise ToolkitError(what, why=why, hint=hint) from None
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
@@ -349,7 +391,7 @@ def _rows_of(split: Any, source: str) -> list[Row]:
     columns = [column for column in Row._fields if column in split.column_names]
     values = split.select_columns(columns)[:]
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
-    return _collect(rows, _row, source=source, unit="row", first=0)
+    return _collect(enumerate(rows), _row, source=source, unit="row")
 
 
 # --- tokenising, with a cache by content --------------------------------------------------------
@@ -413,12 +455,14 @@ class _Encoder:
         found: dict[int, list[int]] = {}
         for neutral in NEUTRAL:
             left = [i for i in range(len(lines)) if i not in found]
+            if not left:
+                break
             [start] = self.encode([neutral])
             for i, ids in zip(left, self.encode([neutral + lines[i] for i in left]), strict=True):
                 if ids[: len(start)] == start:
                     found[i] = ids[len(start) :]
-        left = [i for i in range(len(lines)) if i not in found]
-        found |= dict(zip(left, self.encode([lines[i] for i in left]), strict=True))
+        if left := [i for i in range(len(lines)) if i not in found]:
+            found |= dict(zip(left, self.encode([lines[i] for i in left]), strict=True))
         return [found[i] for i in range(len(lines))]
 
 

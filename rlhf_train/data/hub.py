@@ -159,7 +159,16 @@ def model(source: str, wanted: Wanted) -> str:
 
     Raises ToolkitError.
     """
-    return source if local(source) else str(fetch(source, wanted, kind="model"))
+    if not local(source):
+        return str(fetch(source, wanted, kind="model"))
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ToolkitError(
+            f"there is no folder {source}",
+            why=f"{folder.absolute()} is {'a file' if folder.exists() else 'not there'}",
+            hint="name a model's folder, or a model of the hub, such as facebook/opt-1.3b",
+        )
+    return str(folder)
 
 
 def is_here(source: str) -> bool:

@@ -44,7 +44,7 @@ def label_log_probs(
     """
     if is_plain(head, states) and transform.cap is None:
         # softmax(scale x / T) is softmax(x / (T / scale)).
-        rows: int = head.weight.shape[0]  # type: ignore[assignment,index,union-attr]
+        rows: int = head.weight.shape[0]  # type: ignore[assignment,index]
         tokens = transform.tokens if transform.tokens is not None and transform.tokens < rows else None
         log_probs, entropies = _LabelLogProbs.apply(
             states,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from jobs.spec import Scratch
 from rlhf_train import compat
 from rlhf_train.data import hub
 from rlhf_train.data.sequences import Sequences
+from rlhf_train.disk import read_json
 from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models import packed_attention
 from rlhf_train.models.head import LogitTransform, find_transform, transform_of
@@ -152,7 +155,7 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
                 hint="see actor.model.config and critic.model.config in the job file",
             ) from None
     else:
-        config = _load(AutoConfig.from_pretrained, model, hub.config_files)
+        config = load_config(model)
     for name, value in config.to_dict().items():
         is_dropout = name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")
         if is_dropout and isinstance(value, float | int):
@@ -176,8 +179,9 @@ def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
     folder = hub.model(source, wanted)
+    _check_folder(source, Path(folder))
     try:
-        loaded = load(folder, **kwargs)
+        loaded = load(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "config.json, model.safetensors and tokenizer.json belong there"
@@ -185,6 +189,27 @@ def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
         raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, exit_code=ExitCode.USAGE) from error
     loaded.name_or_path = source
     return loaded
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    """Raise ToolkitError if a folder holds an adapter only, or a model that needs its own code."""
+    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json")
+    if adapter is not None and config is None:
+        base = adapter.get("base_model_name_or_path") or "BASE"
+        raise ToolkitError(
+            f"{source} is a LoRA adapter of {base}, not a whole model",
+            why="it has adapter_config.json and no config.json",
+            hint="merge the two, and name the folder of the result:\n"
+            f"python -c 'from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+            f'M.from_pretrained("{source}").merge_and_unload().save_pretrained("merged"); '
+            f'T.from_pretrained("{base}").save_pretrained("merged")\'',
+        )
+    if config is not None and config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise ToolkitError(
+            f"{source} needs program code of its own, which is never run here",
+            why=f"transformers has no model of type {config.get('model_type')!r}",
+            hint="choose a model that transformers has by itself",
+        )
 
 
 def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
@@ -201,12 +226,17 @@ def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
         )
 
 
+def load_config(source: str) -> Any:
+    """Load a model's config from a hub or a folder."""
+    return _load(AutoConfig.from_pretrained, source, hub.config_files)
+
+
 def check_scorer(source: str, *, prompt_tokens: int, response_tokens: int, lm_coef: float) -> None:
     """Raise ToolkitError if no reward model can be made from `source`. Only its config is read.
 
     Step 1 calls it, so that nobody trains for hours to learn of it in step 2.
     """
-    config = _load(AutoConfig.from_pretrained, source, hub.config_files)
+    config = load_config(source)
     check_lengths(config, prompt_tokens, response_tokens)
     _check_labels(source, config)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:

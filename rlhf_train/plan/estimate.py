@@ -56,11 +56,11 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
 def _network(job: Job, model: str | Scratch) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf_train.data import hub
+    from rlhf_train.models.networks import load_config
 
     with torch.device("meta"):
         if not isinstance(model, Scratch):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hub.model(model, hub.config_files)))
+            return AutoModelForCausalLM.from_config(load_config(model))
         fields = dict(model.config)
         try:
             return AutoModelForCausalLM.from_config(

@@ -74,6 +74,7 @@ def save_model(
             str(partial)
         )
         (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
+        _share_as_umask_says(partial)
         sync_files(partial)
         rename(partial, folder)
         metric, value = best or (None, None)
@@ -91,6 +92,13 @@ def save_model(
         )
     context.world.barrier()
     context.heartbeat.is_patient = False
+
+
+def _share_as_umask_says(folder: Path) -> None:
+    """Let others read the weights as they may read the config: safetensors writes for us alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _state_dtype(config: Path, dtype: torch.dtype) -> None:

@@ -40,7 +40,7 @@ LEAST_TOKENS = 8  # of a response that counts: the mean of few tokens is noise
 
 
 @dataclass(frozen=True)
-class Check:
+class Comparison:
     name: str
     what: str
     cause: str
@@ -82,9 +82,9 @@ def self_test(
     limit = AGREEMENT_LIMITS[context.placement.precision]
     not_one = "the ratio of new to old log-probs is not 1"
     randomness = "dropout or another source of randomness in the actor's forward pass"
-    repeated = Check("repeated", not_one, randomness, SAME_BATCH_LIMIT, again, once_more)
-    ratio = Check("ratio", not_one, randomness, limit, old[: len(again)], again)
-    reference = Check(
+    repeated = Comparison("repeated", not_one, randomness, SAME_BATCH_LIMIT, again, once_more)
+    ratio = Comparison("ratio", not_one, randomness, limit, old[: len(again)], again)
+    reference = Comparison(
         "KL",
         "the actor is not the reference",
         "the two were loaded from different weights, or an adapter does not start at zero",
@@ -92,7 +92,7 @@ def self_test(
         old,
         [row.ref_log_probs for row in rows],
     )
-    rollout = Check(
+    rollout = Comparison(
         "rollout",
         "the rollout and the trainer see different log-probs",
         "positions or masks of left-padded prompts, a stale KV cache, or another temperature",

@@ -142,7 +142,13 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
         ("hardware.actor_zero_stage=4", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not 4"),
         ("hardware.actor_zero_stage=true", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not True"),
         ("hardware.actor_zero_stage='2'", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not '2'"),
-        ("hardware.precision=fp16", "hardware.precision: 'auto', 'float32', 'bfloat16' or 'float16', not 'fp16'"),
+        ("hardware.precision=fp16", "hardware.precision: did you mean float16? not 'fp16'"),
+        ("hardware.precision=double", "hardware.precision: 'auto', 'float32', 'bfloat16' or 'float16', not 'double'"),
+        ("actor.lora=true", "actor.lora: fields, not True; `lora: {}` takes the defaults"),
+        (
+            "actor.lora.target_modules=[]",
+            "actor.lora.target_modules: 'all-linear' or a list of at least one name, not []",
+        ),
         ("hardware=fast", "hardware: fields, not 'fast'"),
         ("actor.model=", "actor.model: a model's name, a folder or a config, not nothing"),
         ("actor.model=3", "actor.model: a model's name, a folder or a config, not 3"),
@@ -181,6 +187,20 @@ def test_a_long_value_is_cut() -> None:
             "actor.lora.alpah=1",
             "actor.lora.alpah: unknown field; did you mean alpha? valid here: rank, alpha, target_modules",
         ),
+        (
+            "actor.lora.lr=1",
+            "actor.lora.lr: unknown field; valid here: rank, alpha, target_modules",
+        ),
+        (
+            "dataset=x",
+            "dataset: unknown field; did you mean data.datasets? valid here: name, seed, actor, critic, data, sft, "
+            "reward, ppo, hardware, checkpoint",
+        ),
+        (
+            "model=x",
+            "model: unknown field; did you mean actor.model? valid here: name, seed, actor, critic, data, sft, "
+            "reward, ppo, hardware, checkpoint",
+        ),
         ("critic.name=x", "critic.name: unknown field; valid here: model"),
         ("critic.config=x", "critic.config: unknown field; valid here: model"),
         (
@@ -191,6 +211,23 @@ def test_a_long_value_is_cut() -> None:
 )
 def test_an_unknown_field_is_told_the_names_there(setting: str, mistake: str) -> None:
     assert mistakes(setting) == [mistake]
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("sft.lr", "learning_rate"),
+        ("reward.batch_size", "global_batch"),
+        ("ppo.lr", "actor_learning_rate"),
+        ("ppo.beta", "kl_coef"),
+        ("ppo.cliprange", "clip_range"),
+        ("hardware.fp16", "precision"),
+        ("sft.num_train_epochs", "epochs"),
+    ],
+)
+def test_words_of_other_toolkits_are_known(field: str, meant: str) -> None:
+    [mistake] = mistakes(f"{field}=1")
+    assert mistake.startswith(f"{field}: unknown field; did you mean {meant}? valid here: ")
 
 
 def test_all_mistakes_at_once() -> None:
@@ -337,7 +374,7 @@ def steps_changed(setting: str, *before: str) -> list[int]:
         ("critic.model=x/y", [2, 3]),
         ("critic.model=actor", [2, 3]),
         ("data.datasets=[other]", [1, 2, 3]),
-        ("data.eval_rows=7", [1, 2, 3]),
+        ("data.eval_rows=7", []),  # it decides what is measured, not what is learned
         ("sft.epochs=2", [1, 3]),
         ("reward.loss=per_token", [2, 3]),
         ("ppo.kl_coef=0.2", [3]),

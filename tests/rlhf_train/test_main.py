@@ -394,10 +394,7 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
-    """The actor is its own reference, and rollouts have their own copies of the adapted matrices.
-
-    At ZeRO 3 both are whole copies.
-    """
+    """The actor is its own reference, and rollouts read it; at ZeRO 3 both are whole copies."""
     complete("one", 1, 2)
     hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"
     settings = [
@@ -410,8 +407,8 @@ def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) ->
     assert main(["--job", "demo", "--dry-run", "--run", "one", "--redo", *words]) == 0
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
-    adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
-    copies = adapted if stage == 0 else 2 * count
+    adapters = 3 * 2 * 2 * 4 * 96
+    copies = 0 if stage == 0 else 2 * count
     # In float32 numbers: actor, critic, and what is frozen.
     needed = (count + 3 * adapters) + 4 * count + (count + copies)
     line = f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations"

@@ -197,7 +197,7 @@ def test_missing_models_are_named_with_a_next_step(tmp_path):
     with pytest.raises(ToolkitError) as caught:
         load_tokenizer(str(tmp_path / "nothing"))
     assert str(tmp_path / "nothing") in caught.value.what
-    assert "config.json" in caught.value.hint
+    assert "name a model's folder" in caught.value.hint
 
 
 def test_bad_config_is_refused(tokenizer):

@@ -276,8 +276,7 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
     kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}
-    # After so few updates bfloat16 would lose most of what adapters have learned.
-    dtype = torch.float32 if kind.lora else DTYPES[kind.precision]
+    dtype = DTYPES[kind.precision]
     assert {value.dtype for value in load(folder / name).values()} == {dtype}
     assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
     found = seen(folder, f"{name}-loaded")

@@ -5,7 +5,7 @@ python := .venv/bin/python
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint venv docs lock clean
+.PHONY: help demo test test-fast lint style venv docs lock clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1	/p' Makefile
@@ -13,16 +13,18 @@ help: ## say what each target does
 demo: venv ## all three RLHF steps on the CPU, in minutes; SEED=n for another seed, REDO=1 to start over
 	$(python) -m rlhf_train --job demo --step all $(if $(SEED),--set seed=$(SEED) --run demo-seed-$(SEED)) $(if $(REDO),--redo)
 
-test: lint ## lint, then every test; PYTEST_ARGS='-k gae' for some
+test: style ## ruff, then every test, mypy among them; PYTEST_ARGS='-k gae' for some
 	$(python) -m pytest $(PYTEST_ARGS)
 
 test-fast: venv ## tests that need no torch and start nothing, in under a minute: the job file, the views, most of the laptop half
 	$(python) -m pytest --fast tests/jobs tests/env tests/remote tests/test_house.py $(PYTEST_ARGS)
 
-lint: venv ## ruff and mypy
+lint: style ## ruff and mypy
+	$(python) -m mypy
+
+style: venv ## ruff
 	$(python) -m ruff check
 	$(python) -m ruff format --check
-	$(python) -m mypy
 
 venv: ## .venv with everything, made once (some minutes) and kept up to date
 	@sh env/venv.sh

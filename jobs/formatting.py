@@ -135,7 +135,7 @@ def data_row_counts(data: object, step: int) -> str:
     groups: dict[str, list[str]] = {}
     for name, count in data.items() if isinstance(data, dict) else ():
         outcome, noun = ROW_COUNTS.get(name, ("", name.replace("_", " ")))
-        if count and not (name == "identical_answers" and step != 2):  # such a row is useless only as a pair
+        if count and not (name == "identical_answers" and step != 2):  # step 2 alone cannot use it
             groups.setdefault(outcome, []).append(plural(count, noun))
     return "; ".join((f"{outcome}: " if outcome else "") + ", ".join(counts) for outcome, counts in groups.items())
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.docker.images import box, built, docker  # noqa: F401 (fixtures: one engine and one image for tests/docker and tests/integration)
+# Fixtures: one engine and one image for tests/docker and tests/integration.
+from tests.docker.images import box, built, docker  # noqa: F401
 from tests.openssh import sshd_program  # noqa: F401 (for tests/remote and tests/integration/remote)
 
 # Read when torch, Triton and DeepSpeed are imported.

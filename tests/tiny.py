@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 import yaml
 
-from jobs.events import read_events
+from jobs.events import effective, read_events
 from jobs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -95,9 +95,11 @@ class Trained:
     dir: RunDir
 
     def events(self, kind: str, step: int) -> list[dict[str, Any]]:
-        return [
-            event for event in read_events(self.dir.events)[0] if event["kind"] == kind and event.get("step") == step
-        ]
+        """All that were written, also those of updates that a killed run made again."""
+        return _of(read_events(self.dir.events)[0], kind, step)
+
+    def effective_events(self, kind: str, step: int) -> list[dict[str, Any]]:
+        return _of(effective(read_events(self.dir.events)[0]), kind, step)
 
     def end(self, step: int) -> dict[str, Any]:
         (event,) = self.events("end", step)
@@ -107,6 +109,10 @@ class Trained:
         from safetensors.torch import load_file  # the rest of this file needs no torch, and tests without torch use it
 
         return load_file(self.dir.step(step).path / folder / "model.safetensors")
+
+
+def _of(events: Sequence[dict[str, Any]], kind: str, step: int) -> list[dict[str, Any]]:
+    return [event for event in events if (event["kind"], event.get("step")) == (kind, step)]
 
 
 def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence[str] = ("all",)) -> Trained:

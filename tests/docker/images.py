@@ -109,7 +109,7 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
 def built(box: Box) -> Box:
     """With `.env` and the image, by the commands of docs/container.md.
 
-    The log of the build is beside the checkout.
+    The log of the build is next to the checkout.
     """
     engine.shell("make", ".env", cwd=box.checkout)
     done = box.compose("--progress", "plain", "build", timeout_s=1800)

@@ -32,7 +32,7 @@ Fault = dict[str, Any]
 def fault(what: str, kind: str = "training", *, rank: int = 0, first: int = 1, last: int = 10**9, **more: Any) -> Fault:
     """For shim/sitecustomize.py: from pass `first` to `last` of the rank's passes of this `kind`.
 
-    what: "no memory" for more than `rows` rows at once, "nan", "stop" (SIGSTOP), or "wait" until
+    what: "no memory" for more than `rows` concurrent rows, "nan", "stop" (SIGSTOP), or "wait" until
     `file` is there.
     kind: "training" (passes 1 and 2 are the trial updates), "generating" (tokens after the first),
     "judging" (whole sequences, not to train on them), "saving" (each file of a checkpoint), or

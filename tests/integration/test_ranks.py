@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from jobs.events import effective, read_events
 from tests.tiny import Trained, train, train_killed
 
 # What could go wrong with ranks and passes is switched on: token counts that differ a pass, several
@@ -73,10 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 def curve(run: Trained, step: int) -> list[dict[str, Any]]:
     """All numbers that should agree; what was done again counts once."""
-    held = effective(read_events(run.dir.events)[0])
-    events = [
-        event for kind in ("metrics", "end") for event in held if (event["kind"], event.get("step")) == (kind, step)
-    ]
+    events = run.effective_events("metrics", step) + run.effective_events("end", step)
     return [{key: value for key, value in event.items() if key not in NOT_COMPARED} for event in events]
 
 
@@ -184,7 +180,7 @@ def test_a_run_resumes_with_other_ranks_and_another_zero_stage(
         for one, other in zip(expected, found, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
     samples = [
-        [(e["when"], e["prompt"], e["response"]) for e in effective(run.events("sample", 3))]
+        [(e["when"], e["prompt"], e["response"]) for e in run.effective_events("sample", 3)]
         for run in (uninterrupted, killed)
     ]
     assert samples[0] == samples[1]

@@ -423,7 +423,8 @@ def test_a_folder_that_cannot_be_written(folder: dict[str, object], line: str | 
     ],
 )
 def test_a_disk_that_is_nearly_full(folder: dict[str, object], pretrained: bool, lines: list[str]) -> None:
-    assert said(replace(FIT, pretrained=pretrained, folders=(replace(OURS, **folder),))) == lines  # type: ignore[arg-type]
+    facts = replace(FIT, pretrained=pretrained, folders=(replace(OURS, **folder),))  # type: ignore[arg-type]
+    assert said(facts) == lines
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def _leaves_no_job(request: pytest.FixtureRequest, laptop: Laptop) -> Iterator[N
 
 
 @pytest.fixture(scope="session")
-def connection(network: Network) -> Iterator[FarLine]:
-    with rig.line_through(network) as connection:
-        yield connection
+def line(network: Network) -> Iterator[FarLine]:
+    with rig.line_through(network) as line:
+        yield line
 
 
 @pytest.fixture(scope="session")

@@ -254,12 +254,12 @@ def test_a_disk_that_is_full_when_a_job_starts(docker_box: DockerBox, laptop: La
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-# --- a run that goes on ---------------------------------------------------------------------------
+# --- a run that keeps running ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def running(deployed: BareBox, laptop: Laptop, long_job: Path) -> Iterator[str]:
-    """Step 1 is complete, step 2 goes on for hours."""
+    """Step 1 is complete, step 2 takes hours."""
     laptop.fab("train", "--host", deployed.name, "--job", str(long_job), "--step", "1,2", "--run", "long", "--detach")
     until(lambda: runs_of(laptop, deployed.name)["long"]["steps_complete"] == [1], 120)
     yield "long"

@@ -61,7 +61,8 @@ def test_a_card_says_all_that_matters() -> None:
     assert text == [
         "box: box, AutoDL",
         "meter: stops (¥1.98/h)",
-        "disk: costs nothing while it is stopped; an enlargement of the data disk costs money each day, stopped or not",
+        "disk: costs nothing while the box is stopped; "
+        "an enlargement of the data disk costs money each day, stopped or not",
         "folder: /root/autodl-tmp: kept, for 15 days; when the box is given back: lost (not part of a saved image, "
         "nor of a move to another host)",
         "folder: /root/autodl-fs: kept; when the box is given back: kept",

@@ -164,7 +164,7 @@ def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: B
     fetched = laptop.fetch()
     assert set(fetched.placed) == {"events.jsonl", "train.log"} and fetched.moved_bytes < 200
     assert laptop.here == {name: data for name, data in files_of(run.path).items() if not name.startswith("job/")}
-    run.events.write_text('{"schema": 1, "kind": "other"}\n' * 3)  # begun anew, and longer
+    run.events.write_text('{"schema": 1, "kind": "other"}\n' * 3)  # written from scratch, and longer
     run.log.write_text("anew\n")
     laptop.fetch()
     assert (laptop.here["events.jsonl"], laptop.here["train.log"]) == (run.events.read_bytes(), b"anew\n")
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_replaced_on_the_way(laptop: Laptop, box: BoxFolder
     box.checkpoint(run, 1, 30)
     laptop.fetch()
     assert {name.split("/")[2] for name in laptop.here if "checkpoints" in name} == {"update-30"}
-    box.step(run, 1)  # complete: nothing goes on from a checkpoint
+    box.step(run, 1)  # complete: nothing resumes from a checkpoint
     laptop.fetch()
     assert (
         not (laptop.runs / "tiny" / "step1" / "checkpoints").exists()
@@ -240,9 +240,9 @@ def test_the_mark_of_an_earlier_training_goes_first(laptop: Laptop, box: BoxFold
 
 
 def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: RunDir) -> None:
-    """Once: it goes on by itself.
+    """Once: it resumes by itself.
 
-    For good: a clear error, and the next call goes on at the byte.
+    For good: a clear error, and the next call resumes at the byte.
     """
     box.step(run, 1, size=30_000_000)
     cuts: list[int] = []

@@ -235,7 +235,8 @@ CARDS = {
 @pytest.mark.parametrize("case", CARDS)
 def test_a_card(case: str) -> None:
     change, wanted, text = CARDS[case]
-    facts = replace(BARE, cards=(replace(H100, **change),), holders=(Holder(0, 4321, 40 * GB, "python train.py"),))  # type: ignore[arg-type]
+    card = replace(H100, **change)  # type: ignore[arg-type]
+    facts = replace(BARE, cards=(card,), holders=(Holder(0, 4321, 40 * GB, "python train.py"),))
     found = check("card 0", facts)
     assert found.status == wanted and text in found.value and found.value.startswith("NVIDIA H100 80GB HBM3, 80 GB")
     assert bool(found.todo) == (wanted != "ok")

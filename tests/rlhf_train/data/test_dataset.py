@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def letters(text: str) -> list[int]:
     """Look up the ids of printable ASCII one by one.
 
-    Byte-level BPE writes such a byte as itself, and a space as Ġ.
+    Byte-level BPE writes a byte of ASCII as itself, and a space as Ġ.
     """
     vocabulary = bytes_tokenizer().get_vocab()
     return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
@@ -776,10 +777,14 @@ from jobs.errors import ToolkitError
 from jobs.spec import Data
 from rlhf_train.data import dataset
 
-rank, world_size, slow_s, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
+rank, world_size, sign, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
 dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, messages = 10, 0.2, [], []
 columns_of, write = dataset._token_columns, dataset._write_chunk
-dataset._token_columns = lambda *args: (time.sleep(slow_s), columns_of(*args))[1]
+def columns(*args):
+    while sign and not Path(sign).exists():  # the slow rank begins when the test says so
+        time.sleep(0.01)
+    return columns_of(*args)
+dataset._token_columns = columns
 dataset._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
 if largest_file:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # as good as a full disk
@@ -794,11 +799,11 @@ print(json.dumps([written, messages, corpus.train.chosen.values.tolist(), corpus
 
 
 def start(
-    tmp_path: Path, *, rank: int = 0, world_size: int = 1, slow_s: float = 0, largest_file: int = 0
+    tmp_path: Path, *, rank: int = 0, world_size: int = 1, sign: Path | None = None, largest_file: int = 0
 ) -> subprocess.Popen[str]:
     bytes_tokenizer().save(str(tmp_path / "tokenizer.json"))
     paths = [str(tmp_path / name) for name in ("d", "cache", "tokenizer.json")]
-    argument = json.dumps([rank, world_size, slow_s, largest_file, *paths])
+    argument = json.dumps([rank, world_size, str(sign or ""), largest_file, *paths])
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, argument], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -807,7 +812,14 @@ def start(
 def test_two_ranks_share_the_work_and_the_quick_one_waits_for_the_slow_one(tmp_path: Path, tokenizer: Any) -> None:
     # 5 chunks and 1: rank 0 has chunks 0, 2, 4 of the training rows.
     folder_of(tmp_path / "d", numbered(45), numbered(3))
-    ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, slow_s=1.0)]
+    sign = tmp_path / "go"
+    ranks = [start(tmp_path, rank=0, world_size=2), start(tmp_path, rank=1, world_size=2, sign=sign)]
+    deadline = time.monotonic() + 60
+    while len(chunk_files(tmp_path)) < 3:
+        assert ranks[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(2)  # it says what it waits for each 0.2 s
+    sign.touch()
     results = [process.communicate(timeout=120) for process in ranks]
     (quick_wrote, quick_said, *quick), (slow_wrote, _, *slow) = (json.loads(output) for output, _ in results)
     assert quick_wrote == ["chunk-00000", "chunk-00002", "chunk-00004"]

@@ -45,6 +45,19 @@ def decoder(model, **others):
     return Decoder(network_of(model), **arguments)
 
 
+def rollouts(model, *, batch=8, max_tokens=12, **others):
+    return Rollouts(
+        model,
+        eos_id=EOS,
+        pad_id=PAD,
+        max_tokens=max_tokens,
+        temperature=1.0,
+        batch=batch,
+        device=torch.device("cpu"),
+        **others,
+    )
+
+
 def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
     """Answer all prompts in one batch, without a scheduler."""
     made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, eos_id=eos_id, **others)
@@ -75,23 +88,13 @@ def test_adjacent_weights_are_one_product(monkeypatch):
 
 def test_it_generates_with_the_weights_of_the_moment():
     model, prompts = opt(), some_prompts()
-    made = Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=8, device=torch.device("cpu"))
+    made = rollouts(model)
     before = made.generate(prompts, seed=1, row_ids=range(7))
     first = made._decoder
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)  # in place, as an optimizer does
-    fresh = Rollouts(
-        model,
-        eos_id=EOS,
-        pad_id=PAD,
-        max_tokens=12,
-        temperature=1.0,
-        batch=8,
-        device=torch.device("cpu"),
-        is_static=False,
-    )
-    expected = fresh.generate(prompts, seed=1, row_ids=range(7))
+    expected = rollouts(model, is_static=False).generate(prompts, seed=1, row_ids=range(7))
     after = made.generate(prompts, seed=1, row_ids=range(7))
     assert made._decoder is first
     assert any(not np.array_equal(a, b) for a, b in zip(before.tokens, after.tokens, strict=True))
@@ -106,16 +109,7 @@ def test_it_generates_with_the_weights_of_the_moment():
 def test_a_prompt_does_not_wait_for_the_longest_answer():
     """3 slots serve 20 prompts: a finished answer's slot takes the next, and answers are equal."""
     model, prompts, fed = opt(), some_prompts(20), []
-    made = Rollouts(
-        model,
-        eos_id=EOS,
-        pad_id=PAD,
-        max_tokens=12,
-        temperature=1.0,
-        batch=3,
-        device=torch.device("cpu"),
-        beat=lambda: fed.append(1),
-    )
+    made = rollouts(model, batch=3, beat=lambda: fed.append(1))
     together = made.generate(prompts, seed=3, row_ids=range(20))
     lengths = together.lengths
     assert lengths.min() < lengths.max() == 12
@@ -140,18 +134,11 @@ class Late(FinishedSlots):
 def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch):
     """With several tokens between late looks, slots are still filled again and answers moved."""
     model, prompts = opt(), some_prompts(40)
-    common = {
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "max_tokens": limit,
-        "temperature": 1.0,
-        "batch": slots,
-        "device": torch.device("cpu"),
-    }
-    expected = Rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
+    common = {"max_tokens": limit, "batch": slots}
+    expected = rollouts(model, **common, is_static=False).generate(prompts, seed=3, row_ids=range(40))
     monkeypatch.setitem(rollout.STEPS, "cpu", 3)
     monkeypatch.setattr(rollout, "FinishedSlots", Late)
-    behind = Rollouts(model, **common)
+    behind = rollouts(model, **common)
     for _ in range(2):  # nothing is left over from the first
         found = behind.generate(prompts, seed=3, row_ids=range(40))
         assert all(np.array_equal(a, b) for a, b in zip(expected.tokens, found.tokens, strict=True))
@@ -160,9 +147,7 @@ def test_answers_are_the_same_where_the_host_is_behind(slots, limit, monkeypatch
 
 def test_no_prompts_no_answers():
     """A rank can have none."""
-    made = Rollouts(
-        opt(), eos_id=EOS, pad_id=PAD, max_tokens=12, temperature=1.0, batch=3, device=torch.device("cpu")
-    ).generate([], seed=0, row_ids=[])
+    made = rollouts(opt(), batch=3).generate([], seed=0, row_ids=[])
     assert (made.tokens, made.log_probs, list(made.ended)) == ([], [], [])
 
 
@@ -242,16 +227,7 @@ def test_families():
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     warnings = []
-    unknown = Rollouts(
-        LlamaForCausalLM(config),
-        eos_id=EOS,
-        pad_id=PAD,
-        max_tokens=2,
-        temperature=1.0,
-        batch=2,
-        device=torch.device("cpu"),
-        warn=warnings.append,
-    )
+    unknown = rollouts(LlamaForCausalLM(config), batch=2, max_tokens=2, warn=warnings.append)
     unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
     assert not unknown.is_static
     assert warnings == [

@@ -38,6 +38,20 @@ def model(request):
     return OPTForCausalLM(config).eval()
 
 
+def small_opt():
+    """OPT of 2 layers and 32 units."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+    )
+    return OPTForCausalLM(config).eval()
+
+
 def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0, **others):
     return Rollouts(
         model,
@@ -178,17 +192,7 @@ def test_where_memory_runs_out_fewer_are_generated_at_once_with_the_same_answers
 
 def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypatch):
     """20 GiB are free, training needs 5 of them, and the failed rollout's peak is the whole GPU."""
-    torch.manual_seed(0)
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=64,
-        )
-    ).eval()
+    model = small_opt()
     prompts, ids = some_prompts(), list(range(7))
     expected = rollouts(model).generate(prompts, seed=7, row_ids=ids)
     gib, peaks, made = 2**30, [65 * 2**30], []
@@ -218,17 +222,7 @@ def test_a_rollout_that_ran_out_of_memory_leaves_the_next_one_its_room(monkeypat
 
 def test_the_cache_is_made_of_what_training_leaves(monkeypatch):
     """Of 11 free GiB 1 is always left and training needs 4: 6 GiB are three caches of 2 GiB."""
-    torch.manual_seed(0)
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=64,
-        )
-    ).eval()
+    model = small_opt()
     slot_bytes = 2 * 2 * 32 * 64 * 4  # keys and values of 2 layers, 32 units, 64 tokens, 4 bytes
     unit, warnings = slot_bytes // 2, []
     for name, number in (
@@ -253,16 +247,6 @@ def test_where_not_even_one_fits(model):
 
 def test_asked_to_stop_it_stops_within_a_token(model):
     tokens = []
-    asked = Rollouts(
-        model,
-        eos_id=EOS,
-        pad_id=PAD,
-        max_tokens=12,
-        temperature=1.0,
-        batch=1,
-        device=torch.device("cpu"),
-        beat=lambda: tokens.append(1),
-        is_asked_to_stop=lambda: len(tokens) >= 3,
-    )
+    asked = rollouts(model, batch=1, beat=lambda: tokens.append(1), is_asked_to_stop=lambda: len(tokens) >= 3)
     asked.generate(some_prompts(), seed=7, row_ids=list(range(7)))
     assert len(tokens) == 3

@@ -152,6 +152,13 @@ def facts(end: RawEvent, arrow: str) -> list[str]:
     return found
 
 
+def own_models(event: RawEvent) -> str:
+    """Name the models of one's own that a step started from: `actor.sft_model my/sft`."""
+    models = event.get("own_models")
+    items = models.items() if isinstance(models, dict) else ()
+    return ", ".join(f"{field} {one_line(model)}" for field, model in items)
+
+
 def verdict_of(sample: RawEvent) -> str:
     good = {True: "good  ", False: "bad  "}.get(sample.get("good"), "")  # type: ignore[arg-type]
     return f"reward {number(sample.get('reward'), '.2f')}  {good}"

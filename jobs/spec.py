@@ -114,6 +114,11 @@ Model = Annotated[
     Discriminator(_kind_of_model),
 ]
 
+# A model that was trained elsewhere, and takes the place of a step.
+OwnModel = Annotated[
+    str, _wants("a model's name or a folder", lambda value: isinstance(value, str) and value and value != "actor")
+]
+
 
 class Lora(_Strict):
     """Low-rank adapters (PEFT) instead of all weights.
@@ -139,12 +144,24 @@ class Actor(_Strict):
         unit="tokens",
     )
     lora: Lora | None = _field(None, "set: train low-rank adapters instead of all weights")
+    sft_model: OwnModel | None = _field(
+        None,
+        "set: hub name or local folder of a fine-tuned model of your own, in place of step 1, which is left out",
+        steps=(2, 3),
+    )
 
 
 class Critic(_Strict):
     """The reward model of step 2. Step 3's critic starts from it."""
 
-    model: Model = _field(..., "as `actor.model`; or `actor`: start from the model that step 1 made")
+    model: Model = _field(
+        ..., "as `actor.model`; or `actor`: start from the model that step 1 made, or from `actor.sft_model`"
+    )
+    reward_model: OwnModel | None = _field(
+        None,
+        "set: hub name or local folder of a reward model of your own, in place of step 2, which is left out",
+        steps=(3,),
+    )
 
 
 class Data(_Strict):
@@ -360,6 +377,37 @@ class Job(_Strict):
         """Convert the job to plain lists, dicts and numbers, as YAML and JSON have them."""
         return self.model_dump(mode="json")
 
+    @property
+    def own_models(self) -> dict[int, str]:
+        """Return the models that take the place of a step's result, by step."""
+        models = {1: self.actor.sft_model, 2: self.critic.reward_model}
+        return {step: model for step, model in models.items() if model is not None}
+
+    def starts_from(self, step: int) -> list[int]:
+        """List the steps whose models `step` starts from, or models that take their place."""
+        return [] if step == 2 and self.critic.model != "actor" else list(STEPS[step].starts_from)
+
+    def own_models_of(self, step: int) -> dict[str, str]:
+        """Return the models of one's own that `step` starts from, by the field that names them."""
+        fields = {1: "actor.sft_model", 2: "critic.reward_model"}
+        return {fields[n]: self.own_models[n] for n in self.starts_from(step) if n in self.own_models}
+
+    def without_own_models(self) -> Job:
+        """Return this job with all models made by its steps."""
+        actor = self.actor.model_copy(update={"sft_model": None})
+        critic = self.critic.model_copy(update={"reward_model": None})
+        return self.model_copy(update={"actor": actor, "critic": critic})
+
+    @property
+    def actor_source(self) -> str | Scratch:
+        """Return the model that the run's first actor is loaded from."""
+        return self.own_models.get(1, self.actor.model)
+
+    @property
+    def critic_source(self) -> str | Scratch:
+        """Return the model that the run's first critic is loaded from, or has the shape of."""
+        return self.own_models.get(2) or (self.actor_source if self.critic.model == "actor" else self.critic.model)
+
     def fields_of_step(self, step: int) -> dict[str, Any]:
         """Return the fields that decide what `step` learns, by dotted path.
 
@@ -372,6 +420,12 @@ class Job(_Strict):
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # the reward model reads with the actor's tokenizer
         tree["data"].pop("eval_rows", None)  # it decides what is measured, not what is learned
+        # Of a model that takes the place of a step, its name counts, and nothing of that step.
+        for place in self.own_models:
+            network, section = ("actor", "sft") if place == 1 else ("critic", "reward")
+            kept = ("sft_model", "reward_model", "lora") if step == 3 else ("sft_model", "reward_model")
+            tree[network] = {name: value for name, value in tree[network].items() if name in kept}
+            tree[section] = {}
         chosen = {part: tree[part] for part in parts}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 
@@ -514,6 +568,8 @@ SYNONYMS = {
     "model": ("actor.model",),
     "model_name_or_path": ("actor.model", "model"),
     "tokenizer": ("actor.model",),
+    "sft_model": ("actor.sft_model",),
+    "reward_model": ("critic.reward_model",),
     "beta": ("kl_coef",),
     "cliprange": ("clip_range",),
 }

@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,22 +66,39 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--deployment-type", choices=DEPLOYMENT_TYPES, help="one GPU, or all of this machine")
-    p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
-    p.add_argument("--reward-model", metavar="MODEL", help="critic.model; also 350m for facebook/opt-350m")
+    p.add_argument(
+        "--actor-model",
+        metavar="MODEL",
+        help="actor.model, or without step 1 actor.sft_model; also 1.3b for facebook/opt-1.3b",
+    )
+    p.add_argument(
+        "--reward-model",
+        metavar="MODEL",
+        help="critic.model, or without step 2 critic.reward_model; also 350m for facebook/opt-350m",
+    )
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     return p
 
 
-def settings_of(args: argparse.Namespace) -> list[str]:
-    """Return DeepSpeed-Chat's flags as settings of job fields, then those of --set, which win."""
+def models_of(args: argparse.Namespace) -> dict[int, str]:
+    """Return the models of --actor-model and --reward-model, by the step that trains them."""
+    flags = {1: args.actor_model, 2: args.reward_model}
+    is_size = re.compile(r"[0-9.]+[mb]").fullmatch
+    return {step: f"facebook/opt-{value}" if is_size(value) else value for step, value in flags.items() if value}
+
+
+def settings_of(args: argparse.Namespace, own: Collection[int] = ()) -> list[str]:
+    """Return DeepSpeed-Chat's flags as settings of job fields, then those of --set, which win.
+
+    own: the steps whose places the models of the flags take.
+    """
     settings = settings_of_deployment(args.deployment_type) if args.deployment_type else []
-    for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
-        if value:
-            name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value
-            # Quoted: it is a name, whatever it looks like.
-            settings.append(f"{field}={json.dumps(name, ensure_ascii=False)}")
+    for step, name in models_of(args).items():
+        start, result = (("actor.model", "actor.sft_model"), ("critic.model", "critic.reward_model"))[step - 1]
+        # Quoted: it is a name, whatever it looks like.
+        settings.append(f"{result if step in own else start}={json.dumps(name, ensure_ascii=False)}")
     for field, value in (
         ("hardware.actor_zero_stage", args.actor_zero_stage),
         ("hardware.critic_zero_stage", args.reward_zero_stage),
@@ -148,6 +165,11 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     folder = args.output_dir or settings.runs
     run = run_named(job.name if args.run is None else args.run, folder)
     source = None if args.source is None else run_named(args.source, folder)
+    if own := completion.own_steps(models_of(args), wanted, [each for each in (run, source) if each]):
+        job = load_job(args.job, settings_of(args, own))
+    for step in sorted({*wanted} & {*job.own_models}):
+        say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
+    wanted = [step for step in wanted if step not in job.own_models]
     load_rule(job.ppo.rule)
     begun = time.time()
 

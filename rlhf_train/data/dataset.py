@@ -120,6 +120,15 @@ class Table:
     # too), `control_token` (its text stays text).
     row_counts: dict[str, int]
 
+    def example(self, step: int, tokenizer: Any) -> tuple[str, str]:
+        """Return the texts of the step's row with the shortest prompt: the prompt and an answer."""
+        rows = self.step_rows[step]
+        row = int(rows[self.prompt.lengths[rows].argmin()])
+        whole = np.concatenate([self.prompt[row], self.chosen[row]])
+        # The answer behind its prompt: by itself, some tokenizers drop its first space.
+        prompt, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (self.prompt[row], whole))
+        return prompt, both.removeprefix(prompt)
+
     def digest(self, step: int) -> str:
         """Return the sha256 of the tokens that the step learns from, in its order."""
         digest = hashlib.sha256()

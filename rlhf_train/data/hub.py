@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import huggingface_hub
+import yaml
 from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load
 from huggingface_hub.utils import (
     HfHubHTTPError,
@@ -94,15 +95,19 @@ def tokenizer_files(files: Sequence[str]) -> list[str]:
 
 
 def model_files(files: Sequence[str]) -> list[str]:
-    """Return a model's small files and one set of weights: safetensors if there are any.
+    """Return a model's small files, its card and one set of weights: safetensors if there are any.
 
     Not TensorFlow's, Flax's, nor a second set in a folder.
     """
+    return tokenizer_files(files) + [file for file in files if file == "README.md"] + weight_files(files)
+
+
+def weight_files(files: Sequence[str]) -> list[str]:
     safe, pickled = (
         [file for file in files if "/" not in file and fnmatch(file, form)]
         for form in ("model*.safetensors", "pytorch_model*.bin")
     )
-    return tokenizer_files(files) + (safe or pickled)
+    return safe or pickled
 
 
 def card_files(files: Sequence[str]) -> list[str]:
@@ -175,13 +180,32 @@ def is_here(source: str) -> bool:
     """Return whether a model's files are here; a start then fetches only what has changed since."""
     if local(source):
         return True
-    store = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+    snapshot, memory = _known(source)
+    files = [*tokenizer_files(memory.files), *(weights := weight_files(memory.files))]
+    return bool(weights) and all((snapshot / file).exists() for file in files)
+
+
+def folder_here(source: str) -> Path | None:
+    """Return the folder that has a model's files on this machine, without asking a hub."""
+    folder = Path(source).expanduser() if local(source) else _known(source)[0]
+    return folder if folder.is_dir() else None
+
+
+def _known(name: str) -> tuple[Path, Memory]:
+    """Return the snapshot of a model that is in the cache, and what is remembered of it."""
+    store = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
     memory = _recall(store)
     if not memory.commit:
         _adopt(store, memory)
-    files = model_files(memory.files)
-    has_weights = len(files) > len(tokenizer_files(files))
-    return has_weights and all((store / "snapshots" / memory.commit / file).exists() for file in files)
+    return store / "snapshots" / memory.commit, memory
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """Read the fields at the top of a README.md; none if it has none that can be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        fields = metadata_load(card)
+        return fields if isinstance(fields, dict) else {}
+    return {}
 
 
 def data_set(name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -102,13 +104,15 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     return cpu_matmul.use_in(loaded)
 
 
-def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
+def load_scorer(
+    model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int, *, needs_head: bool = False
+) -> Any:
     """Load or make an AutoModelForSequenceClassification with one label.
 
-    A head that the weights lack starts at N(0, 1/sqrt(d + 1)).
+    A head that the weights lack starts at N(0, 1/sqrt(d + 1)). needs_head: it is refused instead.
     """
     config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
-    has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    has_head = False
     if isinstance(model, str):
         _check_labels(model, config)
     config.num_labels = 1
@@ -116,14 +120,18 @@ def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     if isinstance(model, Scratch):
         scorer = AutoModelForSequenceClassification.from_config(config, **dtype_argument)
     else:
-        load = AutoModelForSequenceClassification.from_pretrained
-        scorer = _fit_vocabulary(_load(load, model, hub.model_files, config=config, **dtype_argument), tokenizer)
+        load = partial(AutoModelForSequenceClassification.from_pretrained, output_loading_info=True)
+        scorer, info = _load(load, model, hub.model_files, config=config, **dtype_argument)
+        has_head = HEAD not in info["missing_keys"]
+        scorer = _fit_vocabulary(scorer, tokenizer)
     if not isinstance(getattr(scorer, "score", None), nn.Module):
         raise ToolkitError(
             f"a reward model cannot be made from {type(scorer).__name__}",
             why="its head is not the linear layer `score`",
             hint="use OPT, LLaMA, Mistral, Qwen2 or a model built like them",
         )
+    if needs_head and not has_head:
+        raise no_head(str(model))
     if not has_head:
         head = scorer.score.weight
         values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
@@ -187,7 +195,7 @@ def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
         hint = "config.json, model.safetensors and tokenizer.json belong there"
         hint = f"look into the folder: {hint}" if hub.local(source) else f"choose another model: {hint}"
         raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, exit_code=ExitCode.USAGE) from error
-    loaded.name_or_path = source
+    (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = source
     return loaded
 
 
@@ -243,20 +251,47 @@ def check_scorer(source: str, *, prompt_tokens: int, response_tokens: int, lm_co
         raise ToolkitError(
             f"a reward model cannot be made from {source}",
             why=f"transformers has no sequence classification for {config.model_type}",
-            hint="choose a critic.model that has: OPT, GPT-2, LLaMA, Mistral, Qwen2 and others do",
+            hint="choose a reward model that has: OPT, GPT-2, LLaMA, Mistral, Qwen2 and others do",
         )
     if lm_coef and not getattr(config, "tie_word_embeddings", False):
         raise _untied(source)
 
 
+def check_causal(source: str) -> None:
+    """Raise ToolkitError if `source` is no language model. Only its config is read."""
+    config = load_config(source)
+    if is_classifier(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = next(iter(config.architectures or []), config.model_type)
+        raise ToolkitError(
+            f"{source} is no language model",
+            why=f"it is {kind}, which gives no next token",
+            hint="the actor is a causal model: OPT, GPT-2, LLaMA, Mistral, Qwen2 and many others",
+        )
+
+
+def is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
 def _check_labels(source: str, config: Any) -> None:
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
+    if is_classifier(config) and config.num_labels != 1:
         raise ToolkitError(
             f"{source} is no reward model",
             why=f"it is a classifier with {config.num_labels} labels, and a reward is one number",
-            hint="choose a model with one label, or a causal model, which gets a new head",
+            hint="choose a model with one label; in critic.model also a causal model, which gets a new head",
         )
+
+
+HEAD = "score.weight"  # the tensor that makes a score of a hidden state
+
+
+def no_head(source: str) -> ToolkitError:
+    return ToolkitError(
+        f"{source} is no reward model",
+        why=f"it has no head: its weights lack `{HEAD}`",
+        hint="critic.reward_model is a trained classifier with one label; to train one from a language model, "
+        "name that in critic.model, and do step 2",
+    )
 
 
 def _untied(name: str) -> ToolkitError:
@@ -281,7 +316,7 @@ def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedToken
         raise ToolkitError(
             "the actor and the reward model use different tokenizers",
             why=why,
-            hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
+            hint="choose the reward model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
             "or critic.model: actor",
         )
 

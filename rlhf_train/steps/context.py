@@ -87,6 +87,10 @@ class StepContext:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.placement.precision]
 
+    def model_of(self, step: int) -> str:
+        """Return the folder or name of the model that `step` made, or that takes its place."""
+        return self.job.own_models.get(step, str(self.run.step(step).model))
+
     def doing(self, step: int, what: str) -> None:
         self.heartbeat.beat(what)
         self.emit(Progress(step=step, doing=what))
@@ -116,16 +120,17 @@ class StepContext:
                 gradient_accumulation=plan.gradient_accumulation,
                 zero_stage=zero_stage,
                 data=row_counts,
+                own_models=self.job.own_models_of(step) or None,
             )
         )
 
 
 def actor_tokenizer(context: StepContext) -> Any:
-    """Return the tokenizer of `actor.model`.
+    """Return the tokenizer of the actor that the run starts from.
 
     For a model from a config it is trained once, on the job's training rows.
     """
-    model = context.job.actor.model
+    model = context.job.actor_source
     if not isinstance(model, Scratch):
         return load_tokenizer(model)
     folder = context.run.tokenizer
@@ -154,7 +159,7 @@ def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> datas
         world_size=context.world.size,
         say=lambda what: context.doing(step, what),
     )
-    for earlier in range(1, step):
+    for earlier in sorted({*range(1, step)} - {*context.job.own_models}):
         folder = context.run.step(earlier)
         if folder.complete.exists() and read_json(folder.rows) not in (None, tokens.digest):
             raise ToolkitError(

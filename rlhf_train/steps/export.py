@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
-from jobs.spec import Job, Lora, Scratch
-from jobs.steps import STEPS
+from jobs.spec import Job, Lora
 from rlhf_train.disk import read_json, rename, size_of, sync_files, write_json
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
 from rlhf_train.models.adapters import merge_lora, save_adapter
 from rlhf_train.steps.context import StepContext
+from rlhf_train.steps.model_card import model_card
 
 ADAPTER = "adapter"  # in a model's folder: LoRA's adapters by themselves, a PEFT folder
 
@@ -38,12 +37,14 @@ def save_model(
     *,
     lora: Lora | None,
     scores: Mapping[str, float],
+    example: tuple[str, str],
     best: tuple[str, float] | None = None,
 ) -> None:
     """Save an engine's model in `folder`; all ranks take part, and rank 0 writes.
 
     The folder is written under another name, synced and renamed, so it is complete or missing.
-    scores: for the model card; best: the metric for which these weights are kept, and its value.
+    scores, example (a prompt and an answer of the data): for the model card. best: the metric for
+    which these weights are kept, and its value.
     """
     start = time.perf_counter()
     context.heartbeat.is_patient = True  # transformers writes without a heartbeat in between
@@ -73,7 +74,9 @@ def save_model(
         generation_config(context.job, tokenizer, getattr(model, "generation_config", None)).save_pretrained(
             str(partial)
         )
-        (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
+        prompt, answer = example
+        card = model_card(context.job, step, tokenizer, folder, prompt=prompt, answer=answer, scores=scores)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         _share_as_umask_says(partial)
         sync_files(partial)
         rename(partial, folder)
@@ -141,36 +144,6 @@ def scores_of(end: End) -> dict[str, float]:
     """Return what a step measured on held-out data."""
     numbers = {name: value for name, value in asdict(end).items() if isinstance(value, int | float)}
     return {name: value for name, value in numbers.items() if name not in {"step", "updates", "seconds"}}
-
-
-def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
-    """Return a model's card: its origin, its held-out scores, and the step's job fields."""
-    source = job.actor.model if step == 1 else job.critic.model
-    if step == 3 or (step == 2 and job.critic.model == "actor"):
-        base = "this run's step 1"
-    elif isinstance(source, Scratch):
-        base = "random weights from a configuration"
-    else:
-        base = source
-    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
-    table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
-    load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
-    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count."
-    reading = reading if step == 2 else ""
-    fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
-    return f"""---
-library_name: transformers
-tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
----
-# {job.name}: {STEPS[step].title} (step {step})
-
-Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{load}.from_pretrained`. {reading}
-
-{table}The job, as far as this step depends on it:
-
-```yaml
-{fields}```
-"""
 
 
 def eval_model(module: nn.Module) -> nn.Module:

@@ -9,8 +9,9 @@ trainer, the rollout and the reference must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from rlhf_train.steps.held_out import Summary
 from rlhf_train.steps.ppo_setup import Setup, measure_reward_scale, set_reward_scale, set_up, try_the_longest
 from rlhf_train.steps.ppo_state import SUMS, LoopState
 from rlhf_train.steps.scoring import mean_entropies
-from rlhf_train.steps.self_test import check_reference, self_test
+from rlhf_train.steps.self_test import check_frozen, self_test
 
 
 def run(context: StepContext) -> End:
@@ -51,7 +52,7 @@ def run(context: StepContext) -> End:
     saved = checkpointer.resume()
     if saved is not None:
         state = LoopState.read(saved, checkpointer.loop_tensors, context.placement.rollout_micro_batch)
-        check_reference(state.reference, setup.reference_digest, context.run.step(1).model)
+        check_frozen(state.reference, setup.frozen_digest, setup.frozen_folders)
         set_reward_scale(context, setup, state.shift, state.scale)
     else:
         state = start(context, setup, clock)
@@ -84,11 +85,11 @@ def run(context: StepContext) -> End:
     divergence.check({"mean reward": after.reward, "KL": after.kl})
     folder = context.run.step(3).model
     end = result(context, setup, state, after)
-    save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores=scores_of(end))
+    save_actor(context, setup, updates, folder, scores=scores_of(end))
     if setup.ema is not None:
         folder = context.run.step(3).model_ema
         with setup.ema.applied():
-            save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores={})
+            save_actor(context, setup, updates, folder)
     checkpointer.close()
     return end
 
@@ -112,7 +113,7 @@ def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
         clock=clock,
         training=Clock(),
         rollout_micro_batch=context.placement.rollout_micro_batch,
-        reference=setup.reference_digest,
+        reference=setup.frozen_digest,
     )
 
 
@@ -131,9 +132,31 @@ def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, u
         update,
         *best,
         lower_is_better=False,
-        save=lambda folder: save_model(
-            context, 3, update, setup.actor, setup.tokenizer, folder, lora=setup.lora, scores={}, best=best
-        ),
+        save=lambda folder: save_actor(context, setup, update, folder, best=best),
+    )
+
+
+def save_actor(
+    context: StepContext,
+    setup: Setup,
+    update: int,
+    folder: Path,
+    *,
+    scores: Mapping[str, float] | None = None,
+    best: tuple[str, float] | None = None,
+) -> None:
+    """Save the actor as it is now, as `save_model` takes it."""
+    save_model(
+        context,
+        3,
+        update,
+        setup.actor,
+        setup.tokenizer,
+        folder,
+        lora=setup.lora,
+        scores=scores or {},
+        example=setup.tokens.held_out.example(3, setup.tokenizer),
+        best=best,
     )
 
 
@@ -268,6 +291,7 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
         updates=setup.updates,
         seconds=state.clock(),
         model=str(context.run.step(3).model),
+        own_models=context.job.own_models_of(3) or None,
         mean_reward_before=before.reward,
         mean_reward_after=after.reward,
         good_share_before=before.good,

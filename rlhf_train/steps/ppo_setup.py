@@ -10,6 +10,7 @@ import numpy as np
 
 from jobs.events import Warning
 from jobs.spec import Lora
+from rlhf_train.data import hub
 from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
 from rlhf_train.disk import write_json
@@ -63,7 +64,8 @@ class Setup:
     scorer: Scorer
     held_out: HeldOut
     longest: Sequences  # one micro batch
-    reference_digest: str  # sha256 of the reference's weights on disk
+    frozen_folders: tuple[str, ...]  # the reference's, and the reward model's if no step of this run made it
+    frozen_digest: str  # sha256 of the weights in them
 
     @property
     def rows(self) -> np.ndarray:
@@ -110,7 +112,7 @@ def set_up(context: StepContext) -> Setup:
     job, spec, world, where = context.job, context.job.ppo, context.world, context.placement
 
     # 1. Read the prompts, and count the updates.
-    actor_source, critic_source = str(context.run.step(1).model), str(context.run.step(2).model)
+    actor_source, critic_source = context.model_of(1), context.model_of(2)
     tokenizer = load_tokenizer(actor_source)
     check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
     tokens = corpus(context, 3, job.data, tokenizer)
@@ -124,7 +126,7 @@ def set_up(context: StepContext) -> Setup:
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
     context.doing(3, "loading actor, reference, critic and reward model")
-    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
+    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed, needs_head=True).to(world.device)
     reward_model = ScoreForward(eval_model(scorer_model))
     actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
     # The policy is one over the tokenizer's ids. Step 1 learns, as the saved model, over all rows.
@@ -195,6 +197,8 @@ def set_up(context: StepContext) -> Setup:
     # 6. Measure on prompts that are not trained on.
     prompts = [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]]
     held_out = HeldOut(context, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
+    frozen = [actor_source, *([critic_source] if job.critic.reward_model is not None else [])]
+    folders = tuple(hub.model(source, hub.model_files) for source in frozen)
     return Setup(
         tokenizer=tokenizer,
         lora=job.actor.lora,
@@ -214,7 +218,8 @@ def set_up(context: StepContext) -> Setup:
         scorer=scorer,
         held_out=held_out,
         longest=longest,
-        reference_digest=weights_digest(context.run.step(1).model),
+        frozen_folders=folders,
+        frozen_digest=weights_digest(folders),
     )
 
 
@@ -270,6 +275,8 @@ def set_reward_scale(context: StepContext, setup: Setup, shift: float, scale: fl
     """Make every reward of this run (logit - shift) / scale. The critic learns to predict these."""
     for network in (setup.reward_model, setup.critic.module):
         network.shift, network.scale = shift, scale  # type: ignore[assignment]
-    if context.job.ppo.normalize_rewards and context.world.is_main:  # the scale belongs to the reward model
+    # The scale belongs to the reward model. The folder of one's own model stays as it is.
+    is_own = context.job.critic.reward_model is not None
+    if context.job.ppo.normalize_rewards and context.world.is_main and not is_own:
         numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
         write_json(context.run.step(2).reward_scale, numbers)

@@ -119,21 +119,23 @@ def self_test(
     context.emit(Progress(step=3, doing=f"self-test passed: {', '.join(results)}"))
 
 
-def check_reference(saved: str, found: str, folder: Path) -> None:
-    """Raise ToolkitError if a resumed run would have another reference. "": of an older run."""
+def check_frozen(saved: str, found: str, folders: Sequence[str]) -> None:
+    """Raise ToolkitError if a resumed run would have other frozen networks. "": of an older run."""
     if saved and saved != found:
+        what = "the reference is" if len(folders) == 1 else "the reference or the reward model is"
         raise ToolkitError(
-            "the reference is not the one that step 3 began with",
-            why=f"the weights in {folder} have changed since",
+            f"{what} not the one that step 3 began with",
+            why=f"the weights in {' or '.join(folders)} have changed since",
             hint="bring them back, or train step 3 again with --redo --step 3",
             exit_code=ExitCode.USAGE,
         )
 
 
-def weights_digest(folder: Path) -> str:
-    """Return the sha256 of a saved model's weights."""
+def weights_digest(folders: Sequence[str]) -> str:
+    """Return the sha256 of saved models' weights."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    files = [sorted(Path(folder).glob(pattern)) for folder in folders for pattern in ("*.safetensors", "*.bin")]
+    for file in (file for group in files for file in group):
         with file.open("rb") as stream:
             while block := stream.read(2**24):
                 digest.update(block)

@@ -27,7 +27,6 @@ from rlhf_train.models.networks import (
     ActorForward,
     check_lengths,
     check_same_tokenizer,
-    check_scorer,
     checkpoint_activations,
     load_causal,
     load_tokenizer,
@@ -57,12 +56,8 @@ def run(context: StepContext) -> End:
         row_counts=tokens.train.row_counts,
     )
 
-    # What steps 2 and 3 need, checked now and not after hours of training.
-    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
-    if isinstance(critic_source, str):
-        lengths = {"prompt_tokens": job.data.max_prompt_tokens, "response_tokens": job.data.max_response_tokens}
-        check_scorer(critic_source, **lengths, lm_coef=job.reward.lm_coef)
-        check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
+    if isinstance(job.critic_source, str):  # now, and not after hours of training: see model_checks.py
+        check_same_tokenizer(tokenizer, load_tokenizer(job.critic_source))
 
     # 2. Load the actor, and give it an engine.
     context.doing(1, "loading the actor")
@@ -87,6 +82,7 @@ def run(context: StepContext) -> End:
 
     # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[1]
+    example = tokens.held_out.example(1, tokenizer)
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     checkpointer, divergence = start_checkpoints(
@@ -113,7 +109,16 @@ def run(context: StepContext) -> End:
                 *best,
                 lower_is_better=True,
                 save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                    context,
+                    1,
+                    update,
+                    engine,
+                    tokenizer,
+                    folder,
+                    lora=job.actor.lora,
+                    scores={},
+                    example=example,
+                    best=best,
                 ),
             )
 
@@ -166,7 +171,9 @@ def run(context: StepContext) -> End:
     end = End(
         step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after
     )
-    save_model(context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
+    save_model(
+        context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end), example=example
+    )
     checkpointer.close()
     return end
 

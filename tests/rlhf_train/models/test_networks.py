@@ -163,6 +163,17 @@ def test_a_trained_head_is_kept_and_a_causal_model_gets_a_new_one(tokenizer, sco
     assert torch.equal(fresh.model.decoder.embed_tokens.weight, actor.model.decoder.embed_tokens.weight)
 
 
+def test_a_head_that_the_weights_lack_is_refused_or_drawn_whatever_the_config_says(tokenizer, scorer, tmp_path):
+    state = {name: value for name, value in scorer.state_dict().items() if name != "score.weight"}
+    scorer.save_pretrained(tmp_path, state_dict=state)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ToolkitError, match=r"it has no head: its weights lack `score\.weight`"):
+        load_scorer(str(tmp_path), tokenizer, torch.float32, seed=5, needs_head=True)
+    head = load_scorer(str(tmp_path), tokenizer, torch.float32, seed=5).score.weight
+    drawn = torch.randn(head.shape, generator=torch.Generator().manual_seed(5)) / math.sqrt(head.shape[1] + 1)
+    torch.testing.assert_close(head.detach(), drawn, rtol=0, atol=0)
+
+
 def test_trained_tokenizer_round_trips_any_text(tokenizer, tmp_path):
     text = "Grüße, 你好 \x00\t</s> 🙂 snow"
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

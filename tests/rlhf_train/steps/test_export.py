@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.events import Checkpoint, Event
 from jobs.run_dir import RunDir
@@ -68,6 +69,7 @@ KINDS = {
 LORA = Lora(rank=4, alpha=8.0)
 DECAY, UPDATES = 0.6, 3
 NUMBERS = {"perplexity_after": 12.345678}
+EXAMPLE = ('\n\nHuman: say "cat"\\ Grüße\n\nAssistant:', " cat")
 
 
 # --- the trainer's side, on two ranks -----------------------------------------------------------
@@ -122,7 +124,15 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
 
     def save(target: Path) -> None:
         save_model(
-            context, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS
+            context,
+            kind.step,
+            UPDATES,
+            engine,
+            tokenizer,
+            target,
+            lora=LORA if kind.lora else None,
+            scores=NUMBERS,
+            example=EXAMPLE,
         )
 
     if ema is None:
@@ -291,6 +301,42 @@ def test_the_card_says_what_it_is(folder: Path) -> None:
     for card in (actor, reward):
         assert "# tiny: " in card and str(folder / "rows") in card and "| perplexity_after | 12.3457 |" in card
     assert "AutoModelForCausalLM" in actor and "AutoModelForSequenceClassification" in reward
+
+
+def snippet(folder: Path, name: str) -> str:
+    """Run what a card prints, in another folder, and return its output."""
+    card = (folder / name / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_reward_models_card_has_a_snippet_that_runs_as_printed(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    # As step 2 reads it: the tokens in front, prompt, answer, EOS.
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in EXAMPLE]
+    ids = [2, *parts[0], *parts[1], 2]
+    expected = float(model(torch.tensor([ids])).logits)
+    assert float(snippet(folder, "reward")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_actors_card_has_a_snippet_that_runs_as_printed(folder: Path) -> None:
+    """With greedy answers, as in the folder of a job that samples with top_k 1."""
+    file = folder / "actor" / "generation_config.json"
+    sampling = file.read_text(encoding="utf-8")
+    file.write_text(json.dumps(json.loads(sampling) | {"top_k": 1}), encoding="utf-8")
+    said = snippet(folder, "actor")
+    file.write_text(sampling, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "actor")
+    model = AutoModelForCausalLM.from_pretrained(folder / "actor")
+    prompt = ids = torch.tensor([[2, *tokenizer(EXAMPLE[0], add_special_tokens=False)["input_ids"]]])
+    for _ in range(12):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == 2:
+            break
+    assert said.removesuffix("\n") == tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.step != 2])

@@ -34,12 +34,13 @@ def check_models(job: Job, run: RunDir, steps: Collection[int]) -> None:
     actor, critic = job.actor_source, job.critic_source
     lengths = {"prompt_tokens": job.data.max_prompt_tokens, "response_tokens": job.data.max_response_tokens}
     begins_actor = 1 in steps or (3 in steps and job.actor.sft_model is not None)
-    begins_critic = bool({1, 2} & {*steps}) or (3 in steps and job.critic.reward_model is not None)
+    is_own = job.critic.reward_model is not None
+    # Of step 1 alone, only one that the job names: not every language model makes a reward model.
+    begins_critic = 2 in steps or (3 in steps and is_own) or (1 in steps and (is_own or job.critic.model != "actor"))
     if isinstance(actor, str) and begins_actor:
         check_causal(actor)
         check_lengths(load_config(actor), *lengths.values())
     if isinstance(critic, str) and begins_critic:
-        is_own = job.critic.reward_model is not None
         check_scorer(critic, **lengths, lm_coef=0.0 if is_own else job.reward.lm_coef)
         if is_own:
             check_head(critic)

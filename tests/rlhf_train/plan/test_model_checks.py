@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BlenderbotConfig,
+    GraniteConfig,
     OPTConfig,
 )
 
@@ -46,7 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {name: value for name, value in model.state_dict().items() if name != "score.weight"}
     model.save_pretrained(folder / "lost-head", state_dict=state)
     BlenderbotConfig(d_model=8, encoder_layers=1, decoder_layers=1).save_pretrained(folder / "no-classifier")
-    for name in ("lost-head", "no-classifier"):
+    GraniteConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder / "only-causal")
+    for name in ("lost-head", "no-classifier", "only-causal"):
         tokenizer.save_pretrained(str(folder / name))
     return folder
 
@@ -95,6 +97,13 @@ def test_what_step_2_starts_from_is_looked_at_before_step_1(models: Path, tmp_pa
     with pytest.raises(ToolkitError, match="two-labels is no reward model"):
         check_models(Job.model_validate(fields), RunDir(tmp_path), steps)
     check_models(Job.model_validate(fields), RunDir(tmp_path), [3])  # it has step 2's result by then
+
+
+def test_a_language_model_that_makes_no_reward_model_may_do_step_1(models: Path, tmp_path: Path) -> None:
+    granite = job(models, None, None, base="only-causal")
+    check_models(granite, RunDir(tmp_path), [1])
+    with pytest.raises(ToolkitError, match=r"a reward model cannot be made from .*only-causal"):
+        check_models(granite, RunDir(tmp_path), [1, 2])
 
 
 def test_the_reward_model_is_compared_with_what_the_runs_actor_reads_with(models: Path, tmp_path: Path) -> None:

@@ -95,11 +95,11 @@ def tokenizer_files(files: Sequence[str]) -> list[str]:
 
 
 def model_files(files: Sequence[str]) -> list[str]:
-    """Return a model's small files, its card and one set of weights: safetensors if there are any.
+    """Return a model's small files and one set of weights: safetensors if there are any.
 
     Not TensorFlow's, Flax's, nor a second set in a folder.
     """
-    return tokenizer_files(files) + [file for file in files if file == "README.md"] + weight_files(files)
+    return tokenizer_files(files) + weight_files(files)
 
 
 def weight_files(files: Sequence[str]) -> list[str]:
@@ -281,24 +281,29 @@ def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
 
 def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:
     memory = _recall(store)
-    _ask(name, kind, store, memory)
+    has_answered = _ask(name, kind, store, memory)
     files = wanted(memory.files)
     try:
         _tried(name, partial(_download, name, kind, store, memory, files), come=partial(_bytes_here, store))
+        if has_answered and wanted is model_files:
+            with suppress(*TROUBLES):  # nobody needs the card: it says licence and base model
+                _download(name, kind, store, memory, [file for file in memory.files if file == "README.md"])
     finally:
         _keep(store, memory)
     return store / "snapshots" / memory.commit
 
 
-def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
+def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> bool:
     """Write the repository's present commit and files into `memory`.
 
-    They stay as they were if the hub does not answer.
+    They stay as they were if the hub does not answer. Returns whether it did.
     """
+    has_answered = False
     try:
         info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
         memory.commit, memory.adopted = str(info.sha), False
         memory.files = [file.rfilename for file in info.siblings or []]
+        has_answered = True
     except TROUBLES as error:
         if memory.adopted or not memory.commit:
             _adopt(store, memory)
@@ -316,6 +321,7 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
                 f"using what is there ({plural(len(memory.files), 'files')}); files may be missing"
             )
     _keep(store, memory)
+    return has_answered
 
 
 def _adopt(store: Path, memory: Memory) -> None:

@@ -44,6 +44,7 @@ class Plan(Event):
     gradient_accumulation: int
     zero_stage: int
     data: dict[str, int]  # rows read, left out and cut, by reason
+    own_models: dict[str, str] | None = None  # that the step starts from, by the job's field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,7 @@ class End(Event):
     updates: int
     seconds: float
     model: str
+    own_models: dict[str, str] | None = None  # as in `plan`
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     reward_accuracy_before: float | None = None

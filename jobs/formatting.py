@@ -23,6 +23,9 @@ ROW_COUNTS = {
     "prompt_too_long": ("left out", "overlong prompts"),
     "identical_answers": ("left out", "identical answers"),
     "answer_cut": ("cut", "overlong answers"),
+    "duplicate": ("kept", "duplicate rows"),
+    "prompt_held_out": ("kept", "held-out prompts"),
+    "control_token": ("as text", "typed control tokens"),
 }
 
 # Control characters (C0, C1, DEL), line separators, and marks that change the text direction.
@@ -147,6 +150,13 @@ def facts(end: RawEvent, arrow: str) -> list[str]:
             start = "" if before is None else f"{number(before, outcome.spec)} {arrow} "
             found.append(f"{outcome.short} {start}{number(after, outcome.spec)}")
     return found
+
+
+def own_models(event: RawEvent) -> str:
+    """Name the models of one's own that a step started from: `actor.sft_model my/sft`."""
+    models = event.get("own_models")
+    items = models.items() if isinstance(models, dict) else ()
+    return ", ".join(f"{field} {one_line(model)}" for field, model in items)
 
 
 def verdict_of(sample: RawEvent) -> str:

@@ -20,6 +20,11 @@ class StepDir:
         return self.path / "fields.json"
 
     @property
+    def rows(self) -> Path:
+        """The sha256 of the texts of all rows that this step read (JSON)."""
+        return self.path / "rows.json"
+
+    @property
     def complete(self) -> Path:
         """Written last, with the step's `end` event: its model is whole."""
         return self.path / "complete.json"

@@ -64,6 +64,10 @@ Names = Annotated[
     Field(strict=False),
     _wants("a list of at least one name", _is_list),
 ]
+Targets = Annotated[
+    Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)],
+    _wants("'all-linear' or a list of at least one name", lambda value: value == "all-linear" or _is_list(value)),
+]
 AutoCount = Annotated[
     Literal["auto"] | int,
     _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0)),
@@ -110,6 +114,11 @@ Model = Annotated[
     Discriminator(_kind_of_model),
 ]
 
+# A model that was trained elsewhere, and takes the place of a step.
+OwnModel = Annotated[
+    str, _wants("a model's name or a folder", lambda value: isinstance(value, str) and value and value != "actor")
+]
+
 
 class Lora(_Strict):
     """Low-rank adapters (PEFT) instead of all weights.
@@ -119,9 +128,9 @@ class Lora(_Strict):
 
     rank: Positive = _field(64, "rank of the two small matrices")
     alpha: Rate = _field(64.0, "the adapter's product is scaled by alpha / rank")
-    target_modules: Names = _field(
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        "the linear layers that get an adapter, by the last part of their names",
+    target_modules: Targets = _field(
+        "all-linear",
+        "the layers that get an adapter: all linear layers of the blocks, or a list of names, by their last parts",
     )
 
 
@@ -135,12 +144,24 @@ class Actor(_Strict):
         unit="tokens",
     )
     lora: Lora | None = _field(None, "set: train low-rank adapters instead of all weights")
+    sft_model: OwnModel | None = _field(
+        None,
+        "set: hub name or local folder of a fine-tuned model of your own, in place of step 1, which is left out",
+        steps=(2, 3),
+    )
 
 
 class Critic(_Strict):
     """The reward model of step 2. Step 3's critic starts from it."""
 
-    model: Model = _field(..., "as `actor.model`; or `actor`: start from the model that step 1 made")
+    model: Model = _field(
+        ..., "as `actor.model`; or `actor`: start from the model that step 1 made, or from `actor.sft_model`"
+    )
+    reward_model: OwnModel | None = _field(
+        None,
+        "set: hub name or local folder of a reward model of your own, in place of step 2, which is left out",
+        steps=(3,),
+    )
 
 
 class Data(_Strict):
@@ -356,6 +377,37 @@ class Job(_Strict):
         """Convert the job to plain lists, dicts and numbers, as YAML and JSON have them."""
         return self.model_dump(mode="json")
 
+    @property
+    def own_models(self) -> dict[int, str]:
+        """Return the models that take the place of a step's result, by step."""
+        models = {1: self.actor.sft_model, 2: self.critic.reward_model}
+        return {step: model for step, model in models.items() if model is not None}
+
+    def starts_from(self, step: int) -> list[int]:
+        """List the steps whose models `step` starts from, or models that take their place."""
+        return [] if step == 2 and self.critic.model != "actor" else list(STEPS[step].starts_from)
+
+    def own_models_of(self, step: int) -> dict[str, str]:
+        """Return the models of one's own that `step` starts from, by the field that names them."""
+        fields = {1: "actor.sft_model", 2: "critic.reward_model"}
+        return {fields[n]: self.own_models[n] for n in self.starts_from(step) if n in self.own_models}
+
+    def without_own_models(self) -> Job:
+        """Return this job with all models made by its steps."""
+        actor = self.actor.model_copy(update={"sft_model": None})
+        critic = self.critic.model_copy(update={"reward_model": None})
+        return self.model_copy(update={"actor": actor, "critic": critic})
+
+    @property
+    def actor_source(self) -> str | Scratch:
+        """Return the model that the run's first actor is loaded from."""
+        return self.own_models.get(1, self.actor.model)
+
+    @property
+    def critic_source(self) -> str | Scratch:
+        """Return the model that the run's first critic is loaded from, or has the shape of."""
+        return self.own_models.get(2) or (self.actor_source if self.critic.model == "actor" else self.critic.model)
+
     def fields_of_step(self, step: int) -> dict[str, Any]:
         """Return the fields that decide what `step` learns, by dotted path.
 
@@ -367,6 +419,13 @@ class Job(_Strict):
             parts += ["actor", "sft"]
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # the reward model reads with the actor's tokenizer
+        tree["data"].pop("eval_rows", None)  # it decides what is measured, not what is learned
+        # Of a model that takes the place of a step, its name counts, and nothing of that step.
+        for place in self.own_models:
+            network, section = ("actor", "sft") if place == 1 else ("critic", "reward")
+            kept = ("sft_model", "reward_model", "lora") if step == 3 else ("sft_model", "reward_model")
+            tree[network] = {name: value for name, value in tree[network].items() if name in kept}
+            tree[section] = {}
         chosen = {part: tree[part] for part in parts}
         return dict(_flat(chosen)) | {"hardware.precision": self.hardware.precision}
 
@@ -479,16 +538,48 @@ def _explain(mistake: ErrorDetails) -> str:
     path, kind = ".".join(location), mistake["type"]
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
+        guess = _guess(location, valid)
         return f"{path}: unknown field; {guess}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: this field is required"
     if kind not in WANTED:
         return f"{path}: {mistake['msg'].removeprefix('Value error, ')}"
+    if path == "actor.lora" and mistake["input"] is True:
+        return "actor.lora: fields, not True; `lora: {}` takes the defaults"
+    if path.endswith("precision") and str(mistake["input"]) in ("fp16", "half", "bf16", "fp32"):
+        word = {"bf16": "bfloat16", "fp32": "float32"}.get(str(mistake["input"]), "float16")
+        return f"{path}: did you mean {word}? not {_shown(mistake['input'])}"
     context = mistake.get("ctx", {})
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     return f"{path}: {WANTED[kind].format(**limits)}, not {_shown(mistake['input'])}"
+
+
+# Words of other toolkits -> our fields, by the last part of their path.
+SYNONYMS = {
+    "lr": ("learning_rate", "actor_learning_rate"),
+    "batch_size": ("global_batch",),
+    "train_batch_size": ("global_batch",),
+    "num_train_epochs": ("epochs",),
+    "max_steps": ("max_updates",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "dataset": ("data.datasets",),
+    "datasets": ("data.datasets",),
+    "model": ("actor.model",),
+    "model_name_or_path": ("actor.model", "model"),
+    "tokenizer": ("actor.model",),
+    "sft_model": ("actor.sft_model",),
+    "reward_model": ("critic.reward_model",),
+    "beta": ("kl_coef",),
+    "cliprange": ("clip_range",),
+}
+
+
+def _guess(location: Sequence[str], valid: Sequence[str]) -> str:
+    """Return `did you mean ...? ` for an unknown field; "" if nothing is like it."""
+    known = [name for name in SYNONYMS.get(location[-1], ()) if name in valid or (len(location) == 1 and "." in name)]
+    near = known or difflib.get_close_matches(location[-1], valid, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _shown(value: Any) -> str:

@@ -5,16 +5,20 @@ Its flags include those of DeepSpeed-Chat.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports, which take a second: 75 is "preempted"
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+
 import argparse
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,22 +66,39 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--deployment-type", choices=DEPLOYMENT_TYPES, help="one GPU, or all of this machine")
-    p.add_argument("--actor-model", metavar="MODEL", help="actor.model; also 1.3b for facebook/opt-1.3b")
-    p.add_argument("--reward-model", metavar="MODEL", help="critic.model; also 350m for facebook/opt-350m")
+    p.add_argument(
+        "--actor-model",
+        metavar="MODEL",
+        help="actor.model, or without step 1 actor.sft_model; also 1.3b for facebook/opt-1.3b",
+    )
+    p.add_argument(
+        "--reward-model",
+        metavar="MODEL",
+        help="critic.model, or without step 2 critic.reward_model; also 350m for facebook/opt-350m",
+    )
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     return p
 
 
-def settings_of(args: argparse.Namespace) -> list[str]:
-    """Return DeepSpeed-Chat's flags as settings of job fields, then those of --set, which win."""
+def models_of(args: argparse.Namespace) -> dict[int, str]:
+    """Return the models of --actor-model and --reward-model, by the step that trains them."""
+    flags = {1: args.actor_model, 2: args.reward_model}
+    is_size = re.compile(r"[0-9.]+[mb]").fullmatch
+    return {step: f"facebook/opt-{value}" if is_size(value) else value for step, value in flags.items() if value}
+
+
+def settings_of(args: argparse.Namespace, own: Collection[int] = ()) -> list[str]:
+    """Return DeepSpeed-Chat's flags as settings of job fields, then those of --set, which win.
+
+    own: the steps whose places the models of the flags take.
+    """
     settings = settings_of_deployment(args.deployment_type) if args.deployment_type else []
-    for field, value in (("actor.model", args.actor_model), ("critic.model", args.reward_model)):
-        if value:
-            name = f"facebook/opt-{value}" if re.fullmatch(r"[0-9.]+[mb]", value) else value
-            # Quoted: it is a name, whatever it looks like.
-            settings.append(f"{field}={json.dumps(name, ensure_ascii=False)}")
+    for step, name in models_of(args).items():
+        start, result = (("actor.model", "actor.sft_model"), ("critic.model", "critic.reward_model"))[step - 1]
+        # Quoted: it is a name, whatever it looks like.
+        settings.append(f"{result if step in own else start}={json.dumps(name, ensure_ascii=False)}")
     for field, value in (
         ("hardware.actor_zero_stage", args.actor_zero_stage),
         ("hardware.critic_zero_stage", args.reward_zero_stage),
@@ -112,13 +133,43 @@ def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> N
         raise error
 
 
+def refuse_launchers(environ: Mapping[str, str]) -> None:
+    """Raise ToolkitError if this is one of several processes that a launcher has started.
+
+    RANK, WORLD_SIZE or SLURM_* alone may be left over in the shell of a cluster: they are ignored.
+    """
+    several = {
+        "torchrun or accelerate": "LOCAL_RANK" in environ and _number(environ, "WORLD_SIZE") > 1,
+        "mpirun": _number(environ, "OMPI_COMM_WORLD_SIZE") > 1,
+        "srun": _number(environ, "SLURM_STEP_NUM_TASKS") > 1,
+    }
+    for launcher, is_one in several.items():
+        if is_one:
+            raise ToolkitError(
+                f"{launcher} has started this program several times",
+                why="it starts its ranks itself, and each of these would train the same run",
+                hint="start `rlhf-train` once on a machine, by itself; hardware.ranks says how many GPUs it uses",
+            )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
+
+
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
+    refuse_launchers(os.environ)
     settings = Settings.from_environ(os.environ)
     wanted = steps_of(args.step)
     job = load_job(args.job, settings_of(args))
     folder = args.output_dir or settings.runs
     run = run_named(job.name if args.run is None else args.run, folder)
     source = None if args.source is None else run_named(args.source, folder)
+    if own := completion.own_steps(models_of(args), wanted, [each for each in (run, source) if each]):
+        job = load_job(args.job, settings_of(args, own))
+    for step in sorted({*wanted} & {*job.own_models}):
+        say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
+    wanted = [step for step in wanted if step not in job.own_models]
     load_rule(job.ppo.rule)
     begun = time.time()
 
@@ -174,6 +225,8 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             if args.redo:
                 completion.begin_redo(run, todo)
             code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided
         if code != ExitCode.OK:
             left = completion.left_to_redo(run)
             step = next(step for step in todo if not completion.is_complete(run, step) or step in left)
@@ -201,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.UNFIT
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            # From a shell: ignored until the process is gone, which takes torch a moment.
+            signal.signal(signal.SIGTERM, before if argv is not None else signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,25 @@ from rlhf_train.disk import read_json, write_json
 
 
 def needed_by(job: Job, step: int) -> list[int]:
-    """List the steps whose model `step` starts from."""
-    if step == 2 and job.critic.model != "actor":
-        return []
-    return list(STEPS[step].starts_from)
+    """List the steps whose model `step` starts from. A model of one's own needs no step."""
+    return [n for n in job.starts_from(step) if n not in job.own_models]
+
+
+def own_steps(models: Mapping[int, str], wanted: Sequence[int], runs: Sequence[RunDir]) -> list[int]:
+    """Return the steps whose places `models` take: those not done in this call, nor before.
+
+    models: of --actor-model and --reward-model, by step. A step that one of `runs` began with the
+    same model is named again, as in DeepSpeed-Chat, where each call has both flags.
+    """
+    fields = {1: "actor.model", 2: "critic.model"}
+    return [
+        step
+        for step, model in models.items()
+        if step not in wanted
+        and any(step < other for other in wanted)
+        and model != "actor"
+        and not any((read_json(run.step(step).fields) or {}).get(fields[step]) == model for run in runs)
+    ]
 
 
 def is_too_new(run: RunDir) -> bool:
@@ -91,7 +106,9 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     changed = {
         step: lines
         for step in sorted({*wanted, *(n for s in todo for n in needed_by(job, s))})
-        if not is_new and (lines := _changed(job, run, step)) and not (redo and step in todo)
+        if not is_new
+        and (lines := _changed(job, run, step, as_input=step not in wanted))
+        and not (redo and step in todo)
     }
     if changed:
         step, lines = next(iter(changed.items()))
@@ -110,16 +127,23 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
                 f"step {step} ({STEPS[step].title}) needs the model of {names}",
                 why="\n".join(f"{run.step(n).model} is not there" for n in missing),
                 hint=f"run `--step {' '.join(map(str, [*missing, step]))}` (or `--step all`),\n"
-                "or take them over from another run with `--run NEW --from RUN`",
+                "or take them over from another run with `--run NEW --from RUN`,\n"
+                "or start from models of your own: actor.sft_model, critic.reward_model",
             )
     return todo
 
 
-def _changed(job: Job, run: RunDir, step: int) -> list[str]:
-    """List the fields that differ from those that the step was started with."""
+def _changed(job: Job, run: RunDir, step: int, *, as_input: bool = False) -> list[str]:
+    """List the fields that differ from those that the step was started with.
+
+    as_input: only the step's result is wanted. It counts too if the job, which now names a model of
+    one's own for a step before, had none then.
+    """
     started_with = read_json(run.step(step).fields)
     if started_with is None:
         return [f"{run.step(step).fields} cannot be read"] if is_complete(run, step) else []
+    if as_input and not difference(started_with, job.without_own_models().fields_of_step(step)):
+        return []
     return difference(started_with, job.fields_of_step(step))
 
 
@@ -201,7 +225,10 @@ def steps_to_take_over(job: Job, source: RunDir, run: RunDir) -> list[int]:
     taken = [
         n
         for n in (1, 2, 3)
-        if is_complete(source, n) and not _changed(job, source, n) and not run.step(n).path.exists()
+        if n not in job.own_models
+        and is_complete(source, n)
+        and not _changed(job, source, n, as_input=n == 2)
+        and not run.step(n).path.exists()
     ]
     if not taken and not any(is_complete(run, n) for n in (1, 2, 3)):
         raise ToolkitError(

@@ -164,6 +164,7 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     from rlhf_train.engine import checkpoint_files
     from rlhf_train.engine.deepspeed_engine import connect
     from rlhf_train.plan.estimate import check_room
+    from rlhf_train.plan.model_checks import check_models
     from rlhf_train.plan.placement import Placement
     from rlhf_train.ranks.collectives import World
     from rlhf_train.ranks.heartbeat import Heartbeat
@@ -220,6 +221,7 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
     heartbeat.beat()  # it publishes `is_patient`, since the hub may be slow
     try:
         if world.is_main:
+            check_models(job, run, order.left)
             check_room(job, run, order.left, placement)
         train = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[STEPS[order.step].section]
         end = train(context)

@@ -92,7 +92,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "ranks": HOST,
         "data": LOW,
         "models": LOW | {"data"},
-        "generation": LOW | {"data"},
+        "generation": LOW | {"data", "models"},
         "engine": LOW | {"data"},
         "plan": LOW | {"data", "models"},
         "steps": WINGS,

@@ -25,6 +25,7 @@ from jobs.formatting import (
     facts,
     number,
     one_line,
+    own_models,
     plural,
     size,
     verdict_of,
@@ -50,6 +51,8 @@ def plan_lines(event: RawEvent) -> list[str]:
     device = f"on {event.get('device')} ({event.get('device_reason')})"
     device += f", {event.get('precision')}, ZeRO {event.get('zero_stage')}"
     lines = [f"{title}: {plural(event.get('updates'), 'updates')}, {plural(event.get('rows'), rows)}", batch, device]
+    if own := own_models(event):
+        lines.append(f"starts from {own}")
     if counts := data_row_counts(event.get("data"), event.get("step", 0)):
         lines.append(f"data of all steps: {counts}")
     return [head(event) + one_line(line) for line in lines]

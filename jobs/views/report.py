@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.events import RawEvent, effective
-from jobs.formatting import duration, encodable, number, one_line, verdict_of, visible
+from jobs.formatting import duration, encodable, number, one_line, own_models, verdict_of, visible
 from jobs.steps import STEPS
 
 
@@ -58,9 +58,10 @@ def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
     rows = [(f"step {step}", end.get("seconds"), one_line(end.get("model"))) for step, end in sorted(ends.items())]
     total = sum(seconds for _, seconds, _ in rows if isinstance(seconds, int | float))
     lines = [f"{name:<7} {duration(seconds):>6}  {encodable(model, encoding)}" for name, seconds, model in rows]
-    return [
-        Text(line.rstrip(), no_wrap=True, overflow="ignore") for line in [*lines, f"{'total':<7} {duration(total):>6}"]
-    ]
+    lines.append(f"{'total':<7} {duration(total):>6}")
+    starts = {step: own_models(end) for step, end in sorted(ends.items())}
+    lines += [f"step {step} started from {encodable(own, encoding)}" for step, own in starts.items() if own]
+    return [Text(line.rstrip(), no_wrap=True, overflow="ignore") for line in lines]
 
 
 def _answer_title(when: str, sample: RawEvent) -> Text:

@@ -39,7 +39,7 @@ def pack(job: Job, here: Path, checkout: Path) -> list[JobInput]:
     Names are looked up as training looks them up: in this folder, then in the checkout. Raises
     ToolkitError: a path does not exist or cannot be read.
     """
-    models = [model for model in (job.actor.model, job.critic.model) if isinstance(model, str) and model != "actor"]
+    models = [model for model in (job.actor_source, job.critic_source) if isinstance(model, str)]
     names = [*dict.fromkeys((*job.data.datasets, *models))]
     return [job_input for name in names if (job_input := _job_input(name, here, checkout))]
 
@@ -92,8 +92,8 @@ def job_on_box(job: Job, inputs: Sequence[JobInput], root: str) -> bytes:
     paths = {each.name: each.on_box(root) for each in inputs}
     tree = job.dump()
     tree["data"]["datasets"] = [paths.get(name, name) for name in tree["data"]["datasets"]]
-    for part in ("actor", "critic"):
-        model = tree[part]["model"]
+    for part, field in (("actor", "model"), ("actor", "sft_model"), ("critic", "model"), ("critic", "reward_model")):
+        model = tree[part][field]
         if isinstance(model, str):
-            tree[part]["model"] = paths.get(model, model)
+            tree[part][field] = paths.get(model, model)
     return dump_yaml(tree).encode()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from jobs.events import RawEvent, parsed
-from jobs.formatting import duration, money, one_line, size
+from jobs.formatting import duration, money, one_line, own_models, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
 from jobs.views.panel import GpuUsage, cards_text
@@ -229,6 +229,8 @@ def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str
         facts.append(("spent", f"{money(paid, currency)} ({money(price_per_hour or 0.0, currency)}/h)"))
     steps_done = ", ".join(f"{step} ({STEPS[step].title})" for step in run.complete if step in STEPS)
     facts.append(("steps done", steps_done or "none"))
+    if run.last is not None and (own := own_models(run.last)):
+        facts.append(("started from", own))
     if run.checkpoint:
         facts.append(("checkpoint", f"step {run.checkpoint[0]}, update {run.checkpoint[1]}"))
     if run.size_bytes is not None:

@@ -164,13 +164,13 @@ class SurveyedBox:
 
 
 def is_pretrained(job: Job) -> bool:
-    return any(isinstance(model, str) and model != "actor" for model in (job.actor.model, job.critic.model))
+    return any(isinstance(model, str) for model in (job.actor_source, job.critic_source))
 
 
 def hub_names(job: Job) -> list[str]:
     """List models and data sets that may have to come from the hub: names that are not paths."""
-    models = [model for model in (job.actor.model, job.critic.model) if not isinstance(model, Scratch)]
-    names = [*(model for model in models if model != "actor"), *job.data.datasets]
+    models = [model for model in (job.actor_source, job.critic_source) if not isinstance(model, Scratch)]
+    names = [*dict.fromkeys(models), *job.data.datasets]
     looks_like_hub = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
     return [name for name in names if looks_like_hub.fullmatch(name) and not name.endswith((".jsonl", ".json"))]
 

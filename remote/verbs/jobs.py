@@ -117,7 +117,8 @@ def train(
             if json_:
                 say.data(to_json({"host": box.name, "run": name, "request": request.id, "state": "started"}))
             return ExitCode.OK
-        at = views.WatchedRun(box.name, name, box.price_per_hour, box.currency, tuple(steps))
+        left = tuple(each for each in steps if each not in wanted.own_models)
+        at = views.WatchedRun(box.name, name, box.price_per_hour, box.currency, left)
         watched = _follow(context, connection, at, views.view_of(at, as_json=json_, live=not wait))
     return _code_of(watched, context, connection, name, say)
 

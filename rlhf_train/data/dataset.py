@@ -7,11 +7,15 @@ is DeepSpeed-Chat's arithmetic. Where we differ from it:
 - rows are split before any is left out, so the limits do not decide which row serves which step;
 - every step is measured on the same held-out split; if a data set has none, 5 % of its rows are
   held out before the split;
-- text that looks like a control token (`</s>` typed by a user) stays text.
+- rows with the same prompt stay together: held out together, or in the share of one step;
+- text that looks like a control token (`</s>` typed by a user) stays text;
+- an answer's ids are those that follow its prompt's ids in the text of both.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import io
 import json
@@ -20,7 +24,8 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -32,6 +37,7 @@ from tokenizers import Tokenizer
 
 import jobs.errors
 from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import plural
 from jobs.spec import Data
 from jobs.steps import STEPS
 
@@ -39,9 +45,10 @@ REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
 HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
 HELD_OUT_SHARE = 0.05  # of the rows, where it has none
-MISTAKES_SHOWN = 10  # for one file
+MISTAKES_SHOWN, ROWS_SHOWN = 10, 3  # for one file; of one mistake
+NEUTRAL = ("\n", "a", ".", "1", "é")  # texts to put before another; one of them merges with none of its tokens
 CHUNK_ROWS = 4096  # rows in a file of the cache; a rank's unit of work
-CACHE_VERSION = 1  # raise it when the same text gets other ids
+CACHE_VERSION = 2  # raise it when the same text gets other ids
 POLL_S, SAY_EVERY_S = 0.1, 5.0
 
 Say = Callable[[str], None]
@@ -109,7 +116,18 @@ class Table:
     step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
     # `rows`: those read. Left out for the first reason that holds: `empty_prompt`, `empty_answer`,
     # `prompt_too_long`. Of the rest: `identical_answers` (left out in step 2 only), `answer_cut`.
+    # Of all: `duplicate` (equal to an earlier row), `prompt_held_out` (of a row that is measured,
+    # too), `control_token` (its text stays text).
     row_counts: dict[str, int]
+
+    def example(self, step: int, tokenizer: Any) -> tuple[str, str]:
+        """Return the texts of the step's row with the shortest prompt: the prompt and an answer."""
+        rows = self.step_rows[step]
+        row = int(rows[self.prompt.lengths[rows].argmin()])
+        whole = np.concatenate([self.prompt[row], self.chosen[row]])
+        # The answer behind its prompt: by itself, some tokenizers drop its first space.
+        prompt, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (self.prompt[row], whole))
+        return prompt, both.removeprefix(prompt)
 
     def digest(self, step: int) -> str:
         """Return the sha256 of the tokens that the step learns from, in its order."""
@@ -126,6 +144,7 @@ class Table:
 class Corpus:
     train: Table
     held_out: Table
+    digest: str  # sha256 of all rows' texts, in their order
 
 
 def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
@@ -139,12 +158,26 @@ def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_siz
         [chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out)
     )
     _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
-    train_orders = _split([len(rows) for rows in train], spec)
+    train_orders = _split(train, spec)
     held_out_orders = dict.fromkeys((1, 2, 3), _shuffled(sum(map(len, held_out)), spec.seed))
+    control = re.compile("|".join(map(re.escape, encoder.control.values())))
+    prompts = {row.prompt for rows in held_out for row in rows}
     return Corpus(
-        train=_table("training", train, _load(train_chunks, say), train_orders, spec),
-        held_out=_table("held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, spec.eval_rows),
+        train=_table("training", train, _load(train_chunks, say), train_orders, spec, control, prompts),
+        held_out=_table(
+            "held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, control, max_rows=spec.eval_rows
+        ),
+        digest=_digest([*train, *held_out]),
     )
+
+
+def _digest(parts: Iterable[list[Row]]) -> str:
+    """Return the sha256 of the texts of all rows."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def texts(spec: Data) -> Iterator[str]:
@@ -160,7 +193,8 @@ def texts(spec: Data) -> Iterator[str]:
 def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
     """Read a data set's training and held-out rows.
 
-    Without a held-out split, the first 5 % of RandomState(seed)'s shuffle are held out.
+    Without a held-out split, 5 % of the rows are held out: all rows of the first prompts of
+    RandomState(seed)'s shuffle.
     """
     say(f"reading {name}")
     train, held_out = read_rows(name, (Path.cwd(), Path(jobs.errors.__file__).parents[1]))
@@ -171,8 +205,18 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
                 why="it has one row and no held-out split",
                 hint="add rows, or a test split",
             )
-        order, count = _shuffled(len(train), seed), max(1, round(HELD_OUT_SHARE * len(train)))
-        held_out, train = ([train[i] for i in sorted(rows)] for rows in (order[:count], order[count:]))
+        groups = _by_prompt(train)
+        order, count = _shuffled(len(groups), seed), max(1, round(HELD_OUT_SHARE * len(train)))
+        sizes = np.cumsum([len(groups[i]) for i in order])
+        first = int(np.searchsorted(sizes, count)) + 1
+        if first == len(groups):
+            raise ToolkitError(
+                f"nothing of data set `{name}` can be held out",
+                why=f"its {len(train)} rows have {plural(len(groups), 'prompts')}, and those of one stay together",
+                hint="add rows with other prompts, or a test split",
+            )
+        parts = (order[:first], order[first:])
+        held_out, train = ([train[i] for i in sorted(chain.from_iterable(groups[g] for g in part))] for part in parts)
     return train, held_out
 
 
@@ -182,26 +226,45 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
     `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
     Raises ToolkitError.
     """
-    places = [folder / name for folder in search]
+    places = [folder / Path(name).expanduser() for folder in search]
     found = next((place for place in places if os.access(place, os.F_OK)), None)
-    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".jsonl")):
+    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _is_file_name(name)):
         looked_for = "\n".join(dict.fromkeys(f"no {place}" for place in places))
         raise ToolkitError(
             f"there is no data set `{name}`",
             why=looked_for,
-            hint="data.datasets takes .jsonl files, folders and hub names",
+            hint="data.datasets takes files (.jsonl, .json, .csv, .parquet), folders and hub names",
         )
-    if found is None or (found.is_dir() and not any(found.glob("*.jsonl"))):
-        return _read_by_datasets(name, found)
-    if found.suffix == ".jsonl" and found.is_file():
+    if found is not None and found.is_file() and found.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl([found]), []
+    if found is None or _builder(found) or (found.is_dir() and not any(found.glob("*.jsonl"))):
+        return _read_by_datasets(name, found)
     train = sorted(found.glob("train*.jsonl"))
     held_out = next(filter(None, (sorted(found.glob(f"{word}*.jsonl")) for word in HELD_OUT_NAMES)), [])
     if not train:
-        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is not a .jsonl file"
-        hint = "name a .jsonl file, or a folder with train*.jsonl and, if there is one, test*.jsonl"
+        kinds = ".jsonl, .json, .csv or .parquet file (.gz, too)"
+        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is no {kinds}"
+        hint = f"name a {kinds}, or a folder with train*.jsonl and, if there is one, test*.jsonl"
         raise ToolkitError(f"no training rows in `{name}`", why=why, hint=hint)
     return _read_jsonl(train), _read_jsonl(held_out)
+
+
+def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
+    """Return the row numbers of each prompt, in the order in which prompts appear."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(number)
+    return list(groups.values())
+
+
+def _is_file_name(name: str) -> bool:
+    return name.removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".parquet"))
+
+
+def _builder(file: Path) -> str:
+    """Return the word that `datasets` has for a file of rows; "" for a folder or another file."""
+    kind = file.name.removesuffix(".gz").rpartition(".")[2]
+    return kind if kind in ("json", "csv", "parquet") and file.is_file() else ""
 
 
 class _BadRow(Exception):
@@ -241,19 +304,23 @@ def _parsed(line: bytes) -> Row:
         raise _BadRow(f"column 1: no JSON that can be read: {error}") from None
 
 
-def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, unit: str, first: int) -> list[Row]:
-    """Return all rows of a file or split, or raise one error with its first mistakes."""
+def _collect(items: Iterable[tuple[int, Any]], parse: Callable[[Any], Row], *, source: str, unit: str) -> list[Row]:
+    """Return all rows of a file or split, or raise one error with its mistakes.
+
+    items: the number of a line or row, and what stands there.
+    """
     rows: list[Row] = []
-    mistakes: list[str] = []
-    for number, item in enumerate(items, first):
+    places: dict[str, list[int]] = {}  # of each mistake
+    for number, item in items:
         try:
             rows.append(parse(item))
         except _BadRow as bad:
-            mistakes += [f"{unit} {number}, {mistake}" for mistake in bad.args]
-        if len(mistakes) >= MISTAKES_SHOWN:
+            for mistake in bad.args:
+                places.setdefault(mistake, []).append(number)
+    if places:
+        mistakes = [_places(unit, numbers) + f", {mistake}" for mistake, numbers in places.items()]
+        if len(mistakes) > MISTAKES_SHOWN:
             mistakes = [*mistakes[:MISTAKES_SHOWN], f"(no more than {MISTAKES_SHOWN} are shown)"]
-            break
-    if mistakes:
         hint = "every row needs the texts prompt, chosen and rejected, and may have response"
         raise ToolkitError(f"bad rows in {source}", why="\n".join(mistakes), hint=hint)
     if not rows:
@@ -261,29 +328,53 @@ def _collect(items: Iterable[Any], parse: Callable[[Any], Row], *, source: str, 
     return rows
 
 
+def _places(unit: str, numbers: Sequence[int]) -> str:
+    """`line 4`; `lines 4 and 7`; `lines 4, 7, 9 and 30 more`."""
+    shown = ", ".join(map(str, numbers[:ROWS_SHOWN]))
+    if len(numbers) == 1:
+        return f"{unit} {shown}"
+    more = len(numbers) - ROWS_SHOWN
+    if more > 0:
+        return f"{unit}s {shown} and {more} more"
+    return f"{unit}s {' and '.join(shown.rsplit(', ', 1))}"
+
+
 def _read_jsonl(files: Sequence[Path]) -> list[Row]:
     rows: list[Row] = []
     for file in files:
         try:
-            content = file.read_bytes().rstrip()
-        except OSError as error:
+            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
             raise ToolkitError(f"cannot read {file}", why=str(error)) from None
-        rows += _collect(content.split(b"\n") if content else [], _parsed, source=str(file), unit="line", first=1)
+        lines = enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1)
+        rows += _collect([pair for pair in lines if pair[1].strip()], _parsed, source=str(file), unit="line")
     return rows
 
 
-def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    """Read a hub name, a folder of parquet, csv or json files, or one that `save_to_disk` wrote."""
+def _read_by_datasets(name: str, found_at: Path | None) -> tuple[list[Row], list[Row]]:
+    """Read a hub name, a parquet, csv or json file, a folder of them, or what `save_to_disk` wrote.
+
+    found_at: the file or folder; None: a hub name.
+    """
     import datasets  # takes seconds, and JSONL does not need it
     from datasets.builder import DatasetGenerationError
 
     from rlhf_train.data import hub
 
     datasets.disable_progress_bar()
-    place = folder or hub.data_set(name)
+    place = found_at or hub.data_set(name)
+    # Words such as None and N/A are text: csv has no other way to write them.
+    more = (
+        {"keep_default_na": False} if place.name.endswith((".csv", ".csv.gz")) or any(place.glob("**/*.csv*")) else {}
+    )
     try:
         saved = any((place / file).exists() for file in ("dataset_dict.json", "state.json"))
-        found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(str(place))
+        if saved:
+            found = datasets.load_from_disk(str(place))
+        elif builder := _builder(place):
+            found = datasets.load_dataset(builder, data_files={"train": str(place)}, **more)
+        else:
+            found = datasets.load_dataset(str(place), **more)
     except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
         why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
         hint = (
@@ -291,7 +382,7 @@ def _read_by_datasets(name: str, folder: Path | None) -> tuple[list[Row], list[R
             "or what `save_to_disk` of the same datasets version wrote"
         )
         downloaded = f"cannot load the data set `{name}`, although its download is complete"
-        what = f"cannot load the data set in {folder}" if folder else downloaded
+        what = f"cannot load the data set in {found_at}" if found_at else downloaded
         raise ToolkitError(what, why=why, hint=hint) from None
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
@@ -309,7 +400,7 @@ def _rows_of(split: Any, source: str) -> list[Row]:
     columns = [column for column in Row._fields if column in split.column_names]
     values = split.select_columns(columns)[:]
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
-    return _collect(rows, _row, source=source, unit="row", first=0)
+    return _collect(enumerate(rows), _row, source=source, unit="row")
 
 
 # --- tokenising, with a cache by content --------------------------------------------------------
@@ -331,10 +422,14 @@ class _Encoder:
         Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores
         it for slow ones.
         """
-        found, control = self.encode(lines), self.control.values()
+        return self._as_text(lines, self.encode)
+
+    def _as_text(self, lines: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        found, control = encode(lines), self.control.values()
         for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
             inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control)
-            found[i] = list(chain.from_iterable(self.encode(re.split(inside, lines[i]))))
+            first, *others = re.split(inside, lines[i])
+            found[i] = list(chain.from_iterable([*encode([first]), *self._behind(others)]))
             if left := self.control.keys() & found[i]:
                 raise ToolkitError(
                     "the tokenizer makes control tokens of plain text",
@@ -342,6 +437,42 @@ class _Encoder:
                     hint="take that text out of the data set",
                 )
         return found
+
+    def answers(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        """Encode answers as they follow their prompts, (prompt, answer) each.
+
+        Prompt and answer are encoded as one text, and cut where the prompt's own ids end. A
+        tokenizer that puts a space in front of every text (LLaMA 2) so puts none in between.
+        Where a token crosses the border, the answer is encoded behind a neutral text instead.
+        """
+        prompts = dict.fromkeys(prompt for prompt, _ in pairs)
+        starts = dict(zip(prompts, self.ids(list(prompts)), strict=True))
+        found = self.ids([prompt + answer for prompt, answer in pairs])
+        crossed = []
+        for i, (prompt, _) in enumerate(pairs):
+            start = starts[prompt]
+            if found[i][: len(start)] == start:
+                found[i] = found[i][len(start) :]
+            else:
+                crossed.append(i)
+        for i, ids in zip(crossed, self._as_text([pairs[i][1] for i in crossed], self._behind), strict=True):
+            found[i] = ids
+        return found
+
+    def _behind(self, lines: list[str]) -> list[list[int]]:
+        """Encode texts as they stand behind other text, with whose end they share no token."""
+        found: dict[int, list[int]] = {}
+        for neutral in NEUTRAL:
+            left = [i for i in range(len(lines)) if i not in found]
+            if not left:
+                break
+            [start] = self.encode([neutral])
+            for i, ids in zip(left, self.encode([neutral + lines[i] for i in left]), strict=True):
+                if ids[: len(start)] == start:
+                    found[i] = ids[len(start) :]
+        if left := [i for i in range(len(lines)) if i not in found]:
+            found |= dict(zip(left, self.encode([lines[i] for i in left]), strict=True))
+        return [found[i] for i in range(len(lines))]
 
 
 def _encoder(tokenizer: Any) -> _Encoder:
@@ -414,15 +545,21 @@ def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
 
 def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
     """Return the four columns, uncut; a response that is the chosen answer has length 0."""
-    lines = list(dict.fromkeys(chain.from_iterable(rows)))
-    ids = dict(zip(lines, encoder.ids(lines), strict=True))
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    of_prompt = dict(zip(prompts, encoder.ids(prompts), strict=True))
+    pairs = list(dict.fromkeys((row.prompt, answer) for row in rows for answer in row[1:]))
+    of_answer = dict(zip(pairs, encoder.answers(pairs), strict=True))
+
+    def column(name: str) -> Ragged:
+        return Ragged.of([[*of_answer[row.prompt, getattr(row, name)], encoder.eos] for row in rows])
+
     return {
-        "prompt": Ragged.of([[*encoder.front, *ids[row.prompt]] for row in rows]),
+        "prompt": Ragged.of([[*encoder.front, *of_prompt[row.prompt]] for row in rows]),
         "response": Ragged.of(
-            [[] if row.response == row.chosen else [*ids[row.response], encoder.eos] for row in rows]
+            [[] if row.response == row.chosen else [*of_answer[row.prompt, row.response], encoder.eos] for row in rows]
         ),
-        "chosen": Ragged.of([[*ids[row.chosen], encoder.eos] for row in rows]),
-        "rejected": Ragged.of([[*ids[row.rejected], encoder.eos] for row in rows]),
+        "chosen": column("chosen"),
+        "rejected": column("rejected"),
     }
 
 
@@ -496,14 +633,18 @@ def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
     return [order[start:end] for start, end in pairwise(points)]
 
 
-def _split(sizes: list[int], spec: Data) -> dict[int, Order]:
-    """Split each data set by itself; join the parts of each step, and shuffle them again."""
-    parts = [
-        [start + share for share in _shares(n, spec.split, spec.seed)]
-        for start, n in zip(_starts(sizes), sizes, strict=False)
-    ]
+def _split(train: Sequence[list[Row]], spec: Data) -> dict[int, Order]:
+    """Split each data set by itself; join the parts of each step, and shuffle them again.
+
+    Prompts are dealt to the steps, each with all its rows.
+    """
+    parts = []
+    for start, rows in zip(_starts([len(rows) for rows in train]), train, strict=False):
+        groups = _by_prompt(rows)
+        shares = _shares(len(groups), spec.split, spec.seed)
+        parts.append([start + np.array([i for g in share for i in groups[g]], dtype=np.int64) for share in shares])
     steps = {step: np.concatenate([part[step - 1] for part in parts]) for step in (1, 2, 3)}
-    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(sizes) > 1 else steps
+    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(train) > 1 else steps
 
 
 def _table(
@@ -512,9 +653,14 @@ def _table(
     uncut: dict[str, Ragged],
     orders: dict[int, Order],
     spec: Data,
+    control: re.Pattern[str],
+    held_out: Set[str] = frozenset(),
     max_rows: int | None = None,
 ) -> Table:
-    """Cut the answers, count the rows by what becomes of them, and drop unusable rows."""
+    """Cut the answers, count the rows by what becomes of them, and drop unusable rows.
+
+    control: finds the text of a control token; held_out: the prompts of the other table.
+    """
     rows = list(chain.from_iterable(parts))
     empty_prompt = np.array([not row.prompt.strip() for row in rows], dtype=bool)
     empty_answer = np.array([not all(answer.strip() for answer in row[1:]) for row in rows], dtype=bool) & ~empty_prompt
@@ -536,6 +682,9 @@ def _table(
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
     row_counts = {"rows": len(rows), **{name: int(mask.sum()) for name, mask in masks.items()}}
+    row_counts["duplicate"] = len(rows) - len(set(rows))
+    row_counts["prompt_held_out"] = sum(row.prompt in held_out for row in rows)
+    row_counts["control_token"] = sum(control.search("\0".join(row)) is not None for row in rows)
     # Step 2 learns nothing from a pair of identical answers.
     usable = {step: kept & ~identical if step == 2 else kept for step in orders}
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import huggingface_hub
+import yaml
 from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load
 from huggingface_hub.utils import (
     HfHubHTTPError,
@@ -98,11 +99,15 @@ def model_files(files: Sequence[str]) -> list[str]:
 
     Not TensorFlow's, Flax's, nor a second set in a folder.
     """
+    return tokenizer_files(files) + weight_files(files)
+
+
+def weight_files(files: Sequence[str]) -> list[str]:
     safe, pickled = (
         [file for file in files if "/" not in file and fnmatch(file, form)]
         for form in ("model*.safetensors", "pytorch_model*.bin")
     )
-    return tokenizer_files(files) + (safe or pickled)
+    return safe or pickled
 
 
 def card_files(files: Sequence[str]) -> list[str]:
@@ -159,20 +164,48 @@ def model(source: str, wanted: Wanted) -> str:
 
     Raises ToolkitError.
     """
-    return source if local(source) else str(fetch(source, wanted, kind="model"))
+    if not local(source):
+        return str(fetch(source, wanted, kind="model"))
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ToolkitError(
+            f"there is no folder {source}",
+            why=f"{folder.absolute()} is {'a file' if folder.exists() else 'not there'}",
+            hint="name a model's folder, or a model of the hub, such as facebook/opt-1.3b",
+        )
+    return str(folder)
 
 
 def is_here(source: str) -> bool:
     """Return whether a model's files are here; a start then fetches only what has changed since."""
     if local(source):
         return True
-    store = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+    snapshot, memory = _known(source)
+    files = [*tokenizer_files(memory.files), *(weights := weight_files(memory.files))]
+    return bool(weights) and all((snapshot / file).exists() for file in files)
+
+
+def folder_here(source: str) -> Path | None:
+    """Return the folder that has a model's files on this machine, without asking a hub."""
+    folder = Path(source).expanduser() if local(source) else _known(source)[0]
+    return folder if folder.is_dir() else None
+
+
+def _known(name: str) -> tuple[Path, Memory]:
+    """Return the snapshot of a model that is in the cache, and what is remembered of it."""
+    store = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
     memory = _recall(store)
     if not memory.commit:
         _adopt(store, memory)
-    files = model_files(memory.files)
-    has_weights = len(files) > len(tokenizer_files(files))
-    return has_weights and all((store / "snapshots" / memory.commit / file).exists() for file in files)
+    return store / "snapshots" / memory.commit, memory
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """Read the fields at the top of a README.md; none if it has none that can be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        fields = metadata_load(card)
+        return fields if isinstance(fields, dict) else {}
+    return {}
 
 
 def data_set(name: str) -> Path:
@@ -248,24 +281,29 @@ def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
 
 def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:
     memory = _recall(store)
-    _ask(name, kind, store, memory)
+    has_answered = _ask(name, kind, store, memory)
     files = wanted(memory.files)
     try:
         _tried(name, partial(_download, name, kind, store, memory, files), come=partial(_bytes_here, store))
+        if has_answered and wanted is model_files:
+            with suppress(*TROUBLES):  # nobody needs the card: it says licence and base model
+                _download(name, kind, store, memory, [file for file in memory.files if file == "README.md"])
     finally:
         _keep(store, memory)
     return store / "snapshots" / memory.commit
 
 
-def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
+def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> bool:
     """Write the repository's present commit and files into `memory`.
 
-    They stay as they were if the hub does not answer.
+    They stay as they were if the hub does not answer. Returns whether it did.
     """
+    has_answered = False
     try:
         info: Any = _tried(name, lambda: HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT))
         memory.commit, memory.adopted = str(info.sha), False
         memory.files = [file.rfilename for file in info.siblings or []]
+        has_answered = True
     except TROUBLES as error:
         if memory.adopted or not memory.commit:
             _adopt(store, memory)
@@ -283,6 +321,7 @@ def _ask(name: str, kind: Kind, store: Path, memory: Memory) -> None:
                 f"using what is there ({plural(len(memory.files), 'files')}); files may be missing"
             )
     _keep(store, memory)
+    return has_answered
 
 
 def _adopt(store: Path, memory: Memory) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.spec import Lora, Optimization
+from jobs.spec import Optimization
 from rlhf_train import compat
 from rlhf_train.data.sequences import BatchPlan
 from rlhf_train.ranks.collectives import World
@@ -435,28 +435,19 @@ def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_weights(source: Engine, target: nn.Module, lora: Lora | None = None) -> None:
-    """Copy the whole weights of the engine's module into `target`.
+def copy_weights(source: Engine, target: nn.Module) -> None:
+    """Copy the trained weights of the engine's module, whole, into `target`.
 
-    target: a plain module of the same model. The engine's module may be partitioned (ZeRO 3) and
-    may have `lora`'s adapters.
-    An adapted weight is W + alpha / rank B A in float32, rounded once.
+    target: a plain copy of the module, with adapters if it has them. The engine's module may be
+    partitioned (ZeRO 3). Adapters stay next to their weights: merged in bfloat16, small changes
+    would be lost.
     """
     source.settle()
     own = dict(target.named_parameters())
-    parameters = dict(source.module.named_parameters())
-    for name, parameter in parameters.items():
-        if ".lora_" in name:
-            continue
-        weight = own[name.replace(".base_layer.", ".")]
-        with _gathered(parameter):
-            if name.endswith(".base_layer.weight") and lora is not None:
-                pair = [parameters[name.replace(".base_layer.weight", f".lora_{side}.default.weight")] for side in "AB"]
-                with _gathered(pair[0]), _gathered(pair[1]):
-                    a, b = (half.data.float() for half in pair)
-                    weight.data.copy_(torch.addmm(parameter.data.float(), b, a, alpha=lora.alpha / lora.rank))
-            else:
-                weight.data.copy_(parameter.data)
+    for name, parameter in source.module.named_parameters():
+        if parameter.requires_grad:
+            with _gathered(parameter):
+                own[name].data.copy_(parameter.data)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from rlhf_train import compat
 from rlhf_train.data.sequences import sent, split_into_passes
 from rlhf_train.kernels import decode_step, fused_layers
 from rlhf_train.kernels.decoder_weights import Layer, Network, Norm
+from rlhf_train.models.head import NEVER
 
 PREFILL_TOKENS = 16384  # of the prompts of one prefill pass, padded
 WIDTH_STEP = 64  # graphs without Triton read the cache up to a multiple of this
@@ -396,7 +397,10 @@ def _run_layers(
         x, y = add_norm(x, layer.output(seen), layer.after_attention)
         if not network.norm_first:
             x = y
-        grown = layer.down(fused_layers.linear_relu(y, layer.up.weight, layer.up.bias))
+        if layer.up.adapter is None:
+            grown = layer.down(fused_layers.linear_relu(y, layer.up.weight, layer.up.bias))
+        else:
+            grown = layer.down(F.relu(layer.up(y)))
         x, y = add_norm(x, grown, layer.after_mlp) if layer.after_mlp is not None else (x + grown, x + grown)
         if not network.norm_first:
             x = y
@@ -404,4 +408,7 @@ def _run_layers(
 
 
 def _logits(network: Network, hidden: Tensor) -> Tensor:
-    return network.head(network.project_out(hidden) if network.project_out is not None else hidden)
+    logits = network.head(network.project_out(hidden) if network.project_out is not None else hidden)
+    if network.tokens is not None:
+        logits[:, network.tokens :] = NEVER
+    return logits

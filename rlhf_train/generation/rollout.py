@@ -22,6 +22,7 @@ from jobs.errors import ExitCode, ToolkitError
 from rlhf_train import compat
 from rlhf_train.generation.decoder import Decoder, Sampling, draw
 from rlhf_train.generation.families.opt import network_of
+from rlhf_train.models.head import transform_of
 
 # Decode steps between two looks at which answers are finished. They keep the GPU busy while the
 # host lags behind.
@@ -258,7 +259,8 @@ class Rollouts:
                 input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
             )
             cache = out.past_key_values
-            logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
+            raw = self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
+            logits = transform_of(self.model)(raw.float())
             token, log_prob = draw(logits, uniforms[live, t], self.sampling)
             tokens[live, t], log_probs[live, t] = token, log_prob
             unfinished &= token != self.eos_id

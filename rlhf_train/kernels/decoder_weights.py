@@ -16,12 +16,26 @@ from rlhf_train.kernels import cpu_matmul
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """LoRA's product, which is added to that of a layer: scale B A x."""
+
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cpu_matmul.linear(cpu_matmul.linear(x, self.a, None), self.b, None) * self.scale
+
+
+@dataclass(frozen=True)
 class LinearWeights:
     weight: Tensor  # (out, in)
     bias: Tensor | None
+    adapter: Adapter | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return cpu_matmul.linear(x, self.weight, self.bias)
+        y = cpu_matmul.linear(x, self.weight, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class Network:
     project_out: LinearWeights | None
     head: LinearWeights
     heads: int
+    tokens: int | None = None  # ids of the head from here on are never sampled
 
     @property
     def width(self) -> int:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_train import compat
 from rlhf_train.kernels import decode_step, softmax
 from rlhf_train.kernels.cpu_matmul import product
+from rlhf_train.models.head import IDENTITY, NEVER, LogitTransform
 
 FLOAT32_BYTES = 64 * 2**20  # float32 softmax numbers of one piece of rows
 MODULE_BYTES = 256 * 2**20  # float32 logits of one piece, if the head is called as a module
@@ -34,18 +35,28 @@ def label_log_probs(
     vocabulary: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return log softmax(head(states) / temperature)[labels], in float32, and the entropies.
+    """Return log softmax(transform(head(states)) / temperature)[labels], in float32, and entropies.
 
-    states: (N, d); labels: (N,). Returns (N,) and (N,); the entropies have no gradient, and are
-    None without `with_entropy`.
+    states: (N, d); labels: (N,); vocabulary: rows of the head. Returns (N,) and (N,); the entropies
+    have no gradient, and are None without `with_entropy`.
     """
-    if is_plain(head, states):
+    if is_plain(head, states) and transform.cap is None:
+        # softmax(scale x / T) is softmax(x / (T / scale)).
+        rows: int = head.weight.shape[0]  # type: ignore[assignment,index]
+        tokens = transform.tokens if transform.tokens is not None and transform.tokens < rows else None
         log_probs, entropies = _LabelLogProbs.apply(
-            states, head.weight, labels, temperature, with_entropy, torch.is_grad_enabled()
+            states,
+            head.weight,
+            labels,
+            temperature / transform.scale,
+            tokens,
+            with_entropy,
+            torch.is_grad_enabled(),
         )
     else:
-        log_probs, entropies = _by_module(states, labels, head, vocabulary, temperature, with_entropy)
+        log_probs, entropies = _by_module(states, labels, head, vocabulary, temperature, with_entropy, transform)
     return log_probs, entropies if with_entropy else None
 
 
@@ -75,17 +86,18 @@ class _LabelLogProbs(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         temperature: float,
+        tokens: int | None,
         with_entropy: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         parts = pieces(len(labels), weight.shape[0] * weight.element_size(), KEPT_BYTES)
         numbers = []
         for part in parts:
-            logits = product(states[part], weight)
+            logits = _logits(states[part], weight, tokens)
             numbers.append(_softmax_numbers(logits, labels[part], temperature, with_entropy))
         log_probs, normalizers, entropies = (torch.cat(column) for column in zip(*numbers, strict=True))
         ctx.save_for_backward(states, weight, labels, normalizers)
-        ctx.temperature, ctx.parts = temperature, parts
+        ctx.temperature, ctx.tokens, ctx.parts = temperature, tokens, parts
         ctx.kept = logits if with_gradient and len(parts) == 1 else None
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
@@ -98,7 +110,7 @@ class _LabelLogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         of_states, of_weight = list[Tensor](), None
         for part in ctx.parts:
-            logits = product(states[part], weight) if kept is None else kept
+            logits = _logits(states[part], weight, ctx.tokens) if kept is None else kept
             _to_gradient_(logits, labels[part], normalizers[part], gradient[part], ctx.temperature)
             if ctx.needs_input_grad[0]:
                 of_states.append(product(logits, weight.T))
@@ -110,7 +122,15 @@ class _LabelLogProbs(torch.autograd.Function):
                     of_weight.add_(share)
         of_all_states = torch.cat(of_states) if of_states else None
         of_weight = None if of_weight is None else of_weight.to(weight.dtype)
-        return of_all_states, of_weight, None, None, None, None
+        return of_all_states, of_weight, None, None, None, None, None
+
+
+def _logits(states: Tensor, weight: Tensor, tokens: int | None) -> Tensor:
+    """Return states times weight, (n, V); rows from `tokens` on have no probability."""
+    logits = product(states, weight)
+    if tokens is not None:
+        logits[:, tokens:] = NEVER
+    return logits
 
 
 def pieces(rows: int, row_bytes: int, most_bytes: int) -> list[slice]:
@@ -181,12 +201,18 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _by_module(
-    states: Tensor, labels: Tensor, head: nn.Module, vocabulary: int, temperature: float, with_entropy: bool
+    states: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    vocabulary: int,
+    temperature: float,
+    with_entropy: bool,
+    transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies under any head, by calling it as a module."""
 
     def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states).float()
+        logits = transform(head(states).float())
         if temperature != 1.0:
             logits = logits / temperature
         with torch.no_grad():

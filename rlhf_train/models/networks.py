@@ -7,12 +7,18 @@ what is saved is the model inside them.
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,12 +27,14 @@ from transformers import (
 )
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.spec import Lora, Scratch
+from jobs.spec import Scratch
 from rlhf_train import compat
 from rlhf_train.data import hub
 from rlhf_train.data.sequences import Sequences
+from rlhf_train.disk import read_json
 from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models import packed_attention
+from rlhf_train.models.head import LogitTransform, find_transform, transform_of
 from rlhf_train.models.log_probs import label_log_probs
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -88,36 +96,59 @@ def load_causal(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype:
     config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
     if isinstance(model, Scratch):
         torch.manual_seed(seed)
-        return cpu_matmul.use_in(AutoModelForCausalLM.from_config(config, **dtype_argument))
-    loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
-    return cpu_matmul.use_in(_fit_vocabulary(loaded, tokenizer))
+        loaded = AutoModelForCausalLM.from_config(config, **dtype_argument)
+    else:
+        loaded = _load(AutoModelForCausalLM.from_pretrained, model, hub.model_files, config=config, **dtype_argument)
+        loaded = _fit_vocabulary(loaded, tokenizer)
+    loaded.logit_transform = find_transform(loaded)
+    return cpu_matmul.use_in(loaded)
 
 
-def load_scorer(model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int) -> Any:
+def load_scorer(
+    model: str | Scratch, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int, *, needs_head: bool = False
+) -> Any:
     """Load or make an AutoModelForSequenceClassification with one label.
 
-    A head that the weights lack starts at N(0, 1/sqrt(d + 1)).
+    A head that the weights lack starts at N(0, 1/sqrt(d + 1)). needs_head: it is refused instead.
     """
     config, dtype_argument = _config(model, tokenizer), compat.dtype_argument(dtype)
-    has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    has_head = False
+    if isinstance(model, str):
+        _check_labels(model, config)
     config.num_labels = 1
     torch.manual_seed(seed)
     if isinstance(model, Scratch):
         scorer = AutoModelForSequenceClassification.from_config(config, **dtype_argument)
     else:
-        load = AutoModelForSequenceClassification.from_pretrained
-        scorer = _fit_vocabulary(_load(load, model, hub.model_files, config=config, **dtype_argument), tokenizer)
+        load = partial(AutoModelForSequenceClassification.from_pretrained, output_loading_info=True)
+        scorer, info = _load(load, model, hub.model_files, config=config, **dtype_argument)
+        has_head = HEAD not in info["missing_keys"]
+        scorer = _fit_vocabulary(scorer, tokenizer)
     if not isinstance(getattr(scorer, "score", None), nn.Module):
         raise ToolkitError(
             f"a reward model cannot be made from {type(scorer).__name__}",
             why="its head is not the linear layer `score`",
             hint="use OPT, LLaMA, Mistral, Qwen2 or a model built like them",
         )
+    if needs_head and not has_head:
+        raise no_head(str(model))
     if not has_head:
         head = scorer.score.weight
         values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
         head.data.copy_(values)
     return cpu_matmul.use_in(scorer)
+
+
+def language_transform(scorer: Any) -> LogitTransform:
+    """Return what the causal model of a reward model's family does to its logits.
+
+    It is measured on one layer with random weights.
+    """
+    config = copy.deepcopy(scorer.config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return find_transform(AutoModelForCausalLM.from_config(config))
 
 
 def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -132,7 +163,7 @@ def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
                 hint="see actor.model.config and critic.model.config in the job file",
             ) from None
     else:
-        config = _load(AutoConfig.from_pretrained, model, hub.config_files)
+        config = load_config(model)
     for name, value in config.to_dict().items():
         is_dropout = name.endswith("dropout") or name in ("layerdrop", "attn_pdrop", "embd_pdrop", "resid_pdrop")
         if is_dropout and isinstance(value, float | int):
@@ -156,20 +187,45 @@ def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
     folder = hub.model(source, wanted)
+    _check_folder(source, Path(folder))
     try:
-        loaded = load(folder, **kwargs)
+        loaded = load(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "config.json, model.safetensors and tokenizer.json belong there"
         hint = f"look into the folder: {hint}" if hub.local(source) else f"choose another model: {hint}"
         raise ToolkitError(f"cannot load {source}", why=reason, hint=hint, exit_code=ExitCode.USAGE) from error
-    loaded.name_or_path = source
+    (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = source
     return loaded
 
 
+def _check_folder(source: str, folder: Path) -> None:
+    """Raise ToolkitError if a folder holds an adapter only, or a model that needs its own code."""
+    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json")
+    if adapter is not None and config is None:
+        base = adapter.get("base_model_name_or_path") or "BASE"
+        raise ToolkitError(
+            f"{source} is a LoRA adapter of {base}, not a whole model",
+            why="it has adapter_config.json and no config.json",
+            hint="merge the two, and name the folder of the result:\n"
+            f"python -c 'from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+            f'M.from_pretrained("{source}").merge_and_unload().save_pretrained("merged"); '
+            f'T.from_pretrained("{base}").save_pretrained("merged")\'',
+        )
+    if config is not None and config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise ToolkitError(
+            f"{source} needs program code of its own, which is never run here",
+            why=f"transformers has no model of type {config.get('model_type')!r}",
+            hint="choose a model that transformers has by itself",
+        )
+
+
 def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
-    """Raise ToolkitError if prompt and response together outgrow the model's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    """Raise ToolkitError if prompt and response together outgrow the positions.
+
+    model: a model or its config.
+    """
+    limit = getattr(getattr(model, "config", model), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + response_tokens > limit:
         raise ToolkitError(
             f"prompts of {prompt_tokens} and responses of {response_tokens} tokens do not fit the model",
@@ -178,19 +234,118 @@ def check_lengths(model: Any, prompt_tokens: int, response_tokens: int) -> None:
         )
 
 
+def load_config(source: str) -> Any:
+    """Load a model's config from a hub or a folder."""
+    return _load(AutoConfig.from_pretrained, source, hub.config_files)
+
+
+def check_scorer(source: str, *, prompt_tokens: int, response_tokens: int, lm_coef: float) -> None:
+    """Raise ToolkitError if no reward model can be made from `source`. Only its config is read.
+
+    Step 1 calls it, so that nobody trains for hours to learn of it in step 2.
+    """
+    config = load_config(source)
+    check_lengths(config, prompt_tokens, response_tokens)
+    _check_labels(source, config)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ToolkitError(
+            f"a reward model cannot be made from {source}",
+            why=f"transformers has no sequence classification for {config.model_type}",
+            hint="choose a reward model that has: OPT, GPT-2, LLaMA, Mistral, Qwen2 and others do",
+        )
+    if lm_coef and not getattr(config, "tie_word_embeddings", False):
+        raise _untied(source)
+
+
+def check_causal(source: str) -> None:
+    """Raise ToolkitError if `source` is no language model. Only its config is read."""
+    config = load_config(source)
+    if is_classifier(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = next(iter(config.architectures or []), config.model_type)
+        raise ToolkitError(
+            f"{source} is no language model",
+            why=f"it is {kind}, which gives no next token",
+            hint="the actor is a causal model: OPT, GPT-2, LLaMA, Mistral, Qwen2 and many others",
+        )
+
+
+def is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _check_labels(source: str, config: Any) -> None:
+    if is_classifier(config) and config.num_labels != 1:
+        raise ToolkitError(
+            f"{source} is no reward model",
+            why=f"it is a classifier with {config.num_labels} labels, and a reward is one number",
+            hint="choose a model with one label; in critic.model also a causal model, which gets a new head",
+        )
+
+
+HEAD = "score.weight"  # the tensor that makes a score of a hidden state
+
+
+def no_head(source: str) -> ToolkitError:
+    return ToolkitError(
+        f"{source} is no reward model",
+        why=f"it has no head: its weights lack `{HEAD}`",
+        hint="critic.reward_model is a trained classifier with one label; to train one from a language model, "
+        "name that in critic.model, and do step 2",
+    )
+
+
+def _untied(name: str) -> ToolkitError:
+    return ToolkitError(
+        "reward.lm_coef needs a model whose input and output embeddings are one",
+        why=f"those of {name} are two, and a reward model has no output embedding",
+        hint="set reward.lm_coef: 0",
+    )
+
+
+# Text of several scripts and kinds, to compare two tokenizers.
+PROBE = "\n\nHuman: Grüße, 你好! 12.5 %\n\nAssistant: I'm  fine,\tthanks 🙂"
+
+
 def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
-    """Raise ToolkitError if actor and reward model number their tokens differently.
+    """Raise ToolkitError unless actor and reward model read the same ids in the same way.
 
     Step 3 hands the actor's token ids to the reward model.
     """
-    if actor.get_vocab() != critic.get_vocab():
-        names = f"{actor.name_or_path or 'the actor'} and {critic.name_or_path or 'the reward model'}"
+    names = (actor.name_or_path or "the actor", critic.name_or_path or "the reward model")
+    if why := _tokenizer_difference(actor, critic, *names):
         raise ToolkitError(
             "the actor and the reward model use different tokenizers",
-            why=f"{names} number their tokens differently",
-            hint="choose critic.model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
+            why=why,
+            hint="choose the reward model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
             "or critic.model: actor",
         )
+
+
+def _tokenizer_difference(actor: Any, critic: Any, actor_name: str, critic_name: str) -> str:
+    own, other = actor.get_vocab(), critic.get_vocab()
+    moved = [token for token, number in own.items() if other.get(token, number) != number]
+    if moved:
+        token = min(moved, key=own.__getitem__)
+        return f"{token!r} is number {own[token]} of {actor_name} and number {other[token]} of {critic_name}"
+    for missing, in_name, not_in in (
+        (own.keys() - other, actor_name, critic_name),
+        (other.keys() - own, critic_name, actor_name),
+    ):
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            return f"{in_name} has {len(missing)} tokens that {not_in} lacks: {some}"
+    if actor.eos_token_id != critic.eos_token_id:
+        return f"an answer of {actor_name} ends with {actor.eos_token}, one of {critic_name} with {critic.eos_token}"
+    if _in_front(actor) != _in_front(critic):
+        return f"{actor_name} begins a text with the tokens {_in_front(actor)}, {critic_name} with {_in_front(critic)}"
+    ids = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (actor, critic)]
+    return f"{actor_name} and {critic_name} cut the same text into other tokens" if ids[0] != ids[1] else ""
+
+
+def _in_front(tokenizer: Any) -> list[str]:
+    bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+    return list(tokenizer.convert_ids_to_tokens(framed[:start]))
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -223,7 +378,8 @@ class ActorForward(nn.Module):
         """
         index, labels = batch.predicted(from_prompt=from_prompt)
         states, head = _hidden_states(self.model, batch, index), self.model.get_output_embeddings()
-        return label_log_probs(states, labels, head, self.model.config.vocab_size, temperature, with_entropy)
+        rows = self.model.config.vocab_size
+        return label_log_probs(states, labels, head, rows, temperature, with_entropy, transform_of(self.model))
 
 
 class ScoreForward(nn.Module):
@@ -238,14 +394,11 @@ class ScoreForward(nn.Module):
         self.model: Any = model
         self.shift, self.scale = shift, scale
         self.lm_head: nn.Linear | None = None
+        self.transform = transform_of(model)  # of the language model's logits
         if with_lm:
             embedding = model.get_input_embeddings().weight
             if not getattr(model.config, "tie_word_embeddings", False):
-                raise ToolkitError(
-                    "reward.lm_coef needs a model whose input and output embeddings are one",
-                    why=f"{type(model).__name__}'s are two, and a reward model has no output embedding",
-                    hint="set reward.lm_coef: 0",
-                )
+                raise _untied(type(model).__name__)
             # A module of its own, so that ZeRO-3 gathers the tied weight where it is used.
             self.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
             self.lm_head.weight = embedding
@@ -265,7 +418,8 @@ class ScoreForward(nn.Module):
         assert at is None, "the log-probs are of other tokens than the scores"
         count = int(batch.host_response_lengths[:lm_rows].sum())
         states = hidden.index_select(0, index[:count])
-        return scores, label_log_probs(states, labels[:count], self.lm_head, self.model.config.vocab_size)[0]
+        rows = self.model.config.vocab_size
+        return scores, label_log_probs(states, labels[:count], self.lm_head, rows, transform=self.transform)[0]
 
 
 def last_scores(scores: Tensor, batch: Sequences) -> Tensor:
@@ -296,56 +450,3 @@ def padding(tokenizer: PreTrainedTokenizerFast, *models: Any) -> int | None:
     for model in models:
         packed_attention.keep_rows_apart(model)
     return None
-
-
-# --- LoRA ---------------------------------------------------------------------------------------
-
-
-def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Inject PEFT's adapters into `model` in place; only they are trained.
-
-    The model's own class stays.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=list(lora.target_modules),
-        bias="none",
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise ToolkitError(
-            "actor.lora.target_modules names no layer of the model",
-            why=str(error).splitlines()[0],
-            hint=f"its linear layers are {', '.join(linear)}",
-        ) from None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
-
-
-def merge_lora(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """Return a plain model's state dict from one with adapters.
-
-    A merged weight is W + alpha / rank B A, computed in float32 and cast once.
-    """
-    merged: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            prefix, _, leaf = name.partition(".base_layer.")
-            if leaf == "weight":
-                a, b = (state[f"{prefix}.lora_{side}.default.weight"].float() for side in "AB")
-                value = (value.float() + (lora.alpha / lora.rank) * (b @ a)).to(value.dtype)
-            name = f"{prefix}.{leaf}"
-        merged[name] = value
-    return merged

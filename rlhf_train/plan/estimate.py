@@ -34,8 +34,7 @@ class Size:
     """Parameters of one network."""
 
     all: int
-    trained: int
-    adapted: int = 0  # those of the matrices that adapters change
+    trained: int  # with LoRA: those of the adapters, which `all` leaves out
 
 
 def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
@@ -43,7 +42,7 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
 
     The model's config is fetched from the hub if it is not on this machine.
     """
-    from rlhf_train.models.networks import add_lora
+    from rlhf_train.models.adapters import add_lora
 
     network = _network(job, model)
     if lora and job.actor.lora is not None:
@@ -51,18 +50,17 @@ def model_size(job: Job, model: str | Scratch, *, lora: bool) -> Size:
             add_lora(network, job.actor.lora, seed=0)
     adapters = sum(p.numel() for name, p in network.named_parameters() if "lora_" in name)
     everything = sum(p.numel() for p in network.parameters())
-    adapted = sum(p.numel() for name, p in network.named_parameters() if name.endswith(".base_layer.weight"))
-    return Size(everything - adapters, adapters or everything, adapted)
+    return Size(everything - adapters, adapters or everything)
 
 
 def _network(job: Job, model: str | Scratch) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf_train.data import hub
+    from rlhf_train.models.networks import load_config
 
     with torch.device("meta"):
         if not isinstance(model, Scratch):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hub.model(model, hub.config_files)))
+            return AutoModelForCausalLM.from_config(load_config(model))
         fields = dict(model.config)
         try:
             return AutoModelForCausalLM.from_config(
@@ -102,7 +100,8 @@ def frozen_bytes(actor: Size, critic: Size, precision: str, zero_stage: int) -> 
     if zero_stage == 3:
         copies = 2 * actor.all
     else:
-        copies = actor.adapted or actor.all  # LoRA: the reference is the actor with its adapters off
+        # LoRA: the reference is the actor with its adapters off, and rollouts read the actor.
+        copies = actor.all if actor.trained == actor.all else 0
     return (critic.all + copies) * WEIGHT_BYTES[precision]
 
 
@@ -111,6 +110,8 @@ def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], 
     lines.append(f"run: {run.path}")
     ranks = plural(placement.ranks, "ranks")
     lines.append(f"device: {placement.device} ({placement.device_reason}), {ranks}, {placement.precision}")
+    for step, model in sorted(job.own_models.items()):
+        lines.append(f"step {step} ({STEPS[step].title}): left out, {model} takes its place")
     for step in wanted:
         state = "to do" if step in todo else "complete"
         lines.append(f"step {step} ({STEPS[step].title}): {state}; global batch {placement.batch_plan(job, step)}")
@@ -121,16 +122,25 @@ def describe(job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], 
 
 
 def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> list[str]:
-    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
+    from rlhf_train.data import hub
+    from rlhf_train.plan.model_checks import check_models
+
     sizes = []
-    for model, lora in ((job.actor.model, True), (critic_source, False)):
+    for model, lora in ((job.actor_source, True), (job.critic_source, False)):
         try:
             sizes.append(model_size(job, model, lora=lora))
         except (OSError, ValueError, ToolkitError) as error:
-            if isinstance(model, Scratch):
+            if isinstance(model, Scratch) or hub.local(model):
                 raise
             reason = error.why if isinstance(error, ToolkitError) else str(error)
             return [f"memory and disk: unknown, since the config of {model} cannot be read ({reason.splitlines()[0]})"]
+    not_checked: list[str] = []
+    try:
+        check_models(job, run, todo)
+    except ToolkitError as error:
+        if error.exit_code != ExitCode.UNFIT:  # else the hub cannot be reached
+            raise
+        not_checked = [f"not checked whether the models fit together: {error.why.splitlines()[0]}"]
     actor, critic = sizes
     weight, ranks = WEIGHT_BYTES[placement.precision], placement.ranks
     actor_bytes = training_bytes(actor, placement.precision, placement.actor_zero_stage, ranks)
@@ -145,7 +155,7 @@ def _needs(job: Job, run: RunDir, todo: Sequence[int], placement: Placement) -> 
     need, free = disk_bytes(job, todo, actor, critic, weight), free_bytes(run)
     verdict = "; too little" if need > free else ""
     lines.append(f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them{verdict}")
-    return lines
+    return not_checked + lines
 
 
 def disk_bytes(job: Job, steps: Sequence[int], actor: Size, critic: Size, weight_bytes: int) -> int:
@@ -179,9 +189,8 @@ def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement
 
     It is called before anything is fetched or trained.
     """
-    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
-        actor, critic = model_size(job, job.actor.model, lora=True), model_size(job, critic_source, lora=False)
+        actor, critic = model_size(job, job.actor_source, lora=True), model_size(job, job.critic_source, lora=False)
     except (OSError, ValueError, ToolkitError):  # the step itself will say what is wrong with a model
         return
     need, free = disk_bytes(job, steps, actor, critic, WEIGHT_BYTES[placement.precision]), free_bytes(run)
@@ -210,13 +219,12 @@ def relief(job: Job, step: int, placement: Placement) -> str:
     stages = {"actor": placement.actor_zero_stage, "critic": placement.critic_zero_stage}
     networks = STEPS[step].networks
     with_lora = job.model_copy(update={"actor": job.actor.model_copy(update={"lora": job.actor.lora or Lora()})})
-    critic_source = job.actor.model if job.critic.model == "actor" else job.critic.model
     try:
         plain = {
-            "actor": model_size(job, job.actor.model, lora=False),
-            "critic": model_size(job, critic_source, lora=False),
+            "actor": model_size(job, job.actor_source, lora=False),
+            "critic": model_size(job, job.critic_source, lora=False),
         }
-        adapted = plain | {"actor": model_size(with_lora, job.actor.model, lora=True)}
+        adapted = plain | {"actor": model_size(with_lora, job.actor_source, lora=True)}
     except (OSError, ValueError, ToolkitError):  # the hub cannot be reached: no numbers then
         return "hardware.gradient_checkpointing: true, then actor.lora, then ZeRO 3 on more GPUs"
 

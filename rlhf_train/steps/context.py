@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from jobs.errors import ToolkitError
 from jobs.events import Event, Plan, Progress
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
 from rlhf_train.data import dataset
 from rlhf_train.data.sequences import BatchPlan
-from rlhf_train.disk import rename, sync_files
+from rlhf_train.disk import read_json, rename, sync_files, write_json
 from rlhf_train.engine.checkpoint_files import Saved
 from rlhf_train.engine.checkpointer import Checkpointer, RunSurroundings, Stateful
 from rlhf_train.engine.deepspeed_engine import DTYPES
@@ -86,6 +87,10 @@ class StepContext:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.placement.precision]
 
+    def model_of(self, step: int) -> str:
+        """Return the folder or name of the model that `step` made, or that takes its place."""
+        return self.job.own_models.get(step, str(self.run.step(step).model))
+
     def doing(self, step: int, what: str) -> None:
         self.heartbeat.beat(what)
         self.emit(Progress(step=step, doing=what))
@@ -115,16 +120,17 @@ class StepContext:
                 gradient_accumulation=plan.gradient_accumulation,
                 zero_stage=zero_stage,
                 data=row_counts,
+                own_models=self.job.own_models_of(step) or None,
             )
         )
 
 
 def actor_tokenizer(context: StepContext) -> Any:
-    """Return the tokenizer of `actor.model`.
+    """Return the tokenizer of the actor that the run starts from.
 
     For a model from a config it is trained once, on the job's training rows.
     """
-    model = context.job.actor.model
+    model = context.job.actor_source
     if not isinstance(model, Scratch):
         return load_tokenizer(model)
     folder = context.run.tokenizer
@@ -140,7 +146,12 @@ def actor_tokenizer(context: StepContext) -> Any:
 
 
 def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> dataset.Corpus:
-    return dataset.prepare(
+    """Read, tokenise and split the rows of the job.
+
+    Raises ToolkitError if an earlier step of this run has read other rows: what that step has
+    learned from may be held out here.
+    """
+    tokens = dataset.prepare(
         spec,
         tokenizer,
         cache=context.cache,
@@ -148,6 +159,18 @@ def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> datas
         world_size=context.world.size,
         say=lambda what: context.doing(step, what),
     )
+    for earlier in sorted({*range(1, step)} - {*context.job.own_models}):
+        folder = context.run.step(earlier)
+        if folder.complete.exists() and read_json(folder.rows) not in (None, tokens.digest):
+            raise ToolkitError(
+                f"run `{context.run.name}` did step {earlier} with other rows",
+                why=f"the rows of {', '.join(spec.datasets)} have changed since",
+                hint=f"bring the rows back, or `--redo --step {','.join(map(str, range(earlier, step + 1)))}` "
+                "to do it again with these",
+            )
+    if context.world.is_main:
+        write_json(context.run.step(step).rows, tokens.digest)
+    return tokens
 
 
 def start_checkpoints(

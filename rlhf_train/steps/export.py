@@ -12,17 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from torch import nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
-from jobs.spec import Job, Lora, Scratch
-from jobs.steps import STEPS
-from rlhf_train.disk import rename, size_of, sync_files
+from jobs.spec import Job, Lora
+from rlhf_train.disk import read_json, rename, size_of, sync_files, write_json
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
-from rlhf_train.models.networks import merge_lora
+from rlhf_train.models.adapters import merge_lora, save_adapter
 from rlhf_train.steps.context import StepContext
+from rlhf_train.steps.model_card import model_card
+
+ADAPTER = "adapter"  # in a model's folder: LoRA's adapters by themselves, a PEFT folder
 
 
 def save_model(
@@ -35,12 +37,14 @@ def save_model(
     *,
     lora: Lora | None,
     scores: Mapping[str, float],
+    example: tuple[str, str],
     best: tuple[str, float] | None = None,
 ) -> None:
     """Save an engine's model in `folder`; all ranks take part, and rank 0 writes.
 
     The folder is written under another name, synced and renamed, so it is complete or missing.
-    scores: for the model card; best: the metric for which these weights are kept, and its value.
+    scores, example (a prompt and an answer of the data): for the model card. best: the metric for
+    which these weights are kept, and its value.
     """
     start = time.perf_counter()
     context.heartbeat.is_patient = True  # transformers writes without a heartbeat in between
@@ -49,8 +53,11 @@ def save_model(
     model: Any = engine.module.model
     state = full_state(model, keep=context.world.is_main)
     if context.world.is_main:
+        adapted_state = state
         if lora is not None:
-            state = merge_lora(state, lora)
+            state = merge_lora(state, model)
+        # Before save_pretrained, which empties the state while it writes.
+        dtype = next(value.dtype for value in state.values() if value.is_floating_point())
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
@@ -58,9 +65,19 @@ def save_model(
         # point.
         partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
+        if lora is not None:
+            _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(str(partial))
-        generation_config(context.job, tokenizer).save_pretrained(str(partial))
-        (partial / "README.md").write_text(model_card(context.job, step, scores), encoding="utf-8")
+        if lora is not None:
+            save_adapter(adapted_state, model, lora, origin(context.job, model), partial / ADAPTER)
+            sync_files(partial / ADAPTER)
+        generation_config(context.job, tokenizer, getattr(model, "generation_config", None)).save_pretrained(
+            str(partial)
+        )
+        prompt, answer = example
+        card = model_card(context.job, step, tokenizer, folder, prompt=prompt, answer=answer, scores=scores)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _share_as_umask_says(partial)
         sync_files(partial)
         rename(partial, folder)
         metric, value = best or (None, None)
@@ -80,15 +97,45 @@ def save_model(
     context.heartbeat.is_patient = False
 
 
-def generation_config(job: Job, tokenizer: Any) -> GenerationConfig:
-    """Return the generation config that samples as the rollouts did."""
+def _share_as_umask_says(folder: Path) -> None:
+    """Let others read the weights as they may read the config: safetensors writes for us alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
+
+
+def _state_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the saved weights, which may be float32 after a merge, into config.json.
+
+    transformers wrote that of the model in memory.
+    """
+    fields = read_json(config)
+    for name in ("dtype", "torch_dtype"):
+        if name in fields:
+            fields[name] = str(dtype).removeprefix("torch.")
+    write_json(config, fields)
+
+
+def origin(job: Job, model: Any) -> str:
+    """Name the model whose weights the adapters belong to."""
+    return model.name_or_path or f"random weights (seed {job.seed})"
+
+
+def generation_config(job: Job, tokenizer: Any, source: GenerationConfig | None = None) -> GenerationConfig:
+    """Return the generation config that samples as the rollouts did.
+
+    source: that of the model that training started from. Its EOS tokens end an answer here, too.
+    """
+    others = getattr(source, "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])}
     return GenerationConfig(
         do_sample=True,
         temperature=job.ppo.temperature,
-        top_k=0,
+        top_k=job.ppo.top_k or 0,
+        top_p=job.ppo.top_p or 1.0,
         max_new_tokens=job.data.max_response_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -97,36 +144,6 @@ def scores_of(end: End) -> dict[str, float]:
     """Return what a step measured on held-out data."""
     numbers = {name: value for name, value in asdict(end).items() if isinstance(value, int | float)}
     return {name: value for name, value in numbers.items() if name not in {"step", "updates", "seconds"}}
-
-
-def model_card(job: Job, step: int, scores: Mapping[str, float]) -> str:
-    """Return a model's card: its origin, its held-out scores, and the step's job fields."""
-    source = job.actor.model if step == 1 else job.critic.model
-    if step == 3 or (step == 2 and job.critic.model == "actor"):
-        base = "this run's step 1"
-    elif isinstance(source, Scratch):
-        base = "random weights from a configuration"
-    else:
-        base = source
-    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
-    table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
-    load = "AutoModelForSequenceClassification" if step == 2 else "AutoModelForCausalLM"
-    reading = "The logit is the score of prompt and answer together; its scale is arbitrary, only differences count."
-    reading = reading if step == 2 else ""
-    fields = yaml.safe_dump(job.fields_of_step(step), sort_keys=True, allow_unicode=True)
-    return f"""---
-library_name: transformers
-tags: [rlhf, {"reward-model" if step == 2 else "text-generation"}]
----
-# {job.name}: {STEPS[step].title} (step {step})
-
-Made by rlhf-box from {base}, on {", ".join(job.data.datasets)}. Load it with `{load}.from_pretrained`. {reading}
-
-{table}The job, as far as this step depends on it:
-
-```yaml
-{fields}```
-"""
 
 
 def eval_model(module: nn.Module) -> nn.Module:

@@ -9,16 +9,17 @@ trainer, the rollout and the reference must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import End, Progress, Warning
+from jobs.events import End, Warning
 from jobs.spec import Ppo
-from rlhf_train.data.sequences import Sequences, assign_passes, rows_of_update
+from rlhf_train.data.sequences import assign_passes, rows_of_update
 from rlhf_train.engine.checkpointer import Checkpointer
 from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.engine.divergence import Divergence
@@ -26,16 +27,13 @@ from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
 from rlhf_train.steps.context import Clock, StepContext, start_checkpoints
-from rlhf_train.steps.experience import Experience, Pass, Scored, response_values, targets_of, whiten_update
+from rlhf_train.steps.experience import Experience, Pass, response_values, targets_of, whiten_update
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.held_out import Summary
 from rlhf_train.steps.ppo_setup import Setup, measure_reward_scale, set_reward_scale, set_up, try_the_longest
 from rlhf_train.steps.ppo_state import SUMS, LoopState
 from rlhf_train.steps.scoring import mean_entropies
-
-# Limits of the self-test: the worst row's mean absolute difference of log-probs, in nats. float32
-# differs by the order of summation; bfloat16 has 8 bits, and other batches pad differently.
-SELF_TEST_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+from rlhf_train.steps.self_test import check_frozen, self_test
 
 
 def run(context: StepContext) -> End:
@@ -54,6 +52,7 @@ def run(context: StepContext) -> End:
     saved = checkpointer.resume()
     if saved is not None:
         state = LoopState.read(saved, checkpointer.loop_tensors, context.placement.rollout_micro_batch)
+        check_frozen(state.reference, setup.frozen_digest, setup.frozen_folders)
         set_reward_scale(context, setup, state.shift, state.scale)
     else:
         state = start(context, setup, clock)
@@ -86,11 +85,11 @@ def run(context: StepContext) -> End:
     divergence.check({"mean reward": after.reward, "KL": after.kl})
     folder = context.run.step(3).model
     end = result(context, setup, state, after)
-    save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores=scores_of(end))
+    save_actor(context, setup, updates, folder, scores=scores_of(end))
     if setup.ema is not None:
         folder = context.run.step(3).model_ema
         with setup.ema.applied():
-            save_model(context, 3, updates, actor, setup.tokenizer, folder, lora=setup.lora, scores={})
+            save_actor(context, setup, updates, folder)
     checkpointer.close()
     return end
 
@@ -114,6 +113,7 @@ def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
         clock=clock,
         training=Clock(),
         rollout_micro_batch=context.placement.rollout_micro_batch,
+        reference=setup.frozen_digest,
     )
 
 
@@ -132,9 +132,31 @@ def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, u
         update,
         *best,
         lower_is_better=False,
-        save=lambda folder: save_model(
-            context, 3, update, setup.actor, setup.tokenizer, folder, lora=setup.lora, scores={}, best=best
-        ),
+        save=lambda folder: save_actor(context, setup, update, folder, best=best),
+    )
+
+
+def save_actor(
+    context: StepContext,
+    setup: Setup,
+    update: int,
+    folder: Path,
+    *,
+    scores: Mapping[str, float] | None = None,
+    best: tuple[str, float] | None = None,
+) -> None:
+    """Save the actor as it is now, as `save_model` takes it."""
+    save_model(
+        context,
+        3,
+        update,
+        setup.actor,
+        setup.tokenizer,
+        folder,
+        lora=setup.lora,
+        scores=scores or {},
+        example=setup.tokens.held_out.example(3, setup.tokenizer),
+        best=best,
     )
 
 
@@ -164,7 +186,7 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     # 2. Score the responses. On-policy, actor and critic score for the self-test only.
     score_clock = Clock()
     context.heartbeat.beat(f"update {update + 1}, scoring")
-    trainer = (setup.actor, setup.critic) if not setup.on_policy or update == 0 else None
+    trainer = (setup.actor, setup.critic) if not setup.on_policy or not state.is_tested else None
     scored, computed = setup.scorer.score_rollout(own_prompts, responses, trainer)
 
     # 3. Put the rows of all ranks in the order of the prompts, and compute the rewards.
@@ -180,8 +202,9 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     state.experience = experience
 
     # 4. Check the networks against each other, and warn of odd answers.
-    if update == 0:
-        self_test(context, scored, setup.actor, setup.pad_id)
+    if not state.is_tested:
+        self_test(context, scored, setup.actor, setup.pad_id, with_reference=update == 0)
+        state.is_tested = True
     warn_of_odd_answers(context, experience, context.job.data.max_response_tokens)
 
 
@@ -268,6 +291,7 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
         updates=setup.updates,
         seconds=state.clock(),
         model=str(context.run.step(3).model),
+        own_models=context.job.own_models_of(3) or None,
         mean_reward_before=before.reward,
         mean_reward_after=after.reward,
         good_share_before=before.good,
@@ -402,42 +426,3 @@ def accumulate_gradients(
             add(entropy=mean_entropies(entropies, batch).sum())
         add(tokens=mask.sum(), trained=batch.lengths.sum(), computed=batch.input_ids.numel())
     return context.world.sum(sums)
-
-
-def self_test(context: StepContext, rows: Sequence[Scored], actor: Engine, pad_id: int | None) -> None:
-    """Check before the first update that ratio is 1, KL is 0, and rollout and trainer agree.
-
-    Raises ToolkitError.
-    """
-    batch_rows = rows[: context.placement.micro_batches[2]]
-    batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, context.world.device)
-    log_probs = batch.spread(actor(batch, temperature=context.job.ppo.temperature)[0]).detach().float().cpu().numpy()
-    again = [log_probs[place, : len(row.response)] for place, row in enumerate(batch_rows)]
-    limit = SELF_TEST_TOLERANCE[context.placement.precision]
-    old = [row.trainer.log_probs for row in rows if row.trainer is not None]
-    checks = {
-        "the ratio of new to old log-probs is not 1": (old[: len(again)], again),
-        "the actor is not the reference": (old, [row.ref_log_probs for row in rows]),
-        "the rollout and the trainer see different log-probs": (old, [row.rollout_log_probs for row in rows]),
-    }
-    causes = (
-        "dropout or another source of randomness in the actor's forward pass",
-        "the two were loaded from different weights, or an adapter does not start at zero",
-        "positions or masks of left-padded prompts, a stale KV cache, or another temperature",
-    )
-    # np.max, not max, which can miss a NaN.
-    worst = [
-        float(np.max([np.abs(a - b).mean() for a, b in zip(left, right, strict=True)]))
-        for left, right in checks.values()
-    ]
-    for what, cause, difference in zip(checks, causes, worst, strict=True):
-        if not difference <= limit:
-            raise ToolkitError(
-                f"step 3's self-test failed before the first update: {what}",
-                why=f"they differ by {difference:.3g} nats a token in the worst response; "
-                f"{limit:g} is allowed in {context.placement.precision}",
-                hint=f"the likely cause: {cause}",
-                exit_code=ExitCode.TRAINING,
-            )
-    results = (f"{name} {difference:.1e}" for name, difference in zip(("ratio", "KL", "rollout"), worst, strict=True))
-    context.emit(Progress(step=3, doing=f"self-test passed: {', '.join(results)}"))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jobs.events import Warning
 from jobs.spec import Lora
+from rlhf_train.data import hub
 from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
 from rlhf_train.disk import write_json
 from rlhf_train.engine.checkpointer import Stateful
 from rlhf_train.engine.deepspeed_engine import Ema, Engine, copy_weights, trial_update
 from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.models.adapters import add_lora, describe
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -33,6 +34,7 @@ from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import Answer, HeldOut
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.steps.scoring import Scorer, WithoutAdapters
+from rlhf_train.steps.self_test import weights_digest
 
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
@@ -62,6 +64,8 @@ class Setup:
     scorer: Scorer
     held_out: HeldOut
     longest: Sequences  # one micro batch
+    frozen_folders: tuple[str, ...]  # the reference's, and the reward model's if no step of this run made it
+    frozen_digest: str  # sha256 of the weights in them
 
     @property
     def rows(self) -> np.ndarray:
@@ -92,7 +96,7 @@ class Setup:
     def refresh_rollouts(self) -> None:
         """Let rollouts read the actor's weights as they are now."""
         if self.rollout_copy is not None:
-            copy_weights(self.actor, self.rollout_copy, self.lora)
+            copy_weights(self.actor, self.rollout_copy)
 
     def held_out_answers(self) -> list[Answer]:
         """Answer the held-out prompts with the actor as it is now."""
@@ -108,7 +112,7 @@ def set_up(context: StepContext) -> Setup:
     job, spec, world, where = context.job, context.job.ppo, context.world, context.placement
 
     # 1. Read the prompts, and count the updates.
-    actor_source, critic_source = str(context.run.step(1).model), str(context.run.step(2).model)
+    actor_source, critic_source = context.model_of(1), context.model_of(2)
     tokenizer = load_tokenizer(actor_source)
     check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
     tokens = corpus(context, 3, job.data, tokenizer)
@@ -122,12 +126,14 @@ def set_up(context: StepContext) -> Setup:
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
     context.doing(3, "loading actor, reference, critic and reward model")
-    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
+    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed, needs_head=True).to(world.device)
     reward_model = ScoreForward(eval_model(scorer_model))
     actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
+    # The policy is one over the tokenizer's ids. Step 1 learns, as the saved model, over all rows.
+    actor_model.logit_transform = replace(actor_model.logit_transform, tokens=len(tokenizer))
     for model in (actor_model, reward_model.model):
         check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
-    reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage)
+    reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage, job.seed)
     if job.actor.lora is not None and isinstance(reference, ActorForward):
         why = "ZeRO 3 has no whole weights"
         context.doing(3, f"the reference is a copy of the actor, not the actor with its adapters off: {why}")
@@ -135,6 +141,7 @@ def set_up(context: StepContext) -> Setup:
         checkpoint_activations(actor_model)
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
+        context.doing(3, f"LoRA adapts {describe(actor_model)}")
     critic_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(critic_model)
@@ -190,6 +197,8 @@ def set_up(context: StepContext) -> Setup:
     # 6. Measure on prompts that are not trained on.
     prompts = [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]]
     held_out = HeldOut(context, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
+    frozen = [actor_source, *([critic_source] if job.critic.reward_model is not None else [])]
+    folders = tuple(hub.model(source, hub.model_files) for source in frozen)
     return Setup(
         tokenizer=tokenizer,
         lora=job.actor.lora,
@@ -209,31 +218,32 @@ def set_up(context: StepContext) -> Setup:
         scorer=scorer,
         held_out=held_out,
         longest=longest,
+        frozen_folders=folders,
+        frozen_digest=weights_digest(folders),
     )
 
 
 def frozen_copies(
-    actor_model: Any,
-    lora: Lora | None,
-    zero_stage: int,
+    actor_model: Any, lora: Lora | None, zero_stage: int, seed: int
 ) -> tuple[ActorForward | WithoutAdapters, ActorForward | None]:
     """Copy the loaded actor, before it gets adapters, as the reference and for rollouts.
 
-    Rollouts need a copy if the engine has no plain, whole weights: ZeRO-3 has parts, LoRA has
-    adapters next to the weights. `copy_weights` fills it once a rollout.
+    Rollouts read the actor itself, with its adapters, if its weights are whole. ZeRO-3 has parts of
+    them: there rollouts have a copy, which `copy_weights` fills once a rollout.
 
     LoRA leaves the actor's own weights as they are. So the reference is the actor with its adapters
-    off, and the rollouts' copy has memory of its own only for weights that adapters change. Under
-    ZeRO-3 that would gather all weights, layer by layer, for each batch; there both are whole
-    copies.
+    off. Under ZeRO-3 that would gather all weights, layer by layer, for each batch; there it is a
+    copy, too.
     """
-    if lora is None or zero_stage == 3:
-        copies = 2 if zero_stage == 3 else 1
-        reference, *rollouts = (ActorForward(eval_model(copy.deepcopy(actor_model))) for _ in range(copies))
-        return reference, rollouts[0] if rollouts else None
-    adapted = tuple(f".{target}.weight" for target in lora.target_modules)
-    kept = {id(weight): weight for name, weight in actor_model.named_parameters() if not f".{name}".endswith(adapted)}
-    return WithoutAdapters(ActorForward(actor_model)), ActorForward(eval_model(copy.deepcopy(actor_model, kept)))
+    if zero_stage != 3 and lora is not None:
+        return WithoutAdapters(ActorForward(actor_model)), None
+    reference = ActorForward(eval_model(copy.deepcopy(actor_model)))
+    if zero_stage != 3:
+        return reference, None
+    rollouts = copy.deepcopy(actor_model)
+    if lora is not None:
+        add_lora(rollouts, lora, seed)
+    return reference, ActorForward(eval_model(rollouts))
 
 
 def try_the_longest(context: StepContext, setup: Setup) -> None:
@@ -265,6 +275,8 @@ def set_reward_scale(context: StepContext, setup: Setup, shift: float, scale: fl
     """Make every reward of this run (logit - shift) / scale. The critic learns to predict these."""
     for network in (setup.reward_model, setup.critic.module):
         network.shift, network.scale = shift, scale  # type: ignore[assignment]
-    if context.job.ppo.normalize_rewards and context.world.is_main:  # the scale belongs to the reward model
+    # The scale belongs to the reward model. The folder of one's own model stays as it is.
+    is_own = context.job.critic.reward_model is not None
+    if context.job.ppo.normalize_rewards and context.world.is_main and not is_own:
         numbers = {"shift": shift, "scale": scale, "reward": "(logit - shift) / scale"}
         write_json(context.run.step(2).reward_scale, numbers)

@@ -123,8 +123,10 @@ class LoopState:
     clock: Clock  # of the whole step
     training: Clock  # of the loop alone
     rollout_micro_batch: int  # concurrent prompts, on the rank with least memory
+    reference: str = ""  # sha256 of its weights; "": a checkpoint of an older version
     tally: Tally = field(default_factory=Tally)
     experience: Experience | None = None  # the rollout; None: the next update begins with a new one
+    is_tested: bool = False  # a rollout of this process passed the self-test; not saved: a resume may run elsewhere
 
     @classmethod
     def read(cls, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], rollout_micro_batch: int) -> LoopState:
@@ -138,6 +140,7 @@ class LoopState:
             clock=Clock(saved["seconds"]),
             training=Clock(saved["elapsed_s"]),
             rollout_micro_batch=rollout_micro_batch,
+            reference=saved.get("reference", ""),
             tally=tally,
             experience=Experience.from_tensors(tensors) if tally.updates else None,  # between two updates of a rollout
         )
@@ -149,6 +152,7 @@ class LoopState:
             "kl_coef": self.kl_coef,
             "shift": self.shift,
             "scale": self.scale,
+            "reference": self.reference,
             "tally": asdict(self.tally),
             "elapsed_s": self.training(),
             "seconds": self.clock(),

@@ -28,6 +28,7 @@ from rlhf_train.models.networks import (
     ScoreForward,
     check_lengths,
     checkpoint_activations,
+    language_transform,
     last_scores,
     load_scorer,
     load_tokenizer,
@@ -45,7 +46,7 @@ def run(context: StepContext) -> End:
     # 1. Read the pairs, and count the updates.
     clock = Clock()
     plan = context.placement.batch_plan(job, 2)
-    source = str(context.run.step(1).model) if job.critic.model == "actor" else job.critic.model
+    source = context.model_of(1) if job.critic.model == "actor" else job.critic.model
     tokenizer = load_tokenizer(source) if isinstance(source, str) else actor_tokenizer(context)
     tokens = corpus(context, 2, job.data, tokenizer)
     rows = tokens.train.step_rows[2]
@@ -63,6 +64,8 @@ def run(context: StepContext) -> End:
     context.doing(2, "loading the reward model")
     model = load_scorer(source, tokenizer, context.dtype, job.seed).to(world.device)
     check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
+    if spec.lm_coef:
+        model.logit_transform = language_transform(model)
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
     pad_id = padding(tokenizer, model)
@@ -79,6 +82,7 @@ def run(context: StepContext) -> End:
 
     # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[2]
+    example = tokens.held_out.example(2, tokenizer)
     row_lengths = pair_lengths(tokens.train)
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())  # of the chosen; as many of the rejected
     checkpointer, divergence = start_checkpoints(
@@ -109,7 +113,7 @@ def run(context: StepContext) -> End:
                 *best,
                 lower_is_better=False,
                 save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context, 2, update, engine, tokenizer, folder, lora=None, scores={}, best=best
+                    context, 2, update, engine, tokenizer, folder, lora=None, scores={}, example=example, best=best
                 ),
             )
 
@@ -179,10 +183,11 @@ def run(context: StepContext) -> End:
         updates=updates,
         seconds=clock(),
         model=str(folder),
+        own_models=job.own_models_of(2) or None,
         reward_accuracy_before=before,
         reward_accuracy=after,
     )
-    save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end))
+    save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end), example=example)
     checkpointer.close()
     return end
 

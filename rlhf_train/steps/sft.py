@@ -22,9 +22,9 @@ from rlhf_train.data.sequences import (
     grouped_rows_of_update,
 )
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
+from rlhf_train.models.adapters import add_lora, describe
 from rlhf_train.models.networks import (
     ActorForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -56,8 +56,8 @@ def run(context: StepContext) -> End:
         row_counts=tokens.train.row_counts,
     )
 
-    if isinstance(job.critic.model, str) and job.critic.model != "actor":  # checked now, not after hours of training
-        check_same_tokenizer(tokenizer, load_tokenizer(job.critic.model))
+    if isinstance(job.critic_source, str):  # now, and not after hours of training: see model_checks.py
+        check_same_tokenizer(tokenizer, load_tokenizer(job.critic_source))
 
     # 2. Load the actor, and give it an engine.
     context.doing(1, "loading the actor")
@@ -67,6 +67,7 @@ def run(context: StepContext) -> End:
         checkpoint_activations(model)
     if job.actor.lora is not None:
         add_lora(model, job.actor.lora, job.seed)
+        context.doing(1, f"LoRA adapts {describe(model)}")
     pad_id = padding(tokenizer, model)
     engine = Engine(
         ActorForward(model),
@@ -81,6 +82,7 @@ def run(context: StepContext) -> End:
 
     # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[1]
+    example = tokens.held_out.example(1, tokenizer)
     row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     checkpointer, divergence = start_checkpoints(
@@ -107,7 +109,16 @@ def run(context: StepContext) -> End:
                 *best,
                 lower_is_better=True,
                 save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context, 1, update, engine, tokenizer, folder, lora=job.actor.lora, scores={}, best=best
+                    context,
+                    1,
+                    update,
+                    engine,
+                    tokenizer,
+                    folder,
+                    lora=job.actor.lora,
+                    scores={},
+                    example=example,
+                    best=best,
                 ),
             )
 
@@ -160,7 +171,9 @@ def run(context: StepContext) -> End:
     end = End(
         step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after
     )
-    save_model(context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end))
+    save_model(
+        context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end), example=example
+    )
     checkpointer.close()
     return end
 

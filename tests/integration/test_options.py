@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.events import End, Event, Metrics
+from tests import tiny
 from tests.tiny import Trained, train
 
 pytestmark = pytest.mark.pinned
@@ -24,20 +25,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("options")
 
 
+LORA_JOB = [
+    f"actor.lora={LORA}",
+    "hardware.gradient_checkpointing=true",
+    "ppo.rollout_batch=8",
+    "ppo.max_updates=3",
+    "ppo.normalize_rewards=false",
+]
+
+
 @pytest.fixture(scope="module")
 def lora(folder: Path) -> Trained:
     """Make one update a rollout, so that all training data was sampled by the current policy."""
-    return train(
-        folder,
-        "lora",
-        [
-            f"actor.lora={LORA}",
-            "hardware.gradient_checkpointing=true",
-            "ppo.rollout_batch=8",
-            "ppo.max_updates=3",
-            "ppo.normalize_rewards=false",
-        ],
-    )
+    return train(folder, "lora", LORA_JOB)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def missing(run: Trained, kind: type[Event]) -> set[str]:
 def test_every_number_is_there_and_finite(lora: Trained, everything: Trained) -> None:
     for run in (lora, everything):
         check_finite(run)
-    assert missing(everything, End) == missing(everything, Metrics) == set()
-    assert missing(lora, End) == {"good_share_before", "good_share_after"}  # without a rule
+    assert missing(everything, End) == {"own_models"} and missing(everything, Metrics) == set()
+    assert missing(lora, End) == {"own_models", "good_share_before", "good_share_after"}  # without a rule
     assert missing(lora, Metrics) == {"lm_loss"}
 
 
@@ -112,6 +112,19 @@ def test_lora_learns_and_leaves_whole_weights(lora: Trained) -> None:
     assert not any("lora" in name for name in last)
     changed = {name for name, value in first.items() if not value.equal(last[name])}
     assert changed == {name for name in first if re.search(r"\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.weight$", name)}
+
+
+def test_models_of_ones_own_give_step_3_what_the_steps_before_give_it(folder: Path, lora: Trained) -> None:
+    sft, reward_model = (str(lora.dir.step(step).model) for step in (1, 2))
+    flags = ["--actor-model", sft, "--reward-model", reward_model]
+    words = ["--job", str(folder / "job.yaml"), "--run", "own", "--step", "3", *flags]
+    own = tiny.run(folder, words, LORA_JOB)
+    assert own.weights(3).keys() == lora.weights(3).keys()
+    assert all(value.equal(lora.weights(3)[name]) for name, value in own.weights(3).items())
+    named = {"actor.sft_model": sft, "critic.reward_model": reward_model}
+    assert own.end(3)["own_models"] == own.events("plan", 3)[0]["own_models"] == named
+    assert not own.dir.step(1).path.exists() and not own.dir.step(2).path.exists()
+    assert f"Made by rlhf-box from {sft}, " in (own.dir.step(3).model / "README.md").read_text(encoding="utf-8")
 
 
 def test_several_epochs_over_several_updates_a_rollout(everything: Trained) -> None:

@@ -42,6 +42,7 @@ def test_every_path_of_a_step() -> None:
         "complete": "/r/step3/complete.json",
         "model": "/r/step3/model",
         "model_ema": "/r/step3/model_ema",
+        "rows": "/r/step3/rows.json",
         "reward_scale": "/r/step3/model/reward_scale.json",
         "checkpoints": "/r/step3/checkpoints",
         "best": "/r/step3/best",

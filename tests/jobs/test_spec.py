@@ -142,7 +142,13 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
         ("hardware.actor_zero_stage=4", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not 4"),
         ("hardware.actor_zero_stage=true", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not True"),
         ("hardware.actor_zero_stage='2'", "hardware.actor_zero_stage: 'auto', 0, 1, 2 or 3, not '2'"),
-        ("hardware.precision=fp16", "hardware.precision: 'auto', 'float32', 'bfloat16' or 'float16', not 'fp16'"),
+        ("hardware.precision=fp16", "hardware.precision: did you mean float16? not 'fp16'"),
+        ("hardware.precision=double", "hardware.precision: 'auto', 'float32', 'bfloat16' or 'float16', not 'double'"),
+        ("actor.lora=true", "actor.lora: fields, not True; `lora: {}` takes the defaults"),
+        (
+            "actor.lora.target_modules=[]",
+            "actor.lora.target_modules: 'all-linear' or a list of at least one name, not []",
+        ),
         ("hardware=fast", "hardware: fields, not 'fast'"),
         ("actor.model=", "actor.model: a model's name, a folder or a config, not nothing"),
         ("actor.model=3", "actor.model: a model's name, a folder or a config, not 3"),
@@ -181,8 +187,22 @@ def test_a_long_value_is_cut() -> None:
             "actor.lora.alpah=1",
             "actor.lora.alpah: unknown field; did you mean alpha? valid here: rank, alpha, target_modules",
         ),
-        ("critic.name=x", "critic.name: unknown field; valid here: model"),
-        ("critic.config=x", "critic.config: unknown field; valid here: model"),
+        (
+            "actor.lora.lr=1",
+            "actor.lora.lr: unknown field; valid here: rank, alpha, target_modules",
+        ),
+        (
+            "dataset=x",
+            "dataset: unknown field; did you mean data.datasets? valid here: name, seed, actor, critic, data, sft, "
+            "reward, ppo, hardware, checkpoint",
+        ),
+        (
+            "model=x",
+            "model: unknown field; did you mean actor.model? valid here: name, seed, actor, critic, data, sft, "
+            "reward, ppo, hardware, checkpoint",
+        ),
+        ("critic.name=x", "critic.name: unknown field; valid here: model, reward_model"),
+        ("critic.config=x", "critic.config: unknown field; valid here: model, reward_model"),
         (
             "actor.model={config: {model_type: opt}, cofnig: 1}",
             "actor.model.cofnig: unknown field; did you mean config? valid here: config",
@@ -191,6 +211,23 @@ def test_a_long_value_is_cut() -> None:
 )
 def test_an_unknown_field_is_told_the_names_there(setting: str, mistake: str) -> None:
     assert mistakes(setting) == [mistake]
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("sft.lr", "learning_rate"),
+        ("reward.batch_size", "global_batch"),
+        ("ppo.lr", "actor_learning_rate"),
+        ("ppo.beta", "kl_coef"),
+        ("ppo.cliprange", "clip_range"),
+        ("hardware.fp16", "precision"),
+        ("sft.num_train_epochs", "epochs"),
+    ],
+)
+def test_words_of_other_toolkits_are_known(field: str, meant: str) -> None:
+    [mistake] = mistakes(f"{field}=1")
+    assert mistake.startswith(f"{field}: unknown field; did you mean {meant}? valid here: ")
 
 
 def test_all_mistakes_at_once() -> None:
@@ -337,7 +374,7 @@ def steps_changed(setting: str, *before: str) -> list[int]:
         ("critic.model=x/y", [2, 3]),
         ("critic.model=actor", [2, 3]),
         ("data.datasets=[other]", [1, 2, 3]),
-        ("data.eval_rows=7", [1, 2, 3]),
+        ("data.eval_rows=7", []),  # it decides what is measured, not what is learned
         ("sft.epochs=2", [1, 3]),
         ("reward.loss=per_token", [2, 3]),
         ("ppo.kl_coef=0.2", [3]),
@@ -564,6 +601,49 @@ def test_a_field_without_a_reader_is_found() -> None:
 )
 def test_what_counts_as_reading(source: str, is_reading: bool) -> None:
     assert ("sft.epochs" not in unread(Job, [source])) == is_reading
+
+
+def test_models_of_ones_own_take_the_place_of_steps() -> None:
+    small = ["actor.model=some/base", "critic.model=actor"]
+    both = load_job("demo", [*small, "actor.sft_model=my/sft", "critic.reward_model=my/rm"])
+    assert both.own_models == {1: "my/sft", 2: "my/rm"}
+    assert (both.actor_source, both.critic_source) == ("my/sft", "my/rm")
+    assert both.own_models_of(3) == {"actor.sft_model": "my/sft", "critic.reward_model": "my/rm"}
+    # `critic.model: actor` is the model of step 1, or what takes its place; another one is itself.
+    sft = load_job("demo", [*small, "actor.sft_model=my/sft"])
+    assert (sft.critic_source, sft.own_models_of(2)) == ("my/sft", {"actor.sft_model": "my/sft"})
+    other = load_job("demo", [*small, "actor.sft_model=my/sft", "critic.model=some/critic"])
+    assert (other.critic_source, other.own_models_of(2)) == ("some/critic", {})
+    assert load_job("demo", small).own_models == {} and load_job("demo", small).critic_source == "some/base"
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_changed"),
+    [
+        ("sft.epochs=3", False),
+        ("reward.epochs=3", False),
+        ("actor.model=some/base", False),
+        ("critic.model=some/critic", False),
+        ("actor.lora.rank=4", True),
+        ("ppo.epochs=3", True),
+        ("actor.sft_model=other/sft", True),
+        ("critic.reward_model=other/rm", True),
+    ],
+)
+def test_what_step_3_depends_on_after_models_of_ones_own(setting: str, *, is_changed: bool) -> None:
+    own = ("actor.sft_model=my/sft", "critic.reward_model=my/rm")
+    assert (3 in steps_changed(setting, *own)) == is_changed
+
+
+def test_a_reward_model_that_begins_as_the_actor_depends_on_ones_own() -> None:
+    assert 2 in steps_changed("actor.sft_model=my/sft", "critic.model=actor")
+    assert 2 not in steps_changed("actor.sft_model=my/sft", "critic.model=some/critic")
+
+
+@pytest.mark.parametrize("value", ["actor", "''", "3", "[x]", "{config: {model_type: opt}}"])
+def test_ones_own_model_is_a_name(value: str) -> None:
+    with pytest.raises(ToolkitError, match=r"actor\.sft_model: a model's name or a folder, not "):
+        load_job("demo", [f"actor.sft_model={value}"])
 
 
 def test_the_saved_job_is_plain_yaml(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rlhf_train.completion import (
     inputs_of,
     is_complete,
     needed_by,
+    own_steps,
     steps_to_do,
     steps_to_take_over,
     take_over,
@@ -64,6 +65,51 @@ def refused(spec: Job, run: RunDir, wanted: list[int], *, redo: bool = False) ->
 def test_which_steps_a_step_needs() -> None:
     assert [needed_by(job(), step) for step in ALL] == [[], [], [1, 2]]
     assert [needed_by(job("critic.model=actor"), step) for step in ALL] == [[], [1], [1, 2]]
+
+
+OWN = ("actor.sft_model=my/sft", "critic.reward_model=my/rm")
+
+
+def test_models_of_ones_own_need_no_step(run: RunDir) -> None:
+    assert needed_by(job(*OWN), 3) == [] and steps_to_do(job(*OWN), run, [3], redo=False) == [3]
+    assert needed_by(job("critic.model=actor", OWN[0]), 2) == []
+    # The other of the two comes from the run.
+    assert needed_by(job(OWN[0]), 3) == [2] and needed_by(job(OWN[1]), 3) == [1]
+    assert "needs the model of step 1 (supervised fine-tuning)\n" in str(refused(job(OWN[1]), run, [3]))
+    do(job(), run, 1)
+    assert steps_to_do(job(OWN[1]), run, [3], redo=False) == [3]
+
+
+def test_another_model_of_ones_own_is_a_changed_field(run: RunDir) -> None:
+    do(job(*OWN), run, 3)
+    assert steps_to_do(job(*OWN), run, [3], redo=False) == []
+    why = refused(job(OWN[0], "critic.reward_model=other/rm"), run, [3]).why
+    assert why == "critic.reward_model: my/rm -> other/rm"
+    assert "actor.sft_model: my/sft -> not set" in refused(job(OWN[1]), run, [3]).why
+
+
+def test_a_result_counts_that_was_made_before_a_model_took_a_steps_place(run: RunDir, tmp_path: Path) -> None:
+    """Step 2 began from step 1's model. Step 3 may have its result, but step 2 does not resume."""
+    plain, own = job("critic.model=actor"), job("critic.model=actor", OWN[0])
+    do(plain, run, 1)
+    do(plain, run, 2)
+    assert steps_to_do(own, run, [3], redo=False) == [3]
+    assert "actor.sft_model: not set -> my/sft" in refused(own, run, [2, 3]).why
+    assert "reward.epochs: 1.0 -> 2.0" in refused(job("critic.model=actor", OWN[0], "reward.epochs=2"), run, [3]).why
+    new = RunDir(tmp_path / "runs" / "new")
+    assert steps_to_take_over(own, run, new) == [2]  # and not step 1, which nothing needs
+    begin_step(plain, new, 2)
+    assert not begin_step(own, new, 2)
+
+
+def test_whose_place_the_models_of_the_flags_take(run: RunDir) -> None:
+    flags = {1: "facebook/opt-1.3b", 2: "my/rm"}
+    assert own_steps(flags, [3], [run]) == [1, 2] and own_steps(flags, [2, 3], [run]) == [1]
+    assert own_steps(flags, ALL, [run]) == own_steps(flags, [1], [run]) == own_steps({1: "actor"}, [3], [run]) == []
+    # A call for each step, all with the same flags: a step that began with a model is named again.
+    begin_step(job(), run, 1)
+    assert own_steps(flags, [3], [run]) == [2] and own_steps(flags, [3], [RunDir(run.path / "other"), run]) == [2]
+    assert own_steps({1: "my/sft"}, [3], [run]) == [1]
 
 
 def test_an_empty_run_has_all_to_do_and_is_not_made(run: RunDir) -> None:
@@ -327,7 +373,8 @@ def test_step_3_says_what_is_missing_and_how_to_get_it(run: RunDir) -> None:
         f"       {run.path}/step2/model is not there\n"
         "\n"
         "hint: run `--step 1 2 3` (or `--step all`),\n"
-        "      or take them over from another run with `--run NEW --from RUN`"
+        "      or take them over from another run with `--run NEW --from RUN`,\n"
+        "      or start from models of your own: actor.sft_model, critic.reward_model"
     )
     do(job(), run, 1)
     error = refused(job(), run, [3])

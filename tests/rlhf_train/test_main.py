@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, EventWriter
@@ -15,8 +16,10 @@ from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job, steps_of
 from rlhf_train import completion, launch
 from rlhf_train.__main__ import main, parser, settings_of
+from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.plan import machine
 from rlhf_train.plan.placement import Machine, Placement
+from tests import tiny
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -81,6 +84,16 @@ def test_sizes_are_opts() -> None:
 )
 def test_a_model_is_a_name_whatever_it_looks_like(name: str) -> None:
     assert job_of("--reward-model", name).critic.model == name
+
+
+def test_without_a_models_step_the_flag_takes_its_place(capsys: Said) -> None:
+    """Of a run that has no steps yet; one that began with the model is named again."""
+    flags = ["--job", "demo", "--actor-model", "./my sft", "--reward-model", "./my rm", "--dry-run"]
+    assert main([*flags, "--step", "3"]) == 2  # it is not there, and is looked for
+    assert "error: there is no folder ./my sft\n" in capsys.readouterr().err
+    completion.begin_step(job_of("--job", "demo", "--reward-model", "./my rm"), RunDir(Path("runs/demo")), 2)
+    assert main([*flags, "--step", "3"]) == 2
+    assert "error: step 3 (PPO) needs the model of step 2 (reward model)\n" in capsys.readouterr().err
 
 
 def test_set_wins_over_flags() -> None:
@@ -394,10 +407,7 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) -> None:
-    """The actor is its own reference, and rollouts have their own copies of the adapted matrices.
-
-    At ZeRO 3 both are whole copies.
-    """
+    """The actor is its own reference, and rollouts read it; at ZeRO 3 both are whole copies."""
     complete("one", 1, 2)
     hardware = f"hardware={{device: cpu, micro_batch: 16, actor_zero_stage: {stage}}}"
     settings = [
@@ -410,8 +420,8 @@ def test_dry_run_counts_what_step_3_holds_with_lora(capsys: Said, stage: int) ->
     assert main(["--job", "demo", "--dry-run", "--run", "one", "--redo", *words]) == 0
     layer = 4 * (96 * 96 + 96) + (96 * 384 + 384) + (384 * 96 + 96) + 2 * (96 + 96)
     count = 768 * 96 + 130 * 96 + 3 * layer + (96 + 96)
-    adapters, adapted = 3 * 2 * 2 * 4 * 96, 3 * 2 * 96 * 96
-    copies = adapted if stage == 0 else 2 * count
+    adapters = 3 * 2 * 2 * 4 * 96
+    copies = 0 if stage == 0 else 2 * count
     # In float32 numbers: actor, critic, and what is frozen.
     needed = (count + 3 * adapters) + 4 * count + (count + copies)
     line = f"memory, step 3: {4 * needed / 2**20:.1f} MiB a rank, and activations"
@@ -433,6 +443,30 @@ def test_dry_run_looks_at_another_run_too(tmp_path: Path, capsys: Said) -> None:
     assert main([*words, "--from", "one"]) == 0
     assert "step 3 (PPO): to do" in capsys.readouterr().out
     assert not (tmp_path / "runs/two").exists()
+
+
+def test_dry_run_names_models_of_ones_own(tmp_path: Path, capsys: Said) -> None:
+    tokenizer = train_tokenizer(["some words"], 280)
+    for name, kind in (("sft", OPTForCausalLM), ("rm", OPTForSequenceClassification)):
+        config = OPTConfig(**{key: value for key, value in tiny.OPT.items() if key != "model_type"}, vocab_size=280)
+        config.num_labels, config.max_position_embeddings = 1, 1024
+        kind(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(str(tmp_path / name))
+    words = ["--job", "demo", "--dry-run", "--actor-model", "./sft", "--reward-model"]
+    assert main([*words, "./rm", "--step", "3"]) == 0
+    resolved, facts = capsys.readouterr().out.split("\n\n")
+    fields = yaml.safe_load(resolved)
+    assert (fields["actor"]["sft_model"], fields["critic"]["reward_model"]) == ("./sft", "./rm")
+    assert "step 1 (supervised fine-tuning): left out, ./sft takes its place\n" in facts
+    assert "step 2 (reward model): left out, ./rm takes its place\n" in facts and "step 3 (PPO): to do" in facts
+    assert main([*words, "./sft", "--step", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: ./sft is no reward model\n  why: it has no head")
+    # A step whose place is taken is not done, even where it is asked for.
+    own = ["--set", "actor.sft_model=./sft", "--set", "critic.model=actor"]
+    assert main(["--job", "demo", "--dry-run", *own]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "step 1 (supervised fine-tuning) is left out: ./sft takes its place\n"
+    assert "memory, step 2: " in printed.out and "memory, step 1: " not in printed.out
 
 
 def command(*words: str, cwd: Path, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_train.kernels.decoder_weights import Layer, LinearWeights, Network, Norm
+from rlhf_train.kernels.decoder_weights import Adapter, Layer, LinearWeights, Network, Norm
+from rlhf_train.models.head import transform_of
 
 
 def network_of(model: Any) -> Network | None:
     """Return a model's tensors, or None if the static decoder cannot use them.
 
-    It needs a family that is known here, and whole, plain tensors: neither ZeRO-3 nor LoRA.
+    It needs a family that is known here, and whole tensors: not those of ZeRO-3.
     """
     if getattr(model.config, "model_type", None) != "opt" or model.config.activation_function != "relu":
         return None
     if not getattr(model.config, "layer_norm_elementwise_affine", True):  # its norms have no weights
         return None
-    if any("lora_" in name or hasattr(parameter, "ds_id") for name, parameter in model.named_parameters()):
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
     return opt(model)
 
@@ -60,6 +61,7 @@ def opt(model: Any) -> Network:
                 after_mlp=_norm(after_mlp) if after_mlp is not None else None,
             )
         )
+    tokens = transform_of(model).tokens
     return Network(
         token_embedding=decoder.embed_tokens.weight.data,
         position_embedding=decoder.embed_positions.weight.data,
@@ -71,11 +73,16 @@ def opt(model: Any) -> Network:
         project_out=_linear(decoder.project_out) if decoder.project_out is not None else None,
         head=_linear(model.lm_head),
         heads=config.num_attention_heads,
+        tokens=tokens if tokens is not None and tokens < model.lm_head.out_features else None,
     )
 
 
-def _linear(module: nn.Linear) -> LinearWeights:
-    return LinearWeights(module.weight.data, module.bias.data if module.bias is not None else None)
+def _linear(module: Any) -> LinearWeights:
+    adapter = None
+    if hasattr(module, "lora_A"):
+        a, b = (side["default"].weight.data for side in (module.lora_A, module.lora_B))
+        adapter = Adapter(a, b, module.scaling["default"])
+    return LinearWeights(module.weight.data, module.bias.data if module.bias is not None else None, adapter)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -87,6 +94,8 @@ def _joined(parts: Sequence[LinearWeights]) -> LinearWeights | None:
 
     DeepSpeed's flat 16-bit buffers have them so.
     """
+    if any(part.adapter is not None for part in parts):
+        return None
     weight, bias = _adjacent([part.weight for part in parts]), _adjacent([part.bias for part in parts])
     return LinearWeights(weight, bias) if weight is not None and bias is not None else None
 

@@ -111,6 +111,15 @@ LINES = [
             "eos 70.0% -> 99.1%  model runs/demo/step3/model"
         ],
     ),
+    (
+        PLAN | {"data": {}, "own_models": {"actor.sft_model": "my/sft", "critic.reward_model": "my/r\x1bm"}},
+        [
+            "step 3  PPO: 480 updates, 1920 prompts",
+            "step 3  batch 32 = 16 micro x 2 accumulation x 1 rank",
+            "step 3  on cpu (PyTorch sees no GPU), float32, ZeRO 0",
+            "step 3  starts from actor.sft_model my/sft, critic.reward_model my/r\\x1bm",
+        ],
+    ),
     (event("telepathy", 3, message="from a newer writer"), []),
     (event("progress", 3, doing="x", mood="a field from a newer writer"), ["step 3  x"]),
 ]

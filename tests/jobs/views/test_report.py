@@ -52,6 +52,12 @@ def test_report_of_a_whole_run() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_report_names_models_of_ones_own() -> None:
+    end = END_3 | {"own_models": {"actor.sft_model": "my/sft", "critic.reward_model": "my/rm"}}
+    lines = reported([end])
+    assert "step 3 started from actor.sft_model my/sft, critic.reward_model my/rm" in lines
+
+
 def test_report_has_no_rows_for_what_was_not_measured_or_not_run() -> None:
     no_rule = {key: value for key, value in END_3.items() if not key.startswith("good")}
     lines = squeezed(reported([END_1, no_rule]))

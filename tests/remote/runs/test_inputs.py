@@ -63,6 +63,17 @@ def test_a_file_and_a_local_model_travel(here: Path) -> None:
     assert there.critic.model == f"{inputs}/{packed[1].tree.key}/model"
 
 
+def test_models_of_ones_own_travel_in_place_of_those_of_the_steps(here: Path) -> None:
+    for name in ("base", "sft", "rm"):
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(f'{{"name": "{name}"}}')
+    own = job("actor.model=./base", "actor.sft_model=./sft", "critic.model=actor", "critic.reward_model=./rm")
+    packed = pack(own, here, CHECKOUT)
+    assert [luggage.path.name for luggage in packed] == ["sft", "rm"]
+    there = parse_job(job_on_box(own, packed, "/data").decode(), "job.yaml")
+    assert (there.actor.sft_model, there.critic.reward_model) == tuple(each.on_box("/data") for each in packed)
+
+
 def test_settings_are_in_the_job_that_travels() -> None:
     there = parse_job(job_on_box(job("ppo.kl_coef=0.05", "name='on'"), [], "/r").decode(), "job.yaml")
     assert (there.ppo.kl_coef, there.name, there.data.datasets) == (0.05, "on", ("rlhf_train/demo/data",))

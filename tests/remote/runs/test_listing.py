@@ -81,6 +81,15 @@ def test_one_run_in_full() -> None:
     assert "unattended" in card[""]
 
 
+def test_models_of_ones_own_are_told() -> None:
+    end = {"kind": "end", "step": 3, "own_models": {"actor.sft_model": "my/sft", "critic.reward_model": "my/rm"}}
+    ended = "run r request=a alive=0 training=0 exit=0 started=900 ended=910"
+    run = listing.parse(f"{ended}\nlast r {json.dumps(end)}\nbeat 5000\n").run("r")
+    assert run is not None
+    card = dict(listing.card(run, 5000.0, 3.6, "¥"))
+    assert card["started from"] == "actor.sft_model my/sft, critic.reward_model my/rm"
+
+
 @pytest.mark.parametrize("name", ["what", "message"])  # of today, and of an older run
 def test_the_error_that_ended_a_run_is_told(name: str) -> None:
     error = {"kind": "error", "rank": 0, name: "out of\nmemory", "why": "too large", "exit_code": 4}

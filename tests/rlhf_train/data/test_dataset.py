@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Data
 from rlhf_train.data import dataset
+from rlhf_train.data.dataset import Row
 from tests.hub import TOKEN, Hub
 
 pytestmark = pytest.mark.pinned
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.pinned
 ROOT = Path(__file__).parents[3]
 HH_RM_MINI = ROOT.parent / "shared/data/hh-rm-mini"
 PAD, EOS = 0, 1
+KINDS = ".jsonl, .json, .csv or .parquet file (.gz, too)"
 ONE_ROW = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
 
 
@@ -143,7 +146,6 @@ GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
         (b'{"prompt": "\xc3\xa9\xff"}', ["column 15 (in bytes): not UTF-8: byte 0xff"]),
         # Characters 1-12 the same, é is 13, `"` 14, a space 15.
         ('{"prompt": "é" 7}'.encode(), ["column 16: not JSON: Expecting ',' delimiter"]),
-        (b"", ["column 1: not JSON: Expecting value"]),
         (
             b"[" * 100_000,
             [
@@ -195,13 +197,50 @@ def test_an_error_as_it_is_printed(tmp_path: Path) -> None:
 
 
 def test_ten_mistakes_of_a_file_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b"7"] * 9 + [b"{}"] * 9))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(str(number).encode() for number in range(12)))
     with pytest.raises(ToolkitError) as caught:
         dataset.read_rows("a.jsonl", [tmp_path])
     shown = caught.value.why.splitlines()
     assert len(shown) == 11
-    assert shown[8].startswith("line 9, column 1: a row is an object")
-    assert shown[9:] == ["line 10, column `prompt`: missing; the row has none", "(no more than 10 are shown)"]
+    assert shown[0].startswith("line 1, column 1: a row is an object") and shown[0].endswith("not 0")
+    assert shown[9].endswith("not 9") and shown[10] == "(no more than 10 are shown)"
+
+
+@pytest.mark.parametrize(
+    ("count", "places"),
+    [(1, "line 2"), (2, "lines 2 and 3"), (3, "lines 2, 3 and 4"), (40, "lines 2, 3, 4 and 37 more")],
+)
+def test_the_same_mistake_of_many_lines_is_one_line(tmp_path: Path, count: int, places: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b'{"prompt": "p", "chosen": "c"}'] * count]))
+    with pytest.raises(ToolkitError) as caught:
+        dataset.read_rows("a.jsonl", [tmp_path])
+    assert caught.value.why == f"{places}, column `rejected`: missing; the row has prompt, chosen"
+
+
+def test_a_mark_of_byte_order_blank_lines_and_gz_are_read(tmp_path: Path) -> None:
+    """pandas, datasets and jq read all of them."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n\n  \r\n" + GOOD + b"\r\n\n")
+    expected, _ = dataset.read_rows("a.jsonl", [tmp_path])
+    assert len(expected) == 2
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert dataset.read_rows("b.jsonl.gz", [tmp_path]) == (expected, [])
+    (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ToolkitError, match="cannot read "):
+        dataset.read_rows("c.jsonl.gz", [tmp_path])
+
+
+def test_single_files_of_other_kinds_hold_the_same_rows(tmp_path: Path) -> None:
+    import pandas
+
+    rows = [{"prompt": "p", "chosen": "None", "rejected": "N/A"}, {"prompt": "q", "chosen": "c", "rejected": "d"}]
+    table = pandas.DataFrame(rows)
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    expected = [Row("p", "None", "None", "N/A"), Row("q", "c", "c", "d")]
+    for name in ("a.csv", "a.csv.gz", "a.parquet", "a.json"):
+        assert dataset.read_rows(name, [tmp_path]) == (expected, []), name
 
 
 def test_a_folder_gives_train_files_in_order_and_the_first_kind_of_held_out_files(tmp_path: Path) -> None:
@@ -230,7 +269,8 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(
     with pytest.raises(ToolkitError) as caught:
         next(dataset.texts(spec_for(name)))
     assert caught.value.what == f"there is no data set `{name}`"
-    assert caught.value.why.splitlines() == list(dict.fromkeys([f"no {tmp_path / name}", f"no {ROOT / name}"]))
+    path = Path(name).expanduser()
+    assert caught.value.why.splitlines() == list(dict.fromkeys([f"no {tmp_path / path}", f"no {ROOT / path}"]))
 
 
 def test_files_that_give_no_rows(tmp_path: Path) -> None:
@@ -240,7 +280,7 @@ def test_files_that_give_no_rows(tmp_path: Path) -> None:
     expected = {
         "empty.jsonl": (f"no rows in {tmp_path}/empty.jsonl", ""),
         "folder": ("no training rows in `folder`", f"there is no train*.jsonl in {tmp_path}/folder"),
-        "rows.txt": ("no training rows in `rows.txt`", f"{tmp_path}/rows.txt is not a .jsonl file"),
+        "rows.txt": ("no training rows in `rows.txt`", f"{tmp_path}/rows.txt is no {KINDS}"),
     }
     for name, what_and_why in expected.items():
         with pytest.raises(ToolkitError) as caught:
@@ -356,8 +396,8 @@ def test_several_data_sets_are_split_each_and_mixed(tmp_path: Path, tokenizer: A
 
 
 def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, tokenizer: Any) -> None:
-    same = [{"prompt": "p", "chosen": "c", "rejected": "c"}] * 4
-    folder = folder_of(tmp_path / "d", same, same)
+    same = [{"prompt": f"p{number}", "chosen": "c", "rejected": "c"} for number in range(4)]
+    folder = folder_of(tmp_path / "d", same, [row | {"prompt": "held out"} for row in same])
     assert [
         len(order)
         for order in prepared(spec_for(folder, split=(1.0, 0.0, 1.0)), tokenizer, tmp_path).train.step_rows.values()
@@ -365,7 +405,10 @@ def test_a_share_of_zero_is_no_error_but_a_step_without_rows_is(tmp_path: Path, 
     with pytest.raises(ToolkitError) as caught:
         prepared(spec_for(folder, split=(1.0, 2.0, 1.0)), tokenizer, tmp_path)
     assert caught.value.what == "step 2 has no training rows left"
-    row_counts = "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0"
+    row_counts = (
+        "rows 4, empty_prompt 0, empty_answer 0, prompt_too_long 0, identical_answers 4, answer_cut 0, "
+        "duplicate 0, prompt_held_out 0, control_token 0"
+    )
     assert caught.value.why == f"its share of the training data: 2 rows; all training data: {row_counts}"
     with pytest.raises(ToolkitError, match="step 1 has no held-out rows left"):
         prepared(
@@ -432,7 +475,8 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
         spec_for(folder, split=(1.0, 0.0, 0.0), max_prompt_tokens=6, max_response_tokens=10), tokenizer, tmp_path
     ).train
     counted = Counter(fate for _, row_counts in FATES for fate in row_counts.split(" and ") if fate != "fits")
-    assert table.row_counts == {"rows": 15, **counted}
+    more = {"duplicate": 1, "prompt_held_out": 0, "control_token": 0}
+    assert table.row_counts == {"rows": 15, **counted, **more}
     left_out = {i for i, (_, fate) in enumerate(FATES) if fate in ("empty_prompt", "empty_answer", "prompt_too_long")}
     assert sorted(table.step_rows[1].tolist()) == [i for i in range(15) if i not in left_out]
     pairs = prepared(
@@ -452,7 +496,97 @@ def test_the_fate_of_each_row(tmp_path: Path, tokenizer: Any) -> None:
     assert table.rejected[9].tolist() == [*[b] * 9, c]
 
 
+# --- by prompt ----------------------------------------------------------------------------------
+
+
+def of_prompts(counts: list[int]) -> list[dict[str, str]]:
+    """Rows of several prompts, so many of each, dealt in turn."""
+    rows = [
+        {"prompt": f"q{prompt}", "chosen": f"c{number}", "rejected": f"r{number}"}
+        for number in range(max(counts))
+        for prompt, count in enumerate(counts)
+        if number < count
+    ]
+    return rows
+
+
+def test_rows_of_one_prompt_stay_together(tmp_path: Path, tokenizer: Any) -> None:
+    """Else a step would be measured on what it, or an earlier step, has learned."""
+    rows = of_prompts([4, 1, 7, 2, 3, 5, 1, 6, 2, 9] * 3)
+    file = write(tmp_path / "rows.jsonl", rows)
+    corpus = prepared(spec_for(file, split=(1.0, 1.0, 1.0)), tokenizer, tmp_path)
+    texts = {step: {bytes(corpus.train.prompt[i]) for i in corpus.train.step_rows[step]} for step in (1, 2, 3)}
+    held_out = {bytes(corpus.held_out.prompt[i]) for i in corpus.held_out.step_rows[1]}
+    groups = [*texts.values(), held_out]
+    assert all(groups) and len(set.union(*groups)) == sum(map(len, groups)) == 30
+    assert sum(map(len, corpus.train.step_rows.values())) + len(corpus.held_out.step_rows[1]) == len(rows) == 120
+    assert 6 <= len(corpus.held_out.step_rows[1]) <= 6 + 8  # 5 %, and the rest of the last prompt's rows
+    assert corpus.train.row_counts["prompt_held_out"] == 0
+
+
+def test_prompts_on_both_sides_duplicates_and_typed_control_tokens_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    train = [*numbered(4), *numbered(2), {"prompt": "a </s> b", "chosen": "c", "rejected": "r"}]
+    table = prepared(spec_for(folder_of(tmp_path / "d", train, numbered(2, start=3))), tokenizer, tmp_path).train
+    assert {name: table.row_counts[name] for name in ("duplicate", "prompt_held_out", "control_token")} == {
+        "duplicate": 2,
+        "prompt_held_out": 1,
+        "control_token": 1,
+    }
+
+
+def test_one_prompt_cannot_be_held_out_from_itself(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(tmp_path / "rows.jsonl", of_prompts([5]))
+    with pytest.raises(ToolkitError, match="can be held out") as caught:
+        prepared(spec_for(file), tokenizer, tmp_path)
+    assert caught.value.why.startswith("its 5 rows have 1 prompt,")
+
+
 # --- tokenising ---------------------------------------------------------------------------------
+
+
+def like_llama_2() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space in front of every text, as LLaMA 2's does."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["the red cat", "a tall house", "Human: Assistant:"] * 20
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:4]  # bytes are ordinary tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+@pytest.mark.parametrize("answer", [" the red cat", "a tall house", "\n\nthe cat", "ouse", "", " ", "é 🙂"])
+@pytest.mark.parametrize("prompt", ["Human: the cat\n\nAssistant:", "a tall h", "the "])
+@pytest.mark.parametrize("make", [like_llama_2, lambda: wrapped(bytes_tokenizer())], ids=["llama 2", "bytes"])
+def test_an_answer_has_the_ids_that_follow_its_prompt(make: Callable[[], Any], prompt: str, answer: str) -> None:
+    tokenizer = make()
+    encoder = dataset._encoder(tokenizer)
+    [before], [after] = encoder.ids([prompt]), encoder.answers([(prompt, answer)])
+    whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.backend_tokenizer.decode([*before, *after], skip_special_tokens=False)
+    assert decoded == prompt + answer  # no space that is not in the text
+    if whole[: len(before)] == before:
+        assert [*before, *after] == whole
+
+
+def test_pieces_around_a_typed_control_token_get_no_space_of_their_own() -> None:
+    tokenizer = like_llama_2()
+    [ids] = dataset._encoder(tokenizer).ids(["the </s> cat"])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == "the </s> cat"
 
 
 @pytest.fixture

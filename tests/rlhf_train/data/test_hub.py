@@ -109,6 +109,9 @@ def server(tmp_path: Path) -> Iterator[Hub]:
         "models/some/model/tf_model.h5": b"not wanted",
         "models/some/model/onnx/model.safetensors": b"nor this",
         "models/some/gated/config.json": b"{}",
+        "models/some/carded/model.safetensors": WEIGHTS,
+        "models/some/carded/config.json": b"{}",
+        "models/some/carded/README.md": b"---\nlicense: mit\n---\n",
         "datasets/some/set/train-0.jsonl": jsonl(ROWS[:20]),
         "datasets/some/set/train-1.jsonl": jsonl(ROWS[20:30]),
         "datasets/some/set/test.jsonl": jsonl(ROWS[30:]),
@@ -266,6 +269,19 @@ def test_names_and_tokens(server: Hub, clients: Any) -> None:
     assert clients(HF_TOKEN=TOKEN).ask("fetched('some/gated')")[0] == sums(
         server, "config.json", name="models/some/gated"
     )
+
+
+def test_a_models_card_comes_with_it_and_is_not_needed(server: Hub, clients: Any) -> None:
+    model = sums(server, "config.json", "model.safetensors", name="models/some/carded")
+    front_matter = "hub.front_matter(hub.folder_here('some/carded') / 'README.md')"
+    server.fail("GET /some/carded/resolve/.*/README.md", "flip")
+    first, offline = clients("home"), clients("home", HF_HUB_OFFLINE="1")
+    for client in (first, offline):
+        assert client.ask("fetched('some/carded')")[0] == model
+        assert client.ask(front_matter)[0] == {}
+    server.heal()
+    assert first.ask("fetched('some/carded')")[0] == model
+    assert first.ask(front_matter)[0] == {"license": "mit"}
 
 
 def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub, clients: Any) -> None:

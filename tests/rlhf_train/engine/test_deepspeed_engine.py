@@ -29,7 +29,8 @@ from rlhf_train.engine.deepspeed_engine import (
     learning_rate_factor,
     trial_update,
 )
-from rlhf_train.models.networks import ActorForward, add_lora, load_causal, train_tokenizer
+from rlhf_train.models.adapters import add_lora
+from rlhf_train.models.networks import ActorForward, load_causal, train_tokenizer
 from rlhf_train.ranks.collectives import World
 from tests import ranks, tiny
 
@@ -253,15 +254,15 @@ def test_whole_weights(world: World, make_model: Callable[..., Any], stage: int)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_adapters_are_merged_into_a_copy(world: World, make_model: Callable[..., Any], stage: int) -> None:
+def test_adapters_are_copied_beside_their_weights(world: World, make_model: Callable[..., Any], stage: int) -> None:
     """Held to the outputs of the model with its adapters."""
     lora = Lora(rank=2, alpha=6.0)
-    copied, model = make_model(), add_lora(make_model(), lora, seed=0)
+    copied, model = (add_lora(make_model(), lora, seed=0) for _ in range(2))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)  # adapters start at zero
     trained = engine(model, world, spec(), stage=stage)
-    copy_weights(trained, ActorForward(copied), lora)
+    copy_weights(trained, ActorForward(copied))
     plain = ActorForward(copied)(rows())[0]
     torch.testing.assert_close(plain, trained(rows())[0])
     assert not torch.allclose(plain, ActorForward(make_model())(rows())[0], atol=1e-3)

@@ -12,8 +12,9 @@ from jobs.spec import Lora, Scratch
 from rlhf_train import compat, host
 from rlhf_train.generation.families.opt import network_of
 from rlhf_train.kernels import cpu_matmul
+from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.log_probs import label_log_probs
-from rlhf_train.models.networks import add_lora, load_causal, load_scorer, train_tokenizer
+from rlhf_train.models.networks import load_causal, load_scorer, train_tokenizer
 from tests import tiny
 
 AMD = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2"

@@ -17,10 +17,10 @@ from jobs.spec import Lora, Scratch
 from rlhf_train import compat
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.models import packed_attention
+from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     check_lengths,
     check_same_tokenizer,
     checkpoint_activations,
@@ -28,7 +28,6 @@ from rlhf_train.models.networks import (
     load_causal,
     load_scorer,
     load_tokenizer,
-    merge_lora,
     padding,
     train_tokenizer,
 )
@@ -164,26 +163,15 @@ def test_a_trained_head_is_kept_and_a_causal_model_gets_a_new_one(tokenizer, sco
     assert torch.equal(fresh.model.decoder.embed_tokens.weight, actor.model.decoder.embed_tokens.weight)
 
 
-def test_lora_starts_at_the_model_itself_and_merges_to_what_it_computes(actor, batch):
-    lora = Lora(rank=4, alpha=8.0)
-    adapted = add_lora(copy.deepcopy(actor), lora, seed=0)
-    torch.testing.assert_close(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0])
-    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert trained
-    assert all("lora_" in name for name in trained)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    merged = copy.deepcopy(actor)
-    merged.load_state_dict(merge_lora(adapted.state_dict(), lora))
-    assert not torch.allclose(ActorForward(adapted)(batch)[0], ActorForward(actor)(batch)[0], atol=1e-2)
-    torch.testing.assert_close(ActorForward(merged)(batch)[0], ActorForward(adapted)(batch)[0], rtol=1e-5, atol=1e-5)
-
-
-def test_lora_on_layers_that_are_not_there_names_those_that_are(actor):
-    with pytest.raises(ToolkitError) as caught:
-        add_lora(copy.deepcopy(actor), Lora(target_modules=("gate_proj",)), seed=0)
-    assert "q_proj" in caught.value.hint
+def test_a_head_that_the_weights_lack_is_refused_or_drawn_whatever_the_config_says(tokenizer, scorer, tmp_path):
+    state = {name: value for name, value in scorer.state_dict().items() if name != "score.weight"}
+    scorer.save_pretrained(tmp_path, state_dict=state)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ToolkitError, match=r"it has no head: its weights lack `score\.weight`"):
+        load_scorer(str(tmp_path), tokenizer, torch.float32, seed=5, needs_head=True)
+    head = load_scorer(str(tmp_path), tokenizer, torch.float32, seed=5).score.weight
+    drawn = torch.randn(head.shape, generator=torch.Generator().manual_seed(5)) / math.sqrt(head.shape[1] + 1)
+    torch.testing.assert_close(head.detach(), drawn, rtol=0, atol=0)
 
 
 def test_trained_tokenizer_round_trips_any_text(tokenizer, tmp_path):
@@ -220,7 +208,7 @@ def test_missing_models_are_named_with_a_next_step(tmp_path):
     with pytest.raises(ToolkitError) as caught:
         load_tokenizer(str(tmp_path / "nothing"))
     assert str(tmp_path / "nothing") in caught.value.what
-    assert "config.json" in caught.value.hint
+    assert "name a model's folder" in caught.value.hint
 
 
 def test_bad_config_is_refused(tokenizer):

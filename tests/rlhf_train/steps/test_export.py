@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.events import Checkpoint, Event
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
 from rlhf_train.data.sequences import BatchPlan, Sequences
 from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
+from rlhf_train.models.adapters import ADAPTER_FILES, add_lora
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     last_scores,
     load_causal,
     load_scorer,
@@ -68,6 +69,7 @@ KINDS = {
 LORA = Lora(rank=4, alpha=8.0)
 DECAY, UPDATES = 0.6, 3
 NUMBERS = {"perplexity_after": 12.345678}
+EXAMPLE = ('\n\nHuman: say "cat"\\ Grüße\n\nAssistant:', " cat")
 
 
 # --- the trainer's side, on two ranks -----------------------------------------------------------
@@ -122,7 +124,15 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
 
     def save(target: Path) -> None:
         save_model(
-            context, kind.step, UPDATES, engine, tokenizer, target, lora=LORA if kind.lora else None, scores=NUMBERS
+            context,
+            kind.step,
+            UPDATES,
+            engine,
+            tokenizer,
+            target,
+            lora=LORA if kind.lora else None,
+            scores=NUMBERS,
+            example=EXAMPLE,
         )
 
     if ema is None:
@@ -135,7 +145,8 @@ def make(world: World, folder: Path, name: str, kind: Kind) -> None:
         (checkpoint,) = (
             event for event in events if isinstance(event, Checkpoint) and event.path == str(folder / name)
         )
-        assert checkpoint.size_bytes == sum(file.stat().st_size for file in (folder / name).iterdir())
+        files = [path for path in (folder / name).rglob("*") if path.is_file()]
+        assert checkpoint.size_bytes == sum(file.stat().st_size for file in files)
         torch.save(seen, folder / f"{name}.pt")
 
 
@@ -220,13 +231,13 @@ def test_nothing_is_missing_and_nothing_too_much(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", KINDS)
 def test_training_moved_what_was_saved(folder: Path, name: str) -> None:
-    """And LoRA only what it may: the layers that it names."""
+    """And LoRA only what it may: the linear layers of the blocks."""
     start, saved = seen(folder, name)["start"], load(folder / name)
     moved = {key for key, value in saved.items() if not value.equal(start[key])}
     wanted = {
         key
         for key in saved
-        if not KINDS[name].lora or any(f".{target}.weight" in key for target in LORA.target_modules)
+        if not KINDS[name].lora or re.search(r"layers\.\d\.(self_attn\.\w+_proj|fc[12])\.weight", key)
     }
     # A constant added to every key changes no attention, and one added to every state no difference
     # of scores.
@@ -268,11 +279,16 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
         "README.md",
     }
     more = {"special_tokens_map.json", "vocab.json", "merges.txt"}  # transformers 4 writes these, too
+    if KINDS[name].lora:
+        needed |= {"adapter"}
+        assert {file.name for file in (folder / name / "adapter").iterdir()} == set(ADAPTER_FILES)
     assert needed <= files <= needed | more
     kind, config = KINDS[name], json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["OPTForSequenceClassification" if kind.step == 2 else "OPTForCausalLM"]
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}
-    assert {value.dtype for value in load(folder / name).values()} == {DTYPES[kind.precision]}
+    dtype = DTYPES[kind.precision]
+    assert {value.dtype for value in load(folder / name).values()} == {dtype}
+    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
     found = seen(folder, f"{name}-loaded")
     assert found["tokens"] == {"bos": 2, "eos": 2, "pad": 1, "count": found["config"]["vocab_size"]}
     assert (found["config"]["pad_token_id"], found["config"]["eos_token_id"]) == (1, 2)
@@ -285,6 +301,42 @@ def test_the_card_says_what_it_is(folder: Path) -> None:
     for card in (actor, reward):
         assert "# tiny: " in card and str(folder / "rows") in card and "| perplexity_after | 12.3457 |" in card
     assert "AutoModelForCausalLM" in actor and "AutoModelForSequenceClassification" in reward
+
+
+def snippet(folder: Path, name: str) -> str:
+    """Run what a card prints, in another folder, and return its output."""
+    card = (folder / name / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_reward_models_card_has_a_snippet_that_runs_as_printed(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    # As step 2 reads it: the tokens in front, prompt, answer, EOS.
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in EXAMPLE]
+    ids = [2, *parts[0], *parts[1], 2]
+    expected = float(model(torch.tensor([ids])).logits)
+    assert float(snippet(folder, "reward")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_actors_card_has_a_snippet_that_runs_as_printed(folder: Path) -> None:
+    """With greedy answers, as in the folder of a job that samples with top_k 1."""
+    file = folder / "actor" / "generation_config.json"
+    sampling = file.read_text(encoding="utf-8")
+    file.write_text(json.dumps(json.loads(sampling) | {"top_k": 1}), encoding="utf-8")
+    said = snippet(folder, "actor")
+    file.write_text(sampling, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "actor")
+    model = AutoModelForCausalLM.from_pretrained(folder / "actor")
+    prompt = ids = torch.tensor([[2, *tokenizer(EXAMPLE[0], add_special_tokens=False)["input_ids"]]])
+    for _ in range(12):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == 2:
+            break
+    assert said.removesuffix("\n") == tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.step != 2])

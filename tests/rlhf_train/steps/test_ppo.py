@@ -25,10 +25,10 @@ from rlhf_train import compat
 from rlhf_train.data.sequences import BatchPlan, Sequences, assign_passes
 from rlhf_train.engine.deepspeed_engine import DTYPES, Engine, copy_weights
 from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.networks import (
     ActorForward,
     ScoreForward,
-    add_lora,
     load_causal,
     load_scorer,
     padding,
@@ -39,9 +39,10 @@ from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Experience, Scored
 from rlhf_train.steps.export import eval_model
-from rlhf_train.steps.ppo import accumulate_gradients, next_kl_coef, self_test
+from rlhf_train.steps.ppo import accumulate_gradients, next_kl_coef
 from rlhf_train.steps.ppo_setup import frozen_copies
 from rlhf_train.steps.scoring import Scorer
+from rlhf_train.steps.self_test import self_test
 from tests import ranks, tiny
 
 EOS, PAD = 2, 1
@@ -124,6 +125,7 @@ def make_start(
             temperature=job.ppo.temperature,
             batch=8,
             device=world.device,
+            is_static=lora is None,  # illnesses of the cache are put into the model's own forward
         ),
     )
 
@@ -187,7 +189,7 @@ def another_temperature(ill: Start) -> None:
 
 def another_reference(ill: Start) -> None:
     with torch.no_grad():
-        ill.scorer.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.2)
+        ill.scorer.reference.model.model.decoder.layers[0].fc1.weight.mul_(1.05)
 
 
 def an_adapter_that_is_not_zero(ill: Start) -> None:
@@ -207,6 +209,7 @@ REFERENCE = ("the actor is not the reference", "different weights, or an adapter
 ROLLOUT = ("the rollout and the trainer see different log-probs", "positions or masks of left-padded prompts")
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("illness", "name"),
     [
@@ -219,9 +222,9 @@ ROLLOUT = ("the rollout and the trainer see different log-probs", "positions or 
     ],
 )
 def test_each_illness_has_its_name(
-    start: Callable[..., Start], illness: Callable[[Start], None], name: tuple[str, str]
+    start: Callable[..., Start], illness: Callable[[Start], None], name: tuple[str, str], precision: str
 ) -> None:
-    ill = start(lora=Lora(rank=4))
+    ill = start(lora=Lora(rank=4), precision=precision)
     illness(ill)
     with pytest.raises(ToolkitError) as caught:
         ill.self_test()
@@ -253,7 +256,8 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
     with torch.no_grad():
         untouched = ActorForward(load())(batch)[0]
     model, lora = load(), Lora(rank=4)
-    reference, twin = frozen_copies(model, lora, stage)
+    reference, twin = frozen_copies(model, lora, stage, seed=1)
+    assert (twin is None) == (stage < 3)  # rollouts read the actor itself where its weights are whole
     add_lora(model, lora, 1)
     actor = Engine(
         ActorForward(model),
@@ -272,15 +276,9 @@ def test_with_lora_the_reference_stays_and_rollouts_follow(world: World, tmp_pat
         assert reference(batch)[0].equal(untouched)
         seen.append(actor(batch)[0].detach())
         assert (seen[-1] - seen[-2]).abs().max() > 0.1  # it learns, also after its adapters were off
-        assert twin is not None
-        copy_weights(actor, twin, lora)
-        torch.testing.assert_close(twin(batch)[0], seen[-1], rtol=0, atol=1e-5)
-    # What adapters do not change is there once; the matrices of two layers are not.
-    own = {p.data_ptr(): p.numel() for p in twin.parameters()}
-    shared = {p.data_ptr() for p in model.parameters()}
-    assert sum(count for place, count in own.items() if place not in shared) == (
-        2 * (4 * 32 * 32 + 2 * 32 * 64) if stage < 3 else sum(own.values())
-    )
+        if twin is not None:
+            copy_weights(actor, twin)
+            torch.testing.assert_close(twin(batch)[0], seen[-1], rtol=0, atol=1e-5)
 
 
 # --- on-policy ----------------------------------------------------------------------------------

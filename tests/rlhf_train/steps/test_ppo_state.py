@@ -54,7 +54,7 @@ def saved() -> dict[str, Any]:
 
 def test_the_loop_is_read_as_it_was_written() -> None:
     numbers = saved()
-    assert list(numbers) == ["before", "kl_coef", "shift", "scale", "tally", "elapsed_s", "seconds"]
+    assert list(numbers) == ["before", "kl_coef", "shift", "scale", "reference", "tally", "elapsed_s", "seconds"]
     found, expected = LoopState.read(numbers, state().tensors(), 4), state()
     assert (found.before, found.tally) == (expected.before, expected.tally)
     assert (found.kl_coef, found.shift, found.scale) == (1 / 3, -0.1, 0.7)

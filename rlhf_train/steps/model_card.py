@@ -1,0 +1,130 @@
+"""The card (README.md) of a saved model: what it is, how it is used, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.spec import Job, Scratch
+from jobs.steps import STEPS
+from rlhf_train.data import hub
+from rlhf_train.disk import read_json
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+ANSWER = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}  # where it was saved
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+
+prompt = {prompt}
+ids = tokenizer(prompt, return_tensors="pt").input_ids
+answer = model.generate(ids)[0, ids.shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
+
+SCORE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = {folder}  # where it was saved
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+
+prompt = {prompt}
+answer = {answer}
+ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt").input_ids
+print(model(ids).logits.item())
+"""
+
+
+def model_card(
+    job: Job, step: int, tokenizer: Any, folder: Path, *, prompt: str, answer: str, scores: Mapping[str, float]
+) -> str:
+    """Return a model's card: how to use it, its origin, its held-out scores, the step's job fields.
+
+    folder: where the model lies. prompt, answer: of the data.
+    """
+    snippet = (SCORE if step == 2 else ANSWER).format(
+        folder=json.dumps(str(folder.absolute())), prompt=json.dumps(prompt), answer=json.dumps(answer)
+    )
+    score = "The logit is the score of prompt and answer together; only differences count.\n\n" if step == 2 else ""
+    chat = " The tokenizer's chat template was not used." if getattr(tokenizer, "chat_template", None) else ""
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
+    table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
+    return f"""---
+{_yaml(front_matter(job, step))}---
+# {job.name}: {STEPS[step].title} (step {step})
+
+Made by rlhf-box from {made_from(job, step)}, on {", ".join(job.data.datasets)}.
+
+## Use
+
+```python
+{snippet}```
+
+{score}## Prompt format
+
+Plain text in the form of the prompt above, which is of the data. The answer follows, and ends with
+`{tokenizer.eos_token}`.{chat}
+
+## How it was made
+
+{table}The job, as far as this step depends on it:
+
+```yaml
+{_yaml(job.fields_of_step(step))}```
+"""
+
+
+def made_from(job: Job, step: int) -> str:
+    """Say in words what the step's model was before."""
+    if step == 3 or (step == 2 and job.critic.model == "actor"):
+        return job.own_models.get(1, "this run's step 1")
+    source = source_of(job, step)
+    return "random weights" if isinstance(source, Scratch) else source
+
+
+def front_matter(job: Job, step: int) -> dict[str, Any]:
+    """Return what a hub reads of a card."""
+    task = {"pipeline_tag": "text-classification" if step == 2 else "text-generation"}
+    tags = ["rlhf", "reward-model"] if step == 2 else ["rlhf"]
+    return {"library_name": "transformers", **task, "tags": tags, **lineage(source_of(job, step))}
+
+
+def source_of(job: Job, step: int) -> str | Scratch:
+    return job.critic_source if step == 2 else job.actor_source
+
+
+def lineage(source: str | Scratch) -> dict[str, Any]:
+    """Return base model and licence of a model that was made from `source`, where they are known.
+
+    They are read from the card and the config of `source`.
+    """
+    folder = None if isinstance(source, Scratch) else hub.folder_here(source)
+    if isinstance(source, Scratch) or folder is None:
+        return {}
+    card, config = hub.front_matter(folder / "README.md"), read_json(folder / "config.json") or {}
+    base = source
+    if hub.local(source):
+        names = [card.get("base_model"), config.get("_name_or_path")]
+        base = next((name for name in names if name and not _is_path(name)), "")
+    licence = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    if not licence and config.get("license"):
+        licence = {"license": config["license"]}
+    return ({"base_model": base} if base else {}) | licence
+
+
+def _is_path(name: Any) -> bool:
+    return isinstance(name, str) and (hub.local(name) or not HUB_NAME.fullmatch(name))
+
+
+def _yaml(fields: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True)
+    return text

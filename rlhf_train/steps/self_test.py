@@ -1,0 +1,170 @@
+"""Step 3's self-test: before anything is learned, the networks must agree about the same tokens.
+
+The ratio of new to old log-probs is 1, the actor is the reference, and the rollout saw the
+log-probs that the trainer sees. What is wrong in a run's positions, masks, adapters or sampling
+shows here. After a resume the actor has learned: then a digest shows that the reference is the one
+that the run began with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.events import Progress
+from rlhf_train import compat
+from rlhf_train.data.sequences import Sequences
+from rlhf_train.engine.deepspeed_engine import Engine, full_state
+from rlhf_train.models.adapters import merge_lora
+from rlhf_train.models.networks import ActorForward
+from rlhf_train.steps.context import StepContext
+from rlhf_train.steps.experience import Scored
+
+# Mean absolute difference of log-probs, in nats a token, of the worst response. Two passes over one
+# batch with the same weights differ by nothing, and the reference has the actor's weights. Ratio
+# and rollout run other batches: float32 differs by the order of summation, and 16 bit by its
+# rounding, which grows with the model. So the limit there is the greater of these and three times
+# what rounding does to the trainer's own log-probs.
+SAME_BATCH_LIMIT = 1e-3
+AGREEMENT_LIMITS = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.03}
+ROUNDING_FACTOR = 3.0
+LEAST_TOKENS = 8  # of a response that counts: the mean of few tokens is noise
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    what: str
+    cause: str
+    limit: float
+    left: Sequence[np.ndarray]
+    right: Sequence[np.ndarray]
+
+    def worst(self) -> tuple[float, int]:
+        """Return the greatest difference of a response, in nats a token, and the response."""
+        long = [place for place, row in enumerate(self.left) if len(row) >= LEAST_TOKENS]
+        places = long or list(range(len(self.left)))
+        found = np.array([np.abs(self.left[place] - self.right[place]).mean() for place in places])
+        found = np.where(np.isnan(found), np.inf, found)
+        return float(found.max()), places[int(found.argmax())]
+
+
+def self_test(
+    context: StepContext,
+    rows: Sequence[Scored],
+    actor: Engine,
+    pad_id: int | None,
+    *,
+    with_reference: bool = True,
+) -> None:
+    """Check that the networks agree about a rollout that nothing was learned from.
+
+    rows: of all ranks, scored by the trainer. with_reference: the actor has learned nothing yet.
+    Raises ToolkitError.
+    """
+    batch_rows, temperature = rows[: context.placement.micro_batches[2]], context.job.ppo.temperature
+    batch = Sequences.of([r.prompt for r in batch_rows], [r.response for r in batch_rows], pad_id, context.world.device)
+    again, once_more = (
+        [found[place, : len(row.response)] for place, row in enumerate(batch_rows)]
+        for found in (
+            batch.spread(actor(batch, temperature=temperature)[0]).detach().float().cpu().numpy() for _ in range(2)
+        )
+    )
+    old = [row.trainer.log_probs for row in rows if row.trainer is not None]
+    limit = AGREEMENT_LIMITS[context.placement.precision]
+    not_one = "the ratio of new to old log-probs is not 1"
+    randomness = "dropout or another source of randomness in the actor's forward pass"
+    repeated = Comparison("repeated", not_one, randomness, SAME_BATCH_LIMIT, again, once_more)
+    ratio = Comparison("ratio", not_one, randomness, limit, old[: len(again)], again)
+    reference = Comparison(
+        "KL",
+        "the actor is not the reference",
+        "the two were loaded from different weights, or an adapter does not start at zero",
+        SAME_BATCH_LIMIT,
+        old,
+        [row.ref_log_probs for row in rows],
+    )
+    rollout = Comparison(
+        "rollout",
+        "the rollout and the trainer see different log-probs",
+        "positions or masks of left-padded prompts, a stale KV cache, or another temperature",
+        limit,
+        old,
+        [row.rollout_log_probs for row in rows],
+    )
+    results = []
+    for check in (repeated, ratio, reference, rollout) if with_reference else (repeated, ratio, rollout):
+        (difference, place), allowed = check.worst(), check.limit
+        # All ranks together, since those of ZeRO-3 gather the weights together.
+        if check.limit > SAME_BATCH_LIMIT and context.world.any(not difference <= allowed):
+            allowed = max(allowed, ROUNDING_FACTOR * rounding_of(context, actor, rows[place], old[place]))
+        if not difference <= allowed:
+            raise ToolkitError(
+                f"step 3's self-test failed {when(with_reference)}: {check.what}",
+                why=f"they differ by {difference:.3g} nats a token in the worst response; "
+                f"{allowed:.3g} is allowed in {context.placement.precision}",
+                hint=f"the likely cause: {check.cause}",
+                exit_code=ExitCode.TRAINING,
+            )
+        if check is not repeated:
+            results.append(f"{check.name} {difference:.1e}")
+    context.emit(Progress(step=3, doing=f"self-test passed: {', '.join(results)}"))
+
+
+def check_frozen(saved: str, found: str, folders: Sequence[str]) -> None:
+    """Raise ToolkitError if a resumed run would have other frozen networks. "": of an older run."""
+    if saved and saved != found:
+        what = "the reference is" if len(folders) == 1 else "the reference or the reward model is"
+        raise ToolkitError(
+            f"{what} not the one that step 3 began with",
+            why=f"the weights in {' or '.join(folders)} have changed since",
+            hint="bring them back, or train step 3 again with --redo --step 3",
+            exit_code=ExitCode.USAGE,
+        )
+
+
+def weights_digest(folders: Sequence[str]) -> str:
+    """Return the sha256 of saved models' weights."""
+    digest = hashlib.sha256()
+    files = [sorted(Path(folder).glob(pattern)) for folder in folders for pattern in ("*.safetensors", "*.bin")]
+    for file in (file for group in files for file in group):
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def when(with_reference: bool) -> str:
+    return "before the first update" if with_reference else "at the first rollout after a resume"
+
+
+def rounding_of(context: StepContext, actor: Engine, row: Scored, log_probs: np.ndarray) -> float:
+    """Return how far the trainer's log-probs of a response are from those in float32.
+
+    In nats a token. 0 where the trainer runs in float32. All ranks take part; rank 0 computes it on
+    its CPU, for one response.
+    """
+    if context.placement.precision == "float32":
+        return 0.0
+    model: Any = actor.module.model
+    world, found = context.world, 0.0
+    state = full_state(model, keep=world.is_main)
+    if world.is_main:
+        twin = AutoModelForCausalLM.from_config(model.config, **compat.dtype_argument(torch.float32)).eval()
+        twin.logit_transform = model.logit_transform
+        plain = merge_lora({name: value.float() for name, value in state.items()}, model)
+        loaded = twin.load_state_dict(plain, strict=False)
+        assert not loaded.unexpected_keys, "all weights of the actor have a place in its twin"
+        batch = Sequences.of([row.prompt], [row.response], 0, torch.device("cpu"))
+        with torch.no_grad():
+            exact = ActorForward(twin)(batch, temperature=context.job.ppo.temperature)[0].numpy()
+        found = float(np.abs(exact - log_probs).mean())
+    return float(world.gather(found)[0])

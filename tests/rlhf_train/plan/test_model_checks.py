@@ -1,0 +1,117 @@
+"""Test what is said of models that will not do, before anything trains: tiny ones, on disk."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BlenderbotConfig,
+    GraniteConfig,
+    OPTConfig,
+)
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.run_dir import RunDir
+from jobs.spec import Job
+from rlhf_train.models.networks import train_tokenizer
+from rlhf_train.plan.model_checks import check_models
+from tests import tiny
+
+CONFIG = {key: value for key, value in tiny.OPT.items() if key != "model_type"} | {"vocab_size": 320}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, each fit for something: `sft`, `rm`, and those that are named by what is wrong."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer([f"\n\nHuman: {word}\n\nAssistant: {word}" for word in tiny.WORDS], 300)
+    other = train_tokenizer([f"{word} in other words" for word in tiny.WORDS], 300)
+    causal, score = AutoModelForCausalLM, AutoModelForSequenceClassification
+    kinds: dict[str, tuple[Any, dict[str, Any], Any]] = {
+        "sft": (causal, {}, tokenizer),
+        "rm": (score, {"num_labels": 1}, tokenizer),
+        "two-labels": (score, {"num_labels": 2}, tokenizer),
+        "short": (score, {"num_labels": 1, "max_position_embeddings": 40}, tokenizer),
+        "other-words": (score, {"num_labels": 1}, other),
+    }
+    for name, (kind, fields, reader) in kinds.items():
+        kind.from_config(OPTConfig(**CONFIG | fields)).save_pretrained(folder / name)
+        reader.save_pretrained(str(folder / name))
+    # A classifier by its config, whose head was never saved.
+    model = score.from_config(OPTConfig(**CONFIG, num_labels=1))
+    state = {name: value for name, value in model.state_dict().items() if name != "score.weight"}
+    model.save_pretrained(folder / "lost-head", state_dict=state)
+    BlenderbotConfig(d_model=8, encoder_layers=1, decoder_layers=1).save_pretrained(folder / "no-classifier")
+    GraniteConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder / "only-causal")
+    for name in ("lost-head", "no-classifier", "only-causal"):
+        tokenizer.save_pretrained(str(folder / name))
+    return folder
+
+
+def job(models: Path, actor: str | None, reward_model: str | None, *, base: str = "sft") -> Job:
+    fields = copy.deepcopy(tiny.job(models / "rows"))
+    fields["actor"] = {"model": str(models / base), "sft_model": actor and str(models / actor)}
+    fields["critic"] = {"model": "actor", "reward_model": reward_model and str(models / reward_model)}
+    return Job.model_validate(fields)
+
+
+def test_models_that_fit_are_let_through(models: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    check_models(job(models, "sft", "rm"), run, [3])
+    check_models(job(models, None, "rm"), run, [1, 3])
+    check_models(job(models, None, None), run, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("actor", "reward_model", "what", "why"),
+    [
+        ("sft", "two-labels", "two-labels is no reward model", "it is a classifier with 2 labels, and a reward is one"),
+        ("sft", "sft", "sft is no reward model", "it has no head: its weights lack `score.weight`"),
+        ("sft", "lost-head", "lost-head is no reward model", "it has no head: its weights lack `score.weight`"),
+        ("sft", "no-classifier", "no-classifier", "transformers has no sequence classification for blenderbot"),
+        ("sft", "other-words", "the actor and the reward model use different tokenizers", ""),
+        ("sft", "short", "prompts of 64 and responses of 12 tokens do not fit", "40 positions"),
+        ("rm", "rm", "rm is no language model", "it is OPTForSequenceClassification, which gives no next token"),
+        ("nowhere", "rm", "there is no folder", "not there"),
+    ],
+)
+@pytest.mark.parametrize("steps", [[3], [1, 3]])
+def test_a_model_that_will_not_do_is_refused_with_the_true_reason(
+    models: Path, tmp_path: Path, actor: str, reward_model: str, what: str, why: str, steps: list[int]
+) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        check_models(job(models, actor, reward_model), RunDir(tmp_path), steps)
+    assert what in caught.value.what and why in caught.value.why
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2, 3], [2], [2, 3]])
+def test_what_step_2_starts_from_is_looked_at_before_step_1(models: Path, tmp_path: Path, steps: list[int]) -> None:
+    fields = job(models, None, None).dump()
+    fields["critic"]["model"] = str(models / "two-labels")
+    with pytest.raises(ToolkitError, match="two-labels is no reward model"):
+        check_models(Job.model_validate(fields), RunDir(tmp_path), steps)
+    check_models(Job.model_validate(fields), RunDir(tmp_path), [3])  # it has step 2's result by then
+
+
+def test_a_language_model_that_makes_no_reward_model_may_do_step_1(models: Path, tmp_path: Path) -> None:
+    granite = job(models, None, None, base="only-causal")
+    check_models(granite, RunDir(tmp_path), [1])
+    with pytest.raises(ToolkitError, match=r"a reward model cannot be made from .*only-causal"):
+        check_models(granite, RunDir(tmp_path), [1, 2])
+
+
+def test_the_reward_model_is_compared_with_what_the_runs_actor_reads_with(models: Path, tmp_path: Path) -> None:
+    """The actor began from a config: its tokenizer was trained in the run."""
+    fields = job(models, None, "other-words").dump()
+    fields["actor"]["model"] = {"config": tiny.OPT}
+    mixed, run = Job.model_validate(fields), RunDir(tmp_path)
+    check_models(mixed, run, [1, 3])  # still to be trained: step 1 compares it
+    train_tokenizer(tiny.WORDS, 280).save_pretrained(str(run.tokenizer))
+    with pytest.raises(ToolkitError, match="different tokenizers"):
+        check_models(mixed, run, [3])

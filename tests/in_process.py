@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,4 +37,5 @@ def train(world: World, folder: Path, tree: Mapping[str, Any], *steps: int, even
         for step in steps:
             run.step(step).path.mkdir(parents=True, exist_ok=True)
             end = STEPS[step - 1].run(context)
+            gc.collect()  # an engine refers to itself; of a real model it has gigabytes
     return end

@@ -13,8 +13,8 @@ Where we differ from DeepSpeed's own habits:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -428,7 +428,7 @@ def full_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        with _gathered(tensor):
+        with gathered(tensor):
             if keep:
                 state[name] = tensor.detach().to("cpu", copy=True)
     return state
@@ -446,17 +446,35 @@ def copy_weights(source: Engine, target: nn.Module) -> None:
     own = dict(target.named_parameters())
     for name, parameter in source.module.named_parameters():
         if parameter.requires_grad:
-            with _gathered(parameter):
+            with gathered(parameter):
                 own[name].data.copy_(parameter.data)
 
 
 @contextmanager
-def _gathered(tensor: Tensor) -> Iterator[None]:
-    if hasattr(tensor, "ds_id"):
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield
-    else:
+def gathered(*tensors: Tensor) -> Iterator[None]:
+    """Let tensors be whole for the length of the block. All ranks take part."""
+    parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    with deepspeed.zero.GatheredParameters(parts) if parts else nullcontext():
         yield
+
+
+@contextmanager
+def replaced(values: Iterable[tuple[Any, Tensor]]) -> Iterator[None]:
+    """Put other values into parameters for the length of the block. All ranks take part.
+
+    values: each parameter with its whole new value, made one by one. The old ones wait in main
+    memory.
+    """
+    kept = list[tuple[Tensor, Tensor]]()
+    try:
+        for parameter, value in values:
+            own = _local(parameter).detach()
+            kept.append((own, own.to("cpu", copy=True)))
+            own.copy_(partition(parameter, value, dist.get_rank()) if hasattr(parameter, "ds_tensor") else value)
+        yield
+    finally:
+        for own, value in kept:
+            own.copy_(value)
 
 
 class Ema:

@@ -7,7 +7,7 @@ W x + alpha / rank B A x.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,7 @@ def merge_lora(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
     dtype if at least KEPT_MIN of the adapters' effect is left then; else all weights become
     float32.
     """
-    layers, merged = adapted_layers(model), dict[str, Tensor]()
-    kept = total = 0.0
+    layers, merged, numbers = adapted_layers(model), dict[str, Tensor](), list[tuple[float, float]]()
     for name, value in state.items():
         if ".lora_" in name:
             continue
@@ -128,19 +127,31 @@ def merge_lora(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
             a, b = (state[f"{prefix}.lora_{side}.default.weight"] for side in "AB")
             change = delta(layers[prefix], a, b)
             merged[f"{prefix}.{leaf}"] = value.float() + change
-            kept += float((rounded_change(value, change) * change).sum())
-            total += float(change.square().sum())
+            numbers.append(kept_and_total(value, change))
         else:
             merged[f"{prefix}.{leaf}"] = value
     dtype = next((value.dtype for name, value in state.items() if name.endswith(".base_layer.weight")), torch.float32)
-    if kept < KEPT_MIN * total:
+    if not keeps_enough(numbers):
         return {name: value.float() if value.is_floating_point() else value for name, value in merged.items()}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in merged.items()}
 
 
-def rounded_change(weight: Tensor, change: Tensor) -> Tensor:
-    """Return what is left of a change after it was added and rounded to the weight's dtype."""
-    return (weight.float() + change).to(weight.dtype).float() - weight.float()
+def kept_and_total(weight: Tensor, change: Tensor) -> tuple[float, float]:
+    """Return how much of a change is left if it is added in the weight's dtype, and how much it is.
+
+    Both are inner products with the change.
+    """
+    left = (weight.float() + change).to(weight.dtype).float() - weight.float()
+    return float((left * change).sum()), float(change.square().sum())
+
+
+def keeps_enough(changes: Iterable[tuple[float, float]]) -> bool:
+    """Return whether the model's own dtype keeps KEPT_MIN of all changes together.
+
+    changes: of all layers, as `kept_and_total` returns them.
+    """
+    kept, total = (sum(column) for column in zip((0.0, 0.0), *changes, strict=True))
+    return kept >= KEPT_MIN * total
 
 
 def save_adapter(state: Mapping[str, Tensor], model: nn.Module, lora: Lora, base: str, folder: Path) -> None:

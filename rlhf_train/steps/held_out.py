@@ -11,6 +11,7 @@ import numpy as np
 from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.steps.context import StepContext
+from rlhf_train.steps.merged import merged
 from rlhf_train.steps.rule import Rule
 from rlhf_train.steps.scoring import Scorer
 
@@ -48,11 +49,15 @@ class HeldOut:
         self.context, self.prompts, self.tokenizer, self.rule, self.seed = context, prompts, tokenizer, rule, seed
 
     def answers(self, rollouts: Rollouts, scorer: Scorer) -> list[Answer]:
-        """Sample and score one answer a prompt, in order; ranks share the work."""
+        """Sample and score one answer a prompt, in order; ranks share the work.
+
+        The answers are those of the model as it is saved, with its adapters merged.
+        """
         world = self.context.world
         places = np.arange(len(self.prompts))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in places]
-        made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist())
+        with merged(rollouts.model):  # but the reference may be the same model without adapters
+            made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist())
         self.context.stop_if_asked()
         scored, _ = scorer.score(prompts, made)
         answers: list[tuple[int, Answer]] = []

@@ -37,6 +37,7 @@ from rlhf_train.models.networks import (
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
+from rlhf_train.steps.own_forward import check_scores, example_rows
 
 
 def run(context: StepContext) -> End:
@@ -69,8 +70,10 @@ def run(context: StepContext) -> End:
     if job.hardware.gradient_checkpointing:
         checkpoint_activations(model)
     pad_id = padding(tokenizer, model)
+    forward = ScoreForward(model, with_lm=spec.lm_coef > 0)
+    check_scores(context, forward, example_rows(context, 2, tokens.train, tokens.train.chosen), pad_id)
     engine = Engine(
-        ScoreForward(model, with_lm=spec.lm_coef > 0),
+        forward,
         spec,
         spec.learning_rate,
         updates,

@@ -1,9 +1,9 @@
 """Step 3's self-test: before anything is learned, the networks must agree about the same tokens.
 
 The ratio of new to old log-probs is 1, the actor is the reference, and the rollout saw the
-log-probs that the trainer sees. What is wrong in a run's positions, masks, adapters or sampling
-shows here. After a resume the actor has learned: then a digest shows that the reference is the one
-that the run began with.
+log-probs that the trainer sees, which are those of the model's own forward. What is wrong in a
+run's positions, masks, adapters or sampling shows here. After a resume the actor has learned: then
+a digest shows that the reference is the one that the run began with.
 """
 
 from __future__ import annotations
@@ -11,31 +11,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Progress
-from rlhf_train import compat
 from rlhf_train.data.sequences import Sequences
-from rlhf_train.engine.deepspeed_engine import Engine, full_state
-from rlhf_train.models.adapters import merge_lora
-from rlhf_train.models.networks import ActorForward
+from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored
+from rlhf_train.steps.own_forward import (
+    AGREEMENT_LIMITS,
+    ROUNDING_FACTOR,
+    ROWS,
+    our_log_probs,
+    own_log_probs,
+    rounding_of,
+)
 
 # Mean absolute difference of log-probs, in nats a token, of the worst response. Two passes over one
 # batch with the same weights differ by nothing, and the reference has the actor's weights. Ratio
-# and rollout run other batches: float32 differs by the order of summation, and 16 bit by its
-# rounding, which grows with the model. So the limit there is the greater of these and three times
-# what rounding does to the trainer's own log-probs.
+# and rollout run other batches, and have the limits of own_forward.py.
 SAME_BATCH_LIMIT = 1e-3
-AGREEMENT_LIMITS = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.03}
-ROUNDING_FACTOR = 3.0
 LEAST_TOKENS = 8  # of a response that counts: the mean of few tokens is noise
 
 
@@ -78,12 +77,21 @@ def self_test(
             batch.spread(actor(batch, temperature=temperature)[0]).detach().float().cpu().numpy() for _ in range(2)
         )
     )
+    own, ours = partial(own_log_probs, temperature=temperature), partial(our_log_probs, temperature=temperature)
     old = [row.trainer.log_probs for row in rows if row.trainer is not None]
     limit = AGREEMENT_LIMITS[context.placement.precision]
     not_one = "the ratio of new to old log-probs is not 1"
     randomness = "dropout or another source of randomness in the actor's forward pass"
     repeated = Comparison("repeated", not_one, randomness, SAME_BATCH_LIMIT, again, once_more)
     ratio = Comparison("ratio", not_one, randomness, limit, old[: len(again)], again)
+    alone = Comparison(
+        "own forward",
+        "the trainer and the model's own forward see different log-probs",
+        "what the model does to its states or logits is not known here: choose another model",
+        limit,
+        again[:ROWS],
+        [own(actor.module.model, row.prompt, row.response) for row in batch_rows[:ROWS]],
+    )
     reference = Comparison(
         "KL",
         "the actor is not the reference",
@@ -101,11 +109,13 @@ def self_test(
         [row.rollout_log_probs for row in rows],
     )
     results = []
-    for check in (repeated, ratio, reference, rollout) if with_reference else (repeated, ratio, rollout):
+    for check in (repeated, ratio, alone, reference, rollout) if with_reference else (repeated, ratio, alone, rollout):
         (difference, place), allowed = check.worst(), check.limit
         # All ranks together, since those of ZeRO-3 gather the weights together.
         if check.limit > SAME_BATCH_LIMIT and context.world.any(not difference <= allowed):
-            allowed = max(allowed, ROUNDING_FACTOR * rounding_of(context, actor, rows[place], old[place]))
+            worst = (rows[place].prompt, rows[place].response)
+            rounding = rounding_of(context, actor.module.model, worst, old[place], ours)
+            allowed = max(allowed, ROUNDING_FACTOR * rounding)
         if not difference <= allowed:
             raise ToolkitError(
                 f"step 3's self-test failed {when(with_reference)}: {check.what}",
@@ -144,27 +154,3 @@ def weights_digest(folders: Sequence[str]) -> str:
 
 def when(with_reference: bool) -> str:
     return "before the first update" if with_reference else "at the first rollout after a resume"
-
-
-def rounding_of(context: StepContext, actor: Engine, row: Scored, log_probs: np.ndarray) -> float:
-    """Return how far the trainer's log-probs of a response are from those in float32.
-
-    In nats a token. 0 where the trainer runs in float32. All ranks take part; rank 0 computes it on
-    its CPU, for one response.
-    """
-    if context.placement.precision == "float32":
-        return 0.0
-    model: Any = actor.module.model
-    world, found = context.world, 0.0
-    state = full_state(model, keep=world.is_main)
-    if world.is_main:
-        twin = AutoModelForCausalLM.from_config(model.config, **compat.dtype_argument(torch.float32)).eval()
-        twin.logit_transform = model.logit_transform
-        plain = merge_lora({name: value.float() for name, value in state.items()}, model)
-        loaded = twin.load_state_dict(plain, strict=False)
-        assert not loaded.unexpected_keys, "all weights of the actor have a place in its twin"
-        batch = Sequences.of([row.prompt], [row.response], 0, torch.device("cpu"))
-        with torch.no_grad():
-            exact = ActorForward(twin)(batch, temperature=context.job.ppo.temperature)[0].numpy()
-        found = float(np.abs(exact - log_probs).mean())
-    return float(world.gather(found)[0])

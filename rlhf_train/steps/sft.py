@@ -34,6 +34,8 @@ from rlhf_train.models.networks import (
 )
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
+from rlhf_train.steps.merged import merged
+from rlhf_train.steps.own_forward import check_log_probs, example_rows
 
 
 def run(context: StepContext) -> End:
@@ -69,8 +71,10 @@ def run(context: StepContext) -> End:
         add_lora(model, job.actor.lora, job.seed)
         context.doing(1, f"LoRA adapts {describe(model)}")
     pad_id = padding(tokenizer, model)
+    forward = ActorForward(model)
+    check_log_probs(context, forward, example_rows(context, 1, tokens.train, tokens.train.response), pad_id)
     engine = Engine(
-        ActorForward(model),
+        forward,
         spec,
         spec.learning_rate,
         updates,
@@ -103,7 +107,8 @@ def run(context: StepContext) -> End:
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
-            best = ("perplexity", perplexity(context, engine, tokens.held_out, held_out, pad_id))
+            with merged(model, engine.settle):
+                best = ("perplexity", perplexity(context, engine, tokens.held_out, held_out, pad_id))
             checkpointer.offer(
                 update,
                 *best,
@@ -165,7 +170,8 @@ def run(context: StepContext) -> End:
 
     # 9. Measure again, and save the actor.
     context.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
-    after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+    with merged(model, engine.settle):
+        after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
     folder = context.run.step(1).model
     end = End(

@@ -204,15 +204,31 @@ def dropout(ill: Start) -> None:
         layer.dropout = 0.1
 
 
+def another_forward(ill: Start) -> None:
+    """The model's own forward halves its logits, which neither trainer nor rollout does."""
+    own = ill.actor_model.forward
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    ill.actor_model.forward = halved
+
+
 RATIO = ("the ratio of new to old log-probs is not 1", "dropout")
 REFERENCE = ("the actor is not the reference", "different weights, or an adapter")
 ROLLOUT = ("the rollout and the trainer see different log-probs", "positions or masks of left-padded prompts")
+
+
+OWN = ("the trainer and the model's own forward see different log-probs", "choose another model")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("illness", "name"),
     [
+        (another_forward, OWN),
         (shifted_positions, ROLLOUT),
         (padding_is_seen, ROLLOUT),
         (another_temperature, ROLLOUT),

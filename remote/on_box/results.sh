@@ -54,6 +54,11 @@ newest_checkpoint() { # FOLDER of a step   sets update; older ones are not wante
     [ -n "$update" ]
 }
 
+id_of() { # FOLDER of a run   sets value: the run's id; a run that was begun before there were ids has none
+    read_line "$1/id" || return 1
+    case $value in '' | *[!0-9A-Za-z-]*) return 1 ;; esac
+}
+
 # --- look ------------------------------------------------------------------------------------------------------------
 
 look() {
@@ -65,6 +70,7 @@ look() {
         [ -d "$folder" ] || continue
         folder=${folder%/}
         say run "${folder##*/}"
+        ! id_of "$folder" || say id "$value"
         [ ! -f "$folder/events.jsonl" ] || say events "$(stat -L -c %s "$folder/events.jsonl")"
         for step in 1 2 3; do
             place=$folder/step$step
@@ -197,6 +203,11 @@ grown_file() { # NAME [lines]   up to its present length; with `lines` to the en
     say grown "$bytes" "$sha" "$1"
 }
 
+first_event() { # its hash tells a run from another one, also where there is no id
+    [ -f "$run/events.jsonl" ] && [ "$(head -n 1 <"$run/events.jsonl" | wc -l)" -eq 1 ] || return 0
+    sha=$(head -n 1 <"$run/events.jsonl" | sha_of) && say began "$sha"
+}
+
 a_step() { # NUMBER   all that a complete one holds
     mark=$(sha_of <"$run/step$1/complete.json") || return 1
     for part in model model_ema best; do each_file "step$1/$part" || return 1; done
@@ -232,6 +243,11 @@ manifest() { # RUN [checkpoints]
     fi
     remembered=$root/cache/results/$1
     known=$newline$(cat "$remembered" 2>/dev/null)$newline
+    if id_of "$run"; then
+        say text $((${#value} + 1)) id
+        say "$value"
+    fi
+    first_event
     grown_file events.jsonl lines
     grown_file train.log
     one_file job.yaml

@@ -66,6 +66,7 @@ look() {
     say root "$(cd "$root" 2>/dev/null && pwd -P)"
     [ ! -f "$root/.rlhf-box" ] || say marked
     running
+    [ -z "$elsewhere" ] || say elsewhere "$elsewhere"
     for folder in "$root"/runs/*/; do
         [ -d "$folder" ] || continue
         folder=${folder%/}
@@ -131,14 +132,21 @@ is_named() { # standard input: words
 }
 
 running() { # `running RUN REQUEST`, if there is a job: its supervisor, its processes, or its container
-    boot='' pid='' since_then='' request='' run=''
+    # sets elsewhere: the host on which it runs, if that shares the folder with this one
+    pid='' since_then='' request='' run='' elsewhere=''
     read_line "$root/slot/run" && run=$value
     read_line "$root/slot/request" && request=$value
     read_line "$root/slot/pid" && pid=$value
     read_line "$root/slot/start" && since_then=$value
-    read_line "$root/slot/boot" && boot=$value
-    read_line /proc/sys/kernel/random/boot_id
-    if [ -n "$boot" ] && [ "$boot" = "$value" ] && is_running "$pid" "$since_then"; then
+    place
+    read_line "$root/slot/boot"
+    sight "$value"
+    if [ $where != here ] && [ -n "$request" ] && read_line "$root/runs/$run/job/request" && [ "$value" = "$request" ] && [ ! -e "$root/runs/$run/job/exit" ] && hears "$root/runs/$run/job/heartbeat"; then
+        elsewhere=$their_host
+        say running "${run:--}" "$request"
+        return
+    fi
+    if [ $where = here ] && is_running "$pid" "$since_then"; then
         say running "${run:--}" "${request:--}"
         return
     fi

@@ -34,6 +34,7 @@ class LocalRun:
         self.target = target
         self.staging = target.with_name(f".{target.name}.fetch")
         self._placed: dict[str, dict[str, Any]] = _read_json(self._record) or {}
+        self._aside: dict[str, str] = {}  # step folders that this call has moved: their new names
 
     @property
     def _record(self) -> Path:
@@ -110,6 +111,7 @@ class LocalRun:
         tries = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         new = next(each for each in tries if not os.path.lexists(self.target / each))
         place.replace(self.target / new)
+        self._aside[place.name] = new
         _sync(self.target)
         self._placed = {path: known for path, known in self._placed.items() if not path.startswith(f"{place.name}/")}
         self._save()
@@ -158,7 +160,7 @@ class LocalRun:
         for each in unit.files:
             if each.path not in parts:  # it was fetched earlier
                 (made / each.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.target / each.path, made / each.path)
+                shutil.copyfile(self._source(each.path), made / each.path)
         self.check(unit)  # again, since the copy may have taken long
         for each in unit.files:
             file = made / each.path
@@ -183,6 +185,12 @@ class LocalRun:
             del self._placed[path]
         self._save()
         _remove(old)
+
+    def _source(self, path: str) -> Path:
+        """Return where a file lies that was here when this call began."""
+        step, _, rest = path.partition("/")
+        aside = self.target / self._aside.get(step, step) / rest
+        return aside if aside.exists() else self.target / path
 
     def _old(self, path: str) -> Path:
         """Return where a unit is kept while a new one replaces it."""

@@ -382,7 +382,6 @@ def _bring(call: _Call, manifest: Manifest) -> None:
     Raises ToolkitError: the connection broke, the disk is full, or a place is taken.
     """
     here, call.changed = call.here, []
-    _set_aside(call, manifest)
     missing = [unit for unit in _wanted(manifest, call.what) if not here.has(unit)]
     for unit in missing:
         here.check(unit)
@@ -421,18 +420,6 @@ def _bring(call: _Call, manifest: Manifest) -> None:
     _tidy(here, manifest)
 
 
-def _set_aside(call: _Call, manifest: Manifest) -> None:
-    """Keep complete steps here that the box has trained again, under a name of their own.
-
-    Only those of which something is to come now.
-    """
-    marks = {**({step: "" for step in manifest.checkpoints} if call.what.checkpoints else {})}
-    marks |= manifest.steps if call.what.models else {}
-    for step, mark in sorted(marks.items()):
-        if call.here.sha256(f"step{step}/complete.json") not in ("", mark):
-            call.aside.append(call.here.set_aside(step))
-
-
 def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path]) -> None:
     step, is_mark = unit.path[:5], unit.path.endswith("/complete.json")
     if is_mark and any(
@@ -441,6 +428,10 @@ def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path
     ):
         call.changed.append(unit.path)  # a part of the step is missing here, so it is not marked complete
         return
+    # A complete step here that the box has trained again is kept, under a name of its own.
+    complete = call.here.sha256(f"{step}/complete.json") if step.startswith("step") else ""
+    if complete and complete != manifest.steps.get(int(step[4])):
+        call.aside.append(call.here.set_aside(int(step[4])))
     call.here.place(unit, parts)
     call.placed[unit.path] = None
 

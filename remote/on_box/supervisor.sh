@@ -646,16 +646,33 @@ first_word() { # TEXT   -, where it is not a number
     is_number "${1-}" && printf %s "$1" || printf -
 }
 
-follow() { # RUN FILE OFFSET
+lines_from_end() { # FILE LINES   sets offset: where its last LINES lines begin
+    for _ in 1 2 3 4 5; do # again, if the file grew meanwhile
+        size_of "$1"
+        offset=$((size - $(tail -n "$2" "$1" 2>/dev/null | wc -c)))
+        length=$size
+        size_of "$1"
+        [ "$size" -ne "$length" ] || break
+    done
+    [ $offset -ge 0 ] || offset=0
+}
+
+follow() { # RUN FILE OFFSET|-LINES
     is_name "$1" || fail 2 'this cannot name a run'
     [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
-    is_number "$3" || fail 2 'the offset is not a number'
+    is_number "${3#-}" || fail 2 'the offset is not a number'
     offset=$3 told='' told_cards='' beaten='' tick=0 quiet=0 training=0 kept=''
     case $2 in
         events) file=$root/runs/$1/events.jsonl ;;
         log) file=$root/runs/$1/train.log ;;
         output) file=$root/runs/$1/job/output ;;
         *) fail 2 'events, log or output can be followed' ;;
+    esac
+    case $3 in
+        -*)
+            lines_from_end "$file" "${3#-}"
+            printf 'from %s\n' "$offset" || exit 0
+            ;;
     esac
     exec 3>&1
     while :; do
@@ -845,7 +862,7 @@ case $verb in
         withdraw "$3"
         ;;
     follow)
-        [ $# -eq 5 ] || fail 2 'the call is `follow ROOT RUN events|log|output OFFSET`'
+        [ $# -eq 5 ] || fail 2 'the call is `follow ROOT RUN events|log|output OFFSET|-LINES`'
         follow "$3" "$4" "$5"
         ;;
     list) list ;;

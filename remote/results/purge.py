@@ -76,7 +76,7 @@ def purge(
     if found.running is not None:
         raise ToolkitError(
             f"cannot purge {host}: a job runs there",
-            why=f"run `{found.running}`",
+            why=f"run `{found.running}`" + (f", on {found.elsewhere}, which shares the folder" if found.elsewhere else ""),
             hint=REFUSALS["busy"][1],
             exit_code=ExitCode.BUSY,
         )

@@ -75,6 +75,7 @@ class Results:
     marked: bool = False
     running: str | None = None  # the run whose job runs; "-": a job runs, of an unknown run
     runs: tuple[Run, ...] = ()
+    elsewhere: str = ""  # the host that runs it, if another one shares our folder
 
 
 def read_results(connection: BoxConnection, root: str) -> Results:
@@ -106,6 +107,8 @@ def parse_look(text: str) -> Results:
             found = replace(found, marked=True)
         elif word == "running" and rest:
             found = replace(found, running=rest.rpartition(" ")[0])
+        elif word == "elsewhere":
+            found = replace(found, elsewhere=rest)
         elif word == "run":
             runs.append(Run(rest))
         elif runs and word == "id":

@@ -75,7 +75,9 @@ class Listing:
 
     @property
     def running(self) -> RemoteRun | None:
-        return next((run for run in self.runs if run.job.alive or run.job.training), None)
+        """The run that is being trained; on this box, if several boxes share the folder."""
+        running = [run for run in self.runs if run.job.alive or run.job.training]
+        return min(running, key=lambda run: bool(run.job.host), default=None)
 
     def newest(self) -> RemoteRun | None:
         """Return the running run, else the one that was started last."""
@@ -149,6 +151,7 @@ def as_json(host: str, listing: Listing, now: float, price_per_hour: float | Non
                 "state": run.state,
                 "exit": run.job.exit,
                 "supervised": not run.is_orphan,
+                "host": run.job.host or None,
                 "seconds": run.seconds(now),
                 "spent": spent(run, now, price_per_hour),
                 "currency": currency or None,
@@ -188,6 +191,8 @@ def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, 
 def _remark(run: RemoteRun) -> str:
     if run.is_orphan:
         return ", unattended"
+    if run.job.host and run.state in ("running", "queued", "lost"):
+        return f" on {run.job.host}"
     return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
 
 
@@ -213,6 +218,8 @@ def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str
     """Describe one run in full; each line is a label and a text."""
     exit_code = f", exit code {run.job.exit}" if run.job.exit is not None else ""
     facts = [("run", run.name), ("state", run.state + exit_code)]
+    if run.job.host and run.job.exit is None:
+        facts.append(("on", f"{run.job.host}, which shares this folder"))
     if run.is_orphan:
         unattended = (
             "the supervisor is gone; the job may still be running unattended: "

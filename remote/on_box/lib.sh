@@ -47,6 +47,7 @@ free_kb() { # FOLDER   -> the free space of its disk
 QUIET_S=60 # a heartbeat comes each second; this much for two boxes' clocks that differ
 LISTEN=50  # tenths of a second in which a heartbeat is heard
 
+# shellcheck disable=SC2329 # not each script needs it
 place() { # sets boot, namespace, host: where process numbers mean what they mean here
     read_line /proc/sys/kernel/random/boot_id
     boot=$value
@@ -58,6 +59,7 @@ place() { # sets boot, namespace, host: where process numbers mean what they mea
     case $host in '' | *[!A-Za-z0-9._-]*) host=$(printf %s "${host:-no-name}" | tr -c 'A-Za-z0-9._-' _) ;; esac
 }
 
+# shellcheck disable=SC2329 # not each script needs it
 sight() { # LINE of a `boot` file: BOOT [NAMESPACE HOST]   sets their_host, and where:
     # here: its processes can be seen. before: this host has restarted since, if it is this host; away: another one
     set -f
@@ -77,6 +79,7 @@ sight() { # LINE of a `boot` file: BOOT [NAMESPACE HOST]   sets their_host, and 
 
 heard='' heard_at=0
 
+# shellcheck disable=SC2329 # not each script needs it
 hears() { # HEARTBEAT   of a job that cannot be seen from here: whether it lives, after `sight`
     read_line "$1"
     is_number "$value" || return 1

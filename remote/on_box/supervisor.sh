@@ -312,7 +312,7 @@ taker_lives() { # of the line in value: PID START [EPOCH BOOT NAMESPACE HOST]
     if [ $# -le 2 ] || { sight "$4 $5 ${6-}" && [ $where = here ]; }; then
         is_running "$1" "${2-}"
     else # taking over is done in a moment
-        is_number "$3" && age=$(($(epoch) - $3)) && [ ${age#-} -le $QUIET_S ]
+        is_number "$3" && age=$(($(epoch) - $3)) && [ "${age#-}" -le $QUIET_S ]
     fi
 }
 
@@ -654,7 +654,7 @@ lines_from_end() { # FILE LINES   sets offset: where its last LINES lines begin
         size_of "$1"
         [ "$size" -ne "$length" ] || break
     done
-    [ $offset -ge 0 ] || offset=0
+    [ "$offset" -ge 0 ] || offset=0
 }
 
 follow() { # RUN FILE OFFSET|-LINES
@@ -765,7 +765,7 @@ cancel() { # RUN GRACE_S
     [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
     look "$1"
     wanted=$j_request
-    if [ -n "$wanted" ] && [ -z "$j_exit" ] && { [ $training -eq 0 ] || [ $alive -eq 1 ]; } && [ $where != here ]; then
+    if [ -n "$wanted" ] && [ -z "$j_exit" ] && { [ "$training" -eq 0 ] || [ "$alive" -eq 1 ]; } && [ "$where" != here ]; then
         if [ $alive -eq 1 ]; then # nothing of it is in sight, nor its records are ours to change
             printf 'elsewhere %s\n' "$their_host"
             return

@@ -68,7 +68,11 @@ def _merged(run: Run, copies: Iterable[FetchedRun]) -> FetchedRun:
             steps={
                 **copy.steps,
                 **merged.steps,
-                **{n: each for n, each in copy.steps.items() if n in run.steps and each.complete == run.steps[n].complete},
+                **{
+                    n: each
+                    for n, each in copy.steps.items()
+                    if n in run.steps and each.complete == run.steps[n].complete
+                },
             },
             checkpoints={
                 **copy.checkpoints,

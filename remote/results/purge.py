@@ -76,7 +76,8 @@ def purge(
     if found.running is not None:
         raise ToolkitError(
             f"cannot purge {host}: a job runs there",
-            why=f"run `{found.running}`" + (f", on {found.elsewhere}, which shares the folder" if found.elsewhere else ""),
+            why=f"run `{found.running}`"
+            + (f", on {found.elsewhere}, which shares the folder" if found.elsewhere else ""),
             hint=REFUSALS["busy"][1],
             exit_code=ExitCode.BUSY,
         )

@@ -267,7 +267,9 @@ def _refuse_other_run(box: str, run: str, here: LocalRun, manifest: Manifest, wh
         return
     target = here.target
     names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(2))
-    free = next(path for path in names if not os.path.lexists(path) or (manifest.id and LocalRun(path).id == manifest.id))
+    free = next(
+        path for path in names if not os.path.lexists(path) or (manifest.id and LocalRun(path).id == manifest.id)
+    )
     flag = " --checkpoints" if what.checkpoints else ""
     raise ToolkitError(
         f"{target} holds the results of another run",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
 
 from jobs.events import RawEvent, parsed
-from jobs.formatting import duration, money, one_line, size
+from jobs.formatting import duration, fold, money, one_line, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
 from jobs.views.panel import GpuUsage, cards_text
@@ -169,6 +170,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+LONGEST_WORD = 40  # cells; a longer one, as a path may be, is broken
 HEAD = ("box", "run", "state", "now at", "steps done", "time", "spent", "size")
 
 
@@ -196,13 +198,46 @@ def _remark(run: RemoteRun) -> str:
     return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
 
 
-def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lay out a table in columns, and leave out columns that are empty below their head."""
+GAP = 2  # between columns
+UNBROKEN = ("box", "run")  # columns whose words can be copied whole
+
+
+def columns(table: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
+    """Lay out a table in columns, and leave out columns that are empty below their head.
+
+    width: of the screen, 80 where there is none. What is wider is folded within its column, at
+    spaces; a box or a run whose name is too long for that gets a line of its own.
+    """
+    width = width or shutil.get_terminal_size((80, 24)).columns
     head, *body = table
     kept = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
-    widths = {index: max(cell_len(row[index]) for row in table) for index in kept}
+    long = {
+        row[index] for row in body for index in kept if head[index] in UNBROKEN and cell_len(row[index]) > width // 3
+    }
+    widths = {index: max(cell_len(row[index]) for row in table if row[index] not in long) for index in kept}
+    while sum(widths.values()) + GAP * (len(kept) - 1) > width:
+        foldable = [index for index in kept if widths[index] > _narrowest(table, index, long)]
+        if not foldable:
+            break
+        widths[max(foldable, key=widths.__getitem__)] -= 1
     for row in table:
-        yield "  ".join(row[index] + " " * (widths[index] - cell_len(row[index])) for index in kept).rstrip()
+        alone = [row[index] for index in kept if row[index] in long]
+        if alone:
+            yield "  ".join(alone)
+        cells = {index: [""] if row[index] in long else _folded(row[index], widths[index]) for index in kept}
+        for number in range(max(map(len, cells.values()))):
+            line = {index: [*cells[index], *[""] * number][number] for index in kept}
+            padded = (text + " " * (widths[index] - cell_len(text)) for index, text in line.items())
+            yield (" " * GAP).join(padded).rstrip()
+
+
+def _narrowest(table: Sequence[Sequence[str]], index: int, long: Collection[str]) -> int:
+    words = (word for row in table if row[index] not in long for word in row[index].split(" "))
+    return max(min(max(map(cell_len, words)), LONGEST_WORD), 1)
+
+
+def _folded(text: str, cells: int) -> list[str]:
+    return [line for part in text.split("\n") for line in fold(part, max(cells, 1), len(part) + 1)]
 
 
 def box_facts(listing: Listing) -> list[tuple[str, str]]:

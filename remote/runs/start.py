@@ -106,7 +106,10 @@ def _started(host: str, request: Request, words: Sequence[str]) -> Started:
 
 
 def busy(host: str, run: str, elsewhere: str = "") -> ToolkitError:
-    """Make the error of a box whose slot is taken. elsewhere: the host that has it, if not this box."""
+    """Make the error of a box whose slot is taken.
+
+    elsewhere: the host that has it, if that is another one than the box.
+    """
     if elsewhere:
         return ToolkitError(
             f"the folder of `{host}` is in use: run `{run}` is being trained on {elsewhere}",

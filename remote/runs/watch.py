@@ -29,8 +29,8 @@ from remote.runs.frames import ConnectionLost, FrameStream, Reread, StreamTimeou
 from remote.runs.job_state import JobState, number_of
 from remote.runs.views import View, WatchedRun, named, note
 
-# Run ("": the running one, else the last), file ("events", "log" or "output"), byte offset; below 0:
-# that many lines from the end.
+# Run ("": the running one, else the last), file ("events", "log" or "output"), byte offset. An
+# offset below 0 is so many lines from the end.
 OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
 # Exit code and last words of the ssh process -> the error, if trying again is useless.
 Refused = Callable[[int, str], "ToolkitError | None"]
@@ -66,9 +66,10 @@ def follow(
 ) -> Watched:
     """Show the run until it has ended or until Ctrl-C, reconnecting whenever the connection breaks.
 
-    Ctrl-C ends only the watching. lines: begin with the last ones of the file; 0: at `offset`. once: show only what the file holds now. refused: the error to
-    raise when a connection ended for good (a changed host key, a refused login). Raises
-    ToolkitError: the box refuses us, or `limits.tries` are used up.
+    Ctrl-C ends only the watching. once: show only what the file holds now. refused: the error to
+    raise when a connection ended for good (a changed host key, a refused login). lines: begin with
+    that many last lines of the file, and not at `offset`. Raises ToolkitError: the box refuses us,
+    or `limits.tries` are used up.
     """
     watch = _Watch(view, once, refused, limits, offset, where, lines)
     stopped = False

@@ -61,8 +61,8 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
 
     try:
         code = 0
-        if opened.wait_until_it_listens():
-            tell(state := opened.try_it())
+        if state := opened.opened():
+            tell(state)
             code = opened.watch(tell, state)
         why = opened.last_words()
     finally:

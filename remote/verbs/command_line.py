@@ -82,7 +82,9 @@ def _of_verb(
         elif positional:
             positional -= 1
             found.append(word)
-        elif "--host" in known.takes_value and not {"--host", "-H", "--hosts"} & {each.partition("=")[0] for each in found}:
+        elif "--host" in known.takes_value and not {"--host", "-H", "--hosts"} & {
+            each.partition("=")[0] for each in found
+        }:
             found += ["--host", word]
         else:
             raise ToolkitError(

@@ -328,7 +328,11 @@ def cancel(
         return ExitCode.OK
     if json_:
         left = {"left": list(ended.left), "gpu_held": list(ended.gpu_held), "proven": ended.is_proven}
-        say.data(to_json({"host": connection.box.name, "run": ended.run or None, "how": ended.how, "exit": ended.exit, **left}))
+        say.data(
+            to_json(
+                {"host": connection.box.name, "run": ended.run or None, "how": ended.how, "exit": ended.exit, **left}
+            )
+        )
     else:
         say.data(ended.text())
     return ExitCode.OK if ended.is_proven else ExitCode.UNCERTAIN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import selectors
 import socket
 import subprocess
@@ -16,6 +16,7 @@ from jobs.formatting import one_line
 State = Literal["open", "forbidden", "nobody listens", "failed"]
 
 LISTEN_S = 30.0  # until ssh has logged in and listens here
+AGAIN_S = 3.0  # until it is tried again whether somebody listens
 TRY_S = 2.0  # until the box has refused to connect; if it says nothing, it has connected
 LAST_WORDS_S = 0.3
 
@@ -44,35 +45,48 @@ class Tunnel:
         )
         self._words = b""
 
-    def wait_until_it_listens(self) -> bool:
+    def opened(self) -> State | None:
+        """Wait until ssh listens here, and return what the tunnel leads to; None: ssh has ended."""
         deadline = time.monotonic() + LISTEN_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(OSError), socket.socket() as probe:
-                probe.bind(("127.0.0.1", self._local))
-                time.sleep(0.05)  # nobody has the port yet
-                continue
-            return True
-        return False
+            if state := self._try():
+                return state
+            time.sleep(0.05)
+        return None
 
-    def try_it(self) -> State:
-        """Connect once through the tunnel."""
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._local), TRY_S) as trial:
+    def _try(self) -> State | None:
+        """Connect once through the tunnel; None: ssh does not listen."""
+        heard = len(self._words)
+        try:
+            trial = socket.create_connection(("127.0.0.1", self._local), TRY_S)
+        except OSError:
+            return None
+        with trial:
             trial.settimeout(TRY_S)
-            with contextlib.suppress(TimeoutError):
+            try:
                 if trial.recv(1):
                     return "open"
-                # The connection was closed: by ssh, which then says why, or by who listens.
+            except TimeoutError:
+                pass
+            except OSError:
                 self._hear(LAST_WORDS_S)
-        self._hear(0)
-        return state_of(self._words.decode(errors="replace")) or "open"
+            else:  # it was closed: by ssh, which then says why, or by who listens
+                self._hear(LAST_WORDS_S)
+        return state_of(self._words[heard:].decode(errors="replace")) or "open"
 
     def watch(self, changed: Callable[[State], None], state: State) -> int:
         """Wait for its end, and tell whenever the port can be reached or not; return ssh's code."""
-        while self._hear(None):
-            found = state_of(self._words.rpartition(b"\n")[0].rpartition(b"\n")[2].decode(errors="replace"))
+        while True:
+            heard = len(self._words)
+            is_waiting = state == "nobody listens"
+            goes_on = self._hear(AGAIN_S if is_waiting else None)
+            found = state_of(self._words[heard:].decode(errors="replace"))
+            if is_waiting and len(self._words) == heard and goes_on:
+                found = self._try()
             if found and found != state:
                 changed(state := found)
-        return self._process.wait()
+            if not goes_on:
+                return self._process.wait()
 
     def _hear(self, seconds: float | None) -> bool:
         """Take more of ssh's words, waiting for them so long; False: there will be none."""
@@ -82,8 +96,8 @@ class Tunnel:
             selector.register(stderr, selectors.EVENT_READ)
             if not selector.select(seconds):
                 return True
-        more = stderr.read1(1 << 16)  # type: ignore[attr-defined]
-        self._words = (self._words + more)[-8192:]
+        more = os.read(stderr.fileno(), 1 << 16)
+        self._words += more
         return bool(more)
 
     def last_words(self) -> str:

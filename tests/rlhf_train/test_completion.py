@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
-import re
 from pathlib import Path
 from typing import Any
 

@@ -950,7 +950,7 @@ def test_after_a_boot_or_with_the_number_of_another_process_it_is_lost(box: Box,
     assert list((box.root / "secrets").iterdir()) == []
 
 
-# --- a folder that several boxes share -------------------------------------------------------------
+# --- a folder that several boxes share ------------------------------------------------------------
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if Path("/proc").is_dir() else ""
 OTHER_BOOT = "22222222-2222-2222-2222-222222222222"
@@ -999,7 +999,9 @@ def test_a_job_of_another_box_is_running_and_left_alone(box: Box, boot: str, hos
 
 def looked(box: Box) -> str:
     argv = [str(box.bin / "sh"), "-s", "--", "look", str(box.root)]
-    return subprocess.run(argv, input=script("results.sh"), env=box.environ, capture_output=True, check=True).stdout.decode()
+    return subprocess.run(
+        argv, input=script("results.sh"), env=box.environ, capture_output=True, check=True
+    ).stdout.decode()
 
 
 def test_containers_that_share_process_numbers_and_not_the_hosts_name_see_each_other(box: Box) -> None:
@@ -1039,7 +1041,13 @@ def test_a_clock_that_is_wrong_on_another_box_does_not_silence_it(box: Box) -> N
     kill(box.started())
     seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
     beats = subprocess.Popen(
-        ["sh", "-c", 'n=1000; while :; do n=$((n + 1)); echo $n >"$1"; sleep 0.5; done', "sh", str(box.run().heartbeat)],
+        [
+            "sh",
+            "-c",
+            'n=1000; while :; do n=$((n + 1)); echo $n >"$1"; sleep 0.5; done',
+            "sh",
+            str(box.run().heartbeat),
+        ],
         env=box.environ,
     )
     try:

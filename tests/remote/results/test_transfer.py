@@ -581,5 +581,5 @@ def test_one_folder_takes_one_fetch_at_a_time(laptop: Laptop, box: BoxFolder, ru
     laptop.runs.mkdir(parents=True)
     linked.symlink_to(laptop.runs)
     place = fetching.target_file(laptop.state, linked / "tiny")
-    with fetching._lock(place, "taken"), pytest.raises(ToolkitError, match="another `fab fetch` into .* is running"):
+    with fetching._lock(place, "taken"), pytest.raises(ToolkitError, match=r"another `fab fetch` into .* is running"):
         laptop.fetch()

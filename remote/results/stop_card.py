@@ -188,8 +188,9 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
         return
     if card.running is not None:
         raise ToolkitError(
-            f"cannot stop {card.host}: run `{card.running}` is being trained there",
-            hint=f"fab cancel --host {card.host} saves a checkpoint and ends it; or --yes to stop the box anyway",
+            f"cannot stop {card.host}: a job runs there",
+            hint=f"fab cancel --host {card.host} --run {card.running} saves a checkpoint and ends it; "
+            "or --yes to stop the box anyway",
             exit_code=ExitCode.BUSY,
         )
     if card.unfetched:

@@ -924,6 +924,22 @@ def test_ranks_alone_are_training_and_can_be_cancelled(box: Box) -> None:
     assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
 
 
+@every_shell
+def test_the_last_lines_alone(made: Callable[[str], Box], shell: str) -> None:
+    box = made(shell)
+    lines = [b"line %d\n" % number for number in range(1000)]
+    run = box.run()
+    run.path.mkdir(parents=True)
+    run.log.write_bytes(b"".join(lines))
+    for count, expected in ((3, lines[-3:]), (5000, lines)):
+        watched, seen = box.watch("log", lines=count, once=True)
+        assert bytes(seen.bytes) == b"".join(expected) and watched.offset == run.log.stat().st_size
+    run.log.write_bytes(b"".join(lines) + b"half")
+    assert bytes(box.watch("log", lines=2, once=True)[1].bytes) == lines[-1] + b"half"
+    run.log.unlink()
+    assert bytes(box.watch("log", lines=2, once=True)[1].bytes) == b""
+
+
 @pytest.mark.parametrize("what", ["boot", "start"])
 def test_after_a_boot_or_with_the_number_of_another_process_it_is_lost(box: Box, what: str) -> None:
     """The supervisor's number is this test's own process."""

@@ -103,7 +103,7 @@ def test_nothing_is_stopped_while_something_would_be_lost() -> None:
     assert error.exit_code == ExitCode.UNFIT and error.why == "2 GB, named above"
     assert error.hint == "fab fetch --host box --run tiny\nor --yes to stop the box anyway"
     error = refusal(card(running="tiny"))
-    assert error.exit_code == ExitCode.BUSY and "run `tiny`" in error.what
+    assert error.exit_code == ExitCode.BUSY and "fab cancel --host box --run tiny" in error.hint
     may_stop(card(running="tiny", fetched={}), yes=True)
 
 

@@ -77,6 +77,14 @@ class RunDir:
         return self.path / "job.yaml"
 
     @property
+    def id(self) -> Path:
+        """A random word that tells this run from any other, also from one of the same name.
+
+        If it is absent, the folder was begun before there were ids.
+        """
+        return self.path / "id"
+
+    @property
     def format(self) -> Path:
         """The number of this folder's format (JSON).
 

@@ -197,6 +197,14 @@ def find(name: str, boxes: Mapping[str, Box]) -> Box:
     return Box(name=name, address=name)
 
 
+def meant(name: str, boxes: Mapping[str, Box]) -> str:
+    """Say which boxes are known, for a name that is none of them and leads nowhere; else ""."""
+    if name in boxes or not boxes:
+        return ""
+    near = difflib.get_close_matches(name, boxes, n=1)
+    return (f"did you mean {near[0]}? " if near else f"`{name}` is not in boxes.yaml; ") + _known(boxes)
+
+
 def _known(boxes: Mapping[str, Box]) -> str:
     if boxes:
         return f"boxes.yaml knows: {', '.join(sorted(boxes))}"

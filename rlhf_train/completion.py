@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from jobs.events import End, EventWriter, effective, parse, read_events
 from jobs.run_dir import FORMAT, RunDir
 from jobs.spec import Job, difference
 from jobs.steps import STEPS
-from rlhf_train.disk import read_json, write_json
+from rlhf_train.disk import read_json, write_json, write_line
 
 
 def needed_by(job: Job, step: int) -> list[int]:
@@ -59,15 +60,18 @@ def _too_new(run: RunDir, hint: str) -> ToolkitError:
 
 
 def begin_run(run: RunDir) -> None:
-    """Write the format number, and remove what a newer version has left.
+    """Give the run its id and format number, and remove what a newer version has left.
 
-    All of that is done again: see `steps_to_do`.
+    All of that is done again: see `steps_to_do`. A run keeps its id as long as its folder lives,
+    also with `--redo`.
     """
     if is_too_new(run):
         for folder in (*(run.step(step).path for step in _begun(run)), run.tokenizer):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (run.fitted, run.redo):
             file.unlink(missing_ok=True)
+    if not run.id.exists():
+        write_line(run.id, secrets.token_hex(8))
     if read_json(run.format) != FORMAT:
         write_json(run.format, FORMAT)
 

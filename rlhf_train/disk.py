@@ -13,9 +13,14 @@ def write_json(path: Path, value: Any) -> None:
 
     A hard link that is shared with another run is not written to: that run keeps the old file.
     """
+    write_line(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_line(path: Path, text: str) -> None:
+    """Write a file of this text and a newline whole, or leave it as it was."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     rename(partial, path)

@@ -420,7 +420,7 @@ def locked(run: RunDir) -> Iterator[int]:
             owner = file.read().strip()
             is_elsewhere = owner and not owner.endswith(f" on {socket.gethostname()}")  # another container, say
             # Else the owner is gone, and its ranks are about to end.
-            if is_elsewhere or _is_alive(owner) or time.monotonic() > deadline:
+            if is_elsewhere or _is_alive(owner, run.lock) or time.monotonic() > deadline:
                 raise _busy(run, owner)
             time.sleep(POLL_S)
         file.truncate(0)
@@ -431,7 +431,7 @@ def locked(run: RunDir) -> Iterator[int]:
 
 def _busy(run: RunDir, owner: str) -> ToolkitError:
     what = f"run `{run.name}` is being trained by another process"
-    if _is_alive(owner):
+    if _is_alive(owner, run.lock):
         return ToolkitError(
             what,
             why=f"process {owner} holds {run.lock}",
@@ -477,12 +477,17 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _is_alive(owner: str) -> bool:
-    """Return whether the owner is a living process of this machine or container.
+def _is_alive(owner: str, lock: Path) -> bool:
+    """Return whether the owner is a living process that is seen from here.
 
-    owner: `123 on gpu-box`.
+    owner: `123 on gpu-box`. Two containers may share their process numbers and not the host name,
+    so a process of that number which has the lock's file open is the owner, whatever its host.
     """
     process, _, host = owner.partition(" on ")
+    if process == str(os.getpid()):  # the number of an owner that is gone
+        return False
+    if process in (str(number) for number, _ in holders(lock)):
+        return True
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):

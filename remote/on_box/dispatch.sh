@@ -38,6 +38,7 @@ if [ "${1-}" = - ]; then # for follow and cancel: the run in the slot, else the 
         echo 'error: there is no run' >&2
         exit 2
     }
+    [ "$verb" != cancel ] || echo "run $run"
 fi
 if [ "$verb" = cancel ] && [ "${2-}" = - ]; then # the grace that the job was started with
     { read -r grace <"$found/runs/$1/job/grace"; } 2>/dev/null || grace=60

@@ -138,7 +138,7 @@ take_over() { # an existing lock: remove it if it is dead, else end here
         expires=$value
         ! read_line "$root/lock/renewed" || [ "$value" -le "$expires" ] 2>/dev/null || expires=$value
         word_of "$root/lock/owner" box
-        if [ "$value" != "$identity" ]; then
+        if [ "$value" != "$identity" ] && [ "$(second_word "$value")" = "$(second_word "$identity")" ]; then # not another host that shares ROOT
             why='the box was restarted since'
         elif [ "$theirs" = "$dead" ]; then
             why='its deploy was killed'
@@ -174,6 +174,14 @@ end_worker() { # environment.sh ends the processes that it has started
     done
     kill -KILL "$worker" 2>/dev/null
     : "$tenth"
+}
+
+second_word() { # LINE   -> of an identity: the host's name
+    set -f
+    # shellcheck disable=SC2086
+    set -- $1
+    set +f
+    printf %s "${2-}"
 }
 
 check_token() { # ROOT TOKEN

@@ -54,6 +54,11 @@ newest_checkpoint() { # FOLDER of a step   sets update; older ones are not wante
     [ -n "$update" ]
 }
 
+id_of() { # FOLDER of a run   sets value: the run's id; a run that was begun before there were ids has none
+    read_line "$1/id" || return 1
+    case $value in '' | *[!0-9A-Za-z-]*) return 1 ;; esac
+}
+
 # --- look ------------------------------------------------------------------------------------------------------------
 
 look() {
@@ -61,10 +66,12 @@ look() {
     say root "$(cd "$root" 2>/dev/null && pwd -P)"
     [ ! -f "$root/.rlhf-box" ] || say marked
     running
+    [ -z "$elsewhere" ] || say elsewhere "$elsewhere"
     for folder in "$root"/runs/*/; do
         [ -d "$folder" ] || continue
         folder=${folder%/}
         say run "${folder##*/}"
+        ! id_of "$folder" || say id "$value"
         [ ! -f "$folder/events.jsonl" ] || say events "$(stat -L -c %s "$folder/events.jsonl")"
         for step in 1 2 3; do
             place=$folder/step$step
@@ -125,14 +132,21 @@ is_named() { # standard input: words
 }
 
 running() { # `running RUN REQUEST`, if there is a job: its supervisor, its processes, or its container
-    boot='' pid='' since_then='' request='' run=''
+    # sets elsewhere: the host on which it runs, if that shares the folder with this one
+    pid='' since_then='' request='' run='' elsewhere=''
     read_line "$root/slot/run" && run=$value
     read_line "$root/slot/request" && request=$value
     read_line "$root/slot/pid" && pid=$value
     read_line "$root/slot/start" && since_then=$value
-    read_line "$root/slot/boot" && boot=$value
-    read_line /proc/sys/kernel/random/boot_id
-    if [ -n "$boot" ] && [ "$boot" = "$value" ] && is_running "$pid" "$since_then"; then
+    place
+    read_line "$root/slot/boot"
+    sight "$value"
+    if [ $where != here ] && [ -n "$request" ] && read_line "$root/runs/$run/job/request" && [ "$value" = "$request" ] && [ ! -e "$root/runs/$run/job/exit" ] && hears "$root/runs/$run/job/heartbeat"; then
+        elsewhere=$their_host
+        say running "${run:--}" "$request"
+        return
+    fi
+    if [ $where = here ] && is_running "$pid" "$since_then"; then
         say running "${run:--}" "${request:--}"
         return
     fi
@@ -197,6 +211,11 @@ grown_file() { # NAME [lines]   up to its present length; with `lines` to the en
     say grown "$bytes" "$sha" "$1"
 }
 
+first_event() { # its hash tells a run from another one, also where there is no id
+    [ -f "$run/events.jsonl" ] && [ "$(head -n 1 <"$run/events.jsonl" | wc -l)" -eq 1 ] || return 0
+    sha=$(head -n 1 <"$run/events.jsonl" | sha_of) && say began "$sha"
+}
+
 a_step() { # NUMBER   all that a complete one holds
     mark=$(sha_of <"$run/step$1/complete.json") || return 1
     for part in model model_ema best; do each_file "step$1/$part" || return 1; done
@@ -232,6 +251,11 @@ manifest() { # RUN [checkpoints]
     fi
     remembered=$root/cache/results/$1
     known=$newline$(cat "$remembered" 2>/dev/null)$newline
+    if id_of "$run"; then
+        say text $((${#value} + 1)) id
+        say "$value"
+    fi
+    first_event
     grown_file events.jsonl lines
     grown_file train.log
     one_file job.yaml

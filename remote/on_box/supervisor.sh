@@ -3,7 +3,8 @@
 # its own parent. Its state is in files of ROOT/runs/RUN/job. Its verbs, answers and exit codes: PROTOCOL.md.
 #
 # A request runs at most once: ROOT/requests/REQUEST is made either by `start`, as its last step before the job begins, or by `withdraw`.
-# The slot is made before that. A process is identified by its number, its start time and the boot, since numbers are reused.
+# The slot is made before that. A process is identified by its number, its start time, the boot and the namespace of its number, since
+# numbers are reused. Several boxes may share ROOT: of a job that another one runs, only the heartbeat is known here, and nothing is written.
 #
 # shellcheck disable=SC2015 # `a && b || c` is meant as it stands: c also if b fails
 # shellcheck disable=SC2016 # the backticks are part of the message
@@ -106,20 +107,26 @@ job_is_there() { # of the files that `look` has read
     if [ -n "$j_container" ]; then
         container_runs "$j_request"
     else
-        [ "$j_boot" = "$boot" ] && { is_running "${j_process% *}" "${j_process#* }" || ! has_no_members "$j_request"; }
+        [ $where = here ] && { is_running "${j_process% *}" "${j_process#* }" || ! has_no_members "$j_request"; }
     fi
 }
 
-look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a supervisor, keep `training`, since finding it out is slow
+look() { # RUN [kept]   sets j_*, where, their_host, alive, training, words. kept: without a supervisor, keep `training`, since finding it out is slow
     j=$root/runs/$1/job
-    for name in request pid start boot started heartbeat exit ended grace steps container; do
+    for name in request pid start started heartbeat exit ended grace steps container; do
         read_word "$j/$name"
         eval "j_$name=\$value"
     done
     read_line "$j/process"
     j_process=$value alive=0 cancelled=0
     [ ! -e "$j/cancelled" ] || cancelled=1
-    [ "$j_boot" != "$boot" ] || ! is_running "$j_pid" "$j_start" || alive=1
+    read_line "$j/boot"
+    sight "$value"
+    if [ $where = here ]; then
+        ! is_running "$j_pid" "$j_start" || alive=1
+    elif [ -n "$j_request" ] && [ -z "$j_exit" ] && read_line "$slot/request" && [ "$value" = "$j_request" ]; then # only this one can live
+        ! hears "$j/heartbeat" || alive=1
+    fi
     if [ -n "$j_exit" ] || [ -z "$j_request" ]; then
         training=0
     elif [ $alive -eq 1 ]; then
@@ -130,6 +137,7 @@ look() { # RUN [kept]   sets j_*, alive, training, words. kept: without a superv
         ! job_is_there || training=1
     fi
     words="run=$1 request=$j_request alive=$alive training=$training cancelled=$cancelled"
+    [ $where = here ] || [ -z "$their_host" ] || words="$words host=$their_host"
     for name in exit started ended grace steps; do
         eval "value=\$j_$name"
         [ -z "$value" ] || words="$words $name=$value"
@@ -141,12 +149,15 @@ tidy() { # REQUEST   of a job without any process left
     rm -rf "$root/secrets/$1"
     read_line "$slot/request"
     [ "$value" = "$1" ] || return 0
-    # By rename, so that nobody sees half a slot.
-    mv "$slot" "$slot.gone.$$" 2>/dev/null && rm -rf "$slot.gone.$$"
+    remove_slot
 }
 
-tidy_lost() { # a job that `look` has found ended, without a supervisor
-    [ "$alive$training" != 00 ] || [ -z "$j_request" ] || [ ! -d "$root/secrets/$j_request" ] || tidy "$j_request"
+remove_slot() { # by rename, so that nobody sees half a slot
+    mv "$slot" "$slot.gone.$$.$host" 2>/dev/null && rm -rf "$slot.gone.$$.$host"
+}
+
+tidy_lost() { # a job that `look` has found ended, without a supervisor; one of another host is not touched
+    [ $where = away ] || [ "$alive$training" != 00 ] || [ -z "$j_request" ] || [ ! -d "$root/secrets/$j_request" ] || tidy "$j_request"
 }
 
 # --- start ----------------------------------------------------------------------------------------------------------
@@ -250,12 +261,20 @@ claim() { # take the slot, or say who has it
             look "$has_slot"
             if [ "$j_request" != "$had" ]; then # it was claimed, and its job has not begun yet
                 j_exit='' alive=0 training=0
-                read_word "$slot/boot" && [ "$value" = "$boot" ] && read_word "$slot/start" && begun=$value && read_word "$slot/pid" && is_running "$value" "$begun" && alive=1
+                read_line "$slot/boot"
+                sight "$value"
+                if [ $where = here ]; then
+                    read_word "$slot/start" && begun=$value && read_word "$slot/pid" && is_running "$value" "$begun" && alive=1
+                elif read_word "$slot/claimed" && is_number "$value"; then # there is no heartbeat yet
+                    age=$(($(epoch) - value))
+                    [ ${age#-} -gt $QUIET_S ] || alive=1
+                fi
             fi
             if [ "$alive$training" = 00 ]; then
                 take_over "$had"
             elif [ -z "$j_exit" ] || [ $waits -eq 0 ]; then
                 [ "$had" != "$request" ] || say_decided
+                [ $where = here ] || give_up busy "$has_slot" "$had" "$their_host"
                 give_up busy "$has_slot" "$had"
             fi
         fi
@@ -266,22 +285,34 @@ claim() { # take the slot, or say who has it
     claimed=1
     # `start` last: with it, the slot is whole.
     write "$slot/run" "$run" && write "$slot/request" "$request" && write "$slot/code" "$fp" && write "$slot/environment" "$d_environment" &&
-        write "$slot/pid" $$ && write "$slot/boot" "$boot" && cp "$root/deployed" "$slot/deployed" 2>/dev/null && write "$slot/start" "$own_start" || no_room
+        write "$slot/pid" $$ && write "$slot/claimed" "$(epoch)" && write "$slot/boot" "$boot $namespace $host" && cp "$root/deployed" "$slot/deployed" 2>/dev/null && write "$slot/start" "$own_start" || no_room
 }
 
 take_over() { # REQUEST   the slot of a job that is gone. Two calls may do this concurrently, and one may see the other's new slot
     if ! mkdir "$slot/taken" 2>/dev/null; then
         read_line "$slot/taken/by"
-        [ -z "$value" ] || is_running "${value% *}" "${value#* }" || rm -rf "$slot/taken"
+        [ -z "$value" ] || taker_lives || rm -rf "$slot/taken"
         return 0
     fi
-    printf '%s\n' "$$ $own_start" 2>/dev/null >"$slot/taken/by"
+    printf '%s\n' "$$ $own_start $(epoch) $boot $namespace $host" 2>/dev/null >"$slot/taken/by"
     read_word "$slot/request"
     if [ "$value" = "$1" ]; then
-        mv "$slot" "$slot.gone.$$" 2>/dev/null && rm -rf "$slot.gone.$$"
+        remove_slot
         ! is_name "$1" || [ "$1" = "$request" ] || rm -rf "$root/secrets/$1"
     else
         rm -rf "$slot/taken"
+    fi
+}
+
+taker_lives() { # of the line in value: PID START [EPOCH BOOT NAMESPACE HOST]
+    set -f
+    # shellcheck disable=SC2086
+    set -- $value
+    set +f
+    if [ $# -le 2 ] || { sight "$4 $5 ${6-}" && [ $where = here ]; }; then
+        is_running "$1" "${2-}"
+    else # taking over is done in a moment
+        is_number "$3" && age=$(($(epoch) - $3)) && [ "${age#-}" -le $QUIET_S ]
     fi
 }
 
@@ -303,7 +334,7 @@ prepare() { # write all that needs room on the disk, so that nothing can fail af
     line=''
     rm -rf "$new"
     now=$(epoch)
-    mkdir "$new" 2>/dev/null && write "$new/request" "$request" && write "$new/pid" $$ && write "$new/start" "$own_start" && write "$new/boot" "$boot" &&
+    mkdir "$new" 2>/dev/null && write "$new/request" "$request" && write "$new/pid" $$ && write "$new/start" "$own_start" && write "$new/boot" "$boot $namespace $host" &&
         write "$new/started" "$now" && write "$new/heartbeat" "$now" && write "$new/grace" "$grace" && write "$new/steps" "$steps" || no_room
     # A reserve, which is released before the exit code is written: a full disk must not lose the code.
     { head -c 16384 /dev/zero >"$new/room" && printf '' >"$new/output"; } 2>/dev/null && [ "$(wc -c <"$new/room")" -eq 16384 ] || no_room
@@ -339,7 +370,7 @@ run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
     is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not valid'
     case $root in /*) ;; *) refuse 'ROOT must be an absolute path' ;; esac
     [ -d "$root/code" ] || refuse "nothing is deployed in $root"
-    code=$root/code/$fp incoming=$root/inputs/.incoming.$$ new=$root/runs/$run/job/new.$$
+    code=$root/code/$fp incoming=$root/inputs/.incoming.$request new=$root/runs/$run/job/new.$$
     fields_of $$ || refuse 'cannot read /proc'
     own_start=$since
     steps_in "$@"
@@ -615,16 +646,33 @@ first_word() { # TEXT   -, where it is not a number
     is_number "${1-}" && printf %s "$1" || printf -
 }
 
-follow() { # RUN FILE OFFSET
+lines_from_end() { # FILE LINES   sets offset: where its last LINES lines begin
+    for _ in 1 2 3 4 5; do # again, if the file grew meanwhile
+        size_of "$1"
+        offset=$((size - $(tail -n "$2" "$1" 2>/dev/null | wc -c)))
+        length=$size
+        size_of "$1"
+        [ "$size" -ne "$length" ] || break
+    done
+    [ "$offset" -ge 0 ] || offset=0
+}
+
+follow() { # RUN FILE OFFSET|-LINES
     is_name "$1" || fail 2 'this cannot name a run'
     [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
-    is_number "$3" || fail 2 'the offset is not a number'
+    is_number "${3#-}" || fail 2 'the offset is not a number'
     offset=$3 told='' told_cards='' beaten='' tick=0 quiet=0 training=0 kept=''
     case $2 in
         events) file=$root/runs/$1/events.jsonl ;;
         log) file=$root/runs/$1/train.log ;;
         output) file=$root/runs/$1/job/output ;;
         *) fail 2 'events, log or output can be followed' ;;
+    esac
+    case $3 in
+        -*)
+            lines_from_end "$file" "${3#-}"
+            printf 'from %s\n' "$offset" || exit 0
+            ;;
     esac
     exec 3>&1
     while :; do
@@ -679,11 +727,11 @@ list() {
     done
     if has nvidia-smi; then
         cards=''
-        ask_cards "$root/.smi.$$" $USE
+        ask_cards "$root/.smi.$$.$host" $USE
         each_tenth 20 is_gone "$smi" "$smi_start"
-        { read_cards <"$root/.smi.$$"; } 2>/dev/null
+        { read_cards <"$root/.smi.$$.$host"; } 2>/dev/null
         printf %s "$cards"
-        rm -f "$root/.smi.$$"
+        rm -f "$root/.smi.$$.$host"
     fi
     free=$(free_kb "$root")
     [ -z "$free" ] || printf 'disk %s\n' "$free"
@@ -717,6 +765,15 @@ cancel() { # RUN GRACE_S
     [ -d "$root/runs/$1" ] || fail 2 "there is no run $1 in $root/runs"
     look "$1"
     wanted=$j_request
+    if [ -n "$wanted" ] && [ -z "$j_exit" ] && { [ "$training" -eq 0 ] || [ "$alive" -eq 1 ]; } && [ "$where" != here ]; then
+        if [ $alive -eq 1 ]; then # nothing of it is in sight, nor its records are ours to change
+            printf 'elsewhere %s\n' "$their_host"
+            return
+        elif [ $where = away ]; then
+            printf 'unheard %s %s\n' "$their_host" "${j_heartbeat:-0}"
+            return
+        fi
+    fi
     if [ -z "$wanted" ] || has_ended "$1"; then
         tidy_lost
         printf 'not_running\n'
@@ -764,14 +821,14 @@ prove() { # that nothing is left; the driver takes a moment to give memory back
 holders() { # gpu_held UUID PID MIB COMMAND, by the driver (in a container with the host's pids) and by who has a card open
     listed=' '
     if has nvidia-smi; then
-        ask_cards "$root/.smi.$$" --query-compute-apps=gpu_uuid,pid,used_memory
+        ask_cards "$root/.smi.$$.$host" --query-compute-apps=gpu_uuid,pid,used_memory
         each_tenth 30 is_gone "$smi" "$smi_start" || printf 'gpu_held - - - nvidia-smi does not answer\n'
         while IFS=', ' read -r uuid pid used _; do
             is_number "$pid" || continue
             printf 'gpu_held %s %s %s %s\n' "$uuid" "$pid" "$(first_word "$used")" "$(command_of "$pid")"
             listed="$listed$pid "
-        done 2>/dev/null <"$root/.smi.$$"
-        rm -f "$root/.smi.$$"
+        done 2>/dev/null <"$root/.smi.$$.$host"
+        rm -f "$root/.smi.$$.$host"
     fi
     [ -e /dev/nvidiactl ] || return 0
     # shellcheck disable=SC2012 # find cannot print what a link says in busybox
@@ -790,8 +847,7 @@ holders() { # gpu_held UUID PID MIB COMMAND, by the driver (in a container with 
 [ $# -ge 2 ] || fail 2 'the call is `supervisor.sh VERB ROOT ...`'
 verb=$1 root=${2%/}
 slot=$root/slot
-read_line /proc/sys/kernel/random/boot_id
-boot=$value
+place
 case $verb in
     start)
         shift
@@ -806,7 +862,7 @@ case $verb in
         withdraw "$3"
         ;;
     follow)
-        [ $# -eq 5 ] || fail 2 'the call is `follow ROOT RUN events|log|output OFFSET`'
+        [ $# -eq 5 ] || fail 2 'the call is `follow ROOT RUN events|log|output OFFSET|-LINES`'
         follow "$3" "$4" "$5"
         ;;
     list) list ;;

@@ -6,6 +6,7 @@ A file or folder gets its name only when it is whole, and nothing else in the ru
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from typing import IO, Any
 from urllib.parse import quote, unquote
 
 from jobs.errors import ToolkitError
-from remote.results.manifest import RemoteFile, Unit
-from remote.results.run_contents import write_json
+from remote.results.manifest import Manifest, RemoteFile, Unit
+from remote.results.run_contents import run_id, write_json
 
 BLOCK = 1 << 20
 _CHECKPOINT, _OLD = "checkpoint-", "old-"
@@ -33,6 +34,7 @@ class LocalRun:
         self.target = target
         self.staging = target.with_name(f".{target.name}.fetch")
         self._placed: dict[str, dict[str, Any]] = _read_json(self._record) or {}
+        self._aside: dict[str, str] = {}  # step folders that this call has moved: their new names
 
     @property
     def _record(self) -> Path:
@@ -56,6 +58,64 @@ class LocalRun:
                 return _hash(file)
         except (FileNotFoundError, NotADirectoryError):
             return ""
+
+    @property
+    def id(self) -> str:
+        """The id of the run whose results are here; "": there is none."""
+        try:
+            return run_id((self.target / "id").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+
+    def first_event(self) -> str:
+        """Return the hash of the first event's line; "" if there is no whole line."""
+        try:
+            with (self.target / "events.jsonl").open("rb") as file:
+                line = file.readline()
+        except OSError:
+            return ""
+        return hashlib.sha256(line).hexdigest() if line.endswith(b"\n") else ""
+
+    def is_of_another_run(self, manifest: Manifest) -> bool:
+        """Tell whether the results here are those of another run than the box's.
+
+        The ids decide. Where one of the two has an id, the first event decides, which has the time
+        at which the run began: a newer version gives an id to the run that it resumes. Two runs
+        without an id cannot be told apart.
+        """
+        if self.id and manifest.id:
+            return self.id != manifest.id
+        if not self.id and not manifest.id:
+            return False
+        first_event = self.first_event()
+        if first_event and manifest.first_event:
+            return first_event != manifest.first_event
+        return bool(self.id)
+
+    def names_of_step(self, step: int) -> list[str]:
+        """List the files of a step that were fetched, or if that is not recorded, all of them.
+
+        Without its checkpoints.
+        """
+        known = [path for path in self._placed if path.startswith(f"step{step}/")]
+        found = known or self._inside(Unit(f"step{step}", ()))
+        return [path for path in found if not path.startswith(f"step{step}/checkpoints/")]
+
+    def set_aside(self, step: int) -> str:
+        """Move a step's folder to a name of its own, and return that name.
+
+        Its complete.json is part of the name: each training of a step has another one.
+        """
+        place = self.target / f"step{step}"
+        name = f"{place.name}.earlier-{self.sha256(f'{place.name}/complete.json')[:8]}"
+        tries = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        new = next(each for each in tries if not os.path.lexists(self.target / each))
+        place.replace(self.target / new)
+        self._aside[place.name] = new
+        _sync(self.target)
+        self._placed = {path: known for path, known in self._placed.items() if not path.startswith(f"{place.name}/")}
+        self._save()
+        return new
 
     def has(self, unit: Unit) -> bool:
         return all(self.sha256(file.path) == file.sha256 for file in unit.files) and not self._surplus(unit)
@@ -100,7 +160,7 @@ class LocalRun:
         for each in unit.files:
             if each.path not in parts:  # it was fetched earlier
                 (made / each.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.target / each.path, made / each.path)
+                shutil.copyfile(self._source(each.path), made / each.path)
         self.check(unit)  # again, since the copy may have taken long
         for each in unit.files:
             file = made / each.path
@@ -125,6 +185,12 @@ class LocalRun:
             del self._placed[path]
         self._save()
         _remove(old)
+
+    def _source(self, path: str) -> Path:
+        """Return where a file lies that was here when this call began."""
+        step, _, rest = path.partition("/")
+        aside = self.target / self._aside.get(step, step) / rest
+        return aside if aside.exists() else self.target / path
 
     def _old(self, path: str) -> Path:
         """Return where a unit is kept while a new one replaces it."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO
 
-from remote.results.run_contents import SHA256, NewestCheckpoint
+from remote.results.run_contents import SHA256, NewestCheckpoint, run_id
 
 NAME_BYTES = 255  # of a file's name, as file systems have it
 MODELS = ("model", "model_ema", "best")
@@ -58,21 +58,29 @@ class Manifest:
     odd: int = 0  # files whose names hold control characters
     others: tuple[str, ...] = ()  # runs that are on the box
     problem: str = ""  # no_root, no_run
+    id: str = ""  # of the run; "": it was begun before there were ids
+    first_event: str = ""  # the hash of the first event's line
 
     def units(self) -> list[Unit]:
         """Group the files into units, in the order of transfer.
 
-        Small files first, then each step, its complete.json last.
+        Small files first, of them the run's id, then each step, its complete.json last.
         """
         folders: dict[str, list[RemoteFile]] = {}
         for file in self.files:
             folders.setdefault(_unit_of(file.path), []).append(file)
 
-        def order(unit: Unit) -> tuple[bool, str, bool, str]:
+        def order(unit: Unit) -> tuple[bool, bool, str, bool, str]:
             path = unit.path
-            return path[:4] == "step", path[:5], path.endswith("complete.json"), path
+            return path != "id", path[:4] == "step", path[:5], path.endswith("complete.json"), path
 
         return sorted((Unit(path, tuple(files)) for path, files in folders.items()), key=order)
+
+
+def models_digest(files: Iterable[tuple[str, int, str]]) -> str:
+    """Hash the names, sizes and hashes of all files of a step's models."""
+    lines = sorted(f"{sha256} {size_bytes} {path}" for path, size_bytes, sha256 in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _unit_of(path: str) -> str:
@@ -86,7 +94,7 @@ def _unit_of(path: str) -> str:
 
 _ONE = r"(?!\.{1,2}(?:/|$))[^/]+"
 _KNOWN = re.compile(
-    rf"events\.jsonl|train\.log|job\.yaml|format|tokenizer(?:/{_ONE})+"
+    rf"id|events\.jsonl|train\.log|job\.yaml|format|tokenizer(?:/{_ONE})+"
     rf"|step[123]/(?:complete\.json|fields\.json|(?:model|model_ema|best)(?:/{_ONE})+"
     rf"|checkpoints/update-[0-9]{{1,15}}/{_ONE})"
 )
@@ -112,7 +120,7 @@ class ManifestReader:
         self._checkpoints: dict[int, NewestCheckpoint] = {}
         self._changed: list[int] = []
         self._others: list[str] = []
-        self._problem, self._odd = "", 0
+        self._problem, self._odd, self._first_event = "", 0, ""
 
     def read(self) -> Manifest | None:
         """Read the manifest; None if the connection ended before the answer."""
@@ -133,7 +141,10 @@ class ManifestReader:
         elif word == "text" and (found := re.fullmatch(r"([0-9]{1,9}) (.+)", rest)):
             data = self._stream.read(int(found[1]))
             self._add(RemoteFile(found[2], len(data), hashlib.sha256(data).hexdigest(), content=data))
-            self._of_checkpoint(found[2], data)
+            if "/checkpoints/" in found[2]:
+                self._of_checkpoint(found[2], data)
+        elif word == "began" and SHA256.fullmatch(rest):
+            self._first_event = rest
         elif word == "step" and (found := re.fullmatch(r"([123]) ([0-9a-f]{64})", rest)):
             self._steps[int(found[1])] = found[2]
         elif word == "checkpoint" and (
@@ -177,7 +188,14 @@ class ManifestReader:
             step = int(file.path[4]) if file.path.startswith("step") else 0
             return not step or step in self._steps or (step in self._checkpoints and step not in self._changed)
 
-        files = tuple(file for file in self._files.values() if is_whole(file))
         return Manifest(
-            files, self._steps, self._checkpoints, tuple(self._changed), self._odd, tuple(self._others), self._problem
+            files=tuple(file for file in self._files.values() if is_whole(file)),
+            steps=self._steps,
+            checkpoints=self._checkpoints,
+            changed=tuple(self._changed),
+            odd=self._odd,
+            others=tuple(self._others),
+            problem=self._problem,
+            id=run_id((self._files["id"].content or b"").decode("ascii", "replace")) if "id" in self._files else "",
+            first_event=self._first_event,
         )

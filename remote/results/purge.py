@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import size
+from remote.results.at_home import at_home
 from remote.results.run_contents import FetchedRun, how_to_fetch, read_results, unfetched
 from remote.scripts import script
 from remote.ssh.commands import sh_script
@@ -56,11 +57,17 @@ REFUSALS: dict[str, tuple[str, str, ExitCode]] = {  # what, hint, code
 }
 
 
-def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun], *, yes: bool = False) -> Purged:
+def purge(
+    connection: BoxConnection,
+    root: str,
+    copies: Mapping[str, Sequence[FetchedRun]],
+    *,
+    yes: bool = False,
+) -> Purged:
     """Remove ROOT and our containers, images and volumes, and prove that they are gone.
 
     It may be run twice. With the connection's dry_run it only asks what would be removed, and notes
-    what would be lost. fetched: what is safe on the laptop.
+    what would be lost. copies: what was fetched, by run: one for each folder here.
 
     Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
     ours, something could not be removed.
@@ -69,11 +76,12 @@ def purge(connection: BoxConnection, root: str, fetched: Mapping[str, FetchedRun
     if found.running is not None:
         raise ToolkitError(
             f"cannot purge {host}: a job runs there",
-            why=f"run `{found.running}`",
+            why=f"run `{found.running}`"
+            + (f", on {found.elsewhere}, which shares the folder" if found.elsewhere else ""),
             hint=REFUSALS["busy"][1],
             exit_code=ExitCode.BUSY,
         )
-    lost = unfetched(found, fetched)
+    lost = unfetched(found, at_home(found, copies))
     if connection.dry_run:
         connection.change(sh_script("purge", root), stdin=script("results.sh"))  # shown
         answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,8 +22,15 @@ if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+RUN_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 SCHEMA = 1
 LOOK_S = 60.0  # the longest that `results.sh look` may take: it hashes small files only
+
+
+def run_id(text: str) -> str:
+    """Return the id that a run's file `id` holds; "" if it holds none."""
+    word = text.strip()
+    return word if RUN_ID.fullmatch(word) else ""
 
 
 def is_run_name(name: str) -> bool:
@@ -56,6 +64,7 @@ class Run:
     events_bytes: int = 0
     steps: Mapping[int, FinishedStep] = field(default_factory=dict)
     checkpoints: Mapping[int, NewestCheckpoint] = field(default_factory=dict)  # by step
+    id: str = ""  # "": it was begun before there were ids
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Results:
     marked: bool = False
     running: str | None = None  # the run whose job runs; "-": a job runs, of an unknown run
     runs: tuple[Run, ...] = ()
+    elsewhere: str = ""  # the host that runs it, if another one shares our folder
 
 
 def read_results(connection: BoxConnection, root: str) -> Results:
@@ -97,8 +107,12 @@ def parse_look(text: str) -> Results:
             found = replace(found, marked=True)
         elif word == "running" and rest:
             found = replace(found, running=rest.rpartition(" ")[0])
+        elif word == "elsewhere":
+            found = replace(found, elsewhere=rest)
         elif word == "run":
             runs.append(Run(rest))
+        elif runs and word == "id":
+            runs[-1] = replace(runs[-1], id=run_id(rest))
         elif runs and word in ("events", "step", "checkpoint"):
             runs[-1] = _with(runs[-1], word, words)
     return replace(found, runs=tuple(run for run in runs if is_run_name(run.name)))
@@ -135,13 +149,14 @@ class FetchedCheckpoint:
 
 @dataclass(frozen=True)
 class FetchedRun:
-    """What the last fetch left in a run folder here, every byte verified."""
+    """What the last fetch into a run folder here left there, every byte verified."""
 
     folder: str = ""  # the run folder here
     time: float = 0.0  # by the laptop's clock
     events_bytes: int = 0
     steps: Mapping[int, FetchedStep] = field(default_factory=dict)
     checkpoints: Mapping[int, FetchedCheckpoint] = field(default_factory=dict)
+    id: str = ""  # the run's; "": it had none
 
 
 def memory_file(state: Path, box: str) -> Path:
@@ -149,12 +164,21 @@ def memory_file(state: Path, box: str) -> Path:
 
 
 def recall(state: Path, box: str) -> dict[str, FetchedRun]:
-    """Return what was fetched from that box, by run; nothing if the memory file cannot be read."""
+    """Return what was fetched from that box last, by run.
+
+    Nothing if the memory file cannot be read.
+    """
+    return {name: copies[0] for name, copies in recall_copies(state, box).items()}
+
+
+def recall_copies(state: Path, box: str) -> dict[str, list[FetchedRun]]:
+    """Return what was fetched from that box, by run: one for each folder, the latest first."""
     try:
         tree = json.loads(memory_file(state, box).read_text(encoding="utf-8"))
         if tree["schema"] != SCHEMA:
             return {}
-        return {name: _fetched_run(fields) for name, fields in tree["runs"].items()}
+        earlier = tree.get("earlier", {})
+        return {name: [*map(_fetched_run, [last, *earlier.get(name, [])])] for name, last in tree["runs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -162,15 +186,18 @@ def recall(state: Path, box: str) -> dict[str, FetchedRun]:
 def _fetched_run(fields: Mapping[str, Any]) -> FetchedRun:
     return FetchedRun(
         **{name: fields[name] for name in ("folder", "time", "events_bytes")},
+        id=fields.get("id", ""),
         steps={int(step): FetchedStep(**each) for step, each in fields["steps"].items()},
         checkpoints={int(step): FetchedCheckpoint(**each) for step, each in fields["checkpoints"].items()},
     )
 
 
 def remember(state: Path, box: str, run: str, fetched: FetchedRun) -> None:
-    runs = recall(state, box) | {run: fetched}
-    tree = {name: asdict(each) for name, each in sorted(runs.items())}
-    write_json(memory_file(state, box), {"schema": SCHEMA, "runs": tree})
+    known = recall_copies(state, box)
+    known[run] = [fetched, *(each for each in known.get(run, []) if each.folder != fetched.folder)]
+    runs = {name: asdict(copies[0]) for name, copies in sorted(known.items())}
+    earlier = {name: [*map(asdict, copies[1:])] for name, copies in sorted(known.items()) if copies[1:]}
+    write_json(memory_file(state, box), {"schema": SCHEMA, "runs": runs, "earlier": earlier})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -227,8 +254,7 @@ def _unfetched(run: Run, fetched: FetchedRun) -> Iterator[Unfetched]:
 
 
 def how_to_fetch(host: str, lost: tuple[Unfetched, ...]) -> str:
-    """Write the commands that bring all of these results home."""
-    runs = dict.fromkeys(each.run for each in lost)
-    saved = {each.run for each in lost if each.is_checkpoint}
-    flags = {run: " --checkpoints" if run in saved else "" for run in runs}
-    return "\n".join(f"fab fetch --host {host} --run {run}{flags[run]}" for run in runs)
+    """Write the command that brings all of these results home."""
+    runs = [*dict.fromkeys(each.run for each in lost)]
+    flag = " --checkpoints" if any(each.is_checkpoint for each in lost) else ""
+    return f"fab fetch --host {shlex.quote(host)} {f'--run {runs[0]}' if len(runs) == 1 else '--all'}{flag}"

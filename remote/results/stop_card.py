@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from env.settings import Fate, Provider
 from jobs.errors import ExitCode, ToolkitError
-from jobs.formatting import money, plural
+from jobs.formatting import money, plural, size
 from remote.results.run_contents import FetchedRun, Results, Unfetched, how_to_fetch, unfetched
 from remote.scripts import script
 from remote.ssh.commands import sh_script
@@ -58,6 +58,7 @@ class StopCard:
     root_fate: Fate  # when the box is stopped
     folders: tuple[FolderFate, ...]
     running: str | None  # the run whose job runs on the box
+    running_elsewhere: str | None  # a run whose job another host runs, which shares our folder: `tiny on host-2`
     unfetched: tuple[Unfetched, ...]
     command: tuple[str, ...]  # run on the box to stop the meter; (): there is none
     variables: tuple[str, ...]  # that the command needs
@@ -102,6 +103,8 @@ class StopCard:
         if self.restart_note:
             rows.append(("start again", self.restart_note))
         rows.append(("running", f"run `{self.running}`" if self.running is not None else "no job"))
+        if self.running_elsewhere:
+            rows.append(("", f"{self.running_elsewhere}, which shares our folder, and is not stopped"))
         unfetched_texts = [*map(str, self.unfetched)] or ["nothing: all results are on this laptop"]
         return rows + [("not fetched", text) for text in unfetched_texts]
 
@@ -155,7 +158,8 @@ def card_of(
         root=results.root,
         root_fate=fate_of(results.root, folders),
         folders=folders,
-        running=results.running,
+        running=None if results.elsewhere else results.running,
+        running_elsewhere=f"run `{results.running}` on {results.elsewhere}" if results.elsewhere else None,
         unfetched=unfetched(results, fetched),
         command=stop.command,
         variables=stop.variables,
@@ -185,26 +189,17 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
     if card.running is not None:
         raise ToolkitError(
             f"cannot stop {card.host}: a job runs there",
-            why=f"run `{card.running}`",
-            hint=f"fab cancel --host {card.host} saves a checkpoint and ends it; or --yes to stop the box anyway",
+            hint=f"fab cancel --host {card.host} --run {card.running} saves a checkpoint and ends it; "
+            "or --yes to stop the box anyway",
             exit_code=ExitCode.BUSY,
         )
     if card.unfetched:
         raise ToolkitError(
             f"{card.host} has results that are nowhere else",
-            why="\n".join([*map(str, card.unfetched), _what_becomes_of_them(card)]),
+            why=f"{size(card.unfetched_bytes)}, named above",
             hint=f"{how_to_fetch(card.host, card.unfetched)}\nor --yes to stop the box anyway",
             exit_code=ExitCode.UNFIT,
         )
-
-
-def _what_becomes_of_them(card: StopCard) -> str:
-    days = f", for {plural(card.deadline_days, 'days')}" if card.deadline_days is not None else ""
-    return {
-        "kept": f"they survive a stop{days}",
-        "lost": "a stop destroys them",
-        "unknown": "it is not known whether they survive a stop",
-    }[card.root_fate]
 
 
 def stop_command(card: StopCard) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -30,14 +31,14 @@ from typing import IO, TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.formatting import plural, size
 from remote.results.local_run import BLOCK, LocalRun
-from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, silent
+from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, models_digest, silent
 from remote.results.run_contents import (
     FetchedCheckpoint,
     FetchedRun,
     FetchedStep,
     is_run_name,
     memory_file,
-    recall,
+    recall_copies,
     remember,
 )
 from remote.scripts import script
@@ -152,6 +153,8 @@ class Fetched:
     steps: tuple[int, ...] = ()  # complete ones, whose models are here
     left: tuple[str, ...] = ()  # what was not fetched from the box, each with its reason
     would: tuple[str, ...] = ()  # with --dry-run: what would come
+    id: str = ""  # of the run; "": it was begun before there were ids
+    aside: tuple[str, ...] = ()  # folders here to which steps that were trained again have moved
 
 
 @dataclass
@@ -170,6 +173,7 @@ class _Call:
     again: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)  # files that came whole, but not with this hash
     damaged: dict[str, str] = field(default_factory=dict)  # the same, twice
+    aside: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # in this round: gone on the box, or not as listed
 
 
@@ -203,15 +207,22 @@ def _fetch(
         connection.say.command(connection.box.name, sh_script("manifest", root, run), script("results.sh"))
         here = LocalRun(target)
         manifest = ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
+        _refuse_other_run(connection.box.name, run, here, manifest, what)
         units = _wanted(manifest, what)
         coming = [unit.path for unit in units if not here.has(unit)]
         same = [unit.path for unit in units if unit.path not in coming]
-        return Fetched(run, target, same=tuple(same), would=tuple(coming), left=tuple(_left(manifest, what)))
-    with _lock(state, connection.box.name):
+        return Fetched(
+            run, target, same=tuple(same), would=tuple(coming), left=tuple(_left(manifest, what)), id=manifest.id
+        )
+    with (
+        _lock(memory_file(state, connection.box.name), f"another `fab fetch` from {connection.box.name} is running"),
+        _lock(target_file(state, target), f"another `fab fetch` into {target} is running"),
+    ):
         call = _Call(connection, root, run, LocalRun(target), what, progress)
         call.here.put_back()
         for number in range(ROUNDS):
             manifest = ask_manifest(connection, root, run, checkpoints=what.checkpoints, progress=progress)
+            _refuse_other_run(connection.box.name, run, call.here, manifest, what)
             try:
                 _bring(call, manifest)
             finally:  # whatever has its name by now is recorded, even if the rest failed
@@ -245,22 +256,51 @@ def _fetch(
         time.monotonic() - start,
         tuple(sorted(manifest.steps)) if what.models else (),
         tuple(_left(manifest, what)),
+        id=manifest.id,
+        aside=tuple(call.aside),
     )
 
 
-@contextmanager
-def _lock(state: Path, box: str) -> Iterator[None]:
-    """Allow one fetch for a box at a time, since all record their results in the same file.
+def _refuse_other_run(box: str, run: str, here: LocalRun, manifest: Manifest, what: FetchSelection) -> None:
+    """Raise ToolkitError if the folder holds results of another run than the box's."""
+    if not here.is_of_another_run(manifest):
+        return
+    target = here.target
+    names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(2))
+    free = next(
+        path for path in names if not os.path.lexists(path) or (manifest.id and LocalRun(path).id == manifest.id)
+    )
+    flag = " --checkpoints" if what.checkpoints else ""
+    raise ToolkitError(
+        f"{target} holds the results of another run",
+        why=f"`{run}` on {box} is {_named(manifest.id)}, and here lies {_named(here.id)}: "
+        "results of two runs are never mixed",
+        hint=f"fab fetch --host {shlex.quote(box)} --run {shlex.quote(run)} --to {shlex.quote(str(free))}{flag}",
+    )
 
-    Raises ToolkitError: another fetch is running.
+
+def _named(run_id: str) -> str:
+    return f"run {run_id}" if run_id else "one without an id, which began at another time"
+
+
+def target_file(state: Path, target: Path) -> Path:
+    """Return a path, without suffix, that belongs to one folder here, whatever it is called."""
+    return state / "fetched" / "into" / hashlib.sha256(os.fsencode(target.resolve())).hexdigest()[:16]
+
+
+@contextmanager
+def _lock(path: Path, what: str) -> Iterator[None]:
+    """Allow one fetch at a time to use a file; `what` is said to the second one.
+
+    All fetches from a box record their results in the same file; and two boxes may be fetched into
+    the same folder. Raises ToolkitError.
     """
-    path = memory_file(state, box).with_suffix(".lock")
+    path = path.with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            what = f"another `fab fetch` from {box} is running"
             raise ToolkitError(what, hint="wait for its end", exit_code=ExitCode.BUSY) from None
         yield
 
@@ -316,16 +356,17 @@ def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: st
         names = {path for path in in_step if "/checkpoints/" not in path}
         if names <= paths:
             files = [file for unit in local_units if unit.path in names for file in unit.files]
-            models = sorted(f"{file.sha256} {file.size_bytes} {file.path}" for file in files)
-            steps[step] = FetchedStep(mark, hashlib.sha256("\n".join(models).encode()).hexdigest())
-    before = recall(state, box).get(run, FetchedRun())
+            steps[step] = FetchedStep(mark, models_digest((each.path, each.size_bytes, each.sha256) for each in files))
+    folder = str(here.target.absolute())
+    copies = recall_copies(state, box).get(run, [])
+    before = next((each for each in copies if each.folder == folder and each.id == manifest.id), FetchedRun())
     checkpoints = {step: each for step, each in before.checkpoints.items() if step not in manifest.steps}
     for step, saved in manifest.checkpoints.items():
         if f"step{step}/checkpoints/update-{saved.update}" in paths:
             checkpoints[step] = FetchedCheckpoint(saved.update, saved.complete)
     events = [unit.files[0].size_bytes for unit in local_units if unit.path == "events.jsonl"]
     events_bytes = events[0] if events else before.events_bytes
-    remember(state, box, run, FetchedRun(str(here.target.absolute()), time.time(), events_bytes, steps, checkpoints))
+    remember(state, box, run, FetchedRun(folder, time.time(), events_bytes, steps, checkpoints, manifest.id))
 
 
 @dataclass
@@ -389,9 +430,10 @@ def _place(call: _Call, manifest: Manifest, unit: Unit, parts: Mapping[str, Path
     ):
         call.changed.append(unit.path)  # a part of the step is missing here, so it is not marked complete
         return
-    mark = manifest.steps.get(int(step[4]), "") if step.startswith("step") else ""
-    if mark and not is_mark and not call.here.is_complete(int(step[4]), mark):
-        call.here.drop(f"{step}/complete.json")  # of an earlier training
+    # A complete step here that the box has trained again is kept, under a name of its own.
+    complete = call.here.sha256(f"{step}/complete.json") if step.startswith("step") else ""
+    if complete and complete != manifest.steps.get(int(step[4])):
+        call.aside.append(call.here.set_aside(int(step[4])))
     call.here.place(unit, parts)
     call.placed[unit.path] = None
 

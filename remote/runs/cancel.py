@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from env.settings import Provider
@@ -22,22 +22,24 @@ class Cancelled:
     exit: int | None = None
     left: tuple[str, ...] = ()  # processes that are still there
     gpu_held: tuple[str, ...] = ()  # who holds GPU memory
+    run: str = ""  # "": it was not said
 
     @property
     def is_proven(self) -> bool:
         return not self.left and not self.gpu_held
 
     def text(self) -> str:
+        of_run = f"run `{self.run}`: " if self.run else ""
         code = f", exit code {self.exit}" if self.exit is not None else ""
         ended = {
-            "not running": "no job is running",
+            "not running": "no job of it is running" if self.run else "no job is running",
             "by itself": f"ended by itself{code}",
             "killed": f"killed, since it did not end by itself{code}",
         }
         leftovers = [f"still running: process {each}" for each in self.left]
         leftovers += [f"still in GPU memory: {each}" for each in self.gpu_held]
         proof = leftovers or ["nothing of it is left: none of its processes runs or holds GPU memory"]
-        return "\n".join([ended[self.how], *proof])
+        return "\n".join([of_run + ended[self.how], *proof])
 
 
 def cancel(
@@ -46,7 +48,8 @@ def cancel(
     """Send SIGTERM, give time for a checkpoint, send SIGKILL, and prove that nothing is left.
 
     run, grace_s: `-` for the running run, and for the job's own grace. Raises ToolkitError: nothing
-    is deployed, there is no such run; UNCERTAIN if the connection broke before the end was seen.
+    is deployed, there is no such run; BUSY if another host runs it; UNCERTAIN if the connection
+    broke before the end was seen.
     """
     argv = dispatch(connection.box, providers, "cancel", run, grace_s)
     lines: list[str] = []
@@ -54,7 +57,9 @@ def cancel(
     def heard(text: str) -> None:
         lines.append(text)
         if text.strip() in ("term", "kill"):
-            say("asked the job to end" if text.strip() == "term" else "the grace is over: killing the job")
+            of_run = f" of run `{name}`" if (name := _run_of(lines, run)) else ""
+            job = f"the job{of_run}"
+            say(f"asked {job} to end" if text.strip() == "term" else f"the grace is over: killing {job}")
 
     # First, since it has our own words for a connection that fails. The command below takes as long
     # as the job needs to end.
@@ -62,6 +67,9 @@ def cancel(
     answer = connection.local(connection.stream(argv), changes=True, check=False, heard=heard)
     if connection.dry_run:
         return Cancelled("not running")
+    name = _run_of(lines, run)
+    if away := _elsewhere(connection.box.name, name, lines):
+        raise away
     ended = read_cancel("\n".join(lines))
     if ended is None and answer.code == 255:
         raise ToolkitError(
@@ -77,7 +85,35 @@ def cancel(
             why=last_lines(answer.err or answer.out),
             exit_code=ExitCode.UNCERTAIN,
         )
-    return ended
+    return replace(ended, run=name)
+
+
+def _run_of(lines: Sequence[str], run: str) -> str:
+    """Return the run that is cancelled: as the box names it, if `run` is `-`; "" if it does not."""
+    named = [line.split()[1] for line in lines if re.fullmatch(r"run \S+", line.strip())]
+    return named[0] if run == "-" and named else "" if run == "-" else run
+
+
+def _elsewhere(box: str, run: str, lines: Sequence[str]) -> ToolkitError | None:
+    """Make the error for a job that another host runs, with which this box shares the folder."""
+    words = next((line.split() for line in lines if re.match(r"(elsewhere|unheard) \S", line.strip())), None)
+    if words is None:
+        return None
+    what, host = f"run `{run}`", words[1]
+    if words[0] == "elsewhere":
+        return ToolkitError(
+            f"{what} is not cancelled: it runs on {host}, not on `{box}`",
+            why=f"{host} shares the folder of `{box}`, and its processes cannot be reached from here",
+            hint=f"fab cancel --run {run} --host THE-BOX, with the box whose host name is {host}",
+            exit_code=ExitCode.BUSY,
+        )
+    return ToolkitError(
+        f"{what} is not cancelled: it ran on {host}, and whether it still does cannot be seen from `{box}`",
+        why=f"{host} shares the folder of `{box}`; it is silent, and the job has no exit code",
+        hint=f"fab cancel --run {run} --host THE-BOX, with the box whose host name is {host}; "
+        "if that box is gone, there is nothing to cancel",
+        exit_code=ExitCode.UNCERTAIN,
+    )
 
 
 def read_cancel(text: str) -> Cancelled | None:

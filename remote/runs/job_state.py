@@ -49,6 +49,11 @@ class JobState:
         return self.words.get("cancelled") == "1"
 
     @property
+    def host(self) -> str:
+        """Return the other host that runs the job, or has run it; "": it is this box's."""
+        return self.words.get("host", "")
+
+    @property
     def started(self) -> float | None:
         """Return when the job started, by the box's clock."""
         return number_of(self.words.get("started", ""), None)
@@ -65,9 +70,12 @@ def state_text(job: JobState) -> tuple[str, bool]:
         meaning = "cancelled" if job.cancelled else EXITS.get(job.exit, "failed")
         return f"ended with exit code {job.exit} ({meaning})", job.exit == 0 or job.cancelled
     if job.alive:
-        return ("being cancelled" if job.cancelled else "running" if job.training else "starting"), True
+        state = "being cancelled" if job.cancelled else "running" if job.training else "starting"
+        return state + (f" on {job.host}, which shares this folder" if job.host else ""), True
     if job.training:
         return "the supervisor is gone; the job may still be running unattended", False
+    if job.host:
+        return f"not heard of: it ran on {job.host}, which shares this folder", False
     return "lost: the job stopped without an exit code; the same command resumes it", False
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
 
 from jobs.events import RawEvent, parsed
-from jobs.formatting import duration, money, one_line, own_models, size
+from jobs.formatting import duration, fold, money, one_line, own_models, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
 from jobs.views.panel import GpuUsage, cards_text
@@ -75,7 +76,9 @@ class Listing:
 
     @property
     def running(self) -> RemoteRun | None:
-        return next((run for run in self.runs if run.job.alive or run.job.training), None)
+        """The run that is being trained; on this box, if several boxes share the folder."""
+        running = [run for run in self.runs if run.job.alive or run.job.training]
+        return min(running, key=lambda run: bool(run.job.host), default=None)
 
     def newest(self) -> RemoteRun | None:
         """Return the running run, else the one that was started last."""
@@ -149,6 +152,7 @@ def as_json(host: str, listing: Listing, now: float, price_per_hour: float | Non
                 "state": run.state,
                 "exit": run.job.exit,
                 "supervised": not run.is_orphan,
+                "host": run.job.host or None,
                 "seconds": run.seconds(now),
                 "spent": spent(run, now, price_per_hour),
                 "currency": currency or None,
@@ -166,6 +170,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+LONGEST_WORD = 40  # cells; a longer one, as a path may be, is broken
 HEAD = ("box", "run", "state", "now at", "steps done", "time", "spent", "size")
 
 
@@ -188,16 +193,51 @@ def rows(host: str, listing: Listing, now: float, price_per_hour: float | None, 
 def _remark(run: RemoteRun) -> str:
     if run.is_orphan:
         return ", unattended"
+    if run.job.host and run.state in ("running", "queued", "lost"):
+        return f" on {run.job.host}"
     return f" ({run.job.exit})" if run.state == "failed" and run.job.exit is not None else ""
 
 
-def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lay out a table in columns, and leave out columns that are empty below their head."""
+GAP = 2  # between columns
+UNBROKEN = ("box", "run")  # columns whose words can be copied whole
+
+
+def columns(table: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
+    """Lay out a table in columns, and leave out columns that are empty below their head.
+
+    width: of the screen, 80 where there is none. What is wider is folded within its column, at
+    spaces; a box or a run whose name is too long for that gets a line of its own.
+    """
+    width = width or shutil.get_terminal_size((80, 24)).columns
     head, *body = table
     kept = [index for index in range(len(head)) if not body or any(row[index] for row in body)]
-    widths = {index: max(cell_len(row[index]) for row in table) for index in kept}
+    long = {
+        row[index] for row in body for index in kept if head[index] in UNBROKEN and cell_len(row[index]) > width // 3
+    }
+    widths = {index: max(cell_len(row[index]) for row in table if row[index] not in long) for index in kept}
+    while sum(widths.values()) + GAP * (len(kept) - 1) > width:
+        foldable = [index for index in kept if widths[index] > _narrowest(table, index, long)]
+        if not foldable:
+            break
+        widths[max(foldable, key=widths.__getitem__)] -= 1
     for row in table:
-        yield "  ".join(row[index] + " " * (widths[index] - cell_len(row[index])) for index in kept).rstrip()
+        alone = [row[index] for index in kept if row[index] in long]
+        if alone:
+            yield "  ".join(alone)
+        cells = {index: [""] if row[index] in long else _folded(row[index], widths[index]) for index in kept}
+        for number in range(max(map(len, cells.values()))):
+            line = {index: [*cells[index], *[""] * number][number] for index in kept}
+            padded = (text + " " * (widths[index] - cell_len(text)) for index, text in line.items())
+            yield (" " * GAP).join(padded).rstrip()
+
+
+def _narrowest(table: Sequence[Sequence[str]], index: int, long: Collection[str]) -> int:
+    words = (word for row in table if row[index] not in long for word in row[index].split(" "))
+    return max(min(max(map(cell_len, words)), LONGEST_WORD), 1)
+
+
+def _folded(text: str, cells: int) -> list[str]:
+    return [line for part in text.split("\n") for line in fold(part, max(cells, 1), len(part) + 1)]
 
 
 def box_facts(listing: Listing) -> list[tuple[str, str]]:
@@ -213,6 +253,8 @@ def card(run: RemoteRun, now: float, price_per_hour: float | None, currency: str
     """Describe one run in full; each line is a label and a text."""
     exit_code = f", exit code {run.job.exit}" if run.job.exit is not None else ""
     facts = [("run", run.name), ("state", run.state + exit_code)]
+    if run.job.host and run.job.exit is None:
+        facts.append(("on", f"{run.job.host}, which shares this folder"))
     if run.is_orphan:
         unattended = (
             "the supervisor is gone; the job may still be running unattended: "

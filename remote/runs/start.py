@@ -100,12 +100,23 @@ def _started(host: str, request: Request, words: Sequence[str]) -> Started:
     if words[0] in ("started", "already"):
         return Started(request.id, again=words[0] == "already")
     if words[0] == "busy":
-        raise busy(host, words[1] if len(words) > 1 else "?")
+        raise busy(host, words[1] if len(words) > 1 else "?", words[3] if len(words) > 3 else "")
     why = " ".join(words[1:]) or words[0]
     raise ToolkitError(f"`{host}` did not start the job", why=why, exit_code=ExitCode.UNFIT)
 
 
-def busy(host: str, run: str) -> ToolkitError:
+def busy(host: str, run: str, elsewhere: str = "") -> ToolkitError:
+    """Make the error of a box whose slot is taken.
+
+    elsewhere: the host that has it, if that is another one than the box.
+    """
+    if elsewhere:
+        return ToolkitError(
+            f"the folder of `{host}` is in use: run `{run}` is being trained on {elsewhere}",
+            why=f"{elsewhere} shares this folder, and one folder takes one job at a time",
+            hint=f"wait for its end, or give `{host}` a folder of its own: data_folder in boxes.yaml, and fab deploy",
+            exit_code=ExitCode.BUSY,
+        )
     target = f"--host {host} --run {run}"
     return ToolkitError(
         f"`{host}` is busy: run `{run}` is being trained there",

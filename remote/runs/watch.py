@@ -29,7 +29,8 @@ from remote.runs.frames import ConnectionLost, FrameStream, Reread, StreamTimeou
 from remote.runs.job_state import JobState, number_of
 from remote.runs.views import View, WatchedRun, named, note
 
-# Run ("": the running one, else the last), file ("events", "log" or "output"), byte offset.
+# Run ("": the running one, else the last), file ("events", "log" or "output"), byte offset. An
+# offset below 0 is so many lines from the end.
 OpenStream = Callable[[str, str, int], "subprocess.Popen[bytes]"]
 # Exit code and last words of the ssh process -> the error, if trying again is useless.
 Refused = Callable[[int, str], "ToolkitError | None"]
@@ -61,14 +62,16 @@ def follow(
     refused: Refused = lambda code, last_words: None,
     limits: StreamTimeouts = LIMITS,
     offset: int = 0,
+    lines: int = 0,
 ) -> Watched:
     """Show the run until it has ended or until Ctrl-C, reconnecting whenever the connection breaks.
 
     Ctrl-C ends only the watching. once: show only what the file holds now. refused: the error to
-    raise when a connection ended for good (a changed host key, a refused login). Raises
-    ToolkitError: the box refuses us, or `limits.tries` are used up.
+    raise when a connection ended for good (a changed host key, a refused login). lines: begin with
+    that many last lines of the file, and not at `offset`. Raises ToolkitError: the box refuses us,
+    or `limits.tries` are used up.
     """
-    watch = _Watch(view, once, refused, limits, offset, where)
+    watch = _Watch(view, once, refused, limits, offset, where, lines)
     stopped = False
     with _one_interrupt() as interrupts:
         try:
@@ -145,8 +148,16 @@ class _Watch:
     """One `follow`, over all its connections."""
 
     def __init__(
-        self, view: View, once: bool, refused: Refused, limits: StreamTimeouts, offset: int, where: WatchedRun
+        self,
+        view: View,
+        once: bool,
+        refused: Refused,
+        limits: StreamTimeouts,
+        offset: int,
+        where: WatchedRun,
+        lines: int = 0,
     ) -> None:
+        self._lines = lines  # from the end of the file, until the box has said where they begin
         self._view, self._once, self._refused, self._limits, self._where = view, once, refused, limits, where
         self.tail = Tail(by_lines=view.file == "events", offset=offset)
         self.job: JobState | None = None
@@ -165,7 +176,7 @@ class _Watch:
             # By the name that the box told: another run may be the newest by now, but the offset
             # belongs to this one.
             run = named(self._where, self.job).run
-            connection = FrameStream(open_stream(run, self._view.file, self.tail.offset), self._limits)
+            connection = FrameStream(open_stream(run, self._view.file, -self._lines or self.tail.offset), self._limits)
             try:
                 self._read(connection)
                 return
@@ -224,6 +235,8 @@ class _Watch:
             if frame.word == "bytes":
                 has_data = True
                 self._bytes(int(frame.args[0]), frame.data)
+            elif frame.word == "from":
+                self.tail.offset, self._lines = *counts(frame.word, frame.args, 1), 0
             elif frame.word == "shrunk":
                 self.tail.cut(*counts(frame.word, frame.args, 1))
             elif frame.word == "job":

@@ -12,6 +12,7 @@ from remote.inventory import Box
 from remote.output import Sayer
 from remote.runs.deployed import dispatch
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
+from remote.verbs.tunnel import State, Tunnel, forbidden
 
 EXEC_S = 3600.0  # the longest that a command of `fab exec` may take
 
@@ -24,6 +25,8 @@ EXEC_S = 3600.0  # the longest that a command of `fab exec` may take
 )
 def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_run: bool = False) -> int:
     """Forward a port of the box to this machine's loopback until Ctrl-C (TensorBoard, Jupyter).
+
+    It says whether the way is open, forbidden by the box, or leads to a port where nobody listens.
 
     fab tunnel --host gpu-box --port 6006
     """
@@ -41,16 +44,35 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     except OSError as error:
         why, hint = error.strerror or str(error), "choose another port of this machine with --local-port"
         raise ToolkitError(f"cannot listen on 127.0.0.1:{local}", why=why, hint=hint) from None
-    say(f"127.0.0.1:{local} leads to port {port} of {connection.box.name} until Ctrl-C")
-    code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
-    if code:
-        raise ToolkitError(
-            f"the tunnel to `{connection.box.name}` ended",
-            why=f"ssh ended with exit code {code}",
-            hint="the same command opens it again",
-            exit_code=ExitCode.UNREACHABLE,
+    name, opened = connection.box.name, Tunnel(argv, local)
+
+    def tell(state: State) -> None:
+        if state == "forbidden":
+            raise forbidden(name)
+        leads = f"127.0.0.1:{local} leads to port {port} of {name} until Ctrl-C"
+        nobody = f"nobody listens on port {port} of {name} yet; it opens as soon as something does"
+        say(
+            {
+                "open": f"open: {leads}",
+                "nobody listens": f"{leads}, but {nobody}",
+                "failed": f"{leads}, but {name} cannot connect to it: {opened.last_words()}",
+            }[state]
         )
-    return ExitCode.OK
+
+    try:
+        code = 0
+        if state := opened.opened():
+            tell(state)
+            code = opened.watch(tell, state)
+        why = opened.last_words()
+    finally:
+        opened.close()
+    raise ToolkitError(
+        f"the tunnel to `{name}` ended",
+        why=why or f"ssh ended with exit code {code}",
+        hint="the same command opens it again",
+        exit_code=ExitCode.UNREACHABLE,
+    )
 
 
 @verb(host=HOST, dry_run=DRY_RUN)

@@ -11,8 +11,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,20 @@ class VerbContext:
         settings = read_settings()
         return cls(settings, inventory.load_boxes(settings.boxes), dry_run=dry_run)
 
-    def connection(self, box: Box, say: Sayer) -> BoxConnection:
-        return BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run)
+    @contextmanager
+    def connection(self, box: Box, say: Sayer) -> Iterator[BoxConnection]:
+        """Open a connection to a box when it is needed, and close it.
+
+        Where a name that is not in boxes.yaml leads nowhere, the error names those that are.
+        """
+        try:
+            with BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run) as connection:
+                yield connection
+        except ToolkitError as error:
+            known = inventory.meant(box.name, self.boxes)
+            if error.exit_code != ExitCode.UNREACHABLE or not known:
+                raise
+            raise ToolkitError(error.what, why=error.why, hint=known, exit_code=error.exit_code) from None
 
     def box(self, name: str) -> Box:
         return inventory.find(name, self.boxes)

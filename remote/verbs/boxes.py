@@ -143,6 +143,8 @@ def doctor(
             say.data(to_json({"host": box.name, **diagnosis.as_json()}))
         else:
             say.data("\n".join([*([f"== {box.name}"] if len(names) > 1 else []), *diagnosis.lines()]))
+        if not link.reached and (known := inventory.meant(box.name, context.boxes)):
+            say(known)
         return ExitCode.OK if diagnosis.fit else ExitCode.UNFIT if link.reached else ExitCode.UNREACHABLE
 
     return on_each(context, names, examine, Sayer(), as_json=json_)

@@ -140,10 +140,17 @@ def _follow(
     *,
     once: bool = False,
     limits: frames.StreamTimeouts = watch.LIMITS,
+    lines: int = 0,
 ) -> watch.Watched:
     connection.close()  # watching opens its own connection
     return watch.follow(
-        open_stream(connection, context.providers), view, at, once=once, refused=_refused(connection.box), limits=limits
+        open_stream(connection, context.providers),
+        view,
+        at,
+        once=once,
+        refused=_refused(connection.box),
+        limits=limits,
+        lines=lines,
     )
 
 
@@ -194,6 +201,7 @@ def _code_of(watched: watch.Watched, context: VerbContext, connection: BoxConnec
     run=RUN,
     follow="watch until the job has ended, and reconnect when the connection breaks; Ctrl-C stops only the watching",
     raw="everything that the ranks and their libraries print, byte for byte",
+    tail="only the last N events, or with --raw the last N lines",
     since="only what is newer: 90s, 10m, 2h, 1d, or a time such as 2025-01-05T12:00:00Z",
     json_="the event lines, byte for byte",
     dry_run=DRY_RUN,
@@ -204,6 +212,7 @@ def logs(
     run: str = "",
     follow: bool = False,
     raw: bool = False,
+    tail: int = 0,
     since: str = "",
     json_: bool = False,
     dry_run: bool = False,
@@ -218,16 +227,19 @@ def logs(
     box = context.box(one_host(c, host))
     if run and not NAME.fullmatch(run):
         raise ToolkitError(f"`{run}` cannot name a run")
+    if tail < 0:
+        raise ToolkitError(f"--tail {tail} is not a number of lines", hint="e.g. --tail 100")
     at = views.WatchedRun(box.name, run, box.price_per_hour, box.currency)
     view = views.view_of(at, as_json=json_, raw=raw, live=follow, since=views.parse_since(since) if since else None)
     with context.connection(box, say) as connection:
         if dry_run:
             say.command(
-                "here", connection.stream(dispatch(box, context.providers, "follow", run or "-", view.file, "0"))
+                "here", connection.stream(dispatch(box, context.providers, "follow", run or "-", view.file, str(-tail)))
             )
             return ExitCode.OK
         # If the box never answers, the connection is not broken: the address may be wrong.
-        watched = _follow(context, connection, at, view, once=not follow, limits=replace(watch.LIMITS, first_tries=2))
+        limits = replace(watch.LIMITS, first_tries=2)
+        watched = _follow(context, connection, at, view, once=not follow, limits=limits, lines=tail)
         if raw and not watched.offset and not watched.stopped:  # the job ended before there was a log
             _follow(context, connection, at, views.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")
@@ -317,7 +329,11 @@ def cancel(
         return ExitCode.OK
     if json_:
         left = {"left": list(ended.left), "gpu_held": list(ended.gpu_held), "proven": ended.is_proven}
-        say.data(to_json({"host": connection.box.name, "how": ended.how, "exit": ended.exit, **left}))
+        say.data(
+            to_json(
+                {"host": connection.box.name, "run": ended.run or None, "how": ended.how, "exit": ended.exit, **left}
+            )
+        )
     else:
         say.data(ended.text())
     return ExitCode.OK if ended.is_proven else ExitCode.UNCERTAIN

@@ -10,6 +10,7 @@ from invoke import Context
 from remote.output import Sayer
 from remote.results import purge as purging
 from remote.results import run_contents, stop_card
+from remote.results.at_home import at_home
 from remote.runs import listing
 from remote.runs.deployed import our_root
 from remote.ssh.connection import BoxConnection
@@ -27,9 +28,8 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
     context, say = VerbContext.open(dry_run=dry_run), Sayer()
     with context.connection(context.box(one_host(c, host)), say) as connection:
         root, _ = our_root(connection, context.providers)
-        purged = purging.purge(
-            connection, root, run_contents.recall(context.settings.state, connection.box.name), yes=yes
-        )
+        copies = run_contents.recall_copies(context.settings.state, connection.box.name)
+        purged = purging.purge(connection, root, copies, yes=yes)
     if not dry_run:  # what was remembered of the box holds no more
         probe_cache.file_of(context.settings.state, connection.box.name).unlink(missing_ok=True)
     if json_:
@@ -73,7 +73,7 @@ def _stop_card(context: VerbContext, connection: BoxConnection) -> stop_card.Sto
         box.name,
         provider_of(facts, context.providers, box.provider),
         found,
-        run_contents.recall(state, box.name),
+        at_home(found, run_contents.recall_copies(state, box.name)),
         home=facts.home,
         now=time.time(),
         price_per_hour=box.price_per_hour,

@@ -9,21 +9,22 @@ from pathlib import Path
 
 from invoke import Context
 
-from jobs.errors import ToolkitError
+from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import duration, size, visible
 from jobs.spec import NAME
 from remote.output import Sayer
-from remote.results import transfer
+from remote.results import run_contents, transfer
 from remote.runs.deployed import find_deployment
 from remote.ssh.connection import BoxConnection
-from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, list_jobs, one_host, to_json, verb
+from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, error_as_json, list_jobs, one_host, to_json, verb
 
 
 @verb(
     host=HOST,
     run=RUN,
+    all_="bring every run of the box",
     checkpoints="also bring the newest complete checkpoint of each step",
-    to="the folder for the results (default: runs/BOX/RUN)",
+    to="the folder for the results (default: runs/BOX/RUN); with --all, the folder for the runs' folders",
     json_=JSON,
     dry_run=DRY_RUN,
 )
@@ -31,42 +32,74 @@ def fetch(
     c: Context,
     host: str = "",
     run: str = "",
+    all_: bool = False,
     checkpoints: bool = False,
     to: str = "",
     json_: bool = False,
     dry_run: bool = False,
-) -> None:
+) -> int:
     """Bring models and events home, also while the job trains.
 
     Only complete models are brought, and each file is verified by its hash. A call that broke off
-    resumes where it was.
+    resumes where it was. A folder that holds another run's results is refused.
 
     fab fetch --host gpu-box --run opt-1.3b
     """
+    if all_ and run:
+        raise ToolkitError("--all and --run are opposites", hint="leave out one of them")
     context, say = VerbContext.open(dry_run=dry_run), Sayer()
+    code = 0
     with context.connection(context.box(one_host(c, host)), say) as connection:
         deployed = find_deployment(connection, context.providers)
-        name = run or _newest(context, connection)
-        if not NAME.fullmatch(name):
-            raise ToolkitError(f"`{name}` cannot name a run")
-        target = Path(to).expanduser() if to else context.settings.runs / connection.box.name / name
-        shown = TransferProgress(say)
-        what = transfer.FetchSelection(checkpoints=checkpoints)
-        fetched = transfer.fetch(
-            connection, deployed.root, name, target, state=context.settings.state, what=what, progress=shown
-        )
-    if json_:
-        say.data(to_json({"host": connection.box.name, **asdict(fetched), "folder": str(fetched.folder)}))
+        names = _all_runs(connection, deployed.root) if all_ else [run or _newest(context, connection)]
+        folder = Path(to).expanduser() if to else context.settings.runs / connection.box.name
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ToolkitError(f"`{name}` cannot name a run")
+            target = Path(to).expanduser() if to and not all_ else folder / name
+            try:
+                fetched = transfer.fetch(
+                    connection,
+                    deployed.root,
+                    name,
+                    target,
+                    state=context.settings.state,
+                    what=transfer.FetchSelection(checkpoints=checkpoints),
+                    progress=TransferProgress(say),
+                )
+            except ToolkitError as error:
+                # The next one may do; but not if the box is gone.
+                if len(names) == 1 or error.exit_code == ExitCode.UNREACHABLE:
+                    raise
+                if json_:
+                    say.data(to_json({"host": connection.box.name, "run": name, **error_as_json(error)}))
+                say(error)
+                code = code or error.exit_code
+                continue
+            _show(fetched, connection.box.name, say, as_json=json_, dry_run=dry_run)
+    return code
+
+
+def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dry_run: bool) -> None:
+    if as_json:
+        say.data(to_json({"host": host, **asdict(fetched), "folder": str(fetched.folder)}))
         return
     for path in fetched.would:
         say.data(f"would fetch {path}")
     for path in fetched.placed:
         say.data(str(fetched.folder / path))
+    for name in fetched.aside:
+        say(f"{name.partition('.')[0]} was trained again: what was here is kept in {fetched.folder / name}")
     for reason in fetched.left:
         say(f"not fetched: {reason}")
+    if not fetched.id:
+        say(
+            f"run `{fetched.run}` has no id, since it was begun by an older version: "
+            "a later run of this name could not be told from it"
+        )
     if not dry_run:
         came = f"{size(fetched.moved_bytes)} in {duration(fetched.seconds)}" if fetched.placed else "nothing new"
-        say(f"{came}; {size(fetched.total_bytes)} of run `{name}` are here, verified: {fetched.folder}")
+        say(f"{came}; {size(fetched.total_bytes)} of run `{fetched.run}` are here, verified: {fetched.folder}")
 
 
 class TransferProgress:
@@ -89,10 +122,19 @@ class TransferProgress:
             self._say(f"{amount}  {what}")
 
 
+def _all_runs(connection: BoxConnection, root: str) -> list[str]:
+    names = [run.name for run in run_contents.read_results(connection, root).runs]
+    if not names:
+        raise _no_run(connection.box.name)
+    return names
+
+
 def _newest(context: VerbContext, connection: BoxConnection) -> str:
     newest = list_jobs(context, connection).newest()
     if newest is None:
-        raise ToolkitError(
-            f"there is no run on `{connection.box.name}`", hint=f"fab train --host {connection.box.name}"
-        )
+        raise _no_run(connection.box.name)
     return newest.name
+
+
+def _no_run(host: str) -> ToolkitError:
+    return ToolkitError(f"there is no run on `{host}`", hint=f"fab train --host {host}")

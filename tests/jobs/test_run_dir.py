@@ -14,6 +14,7 @@ def test_every_path_of_a_run() -> None:
         if isinstance(value, property) and name != "name"
     } == {
         "job_file": "runs/my run/job.yaml",
+        "id": "runs/my run/id",
         "format": "runs/my run/format",
         "events": "runs/my run/events.jsonl",
         "log": "runs/my run/train.log",

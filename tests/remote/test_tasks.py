@@ -192,6 +192,9 @@ def test_help_is_shown_by_fab(tmp_path: Path) -> None:
         (["ps"], 2, "which box?"),
         (["ps", "--host", "no-such-box.invalid"], 8, "no-such-box.invalid"),
         (["ps", "--host", "gone"], 8, "gone"),
+        (["ps", "gpu-bx"], 8, "did you mean gpu-box? boxes.yaml knows: gone, gpu-box, second"),
+        (["--host", "gone", "ps"], 8, "gone"),
+        (["trian", "--host", "gpu-box"], 2, "did you mean `fab train`?"),
         (["ps", "--host", "second"], 3, "nothing is deployed on `second`"),
         (["ps", "--host", "gpu-box,gpu-box"], 2, "named twice"),
         (["-H", "gpu-box", "ps", "--host", "gpu-box"], 2, "named twice"),
@@ -344,6 +347,8 @@ def test_all_three_steps_and_the_model_at_home(place: Place) -> None:
     )
     assert raw.stdout == place.run("whole").log.read_bytes()
     assert place.fab("logs", "--follow", "--run", "whole").returncode == 0
+    last = place.laptop.fab("logs", "gpu-box", "--json", "--run", "whole", "-n", "3").stdout
+    assert last.encode() == b"".join(place.run("whole").events.read_bytes().splitlines(keepends=True)[-3:])
 
     token = b"hf_of_the_tests_1234567"
     assert [name for name, content in place.files().items() if token in content] == []
@@ -408,7 +413,7 @@ def test_a_box_runs_one_job_at_a_time_and_cancel_proves_its_end(place: Place, lo
     assert "a job runs there" in place.fab("purge", code=5).stderr
 
     said = json.loads(place.fab("cancel", "--json").stdout)
-    assert said == {"host": "gpu-box", "how": "by itself", "exit": 143, "left": [], "gpu_held": [], "proven": True}
+    assert said == {"host": "gpu-box", "run": "long", "how": "by itself", "exit": 143, "left": [], "gpu_held": [], "proven": True}
     states = {run["name"]: run["state"] for run in json.loads(place.fab("ps", "--json").stdout)["runs"]}
     assert states["long"] == "cancelled"
     assert any(place.run("long").step(1).checkpoints.glob("update-*/complete.json"))
@@ -451,6 +456,16 @@ def test_results_that_are_nowhere_else_hold_up_a_stop_and_a_purge(
             "results that are nowhere else" in refused.stderr and "fab fetch --host gpu-box --run r" in refused.stderr
         )
     laptop.fab("fetch", "--host", "gpu-box", "--run", "r")
+    home = laptop.folder / "runs/gpu-box/r"
+    home.rename(home.with_name("moved"))
+    refused = laptop.fab("stop", "--host", "gpu-box", code=3)  # what was fetched once does not count
+    assert refused.stdout.count("run `r`: the models of step 1") == 1 and "run `r`" not in refused.stderr
+    assert max(map(len, (refused.stdout + refused.stderr).splitlines())) <= 80
+    home.with_name("moved").rename(home)
+    RunDir(root / "runs" / "s").step(1).path.mkdir(parents=True)
+    fetched = laptop.fab("fetch", "--host", "gpu-box", "--all", "--to", str(laptop.folder / "all"))
+    assert "of run `r` are here" in fetched.stderr and "of run `s` are here" in fetched.stderr
+    assert {path.name for path in (laptop.folder / "all").iterdir()} >= {"r"}
     card = laptop.fab("stop", "--host", "gpu-box", code=None)
     assert "meter" in card.stdout and card.returncode and "cannot stop itself" in card.stderr  # an unknown provider
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -140,7 +141,20 @@ def test_a_run_that_begins_has_a_format_number(run: RunDir) -> None:
     begin_run(run)
     assert run.format.read_text(encoding="utf-8") == "1\n" and FORMAT == 1
     begin_run(run)
-    assert [path.name for path in run.path.iterdir()] == ["format"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["format", "id"]
+
+
+def test_a_run_keeps_its_id_and_another_one_has_another(run: RunDir) -> None:
+    ids = []
+    for other in (run, RunDir(run.path.with_name("other"))):
+        other.path.mkdir(parents=True)
+        begin_run(other)
+        ids.append(other.id.read_text(encoding="utf-8"))
+        do(job(), other, 1)
+        begin_redo(other, [1])
+        begin_run(other)
+        assert other.id.read_text(encoding="utf-8") == ids[-1]
+    assert ids[0] != ids[1] and all(re.fullmatch(r"[0-9a-f]{16}\n", each) for each in ids)
 
 
 def test_a_run_without_a_format_number_resumes(run: RunDir) -> None:
@@ -176,7 +190,7 @@ def test_to_do_all_of_a_newer_run_again_leaves_nothing_of_it(run: RunDir) -> Non
     assert steps_to_do(job(), run, ALL, redo=True) == ALL
     assert is_complete(run, 1) and run.step(2).checkpoint(4).exists()  # only looked at
     begin_run(run)
-    assert sorted(path.name for path in run.path.iterdir()) == ["events.jsonl", "format", "job"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["events.jsonl", "format", "id", "job"]
     assert read_json(run.format) == FORMAT
     assert list((run.path / "job").iterdir()) == [] and steps_to_do(job(), run, ALL, redo=True) == ALL
 

@@ -165,6 +165,26 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_re
     assert "out/tiny/step1/model" in out
 
 
+def test_an_owner_that_lives_is_waited_for_whatever_its_host_is_called(run: RunDir) -> None:
+    """Two containers may share process numbers, but not the host's name."""
+    run.lock.parent.mkdir(parents=True)
+    hold = (
+        "import fcntl, os, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "file.write(f'{os.getpid()} on host-2'); file.flush(); print('held', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", hold, str(run.lock)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout and owner.stdout.readline() == "held\n"
+        with pytest.raises(ToolkitError, match="is being trained by another process") as raised, launch.locked(run):
+            pass
+        assert raised.value.why == f"process {owner.pid} on host-2 holds {run.lock}"
+        assert raised.value.hint == "wait for it, or use another --run"
+        assert owner.stdin
+        owner.stdin.close()
+    with launch.locked(run):
+        pass
+
+
 def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
     with start(*FOREVER) as launcher:
         wait_for_event(run, "metrics")

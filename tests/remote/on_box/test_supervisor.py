@@ -29,10 +29,12 @@ from jobs.events import read_events
 from jobs.run_dir import RunDir
 from jobs.state import state_of
 from jobs.views.panel import GpuUsage
+from remote.results.run_contents import parse_look
 from remote.runs.frames import Framing, StreamTimeouts
 from remote.runs.job_state import JobState
 from remote.runs.views import View, WatchedRun
 from remote.runs.watch import Watched, follow
+from remote.scripts import script
 
 CHECKOUT = Path(__file__).parents[3]
 FP, KEY = "0123456789abcdef", "fedcba9876543210"
@@ -922,6 +924,22 @@ def test_ranks_alone_are_training_and_can_be_cancelled(box: Box) -> None:
     assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
 
 
+@every_shell
+def test_the_last_lines_alone(made: Callable[[str], Box], shell: str) -> None:
+    box = made(shell)
+    lines = [b"line %d\n" % number for number in range(1000)]
+    run = box.run()
+    run.path.mkdir(parents=True)
+    run.log.write_bytes(b"".join(lines))
+    for count, expected in ((3, lines[-3:]), (5000, lines)):
+        watched, seen = box.watch("log", lines=count, once=True)
+        assert bytes(seen.bytes) == b"".join(expected) and watched.offset == run.log.stat().st_size
+    run.log.write_bytes(b"".join(lines) + b"half")
+    assert bytes(box.watch("log", lines=2, once=True)[1].bytes) == lines[-1] + b"half"
+    run.log.unlink()
+    assert bytes(box.watch("log", lines=2, once=True)[1].bytes) == b""
+
+
 @pytest.mark.parametrize("what", ["boot", "start"])
 def test_after_a_boot_or_with_the_number_of_another_process_it_is_lost(box: Box, what: str) -> None:
     """The supervisor's number is this test's own process."""
@@ -946,6 +964,114 @@ def test_after_a_boot_or_with_the_number_of_another_process_it_is_lost(box: Box,
     assert box.ended().exit == 0
     assert sorted(path.name for path in box.root.iterdir() if path.name.startswith("slot")) == []
     assert list((box.root / "secrets").iterdir()) == []
+
+
+# --- a folder that several boxes share ------------------------------------------------------------
+
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip() if Path("/proc").is_dir() else ""
+OTHER_BOOT = "22222222-2222-2222-2222-222222222222"
+
+
+def namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+
+
+def seen_from_elsewhere(box: Box, boot: str) -> None:
+    """Let the job be one of another box, as its records in the shared folder would say."""
+    for folder in (box.root / "slot", box.run().supervisor.parent):
+        (folder / "boot").write_text(f"{boot}\n")
+
+
+def records(box: Box) -> dict[str, str]:
+    """All that the job's owner has written, but for what beats."""
+    folders = (box.root / "slot", box.run().supervisor.parent, box.root / "secrets" / "req-1")
+    files = (path for folder in folders for path in folder.iterdir() if not path.name.startswith("heartbeat"))
+    return {str(path): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("boot", "host"),
+    [
+        (f"{OTHER_BOOT} 4026531836 host-2", "host-2"),  # another machine
+        (f"{BOOT} 1 host-2", "host-2"),  # another container of this machine, whose numbers mean other processes
+        (f"{OTHER_BOOT} 4026531836 {socket.gethostname()}", socket.gethostname()),  # it has the same name
+    ],
+    ids=["machine", "container", "namesake"],
+)
+def test_a_job_of_another_box_is_running_and_left_alone(box: Box, boot: str, host: str) -> None:
+    box.scenario(TRAINS)
+    box.started(stdin=sent("HF_TOKEN=x"))
+    seen_from_elsewhere(box, boot)
+    before = records(box)
+    job = box.job()
+    assert (job.alive, job.training, job.host, state_of(None, job)) == (True, True, host, "running")
+    for run in ("run-1", "run-2"):
+        assert box.start(run, f"req-{run}") == f"busy run-1 req-1 {host}"
+    assert box.ask("cancel", "run-1", "1") == [f"elsewhere {host}"]
+    found = parse_look(looked(box))
+    assert (found.running, found.elsewhere) == ("run-1", host)
+    assert records(box) == before and len(box.members()) >= 1
+
+
+def looked(box: Box) -> str:
+    argv = [str(box.bin / "sh"), "-s", "--", "look", str(box.root)]
+    return subprocess.run(
+        argv, input=script("results.sh"), env=box.environ, capture_output=True, check=True
+    ).stdout.decode()
+
+
+def test_containers_that_share_process_numbers_and_not_the_hosts_name_see_each_other(box: Box) -> None:
+    box.scenario(TRAINS)
+    supervisor = box.started()
+    seen_from_elsewhere(box, f"{BOOT} {namespace()} host-2")
+    job = box.job()
+    assert (job.alive, job.training, job.host) == (True, True, "")
+    assert box.start("run-2", "req-2") == "busy run-1 req-1"
+    assert parse_look(looked(box)).running == "run-1"
+    kill(supervisor)  # it is known at once, since its number is
+    assert (box.job().alive, box.job().training) == (False, True)
+    assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
+
+
+def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: Box) -> None:
+    box.scenario(TRAINS)
+    for process in (box.started(stdin=sent("HF_TOKEN=x")), int(box.run().process.read_text().split()[0])):
+        kill(process)
+    until(lambda: not box.members())
+    seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
+    assert box.start("run-2", "req-2") == "busy run-1 req-1 host-2"  # it was heard of a moment ago
+    silent_since = int(time.time()) - 3600
+    box.run().heartbeat.write_text(f"{silent_since}\n")
+    before = records(box)
+    job = box.job()
+    assert (job.alive, job.host, state_of(None, job)) == (False, "host-2", "lost")
+    assert box.ask("cancel", "run-1", "1") == [f"unheard host-2 {silent_since}"]
+    assert records(box) == before and parse_look(looked(box)).running is None
+    box.scenario("echo begun")
+    assert box.start("run-2", "req-2").startswith("started")
+
+
+def test_a_clock_that_is_wrong_on_another_box_does_not_silence_it(box: Box) -> None:
+    """It beats, whatever time it writes."""
+    box.scenario(TRAINS)
+    kill(box.started())
+    seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
+    beats = subprocess.Popen(
+        [
+            "sh",
+            "-c",
+            'n=1000; while :; do n=$((n + 1)); echo $n >"$1"; sleep 0.5; done',
+            "sh",
+            str(box.run().heartbeat),
+        ],
+        env=box.environ,
+    )
+    try:
+        until(lambda: box.run().heartbeat.read_text().startswith("10"))
+        assert box.job().alive and box.start("run-2", "req-2") == "busy run-1 req-1 host-2"
+    finally:
+        beats.kill()
+        beats.wait()
 
 
 def test_a_slot_of_a_start_that_died_is_taken_over(box: Box) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from remote.results.run_contents import (
     how_to_fetch,
     parse_look,
     recall,
+    recall_copies,
     remember,
     unfetched,
 )
@@ -60,6 +62,7 @@ def box(tmp_path: Path) -> BoxFolder:
 @pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0])
 def test_look(shell: list[str], box: BoxFolder) -> None:
     run = box.run()
+    run.id.write_text("0123456789abcdef\n")
     box.step(run, 1, models=("model", "best"), size=1000)
     box.checkpoint(run, 2, 9, size=100)
     newest = box.checkpoint(run, 2, 11, shards=1, size=100)
@@ -72,6 +75,7 @@ def test_look(shell: list[str], box: BoxFolder) -> None:
         event,
         {1: FinishedStep(sha(run.step(1).complete), 2006)},
         {2: NewestCheckpoint(11, sha(newest / "complete.json"), sum(path.stat().st_size for path in newest.iterdir()))},
+        "0123456789abcdef",
     )
     assert found == Results(str(box.root), True, None, (Run("other", event), tiny))
     assert ask("look", f"{box.root}-not", shell=shell) == b"end\n"
@@ -82,6 +86,7 @@ def test_manifest_and_send(shell: list[str], box: BoxFolder) -> None:
     run = box.run()
     box.step(run, 1, size=1000)
     box.checkpoint(run, 2, 9, shards=1, size=100)
+    run.id.write_text("0123456789abcdef\n")
     run.log.write_bytes(b"0123456789")
     said = ask("manifest", str(box.root), "tiny", "checkpoints", shell=shell)
     manifest = ManifestReader(io.BytesIO(said)).read()
@@ -89,6 +94,8 @@ def test_manifest_and_send(shell: list[str], box: BoxFolder) -> None:
         manifest is not None
         and manifest.steps == {1: sha(run.step(1).complete)}
         and manifest.checkpoints[2].update == 9
+        and manifest.id == "0123456789abcdef"
+        and manifest.first_event == sha(b'{"schema": 1, "kind": "plan"}\n')
     )
     assert {file.path: (file.size_bytes, file.sha256) for file in manifest.files} == {
         path.relative_to(run.path).as_posix(): (path.stat().st_size, sha(path))
@@ -254,6 +261,11 @@ def test_what_was_fetched_is_remembered(tmp_path: Path) -> None:
     remember(tmp_path, "../box", "tiny", fetched)
     remember(tmp_path, "../box", "other", FetchedRun())
     assert recall(tmp_path, "../box") == {"tiny": fetched, "other": FetchedRun()} and recall(tmp_path, "box") == {}
+    moved = replace(fetched, folder="/elsewhere/x", id="0123456789abcdef")
+    remember(tmp_path, "../box", "tiny", moved)
+    assert recall_copies(tmp_path, "../box")["tiny"] == [moved, fetched]
+    remember(tmp_path, "../box", "tiny", fetched)
+    assert recall_copies(tmp_path, "../box")["tiny"] == [fetched, moved]
     (file,) = (tmp_path / "fetched").iterdir()
     for damaged in (
         "",
@@ -297,4 +309,5 @@ def test_what_lies_on_the_box_alone(there: Run, here: FetchedRun | None, lost: l
 
 def test_the_commands_that_bring_it_home() -> None:
     lost = (Unfetched("a", "", 1), Unfetched("b", "", 1, is_checkpoint=True), Unfetched("b", "", 1))
-    assert how_to_fetch("box", lost) == "fab fetch --host box --run a\nfab fetch --host box --run b --checkpoints"
+    assert how_to_fetch("box", lost) == "fab fetch --host box --all --checkpoints"
+    assert how_to_fetch("box", lost[:1]) == "fab fetch --host box --run a"

@@ -233,10 +233,9 @@ def test_the_mark_of_an_earlier_training_goes_first(laptop: Laptop, box: BoxFold
 
     laptop.refused(progress=stop)
     assert laptop.here["step1/best/model.safetensors"] == content((1, "best", "again"), 3_000_000)
-    assert (
-        laptop.here["step1/model/model.safetensors"] == content((1, "model", ""), 300_000)
-        and "step1/complete.json" not in laptop.here
-    )
+    assert "step1/complete.json" not in laptop.here and "step1/model/model.safetensors" not in laptop.here
+    (kept,) = (laptop.runs / "tiny").glob("step1.earlier-*")
+    assert (kept / "model/model.safetensors").read_bytes() == content((1, "model", ""), 300_000)
 
 
 def test_the_line_is_cut_in_the_middle(fragile: Laptop, box: BoxFolder, run: RunDir) -> None:
@@ -350,15 +349,20 @@ def test_damage_on_the_box_is_not_taken_for_a_checkpoint(laptop: Laptop, box: Bo
     assert "whose names or marks" in laptop.fetch().left[0]
 
 
-def test_a_step_that_was_trained_again_takes_the_place_of_the_fetched_one(
+def test_a_step_that_was_trained_again_comes_next_to_the_fetched_one(
     laptop: Laptop, box: BoxFolder, run: RunDir
 ) -> None:
     box.step(run, 3, models=("model", "model_ema"))
+    before = files_of(run.step(3).path)
     laptop.fetch()
     first = recall(laptop.state, "gpu-box")["tiny"].steps[3]
     box.step(run, 3, seed="again")
-    assert "step3/model" in laptop.fetch().placed
-    assert laptop.here == {name: data for name, data in files_of(run.path).items() if not name.startswith("job/")}
+    again = laptop.fetch()
+    assert "step3/model" in again.placed and again.aside == (f"step3.earlier-{first.complete[:8]}",)
+    assert files_of(laptop.runs / "tiny" / again.aside[0]) == before
+    here = {name: data for name, data in laptop.here.items() if not name.startswith(again.aside[0])}
+    assert here == {name: data for name, data in files_of(run.path).items() if not name.startswith("job/")}
+    assert laptop.fetch().aside == ()
     second = recall(laptop.state, "gpu-box")["tiny"].steps[3]
     assert first.complete != second.complete and first.models != second.models
 
@@ -514,3 +518,68 @@ def test_the_notes_of_fetch_are_lost(laptop: Laptop, box: BoxFolder, run: RunDir
     assert laptop.fetch().moved_bytes == 0 and recall(laptop.state, "gpu-box")["tiny"].steps.keys() == {1}
     assert json.loads(Path(laptop.state / "fetched" / "gpu-box.json").read_text())["schema"] == 1
     assert (laptop.runs / "tiny" / "step1" / "model" / "config.json").stat().st_mode & 0o777 == 0o644
+
+
+# --- a run's identity ---
+
+
+def made_anew(box: BoxFolder, run_id: str, *, began: str = "") -> RunDir:
+    """The run of the same name on a box that was set up again."""
+    shutil.rmtree(box.root / "runs" / "tiny", ignore_errors=True)
+    run = box.run()
+    if run_id:
+        run.id.write_text(f"{run_id}\n")
+    run.events.write_text(json.dumps({"schema": 1, "kind": "plan", "time": began}) + "\n")
+    box.step(run, 1, seed=(run_id, began))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "refused"),
+    [
+        (("aaaa", "1"), ("bbbb", "1"), True),  # the ids decide, where both are there
+        (("aaaa", "1"), ("aaaa", "1"), False),
+        (("", "1"), ("", "2"), False),  # two of older versions: nothing tells them apart
+        (("", "1"), ("", "1"), False),
+        (("", "1"), ("bbbb", "1"), False),  # a run of an older version that a newer one resumed
+        (("", "1"), ("bbbb", "2"), True),
+        (("aaaa", "1"), ("", "2"), True),
+    ],
+)
+def test_results_of_two_runs_are_never_mixed(
+    laptop: Laptop, box: BoxFolder, here: tuple[str, str], there: tuple[str, str], refused: bool
+) -> None:
+    made_anew(box, here[0], began=here[1])
+    assert laptop.fetch().id == here[0]
+    before = laptop.here
+    made_anew(box, there[0], began=there[1])
+    for dry_run in (True, False):
+        if not refused:
+            assert laptop.fetch(dry_run=dry_run).id == there[0]
+            continue
+        error = laptop.refused(dry_run=dry_run)
+        assert error.what == f"{laptop.runs / 'tiny'} holds the results of another run"
+        assert error.hint == (
+            f"fab fetch --host gpu-box --run tiny --to {shlex.quote(str(laptop.runs / 'tiny-2'))} --checkpoints"
+        )
+        assert laptop.here == before and laptop.on_the_way == []
+
+
+def test_the_name_that_is_offered_is_free_or_this_runs(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    made_anew(box, "aaaa")
+    laptop.fetch()
+    made_anew(box, "bbbb")
+    (laptop.runs / "tiny-2").mkdir()
+    assert "tiny-3" in laptop.refused().hint
+    (laptop.runs / "tiny-2" / "id").write_text("bbbb\n")
+    assert "tiny-2" in laptop.refused().hint
+
+
+def test_one_folder_takes_one_fetch_at_a_time(laptop: Laptop, box: BoxFolder, run: RunDir, tmp_path: Path) -> None:
+    """Two boxes have locks of their own, so the folder has one, too."""
+    linked = tmp_path / "linked"
+    laptop.runs.mkdir(parents=True)
+    linked.symlink_to(laptop.runs)
+    place = fetching.target_file(laptop.state, linked / "tiny")
+    with fetching._lock(place, "taken"), pytest.raises(ToolkitError, match=r"another `fab fetch` into .* is running"):
+        laptop.fetch()

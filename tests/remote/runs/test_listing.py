@@ -11,6 +11,7 @@ import re
 import pytest
 
 from remote.runs import listing
+from remote.runs.job_state import JobState, state_text
 
 TEXT = """Welcome to a box!
 
@@ -45,7 +46,7 @@ def test_what_is_said() -> None:
 
 def test_a_line_for_each_run() -> None:
     table = [listing.HEAD, *listing.rows("gpu-box", listing.parse(TEXT), 5000.0, 3.6, "¥")]
-    lines = list(listing.columns(table))
+    lines = list(listing.columns(table, 200))
     assert [re.sub(r" {2,}", " | ", line) for line in lines] == [
         "box | run | state | now at | steps done | time | spent | size",
         "gpu-box | done | done | step 3, complete | 1,2,3 | 1h00m | ¥3.60 | 2.1 MB",
@@ -55,6 +56,37 @@ def test_a_line_for_each_run() -> None:
     assert {
         line.index(word) for line, word in zip(lines, ("state", "done     ", "running", "failed"), strict=True)
     } == {lines[0].index("state")}
+
+
+LONG = "a-run-with-a-long-name-0123456789-0123456789-0123456789-0123456"
+
+
+def test_80_columns_are_enough() -> None:
+    """Texts are folded within their column; a long name stays whole, on a line of its own."""
+    more = f"run {LONG} request=d alive=1 training=1 started=900 complete=1 host=host-2\n"
+    table = [listing.HEAD, *listing.rows("gpu-box", listing.parse(TEXT + more), 5000.0, 3.6, "¥")]
+    assert list(listing.columns(table, 80)) == [
+        "box      run     state          now at         steps done  time    spent  size",
+        LONG,
+        "gpu-box          running on                    1           1h08m   ¥4.10",
+        "                 host-2",
+        "gpu-box  done    done           step 3,        1,2,3       1h00m   ¥3.60  2.1 MB",
+        "                                complete",
+        "gpu-box  orphan  running,       step 2,        1           16m40s  ¥1.00",
+        "                 unattended     update 40/100",
+        "gpu-box  torn    failed (4)                                10s     ¥0.01",
+    ]
+
+
+def test_a_run_of_another_host_that_shares_the_folder() -> None:
+    away = "run r request=a alive=1 training=1 started=900 host=host-2\nbeat 5000\n"
+    found = listing.parse(away + "run mine request=b alive=1 training=1 started=800\n")
+    assert found.running == found.run("mine")  # the box's own, if there are two
+    run = found.run("r")
+    assert run is not None and run.state == "running"
+    assert dict(listing.card(run, 5000.0, 3.6, "¥"))["on"] == "host-2, which shares this folder"
+    assert [each["host"] for each in listing.as_json("b", found, 5000.0, None, "")["runs"]] == [None, "host-2"]
+    assert "not heard of: it ran on host-2" in state_text(JobState({"alive": "0", "host": "host-2"}))[0]
 
 
 def test_for_programs() -> None:

@@ -413,8 +413,8 @@ def test_a_box_runs_one_job_at_a_time_and_cancel_proves_its_end(place: Place, lo
     assert "a job runs there" in place.fab("purge", code=5).stderr
 
     said = json.loads(place.fab("cancel", "--json").stdout)
-    how = {"how": "by itself", "exit": 143, "left": [], "gpu_held": [], "proven": True}
-    assert said == {"host": "gpu-box", "run": "long", **how}
+    ended = {"how": "by itself", "exit": 143, "left": [], "gpu_held": [], "proven": True}
+    assert said == {"host": "gpu-box", "run": "long", **ended}
     states = {run["name"]: run["state"] for run in json.loads(place.fab("ps", "--json").stdout)["runs"]}
     assert states["long"] == "cancelled"
     assert any(place.run("long").step(1).checkpoints.glob("update-*/complete.json"))

@@ -58,7 +58,9 @@ class VerbContext:
         return cls(settings, inventory.load_boxes(settings.boxes), dry_run=dry_run)
 
     def connection(self, box: Box, say: Sayer) -> BoxConnection:
-        return BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run)
+        flag = program.args["ssh-config"].value if hasattr(program, "core") else None  # `fab -S FILE`
+        config = Path(flag).expanduser() if flag else None
+        return BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run, ssh_config=config)
 
     def box(self, name: str) -> Box:
         return inventory.find(name, self.boxes)

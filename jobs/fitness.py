@@ -106,7 +106,7 @@ def judge(facts: FitnessFacts, limits: Limits) -> list[Finding]:
         ]
     found += _cpu_operators(facts, limits)
     for folder in facts.folders:
-        found += _access(folder, facts) or _room(folder, facts, limits)
+        found += access(folder, facts) or _room(folder, facts, limits)
     found += _hub_room(facts.hub_cache, limits)
     return found
 
@@ -285,9 +285,14 @@ def _cpu_operators(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
         yield Finding("warning", what, todo)
 
 
-def _access(folder: Folder, facts: FitnessFacts) -> list[Finding]:
+def access(
+    folder: Folder, facts: FitnessFacts, *, elsewhere: str = "choose another --output-dir, or mend the path"
+) -> list[Finding]:
+    """Say why a folder takes no files, with the command that mends it.
+
+    elsewhere: what else to do, where that command may be out of reach.
+    """
     path, found = shlex.quote(folder.path), shlex.quote(folder.found)
-    elsewhere = "choose another --output-dir, or mend the path"
     if not folder.is_folder:
         return [Finding("unfit", f"the folder {path} cannot be made, since {found} is a file", elsewhere)]
     if folder.read_only:

@@ -149,9 +149,7 @@ class Sayer:
         Of its input only the size is shown. dispatch.sh is shown by its name, since its fifty lines
         would hide the rest.
         """
-        shown, script = shlex.join(argv), shlex.quote(dispatch_script())
-        for quoted in (script, shlex.join([script])[1:-1]):  # as it stands, and quoted again for a local ssh
-            shown = shown.replace(quoted, '"$(cat remote/on_box/dispatch.sh)"')
+        shown = shlex.join(argv).replace(shlex.quote(dispatch_script()), '"$(cat remote/on_box/dispatch.sh)"')
         self(f"{where}$ {shown}" + (f"  < {len(stdin)} bytes" if stdin else ""))
 
     def data(self, text: object) -> None:

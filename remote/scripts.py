@@ -19,7 +19,7 @@ def script(name: str) -> bytes:
 
 
 def dispatch_script() -> str:
-    """Read dispatch.sh without its comments, since it is sent as an argument."""
+    """Read dispatch.sh without its comments, since it is sent with most calls."""
     return "\n".join(line for line in _text("dispatch.sh").splitlines() if not line.lstrip().startswith("#"))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.apt import install
 
 PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync"}
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
@@ -22,18 +23,7 @@ def missing() -> list[str]:
 def sshd_program() -> str:
     """Its path; in CI, ssh and rsync are there too."""
     if missing() and os.environ.get("RLHF_CI") == "1":
-        for argv in (
-            ["apt-get", "-qq", "update"],
-            ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing()],
-        ):
-            done = subprocess.run(
-                argv,
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            )
-            assert done.returncode == 0, f"{' '.join(argv)}: {done.stdout[-1000:]}{done.stderr[-1000:]}"
+        install(*missing())
     if "openssh-server" in missing():
         pytest.skip("needs sshd, of the package openssh-server")
     if os.geteuid() == 0:

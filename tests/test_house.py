@@ -44,7 +44,6 @@ MAY_IMPORT = {
 }
 MAY_NOT_IMPORT = {"rlhf_train": SSH | {"remote", "fabfile", "tests", "deepspeed"}}
 MORE = {  # a folder ends with a slash
-    "remote/ssh/": SSH,
     "remote/tasks.py": SSH,
     "remote/verbs/": SSH,
     "rlhf_train/engine/deepspeed_engine.py": {"deepspeed"},
@@ -260,9 +259,9 @@ def test_imports_run_one_way() -> None:
         ("tests/test_a.py", "import deepspeed, remote, rlhf_train", []),
         ("rlhf_train/steps/ppo.py", "from deepspeed import zero", ["rlhf_train/steps/ppo.py:1 imports deepspeed"]),
         (
-            "remote/ssh/a.py",
+            "remote/verbs/a.py",
             "from fabric import Connection\nimport rlhf_train",
-            ["remote/ssh/a.py:2 imports rlhf_train"],
+            ["remote/verbs/a.py:2 imports rlhf_train"],
         ),
         ("remote/verbs/a.py", "from fabric import task\nimport torch", ["remote/verbs/a.py:2 imports torch"]),
     ],

@@ -24,7 +24,7 @@ from remote.deploy import lock, sync
 from remote.deploy.sync import KEY_DIGITS, Tree
 from remote.scripts import script
 from remote.ssh import commands
-from remote.survey.doctor import diagnose, peer_access_off
+from remote.survey.doctor import diagnose, no_access, peer_access_off, python_todo
 from remote.survey.facts import BoxFacts, Python, home_path, place_of, provider_of, route_of, runtime_of
 from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, probe, recall, remember
 
@@ -310,11 +310,8 @@ def check_fit(
     if contents.root != "ours":
         if not place.found:
             raise unfit(f"{place.root}: no answer from its disk", f"check that its disk is there, or {other_folder}")
-        if place.is_folder is False:
-            raise unfit(f"{place.found} is not a folder", other_folder)
-        if place.read_only or place.writable is False:
-            what = "is read-only" if place.read_only else "cannot be written to"
-            raise unfit(f"{place.found} {what}", other_folder)
+        if blocked := no_access(place, facts):
+            raise unfit(blocked[0].what, blocked[0].todo)
     if not contents.tools & {"rsync", "tar"}:
         raise unfit("it has neither rsync nor tar", "apt-get install rsync")
     free = contents.free_kb * 1024 if contents.free_kb is not None else place.free_bytes
@@ -327,8 +324,7 @@ def check_fit(
             wanted = limits.image.python
             raise unfit(
                 f"no Python {wanted} with venv, and no conda or uv to make it with (Pythons on the box: {seen})",
-                f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, "
-                "or take the provider's image that has it",
+                python_todo(wanted),
             )
     is_installed = has_environment and contents.code
     if place.free_inodes is not None and place.free_inodes < limits.disk.inodes_min and not is_installed:
@@ -620,8 +616,7 @@ class _Deploy:
         words = [f"arg={name}={value}" for name, value in plan.build]
         argv = [*commands.environment(plan.code_folder, plan.settings(held.token)), *words]
         try:
-            stream = self.connection.stream(argv)
-            answer = self.connection.local(stream, changes=True, timeout_s=None, check=False, heard=output)
+            answer = self.connection.long_change(argv, output)
         finally:
             self.now("")
         if not self.connection.dry_run:

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Finds our folder on a box, and then runs the verb. It is sent as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that one
+# Finds our folder on a box, and then runs the verb. It runs as `sh -c THIS rlhf-box ROOT... -- VERB [ARGUMENT...]`, so that one
 # round trip is enough and the laptop need not remember the folder. Its verbs, answers and exit codes: PROTOCOL.md.
 found='' marked='' first=''
 while [ $# -gt 0 ]; do
@@ -22,10 +22,6 @@ fi
 code=''
 [ -z "$found" ] || code=$(sed -n 's/^code //p' "$found/deployed")
 if [ -z "$code" ] || [ ! -f "$found/code/$code/remote/on_box/supervisor.sh" ]; then
-    if [ "$verb" = shell ]; then
-        echo 'nothing is deployed here: this is the home folder' >&2
-        cd && exec "${SHELL:-sh}" -i
-    fi
     echo not_deployed
     exit 3
 fi
@@ -44,11 +40,7 @@ if [ "$verb" = cancel ] && [ "${2-}" = - ]; then # the grace that the job was st
     { read -r grace <"$found/runs/$1/job/grace"; } 2>/dev/null || grace=60
     set -- "$1" "$grace"
 fi
-case $verb in
-    shell) cd "$found" && exec "${SHELL:-sh}" -i ;;
-    where) ;;
-    *) exec sh "$found/code/$code/remote/on_box/supervisor.sh" "$verb" "$found" "$@" ;;
-esac
+[ "$verb" = where ] || exec sh "$found/code/$code/remote/on_box/supervisor.sh" "$verb" "$found" "$@"
 printf 'root %s\n' "$found"
 cat "$found/deployed"
 for input in "$found"/inputs/*; do

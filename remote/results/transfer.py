@@ -68,9 +68,10 @@ def _answer_stream(connection: BoxConnection, argv: Sequence[str]) -> Iterator[I
 
     Raises TransferCut; ToolkitError if the box cannot be reached at all.
     """
+    stream, sent = connection.script_stream(argv, script("results.sh"))
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            connection.stream(list(argv)),
+            stream,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -79,7 +80,7 @@ def _answer_stream(connection: BoxConnection, argv: Sequence[str]) -> Iterator[I
         assert process.stdin is not None and process.stdout is not None
         try:
             with suppress(BrokenPipeError):
-                process.stdin.write(script("results.sh"))
+                process.stdin.write(sent)
                 process.stdin.close()
             yield process.stdout
         except TransferCut as cut:

@@ -64,7 +64,7 @@ def cancel(
     # First, since it has our own words for a connection that fails. The command below takes as long
     # as the job needs to end.
     connection.connect()
-    answer = connection.local(connection.stream(argv), changes=True, check=False, heard=heard)
+    answer = connection.long_change(argv, heard)
     if connection.dry_run:
         return Cancelled("not running")
     name = _run_of(lines, run)

@@ -14,6 +14,7 @@ from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.scripts import dispatch_script
 from remote.ssh.connection import BoxConnection, CommandResult
+from remote.ssh.local import start
 from remote.survey.facts import OUR_FOLDER
 
 NOT_DEPLOYED = 3
@@ -79,14 +80,21 @@ def open_stream(
 ) -> Callable[[str, str, int], subprocess.Popen[bytes]]:
     """Make the function with which remote.runs.watch.follow opens its streams.
 
-    The ssh process gets its own session, so that Ctrl-C at the terminal reaches us alone.
+    The ssh process gets its own session, so that Ctrl-C at the terminal reaches us alone. The first
+    login is made here, since its errors are better than those of a stream. A later stream follows
+    one that broke or fell silent: it gets a connection of its own immediately, since the kept one
+    may take some time to notice that.
     """
+    connection.connect()
+    has_opened = False
 
     def opened(run: str, file: str, offset: int) -> subprocess.Popen[bytes]:
-        argv = connection.stream(dispatch(connection.box, providers, "follow", run or "-", file, str(offset)))
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+        nonlocal has_opened
+        if has_opened:
+            connection.close()
+        has_opened = True
+        argv = dispatch(connection.box, providers, "follow", run or "-", file, str(offset))
+        return start(*connection.script_stream(argv))
 
     return opened
 

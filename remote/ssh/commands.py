@@ -1,23 +1,83 @@
 """Commands for a box, as lists of words.
 
 Each function is pure and named after the command that it builds. The words are joined at the edge
-(remote/ssh/connection.py).
+(remote/ssh/connection.py), in a way that any login shell takes: it gets one line, and may be bash,
+zsh, tcsh, fish or busybox, print something first, or run something else altogether.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+
+# $1: a mark. It is said on both outputs before the command and after it, there with the exit code:
+# so the box's answer is known from what a login prints, from a shell that runs something else, and
+# from a connection that broke. No quote, backslash, exclamation mark or newline: see `one_line`.
+MARKED = (
+    'mark=$1; shift; echo "$mark"; echo "$mark" >&2; "$@"; code=$?; '
+    'echo "$mark $code"; echo "$mark $code" >&2; exit "$code"'
+)
+LINE_WAS_RUN = "RLHF_BOX_LINE_WAS_RUN"
+SCRIPT = ["sh", "-s", "--"]  # and the script's words; the script itself is standard input
+
+
+def by_input(argv: Sequence[str]) -> tuple[str, bytes]:
+    """Return a login shell's line and the standard input for a command that itself reads no input.
+
+    All words travel in the input, as one command of a POSIX shell. A command that did read its
+    input would find none there, so it never takes a part of a script for data, or the reverse.
+
+    The variable shows that the line was run. Where a login file says `exec fish`, that shell reads
+    the input, and nothing may be done: it would take data for commands next.
+    """
+    guard = f'test "${LINE_WAS_RUN}" = yes && unset {LINE_WAS_RUN} && exec'
+    text = f"{guard} {shlex.join(argv)} </dev/null\n"
+    return f"env {LINE_WAS_RUN}=yes /bin/sh", text.encode("utf-8", "surrogateescape")
+
+
+def with_script(argv: Sequence[str], script: bytes) -> list[str]:
+    """Return the words of a `sh_script` with its script in them."""
+    if argv[: len(SCRIPT)] != SCRIPT:
+        raise ValueError(f"takes no script: {shlex.join(argv)}")
+    return ["sh", "-c", script.decode(), "rlhf-box", *argv[len(SCRIPT) :]]
+
+
+def marked(argv: Sequence[str], mark: str) -> list[str]:
+    return ["sh", "-c", MARKED, "rlhf-box", mark, *argv]
+
+
+def one_line(argv: Sequence[str]) -> str:
+    """Join words to a line that every login shell splits into the same words.
+
+    sh, bash, zsh, busybox, csh, tcsh and fish agree on single quotes around all but a quote, a
+    backslash (fish) and an exclamation mark (csh), and on how each of these stands outside. A
+    newline is kept by all but csh and tcsh, which have no quotes for it.
+    """
+    return " ".join(map(_quoted, argv))
+
+
+def _quoted(word: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_/.:,+-][A-Za-z0-9_/.:,+@=-]*", word):
+        return word
+    parts = re.findall(r"'+|[\\!]|[^'\\!]+", word)
+    quotes = {"\\": r"\\", "!": r"\!"}
+    return "".join(quotes.get(part) or (f'"{part}"' if part[0] == "'" else f"'{part}'") for part in parts) or "''"
 
 
 def sh_script(*words: str) -> list[str]:
     """Run a script that comes by standard input, with these arguments."""
-    return ["sh", "-s", "--", *words]
+    return [*SCRIPT, *words]
 
 
 def sh_file(path: str, *words: str) -> list[str]:
     """Run a script that is on the box."""
     return ["sh", path, *words]
+
+
+def shell(folder: str) -> list[str]:
+    """Become an interactive shell in a folder; "": at home."""
+    return ["sh", "-c", 'cd ${1:+"$1"} && exec "${SHELL:-sh}" -i', "shell", folder]
 
 
 def mkdir(*folders: str) -> list[str]:

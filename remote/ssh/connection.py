@@ -1,39 +1,41 @@
 """The connection to one box over SSH: commands with a deadline, and OpenSSH's argv for streams.
 
-Fabric holds one connection for short commands. All its settings come from `ssh -G` (openssh.py), so
-that Fabric, rsync and the printed commands reach the box in the same way. Fabric notices only after
-minutes that a peer fell silent, so each command has its own deadline. Streams go through the
-OpenSSH client, which notices a silent peer by itself.
+One connection of the OpenSSH client is opened when it is first needed, and kept until the end of a
+verb, at a socket in a folder that only this user may enter. Commands, streams and rsync go over it,
+so that a verb logs in once: OpenSSH asks for a password or a code, and for the touch of a security
+key, as it always does. All settings come from the user's own ssh configuration (openssh.py).
+
+A silent peer is noticed after some 15 s, so each command has its own deadline, too.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import logging
-import select
+import re
+import secrets
 import shlex
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import paramiko
-from fabric import Config, Connection
-from paramiko.agent import AgentSSH
-from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, SSHException
-
 from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import one_line as on_one_line
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.ssh.host_keys import HostKey, HostKeyChanged, KeyRefused, KnownHosts, changed, unreachable
+from remote.ssh import commands
+from remote.ssh.host_keys import HostKey, KnownHosts, changed, unreachable
 from remote.ssh.link import Link
-from remote.ssh.local import LAST_LINES, LINGER_S, TAKES, CommandResult, Proxy, run_here, short
-from remote.ssh.openssh import CONNECT_S, OpenSSH, Resolved, Target
+from remote.ssh.local import LAST_LINES, CommandResult, exchange, run_here, short
+from remote.ssh.login import LoginNotes, key_state, refused
+from remote.ssh.openssh import BY_A_PERSON_S, CONNECT_S, OpenSSH, Resolved, Target, over
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +43,10 @@ if TYPE_CHECKING:
 # After a connection was dropped before it began: a box that is being scanned does that
 # (MaxStartups).
 RETRY_PAUSE_S = 0.5
-KEEPALIVE_S = 15
+CLOSE_S = 2.0
+NOTICE_S = 0.5  # for the local client to notice that a connection ended, after a command was cut off
+# Of several threads with a box each, one asks on the terminal.
+TERMINAL = threading.Lock()
 
 
 class CommandFailed(ToolkitError):
@@ -49,7 +54,7 @@ class CommandFailed(ToolkitError):
         lines = (answer.err.strip() or answer.out.strip()).splitlines()[-LAST_LINES:]
         super().__init__(
             f"a command failed on `{host}` with exit code {answer.code}",
-            why="\n".join([shlex.join(argv), *lines]),
+            why="\n".join([*lines, f"the command: {short(argv)}"]),
             exit_code=ExitCode.INTERNAL,
         )
         self.answer = answer
@@ -79,11 +84,10 @@ class BoxConnection:
         self.box, self.dry_run, self.say = box, dry_run, say or Sayer()
         self.openssh = OpenSSH(state, ssh_config, connect_s)
         self._address = Target(box.name, box.address, box.user, box.port, box.key)
-        self._connection: Connection | None = None
-        self._proxy: Proxy | None = None
+        self._folder: Path | None = None  # with the socket of the connection that is kept
         self._seconds: float | None = None  # of the last connection
         self._key_was: str = "unknown"
-        self._offered: HostKey | None = None
+        self._fingerprint = ""  # that the box showed last
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +111,7 @@ class BoxConnection:
         """
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
-        was_open = self._alive()
+        was_open = self.is_open
         try:
             answer = self._run(argv, stdin, timeout_s)
         except _Broke:
@@ -128,6 +132,18 @@ class BoxConnection:
             return CommandResult(0, "", "", 0.0)
         return self._checked(argv, self._run(argv, stdin, timeout_s), check)
 
+    def long_change(self, argv: Sequence[str], heard: Callable[[str], None]) -> CommandResult:
+        """Run a command that changes something and takes long, as `change` without `check`.
+
+        It reads no input, and has no deadline: a broken connection ends it with 255. heard: gets
+        each whole line of its output as it comes.
+        """
+        if self.dry_run:
+            self.say.command(self.box.name, argv)
+            return CommandResult(0, "", "", 0.0)
+        stream, script = self.script_stream(argv)
+        return self.local(stream, changes=True, stdin=script, check=False, heard=heard)
+
     def _checked(self, argv: Sequence[str], answer: CommandResult, check: bool) -> CommandResult:
         if check and answer.code:
             raise CommandFailed(self.box.name, argv, answer)
@@ -135,31 +151,39 @@ class BoxConnection:
 
     def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> CommandResult:
         self.connect()
-        assert self._connection is not None
-        started, late = time.monotonic(), threading.Event()
-        transport = self._connection.transport
-
-        def expire() -> None:
-            late.set()
-            transport.close()  # not politely: a silent peer would not answer that either
-
-        deadline = threading.Timer(timeout_s, expire)
-        deadline.daemon = True
-        deadline.start()
-        try:
-            with transport.open_session(timeout=timeout_s) as channel:
-                channel.exec_command(shlex.join(argv).encode("utf-8", "surrogateescape"))
-                code, out, err = _converse(channel, stdin)
-        except (SSHException, OSError, EOFError) as error:
+        started, mark = time.monotonic(), f"rlhf-box-{secrets.token_hex(8)}"
+        if list(argv[: len(commands.SCRIPT)]) == commands.SCRIPT:
+            line, sent = commands.by_input(commands.marked(commands.with_script(argv, stdin), mark))
+        elif stdin:
+            line, sent = commands.one_line(commands.marked(argv, mark)), stdin
+        else:
+            line, sent = commands.by_input(commands.marked(argv, mark))
+        end = re.compile(rb"%s (\d+)\n" % mark.encode())
+        done = exchange(over(self._socket, "--", "box", line), sent, end, timeout_s)
+        if not done.in_time:
             self.close()
-            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, str(error)) from None
-        finally:
-            deadline.cancel()
+            raise self._late(argv, timeout_s)
+        out, err = (_Answer.of(output, mark) for output in (done.out, done.err))
+        code = out.code if out.code is not None else err.code
         if code is None:
-            self.close()
-            raise self._late(argv, timeout_s) if late.is_set() else self._broke(argv, "")
+            code = self._cut_off(argv, done.code, out, err)
         seconds = time.monotonic() - started
-        return CommandResult(code, out.decode(errors="replace"), err.decode(errors="replace"), seconds)
+        return CommandResult(code, out.text.decode(errors="replace"), err.text.decode(errors="replace"), seconds)
+
+    def _cut_off(self, argv: Sequence[str], client: int | None, out: _Answer, err: _Answer) -> int:
+        """Return the exit code of a command that did not say that it ended.
+
+        Raises ToolkitError: the connection broke; the box's login shell runs no commands of ours.
+        """
+        until = time.monotonic() + NOTICE_S
+        while client == 255 and self.is_open and time.monotonic() < until:
+            time.sleep(0.02)
+        if not self.is_open:
+            self.close()
+            raise self._broke(argv, err.text.decode(errors="replace").strip())
+        if not out.has_begun and not err.has_begun:
+            raise no_shell(self.box.name, client, out.text, err.text)
+        return 255  # a signal ended the shell that ran it
 
     def _late(self, argv: Sequence[str], timeout_s: float) -> ToolkitError:
         return unreachable(
@@ -171,7 +195,7 @@ class BoxConnection:
     def _broke(self, argv: Sequence[str], why: str) -> _Broke:
         return _Broke(
             f"the connection to `{self.box.name}` broke",
-            why=f"{why or 'it was closed'}, during this command: {short(argv)}",
+            why=f"{on_one_line(why) or 'it was closed'}, during this command: {short(argv)}",
             hint="the same command resumes when the box is back",
             exit_code=ExitCode.UNREACHABLE,
         )
@@ -181,7 +205,8 @@ class BoxConnection:
     def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
         """Return the argv of a local OpenSSH client that runs `argv` on the box.
 
-        For logs, tunnels and a shell. The client ends by itself if the connection breaks.
+        For a command that gets data or a terminal, and for tunnels. The client ends by itself if
+        the connection breaks. It uses the connection that is kept, if there is one, else its own.
 
         argv: empty for the user's shell, or with `forward` for nothing. forward:
         `[address:]port:host:port` each, as for `ssh -L`; the address should be 127.0.0.1. Opens the
@@ -194,8 +219,18 @@ class BoxConnection:
             options += [] if argv else ["-N"]
         else:
             options += ["-o", "ClearAllForwardings=yes"]
-        command = [shlex.join(argv)] if argv else []
-        return [*self.openssh.command(self._address, *options), "--", self.box.address, *command]
+        line = [commands.one_line(argv)] if argv else []
+        return self._client(options, "--", self.box.address, *line, own=bool(forward))
+
+    def script_stream(self, argv: Sequence[str], script: bytes = b"") -> tuple[list[str], bytes]:
+        """Return the argv of a local OpenSSH client, and what it gets as its standard input.
+
+        As `stream`, for a command that reads no input. script: of an argv that `sh_script` made.
+        """
+        self._meet()
+        line, sent = commands.by_input(commands.with_script(argv, script) if script else argv)
+        options = ["-T", "-e", "none", "-o", "ClearAllForwardings=yes"]
+        return self._client(options, "--", self.box.address, line), sent
 
     def rsync_shell(self) -> list[str]:
         """Return the argv for `rsync -e`, which the caller joins into one word.
@@ -203,15 +238,19 @@ class BoxConnection:
         rsync itself adds the address, which is `target`.
         """
         self._meet()
-        return self.openssh.command(self._address, "-T", "-e", "none", "-o", "ClearAllForwardings=yes")
+        return self._client(["-T", "-e", "none", "-o", "ClearAllForwardings=yes"])
+
+    def _client(self, options: Sequence[str], *words: str, own: bool = False) -> list[str]:
+        control = self._socket if self.is_open and not own else None
+        return [*self.openssh.command(self._address, *options, control=control), *words]
 
     @property
     def target(self) -> str:
         """The box's address for `rsync ... TARGET:PATH`. The user's name is in rsync_shell()."""
         return f"[{self.box.address}]" if ":" in self.box.address else self.box.address
 
-    def with_password(self, argv: Sequence[str]) -> list[str]:
-        """Return the argv of an OpenSSH client that logs in with a password.
+    def with_password(self, argv: Sequence[str]) -> tuple[list[str], bytes]:
+        """Return the argv and input of an OpenSSH client that logs in with a password.
 
         ssh asks for it on the terminal, once, and offers no key. Only `install_key` in host_keys.py
         uses this.
@@ -220,12 +259,13 @@ class BoxConnection:
         options = ["-T", "-o", "ClearAllForwardings=yes", "-o", "PubkeyAuthentication=no"]
         options += ["-o", "NumberOfPasswordPrompts=1"]
         options += ["-o", "PreferredAuthentications=password,keyboard-interactive"]
-        return [*self.openssh.command(self._address, *options, batch=False), "--", self.box.address, shlex.join(argv)]
+        line, sent = commands.by_input(argv)
+        return [*self.openssh.command(self._address, *options, batch=False), "--", self.box.address, line], sent
 
     def _meet(self, *, log_in: bool = True) -> None:
         """Make the first contact, if a host key on the way to the box is not known yet.
 
-        OpenSSH accepts no unknown key, so the key is accepted here, where its fingerprint is shown.
+        The clients of streams accept no unknown key: it is accepted here, where it is shown.
         """
         known_hosts = [self.known_hosts]
         known_hosts += [self.openssh.known_hosts(jump.name) for jump in self.openssh.chain(self._address)]
@@ -285,113 +325,165 @@ class BoxConnection:
             self.connect()
         except ToolkitError as refused:
             error = refused
-        fingerprint = self._offered.fingerprint if self._offered else ""
         key: Any = self._key_was
         if error is None:
-            return Link(seconds=self._seconds, host_key=key, fingerprint=fingerprint)
+            return Link(seconds=self._seconds, host_key=key, fingerprint=self._fingerprint)
         why = f"{error.what}: {error.why}" if error.why else error.what
-        return Link(False, None, why, error.hint, key, fingerprint)
+        return Link(False, None, why, error.hint, key, self._fingerprint)
 
-    def _alive(self) -> bool:
-        return self._connection is not None and self._connection.is_connected
+    @property
+    def _socket(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "s"
 
-    def connect(self) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection that is kept still is."""
+        if self._folder is None:
+            return False
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self._socket))
+            return True
+        return False
+
+    def connect(self, *, ask: bool = True) -> None:
         """Open the connection, if it is not open.
 
+        ask: if the box wants a password or a code, and there is a terminal, ssh asks for it there.
         Raises ToolkitError: no such host, no answer, another host key, a refused key.
         """
-        if self._alive():
+        if self.is_open:
             return
         self.close()
         started = time.monotonic()
-        jumps = {jump: self.openssh.known_hosts(jump.name).keys for jump in self.openssh.chain(self._address)}
+        chain = self.openssh.chain(self._address)
+        jumps = {jump: self.openssh.known_hosts(jump.name).keys for jump in chain}
+        known = self.known_hosts.keys
+        self._key_was = "known" if known else "new"
+        self.known_hosts.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Of mode 0700. A socket's path may have some 100 bytes, and ssh first makes a longer one.
+        base = tempfile.gettempdir()
+        self._folder = Path(tempfile.mkdtemp(prefix="rlhf-", dir=base if len(base) <= 60 else "/tmp"))
         try:
-            self._open()
+            self._open(ask)
+        except BaseException:
+            self.close()
+            raise
         finally:
             for jump, before in jumps.items():
                 for key in self.openssh.known_hosts(jump.name).keys:
                     if key not in before:
                         self.say(f"{jump.name}, on the way to {self.box.name}: {_new_key(key)}")
+            for key in () if known else self.known_hosts.keys:
+                self.say(f"{self.box.name}: {_new_key(key)}")
         self._seconds = time.monotonic() - started
 
-    def _open(self) -> None:
-        _quiet()
-        sock = self._dial()
-        wait_s = self.openssh.connect_s
-        keys = _Keys(self.resolved, wait_s)
-        connection = Connection(
-            self.known_hosts.alias,
-            user=self.resolved.user,
-            port=22,  # so that Fabric looks up only the alias in known_hosts
-            config=Config(lazy=True, ssh_config=paramiko.SSHConfig()),  # empty: all settings come from ssh -G
-            forward_agent=False,
-            connect_kwargs={
-                "sock": sock,
-                "auth_strategy": keys,
-                **{f"{stage}timeout": wait_s for stage in ("", "banner_", "auth_", "channel_")},
-            },
-        )
+    def _open(self, ask: bool) -> None:
+        for is_last in (False, True):
+            started = time.monotonic()
+            code, notes = self._log_in(batch=True)
+            if code and ask and self._may_ask(notes):
+                with TERMINAL:
+                    code, notes = self._log_in(batch=False)
+            self._fingerprint = notes.host_key or self._fingerprint
+            if code == 0:
+                return
+            if notes.methods is not None and code is not None:
+                raise refused(self.box.name, self.resolved, notes)
+            self._check_host_key(notes)
+            self._explain(notes, time.monotonic() - started, is_last)
+            time.sleep(RETRY_PAUSE_S)
+
+    def _may_ask(self, notes: LoginNotes) -> bool:
+        """Whether a person at the terminal may help a login that failed.
+
+        By a password, a code, or the passphrase of a key; for the box, or for a jump host.
+        """
+        if not sys.stdin.isatty():
+            return False
+        is_locked = any(key_state(file) == "locked" for file in self.resolved.keys)
+        at_a_jump = not notes.spoke and bool(self.openssh.chain(self._address))
+        return notes.can_be_asked_for or at_a_jump or (is_locked and notes.methods is not None)
+
+    def _log_in(self, *, batch: bool) -> tuple[int | None, LoginNotes]:
+        """Let ssh log in, and return its exit code and notes; None: it took too long."""
+        known = self.known_hosts
+        argv = self.openssh.log_in(self._address, self._socket, first_contact=not known.keys, batch=batch)
+        limit_s = self.openssh.connect_s * (2.0 + len(self.openssh.chain(self._address)))
+        limit_s += 0 if batch else BY_A_PERSON_S
+        return self._watched(argv, limit_s, own_session=batch)
+
+    def _watched(
+        self, argv: Sequence[str], limit_s: float, *, own_session: bool = True
+    ) -> tuple[int | None, LoginNotes]:
+        """Run a local ssh that writes notes until it ends, or time is over."""
+        has_told, started, pause_s = False, time.monotonic(), 0.002
+        with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
+            file = Path(folder) / "notes"
+            with file.open("wb") as log:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=own_session,
+                )
+            try:
+                while (code := process.poll()) is None and time.monotonic() < started + limit_s:
+                    time.sleep(pause_s)
+                    pause_s = min(pause_s * 1.5, 0.05)
+                    if not has_told and pause_s >= 0.05 and _notes(file).wants_touch:
+                        has_told, limit_s = True, limit_s + BY_A_PERSON_S
+                        self.say(f"{self.box.name}: touch your security key")
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            return code, _notes(file)
+
+    def _check_host_key(self, notes: LoginNotes) -> None:
+        """Raise ToolkitError if the box showed another key than the known ones."""
         known = self.known_hosts.keys
-        for key in known:
-            # Suppressed: a sort of key that paramiko lacks; see _accept.
-            with contextlib.suppress(SSHException, ValueError, paramiko.pkey.UnknownKeyType):
-                loaded = paramiko.PKey.from_type_string(key.sort, key.blob)
-                connection.client.get_host_keys().add(self.known_hosts.alias, key.sort, loaded)
-        connection.client.set_missing_host_key_policy(_Meet(self._first_seen))
-        self._key_was = "known" if known else "new"
-        self._connection = connection
-        started = time.monotonic()
-        try:
-            connection.open()
-        except BadHostKeyException as error:
-            self.close()
-            self._key_was, self._offered = "changed", _host_key(error.key)
-            raise changed(self.box.name, self._offered, known) from None
-        except (KeyRefused, HostKeyChanged):
-            self.close()
-            raise
-        except _Silent:
-            self.close()
-            raise self._silent() from None
-        except (SSHException, OSError, EOFError) as error:
-            raise self._failed(error, time.monotonic() - started) from None
-        except BaseException:
-            self.close()
-            raise
-        transport = connection.transport
-        transport.set_keepalive(KEEPALIVE_S)
-        self._offered = _host_key(transport.get_remote_server_key())
+        if notes.host_key and known and notes.host_key not in [key.fingerprint for key in known]:
+            self._key_was = "changed"
+            raise changed(self.box.name, notes.host_key, notes.host_key_sort, known)
 
     def close(self) -> None:
         """Close the connection, if it is open."""
-        connection, proxy = self._connection, self._proxy
-        self._connection = self._proxy = None
-        if connection is not None:
-            connection.client.close()
-        if proxy is not None:
-            proxy.close()
+        if self._folder is None:
+            return
+        if self._socket.exists():
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+                subprocess.run(
+                    over(self._socket, "-O", "exit", "--", "box"),
+                    stdin=subprocess.DEVNULL, capture_output=True, timeout=CLOSE_S, check=False,
+                )  # fmt: skip
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
 
     def offered_key(self) -> HostKey:
         """Return the host key that the box shows now, trusted or not. Does not log in."""
-        _quiet()
-        transport = paramiko.Transport(self._dial())
-        started = time.monotonic()
-        try:
-            transport.banner_timeout = self.openssh.connect_s
-            sorts = [key.sort for key in self.known_hosts.keys]
-            options = transport.get_security_options()
-            options.key_types = sorted(options.key_types, key=lambda sort: _plain(sort) not in sorts)
-            transport.start_client(timeout=self.openssh.connect_s)
-            return _host_key(transport.get_remote_server_key())
-        except (SSHException, OSError, EOFError) as error:
-            raise self._failed(error, time.monotonic() - started) from None
-        finally:
-            transport.close()
-            self.close()
+        known = self.known_hosts
+        for is_last in (False, True):
+            started = time.monotonic()
+            if known.keys:  # of several keys, ssh asks for one that is known
+                notes = self._look(known, first_contact=False)
+                for key in known.keys:
+                    if key.fingerprint == notes.host_key:
+                        return key
+            with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
+                seen = KnownHosts(Path(folder) / "seen", known.alias)
+                notes = self._look(seen, first_contact=True)
+                if seen.keys:
+                    self._fingerprint = seen.keys[0].fingerprint
+                    return seen.keys[0]
+            self._explain(notes, time.monotonic() - started, is_last)
+            time.sleep(RETRY_PAUSE_S)
+        raise AssertionError("the loop has returned or raised")
 
-    def _first_seen(self, key: HostKey) -> None:
-        self._offered = key
-        self._accept(key)
+    def _look(self, known: KnownHosts, *, first_contact: bool) -> LoginNotes:
+        argv = self.openssh.look(self._address, known, first_contact=first_contact)
+        return self._watched(argv, self.openssh.connect_s * (2.0 + len(self.openssh.chain(self._address))))[1]
 
     def _accept(self, key: HostKey) -> None:
         known = self.known_hosts.keys
@@ -399,49 +491,46 @@ class BoxConnection:
             return
         if known or not self.known_hosts.keep(key):
             self._key_was = "changed"
-            raise changed(self.box.name, key, self.known_hosts.keys)
+            raise changed(self.box.name, key.fingerprint, key.sort, self.known_hosts.keys)
         self.say(f"{self.box.name}: {_new_key(key)}")
 
-    # --- the socket
+    # --- why there is no connection
 
-    def _dial(self) -> socket.socket:
-        """Return a socket on which the box has begun to speak SSH.
+    def _explain(self, notes: LoginNotes, seconds: float, is_last: bool) -> None:
+        """Raise ToolkitError for a connection that failed before the login.
 
-        It tries a second time if the first connection was dropped before that.
+        It returns if one more attempt is due: the box dropped the connection before it began.
         """
-        for last in (False, True):
-            sock = self._socket()
-            try:
-                if sock.recv(1, socket.MSG_PEEK):
-                    return sock
-                error: OSError | None = None
-            except TimeoutError:
-                sock.close()
-                self.close()
-                raise self._silent() from None
-            except OSError as refused:
-                error = refused
-            sock.close()
-            last_words = self._last_words()
-            if last:
-                raise self._dropped(error, last_words)
-            time.sleep(RETRY_PAUSE_S)
-        raise AssertionError("the loop has returned or raised")
+        self._look_at_jumps()
+        if seconds >= self.openssh.connect_s * 0.9:
+            raise self._silent()
+        if self.openssh.proxy(self._address):
+            # While a connection is kept, ssh does not show what a proxy command says.
+            words = "" if notes.spoke else self._look(self.known_hosts, first_contact=False).words
+            if words:
+                hint = "the proxy command printed this: try it by itself, with `ssh`"
+                raise unreachable(f"cannot reach `{self.box.name}`", why=f"{self._where()}: {words}", hint=hint)
+        elif not notes.connected:
+            self._try_port()
+        if not notes.spoke:
+            if not is_last:
+                return
+            why = f"{self._where()} closed the connection before it began, twice"
+            hint = "try again in a minute, since a busy box drops some connections; is this its SSH port?"
+            raise unreachable(f"cannot reach `{self.box.name}`", why=why, hint=hint)
+        hint = "try again; if it fails again: is this an SSH port, and is the box's SSH server newer than 2015?"
+        why = f"{self._where()}: {notes.words or 'ssh ended without a word'}"
+        raise unreachable(f"cannot speak SSH with `{self.box.name}`", why=why, hint=hint)
 
-    def _socket(self) -> socket.socket:
+    def _try_port(self) -> None:
+        """Connect to the box's port, since ssh says in words for people alone why it could not.
+
+        Raises ToolkitError: there is no such host, nobody listens, no answer.
+        """
         wait_s = self.openssh.connect_s
-        proxy = self.openssh.proxy(self._address)
-        if proxy:
-            self._proxy = Proxy(replace(self.resolved, proxy=proxy).proxy_command())
-            self._proxy.socket.settimeout(wait_s * (1 + max(1, len(self.openssh.chain(self._address)))))
-            return self._proxy.socket
         host, port = self.resolved.host, self.resolved.port
         try:
-            sock = socket.create_connection((host, port), timeout=wait_s)
-            # paramiko leaves it off. Each small message then waits until the one before it is
-            # acknowledged, a round trip of its own.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
+            socket.create_connection((host, port), timeout=wait_s).close()
         except socket.gaierror as error:
             hint = "check the name (`fab add` takes what the rental page shows), and the network of this machine"
             raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
@@ -472,30 +561,6 @@ class BoxConnection:
             "Restart a frozen box on the provider's page",
         )
 
-    def _dropped(self, error: OSError | None, last_words: str) -> ToolkitError:
-        self._look_at_jumps()
-        what = f"cannot reach `{self.box.name}`"
-        if last_words:
-            hint = "the proxy command printed this: try it by itself, with `ssh`"
-            return unreachable(what, why=f"{self._where()}: {last_words}", hint=hint)
-        reason = f": {error.strerror}" if error else " closed the connection before it began, twice"
-        hint = "try again in a minute, since a busy box drops some connections; is this its SSH port?"
-        return unreachable(what, why=f"{self._where()}{reason}", hint=hint)
-
-    def _failed(self, error: BaseException, seconds: float) -> ToolkitError:
-        last_words = self._last_words()
-        if seconds >= self.openssh.connect_s * 0.9:
-            return self._silent()
-        why = last_words or str(error) or type(error).__name__
-        hint = "try again; if it fails again: is this an SSH port, and is the box's SSH server newer than 2015?"
-        return unreachable(f"cannot speak SSH with `{self.box.name}`", why=f"{self._where()}: {why}", hint=hint)
-
-    def _last_words(self) -> str:
-        """Close the connection, and return the last lines that the ProxyCommand printed, if any."""
-        last_words = self._proxy.last_words() if self._proxy else ""
-        self.close()
-        return last_words
-
     def _look_at_jumps(self) -> None:
         """Connect to each jump host by itself, which raises ToolkitError for the one that fails.
 
@@ -518,192 +583,42 @@ class _Broke(ToolkitError):
     """The connection broke during a command."""
 
 
-class _Silent(Exception):
-    """No answer came in time during the login."""
+class _Answer:
+    """What one output of a command on the box said, without our marks and what came before them."""
+
+    def __init__(self, text: bytes, has_begun: bool, code: int | None) -> None:
+        self.text, self.has_begun, self.code = text, has_begun, code
+
+    @classmethod
+    def of(cls, output: bytes, mark: str) -> _Answer:
+        before, begin, rest = output.partition(f"{mark}\n".encode())
+        if not begin:
+            return cls(before, False, None)
+        text, end, code = rest.rpartition(f"{mark} ".encode())
+        return cls(text, True, int(code.split()[0])) if end and code.strip().isdigit() else cls(rest, True, None)
+
+
+def no_shell(name: str, code: int | None, out: bytes, err: bytes) -> ToolkitError:
+    """Make the error for a box where another program ran in place of our command."""
+    lines = [line for text in (out, err) for line in text.decode(errors="replace").splitlines() if line.strip()]
+    if any(commands.LINE_WAS_RUN in line for line in lines):
+        printed = "it took for its own what was meant for /bin/sh"
+    else:
+        printed = f"it printed: {on_one_line(lines[-1])[:200]}" if lines else "it printed nothing"
+    host = shlex.quote(name)
+    return ToolkitError(
+        f"`{name}` runs no commands: after the login, another program ran in place of /bin/sh",
+        why=f"{printed} (exit code {code})",
+        hint="it may be nologin, a forced command of authorized_keys, or a line such as `exec fish` in a file that the "
+        "login shell reads (.bashrc); guard that line: `case $- in *i*) exec fish ;; esac`\n"
+        f"`ssh {host} /bin/true` must end with 0",
+        exit_code=ExitCode.UNFIT,
+    )
+
+
+def _notes(file: Path) -> LoginNotes:
+    return LoginNotes.of(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _new_key(key: HostKey) -> str:
     return f"new host key {key.fingerprint} ({key.sort}), kept from now on"
-
-
-def _quiet() -> None:
-    """Silence paramiko's log, which prints the errors that we report ourselves, with tracebacks."""
-    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
-
-
-def _plain(sort: str) -> str:
-    return "ssh-rsa" if sort.startswith("rsa-sha2-") else sort
-
-
-def _host_key(key: paramiko.PKey) -> HostKey:
-    return HostKey(key.get_name(), key.asbytes())
-
-
-class _Meet(paramiko.MissingHostKeyPolicy):
-    def __init__(self, seen: Callable[[HostKey], None]) -> None:
-        self._seen = seen
-
-    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        self._seen(_host_key(key))
-
-
-def _converse(channel: paramiko.Channel, stdin: bytes) -> tuple[int | None, bytes, bytes]:
-    """Return exit code, output and errors of the channel's command.
-
-    The code is None if the connection ended first. One thread sends and receives in turn, so that
-    the two sides never wait for each other.
-    """
-    out, err, left, ended_at = bytearray(), bytearray(), memoryview(stdin), None
-    ready, shut = channel.fileno(), False
-    while True:
-        moved = False
-        while channel.recv_ready():
-            out += channel.recv(TAKES)
-            moved = True
-        while channel.recv_stderr_ready():
-            err += channel.recv_stderr(TAKES)
-            moved = True
-        while left and not channel.closed and channel.send_ready():
-            try:
-                left = left[channel.send(left[:TAKES]) :]
-            except OSError:  # the command reads no more
-                left = left[len(left) :]
-        if not left and not shut and not channel.closed:
-            with contextlib.suppress(OSError, EOFError):
-                channel.shutdown_write()
-            shut = True
-        if moved:
-            continue
-        if channel.closed or (channel.eof_received and channel.exit_status_ready()):
-            break
-        if channel.exit_status_ready():
-            ended_at = ended_at or time.monotonic()
-            if time.monotonic() - ended_at > LINGER_S:
-                break
-        if channel.eof_received:
-            channel.status_event.wait(0.05)
-        else:
-            select.select([ready], [], [], 0.02 if left or ended_at else 0.25)
-    while channel.recv_ready():
-        out += channel.recv(TAKES)
-    while channel.recv_stderr_ready():
-        err += channel.recv_stderr(TAKES)
-    if channel.exit_status != -1:
-        return channel.exit_status, bytes(out), bytes(err)
-    was_killed = channel.eof_received and channel.get_transport().is_active()
-    return (255 if was_killed else None), bytes(out), bytes(err)
-
-
-# --- keys -----------------------------------------------------------------------------------------
-
-
-class _Agent(AgentSSH):
-    """An agent at a socket that the configuration names; paramiko only knows the environment's."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(10)
-        sock.connect(path)
-        self._connect(sock)
-
-
-class _Keys:
-    """Logs in with keys in OpenSSH's order, and never with a password.
-
-    First the agent's keys that the configuration names, then the agent's others, then key files.
-    """
-
-    def __init__(self, resolved: Resolved, wait_s: float) -> None:
-        self._resolved, self._wait_s = resolved, wait_s
-        self._locked: list[Path] = []
-        self._unusable: list[Path] = []
-        self._tried: list[str] = []
-        self._agent: AgentSSH | None = None
-
-    def authenticate(self, transport: paramiko.Transport) -> list[str]:
-        try:
-            return self._authenticate(transport)
-        finally:
-            if self._agent is not None:
-                self._agent._close()
-
-    def _authenticate(self, transport: paramiko.Transport) -> list[str]:
-        for name, key in self._candidates():
-            started = time.monotonic()
-            self._tried.append(name)
-            try:
-                more = transport.auth_publickey(self._resolved.user, key)
-            except AuthenticationException:
-                if time.monotonic() - started >= self._wait_s * 0.9:
-                    raise _Silent from None
-                if not transport.is_active():
-                    raise self._refused(
-                        f"tried: {', '.join(self._tried)}; then the box ended the connection",
-                        "run the same command again; else: ",
-                    ) from None
-                continue
-            if more:
-                raise self._refused(f"besides the key it wants: {', '.join(more)}")
-            return []
-        raise self._refused()
-
-    def _candidates(self) -> Iterator[tuple[str, paramiko.PKey]]:
-        files = [file for file in self._resolved.keys if file.is_file()]
-        agent = self._agent_keys()
-        wanted = {blob: file for file in files if (blob := _public_blob(file))}
-        held = {wanted[key.asbytes()] for key in agent if key.asbytes() in wanted}
-        for key in sorted(agent, key=lambda key: key.asbytes() not in wanted):
-            if key.asbytes() in wanted or not self._resolved.only_these:
-                yield f"{wanted.get(key.asbytes(), 'a key')} of the agent", key
-        for file in files:
-            if file not in held and (loaded := self._loaded(file)) is not None:
-                yield str(file), loaded
-
-    def _agent_keys(self) -> list[paramiko.PKey]:
-        if self._resolved.agent == "none":
-            return []
-        with contextlib.suppress(SSHException, OSError):
-            self._agent = _Agent(self._resolved.agent) if self._resolved.agent else paramiko.Agent()
-            return list(self._agent.get_keys())
-        return []
-
-    def _loaded(self, file: Path) -> paramiko.PKey | None:
-        try:
-            return paramiko.PKey.from_path(file)
-        except (TypeError, paramiko.PasswordRequiredException):
-            self._locked.append(file)
-        except (OSError, ValueError, SSHException, paramiko.pkey.UnknownKeyType):
-            self._unusable.append(file)
-        return None
-
-    def _refused(self, why: str = "", first: str = "") -> KeyRefused:
-        """Make the error for a refused login. first: what to do before all else."""
-        lines = [why or f"tried: {', '.join(dict.fromkeys(self._tried)) or 'no key was found'}"]
-        hint = (
-            "fab trust puts your key on the box after one password; or paste your public key on the provider's page; "
-            "or name the key in boxes.yaml"
-        )
-        if self._locked:
-            lines.append(f"locked by a passphrase, and no agent holds it: {', '.join(map(str, self._locked))}")
-            hint = f"ssh-add {shlex.quote(str(self._locked[0]))}, then the same command; else {hint}"
-        elif self._unusable:
-            lines.append(f"cannot be read as a private key: {', '.join(map(str, self._unusable))}")
-        return KeyRefused(
-            f"{self._resolved.user}@{self._resolved.host} takes none of your keys",
-            why="\n".join(lines),
-            hint=first + hint,
-            exit_code=ExitCode.UNREACHABLE,
-        )
-
-
-def _public_blob(file: Path) -> bytes:
-    """Read the public key that belongs to a key file; b"" if there is none.
-
-    It is FILE.pub, usually next to FILE, or FILE itself if that is a public key. For a locked key
-    nothing else is known.
-    """
-    public = file if file.suffix == ".pub" else file.with_name(f"{file.name}.pub")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return base64.b64decode(public.read_text(encoding="utf-8").split()[1], validate=True)
-    return b""

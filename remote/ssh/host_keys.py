@@ -33,7 +33,10 @@ class HostKeyChanged(ToolkitError):
 
 
 class KeyRefused(ToolkitError):
-    """The box takes none of the user's keys."""
+    """The box does not let the user in by a key alone."""
+
+    trust_helps = False  # the box may take a key that was put there with a password
+    wants_more = False  # it wants something besides a key, or takes no keys
 
 
 def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
@@ -59,7 +62,7 @@ class HostKey:
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """The known_hosts file of one name, which both OpenSSH and Fabric can read."""
+    """The known_hosts file of one name, as OpenSSH reads it."""
 
     file: Path
     alias: str  # the first word of its lines
@@ -106,11 +109,11 @@ class KnownHosts:
             Path(partial).unlink(missing_ok=True)
 
 
-def changed(name: str, offered: HostKey, known: Sequence[HostKey]) -> HostKeyChanged:
+def changed(name: str, fingerprint: str, sort: str, known: Sequence[HostKey]) -> HostKeyChanged:
     trusted = ", ".join(key.fingerprint for key in known)
     return HostKeyChanged(
         f"the host key of `{name}` has changed",
-        why=f"it shows {offered.fingerprint} ({offered.sort}), but the trusted key is {trusted}",
+        why=f"it shows {fingerprint} ({sort}), but the trusted key is {trusted}",
         hint="if the box was set up again, or its address now leads to another box of yours: "
         f"fab trust --host {shlex.quote(name)} --replace\n"
         "if not, do not continue: somebody may be intercepting the connection",
@@ -152,12 +155,12 @@ def trust(connection: BoxConnection, *, replace: bool = False, host_key: str = "
     if offered in known:
         return Trusted("known", offered)
     if known and not replace:
-        raise changed(connection.box.name, offered, known)
+        raise changed(connection.box.name, offered.fingerprint, offered.sort, known)
     if not connection.dry_run:
         if known:
             connection.known_hosts.replace(offered)
         elif not connection.known_hosts.keep(offered):
-            raise changed(connection.box.name, offered, connection.known_hosts.keys)
+            raise changed(connection.box.name, offered.fingerprint, offered.sort, connection.known_hosts.keys)
     return Trusted("replaced" if known else "new", offered, known)
 
 
@@ -205,18 +208,29 @@ def install_key(connection: BoxConnection, public_key: Path | None = None) -> In
     """Put the user's public key on the box, which asks for the password once.
 
     If the box takes a key already, nothing is done. public_key: None for the first key that ssh
-    would use. Only here is a password asked for, by ssh itself: we never see it.
+    would use. ssh itself asks for the password: we never see it.
 
-    Raises ToolkitError: there is no key, nobody can be asked, or the password was wrong.
+    Raises ToolkitError: there is no key, the box wants more than one or takes no password, nobody
+    can be asked, or the password was wrong.
     """
+    refusal: KeyRefused | None = None
     try:
-        connection.connect()
+        connection.connect(ask=False)
         return Installed("there")
-    except KeyRefused:
-        pass
+    except KeyRefused as refused:
+        refusal = refused
+    if refusal.wants_more:
+        raise refusal
     file = public_key or _first_public(connection)
     words = _public_line(file)
     by_hand = f"paste this line there as an SSH key:\n{' '.join(words)}"
+    if not refusal.trust_helps:
+        raise ToolkitError(
+            f"cannot put your key on `{connection.box.name}`: it takes no password",
+            why=f"{refusal.what}\n{refusal.why}",
+            hint=f"on the provider's page, {by_hand}",
+            exit_code=ExitCode.UNREACHABLE,
+        )
     can_be_asked = ["sh", "-c", CAN_BE_ASKED]
     if not connection.dry_run and connection.local(can_be_asked, changes=False, check=False, asks=True).code:
         raise ToolkitError(
@@ -225,8 +239,8 @@ def install_key(connection: BoxConnection, public_key: Path | None = None) -> In
             hint=f"run the same command in a terminal, once; or {by_hand}",
             exit_code=ExitCode.UNREACHABLE,
         )
-    argv = connection.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
-    answer = connection.local(argv, changes=True, timeout_s=PASSWORD_S, check=False, asks=True)
+    argv, stdin = connection.with_password(["sh", "-c", INSTALL, "rlhf-box", " ".join(words), words[1]])
+    answer = connection.local(argv, changes=True, stdin=stdin, timeout_s=PASSWORD_S, check=False, asks=True)
     if connection.dry_run:
         return Installed("shown", str(file))
     if answer.code:

@@ -1,18 +1,19 @@
-"""Processes on this machine: commands with a deadline, and the ProxyCommand of a connection."""
+"""Processes on this machine: commands with a deadline, and those that speak with a box."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from subprocess import PIPE, Popen
 from typing import IO
 
 from jobs.errors import ToolkitError
@@ -39,33 +40,6 @@ class CommandResult:
 def short(argv: Sequence[str]) -> str:
     text = shlex.join(argv)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-class Proxy:
-    """A ProxyCommand, as OpenSSH runs it, on a real socket.
-
-    paramiko's own class reads one byte at a time, and leaves the process behind.
-    """
-
-    def __init__(self, command: str) -> None:
-        self.socket, far = socket.socketpair()
-        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        with far:
-            argv = ["/bin/sh", "-c", f"exec {command}"]
-            self._process = subprocess.Popen(
-                argv, stdin=far.fileno(), stdout=far.fileno(), stderr=self._words, start_new_session=True
-            )
-
-    def last_words(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)
-        self._words.seek(0)
-        return "\n".join(self._words.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:])
-
-    def close(self) -> None:
-        self.socket.close()
-        _end_group(self._process, grace_s=1.0)
-        self._words.close()
 
 
 def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -133,6 +107,66 @@ def run_here(
     return CommandResult(
         code if code >= 0 else 128 - code, out.decode(errors="replace"), bytes(err).decode(errors="replace"), seconds
     )
+
+
+def start(argv: Sequence[str], stdin: bytes) -> Popen[bytes]:
+    """Start a local ssh client, in a session of its own, and give it all of its standard input."""
+    with tempfile.TemporaryFile() as file:
+        file.write(stdin)
+        file.seek(0)
+        return Popen(argv, stdin=file, stdout=PIPE, stderr=PIPE, start_new_session=True)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a local ssh client said until its command on the box had ended."""
+
+    code: int | None  # the client's; None if it had not ended by itself, though the answer was whole
+    out: bytes
+    err: bytes
+    in_time: bool
+
+
+def exchange(argv: Sequence[str], stdin: bytes, end: re.Pattern[bytes], timeout_s: float) -> Exchange:
+    """Run a local ssh client until both outputs have said `end`, or are closed, or time is over.
+
+    What a command left behind on the box may hold its outputs open for ever, which is why `end` is
+    waited for. end: matches the end of each output.
+    """
+    process = Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    outputs = [_Output(stream, end) for stream in (process.stdout, process.stderr)]
+    threads = [threading.Thread(target=output.read, daemon=True) for output in outputs]
+    threads.append(threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True))
+    until = time.monotonic() + timeout_s
+    try:
+        for thread in threads:
+            thread.start()
+        in_time = all(output.is_over.wait(max(until - time.monotonic(), 0.0)) for output in outputs)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LINGER_S if in_time else 0)
+    finally:
+        code = process.poll()
+        if code is None:
+            process.kill()
+            process.wait()
+    for thread in threads:
+        thread.join(LINGER_S)
+    return Exchange(code, bytes(outputs[0].data), bytes(outputs[1].data), in_time)
+
+
+class _Output:
+    def __init__(self, stream: IO[bytes], end: re.Pattern[bytes]) -> None:
+        self._stream, self._end = stream, end
+        self.data, self.is_over = bytearray(), threading.Event()
+
+    def read(self) -> None:
+        with contextlib.suppress(ValueError, OSError), self._stream:
+            while part := self._stream.read1(TAKES):  # type: ignore[attr-defined]
+                self.data += part
+                if self._end.search(self.data, max(len(self.data) - 200, 0)):
+                    self.is_over.set()
+        self.is_over.set()
 
 
 def _drain(stream: IO[bytes], into: bytearray) -> None:

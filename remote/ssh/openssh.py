@@ -1,12 +1,13 @@
 """The OpenSSH client: how it resolves a name (`ssh -G`), and how it is called.
 
-Fabric, streams, rsync and jump hosts all take their settings from here. Host keys are always
-checked, against a file of our own for each name, not for each address: an address with a port may
-belong to somebody else tomorrow.
+Commands, streams, rsync and jump hosts all take their settings from here, and OpenSSH alone reads
+the user's configuration. Host keys are always checked, against a file of our own for each name, not
+for each address: an address with a port may belong to somebody else tomorrow.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -21,6 +22,8 @@ from remote.ssh.host_keys import KnownHosts
 CONNECT_S = 10
 LONGEST_CHAIN = 5  # jump hosts in a row; more than that is taken for a circle
 RESOLVE_S = 20.0  # `Match exec` runs the user's own commands
+BY_A_PERSON_S = 120  # to type a password or a code, or to touch a key
+KEPT_S = 600  # a connection that is kept ends by itself after this time without a command
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,8 @@ class Resolved:
     port: int
     user: str
     keys: tuple[Path, ...]  # private keys that it would try; they need not be there
-    only_these: bool  # IdentitiesOnly: use only those keys of the agent
-    agent: str  # the socket that IdentityAgent names; "": the environment's; "none"
     proxy: str  # ProxyCommand for a shell, with %h and %p; ""
     jumps: tuple[Target, ...]  # ProxyJump, in the order of connecting
-
-    def proxy_command(self) -> str:
-        """Return `proxy` with its tokens filled in."""
-        values = {"%": "%", "h": self.host, "n": self.host, "p": str(self.port), "r": self.user}
-        return re.sub("%(.)", lambda token: values.get(token[1], token[0]), self.proxy)
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,9 @@ class OpenSSH:
             what = f"`{shlex.join(argv)}` does not end"
             raise ToolkitError(what, hint="look at `Match exec` in ~/.ssh/config") from None
         if ended.returncode:
-            why = ended.stderr.decode(errors="replace")
+            why = ended.stderr.decode(errors="replace").strip()
             raise ToolkitError(f"ssh does not take `{target.address}`", why=why, hint="mend ~/.ssh/config, or the name")
-        return _resolved(ended.stdout.decode(errors="replace"))
+        return _resolved(os.fsdecode(ended.stdout))  # a path may hold bytes of any encoding
 
     def chain(self, target: Target) -> tuple[Target, ...]:
         """Return all jump hosts on the way, in the order of connecting.
@@ -128,7 +124,7 @@ class OpenSSH:
             )
         return (*self._chain(jumps[0], (*jumps, *behind)), *jumps)
 
-    def proxy(self, target: Target) -> str:
+    def proxy(self, target: Target, *, batch: bool = True) -> str:
         """Return the ProxyCommand for a target that is not reached directly, with tokens.
 
         OpenSSH's own ProxyJump would check a jump host against the user's known_hosts. Here it is
@@ -142,62 +138,69 @@ class OpenSSH:
             argv = [
                 "ssh",
                 *self._own_config(),
-                *self.strict(last.name, first_contact=not known_hosts.keys),
-                *_proxied(self.proxy(last)),
+                *_checked(known_hosts, first_contact=not known_hosts.keys),
+                *_set(self._settings(batch)),
+                *_proxied(self.proxy(last, batch=batch)),
                 *_named(last),
             ]
             command, address = (text.replace("%", "%%") for text in (shlex.join(argv), shlex.quote(last.address)))
             return f"{command} -W '[%h]:%p' -- {address}"
         return self.resolve(target).proxy if target.via is None else ""
 
-    def command(self, target: Target, *options: str, batch: bool = True) -> list[str]:
+    def command(self, target: Target, *options: str, batch: bool = True, control: Path | None = None) -> list[str]:
         """Return ssh's argv up to the address, which the caller adds.
 
-        batch: ssh asks nothing on the terminal.
+        batch: ssh asks nothing on the terminal. control: the socket of a connection that is kept,
+        which the command uses if it is open.
         """
         return [
             "ssh",
             *self._own_config(),
-            *self.strict(target.name, batch=batch),
-            *_proxied(self.proxy(target)),
+            *_checked(self.known_hosts(target.name)),
+            *_set(self._settings(batch, control)),
+            *_proxied(self.proxy(target, batch=batch)),
             *options,
             *_named(target),
         ]
 
-    def strict(self, name: str, *, first_contact: bool = False, batch: bool = True) -> list[str]:
-        """Return the options that check host keys against our own file.
+    def log_in(self, target: Target, control: Path, *, first_contact: bool, batch: bool = True) -> list[str]:
+        """Return the argv that opens a connection and keeps it at the socket `control`.
 
-        first_contact: accept a key if none is known. A key of another sort than the known ones is
-        never accepted.
+        It ends when the login is over, with 0 if the box let us in, and what happened until then is
+        on standard error. The connection stays, in a process of its own.
         """
-        known = self.known_hosts(name)
-        file = str(known.file)
-        if re.search(r'["$\n]', file):
-            raise ToolkitError(
-                f"ssh cannot read a known_hosts file at {file}", hint="set XDG_STATE_HOME to a folder with a plain name"
-            )
-        settings = {
+        settings = {**self._settings(batch, control), "ControlMaster": "yes", "ControlPersist": str(KEPT_S)}
+        settings |= {"LogLevel": "DEBUG1", "ClearAllForwardings": "yes"}
+        return [
+            *("ssh", *self._own_config(), *_checked(self.known_hosts(target.name), first_contact=first_contact)),
+            *(*_set(settings), *_proxied(self.proxy(target, batch=batch)), "-N", "-f", "-T", *_named(target)),
+            *("--", target.address),
+        ]
+
+    def look(self, target: Target, known_hosts: KnownHosts, *, first_contact: bool) -> list[str]:
+        """Return the argv that shows the box's host key and does not log in, so it always fails."""
+        settings = {**self._settings(batch=True), "LogLevel": "DEBUG1", "PreferredAuthentications": "none"}
+        return [
+            *("ssh", *self._own_config(), *_checked(known_hosts, first_contact=first_contact), *_set(settings)),
+            *(*_proxied(self.proxy(target)), "-T", *_named(target), "--", target.address, "exit"),
+        ]
+
+    def _settings(self, batch: bool, control: Path | None = None) -> dict[str, str]:
+        return {
             "BatchMode": "yes" if batch else "no",
-            "StrictHostKeyChecking": "accept-new" if first_contact else "yes",
-            "UserKnownHostsFile": '"' + file.replace("%", "%%") + '"',
-            "GlobalKnownHostsFile": "/dev/null",
-            "HostKeyAlias": known.alias,
-            "HashKnownHosts": "no",
-            "UpdateHostKeys": "no",
-            "CheckHostIP": "no",
-            "VerifyHostKeyDNS": "no",
             "ForwardAgent": "no",
             "ForwardX11": "no",
             "PermitLocalCommand": "no",
             "RemoteCommand": "none",
-            "ControlMaster": "no",  # a shared connection was opened with other options
-            "ControlPath": "none",
-            "ConnectTimeout": str(self.connect_s),
+            # Never the user's own: that connection was opened with other options.
+            "ControlMaster": "no",
+            "ControlPath": str(control or "none").replace("%", "%%"),
+            # It also counts while a jump host on the way asks for something.
+            "ConnectTimeout": str(self.connect_s if batch else BY_A_PERSON_S),
             "ServerAliveInterval": "5",
             "ServerAliveCountMax": "3",
             "LogLevel": "ERROR",
         }
-        return _set(settings)
 
     def _own_config(self) -> list[str]:
         return ["-F", str(self.config)] if self.config else []
@@ -206,6 +209,40 @@ class OpenSSH:
 def alias(name: str) -> str:
     """Return a name for a known_hosts file, in which commas, stars and capitals have a meaning."""
     return re.sub(r"[^a-z0-9._-]", "_", name.lower())
+
+
+def over(control: Path, *words: str) -> list[str]:
+    """Return the argv of a command over a connection that is kept, which never opens another.
+
+    It reads no configuration: everything was settled when the connection was opened.
+    """
+    settings = {"ControlPath": str(control).replace("%", "%%"), "ProxyCommand": "false", "LogLevel": "ERROR"}
+    return ["ssh", "-F", "/dev/null", *_set(settings), "-T", "-e", "none", *words]
+
+
+def _checked(known: KnownHosts, *, first_contact: bool = False) -> list[str]:
+    """Return the options that check host keys against a file of ours.
+
+    first_contact: accept a key if none is known. A key of another sort than the known ones is never
+    accepted.
+    """
+    file = str(known.file)
+    if re.search(r'["$\n]', file):
+        raise ToolkitError(
+            f"ssh cannot read a known_hosts file at {file}", hint="set XDG_STATE_HOME to a folder with a plain name"
+        )
+    return _set(
+        {
+            "StrictHostKeyChecking": "accept-new" if first_contact else "yes",
+            "UserKnownHostsFile": '"' + file.replace("%", "%%") + '"',
+            "GlobalKnownHostsFile": "/dev/null",
+            "HostKeyAlias": known.alias,
+            "HashKnownHosts": "no",
+            "UpdateHostKeys": "no",
+            "CheckHostIP": "no",
+            "VerifyHostKeyDNS": "no",
+        }
+    )
 
 
 def _set(settings: Mapping[str, str]) -> list[str]:
@@ -232,19 +269,12 @@ def _resolved(text: str) -> Resolved:
     user, host = values.get("user", ""), values.get("hostname", "")
     jumps = values.get("proxyjump", "none")
     proxy = values.get("proxycommand", "none")
-    agent = values.get("identityagent", "")
-    if agent in ("SSH_AUTH_SOCK", "$SSH_AUTH_SOCK"):
-        agent = ""
-    elif agent and agent != "none":
-        agent = str(_expanded(agent, host, user))
     files = [value for key, _, value in lines if key == "identityfile" and value != "none"]
     return Resolved(
         host=host,
         port=int(values.get("port", 22)),
         user=user,
         keys=tuple(_expanded(file, host, user) for file in files),
-        only_these=values.get("identitiesonly") == "yes",
-        agent=agent,
         proxy="" if proxy == "none" else proxy,
         jumps=() if jumps == "none" else _jumps(jumps.split(",")),
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from env.settings import Limits, Provider
-from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, judge, no_peer_access
+from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, access, judge, no_peer_access
 from jobs.formatting import one_line, plural, size
 from jobs.spec import Job, Scratch
 from remote.ssh.link import Link
@@ -383,6 +383,12 @@ def _cores(cores: float | None) -> str:
     return "? cores" if cores is None else plural(f"{cores:g}", "cores") if cores != 1 else "1 core"
 
 
+def no_access(place: Place, facts: BoxFacts) -> list[Finding]:
+    """Say why our folder on the box takes no files, with the command that mends it."""
+    ours = FitnessFacts(uid=facts.uid, gid=facts.gid)
+    return access(_folder(place), ours, elsewhere="name another data_folder in boxes.yaml")
+
+
 def _folder(place: Place) -> Folder:
     return Folder(
         path=place.root,
@@ -403,6 +409,8 @@ def _disk(box: SurveyedBox) -> Check:
     folder = replace(_folder(place), free_bytes=place.free_bytes)
     value = f"{size(place.free_bytes) if place.free_bytes is not None else '?'} free at {place.found}"
     value += f" ({place.file_system})" if place.file_system else ""
+    if blocked := no_access(place, box.facts):
+        return _of("disk", value, blocked)
     found = box.judged(folders=(folder,), uid=box.facts.uid, gid=box.facts.gid)
     if not found and place.free_bytes is None:
         return Check("disk", "unknown", value)
@@ -434,11 +442,16 @@ def _python(box: SurveyedBox) -> Check:
         todo = f"apt-get install python{wanted}-venv"
         return Check("Python", "unfit", f"{right[0].path} has no venv or ensurepip", todo)
     seen = ", ".join(dict.fromkeys(python.version for python in box.facts.pythons)) or "none"
-    todo = (
-        f"apt-get install python{wanted} python{wanted}-venv, or install miniconda, "
-        "or take the provider's image that has it"
+    what = f"no Python {wanted}, and no conda or uv to make it with (there is: {seen})"
+    return Check("Python", "unfit", what, python_todo(wanted))
+
+
+def python_todo(wanted: str) -> str:
+    """Say how a box gets a Python that its distribution may not have."""
+    return (
+        f"install uv there, with which deploy makes Python {wanted}: `pip install uv`, or on Debian 12 and Ubuntu "
+        "24.04 `apt-get install pipx && pipx install uv`; or take the provider's image that has it"
     )
-    return Check("Python", "unfit", f"no Python {wanted} and no conda to make it with (there is: {seen})", todo)
 
 
 WITHOUT_DOCKER = "without Docker the bare runtime is used"

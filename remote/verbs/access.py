@@ -10,7 +10,8 @@ from invoke import Context
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs.deployed import dispatch
+from remote.runs.deployed import our_root
+from remote.ssh import commands
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
 from remote.verbs.tunnel import State, Tunnel, forbidden
 
@@ -83,11 +84,14 @@ def shell(c: Context, host: str = "", dry_run: bool = False) -> int:
     """
     context, say = VerbContext.open(dry_run=dry_run), Sayer()
     with context.connection(context.box(one_host(c, host)), say) as connection:
-        argv = connection.stream(dispatch(connection.box, context.providers, "shell"), tty=True)
-    if dry_run:
-        say.command("here", argv)
-        return ExitCode.OK
-    return subprocess.run(argv, check=False).returncode
+        root, is_there = our_root(connection, context.providers)
+        if not is_there:
+            say("nothing is deployed here: this is the home folder")
+        argv = connection.stream(commands.shell(root if is_there else ""), tty=True)
+        if dry_run:
+            say.command("here", argv)
+            return ExitCode.OK
+        return subprocess.run(argv, check=False).returncode
 
 
 @verb(host=HOSTS, command="the command to run on the box, quoted", json_=JSON, dry_run=DRY_RUN)

@@ -64,8 +64,12 @@ class VerbContext:
 
         Where a name that is not in boxes.yaml leads nowhere, the error names those that are.
         """
+        flag = program.args["ssh-config"].value if hasattr(program, "core") else None  # `fab -S FILE`
+        config = Path(flag).expanduser() if flag else None
         try:
-            with BoxConnection(box, self.settings.state, say=say, dry_run=self.dry_run) as connection:
+            with BoxConnection(
+                box, self.settings.state, say=say, dry_run=self.dry_run, ssh_config=config
+            ) as connection:
                 yield connection
         except ToolkitError as error:
             known = inventory.meant(box.name, self.boxes)

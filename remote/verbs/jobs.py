@@ -233,9 +233,8 @@ def logs(
     view = views.view_of(at, as_json=json_, raw=raw, live=follow, since=views.parse_since(since) if since else None)
     with context.connection(box, say) as connection:
         if dry_run:
-            say.command(
-                "here", connection.stream(dispatch(box, context.providers, "follow", run or "-", view.file, str(-tail)))
-            )
+            words = ("follow", run or "-", view.file, str(-tail))
+            say.command(box.name, dispatch(box, context.providers, *words))
             return ExitCode.OK
         # If the box never answers, the connection is not broken: the address may be wrong.
         limits = replace(watch.LIMITS, first_tries=2)

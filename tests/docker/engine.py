@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.apt import apt, apt_turn
+
 BASE, BUILD = "rlhf-box-tests/base", "rlhf-box-tests/build"
 # Shared libraries that a CPython 3.10 of this machine is linked to, and what a base has anyway.
 PACKAGES = "ca-certificates,libssl3,libffi8,libsqlite3-0,zlib1g,libbz2-1.0,liblzma5,libexpat1,libuuid1"
@@ -90,9 +92,8 @@ def installed_engine() -> Iterator[Docker]:
     The engine is ended and its images are removed at the end; the packages stay.
     """
     if not shutil.which("dockerd") or not shutil.which("debootstrap"):
-        shell("apt-get", "-qq", "update")
         os.environ["DEBIAN_FRONTEND"] = "noninteractive"
-        shell("apt-get", "-qq", "install", "-y", "docker.io", "iptables", "debootstrap")
+        apt("install", "-y", "docker.io", "iptables", "debootstrap")
     folder = Path(tempfile.mkdtemp(prefix="rlhf-box-docker-"))
     _install_plugins(folder)
     docker = Docker({**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock", "DOCKER_BUILDKIT": "1"})
@@ -142,7 +143,8 @@ def _install_plugins(folder: Path) -> None:
     ]
     shell(*apt, "update")
     shell(*apt, "-o", "APT::Sandbox::User=root", "download", "docker-compose", "docker-buildx", cwd=folder)
-    shell("dpkg", "-i", *map(str, folder.glob("*.deb")))
+    with apt_turn():
+        shell("dpkg", "-i", *map(str, folder.glob("*.deb")))
 
 
 def make_base(docker: Docker) -> str:

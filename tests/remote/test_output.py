@@ -39,10 +39,8 @@ def test_a_command_shows_our_long_script_by_its_name() -> None:
     err = io.StringIO()
     there = ["sh", "-c", dispatch_script(), "rlhf-box", "/a b", "--", "list"]
     Sayer(err=err).command("gpu-box", there)
-    Sayer(err=err).command("here", ["ssh", "--", "h", shlex.join(there)])
     assert err.getvalue().splitlines() == [
         """gpu-box$ sh -c "$(cat remote/on_box/dispatch.sh)" rlhf-box '/a b' -- list""",
-        """here$ ssh -- h 'sh -c "$(cat remote/on_box/dispatch.sh)" rlhf-box '"'"'/a b'"'"' -- list'""",
     ]
 
 

@@ -38,7 +38,7 @@ def test_what_lies_there_reads_the_library_next_to_it(name: str) -> None:
     assert text_of(name).count(READS_LIB) == 1
 
 
-def test_what_goes_along_as_an_argument_needs_nothing() -> None:
+def test_what_goes_along_with_most_calls_needs_nothing() -> None:
     assert "lib.sh" not in dispatch_script() and "#" not in {
         line.lstrip()[:1] for line in dispatch_script().splitlines()
     }

@@ -291,6 +291,22 @@ def test_a_shell_is_had_before_the_first_deploy(place: Place) -> None:
     assert ended.returncode == 9 and "nothing is deployed here" in ended.stdout + ended.stderr
 
 
+def test_the_ssh_configuration_is_read_by_ssh_alone(place: Place) -> None:
+    """Fabric itself would end at the byte of Latin-1, before any verb."""
+    server = yaml.safe_load((place.laptop.folder / "boxes.yaml").read_text())["gpu-box"]
+    home = place.laptop.folder / "home"
+    (home / ".ssh").mkdir(parents=True)
+    text = (
+        f'Host far\n  HostName 127.0.0.1\n  Port {server["port"]}\nMatch final all\n  IdentityFile "{server["key"]}"\n'
+    )
+    (home / ".ssh/config").write_bytes(b"# caf\xe9\n" + text.encode())
+    place.laptop.fab("add", "by-add", "ssh root@example.invalid", "--dry-run", HOME=str(home))
+    flag = ("-S", str(home / ".ssh/config"))
+    for words in (["exec", "--host", "far"], ["-H", "far", "exec"]):
+        ended = place.laptop.fab(*flag, *words, "--command", r"""printf '%s\n' 'a\b' "it's" """, HOME=str(home))
+        assert ended.stdout == "a\\b\nit's\n"
+
+
 def test_a_dry_unlock_says_whose_lock_it_is(place: Place) -> None:
     held = place.root / "lock"
     held.mkdir()

@@ -128,7 +128,7 @@ def test_no_python_310_is_told_before_anything_is_done(deployed: BareBox, laptop
         done = laptop.fab("deploy", "--host", "no-python", code=3)
     finally:
         deployed.sh("mv /rig/python3.10 /usr/local/bin/python3.10")
-    assert "no Python 3.10" in done.err and "hint: apt-get install python3.10" in done.err
+    assert "no Python 3.10" in done.err and "pipx install uv" in done.err
     assert deployed.sh("ls -A /data3; rmdir /data3") == ""
 
 

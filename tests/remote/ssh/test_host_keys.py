@@ -201,6 +201,7 @@ class AsksForPassword(paramiko.ServerInterface):
         def run() -> None:
             done = subprocess.run(
                 ["/bin/sh", "-c", command],
+                input=channel.makefile("rb").read(),
                 env={"HOME": str(self.home), "PATH": os.defpath},
                 capture_output=True,
                 check=False,

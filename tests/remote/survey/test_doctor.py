@@ -406,6 +406,20 @@ def test_disk_and_inodes(change: dict[str, Any], disk: str, inodes: str) -> None
     assert (status("disk", facts), status("inodes", facts)) == (disk, inodes)
 
 
+@pytest.mark.parametrize(
+    ("change", "todo"),
+    [
+        ({"read_only": True}, "mount it writable, or name another data_folder in boxes.yaml"),
+        ({"writable": False, "uid": 5}, "sudo chown -R 1000:1001 "),
+        ({"writable": False, "uid": 1000}, "chmod -R u+rwX "),
+        ({"free_bytes": 400_000_000}, "make room there, or name another data_folder in boxes.yaml"),
+    ],
+)
+def test_what_mends_a_disk(change: dict[str, Any], todo: str) -> None:
+    facts = replace(BARE, places=(replace(PLACE, **change),), uid=1000, gid=1001)
+    assert todo in check("disk", facts).todo
+
+
 def test_a_disk_that_does_not_answer() -> None:
     facts = replace(BARE, places=(Place("/mnt/gone/rlhf-box"),))
     found = check("disk", facts, data_folder="/mnt/gone")
@@ -427,9 +441,9 @@ def test_a_disk_that_does_not_answer() -> None:
             (Python("/usr/bin/python3", "3.11.2", True),),
             (),
             "unfit",
-            "no Python 3.10 and no conda to make it with (there is: 3.11.2)",
+            "no Python 3.10, and no conda or uv to make it with (there is: 3.11.2)",
         ),
-        ((), (), "unfit", "no Python 3.10 and no conda to make it with (there is: none)"),
+        ((), (), "unfit", "no Python 3.10, and no conda or uv to make it with (there is: none)"),
     ],
 )
 def test_python(pythons: tuple[Python, ...], condas: tuple[tuple[str, str], ...], wanted: str, value: str) -> None:

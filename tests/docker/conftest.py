@@ -38,7 +38,7 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     def run(
         *arguments: str,
         environment: Mapping[str, str] | None = None,
-        timeout_s: float = 900,
+        timeout_s: float = 3600,
         options: tuple[str, ...] = (),
     ) -> CompletedProcess[str]:
         cache = tmp_path_factory.mktemp("cache")

@@ -112,6 +112,6 @@ def built(box: Box) -> Box:
     The log of the build is next to the checkout.
     """
     engine.shell("make", ".env", cwd=box.checkout)
-    done = box.compose("--progress", "plain", "build", timeout_s=1800)
+    done = box.compose("--progress", "plain", "build", timeout_s=5400)
     (box.checkout.parent / "build.log").write_text(done.stdout)
     return box

@@ -21,6 +21,7 @@ OURS = (
         "remote/on_box/lib.sh",
         "env/torch_wheel.sh",
         "env/install_locked.sh",
+        "env/take_torch.py",
         "env/pins/uv.txt",
         "env/cuda.sh",
         "env/caches.sh",

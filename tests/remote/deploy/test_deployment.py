@@ -30,7 +30,7 @@ from remote.scripts import script
 from remote.survey.facts import BoxFacts
 from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, mirror_values, recall, remember
 from tests.disks import unmount
-from tests.remote.small_checkout import HOSTILE, make_checkout, make_index, write
+from tests.remote.small_checkout import HOSTILE, make_checkout, make_index, wheel_of, write
 
 LIMITS, PROVIDERS = Limits.load(), Provider.load_all()
 ROOMY = LIMITS.model_copy(
@@ -219,6 +219,42 @@ def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(sce
     assert scene.whole_code() == sorted([tree.key, new])
     assert (scene.root / f"code/{new}/tool.sh").samefile(scene.root / f"code/{tree.key}/tool.sh")
     assert (scene.root / f"code/{tree.key}/rlhf_train/main.py").read_text() == "print('hello')\n"
+
+
+def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, sshd: Any) -> None:
+    """The Python that makes the environment has it, as in a provider's image."""
+    index = make_index(tmp_path / "index/simple")
+    scene, theirs = Scene(tmp_path, sshd, index), tmp_path / "theirs"
+    subprocess.run([sys.executable, "-m", "venv", theirs], check=True)
+    pip = [theirs / "bin/python", "-m", "pip", "install", "-q", "--no-index"]
+    subprocess.run([*pip, wheel_of(index, "torch")], check=True)
+    shutil.rmtree(index / "torch")  # so it cannot come from there
+    shutil.rmtree(scene.state)
+    write(scene.checkout / "env/mirrors/default.env", (scene.checkout / "env/mirrors/here.env").read_text())
+    answer = (
+        f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {theirs}/bin/python "$@" ;; esac\n'
+    )
+    python = write(scene.disk / "python3.10", answer, 0o755)
+    providers = {**PROVIDERS, "generic": PROVIDERS["generic"].model_copy(update={"pythons": (str(python),)})}
+    with Counting(scene.sshd.connection(scene.state, box=scene.box)) as connection:
+        deploy(
+            connection,
+            scene.checkout,
+            scene.box,
+            limits=ROOMY,
+            providers=providers,
+            state=scene.state,
+            say=scene.said.append,
+        )  # type: ignore[arg-type]
+    stages = [text for text in scene.said if "PyTorch" in text]
+    assert stages[0] == "environment: PyTorch (torch-cpu), which this box has ..." and len(stages) == 2
+    found = subprocess.run(
+        [scene.deployed()["python"], "-c", "import torch; print(torch.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(found.stdout.strip()).is_relative_to(scene.root / "env")
 
 
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:

@@ -251,6 +251,22 @@ def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, 
     assert Path(found.stdout.strip()).is_relative_to(scene.root / "env")
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Progress 1500000000 of 2300000000", "PyTorch: 1.5 GB of 2.3 GB"),
+        ("Progress 1500 of 0", "PyTorch: Progress 1500 of 0"),  # how much it is, is not known
+        ("Collecting torch", "PyTorch: Collecting torch"),
+    ],
+)
+def test_a_download_shows_bytes(line: str, shown: str) -> None:
+    said, moments = list[str](), list[str]()
+    output = deploying._EnvironmentOutput(said.append, moments.append)
+    output("begin PyTorch")
+    output(f"now {line}")
+    assert moments == [shown]
+
+
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:
     """A running job keeps its code; the one before the last stays for a start under way."""
     key = scene.environment_is_there()

@@ -7,7 +7,7 @@
 # caller removes at the end. Where uv cannot be had, or fails, pip does the same. For uv the index and the certificates are read from
 # pip's files and variables, since providers and proxies set those.
 #
-# --download-first: pip downloads, which shows bytes (`Progress 1000 of 2000`) and goes on with a download that broke off; for PyTorch.
+# --download-first: pip downloads, which shows bytes (`Progress 1000 of 2000`) and resumes a broken download; for PyTorch.
 set -eu
 python=$1 lock=$2
 shift 2
@@ -40,7 +40,7 @@ by_uv() { # ARGUMENT...
 
 install() { # ARGUMENT...: by uv, else by pip
     by_uv "$@" || {
-        echo "uv could not install it; pip goes on"
+        echo "uv could not install it; pip does"
         "$python" -m pip install --no-deps "$@"
     }
 }

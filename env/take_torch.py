@@ -36,7 +36,7 @@ def files_of(name: str, version: str) -> Iterator[tuple[str, Path]]:
         raise NotTheSame(f"{name} has no record of its files")
     for file in package.files:
         # Programs outside of site-packages name the Python that they were installed for, and
-        # bytecode is written anew.
+        # Python writes bytecode again.
         if file.parts[0] == ".." or file.suffix == ".pyc":
             continue
         found = Path(str(package.locate_file(file)))

@@ -4,7 +4,7 @@
 #     sh env/venv.sh                    PYTHON=/path/to/python3.12 sh env/venv.sh
 #
 # Stamps are written last: a set-up that was killed at any moment is never taken for a whole one, and the next call makes
-# it anew. Outside the checkout nothing is written but the caches of pip and uv.
+# it from scratch. Outside the checkout nothing is written but the caches of pip and uv.
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 unset PYTHONHOME PYTHONPATH

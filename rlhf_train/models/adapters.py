@@ -84,8 +84,8 @@ def _try_merge(model: nn.Module) -> None:
 def _config(lora: Lora, layers: Collection[str], **more: Any) -> Any:
     from peft import LoraConfig
 
-    rank, alpha = lora.rank, lora.alpha
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers), bias="none", **more)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"}
+    return LoraConfig(**settings, target_modules=list(layers), **more)
 
 
 def describe(model: nn.Module) -> str:

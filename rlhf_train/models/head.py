@@ -28,7 +28,8 @@ class LogitTransform:
     """Makes logits of a head's output x: cap tanh(scale x / cap); without a cap: scale x.
 
     tokens: how many ids the tokenizer has, in step 3: the head may have rows for more (Qwen2.5 has
-    151,665 ids, and 151,936 or 152,064 rows). Such a row is never sampled, and has no probability.
+    151,665 ids, and 151,936 or 152,064 rows). Those rows are never sampled, and have no
+    probability.
     """
 
     scale: float = 1.0

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import plural
 from jobs.spec import Scratch
 from rlhf_train import compat
 from rlhf_train.data import hub
@@ -333,7 +334,7 @@ def _tokenizer_difference(actor: Any, critic: Any, actor_name: str, critic_name:
     ):
         if missing:
             some = ", ".join(sorted(missing)[:3])
-            return f"{in_name} has {len(missing)} tokens that {not_in} lacks: {some}"
+            return f"{in_name} has {plural(len(missing), 'tokens')} that {not_in} lacks: {some}"
     if actor.eos_token_id != critic.eos_token_id:
         return f"an answer of {actor_name} ends with {actor.eos_token}, one of {critic_name} with {critic.eos_token}"
     if _in_front(actor) != _in_front(critic):

@@ -17,10 +17,10 @@ from rlhf_train.models.adapters import adapted_layers, delta, keeps_enough, kept
 def merged(model: Any, settle: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Merge the adapters into the weights, in their dtype, for the length of the block.
 
-    The block sees what `merge_lora` will save. If that will be float32, nothing changes: 16-bit
-    weights with the adapters next to them compute the same. settle: of the model's engine, whose
-    ZeRO 3 may hold whole weights of before. All ranks take part. A model without adapters stays as
-    it is.
+    The block sees what `merge_lora` will save. If that will be float32, nothing changes: the block
+    sees 16-bit weights with the adapters next to them, whose sum is rounded, so a small change
+    shows less than in the saved model. settle: of the model's engine, whose ZeRO 3 may hold whole
+    weights of before. All ranks take part. A model without adapters stays as it is.
     """
     settle()
     if not keeps_enough(kept_and_total(weight, change) for _, weight, change, _ in _changes(model)):

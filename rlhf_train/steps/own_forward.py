@@ -81,21 +81,18 @@ def _batch(context: StepContext, rows: Rows, pad_id: int | None) -> Sequences:
 
 def _compare(context: StepContext, model: Any, rows: Rows, found: Sequence[np.ndarray], numbers: _Numbers) -> None:
     """Raise ToolkitError if our numbers of rows are not the model's own. found: ours."""
-    precision = context.placement.precision
     theirs = [numbers.own(model, *row) for row in rows]
     if not all(np.isfinite(of_row).all() for of_row in theirs):
         return  # the trial update says what is wrong with the model
     size = (float(np.abs(theirs).max()) or 1.0) if numbers.is_relative else 1.0
     differences = np.array([np.abs(a - b).mean() for a, b in zip(found, theirs, strict=True)]) / size
-    place, allowed = int(differences.argmax()), AGREEMENT_LIMITS[precision]
-    if not differences[place] <= allowed:
-        rounding = rounding_of(context, model, rows[place], found[place], numbers.ours) / size
-        allowed = max(allowed, ROUNDING_FACTOR * rounding)
+    place = int(differences.argmax())
+    allowed = allowed_difference(context, model, rows[place], found[place], numbers.ours, differences[place], size)
     if not differences[place] <= allowed:
         raise ToolkitError(
             f"{type(model).__name__} computes its {numbers.name} in a way that is not known here",
             why=f"its own forward and ours differ by {differences[place]:.3g} {numbers.unit} in the worst of "
-            f"{len(rows)} rows; {allowed:.3g} is allowed in {precision}",
+            f"{len(rows)} rows; {allowed:.3g} is allowed in {context.placement.precision}",
             hint="choose another model: OPT, GPT-2, LLaMA, Mistral, Qwen and Gemma are among those that work",
             exit_code=ExitCode.USAGE,
         )
@@ -119,6 +116,20 @@ def own_score(model: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarra
 
 def _ids(model: Any, prompt: np.ndarray, response: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None].to(model.device)
+
+
+def allowed_difference(
+    context: StepContext, model: Any, row: Row, numbers: np.ndarray, ours: Ours, difference: float, size: float = 1.0
+) -> float:
+    """Return how far numbers of a row may be from others, as a share of `size`.
+
+    numbers: ours. difference: how far they are on this rank, as a share of `size`. All ranks take
+    part, since one of them alone may be beyond the limit.
+    """
+    limit = AGREEMENT_LIMITS[context.placement.precision]
+    if not context.world.any(not difference <= limit):
+        return limit
+    return max(limit, ROUNDING_FACTOR * rounding_of(context, model, row, numbers, ours) / size)
 
 
 def rounding_of(context: StepContext, model: Any, row: Row, numbers: np.ndarray, ours: Ours) -> float:

@@ -24,11 +24,10 @@ from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored
 from rlhf_train.steps.own_forward import (
     AGREEMENT_LIMITS,
-    ROUNDING_FACTOR,
     ROWS,
+    allowed_difference,
     our_log_probs,
     own_log_probs,
-    rounding_of,
 )
 
 # Mean absolute difference of log-probs, in nats a token, of the worst response. Two passes over one
@@ -111,11 +110,9 @@ def self_test(
     results = []
     for check in (repeated, ratio, alone, reference, rollout) if with_reference else (repeated, ratio, alone, rollout):
         (difference, place), allowed = check.worst(), check.limit
-        # All ranks together, since those of ZeRO-3 gather the weights together.
-        if check.limit > SAME_BATCH_LIMIT and context.world.any(not difference <= allowed):
+        if check.limit > SAME_BATCH_LIMIT:
             worst = (rows[place].prompt, rows[place].response)
-            rounding = rounding_of(context, actor.module.model, worst, old[place], ours)
-            allowed = max(allowed, ROUNDING_FACTOR * rounding)
+            allowed = allowed_difference(context, actor.module.model, worst, old[place], ours, difference)
         if not difference <= allowed:
             raise ToolkitError(
                 f"step 3's self-test failed {when(with_reference)}: {check.what}",

@@ -54,7 +54,7 @@ def test_where_uv_cannot_be_had_pip_does_it(venv: Path, tmp_path: Path, index: P
     done = install(venv, lock_of(tmp_path, index, "alpha", "1.0"), *words, PIP_INDEX_URL=index.as_uri())
     assert done.returncode == 0, done.stderr
     assert installed_by(venv, "alpha") == "pip"
-    assert "uv could not install it; pip goes on" in done.stdout
+    assert "uv could not install it; pip does" in done.stdout
     assert sorted(path.name for path in venv.iterdir() if path.name in ("uv", "downloads")) == []
 
 

@@ -158,7 +158,7 @@ def job(rows: Path, actor: str, critic: str) -> dict[str, Any]:
     tree = tiny.job(rows)
     tree["actor"], tree["critic"] = {"model": actor}, {"model": critic}
     tree["data"]["eval_rows"] = 40
-    for step, rate in (("sft", 3e-3), ("reward", 3e-4)):
+    for step, rate in (("sft", 3e-3), ("reward", 3e-5)):
         tree[step] |= {"global_batch": 4, "max_updates": 2, "learning_rate": rate}
     return tree
 
@@ -174,4 +174,4 @@ def test_the_perplexity_is_that_of_the_saved_model(numbers: dict[tuple[str, int]
 def test_the_accuracy_is_that_of_the_saved_classifier(numbers: dict[tuple[str, int], Numbers], family: str) -> None:
     found = numbers[family, 2]
     assert found.reported == found.of_saved_model
-    assert 0.1 < found.reported < 0.9  # neither all pairs nor none: a model that reads otherwise would differ
+    assert 0 < found.reported < 1  # neither all pairs nor none: a model that reads otherwise would differ

@@ -152,21 +152,19 @@ def own_scene(tmp_path: Path, own_sshd: Any, index: Path) -> Iterator[Scene]:
 # --- the whole of it
 
 
+def with_python310(scene: Scene, python: Path | str) -> dict[str, Provider]:
+    """Let the box have a Python that says it is 3.10, and is another."""
+    text = f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {python} "$@" ;; esac\n'
+    path = write(scene.disk / "python3.10", text, 0o755)
+    return {**PROVIDERS, "generic": PROVIDERS["generic"].model_copy(update={"pythons": (str(path),)})}
+
+
 def test_from_an_unknown_box_to_one_that_is_ready_and_then_only_what_changed(scene: Scene, index: Path) -> None:
     """The probe is real, except for its way to a hub; the environment is real, of small wheels."""
     for mirror in ("default", "cn"):
         write(scene.checkout / f"env/mirrors/{mirror}.env", (scene.checkout / "env/mirrors/here.env").read_text())
     shutil.rmtree(scene.state)
-    python = {
-        "python3.10": f"#!/bin/sh\ncase \"$2\" in *sys.version_info*) echo '3.10.13|1' ;; *) exec {sys.executable} "
-        f'"$@" ;; esac\n'
-    }
-    known = {
-        name: each.model_copy(update={"pythons": (str(write(scene.disk / name, text, 0o755)),)})
-        for name, text in python.items()
-        for each in [PROVIDERS["generic"]]
-    }
-    providers = {**PROVIDERS, "generic": known["python3.10"]}
+    providers = with_python310(scene, sys.executable)
     connection = Counting(scene.sshd.connection(scene.state, box=scene.box))
     with connection:
         first = deploy(
@@ -231,11 +229,7 @@ def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, 
     shutil.rmtree(index / "torch")  # so it cannot come from there
     shutil.rmtree(scene.state)
     write(scene.checkout / "env/mirrors/default.env", (scene.checkout / "env/mirrors/here.env").read_text())
-    answer = (
-        f'#!/bin/sh\ncase "$2" in *sys.version_info*) echo \'3.10.13|1\' ;; *) exec {theirs}/bin/python "$@" ;; esac\n'
-    )
-    python = write(scene.disk / "python3.10", answer, 0o755)
-    providers = {**PROVIDERS, "generic": PROVIDERS["generic"].model_copy(update={"pythons": (str(python),)})}
+    providers = with_python310(scene, theirs / "bin/python")
     with Counting(scene.sshd.connection(scene.state, box=scene.box)) as connection:
         deploy(
             connection,
@@ -255,6 +249,22 @@ def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, 
         check=True,
     )
     assert Path(found.stdout.strip()).is_relative_to(scene.root / "env")
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("Progress 1500000000 of 2300000000", "PyTorch: 1.5 GB of 2.3 GB"),
+        ("Progress 1500 of 0", "PyTorch: Progress 1500 of 0"),  # how much it is, is not known
+        ("Collecting torch", "PyTorch: Collecting torch"),
+    ],
+)
+def test_a_download_shows_bytes(line: str, shown: str) -> None:
+    said, moments = list[str](), list[str]()
+    output = deploying._EnvironmentOutput(said.append, moments.append)
+    output("begin PyTorch")
+    output(f"now {line}")
+    assert moments == [shown]
 
 
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,21 +179,28 @@ def group_of(pid: int) -> list[int]:
 
 def test_it_keeps_the_lock_alive_and_says_so(on_box: OnBox) -> None:
     process = on_box.start(python=slow_python(on_box))
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()))
+    reader.start()
+
+    def wait_for_beats(count: int) -> None:  # a beat is said first, and renews the lock then
+        seen = said.count("beat\n")
+        wait_for(lambda: said.count("beat\n") >= seen + count)
+
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line == "beat\n":
-                break
         wait_for((on_box.root / "lock/renewed").exists)
+        wait_for(lambda: "beat\n" in said)
         assert int((on_box.root / "lock/renewed").read_text()) > time.time() + 60
         assert (on_box.root / "lock/worker").read_text().split()[0] == str(process.pid)
         write(on_box.root / "lock/owner", "who another\ntoken other\n")
+        wait_for_beats(1)  # what had begun to renew the lock before is done
         (on_box.root / "lock/renewed").unlink()
-        time.sleep(2.2)
+        wait_for_beats(2)
         assert not (on_box.root / "lock/renewed").exists()  # not a lock of somebody else
     finally:
         process.terminate()
-        process.communicate(timeout=10)
+        process.wait(timeout=10)
+        reader.join()
 
 
 @pytest.mark.parametrize("end", ["terminated", "nobody listens", "nobody listens, PIPE ignored", "killed"])

@@ -303,7 +303,7 @@ def test_without_the_hub_what_is_here_whole_is_used_and_nothing_else(server: Hub
         assert "HF_HUB_OFFLINE" in answer["hint"]
     start = time.monotonic()
     answer, messages = away.ask("rows('some/other')")
-    assert (answer["code"], time.monotonic() - start < 5) == (ExitCode.UNFIT, True)
+    assert (answer["code"], time.monotonic() - start < 50) == (ExitCode.UNFIT, True)
     assert nobody in answer["why"]
     assert not [line for line in messages if "again" in line]
 

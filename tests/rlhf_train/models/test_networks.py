@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from jobs.errors import ToolkitError
@@ -226,6 +228,40 @@ def test_other_tokenizers_are_refused(tokenizer):
     check_same_tokenizer(tokenizer, tokenizer)
     with pytest.raises(ToolkitError, match="different tokenizers"):
         check_same_tokenizer(tokenizer, train_tokenizer(["quite another text"] * 20, 300))
+
+
+def other_end(tokenizer):
+    tokenizer.eos_token = "<pad>"
+
+
+def nothing_in_front(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+
+
+def one_more(tokenizer):
+    tokenizer.add_tokens(["<tool>"])
+
+
+def lower_case(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (other_end, "an answer of the actor ends with </s>, one of the reward model with <pad>"),
+        (nothing_in_front, "the actor begins a text with the tokens ['</s>'], the reward model with []"),
+        (one_more, "the reward model has 1 token that the actor lacks: <tool>"),
+        (lower_case, "the actor and the reward model cut the same text into other tokens"),
+    ],
+)
+def test_the_reason_why_two_tokenizers_differ_is_true(tokenizer, change, why):
+    """All tokens that both have keep their numbers."""
+    other = copy.deepcopy(tokenizer)
+    change(other)
+    with pytest.raises(ToolkitError) as caught:
+        check_same_tokenizer(tokenizer, other)
+    assert caught.value.why == why
 
 
 WIDE_OPT = {

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, in what takes long besides updates."""
+"""A run that is asked to stop, in what takes long besides updates; and rows that change."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.errors import ToolkitError
 from jobs.run_dir import RunDir
 from jobs.spec import Job
 from rlhf_train.data.dataset import Ragged, Table
 from rlhf_train.data.sequences import Sequences
+from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.context import StepContext, Stopped
+from rlhf_train.steps.context import StepContext, Stopped, corpus
 from rlhf_train.steps.reward import accuracy
 from rlhf_train.steps.sft import perplexity
 from tests import tiny
@@ -49,3 +51,32 @@ def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(
         with pytest.raises(Stopped):
             measure(context, engine, table, np.arange(ROWS), 0)
     assert len(seen) == batches
+
+
+def read_in(step: int, folder: Path, *, sft_model: str | None = None, eval_rows: int = 21) -> None:
+    tree = tiny.job(folder / "rows")
+    tree["actor"]["sft_model"], tree["data"]["eval_rows"] = sft_model, eval_rows
+    job, place = Job.model_validate(tree), Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 64, 1)
+    world, run = World(0, 1, torch.device("cpu")), RunDir(folder / "run")
+    context = StepContext(job, run, world, place, folder / "cache", lambda event: None)
+    run.step(step).path.mkdir(parents=True, exist_ok=True)
+    corpus(context, step, job.data, train_tokenizer(tiny.WORDS * 20, 300))
+
+
+def test_rows_that_changed_since_an_earlier_step_are_refused(tmp_path: Path) -> None:
+    """That step may have learned from what would be held out now."""
+    rows = tiny.write_rows(tmp_path / "rows") / "train.jsonl"
+    read_in(1, tmp_path)
+    before = rows.read_text(encoding="utf-8")
+    rows.write_text(before.replace("cat", "bird", 1), encoding="utf-8")
+    read_in(2, tmp_path)  # step 1 is not complete: it will begin again
+    (tmp_path / "run/step1/complete.json").touch()
+    with pytest.raises(ToolkitError, match="did step 1 with other rows") as caught:
+        read_in(2, tmp_path)
+    assert "--redo --step 1,2" in caught.value.hint
+    read_in(2, tmp_path, sft_model="a/model")  # step 1's rows do not count: its model is not used
+    rows.write_text(before, encoding="utf-8")
+    read_in(2, tmp_path, eval_rows=5)
+    (tmp_path / "run/step1/rows.json").unlink()  # of a run that did not keep them yet
+    rows.write_text(before.replace("cat", "bird", 1), encoding="utf-8")
+    read_in(2, tmp_path)

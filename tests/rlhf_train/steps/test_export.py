@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from jobs.events import Checkpoint, Event
 from jobs.run_dir import RunDir
@@ -33,7 +33,7 @@ from rlhf_train.models.networks import (
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
-from rlhf_train.steps.export import save_model
+from rlhf_train.steps.export import generation_config, save_model
 from tests import tiny
 from tests.ranks import on_ranks
 
@@ -294,6 +294,32 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
     assert (found["config"]["pad_token_id"], found["config"]["eos_token_id"]) == (1, 2)
     if kind.step == 2:
         assert len(found["config"]["id2label"]) == 1
+
+
+@pytest.mark.parametrize("name", ["actor", "lora"])
+def test_who_may_read_the_config_may_read_the_weights(folder: Path, name: str) -> None:
+    """safetensors makes files for their owner alone; the umask of another process decides here."""
+    modes = {file.stat().st_mode & 0o777 for file in (folder / name).rglob("*") if file.is_file()}
+    umask = subprocess.run(["sh", "-c", "umask"], capture_output=True, text=True, check=True).stdout
+    assert modes == {0o666 & ~int(umask, 8)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "source_eos", "expected"),
+    [
+        ({}, None, {"top_k": 0, "top_p": 1.0, "eos_token_id": 2}),
+        ({"top_k": 1, "top_p": 0.5}, 2, {"top_k": 1, "top_p": 0.5, "eos_token_id": 2}),
+        ({"temperature": 0.7}, [9, 2, 5], {"temperature": 0.7, "eos_token_id": [2, 5, 9]}),
+    ],
+)
+def test_the_generation_config_is_how_rollouts_sampled(
+    folder: Path, settings: dict[str, Any], source_eos: Any, expected: dict[str, Any]
+) -> None:
+    tree = tiny.job(folder / "rows")
+    job = Job.model_validate(tree | {"ppo": tree["ppo"] | settings})
+    source = None if source_eos is None else GenerationConfig(eos_token_id=source_eos)
+    found = generation_config(job, load_tokenizer(str(folder / "tokenizer")), source)
+    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_the_card_says_what_it_is(folder: Path) -> None:

@@ -544,7 +544,7 @@ def disk(folder: Path, options: str) -> Iterator[None]:
 
 
 # Pages have 4 kB: with the first size, no event can be written, not even one of an error.
-@pytest.mark.parametrize("size", ["16k", "28k"])
+@pytest.mark.parametrize("size", ["20k", "28k"])
 def test_a_disk_that_is_too_small_for_the_job(
     run: RunDir, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:

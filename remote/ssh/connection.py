@@ -86,6 +86,7 @@ class BoxConnection:
         self._address = Target(box.name, box.address, box.user, box.port, box.key)
         self._folder: Path | None = None  # with the socket of the connection that is kept
         self._seconds: float | None = None  # of the last connection
+        self.was_asked = False  # a person had to help the last login, at the terminal
         self._key_was: str = "unknown"
         self._fingerprint = ""  # that the box showed last
 
@@ -202,15 +203,18 @@ class BoxConnection:
 
     # --- OpenSSH
 
-    def stream(self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = ()) -> list[str]:
+    def stream(
+        self, argv: Sequence[str] = (), *, tty: bool = False, forward: Sequence[str] = (), asks: bool = False
+    ) -> list[str]:
         """Return the argv of a local OpenSSH client that runs `argv` on the box.
 
         For a command that gets data or a terminal, and for tunnels. The client ends by itself if
         the connection breaks. It uses the connection that is kept, if there is one, else its own.
 
         argv: empty for the user's shell, or with `forward` for nothing. forward:
-        `[address:]port:host:port` each, as for `ssh -L`; the address should be 127.0.0.1. Opens the
-        connection once if the box's host key is not known yet.
+        `[address:]port:host:port` each, as for `ssh -L`; the address should be 127.0.0.1. asks: ssh
+        may ask for a password or a code on the terminal. Opens the connection once if the box's
+        host key is not known yet.
         """
         self._meet()
         options = ["-tt" if tty else "-T", "-e", "none"]
@@ -220,7 +224,7 @@ class BoxConnection:
         else:
             options += ["-o", "ClearAllForwardings=yes"]
         line = [commands.one_line(argv)] if argv else []
-        return self._client(options, "--", self.box.address, *line, own=bool(forward))
+        return self._client(options, "--", self.box.address, *line, own=bool(forward), asks=asks)
 
     def script_stream(self, argv: Sequence[str], script: bytes = b"") -> tuple[list[str], bytes]:
         """Return the argv of a local OpenSSH client, and what it gets as its standard input.
@@ -240,9 +244,9 @@ class BoxConnection:
         self._meet()
         return self._client(["-T", "-e", "none", "-o", "ClearAllForwardings=yes"])
 
-    def _client(self, options: Sequence[str], *words: str, own: bool = False) -> list[str]:
+    def _client(self, options: Sequence[str], *words: str, own: bool = False, asks: bool = False) -> list[str]:
         control = self._socket if self.is_open and not own else None
-        return [*self.openssh.command(self._address, *options, control=control), *words]
+        return [*self.openssh.command(self._address, *options, batch=not asks, control=control), *words]
 
     @property
     def target(self) -> str:
@@ -382,7 +386,8 @@ class BoxConnection:
         for is_last in (False, True):
             started = time.monotonic()
             code, notes = self._log_in(batch=True)
-            if code and ask and self._may_ask(notes):
+            self.was_asked = bool(code) and ask and self._may_ask(notes)
+            if self.was_asked:
                 with TERMINAL:
                     code, notes = self._log_in(batch=False)
             self._fingerprint = notes.host_key or self._fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 
 from invoke import Context
 
@@ -13,7 +14,7 @@ from remote.output import Sayer
 from remote.runs.deployed import our_root
 from remote.ssh import commands
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
-from remote.verbs.tunnel import State, Tunnel, forbidden
+from remote.verbs.tunnel import State, forbidden, open_tunnel
 
 EXEC_S = 3600.0  # the longest that a command of `fab exec` may take
 
@@ -36,7 +37,9 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
         raise ToolkitError("which port of the box?", hint="e.g. --port 6006")
     context, say = VerbContext.open(dry_run=dry_run), Sayer()
     with context.connection(context.box(one_host(c, host)), say) as connection:
-        argv = connection.stream(forward=[f"127.0.0.1:{local}:127.0.0.1:{port}"])
+        argv, asking = (
+            connection.stream(forward=[f"127.0.0.1:{local}:127.0.0.1:{port}"], asks=asks) for asks in (False, True)
+        )
     if dry_run:
         say.command("here", argv)
         return ExitCode.OK
@@ -45,7 +48,7 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
     except OSError as error:
         why, hint = error.strerror or str(error), "choose another port of this machine with --local-port"
         raise ToolkitError(f"cannot listen on 127.0.0.1:{local}", why=why, hint=hint) from None
-    name, opened = connection.box.name, Tunnel(argv, local)
+    name, opened = connection.box.name, open_tunnel(argv, asking if sys.stdin.isatty() else None, local)
 
     def tell(state: State) -> None:
         if state == "forbidden":
@@ -62,9 +65,9 @@ def tunnel(c: Context, host: str = "", port: int = 0, local_port: int = 0, dry_r
 
     try:
         code = 0
-        if state := opened.opened():
-            tell(state)
-            code = opened.watch(tell, state)
+        if opened.state:
+            tell(opened.state)
+            code = opened.watch(tell, opened.state)
         why = opened.last_words()
     finally:
         opened.close()

@@ -148,17 +148,19 @@ def _follow(
         view,
         at,
         once=once,
-        refused=_refused(connection.box),
+        refused=_refused(connection),
         limits=limits,
         lines=lines,
     )
 
 
-def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
+def _refused(connection: BoxConnection) -> Callable[[int, str], ToolkitError | None]:
     """Make a function that recognises an end of the connection after which retrying is useless.
 
     It returns the error to raise, from ssh's exit code and last words, or None.
     """
+
+    box = connection.box
 
     def judge(code: int, last_words: str) -> ToolkitError | None:
         key_changed = "Host key verification failed" in last_words or "HOST IDENTIFICATION HAS CHANGED" in last_words
@@ -170,6 +172,9 @@ def _refused(box: Box) -> Callable[[int, str], ToolkitError | None]:
                 f"if the box was set up again, `fab trust --host {box.name} --replace`; "
                 "if not, do not continue: somebody may be intercepting the connection"
             )
+        elif code == 255 and "Permission denied" in last_words and connection.was_asked:
+            what = f"the connection to `{box.name}` broke, and only you can log in there"
+            hint = f"the job is not affected; to watch it again: fab logs --follow --host {shlex.quote(box.name)}"
         elif code == 255 and "Permission denied" in last_words:
             what, hint = f"`{box.name}` refuses your key", f"fab trust --host {box.name}"
         else:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import one_line
+from remote.ssh.openssh import BY_A_PERSON_S
 
 State = Literal["open", "forbidden", "nobody listens", "failed"]
 
@@ -36,18 +37,22 @@ def state_of(words: str) -> State | None:
 
 
 class Tunnel:
-    """One ssh process that forwards `local` here to a port of the box."""
+    """One ssh process that forwards `local` here to a port of the box.
 
-    def __init__(self, argv: Sequence[str], local: int) -> None:
+    state: what it leads to; None: ssh has ended.
+    """
+
+    def __init__(self, argv: Sequence[str], local: int, *, wait_s: float = LISTEN_S) -> None:
+        """Start ssh, and wait until it listens here, for `wait_s` at most."""
         self._local = local
         self._process = subprocess.Popen(
             loud(argv), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         self._words = b""
+        self.state = self._opened(wait_s)
 
-    def opened(self) -> State | None:
-        """Wait until ssh listens here, and return what the tunnel leads to; None: ssh has ended."""
-        deadline = time.monotonic() + LISTEN_S
+    def _opened(self, wait_s: float) -> State | None:
+        deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and self._process.poll() is None:
             if state := self._try():
                 return state
@@ -110,6 +115,18 @@ class Tunnel:
         self._process.wait()
         if self._process.stderr is not None:
             self._process.stderr.close()
+
+
+def open_tunnel(argv: Sequence[str], asking: Sequence[str] | None, local: int) -> Tunnel:
+    """Open a tunnel; where keys alone do not let us in, ssh asks on the terminal for what it needs.
+
+    asking: the argv for an ssh that asks; None: there is no terminal.
+    """
+    tunnel = Tunnel(argv, local)
+    if tunnel.state is not None or asking is None or "Permission denied" not in tunnel.last_words():
+        return tunnel
+    tunnel.close()
+    return Tunnel(asking, local, wait_s=LISTEN_S + BY_A_PERSON_S)
 
 
 def forbidden(host: str) -> ToolkitError:

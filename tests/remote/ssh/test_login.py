@@ -186,9 +186,9 @@ with BoxConnection(Box.model_validate_json(sys.argv[2]), Path(sys.argv[1]), ssh_
 """
 
 
-def in_a_terminal(box: Box, state: Path, config: Path, prompt: bytes, typed: bytes) -> bytes:
-    """Run ASKS with a terminal of its own, answer the first prompt, and return what was shown."""
-    argv = [sys.executable, "-c", ASKS, str(state), box.model_dump_json(), str(config)]
+def in_a_terminal(box: Box, state: Path, config: Path, prompt: bytes, typed: bytes, *, program: str = ASKS) -> bytes:
+    """Run a program with its own terminal, answer the first prompt, and return what was shown."""
+    argv = [sys.executable, "-c", program, str(state), box.model_dump_json(), str(config)]
     unset = ("ASKPASS", "DISPLAY", "AUTH_SOCK")
     clean = {name: value for name, value in os.environ.items() if not any(part in name for part in unset)}
     pid, terminal = pty.fork()
@@ -226,6 +226,36 @@ def test_in_a_terminal_a_key_is_unlocked(sshd: Sshd, tmp_path: Path) -> None:
     box = sshd.box(key=str(tmp_path / "mine"))
     shown = in_a_terminal(box, tmp_path, sshd.folder / "config", b"Enter passphrase for key", b"open sesame")
     assert b"answer one\r\n two\r\n" in shown and shown.count(b"Enter passphrase") == 1
+
+
+TUNNELS = """
+import socket
+import sys
+from pathlib import Path
+from remote.inventory import Box
+from remote.ssh.connection import BoxConnection
+from remote.verbs.tunnel import open_tunnel
+box = Box.model_validate_json(sys.argv[2])
+with socket.create_server(("127.0.0.1", 0)) as server:
+    local = server.getsockname()[1]
+with BoxConnection(box, Path(sys.argv[1]), ssh_config=Path(sys.argv[3])) as connection:
+    way = [f"127.0.0.1:{local}:127.0.0.1:{box.port}"]
+    argv, asking = (connection.stream(forward=way, asks=asks) for asks in (False, True))
+tunnel = open_tunnel(argv, asking, local)
+print("it is", tunnel.state)
+tunnel.close()
+"""
+
+
+def test_in_a_terminal_a_tunnel_asks_for_what_it_needs(sshd: Sshd, tmp_path: Path) -> None:
+    make_key(tmp_path / "mine", passphrase="open sesame")
+    with (sshd.folder / "authorized_keys").open("a") as known:
+        known.write((tmp_path / "mine.pub").read_text())
+    with sshd.connection(tmp_path) as connection:
+        connection.connect()  # so that the host's key is known
+    box, prompt = sshd.box(key=str(tmp_path / "mine")), b"Enter passphrase for key"
+    shown = in_a_terminal(box, tmp_path, sshd.folder / "config", prompt, b"open sesame", program=TUNNELS)
+    assert b"it is open\r\n" in shown and shown.count(prompt) == 1
 
 
 # --- what is read of ssh's notes and of key files

@@ -40,7 +40,7 @@ def test_open(sshd: Any, opened: Callable[..., tuple[Tunnel, int]], speaks: bool
         if speaks:
             port = sshd.port
         tunnel, local = opened(sshd, port)
-        assert tunnel.opened() == "open"
+        assert tunnel.state == "open"
         if speaks:
             with socket.create_connection(("127.0.0.1", local), 5) as connection:
                 assert connection.recv(4) == b"SSH-"
@@ -49,13 +49,13 @@ def test_open(sshd: Any, opened: Callable[..., tuple[Tunnel, int]], speaks: bool
 def test_forbidden(make_sshd: Callable[..., Any], opened: Callable[..., tuple[Tunnel, int]]) -> None:
     server = make_sshd("AllowTcpForwarding no")
     tunnel, _ = opened(server, server.port)
-    assert tunnel.opened() == "forbidden"
+    assert tunnel.state == "forbidden"
 
 
 def test_nobody_listens_until_somebody_does(sshd: Any, opened: Callable[..., tuple[Tunnel, int]]) -> None:
     port = free_port()
     tunnel, _ = opened(sshd, port)
-    assert tunnel.opened() == "nobody listens"
+    assert tunnel.state == "nobody listens"
     states: list[State] = []
 
     def changed(state: State) -> None:
@@ -71,7 +71,7 @@ def test_nobody_listens_until_somebody_does(sshd: Any, opened: Callable[..., tup
 
 def test_an_ssh_that_ends_opens_nothing() -> None:
     tunnel = Tunnel(["ssh", "-o", "BatchMode=yes", "-p", str(free_port()), "127.0.0.1"], free_port())
-    assert tunnel.opened() is None
+    assert tunnel.state is None
     tunnel.close()
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 RETRY_PAUSE_S = 0.5
 CLOSE_S = 2.0
 NOTICE_S = 0.5  # for the local client to notice that a connection ended, after a command was cut off
+COMMAND = ("-T", "-e", "none", "-o", "ClearAllForwardings=yes")  # options for one that needs no terminal
 # Of several threads with a box each, one asks on the terminal.
 TERMINAL = threading.Lock()
 
@@ -159,27 +160,40 @@ class BoxConnection:
             line, sent = commands.one_line(commands.marked(argv, mark)), stdin
         else:
             line, sent = commands.by_input(commands.marked(argv, mark))
-        end = re.compile(rb"%s (\d+)\n" % mark.encode())
-        done = exchange(over(self._socket, "--", "box", line), sent, end, timeout_s)
+        client, out, err = self._exchanged(over(self._socket, "--", "box", line), argv, sent, mark, timeout_s)
+        if client == 255 and not out.has_begun and not err.has_begun and self._stays_open():
+            # The box allows few sessions over one connection (MaxSessions), and streams have them.
+            alone = self._client(COMMAND, "--", self.box.address, line, own=True)
+            client, out, err = self._exchanged(alone, argv, sent, mark, timeout_s)
+        code = out.code if out.code is not None else err.code
+        if code is None:
+            code = self._cut_off(argv, client, out, err)
+        seconds = time.monotonic() - started
+        return CommandResult(code, out.text.decode(errors="replace"), err.text.decode(errors="replace"), seconds)
+
+    def _exchanged(
+        self, client: Sequence[str], argv: Sequence[str], sent: bytes, mark: str, timeout_s: float
+    ) -> tuple[int | None, _Answer, _Answer]:
+        """Run `argv` by a local client, and return the client's exit code and both outputs."""
+        done = exchange(client, sent, re.compile(rb"%s (\d+)\n" % mark.encode()), timeout_s)
         if not done.in_time:
             self.close()
             raise self._late(argv, timeout_s)
-        out, err = (_Answer.of(output, mark) for output in (done.out, done.err))
-        code = out.code if out.code is not None else err.code
-        if code is None:
-            code = self._cut_off(argv, done.code, out, err)
-        seconds = time.monotonic() - started
-        return CommandResult(code, out.text.decode(errors="replace"), err.text.decode(errors="replace"), seconds)
+        return done.code, _Answer.of(done.out, mark), _Answer.of(done.err, mark)
+
+    def _stays_open(self) -> bool:
+        """Whether the kept connection is still open, after ssh had time to notice its end."""
+        until = time.monotonic() + NOTICE_S
+        while self.is_open and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.is_open
 
     def _cut_off(self, argv: Sequence[str], client: int | None, out: _Answer, err: _Answer) -> int:
         """Return the exit code of a command that did not say that it ended.
 
         Raises ToolkitError: the connection broke; the box's login shell runs no commands of ours.
         """
-        until = time.monotonic() + NOTICE_S
-        while client == 255 and self.is_open and time.monotonic() < until:
-            time.sleep(0.02)
-        if not self.is_open:
+        if not (self._stays_open() if client == 255 else self.is_open):
             self.close()
             raise self._broke(argv, err.text.decode(errors="replace").strip())
         if not out.has_begun and not err.has_begun:
@@ -233,8 +247,7 @@ class BoxConnection:
         """
         self._meet()
         line, sent = commands.by_input(commands.with_script(argv, script) if script else argv)
-        options = ["-T", "-e", "none", "-o", "ClearAllForwardings=yes"]
-        return self._client(options, "--", self.box.address, line), sent
+        return self._client(COMMAND, "--", self.box.address, line), sent
 
     def rsync_shell(self) -> list[str]:
         """Return the argv for `rsync -e`, which the caller joins into one word.
@@ -242,7 +255,7 @@ class BoxConnection:
         rsync itself adds the address, which is `target`.
         """
         self._meet()
-        return self._client(["-T", "-e", "none", "-o", "ClearAllForwardings=yes"])
+        return self._client(COMMAND)
 
     def _client(self, options: Sequence[str], *words: str, own: bool = False, asks: bool = False) -> list[str]:
         control = self._socket if self.is_open and not own else None

@@ -62,6 +62,24 @@ def test_a_stream_goes_on_without_a_kept_connection(own_sshd: Sshd, tmp_path: Pa
 # --- what a configuration may hold
 
 
+def test_a_box_that_allows_one_session_for_each_connection(make_sshd: MakeSshd, tmp_path: Path) -> None:
+    server = make_sshd("MaxSessions 1")
+    with server.connection(tmp_path) as connection:
+        connection.connect()
+        argv, script = connection.script_stream(["sh", "-c", "echo begun; read -r _ <$0", str(tmp_path / "go")])
+        os.mkfifo(tmp_path / "go")
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stream:
+            assert stream.stdin is not None and stream.stdout is not None
+            stream.stdin.write(script)
+            stream.stdin.close()
+            assert stream.stdout.readline() == b"begun\n"
+            assert connection.query(["echo", "one"]).out == "one\n"
+            (tmp_path / "go").write_text("on\n")
+        assert stream.returncode == 0
+        assert connection.query(["echo", "two"]).out == "two\n"
+    assert accepted(server) == 2
+
+
 def test_a_configuration_that_only_ssh_can_read(sshd: Sshd, tmp_path: Path) -> None:
     """Bytes of Latin-1 and GBK, Match final, comments, a RemoteCommand, a shared connection."""
     key = os.fsencode(tmp_path) + b"/caf\xe9 key"

@@ -5,6 +5,7 @@ Invoke itself answers `fab train gpu-box` with "No idea what 'gpu-box' is!".
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import shlex
@@ -106,6 +107,13 @@ def _no_flag(verb: str, flag: str, known: Flags) -> ToolkitError:
     return ToolkitError(f"`fab {verb}` has no flag {flag}", hint=f"{guess}`fab --help {verb}` lists its flags")
 
 
+def arguments_of(task: Any) -> list[Any]:
+    """Return Invoke's arguments of a task, which keeps its help: Invoke takes it out as it reads."""
+    task = copy.copy(task)
+    task.help = dict(task.help)
+    return list(task.get_arguments())
+
+
 def flags_of(arguments: Sequence[Any]) -> Flags:
     """Read the flags of a task, or of Fabric itself, from Invoke's own arguments."""
     takes_value = {
@@ -124,7 +132,7 @@ def mend_call(program: Any, verbs: Collection) -> None:
     core = getattr(program, "core", None)
     if core is None or not core.unparsed:
         return
-    known = {name: flags_of(task.get_arguments()) for name, task in verbs.tasks.items()}
+    known = {name: flags_of(arguments_of(task)) for name, task in verbs.tasks.items()}
     try:
         core.unparsed[:] = mended(core.unparsed, known, flags_of(program.core_args()).takes_value)
     except ToolkitError as error:

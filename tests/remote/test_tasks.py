@@ -182,7 +182,9 @@ def test_each_verb_explains_itself(verb: Any) -> None:
 
 def test_help_is_shown_by_fab(tmp_path: Path) -> None:
     laptop = Laptop(tmp_path / "laptop")
-    assert "fab train --host gpu-box --job opt-1.3b --step all" in laptop.fab("--help", "train").stdout
+    shown = laptop.fab("--help", "train").stdout
+    assert "fab train --host gpu-box --job opt-1.3b --step all" in shown
+    assert re.search(r"--detach +start the job and return immediately", shown)
     assert all(verb.name in laptop.fab("--list").stdout for verb in tasks.VERBS[:3])
 
 

@@ -6,6 +6,7 @@ The holder of the lock is named, and a dead holder loses it.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -94,7 +95,7 @@ def test_of_ten_at_once_one_gets_it(sshd: Any, tmp_path: Path, root: str) -> Non
     ("values", "why"),
     [
         ({"expires": 1}, "it has expired"),
-        ({"box": "another boot"}, "the box was restarted since"),
+        ({"box": f"another-boot {socket.gethostname()}"}, "the box was restarted since"),
     ],
 )
 def test_a_stale_one_is_taken_over_and_said(connection: Any, root: str, values: dict[str, object], why: str) -> None:
@@ -106,6 +107,14 @@ def test_a_stale_one_is_taken_over_and_said(connection: Any, root: str, values: 
     owner = lock.holder(connection, root)
     assert owner is not None and owner.token == held.token
     assert [path.name for path in Path(root).glob("lock*")] == ["lock"]
+
+
+def test_one_of_another_host_that_shares_the_folder_is_not_taken_over(connection: Any, root: str) -> None:
+    take(connection, root, CODE, why="alive there", laptop="theirs")
+    rewritten(root, who="lin@desk", box="another-boot another-host")
+    with pytest.raises(ToolkitError) as busy:
+        take(connection, root, CODE, why="mine", laptop="here")
+    assert busy.value.exit_code == ExitCode.BUSY and busy.value.why.startswith("lin@desk")
 
 
 def test_a_sign_of_life_from_the_box_keeps_it(connection: Any, root: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from jobs.errors import ToolkitError
 from remote import tasks
-from remote.verbs.command_line import flags_of, mended
+from remote.verbs.command_line import arguments_of, flags_of, mended
 
-VERBS = {verb.name: flags_of(verb.get_arguments()) for verb in tasks.VERBS}
+VERBS = {verb.name: flags_of(arguments_of(verb)) for verb in tasks.VERBS}
 CORE = {"-H": True, "--hosts": True, "-i": True, "--dry": False}
 
 

@@ -108,7 +108,7 @@ def _no_flag(verb: str, flag: str, known: Flags) -> ToolkitError:
 
 
 def arguments_of(task: Any) -> list[Any]:
-    """Return Invoke's arguments of a task, which keeps its help: Invoke takes it out as it reads."""
+    """Return Invoke's arguments of a task. Its help stays: Invoke takes it out as it reads."""
     task = copy.copy(task)
     task.help = dict(task.help)
     return list(task.get_arguments())

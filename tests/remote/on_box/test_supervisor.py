@@ -400,7 +400,10 @@ def test_hostile_names_are_refused(box: Box, name: str) -> None:
     [
         (["follow", "run-1", "../../etc/passwd", "0"], "error: events, log or output can be followed"),
         (["follow", "run-1", "events", "one"], "error: the offset is not a number"),
-        (["follow", "run-1", "events", "0", "more"], "error: the call is `follow ROOT RUN events|log|output OFFSET|-LINES`"),
+        (
+            ["follow", "run-1", "events", "0", "more"],
+            "error: the call is `follow ROOT RUN events|log|output OFFSET|-LINES`",
+        ),
         (["cancel", "run-1", "soon"], "error: the grace is not a number of seconds"),
         (["destroy"], "error: there is no verb destroy"),
     ],

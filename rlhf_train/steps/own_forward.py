@@ -56,7 +56,7 @@ def check_log_probs(context: StepContext, forward: ActorForward, rows: Rows, pad
 
 
 def try_float32(context: StepContext, forward: ActorForward, rows: Rows, pad_id: int | None) -> None:
-    """Check, before hours of training, that a 16-bit model with adapters can be measured in float32.
+    """Check, before training, that a 16-bit model with adapters can be measured in float32.
 
     It is measured so in the end if that is how it is saved: see merged.py.
     """

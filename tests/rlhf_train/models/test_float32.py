@@ -1,4 +1,4 @@
-"""A 16-bit model that computes in float32, against plain transformers on the merged float32 file."""
+"""A 16-bit model that computes in float32, against transformers on the merged float32 file."""
 
 from __future__ import annotations
 

@@ -99,13 +99,22 @@ class Rollouts:
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[np.ndarray], *, seed: int, row_ids: Sequence[int]) -> Responses:
-        """Sample one response a prompt, in order; prompts of like length are generated together."""
+    def generate(
+        self, prompts: Sequence[np.ndarray], *, seed: int, row_ids: Sequence[int], by_own_forward: bool = False
+    ) -> Responses:
+        """Sample one response a prompt, in order; prompts of like length are generated together.
+
+        by_own_forward: generate so even if there is a static decoder. Its cache is freed first.
+        """
         if not prompts:  # a rank may have none
             return Responses([], [], np.zeros(0, bool))
         uniforms = draw_uniforms(seed, row_ids, self.max_tokens)
         order = np.argsort([len(p) for p in prompts], kind="stable")
-        generate = self._generate_static if self.is_static else self._generate_eagerly
+        if by_own_forward and self._decoder is not None:
+            self._decoder = None
+            compat.free_gpu_memory()
+        is_static = self.is_static and not by_own_forward
+        generate = self._generate_static if is_static else self._generate_eagerly
         made, scored = self._fitting(lambda: generate([prompts[i] for i in order], uniforms[order]), len(prompts))
         tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
         log_probs, ended = list(tokens), np.zeros(len(prompts), bool)

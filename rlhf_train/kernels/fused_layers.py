@@ -25,7 +25,7 @@ LONGEST = 8192  # numbers of a row: a program of the norm's kernels holds a whol
 
 def add_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Return x + residual and its layer norm. All (n, d); residual None: x and its norm."""
-    if _suits(norm) and _by_kernels(x):
+    if _suits(norm) and norm.weight.dtype == x.dtype and _by_kernels(x):
         total, normed = _AddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps)
         return total, normed
     total = x if residual is None else x + residual

@@ -159,7 +159,7 @@ def within_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: fl
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     # Rows of one length are a batch, which is quicker without the kernel for rows of any length:
     # that made OPT-1.3b's step 3 at full length 4 % slower on an H200.
-    if query.is_cuda and len(set(rows.lengths)) > 1:
+    if query.is_cuda and query.dtype in DTYPES["cuda"] and len(set(rows.lengths)) > 1:
         return compat.varlen_attention(query, key, value, rows.ends, max(rows.lengths), scale)
     return run_by_run(query, key, value, rows, scale)
 

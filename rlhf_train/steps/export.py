@@ -75,7 +75,7 @@ def save_model(
             str(partial)
         )
         prompt, answer = example
-        card = model_card(context.job, step, tokenizer, folder, prompt=prompt, answer=answer, scores=scores)
+        card = model_card(context.job, step, tokenizer, prompt=prompt, answer=answer, scores=scores)
         (partial / "README.md").write_text(card, encoding="utf-8")
         _share_as_umask_says(partial)
         sync_files(partial)

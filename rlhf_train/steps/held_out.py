@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
+from rlhf_train.models.float32 import in_float32
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.merged import merged
 from rlhf_train.steps.rule import Rule
@@ -56,10 +58,12 @@ class HeldOut:
         world = self.context.world
         places = np.arange(len(self.prompts))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in places]
-        with merged(rollouts.model):  # but the reference may be the same model without adapters
-            made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist())
+        with merged(rollouts.model) as is_float32:  # but the reference may be the same model without adapters
+            made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist(), by_own_forward=is_float32)
         self.context.stop_if_asked()
-        scored, _ = scorer.score(prompts, made)
+        # Against a 16-bit reference, the KL would be that of its rounding, too.
+        with in_float32(scorer.reference.model) if is_float32 else nullcontext():
+            scored, _ = scorer.score(prompts, made)
         answers: list[tuple[int, Answer]] = []
         for row, numbers in enumerate(scored):
             ended = bool(made.ended[row])

@@ -1,4 +1,4 @@
-"""Measure what will be saved: merge LoRA's adapters into the weights, and take them out again."""
+"""Measure what will be saved: a model with LoRA's adapters merged, in the dtype of its file."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from torch import Tensor
 
 from rlhf_train.engine.deepspeed_engine import gathered, replaced
 from rlhf_train.models.adapters import adapted_layers, delta, keeps_enough, kept_and_total
+from rlhf_train.models.float32 import in_float32
 
 
 @contextmanager
-def merged(model: Any, settle: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Merge the adapters into the weights, in their dtype, for the length of the block.
+def merged(model: Any, settle: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Let a model compute what `merge_lora` will save, for the length of the block.
 
-    The block sees what `merge_lora` will save. If that will be float32, nothing changes: the block
-    sees 16-bit weights with the adapters next to them, whose sum is rounded, so a small change
-    shows less than in the saved model. settle: of the model's engine, whose ZeRO 3 may hold whole
-    weights of before. All ranks take part. A model without adapters stays as it is.
+    If that will be in the model's own dtype, the adapters are merged into the weights, and taken
+    out again. If it will be float32, the model computes in float32, and True is yielded. settle: of
+    the model's engine, whose ZeRO 3 may hold whole weights of before. All ranks take part. A model
+    without adapters stays as it is.
     """
     settle()
     if not keeps_enough(kept_and_total(weight, change) for _, weight, change, _ in _changes(model)):
-        yield
+        with in_float32(model):
+            yield True
         return
     with replaced(_merged_values(model)):
         settle()
-        yield
+        yield False
         settle()
 
 

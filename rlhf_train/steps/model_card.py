@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,7 +19,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ANSWER = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = {folder}  # where it was saved
+folder = "."  # run this in the folder of this card, or name that folder here
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 
@@ -33,7 +32,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 SCORE = """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-folder = {folder}  # where it was saved
+folder = "."  # run this in the folder of this card, or name that folder here
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 
@@ -44,16 +43,12 @@ print(model(ids).logits.item())
 """
 
 
-def model_card(
-    job: Job, step: int, tokenizer: Any, folder: Path, *, prompt: str, answer: str, scores: Mapping[str, float]
-) -> str:
+def model_card(job: Job, step: int, tokenizer: Any, *, prompt: str, answer: str, scores: Mapping[str, float]) -> str:
     """Return a model's card: how to use it, its origin, its held-out scores, the step's job fields.
 
-    folder: where the model lies. prompt, answer: of the data.
+    The snippet names no path, since the folder may be moved. prompt, answer: of the data.
     """
-    snippet = (SCORE if step == 2 else ANSWER).format(
-        folder=json.dumps(str(folder.absolute())), prompt=json.dumps(prompt), answer=json.dumps(answer)
-    )
+    snippet = (SCORE if step == 2 else ANSWER).format(prompt=json.dumps(prompt), answer=json.dumps(answer))
     score = "The logit is the score of prompt and answer together; only differences count.\n\n" if step == 2 else ""
     chat = " The tokenizer's chat template was not used." if getattr(tokenizer, "chat_template", None) else ""
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())

@@ -22,6 +22,7 @@ from rlhf_train.data.dataset import Ragged, Table
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.engine.deepspeed_engine import full_state
 from rlhf_train.models.adapters import merge_lora
+from rlhf_train.models.float32 import in_float32
 from rlhf_train.models.head import transform_of
 from rlhf_train.models.log_probs import token_log_probs
 from rlhf_train.models.networks import ActorForward, ScoreForward
@@ -52,6 +53,16 @@ def check_log_probs(context: StepContext, forward: ActorForward, rows: Rows, pad
     spread = batch.spread(flat).float().cpu().numpy()
     ours = [numbers[: len(response)] for numbers, (_, response) in zip(spread, rows, strict=True)]
     _compare(context, forward.model, rows, ours, LOG_PROBS)
+
+
+def try_float32(context: StepContext, forward: ActorForward, rows: Rows, pad_id: int | None) -> None:
+    """Check, before training, that a 16-bit model with adapters can be measured in float32.
+
+    It is measured so in the end if that is how it is saved: see merged.py.
+    """
+    if context.job.actor.lora is not None and context.placement.precision != "float32":
+        with in_float32(forward.model):
+            check_log_probs(context, forward, rows, pad_id)
 
 
 def check_scores(context: StepContext, forward: ScoreForward, rows: Rows, pad_id: int | None) -> None:

@@ -32,7 +32,7 @@ from rlhf_train.models.networks import (
 from rlhf_train.steps.context import StepContext, corpus
 from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import Answer, HeldOut
-from rlhf_train.steps.own_forward import check_scores, example_rows
+from rlhf_train.steps.own_forward import check_scores, example_rows, try_float32
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.steps.scoring import Scorer, WithoutAdapters
 from rlhf_train.steps.self_test import weights_digest
@@ -149,7 +149,9 @@ def set_up(context: StepContext) -> Setup:
     pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
 
     # The actor's log-probs are checked by the self-test, on the first rollout.
-    check_scores(context, reward_model, example_rows(context, 3, tokens.train, tokens.train.chosen), pad_id)
+    examples = example_rows(context, 3, tokens.train, tokens.train.chosen)
+    check_scores(context, reward_model, examples, pad_id)
+    try_float32(context, ActorForward(actor_model), examples, pad_id)
 
     # 3. Give actor and critic an engine each.
     actor = Engine(

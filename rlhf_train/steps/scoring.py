@@ -34,7 +34,7 @@ class Scorer:
     """
 
     context: StepContext
-    reference: Forward
+    reference: ActorForward | WithoutAdapters
     reward_model: Forward
     pad_id: int | None  # None: rows are packed
     pass_tokens: int  # computed by a training pass, at most

@@ -35,7 +35,7 @@ from rlhf_train.models.networks import (
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.merged import merged
-from rlhf_train.steps.own_forward import check_log_probs, example_rows
+from rlhf_train.steps.own_forward import check_log_probs, example_rows, try_float32
 
 
 def run(context: StepContext) -> End:
@@ -72,7 +72,9 @@ def run(context: StepContext) -> End:
         context.doing(1, f"LoRA adapts {describe(model)}")
     pad_id = padding(tokenizer, model)
     forward = ActorForward(model)
-    check_log_probs(context, forward, example_rows(context, 1, tokens.train, tokens.train.response), pad_id)
+    examples = example_rows(context, 1, tokens.train, tokens.train.response)
+    check_log_probs(context, forward, examples, pad_id)
+    try_float32(context, forward, examples, pad_id)
     engine = Engine(
         forward,
         spec,

@@ -33,7 +33,7 @@ def card(step: int, actor: object = "./mine", critic: object = "actor", **more: 
     tokenizer = SimpleNamespace(eos_token="</s>", chat_template="{{ messages }}")
     texts = {"prompt": "Human: hi\n\nAssistant:", "answer": " Hello."}
     job = Job.model_validate(fields)
-    return ModelCard(model_card(job, step, tokenizer, Path("/runs/x/step1/model"), scores={}, **texts))
+    return ModelCard(model_card(job, step, tokenizer, scores={}, **texts))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

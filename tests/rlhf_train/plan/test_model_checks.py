@@ -37,11 +37,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rm": (score, {"num_labels": 1}, tokenizer),
         "two-labels": (score, {"num_labels": 2}, tokenizer),
         "short": (score, {"num_labels": 1, "max_position_embeddings": 40}, tokenizer),
+        "short-sft": (causal, {"max_position_embeddings": 40}, tokenizer),
+        "untied": (causal, {"tie_word_embeddings": False}, tokenizer),
+        "untied-rm": (score, {"num_labels": 1, "tie_word_embeddings": False}, tokenizer),
         "other-words": (score, {"num_labels": 1}, other),
     }
     for name, (kind, fields, reader) in kinds.items():
         kind.from_config(OPTConfig(**CONFIG | fields)).save_pretrained(folder / name)
         reader.save_pretrained(str(folder / name))
+    # In several files, and in a file of another kind.
+    model = score.from_config(OPTConfig(**CONFIG, num_labels=1))
+    for name, size in (("rm-in-parts", "50KB"), ("rm-as-bin", "1GB")):
+        model.save_pretrained(folder / name, max_shard_size=size)
+        tokenizer.save_pretrained(str(folder / name))
+    (folder / "rm-as-bin/model.safetensors").rename(folder / "rm-as-bin/pytorch_model.bin")
+    causal.from_config(OPTConfig(**CONFIG)).save_pretrained(folder / "sft-as-bin")
+    tokenizer.save_pretrained(str(folder / "sft-as-bin"))
+    (folder / "sft-as-bin/model.safetensors").rename(folder / "sft-as-bin/pytorch_model.bin")
     # A classifier by its config, whose head was never saved.
     model = score.from_config(OPTConfig(**CONFIG, num_labels=1))
     state = {name: value for name, value in model.state_dict().items() if name != "score.weight"}
@@ -67,11 +79,61 @@ def test_models_that_fit_are_let_through(models: Path, tmp_path: Path) -> None:
     check_models(job(models, None, None), run, [1, 2, 3])
 
 
+@pytest.mark.parametrize("name", ["rm-in-parts", "rm-as-bin"])
+def test_a_head_is_found_in_any_kind_of_file(models: Path, tmp_path: Path, name: str) -> None:
+    assert (models / "rm-in-parts/model.safetensors.index.json").is_file()
+    check_models(job(models, "sft", name), RunDir(tmp_path), [3])
+
+
+def test_a_folder_may_be_below_home(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(models))
+    fields = job(models, "sft", None).dump()
+    fields["critic"]["reward_model"] = "~/lost-head"
+    with pytest.raises(ToolkitError, match="lost-head is no reward model"):
+        check_models(Job.model_validate(fields), RunDir(tmp_path), [3])
+
+
+@pytest.mark.parametrize(("critic", "is_own", "is_fit"), [("untied", False, False), ("untied-rm", True, True)])
+def test_a_language_loss_needs_tied_embeddings_where_it_is_learned(
+    models: Path, tmp_path: Path, critic: str, is_own: bool, is_fit: bool
+) -> None:
+    fields = job(models, "sft", None).dump()
+    fields["critic"] = {"model": "actor"} | {"reward_model" if is_own else "model": str(models / critic)}
+    fields["reward"]["lm_coef"] = 1.0
+    checked, run, steps = Job.model_validate(fields), RunDir(tmp_path), [3] if is_own else [2, 3]
+    if is_fit:
+        check_models(checked, run, steps)
+    else:
+        with pytest.raises(ToolkitError, match="needs a model whose input and output embeddings are one"):
+            check_models(checked, run, steps)
+
+
+def test_the_actors_tokenizer_is_that_of_ones_own_model_or_of_the_run(models: Path, tmp_path: Path) -> None:
+    run, other = RunDir(tmp_path), train_tokenizer(tiny.WORDS, 280)
+    other.save_pretrained(str(run.step(1).model))
+    check_models(job(models, "sft", "rm"), run, [3])  # what step 1 made has no part in it
+    with pytest.raises(ToolkitError, match="different tokenizers"):
+        check_models(job(models, None, "rm"), run, [3])
+
+
+@pytest.mark.parametrize(("base", "what"), [("rm", "rm is no language model"), ("short-sft", "do not fit the model")])
+def test_what_step_1_starts_from_is_looked_at(models: Path, tmp_path: Path, base: str, what: str) -> None:
+    with pytest.raises(ToolkitError, match=what):
+        check_models(job(models, None, None, base=base), RunDir(tmp_path), [1])
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused_in_step_1_already(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="different tokenizers"):
+        check_models(job(models, None, "other-words"), RunDir(tmp_path), [1])
+
+
 @pytest.mark.parametrize(
     ("actor", "reward_model", "what", "why"),
     [
         ("sft", "two-labels", "two-labels is no reward model", "it is a classifier with 2 labels, and a reward is one"),
         ("sft", "sft", "sft is no reward model", "it has no head: its weights lack `score.weight`"),
+        ("sft", "sft-as-bin", "sft-as-bin is no reward model", "it has no head: its weights lack `score.weight`"),
+        ("short-sft", "rm", "prompts of 64 and responses of 12 tokens do not fit", "40 positions"),
         ("sft", "lost-head", "lost-head is no reward model", "it has no head: its weights lack `score.weight`"),
         ("sft", "no-classifier", "no-classifier", "transformers has no sequence classification for blenderbot"),
         ("sft", "other-words", "the actor and the reward model use different tokenizers", ""),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,13 +28,20 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def card(step: int, actor: object = "./mine", critic: object = "actor", **more: Any) -> ModelCard:
+def card(
+    step: int,
+    actor: object = "./mine",
+    critic: object = "actor",
+    template: str | None = "{{ messages }}",
+    scores: Mapping[str, float] = MappingProxyType({}),
+    **more: Any,
+) -> ModelCard:
     """Make a card, read as the hub's own library reads it."""
     fields = tiny.job(Path("rows")) | {"actor": {"model": actor} | more, "critic": {"model": critic}}
-    tokenizer = SimpleNamespace(eos_token="</s>", chat_template="{{ messages }}")
+    tokenizer = SimpleNamespace(eos_token="</s>", chat_template=template)
     texts = {"prompt": "Human: hi\n\nAssistant:", "answer": " Hello."}
     job = Job.model_validate(fields)
-    return ModelCard(model_card(job, step, tokenizer, scores={}, **texts))
+    return ModelCard(model_card(job, step, tokenizer, scores=scores, **texts))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -51,9 +59,29 @@ def test_a_config_may_know_them(source: Path) -> None:
     config = {"_name_or_path": "some/base", "license": "mit"}
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert (card(1).data.base_model, card(1).data.license) == ("some/base", "mit")
-    config["_name_or_path"] = "/home/me/base"
-    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", ["/home/me/base", "./base", "runs/x/step1/model", "base"])
+def test_a_path_is_no_base_model(source: Path, path: str) -> None:
+    (source / "README.md").write_text(f"---\nbase_model: {path}\n---\n", encoding="utf-8")
+    (source / "config.json").write_text(json.dumps({"_name_or_path": path}), encoding="utf-8")
     assert card(1).data.base_model is None
+
+
+def test_the_sources_card_knows_better_than_its_config(source: Path) -> None:
+    config = {"_name_or_path": "another/base", "license": "mit"}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert (card(1).data.base_model, card(1).data.license) == ("some/base", "other")
+
+
+def test_a_model_may_be_merged_from_several(source: Path) -> None:
+    (source / "README.md").write_text("---\nbase_model: [some/one, some/two]\n---\n", encoding="utf-8")
+    assert card(1).data.base_model == ["some/one", "some/two"]
+
+
+def test_a_model_that_is_not_here_has_no_known_licence(source: Path) -> None:
+    data = card(1, actor="some/model").data
+    assert data.base_model is None and data.license is None
 
 
 @pytest.mark.parametrize("text", ["---\n: [\n---\n", "---\njust words\n---\n", ""])
@@ -80,3 +108,19 @@ def test_the_prompt_format_is_that_of_the_data(source: Path) -> None:
     text = card(1).text
     assert 'prompt = "Human: hi\\n\\nAssistant:"\n' in text and "ends with\n`</s>`." in text
     assert "The tokenizer's chat template was not used." in text
+    assert "chat template" not in card(1, template=None).text
+
+
+def test_a_card_shows_how_to_use_what_was_trained(source: Path) -> None:
+    actor, reward = card(1).text, card(2).text
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in actor and "logit" not in actor
+    assert "AutoModelForSequenceClassification.from_pretrained(folder)" in reward
+    assert 'answer = " Hello."\n' in reward and "only differences count." in reward
+
+
+def test_a_card_holds_the_scores_and_the_fields_of_its_step(source: Path) -> None:
+    text = card(1, scores={"perplexity_after": 12.3456789, "kl": -2.89418e-08}).text
+    assert "| on held-out data | |\n| --- | --- |\n| perplexity_after | 12.3457 |\n| kl | -2.89418e-08 |\n" in text
+    assert "held-out" not in card(1).text
+    assert "\nsft.global_batch: 8\n" in text and "\nppo." not in text
+    assert "\nppo.rollout_batch: 16\n" in card(3).text

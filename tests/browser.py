@@ -105,7 +105,10 @@ def browser(program: str, folder: Path) -> Iterator[Browser]:
     script = f'exec 3<&{to_read} 4>&{back_write}; exec "$0" "$@"'
     words = [program, *QUIET, f"--user-data-dir={folder}", "--remote-debugging-pipe"]
     process = subprocess.Popen(
-        ["bash", "-c", script, *words], pass_fds=(to_read, back_write), stderr=subprocess.DEVNULL, start_new_session=True
+        ["bash", "-c", script, *words],
+        pass_fds=(to_read, back_write),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     os.close(to_read)
     os.close(back_write)

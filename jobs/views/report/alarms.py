@@ -107,8 +107,8 @@ def _kl(step: StepHistory) -> Check:
 def _score_against_rule(end: RawEvent) -> Check:
     name, threshold = "reward against rule", "the reward rises while the rule finds fewer good answers"
     gain, before, after = reward_gain(end), end.get("good_share_before"), end.get("good_share_after")
-    if gain is None or before is None or after is None:
-        return Check(name, "not known", "no rule, or step 3 has not ended" if gain is None else "no rule", threshold)
+    if gain is None or not isinstance(before, int | float) or not isinstance(after, int | float):
+        return Check(name, "not known", "no rule" if gain else "", threshold)
     rows = end.get("held_out_rows")
     fell = difference_of_shares(before, after, rows).is_down if rows else after < before
     seen = f"reward {gain.value:+.2f}, good answers {(after - before) * 100:+.1f} points"

@@ -1,4 +1,4 @@
-"""Choose the prompts whose answers are shown: the best, the worst and a random one, then the rest."""
+"""Choose the prompts to show: the best answer's, the worst one's, a random one, then the rest."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jobs.events import RawEvent
 from jobs.formatting import number
@@ -95,7 +95,8 @@ def histogram(end: RawEvent) -> Html:
     after, before = end.get("margins"), end.get("margins_before")
     if not _is_histogram(after):
         return Html("")
-    shown = [("after", after)] if not _is_histogram(before) else [("before", before), ("after", after)]
+    shown = [("before", before)] if _is_histogram(before) else []
+    shown.append(("after", after))
     low, high = (
         min(float(each["low"]) for _, each in shown),
         max(float(each["high"]) for _, each in shown),
@@ -104,7 +105,7 @@ def histogram(end: RawEvent) -> Html:
     return element("div", *parts, class_="charts")
 
 
-def _is_histogram(value: Any) -> bool:
+def _is_histogram(value: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(value, dict) or not {"low", "high", "counts"} <= value.keys() or not value["counts"]:
         return False
     return all(math.isfinite(float(value[name])) for name in ("low", "high"))

@@ -1,4 +1,4 @@
-"""Keep the events of a run as series: numbers in arrays, and the few events that are shown whole."""
+"""Keep the events of a run: numbers as series in arrays, and whole the few that are shown whole."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class StepHistory:
         self.samples = [
             sample
             for sample in self.samples
-            if update and sample.get("when") != "after" and int(sample.get("update", 0)) <= update
+            if update and sample.get("when") != "after" and int(sample.get("update", -1)) < update
         ]
 
 
@@ -86,7 +86,11 @@ class RunHistory:
         self.events = 0
 
     def feed(self, event: RawEvent) -> None:
-        """Take one event. What cannot be read of a damaged one is left out."""
+        """Take one event; of a damaged one, with text for a number, what can be read."""
+        with suppress(TypeError, ValueError, AttributeError, OverflowError):
+            self._feed(event)
+
+    def _feed(self, event: RawEvent) -> None:
         kind, number = event["kind"], event.get("step")
         self.last, self.events = event, self.events + 1
         if kind in ("warning", "error", "resumed"):

@@ -44,7 +44,7 @@ def joined(parts: Iterable[object]) -> Html:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], **attributes: object) -> Html:
-    """Make a table; the first cell of each row is its heading. It scrolls by itself when too wide."""
+    """Make a table that scrolls by itself if it is too wide; a row's first cell is its heading."""
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows

@@ -37,12 +37,10 @@ class ReportFile:
     It never harms the run: what goes wrong is said once, by `warn`, and the page stays as it was.
     """
 
-    def __init__(
-        self, run: RunDir, warn: Callable[[str], object], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, run: RunDir, warn: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._warn, self._clock = run, warn, clock
         self._events, self._history = EventReader(run.events), RunHistory(run.name)
-        self._due_at = clock() + LEAST_S
+        self._due_at = clock()
         self._has_warned = False
 
     def renew(self) -> None:

@@ -103,7 +103,7 @@ def _exit_code(run: RunDir) -> int | None:
 
 
 def _is_locked(run: RunDir) -> bool:
-    """Tell whether a process trains in the folder. The lock is looked at, and let go immediately."""
+    """Tell whether a process trains in the folder, by a look at its lock, which stays free."""
     try:
         with run.lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

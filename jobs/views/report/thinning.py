@@ -1,4 +1,4 @@
-"""Thin a curve to what a screen can show: the lowest and the highest point of each pixel's width."""
+"""Thin a curve to what a screen shows: the lowest and the highest point of each pixel's width."""
 
 from __future__ import annotations
 

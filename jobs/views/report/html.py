@@ -43,14 +43,22 @@ def joined(parts: Iterable[object]) -> Html:
     return Html("".join(part if isinstance(part, Html) else text(part) for part in parts))
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], **attributes: object) -> Html:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], label: str) -> Html:
     """Make a table that scrolls by itself if it is too wide; a row's first cell is its heading."""
-    top = element("tr", *(element("th", cell, scope="col") for cell in head))
+    # With their roles: on a narrow screen the cells stand below each other, and each has its label.
+    top = element("tr", *(element("th", cell, scope="col", role="columnheader") for cell in head), role="row")
     body = [
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+        element(
+            "tr",
+            element("th", row[0], scope="row", role="rowheader"),
+            *(element("td", cell, role="cell", data_label=name) for name, cell in zip(head[1:], row[1:], strict=True)),
+            role="row",
+        )
+        for row in rows
     ]
-    made = element("table", element("thead", top), element("tbody", *body), **attributes)
-    return element("div", made, class_="scroll", tabindex=0, role="region", aria_label=attributes.get("aria_label"))
+    inside = (element("thead", top, role="rowgroup"), element("tbody", *body, role="rowgroup"))
+    made = element("table", *inside, role="table", aria_label=label)
+    return element("div", made, class_="scroll", tabindex=0, role="region", aria_label=f"{label}, scrolls if too wide")
 
 
 def data(value: Any, identifier: str) -> Html:

@@ -22,7 +22,7 @@
     const still = last.textContent;
     return {
       width, height: 170, padding: [8, 8, 0, 0], legend: { show: false },
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: percent ? { range: (_, low, high) => shares(low, high) } : {} },
       cursor: { y: false, drag: { x: true, y: false }, points: { size: 6 } },
       axes: [{ ...axis, size: 24, space: 60, values: (_, v) => v.map(short) },
              { ...axis, size: 52, space: 32, values: (_, v) => ticks(v) }],
@@ -36,6 +36,13 @@
         last.textContent = near.filter(Boolean).join(" · ") + " at " + plot.data[0][at];
       }] },
     };
+  }
+
+  // A share's axis never leaves 0 to 100 %.
+  function shares(low, high) {
+    if (low == null) return [0, 1];
+    const room = (high - low) * 0.1 || 0.05;
+    return [Math.max(0, low - room), Math.min(1, high + room) || room];
   }
 
   // Runs have other updates than each other: the value of a run nearest to where the pointer is.

@@ -35,9 +35,10 @@ def page(runs: Sequence[RunPage], now: float | None = None) -> str:
     curves = Curves([run.history for run in runs])
     title = " and ".join(run.history.name for run in runs)
     is_one = len(runs) == 1
+    heading = "" if is_one else element("h1", f"Comparison of {plural(len(runs), 'runs')}")
     body = [
         element("a", "Skip to the curves", href="#curves", class_="skip"),
-        element("header", *(_opening(run, now, is_one=is_one) for run in runs)),
+        element("header", heading, *(_opening(run, now, is_one=is_one) for run in runs)),
         element(
             "main",
             _section("Steps", joined(_steps(run, is_one=is_one) for run in runs)),
@@ -157,7 +158,7 @@ def _steps(run: RunPage, *, is_one: bool) -> Html:
         return _named(run, element("p", "No step has begun."), is_one=is_one)
     cost = ["cost"] if run.price.per_hour is not None else []
     made = table(
-        ["step", "", "progress", "time", *cost, "on held-out data, before and after"], rows, aria_label="the steps"
+        ["step", "verdict", "progress", "time", *cost, "on held-out data, before and after"], rows, "the steps"
     )
     return _named(run, made, is_one=is_one)
 
@@ -180,7 +181,7 @@ def _differences(runs: Sequence[RunPage]) -> Html:
         return _section("Differences", element("p", "The jobs are the same."))
     names = [run.history.name for run in runs]
     rows = [[element("code", field), *(element("code", value) for value in changed[field])] for field in changed]
-    return _section("Differences", table(["field of the job", *names], rows, aria_label="differences of the jobs"))
+    return _section("Differences", table(["field of the job", *names], rows, "differences of the jobs"))
 
 
 # --- alarms ---------------------------------------------------------------------------------------
@@ -193,12 +194,12 @@ def _alarms(run: RunPage, *, is_one: bool) -> Html:
         f"{check.name}, {check.seen}" for check in alarms
     )  # fmt: skip
     rows = [[check.name, _result(check), check.seen or "-", check.threshold] for check in checks]
-    made = table(["check", "", "seen", "an alarm if"], rows, aria_label="the checks and their thresholds")
+    made = table(["check", "result", "seen", "an alarm if"], rows, "the checks and their thresholds")
     return _named(run, element("p", words, class_="alarms" if alarms else None), made, is_one=is_one)
 
 
 def _result(check: Check) -> Html:
-    tones = {"fine": "good", "alarm": "bad", "not known": "unsure"}
+    tones = {"fine": "good", "alarm": "bad", "not known": "none"}
     return element("span", check.result, class_=f"tone {tones[check.result]}")
 
 
@@ -296,7 +297,7 @@ def _job(run: RunPage, *, is_one: bool) -> Html:
             parts.append(element("p", *(element("span", line, class_="line") for line in _plan(step.plan))))
     rows = [[element("code", name), element("code", value)] for name, value in run.job.items()]
     if rows:
-        fields = table(["field", "value"], rows, aria_label="the job's fields")
+        fields = table(["field", "value"], rows, "the job's fields")
         parts.append(element("details", element("summary", f"The job: {len(rows)} fields"), fields))
     return _named(run, *parts, is_one=is_one)
 

@@ -88,7 +88,9 @@ def _of_answers(end: RawEvent) -> Verdict:
         tone = _tone(after - before)
         return _against_reward(end, Verdict(tone, f"{reason}, {NO_ERROR}"))
     gain = difference_of_shares(before, after, rows)
-    points = f"{gain.value * 100:+.1f} points, 95 % interval {gain.low * 100:+.1f} to {gain.high * 100:+.1f}"
+    points = (
+        f"{gain.value * 100:+.1f} points, 95 % interval {gain.low * 100:+.1f} to {gain.high * 100:+.1f}{_doubt(gain)}"
+    )
     verdict = Verdict(_tone_of(gain), f"{reason} of {rows} held-out prompts ({points})")
     return _against_reward(end, verdict)
 
@@ -119,7 +121,8 @@ def _of_reward(end: RawEvent) -> Verdict:
     reason = f"the mean reward on held-out prompts {_change(0.0, gain.value)} from {before} to {after}"
     if gain.low == gain.high:
         return Verdict(_tone(gain.value), f"{reason}, {NO_ERROR}")
-    return Verdict(_tone_of(gain), f"{reason} ({gain.value:+.2f}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f})")
+    bounds = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}{_doubt(gain)}"
+    return Verdict(_tone_of(gain), f"{reason} ({gain.value:+.2f}, {bounds})")
 
 
 def _of_accuracy(end: RawEvent) -> Verdict:
@@ -142,6 +145,10 @@ def _of_perplexity(end: RawEvent) -> Verdict:
 
 def _change(before: float, after: float) -> str:
     return "rose" if after > before else "fell" if after < before else "did not change"
+
+
+def _doubt(gain: Interval) -> str:
+    return "" if gain.is_up or gain.is_down else ", which includes no change"
 
 
 def _tone(gain: float) -> Tone:

@@ -80,8 +80,8 @@ class Curves:
 
 def _described(values: Sequence[float], spec: str) -> str:
     """Describe a curve in words, for those who do not see it."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    finite = values if math.isfinite(sum(values)) else [value for value in values if math.isfinite(value)]
+    if not len(finite):
         return "no finite value"
     first, last, low, high = (number(value, spec) for value in (finite[0], finite[-1], min(finite), max(finite)))
     return f"{last} at last, {first} at first, between {low} and {high}"

@@ -84,7 +84,7 @@
     const minutes = (Date.now() / 1000 - stale.dataset.made) / 60;
     if (stale.dataset.state === "running" && minutes > 15) {
       stale.textContent = "This page is " + (minutes < 120 ? Math.round(minutes) + " minutes" : Math.round(minutes / 60) + " hours") +
-        " old. Reload it; if it stays old, the job no longer runs, and the same command resumes it.";
+        " old. If it is not renewed, the job no longer runs here: make it again by rlhf-train report, or for a box by fab report.";
       stale.hidden = false;
     }
   }

@@ -12,7 +12,7 @@ from jobs.events import RawEvent
 from jobs.formatting import duration, money, number, one_line, plural, verdict_of
 from jobs.steps import STEPS
 from jobs.views.plain import plan_lines, resumed_text, time_of
-from jobs.views.report.alarms import Check, checks_of
+from jobs.views.report.alarms import AlarmCheck, checks_of
 from jobs.views.report.answers import Answered, chosen
 from jobs.views.report.curves import Curves, histogram
 from jobs.views.report.history import StepHistory
@@ -198,7 +198,7 @@ def _alarms(run: RunPage, *, is_one: bool) -> Html:
     return _named(run, element("p", words, class_="alarms" if alarms else None), made, is_one=is_one)
 
 
-def _result(check: Check) -> Html:
+def _result(check: AlarmCheck) -> Html:
     tones = {"fine": "good", "alarm": "bad", "not known": "none"}
     return element("span", check.result, class_=f"tone {tones[check.result]}")
 

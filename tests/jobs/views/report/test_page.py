@@ -88,5 +88,5 @@ def test_100000_updates_are_at_most_3_mb() -> None:
         for update in range(1, 33_335):
             history.feed({"kind": "metrics", "step": step, "update": update, **lines[update % 997]})
     html = page([RunPage(history, {}, "running")])
-    assert 1_000_000 < len(html.encode()) < 3_000_000
+    assert len(html.encode()) < 3_000_000
     assert all(len(table[0]) <= 722 for tables in charts(html).values() for table in tables)

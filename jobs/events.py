@@ -45,6 +45,8 @@ class Plan(Event):
     zero_stage: int
     data: dict[str, int]  # rows read, left out and cut, by reason
     own_models: dict[str, str] | None = None  # that the step starts from, by the job's field
+    hardware: str | None = None  # what `device` is: the GPUs, or the processor and its threads
+    versions: dict[str, str] | None = None  # of Python and of the libraries that train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +164,13 @@ SHOWN: dict[str, MetricFormat] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Event):
-    """One held-out prompt with the answer sampled before or after training."""
+    """One held-out prompt with the answer sampled before, during or after training."""
 
     kind = "sample"
     step: int
-    when: str  # "before" or "after"
+    when: str  # "before", "during" or "after"
+    update: int | None = None  # during training: the updates made so far
+    place: int | None = None  # of the prompt among the held-out ones, from 0
     prompt: str
     response: str
     reward: float
@@ -226,12 +230,17 @@ class End(Event):
     seconds: float
     model: str
     own_models: dict[str, str] | None = None  # as in `plan`
+    held_out_rows: int | None = None  # that all these numbers were measured on
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     reward_accuracy_before: float | None = None
     reward_accuracy: float | None = None
+    margins_before: dict[str, Any] | None = None  # on the held-out pairs, as `histogram` makes it
+    margins: dict[str, Any] | None = None
     mean_reward_before: float | None = None
     mean_reward_after: float | None = None
+    mean_reward_error_before: float | None = None  # standard error of the mean
+    mean_reward_error_after: float | None = None
     good_share_before: float | None = None
     good_share_after: float | None = None
     kl_before: float | None = None
@@ -334,6 +343,10 @@ def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
 
 
 def _precedes(event: RawEvent, update: int) -> bool:
-    """Tell whether the step's event was written at or before `update`; at update 0 none was."""
+    """Tell whether the step's event was written at or before `update`; at update 0 none was.
+
+    Answers sampled during training come before what follows their update, and are sampled again.
+    """
     is_last = event["kind"] == "end" or event.get("when") == "after"
-    return update > 0 and event.get("update", 0) <= update and not is_last
+    is_sampled_again = event.get("when") == "during" and event.get("update", 0) >= update
+    return update > 0 and event.get("update", 0) <= update and not is_last and not is_sampled_again

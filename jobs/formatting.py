@@ -15,6 +15,8 @@ from rich.text import Text
 from jobs.events import RawEvent
 from jobs.steps import STEPS
 
+TERMINAL_PROMPTS = 3  # whose answers a terminal shows
+
 # The names of a plan's `data`, which counts rows -> (left out or cut, noun).
 ROW_COUNTS = {
     "rows": ("", "rows"),
@@ -157,6 +159,11 @@ def own_models(event: RawEvent) -> str:
     models = event.get("own_models")
     items = models.items() if isinstance(models, dict) else ()
     return ", ".join(f"{field} {one_line(model)}" for field, model in items)
+
+
+def is_for_terminal(sample: RawEvent) -> bool:
+    """Tell whether a terminal shows this sample; it shows few prompts, the report shows all."""
+    return int(sample.get("place", 0)) < TERMINAL_PROMPTS
 
 
 def verdict_of(sample: RawEvent) -> str:

@@ -102,6 +102,11 @@ class RunDir:
         return self.path / "train.log"
 
     @property
+    def report(self) -> Path:
+        """The page that says whether the run worked; it is made from the events alone."""
+        return self.path / "report.html"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer trained for a model that starts from a config."""
         return self.path / "tokenizer"

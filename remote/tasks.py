@@ -9,7 +9,25 @@ from remote.verbs.boxes import add, doctor, trust
 from remote.verbs.deploy import deploy, unlock
 from remote.verbs.jobs import cancel, logs, ps, status, train
 from remote.verbs.money import purge, stop
-from remote.verbs.results import fetch
+from remote.verbs.results import fetch, report
 
-VERBS = (add, trust, doctor, deploy, unlock, train, logs, ps, status, cancel, fetch, tunnel, shell, exec, purge, stop)
+VERBS = (
+    add,
+    trust,
+    doctor,
+    deploy,
+    unlock,
+    train,
+    logs,
+    ps,
+    status,
+    cancel,
+    fetch,
+    report,
+    tunnel,
+    shell,
+    exec,
+    purge,
+    stop,
+)
 ns = Collection(*VERBS)

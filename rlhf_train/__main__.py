@@ -1,6 +1,6 @@
-"""`python -m rlhf_train` (script `rlhf-train`) runs the three steps.
+"""`python -m rlhf_train` (script `rlhf-train`) runs the three steps, or does what its verb says.
 
-Its flags include those of DeepSpeed-Chat.
+Without a verb it trains. The flags of that include those of DeepSpeed-Chat.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from jobs.run_dir import RunDir
 from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
 from jobs.steps import STEPS
 from jobs.views import console
+from jobs.views.report.report_file import write_page
+from jobs.views.report.run_page import Price, read_run
 from rlhf_train import completion
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
@@ -39,6 +41,7 @@ EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
+  rlhf-train report demo                                   did it work? writes runs/demo/report.html
 The same command resumes a run that stopped; steps that are complete are skipped."""
 
 
@@ -238,10 +241,42 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     return ExitCode.OK
 
 
+def report_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "rlhf-train report",
+        description="Write a page that says whether a run worked, or that compares several runs.",
+        allow_abbrev=False,
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder, with a slash")
+    p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
+    p.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
+    p.add_argument("--price", type=float, metavar="AMOUNT", help="of an hour of the machine, to say what the run cost")
+    return p
+
+
+def report(argv: Sequence[str]) -> int:
+    """Write the report of the runs that are named, and print its path."""
+    args = report_parser().parse_args(argv)
+    folder = args.output_dir or Settings.from_environ(os.environ).runs
+    runs = [RunDir(Path(name)) if "/" in name else run_named(name, folder) for name in args.runs]
+    pages = [read_run(run, price=Price(args.price)) for run in runs]
+    together = folder / f"report-{'-'.join(run.name for run in runs)}.html"
+    path = args.output or (runs[0].report if len(runs) == 1 else together)
+    write_page(pages, path)
+    console.console_on(sys.stdout).print(visible(path))
+    return ExitCode.OK
+
+
+VERBS = {"report": report}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     before = signal.getsignal(signal.SIGTERM)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        if words and words[0] in VERBS:
+            return VERBS[words[0]](words[1:])
+        args = parser().parse_args(words)
         with SpareRanks(os.environ) as spares:
             return train(args, spares)
     except ToolkitError as error:

@@ -31,6 +31,12 @@ def cpu_flags(text: str) -> tuple[str, ...] | None:
     return tuple(found[1].split()) if found else None
 
 
+def processor_name(text: str) -> str:
+    """Return the name of the first CPU in /proc/cpuinfo; "" where it has none."""
+    found = re.search(r"^model name\s*:(.*)$", text, flags=re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
 def free_memory_bytes() -> int:
     """Return the bytes of main memory that this process may still take; 0: not known.
 

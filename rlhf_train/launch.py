@@ -26,6 +26,7 @@ from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Job, save_job
 from jobs.views import console
+from jobs.views.report.report_file import ReportFile
 from rlhf_train import completion
 from rlhf_train.plan import memory_fit
 from rlhf_train.plan.placement import Placement
@@ -56,6 +57,7 @@ class _Call:
     lock: int
     log: IO[bytes]
     view: Any
+    report: ReportFile
     caught: list[int]  # signals that ask to stop
     spares: SpareRanks
 
@@ -80,18 +82,33 @@ def launch(
     save_job(job, run.job_file)
     placement = memory_fit.fit(job, run, placement)
     with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
-        call = _Call(job, run, cache, lock, log, view, caught, spares)
-        for step in steps:
-            ended = _Ended(is_done=False)
-            while not ended.is_done:
-                view.feed({"kind": "progress", "step": step, "doing": f"starting {plural(placement.ranks, 'ranks')}"})
-                ended = _train_step(call, step, [n for n in steps if n >= step], placement)
-                if ended.no_memory is not None:
-                    placement = _with_less_memory(job, run, step, placement, ended.no_memory)
-                elif not ended.is_done:
-                    return _code_of_stop(caught, run)
-            if caught and step != steps[-1]:
+        report = ReportFile(run, lambda what: view.feed({"kind": "warning", "message": what}))
+        call = _Call(job, run, cache, lock, log, view, report, caught, spares)
+        code = ExitCode.TRAINING
+        try:
+            code = _train_steps(call, steps, placement)
+        except ToolkitError as error:
+            code = error.exit_code
+            raise
+        finally:
+            report.finish(code)
+    return code
+
+
+def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> ExitCode:
+    job, run, caught = call.job, call.run, call.caught
+    for step in steps:
+        ended = _Ended(is_done=False)
+        while not ended.is_done:
+            doing = f"starting {plural(placement.ranks, 'ranks')}"
+            call.view.feed({"kind": "progress", "step": step, "doing": doing})
+            ended = _train_step(call, step, [n for n in steps if n >= step], placement)
+            if ended.no_memory is not None:
+                placement = _with_less_memory(job, run, step, placement, ended.no_memory)
+            elif not ended.is_done:
                 return _code_of_stop(caught, run)
+        if caught and step != steps[-1]:
+            return _code_of_stop(caught, run)
     return ExitCode.OK
 
 
@@ -125,6 +142,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         events, offset = read_events(run.events, offset)
         for event in events:
             call.view.feed(event)
+        call.report.renew()
         if len(left) > 1 and not caught and any(map(_ends_soon, events)):
             call.spares.start(environment)
 

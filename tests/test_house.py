@@ -67,7 +67,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "fitness": {"errors", "formatting"},
         "spec": {"errors", "steps", "yaml12"},
         "job_file_page": {"spec"},
-        "views": {"errors", "events", "steps", "formatting"},
+        "views": {"errors", "events", "run_dir", "steps", "yaml12", "state", "formatting"},
     },
     "remote": {
         "on_box": set(),  # runs on a box, without our other files

@@ -1,7 +1,7 @@
 """The views of a run, drawn from its events and nothing else.
 
 They are the same here, over SSH, and from an old file: a panel or lines while the run trains
-(panel.py, plain.py), and a table at the end (report.py), with the words of formatting.py.
+(panel.py, plain.py), and a table at the end (final_table.py), with the words of formatting.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from rich.console import Console
 
 from jobs.events import RawEvent
 from jobs.formatting import encodable, visible
+from jobs.views.final_table import report
 from jobs.views.panel import Live
 from jobs.views.plain import Plain, marked
-from jobs.views.report import report
 
 
 def console_on(stream: TextIO) -> Console:

@@ -22,7 +22,20 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from jobs.events import SHOWN, Curve, RawEvent
-from jobs.formatting import Pace, duration, facts, fold, money, number, one_line, plural, tail, verdict_of, visible
+from jobs.formatting import (
+    Pace,
+    duration,
+    facts,
+    fold,
+    is_for_terminal,
+    money,
+    number,
+    one_line,
+    plural,
+    tail,
+    verdict_of,
+    visible,
+)
 from jobs.steps import STEPS
 from jobs.views.plain import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
 
@@ -108,7 +121,7 @@ class StepView:
         elif kind == "checkpoint":
             self.saved, self.doing = checkpoint_text(event), ""
         elif kind == "sample":
-            self.sample = event
+            self.sample = event if is_for_terminal(event) else self.sample
         elif kind == "error":
             self.failed = one_line(event.get("what"))
         elif kind == "end":

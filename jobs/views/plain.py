@@ -23,6 +23,7 @@ from jobs.formatting import (
     duration,
     encodable,
     facts,
+    is_for_terminal,
     number,
     one_line,
     own_models,
@@ -117,7 +118,7 @@ def end_line(event: RawEvent) -> str:
 LINES: dict[str, Callable[[RawEvent], list[str]]] = {
     "plan": plan_lines,
     "progress": lambda event: [head(event) + one_line(event.get("doing"))],
-    "sample": lambda event: [sample_line(event)],
+    "sample": lambda event: [sample_line(event)] if is_for_terminal(event) else [],
     "checkpoint": lambda event: [f"{head(event)}{checkpoint_text(event)}, {one_line(event.get('path'))}"],
     "warning": lambda event: [warning_line(event)],
     "error": lambda event: [visible(error_text(event))],

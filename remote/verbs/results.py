@@ -1,4 +1,4 @@
-"""The verb that brings results home: fetch."""
+"""The verbs that bring results home: fetch, and report, which needs the events alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from invoke import Context
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import duration, size, visible
+from jobs.run_dir import RunDir
 from jobs.spec import NAME
+from jobs.views.report.report_file import write_page
+from jobs.views.report.run_page import Price, read_run
+from jobs.views.report.verdict import verdict_of_run
 from remote.output import Sayer
 from remote.results import run_contents, transfer
 from remote.runs.deployed import find_deployment
+from remote.runs.listing import Listing
 from remote.ssh.connection import BoxConnection
 from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, error_as_json, list_jobs, one_host, to_json, verb
 
@@ -51,7 +56,7 @@ def fetch(
     code = 0
     with context.connection(context.box(one_host(c, host)), say) as connection:
         deployed = find_deployment(connection, context.providers)
-        names = _all_runs(connection, deployed.root) if all_ else [run or _newest(context, connection)]
+        names = _all_runs(connection, deployed.root) if all_ else [run or _newest(list_jobs(context, connection), connection)]
         folder = Path(to).expanduser() if to else context.settings.runs / connection.box.name
         for name in names:
             if not NAME.fullmatch(name):
@@ -102,6 +107,54 @@ def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dr
         say(f"{came}; {size(fetched.total_bytes)} of run `{fetched.run}` are here, verified: {fetched.folder}")
 
 
+@verb(
+    host=HOST,
+    run=RUN,
+    json_=JSON,
+    dry_run=DRY_RUN,
+)
+def report(c: Context, host: str = "", run: str = "", json_: bool = False, dry_run: bool = False) -> None:
+    """Write a page that says whether a run worked, also while it trains.
+
+    It brings the events home, not the models, and makes the page here: curves, answers, alarms, and
+    the cost by the price of boxes.yaml.
+
+    fab report --host gpu-box
+    """
+    context, say = VerbContext.open(dry_run=dry_run), Sayer()
+    box = context.box(one_host(c, host))
+    if run and not NAME.fullmatch(run):
+        raise ToolkitError(f"`{run}` cannot name a run")
+    with context.connection(box, say) as connection:
+        deployed, found = find_deployment(connection, context.providers), list_jobs(context, connection)
+        name = run or _newest(found, connection)
+        target = context.settings.runs / box.name / name
+        what = transfer.FetchSelection(models=False)
+        fetched = transfer.fetch(
+            connection,
+            deployed.root,
+            name,
+            target,
+            state=context.settings.state,
+            what=what,
+            progress=TransferProgress(say),
+        )
+    if dry_run:
+        for path in fetched.would:
+            say.data(f"would fetch {path}")
+        return
+    at_home, remote_run = RunDir(target), found.run(name)
+    price = Price(box.price_per_hour, box.currency)
+    page = read_run(at_home, state=remote_run.state if remote_run else None, price=price)
+    write_page([page], at_home.report)
+    if json_:
+        verdict = verdict_of_run(page.history, page.state)
+        fields = {"verdict": verdict.tone, "sentence": verdict.sentence, "page": str(at_home.report)}
+        say.data(to_json({"host": box.name, "run": name, "state": page.state, **fields}))
+    else:
+        say.data(str(at_home.report))
+
+
 class TransferProgress:
     """How far a transfer is: a line that is redrawn on a terminal, elsewhere one every 30 s."""
 
@@ -129,8 +182,8 @@ def _all_runs(connection: BoxConnection, root: str) -> list[str]:
     return names
 
 
-def _newest(context: VerbContext, connection: BoxConnection) -> str:
-    newest = list_jobs(context, connection).newest()
+def _newest(found: Listing, connection: BoxConnection) -> str:
+    newest = found.newest()
     if newest is None:
         raise _no_run(connection.box.name)
     return newest.name

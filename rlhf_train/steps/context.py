@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from jobs.errors import ToolkitError
 from jobs.events import Event, Plan, Progress
+from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
 from rlhf_train.data import dataset
@@ -21,10 +25,13 @@ from rlhf_train.engine.checkpoint_files import Saved
 from rlhf_train.engine.checkpointer import Checkpointer, RunSurroundings, Stateful
 from rlhf_train.engine.deepspeed_engine import DTYPES
 from rlhf_train.engine.divergence import Divergence
+from rlhf_train.host import cpu_text, processor_name
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.ranks.heartbeat import Heartbeat
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "peft")  # whose versions a plan names
 
 
 class Stopped(Exception):
@@ -121,8 +128,26 @@ class StepContext:
                 zero_stage=zero_stage,
                 data=row_counts,
                 own_models=self.job.own_models_of(step) or None,
+                hardware=hardware(where),
+                versions=versions(),
             )
         )
+
+
+def hardware(where: Placement) -> str:
+    """Describe what the ranks run on: `2 x NVIDIA H200`, or the processor and the threads of it."""
+    if where.device == "cuda":
+        return f"{where.ranks} x {torch.cuda.get_device_name()}"
+    return f"{processor_name(cpu_text()) or 'CPU'}, {plural(where.ranks * where.cpu_threads, 'threads')}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that train."""
+    found = {"Python": platform.python_version()}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def actor_tokenizer(context: StepContext) -> Any:

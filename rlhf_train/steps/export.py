@@ -141,9 +141,13 @@ def generation_config(job: Job, tokenizer: Any, source: GenerationConfig | None 
 
 
 def scores_of(end: End) -> dict[str, float]:
-    """Return what a step measured on held-out data."""
+    """Return what a step measured on held-out data, without the errors, which its report shows."""
     numbers = {name: value for name, value in asdict(end).items() if isinstance(value, int | float)}
-    return {name: value for name, value in numbers.items() if name not in {"step", "updates", "seconds"}}
+    return {
+        name: value
+        for name, value in numbers.items()
+        if name not in {"step", "updates", "seconds", "held_out_rows"} and "_error_" not in name
+    }
 
 
 def eval_model(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from rlhf_train.steps.merged import merged
 from rlhf_train.steps.rule import Rule
 from rlhf_train.steps.scoring import Scorer
 
-SAMPLES = 3  # prompts shown with their answers
+SAMPLES = 12  # prompts shown with their answers
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Summary:
     length: float
     ended: float
     good: float | None
+    reward_error: float | None = None  # standard error of the mean reward; None: not known
 
 
 class HeldOut:
@@ -50,13 +51,14 @@ class HeldOut:
     ) -> None:
         self.context, self.prompts, self.tokenizer, self.rule, self.seed = context, prompts, tokenizer, rule, seed
 
-    def answers(self, rollouts: Rollouts, scorer: Scorer) -> list[Answer]:
+    def answers(self, rollouts: Rollouts, scorer: Scorer, count: int | None = None) -> list[Answer]:
         """Sample and score one answer a prompt, in order; ranks share the work.
 
-        The answers are those of the model as it is saved, with its adapters merged.
+        count: of the first prompts; None: of all. The answers are those of the model as it is
+        saved, with its adapters merged.
         """
         world = self.context.world
-        places = np.arange(len(self.prompts))[world.rank :: world.size]
+        places = np.arange(len(self.prompts[:count]))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in places]
         with merged(rollouts.model) as is_float32:  # but the reference may be the same model without adapters
             made = rollouts.generate(prompts, seed=self.seed, row_ids=places.tolist(), by_own_forward=is_float32)
@@ -77,12 +79,14 @@ class HeldOut:
         of_all_ranks = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
         return [answer for _, answer in of_all_ranks]
 
-    def show(self, answers: Sequence[Answer], when: str) -> None:
-        for answer in answers[:SAMPLES]:
+    def show(self, answers: Sequence[Answer], when: str, update: int | None = None) -> None:
+        for place, answer in enumerate(answers[:SAMPLES]):
             self.context.emit(
                 Sample(
                     step=3,
                     when=when,
+                    update=update,
+                    place=place,
                     prompt=answer.prompt,
                     response=answer.response,
                     reward=answer.score,
@@ -101,4 +105,10 @@ class HeldOut:
             mean([a.tokens for a in answers]),
             mean([a.ended for a in answers]),
             good,
+            standard_error([a.score for a in answers]),
         )
+
+
+def standard_error(numbers: Sequence[float]) -> float | None:
+    """Return the standard error of their mean, s/√n with s over n − 1; None for fewer than two."""
+    return float(np.std(numbers, ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else None

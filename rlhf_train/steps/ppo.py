@@ -58,9 +58,11 @@ def run(context: StepContext) -> End:
         state = start(context, setup, clock)
 
     for update in range(actor.update, updates):
-        # 3. Keep the weights that are best on held-out prompts.
+        # 3. Keep the weights that are best on held-out prompts. Show a few answers now and then.
         if checkpointer.wants_best(update):
             offer_best(context, setup, checkpointer, update)
+        if update in sampled_updates(updates, setup.updates_per_rollout):
+            setup.held_out.show(setup.few_answers(), "during", update)
 
         # 4. Collect a rollout, unless the last one still has updates to learn from it.
         if state.experience is None:
@@ -123,6 +125,15 @@ def measure(context: StepContext, setup: Setup, when: str) -> Summary:
     answers = setup.held_out_answers()
     setup.held_out.show(answers, when)
     return setup.held_out.summary(answers)
+
+
+def sampled_updates(updates: int, updates_per_rollout: int) -> set[int]:
+    """Return the updates before which answers are shown: a quarter, half, and three quarters done.
+
+    Each is the first update of a rollout.
+    """
+    quarters = (-(-updates * quarter // (4 * updates_per_rollout)) * updates_per_rollout for quarter in (1, 2, 3))
+    return {update for update in quarters if 0 < update < updates}
 
 
 def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
@@ -292,8 +303,11 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
         seconds=state.clock(),
         model=str(context.run.step(3).model),
         own_models=context.job.own_models_of(3) or None,
+        held_out_rows=len(setup.held_out.prompts),
         mean_reward_before=before.reward,
         mean_reward_after=after.reward,
+        mean_reward_error_before=before.reward_error,
+        mean_reward_error_after=after.reward_error,
         good_share_before=before.good,
         good_share_after=after.good,
         kl_before=before.kl,

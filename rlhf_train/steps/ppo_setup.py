@@ -31,7 +31,7 @@ from rlhf_train.models.networks import (
 )
 from rlhf_train.steps.context import StepContext, corpus
 from rlhf_train.steps.export import eval_model
-from rlhf_train.steps.held_out import Answer, HeldOut
+from rlhf_train.steps.held_out import SAMPLES, Answer, HeldOut
 from rlhf_train.steps.own_forward import check_scores, example_rows, try_float32
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.steps.scoring import Scorer, WithoutAdapters
@@ -103,6 +103,11 @@ class Setup:
         """Answer the held-out prompts with the actor as it is now."""
         self.refresh_rollouts()
         return self.held_out.answers(self.rollouts, self.scorer)
+
+    def few_answers(self) -> list[Answer]:
+        """Answer the few held-out prompts whose answers are shown, one a rank at least."""
+        self.refresh_rollouts()
+        return self.held_out.answers(self.rollouts, self.scorer, max(SAMPLES, self.held_out.context.world.size))
 
 
 def set_up(context: StepContext) -> Setup:

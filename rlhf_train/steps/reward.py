@@ -8,6 +8,7 @@ and `lm_coef` keeps the model able to read.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
 from rlhf_train.steps.own_forward import check_scores, example_rows
+
+HISTOGRAM_BARS = 40  # of the margins on held-out pairs
 
 
 def run(context: StepContext) -> End:
@@ -102,15 +105,17 @@ def run(context: StepContext) -> End:
     saved = checkpointer.resume()
     if saved is None:
         context.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
-        before = accuracy(context, engine, tokens.held_out, held_out, pad_id)
+        margins_before = held_out_margins(context, engine, tokens.held_out, held_out, pad_id)
+        before, bars_before = accuracy(margins_before), histogram(margins_before)
     else:
         before, clock = saved["before"], Clock(saved["seconds"])
+        bars_before = saved.get("margins_before")  # None: a checkpoint of an older version
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out pairs.
         if checkpointer.wants_best(update):
-            best = ("reward_accuracy", accuracy(context, engine, tokens.held_out, held_out, pad_id))
+            best = ("reward_accuracy", accuracy(held_out_margins(context, engine, tokens.held_out, held_out, pad_id)))
             checkpointer.offer(
                 update,
                 *best,
@@ -174,11 +179,15 @@ def run(context: StepContext) -> End:
             divergence.skip(update + 1, "its loss is not finite", engine)
 
         # 8. Save a checkpoint, if one is due.
-        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+        checkpointer.after(
+            update + 1,
+            {"before": before, "margins_before": bars_before, "elapsed_s": training(), "seconds": clock()},
+        )
 
     # 9. Measure again, and save the reward model.
     context.doing(2, f"accuracy on {len(held_out)} held-out pairs, after")
-    after = accuracy(context, engine, tokens.held_out, held_out, pad_id)
+    margins = held_out_margins(context, engine, tokens.held_out, held_out, pad_id)
+    after = accuracy(margins)
     divergence.check({"accuracy": after})
     folder = context.run.step(2).model
     end = End(
@@ -187,8 +196,11 @@ def run(context: StepContext) -> End:
         seconds=clock(),
         model=str(folder),
         own_models=job.own_models_of(2) or None,
+        held_out_rows=len(held_out),
         reward_accuracy_before=before,
         reward_accuracy=after,
+        margins_before=bars_before,
+        margins=histogram(margins),
     )
     save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end), example=example)
     checkpointer.close()
@@ -242,19 +254,35 @@ def divergence_mask(batch: Sequences) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """Return the share of pairs whose chosen answer scores higher at its last token.
+def held_out_margins(
+    context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None
+) -> np.ndarray:
+    """Return the margin of each pair, on all ranks: chosen score - rejected score, in no order.
 
-    It is NaN if a score is not finite.
+    The scores are those at the last token. It is NaN where a score is not finite.
     """
-    correct = 0.0
+    found: list[float] = []
     share = (context.placement.micro_batches[1], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
         context.heartbeat.beat()
         context.stop_if_asked()
         batch = pairs(table, rows[micro], pad_id, context.world.device)
         scores, _ = engine(batch, batch.last())
-        chosen, rejected = scores.chunk(2)
-        is_finite = bool(torch.isfinite(scores).all())
-        correct += float(((chosen > rejected).cpu() & torch.from_numpy(real)).sum()) if is_finite else math.nan
-    return context.world.sum({"correct": correct})["correct"] / len(rows)
+        chosen, rejected = scores.double().chunk(2)
+        is_finite = torch.isfinite(chosen) & torch.isfinite(rejected)
+        margins = torch.where(is_finite, chosen - rejected, math.nan)
+        found += margins.cpu().numpy()[real].tolist()
+    return np.array([margin for of_rank in context.world.gather(found) for margin in of_rank])
+
+
+def accuracy(margins: np.ndarray) -> float:
+    """Return the share of pairs whose chosen answer scores higher; NaN if a margin is NaN."""
+    return float((margins > 0).mean()) if np.isfinite(margins).all() else math.nan
+
+
+def histogram(margins: np.ndarray) -> dict[str, Any] | None:
+    """Count the margins in bars of equal width, from lowest to highest; None if one is NaN."""
+    if not np.isfinite(margins).all():
+        return None
+    counts, edges = np.histogram(margins, HISTOGRAM_BARS)
+    return {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}

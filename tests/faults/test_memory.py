@@ -120,7 +120,8 @@ def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained
     assert warnings(run, 3) == ["out of memory in a rollout with 64 concurrent prompts: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8
-    assert len(samples(run)) == 6 and samples(run) == samples(plenty)
+    # Twelve prompts, before, halfway and after.
+    assert len(samples(run)) == 36 and samples(run) == samples(plenty)
     for name in ("mean_reward", "kl", "entropy", "policy_loss", "value_loss", "response_length", "grad_norm"):
         wanted = [event[name] for event in events(plenty, "metrics", 3)]
         assert [event[name] for event in events(run, "metrics", 3)] == pytest.approx(wanted, rel=1e-4, abs=1e-6), name

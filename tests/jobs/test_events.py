@@ -273,3 +273,9 @@ def test_what_is_no_event(line: bytes) -> None:
 def test_a_line_is_an_event_with_or_without_its_end() -> None:
     assert parsed(b'{"kind": "x", "n": NaN}\r\n') is not None
     assert parsed(b'{"kind": "plan", "step": 1}') == {"kind": "plan", "step": 1}
+
+
+def test_answers_sampled_during_training_are_undone_where_they_are_sampled_again() -> None:
+    before, early, late = (event("sample", 3, when="during", update=update) for update in (1, 2, 3))
+    resumed = event("resumed", 3, from_update=2)
+    assert effective([before, early, late, resumed]) == [before, resumed]

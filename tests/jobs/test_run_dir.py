@@ -18,6 +18,7 @@ def test_every_path_of_a_run() -> None:
         "format": "runs/my run/format",
         "events": "runs/my run/events.jsonl",
         "log": "runs/my run/train.log",
+        "report": "runs/my run/report.html",
         "tokenizer": "runs/my run/tokenizer",
         "lock": "runs/my run/job/lock",
         "cancelled": "runs/my run/job/cancelled",

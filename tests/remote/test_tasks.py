@@ -30,6 +30,7 @@ from jobs.run_dir import RunDir
 from remote import tasks
 from remote.deploy.sync import checkout_tree
 from tests import tiny
+from tests.raw_events import END_3, PLAN, ROLLOUTS
 
 CHECKOUT = Path(__file__).parents[2]
 FAB = Path(sys.executable).with_name("fab")
@@ -323,7 +324,8 @@ def test_a_dry_unlock_says_whose_lock_it_is(place: Place) -> None:
 DRY = [
     ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"],
     ["status"], ["cancel"],
-    ["fetch", "--run", "nothing"], ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"],
+    ["fetch", "--run", "nothing"], ["report", "--run", "nothing"],
+    ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"],
     ["purge"], ["stop"],
 ]  # fmt: skip
 
@@ -338,6 +340,26 @@ def test_a_dry_run_changes_nothing(place: Place, words: list[str]) -> None:
     assert re.search(r"^(gpu-box|here)\$ ", ended.stderr, re.MULTILINE) or words == ["trust"]  # which has nothing to do
     assert place.files() == before
     assert not place.run("dry").path.exists()
+
+
+def test_a_report_brings_events_home_and_no_model(place: Place) -> None:
+    run = place.run("told")
+    run.path.mkdir(parents=True)
+    lines = [PLAN, *ROLLOUTS, END_3 | {"held_out_rows": 100}]
+    run.events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    run.job_file.write_text("name: told\n", encoding="utf-8")
+    run.step(3).model.mkdir(parents=True)
+    (run.step(3).model / "model.safetensors").write_bytes(b"weights")
+    try:
+        told = json.loads(place.fab("report", "--run", "told", "--json").stdout)
+        home = place.laptop.folder / "runs/gpu-box/told"
+        assert (told["verdict"], told["page"]) == ("good", str(home / "report.html"))
+        assert told["sentence"].startswith("It worked: good answers, by the rule, rose from 48.0% to 94.0% of 100")
+        assert told["sentence"] in (home / "report.html").read_text(encoding="utf-8")
+        assert not list(home.rglob("*.safetensors"))
+        assert place.fab("report", "--run", "told").stdout == f"{home / 'report.html'}\n"
+    finally:
+        shutil.rmtree(run.path)
 
 
 # --- from a job to a model at home ----------------------------------------------------------------

@@ -563,3 +563,18 @@ def test_steps_of_another_run_are_taken_over(tmp_path: Path, capsys: Said) -> No
     assert printed.err == "from run one: step 1, step 2\n" and "runs/two/step1/model" in printed.out
     assert main(words) == 0  # again: nothing to do
     assert capsys.readouterr().err.startswith("step 1 (supervised fine-tuning) is complete: runs/two/step1/model\n")
+
+
+def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: Path, capsys: Said) -> None:
+    for name, perplexity in (("a", 8.0), ("b", 40.0)):
+        run = RunDir(tmp_path / "runs" / name)
+        end = End(step=1, updates=4, seconds=3600.0, model="m", perplexity_before=31.0, perplexity_after=perplexity)
+        EventWriter(run.events)(end)
+    assert main(["report", "a", "--price", "1.5"]) == ExitCode.OK
+    assert capsys.readouterr().out == "runs/a/report.html\n"
+    html = Path("runs/a/report.html").read_text(encoding="utf-8")
+    assert "It worked: perplexity on held-out answers fell from 31.00 to 8.00." in html and "<dd>1.50</dd>" in html
+    assert main(["report", "a", "./runs/b"]) == ExitCode.OK
+    assert capsys.readouterr().out == "runs/report-a-b.html\n"
+    assert main(["report", "c"]) == ExitCode.USAGE
+    assert "runs/c holds no run" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.events import RawEvent, parsed
 from jobs.views.console import console_on
+from jobs.views.plain import LINES as plain_lines
 from jobs.views.plain import Plain
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, SFT, event, sample
 
@@ -208,3 +209,8 @@ def test_a_stream_that_cannot_hold_a_character_gets_its_escape() -> None:
     Plain(console_on(stream)).feed(event("progress", 1, doing="你好"))
     stream.flush()
     assert raw.getvalue() == b"step 1  \\u4f60\\u597d\n"
+
+
+def test_a_terminal_shows_the_first_three_prompts() -> None:
+    shown = [plain_lines["sample"](sample("before", "Hello", place=place)) for place in range(5)]
+    assert [len(lines) for lines in shown] == [1, 1, 1, 0, 0]

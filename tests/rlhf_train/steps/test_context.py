@@ -19,17 +19,17 @@ from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext, Stopped, corpus
-from rlhf_train.steps.reward import accuracy
+from rlhf_train.steps.reward import held_out_margins
 from rlhf_train.steps.sft import perplexity
 from tests import tiny
 
 ROWS = 20
 
 
-@pytest.mark.parametrize("measure", [perplexity, accuracy])
+@pytest.mark.parametrize("measure", [perplexity, held_out_margins])
 @pytest.mark.parametrize(("asked_in", "batches"), [(1, 1), (3, 3), (99, 5)])
 def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(
-    measure: Callable[..., float], asked_in: int, batches: int
+    measure: Callable[..., object], asked_in: int, batches: int
 ) -> None:
     job, place = Job.model_validate(tiny.job(Path("rows"))), Placement("cpu", "", 1, "float32", 0, 0, (4, 4, 4), 64, 1)
     context = StepContext(

@@ -41,6 +41,7 @@ SLOW_FIXTURES = {
     "fakes",
     "mirror",
     "python_with_old_datasets",
+    "shown",
 }
 
 

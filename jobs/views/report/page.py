@@ -87,7 +87,7 @@ def _named(run: RunPage, *inside: object, is_one: bool) -> Html:
 def _opening(run: RunPage, now: float, *, is_one: bool) -> Html:
     history, verdict = run.history, verdict_of_run(run.history, run.state)
     seconds = sum(seconds_of(step) for _, step in history.numbered_steps())
-    updates = [f"{step.last_update or step.planned_updates} of {step.planned_updates} in step {number_}"
+    updates = [f"{step.last_update} of {step.planned_updates} in step {number_}"
                for number_, step in history.numbered_steps() if not step.end and step.planned_updates]  # fmt: skip
     state = STATES.get(run.state, run.state)
     facts = {

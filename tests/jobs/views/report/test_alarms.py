@@ -1,0 +1,65 @@
+import pytest
+
+from jobs.events import RawEvent
+from jobs.views.report.alarms import checks_of, ends_of_curve, repeated_share
+from jobs.views.report.history import RunHistory
+from tests.raw_events import event
+
+
+def results(*events: RawEvent) -> dict[str, str]:
+    history = RunHistory("a")
+    for each in events:
+        history.feed(each)
+    return {check.name: check.result for check in checks_of(history)}
+
+
+def rollouts(name: str, *values: object) -> list[RawEvent]:
+    return [event("metrics", 3, update=place, updates=9, **{name: value}) for place, value in enumerate(values, 1)]
+
+
+def test_nothing_is_known_of_a_run_that_has_not_begun() -> None:
+    assert set(results().values()) == {"not known"}
+
+
+@pytest.mark.parametrize(
+    ("events", "name", "result"),
+    [
+        (rollouts("response_length", 10.0, 12.0, 19.9), "answer length", "fine"),
+        (rollouts("response_length", 10.0, 12.0, 20.0), "answer length", "alarm"),
+        (rollouts("response_length", 10.0, 12.0, 5.0), "answer length", "alarm"),
+        (rollouts("eos_share", 1.0, 0.5), "answers that end", "fine"),
+        (rollouts("eos_share", 1.0, 0.49), "answers that end", "alarm"),
+        (rollouts("kl", 0.0, 25.0), "KL to the reference", "fine"),
+        (rollouts("kl", 0.0, 25.5), "KL to the reference", "alarm"),
+        (rollouts("policy_loss", 0.5, 0.25), "numbers", "fine"),
+        (rollouts("policy_loss", 0.5, "nan"), "numbers", "alarm"),
+        ([event("end", 2, reward_accuracy=0.55, held_out_rows=100)], "reward model against chance", "alarm"),
+        ([event("end", 2, reward_accuracy=0.62, held_out_rows=100)], "reward model against chance", "fine"),
+    ],
+)
+def test_thresholds(events: list[RawEvent], name: str, result: str) -> None:
+    assert results(*events)[name] == result
+
+
+@pytest.mark.parametrize(
+    ("good_after", "result"), [(0.2, "alarm"), (0.45, "fine"), (0.7, "fine"), ("nan", "not known")]
+)
+def test_a_reward_that_rises_while_good_answers_get_fewer(good_after: object, result: str) -> None:
+    # 50 to 45 of 100 is within the error: Newcombe's interval is about ±14 points.
+    end = event("end", 3, mean_reward_before=0.0, mean_reward_after=1.0, good_share_before=0.5,
+                good_share_after=good_after, held_out_rows=100)  # fmt: skip
+    assert results(end)["reward against rule"] == result
+
+
+def test_repetition() -> None:
+    # Six groups of four words: abab baba abab baba abab baba, of which two are distinct.
+    assert repeated_share("a b a b a b a b a") == pytest.approx(4 / 6)
+    assert repeated_share("one two three four five six") == 0 and repeated_share("no no") == 0
+    loops, plain = (event("sample", 3, when="after", response=text) for text in ("a b " * 9, "all is well here today"))
+    assert results(loops, plain, plain, plain)["repetition"] == "alarm"
+    assert results(loops, plain, plain, plain, plain)["repetition"] == "fine"
+    assert results(event("sample", 3, when="before", response="a b " * 9))["repetition"] == "not known"
+
+
+def test_the_first_and_the_last_tenth_of_the_finite_values() -> None:
+    assert ends_of_curve([*range(19), float("nan"), 99]) == (0.5, 58.5)  # 20 finite: (0 + 1) / 2, (18 + 99) / 2

@@ -1,0 +1,82 @@
+from typing import Any
+
+import pytest
+
+from jobs.views.report.history import RunHistory
+from jobs.views.report.verdict import verdict_of_run
+from tests.raw_events import event
+
+
+def run(*ends: dict[str, Any]) -> RunHistory:
+    history = RunHistory("a")
+    for number, numbers in enumerate(ends, start=4 - len(ends)):
+        history.feed(event("end", number, **numbers))
+    return history
+
+
+def rewards(before: float, after: float, error: float | None = 0.05) -> dict[str, Any]:
+    errors = {} if error is None else {"mean_reward_error_before": error, "mean_reward_error_after": error}
+    return {"held_out_rows": 100, "mean_reward_before": before, "mean_reward_after": after, **errors}
+
+
+def shares(before: float, after: float, rows: int = 100) -> dict[str, Any]:
+    return {"held_out_rows": rows, "good_share_before": before, "good_share_after": after}
+
+
+# By hand: 1.96 √(0.05² + 0.05²) = 0.139.
+@pytest.mark.parametrize(
+    ("after", "tone", "sentence"),
+    [
+        (0.3, "good", "It worked: the mean reward on held-out prompts rose from 0.10 to 0.30 "
+                      "(+0.20, 95 % interval +0.06 to +0.34)."),
+        (0.2, "unsure", "It cannot be told whether it worked: the mean reward on held-out prompts rose from 0.10 to "
+                        "0.20 (+0.10, 95 % interval -0.04 to +0.24, which includes no change)."),
+        (-0.2, "bad", "It did not work: the mean reward on held-out prompts fell from 0.10 to -0.20 "
+                      "(-0.30, 95 % interval -0.44 to -0.16)."),
+    ],
+)  # fmt: skip
+def test_the_reward_decides_with_its_error(after: float, tone: str, sentence: str) -> None:
+    verdict = verdict_of_run(run(rewards(0.1, after)), "done")
+    assert (verdict.tone, verdict.sentence) == (tone, sentence)
+
+
+def test_where_there_is_a_rule_it_decides() -> None:
+    verdict = verdict_of_run(run(rewards(0.1, 0.3) | shares(0.3, 0.9, rows=10)), "done")
+    assert verdict.sentence == (  # Newcombe's bounds, as in test_intervals.py
+        "It worked: good answers, by the rule, rose from 30.0% to 90.0% of 10 held-out prompts "
+        "(+60.0 points, 95 % interval +17.1 to +80.9)."
+    )
+
+
+def test_a_reward_that_rises_while_answers_get_worse_is_named() -> None:
+    verdict = verdict_of_run(run(rewards(0.1, 0.9) | shares(0.9, 0.3)), "done")
+    assert verdict.tone == "bad"
+    assert verdict.reason.startswith("the mean reward rose by 0.80, but good answers, by the rule, fell from 90.0%")
+
+
+def test_the_reward_of_a_reward_model_at_chance_proves_nothing() -> None:
+    at_chance = {"held_out_rows": 100, "reward_accuracy": 0.55}  # Wilson: 45.2 to 64.4 %
+    verdict = verdict_of_run(run(at_chance, rewards(0.1, 0.9)), "done")
+    assert verdict.tone == "unsure"
+    assert "scores the better answer higher in 55.0% of 100 held-out pairs (95 % interval 45.2% to" in verdict.reason
+
+
+def test_without_errors_it_says_so() -> None:
+    verdict = verdict_of_run(run(rewards(0.1, 0.3, error=None)), "done")
+    assert verdict.sentence.endswith("rose from 0.10 to 0.30, without an error, since the run recorded none.")
+
+
+def test_a_run_that_failed_or_is_not_at_its_end() -> None:
+    history = RunHistory("a")
+    history.feed(event("end", 1, perplexity_before=31.2, perplexity_after=8.41))
+    history.feed(event("plan", 2, updates=4))
+    told = "step 1 is complete, perplexity on held-out answers fell from 31.20 to 8.41."
+    opening = "It is too early to say whether it works: step 2 "
+    assert verdict_of_run(history, "running").sentence == f"{opening}is being trained; {told}"
+    assert verdict_of_run(history, "lost").sentence == f"{opening}was stopped; {told}"
+    history.feed(event("error", 2, what="out of memory", exit_code=4))
+    assert verdict_of_run(history, "failed").sentence == "It did not work: it failed in step 2, out of memory."
+
+
+def test_numbers_that_are_not_finite_are_no_numbers() -> None:
+    assert verdict_of_run(run({"mean_reward_before": 0.1, "mean_reward_after": "nan"}), "done").tone == "unsure"

@@ -63,9 +63,19 @@ class _Call:
 
 
 def launch(
-    job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks
+    job: Job,
+    run: RunDir,
+    steps: Sequence[int],
+    placement: Placement,
+    cache: Path,
+    lock: int,
+    spares: SpareRanks,
+    *,
+    quiet: bool = False,
 ) -> ExitCode:
     """Train `steps` with all ranks, which hold `lock` too, and show the run's events as they come.
+
+    quiet: show warnings and errors alone.
 
     Raises ToolkitError with the first rank's error.
 
@@ -81,7 +91,7 @@ def launch(
         placement = replace(placement, notes=(*placement.notes, note))
     save_job(job, run.job_file)
     placement = memory_fit.fit(job, run, placement)
-    with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
+    with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view(quiet=quiet) as view:
         report = ReportFile(run, lambda what: view.feed({"kind": "warning", "message": what}))
         call = _Call(job, run, cache, lock, log, view, report, caught, spares)
         code = ExitCode.TRAINING
@@ -100,7 +110,7 @@ def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> Exi
     for step in steps:
         ended = _Ended(is_done=False)
         while not ended.is_done:
-            doing = f"starting {plural(placement.ranks, 'ranks')}"
+            doing = _starting(placement)
             call.view.feed({"kind": "progress", "step": step, "doing": doing})
             ended = _train_step(call, step, [n for n in steps if n >= step], placement)
             if ended.no_memory is not None:
@@ -110,6 +120,11 @@ def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> Exi
         if caught and step != steps[-1]:
             return _code_of_stop(caught, run)
     return ExitCode.OK
+
+
+def _starting(placement: Placement) -> str:
+    imports = "imports" if placement.ranks == 1 else "import"
+    return f"starting {plural(placement.ranks, 'ranks')}, which {imports} libraries"
 
 
 def _code_of_stop(caught: Sequence[int], run: RunDir) -> ExitCode:

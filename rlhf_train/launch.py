@@ -32,6 +32,7 @@ from rlhf_train.plan import memory_fit
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
 from rlhf_train.ranks.processes import GRACE_S, POLL_S, Rank, RankEnvironment, SpareRanks, end, libraries_of
+from rlhf_train.tensorboard import TensorBoardFile
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # until the other ranks end by themselves, when one has failed
@@ -58,6 +59,7 @@ class _Call:
     log: IO[bytes]
     view: Any
     report: ReportFile
+    board: TensorBoardFile
     caught: list[int]  # signals that ask to stop
     spares: SpareRanks
 
@@ -92,8 +94,12 @@ def launch(
     save_job(job, run.job_file)
     placement = memory_fit.fit(job, run, placement)
     with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view(quiet=quiet) as view:
-        report = ReportFile(run, lambda what: view.feed({"kind": "warning", "message": what}))
-        call = _Call(job, run, cache, lock, log, view, report, caught, spares)
+
+        def warn(what: str) -> None:
+            view.feed({"kind": "warning", "message": what})
+
+        report, board = ReportFile(run, warn), TensorBoardFile(run, warn)
+        call = _Call(job, run, cache, lock, log, view, report, board, caught, spares)
         code = ExitCode.TRAINING
         try:
             code = _train_steps(call, steps, placement)
@@ -101,6 +107,7 @@ def launch(
             code = error.exit_code
             raise
         finally:
+            board.close()
             report.finish(code)
     return code
 
@@ -157,6 +164,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         events, offset = read_events(run.events, offset)
         for event in events:
             call.view.feed(event)
+            call.board.feed(event)
         call.report.renew()
         if len(left) > 1 and not caught and any(map(_ends_soon, events)):
             call.spares.start(environment)

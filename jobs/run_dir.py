@@ -107,6 +107,11 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, a folder for each step; they are made from the events alone."""
+        return self.path / "tensorboard"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer trained for a model that starts from a config."""
         return self.path / "tokenizer"

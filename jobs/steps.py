@@ -12,13 +12,15 @@ from jobs.events import SHOWN, Curve
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the report: two fields of an `end` event, and their format."""
+    """One row of the table at a run's end: two fields of an `end` event, and what they mean."""
 
     short: str
     long: str
     before: str
     after: str
     spec: str
+    meaning: str  # for somebody who sees the number for the first time
+    good: str  # which way is good
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,14 @@ SFT = Step(
     depends_on=("seed", "actor", "data", "sft"),
     line=("loss", "learning_rate", "grad_norm"),
     panel=("loss", "learning_rate", "grad_norm", "tokens_per_s"),
-    outcomes=(Outcome("perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f"),),
-)
+    outcomes=(
+        Outcome(
+            "perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f",
+            "among how many equally likely tokens the model seems to choose, at each token of an answer",
+            "lower is better; 1 is the least",
+        ),
+    ),
+)  # fmt: skip
 
 REWARD = Step(
     number=2,
@@ -76,8 +84,14 @@ REWARD = Step(
     depends_on=("seed", "critic", "data", "reward"),
     line=("loss", "lm_loss", "accuracy", "margin"),
     panel=("loss", "accuracy", "margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
-    outcomes=(Outcome("accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%"),),
-)
+    outcomes=(
+        Outcome(
+            "accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%",
+            "how often the chosen answer gets a higher score than the rejected one",
+            "higher is better; 50 % is chance",
+        ),
+    ),
+)  # fmt: skip
 
 PPO = Step(
     number=3,
@@ -94,11 +108,31 @@ PPO = Step(
         "grad_norm", "learning_rate", "tokens_per_s",
     ),
     outcomes=(
-        Outcome("good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%"),
-        Outcome("reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f"),
-        Outcome("kl", "KL to the reference", "kl_before", "kl", ".3f"),
-        Outcome("length", "response length, tokens", "response_length_before", "response_length_after", ".1f"),
-        Outcome("eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%"),
+        Outcome(
+            "good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%",
+            "answers that the job's own rule calls good, which nothing learns from",
+            "higher is better",
+        ),
+        Outcome(
+            "reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f",
+            "the reward model's score: 0 is the mean, and 1 the spread, of answers before this step",
+            "higher is better, as long as answers do not get worse to read",
+        ),
+        Outcome(
+            "kl", "KL to the reference", "kl_before", "kl", ".3f",
+            "how far the model has moved from where this step began, summed over an answer's tokens",
+            "a few units are usual; a large one may mean that the reward is being exploited",
+        ),
+        Outcome(
+            "length", "response length, tokens", "response_length_before", "response_length_after", ".1f",
+            "tokens of an answer",
+            "steady is good; longer and longer answers may exploit the reward",
+        ),
+        Outcome(
+            "eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%",
+            "answers that end by themselves, not at the length limit",
+            "higher is better",
+        ),
     ),
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
 from jobs.views.report.run_page import Price, read_run
-from rlhf_train import completion
+from rlhf_train import completion, local_runs
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 
@@ -42,6 +42,8 @@ EXAMPLES = """examples:
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
+  rlhf-train status                                        all runs: state, and how far they are
+  rlhf-train logs --follow                                 the newest run, as its own terminal shows it
 The same command resumes a run that stopped; steps that are complete are skipped."""
 
 
@@ -82,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
+    p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
     return p
 
 
@@ -120,7 +123,8 @@ def run_named(name: str, folder: Path) -> RunDir:
 
 
 def say(text: str) -> None:
-    print(visible(text), file=sys.stderr)
+    screen = console.console_on(sys.stderr)
+    screen.print(encodable(visible(text), screen.encoding))
 
 
 def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> None:
@@ -194,6 +198,8 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         # They import while this process imports and looks at the machine.
         spares.start(likely_rank_environment(job, os.environ))
     if todo or taken or args.dry_run:
+        if not args.quiet:
+            say(f"run {run.name}: importing PyTorch, and looking at this machine")
         from rlhf_train.plan.machine import facts_of
         from rlhf_train.plan.placement import Machine, place  # this imports torch
 
@@ -208,7 +214,7 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         out = console.console_on(sys.stdout)
         out.print(encodable(describe(job, run, wanted, todo, placement), out.encoding))
         return ExitCode.OK
-    for step in sorted({*wanted} - {*todo, *taken}):
+    for step in sorted({*wanted} - {*todo, *taken}) if not args.quiet else ():
         say(f"step {step} ({STEPS[step].title}) is complete: {run.step(step).model}")
     if todo or taken or completion.leftovers(run):
         from rlhf_train.launch import launch, locked
@@ -227,7 +233,11 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
                 say(f"from run {source.name}: {taken_steps or 'nothing more to take over'}")
             if args.redo:
                 completion.begin_redo(run, todo)
-            code = launch(job, run, todo, placement, settings.cache, lock, spares) if todo else ExitCode.OK
+            code = (
+                launch(job, run, todo, placement, settings.cache, lock, spares, quiet=args.quiet)
+                if todo
+                else ExitCode.OK
+            )
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided
         if code != ExitCode.OK:
@@ -267,7 +277,15 @@ def report(argv: Sequence[str]) -> int:
     return ExitCode.OK
 
 
-VERBS = {"report": report}
+def status(argv: Sequence[str]) -> int:
+    return local_runs.status(argv, Settings.from_environ(os.environ).runs)
+
+
+def logs(argv: Sequence[str]) -> int:
+    return local_runs.logs(argv, Settings.from_environ(os.environ).runs)
+
+
+VERBS = {"report": report, "status": status, "logs": logs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

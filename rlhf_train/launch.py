@@ -32,6 +32,7 @@ from rlhf_train.plan import memory_fit
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
 from rlhf_train.ranks.processes import GRACE_S, POLL_S, Rank, RankEnvironment, SpareRanks, end, libraries_of
+from rlhf_train.tensorboard import TensorBoardFile
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # until the other ranks end by themselves, when one has failed
@@ -58,14 +59,25 @@ class _Call:
     log: IO[bytes]
     view: Any
     report: ReportFile
+    board: TensorBoardFile
     caught: list[int]  # signals that ask to stop
     spares: SpareRanks
 
 
 def launch(
-    job: Job, run: RunDir, steps: Sequence[int], placement: Placement, cache: Path, lock: int, spares: SpareRanks
+    job: Job,
+    run: RunDir,
+    steps: Sequence[int],
+    placement: Placement,
+    cache: Path,
+    lock: int,
+    spares: SpareRanks,
+    *,
+    quiet: bool = False,
 ) -> ExitCode:
     """Train `steps` with all ranks, which hold `lock` too, and show the run's events as they come.
+
+    quiet: show warnings and errors alone.
 
     Raises ToolkitError with the first rank's error.
 
@@ -81,9 +93,13 @@ def launch(
         placement = replace(placement, notes=(*placement.notes, note))
     save_job(job, run.job_file)
     placement = memory_fit.fit(job, run, placement)
-    with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view() as view:
-        report = ReportFile(run, lambda what: view.feed({"kind": "warning", "message": what}))
-        call = _Call(job, run, cache, lock, log, view, report, caught, spares)
+    with _stop_signals() as caught, run.log.open("ab", buffering=0) as log, console.view(quiet=quiet) as view:
+
+        def warn(what: str) -> None:
+            view.feed({"kind": "warning", "message": what})
+
+        report, board = ReportFile(run, warn), TensorBoardFile(run, warn)
+        call = _Call(job, run, cache, lock, log, view, report, board, caught, spares)
         code = ExitCode.TRAINING
         try:
             code = _train_steps(call, steps, placement)
@@ -91,6 +107,7 @@ def launch(
             code = error.exit_code
             raise
         finally:
+            board.close()
             report.finish(code)
     return code
 
@@ -100,7 +117,7 @@ def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> Exi
     for step in steps:
         ended = _Ended(is_done=False)
         while not ended.is_done:
-            doing = f"starting {plural(placement.ranks, 'ranks')}"
+            doing = _starting(placement)
             call.view.feed({"kind": "progress", "step": step, "doing": doing})
             ended = _train_step(call, step, [n for n in steps if n >= step], placement)
             if ended.no_memory is not None:
@@ -110,6 +127,11 @@ def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> Exi
         if caught and step != steps[-1]:
             return _code_of_stop(caught, run)
     return ExitCode.OK
+
+
+def _starting(placement: Placement) -> str:
+    imports = "imports" if placement.ranks == 1 else "import"
+    return f"starting {plural(placement.ranks, 'ranks')}, which {imports} libraries"
 
 
 def _code_of_stop(caught: Sequence[int], run: RunDir) -> ExitCode:
@@ -142,6 +164,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         events, offset = read_events(run.events, offset)
         for event in events:
             call.view.feed(event)
+            call.board.feed(event)
         call.report.renew()
         if len(left) > 1 and not caught and any(map(_ends_soon, events)):
             call.spares.start(environment)

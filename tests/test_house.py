@@ -97,8 +97,10 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "steps": WINGS,
         "completion": HOST,
         "worker": WINGS | {"steps", "completion"},
-        "launch": WINGS | {"steps", "completion", "worker"},
-        "__main__": WINGS | {"steps", "completion", "worker", "launch"},
+        "tensorboard": set(),
+        "launch": WINGS | {"steps", "completion", "worker", "tensorboard"},
+        "local_runs": set(),
+        "__main__": WINGS | {"steps", "completion", "worker", "tensorboard", "launch", "local_runs"},
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}

@@ -17,21 +17,26 @@ from jobs.events import RawEvent
 from jobs.formatting import encodable, visible
 from jobs.views.final_table import report
 from jobs.views.panel import Live
-from jobs.views.plain import Plain, marked
+from jobs.views.plain import Plain, Quiet, marked
 
 
 def console_on(stream: TextIO) -> Console:
-    # A piped line must stay one line. Our text contains [b, t] and [/paths], which rich would take
-    # for markup.
-    return Console(file=stream, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    # Our text contains [b, t] and [/paths], which rich would take for markup.
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
+    console.soft_wrap = not console.is_terminal  # a piped line stays one line; a terminal would break words
+    return console
 
 
-def view(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Plain | Live:
+def view(
+    stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False
+) -> Plain | Live:
     """Return `Live` for a terminal that can draw it, else `Plain`; default: standard error.
 
-    `clock`: of the panel, in seconds.
+    clock: of the panel, in seconds. quiet: show warnings and errors alone.
     """
     console = console_on(stream or sys.stderr)
+    if quiet:
+        return Quiet(console)
     can_draw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
     return Live(console, clock) if can_draw else Plain(console)
 

@@ -12,7 +12,10 @@ from rich.text import Text
 
 from jobs.events import RawEvent, effective
 from jobs.formatting import duration, encodable, number, one_line, own_models, verdict_of, visible
-from jobs.steps import STEPS
+from jobs.steps import STEPS, Outcome
+from jobs.views.report.verdict import Tone, verdict_of_step
+
+COLORS: dict[Tone, str] = {"good": "green", "bad": "red", "unsure": "yellow", "running": "yellow"}
 
 
 def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableType:
@@ -23,9 +26,11 @@ def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableTyp
     for event in held:
         if event["kind"] == "sample" and event.get("step") == 3:
             samples.setdefault(str(event.get("prompt")), {})[str(event.get("when"))] = event
-    parts: list[RenderableType] = (
-        [_outcomes(ends), Text(""), *_models(ends, encoding)] if ends else [Text("no step has ended yet")]
-    )
+    parts: list[RenderableType] = [Text("no step has ended yet")]
+    if ends:
+        shown = {outcome.long: outcome for outcome, _, _, _ in _rows(ends)}
+        parts = [_outcomes(ends), Text(""), *_verdicts(ends), Text(""), *_models(ends, encoding)]
+        parts += [Text(""), *_meanings(shown.values())]
     for index, (prompt, answers) in enumerate(list(samples.items())[:3], start=1):
         parts += [Text(""), Text(f"prompt {index}", style="bold"), _folded(prompt, encoding)]
         for when in ("before", "after"):
@@ -34,23 +39,39 @@ def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableTyp
     return Group(*parts)
 
 
+def _rows(ends: dict[int, RawEvent]) -> list[tuple[Outcome, int, object, object]]:
+    """Return what was measured: the outcome, its step, the numbers before and after."""
+    return [
+        (outcome, step, before, after)
+        for step, end in sorted(ends.items())
+        for outcome in (STEPS[step].outcomes if step in STEPS else ())
+        for before, after in [(end.get(outcome.before), end.get(outcome.after))]
+        if before is not None or after is not None
+    ]
+
+
 def _outcomes(ends: dict[int, RawEvent]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table, last = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), 0
     table.add_column("step")
     table.add_column("on held-out data")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for step_number, end in sorted(ends.items()):
-        step = STEPS.get(step_number)
-        title = f"{step_number}  {step.title if step else ''}"
-        for outcome in step.outcomes if step else ():
-            before, after = end.get(outcome.before), end.get(outcome.after)
-            if before is not None or after is not None:
-                table.add_row(
-                    title, outcome.long, *("-" if x is None else number(x, outcome.spec) for x in (before, after))
-                )
-                title = ""
+    for outcome, step, before, after in _rows(ends):
+        title = f"{step}  {STEPS[step].title}" if step != last else ""
+        last = step
+        numbers = ("-" if x is None else number(x, outcome.spec) for x in (before, after))
+        table.add_row(title, outcome.long, *numbers)
     return table
+
+
+def _verdicts(ends: dict[int, RawEvent]) -> list[_Hanging]:
+    """Say of each step whether it worked."""
+    told = ((step, verdict_of_step(end)) for step, end in sorted(ends.items()))
+    return [_Hanging(f"step {step}  ", verdict.sentence, COLORS[verdict.tone]) for step, verdict in told if verdict]
+
+
+def _meanings(outcomes: Iterable[Outcome]) -> list[_Hanging]:
+    return [_Hanging(f"{each.long}: ", f"{each.meaning}; {each.good}", "dim", indent=4) for each in outcomes]
 
 
 def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
@@ -69,6 +90,26 @@ def _answer_title(when: str, sample: RawEvent) -> Text:
     title.highlight_regex(r"\bgood$", "green")
     title.highlight_regex(r"\bbad$", "red")
     return title
+
+
+@dataclass(frozen=True)
+class _Hanging:
+    """A label and a text that is folded between words, its later lines set in."""
+
+    label: str
+    text: str
+    style: str
+    indent: int = 8
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = max(options.max_width - self.indent, 1)
+        first, *rest = Text.assemble(self.label, (self.text, self.style)).wrap(console, options.max_width)
+        first.rstrip()
+        yield first
+        if rest:
+            for line in Text(" ", self.style).join(rest).wrap(console, room):
+                line.rstrip()
+                yield Text(" " * self.indent).append_text(line)
 
 
 @dataclass(frozen=True)

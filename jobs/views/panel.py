@@ -164,7 +164,8 @@ class Board:
     def lines(self, width: int, now: float, height: int | None = None) -> list[Text]:
         box = self._box
         running_at = now if box is None or box.ended_at is None else box.ended_at  # a run that is over grows no older
-        lines = [self._finished(step, view.end, width) for step, view in sorted(self._steps.items()) if view.end]
+        ends = [(step, view.end) for step, view in sorted(self._steps.items()) if view.end]
+        lines = [line for step, end in ends for line in self._finished(step, end, width)]
         view = self._steps.get(self._current)
         if view and not view.end:
             lines += self._running(self._current, view, width, running_at)
@@ -181,14 +182,14 @@ class Board:
             line.truncate(width, overflow="ellipsis")
         return lines
 
-    def _finished(self, step: int, end: RawEvent, width: int) -> Text:
-        line = _title("✓", "green", step)
-        line.append(f"{duration(end.get('seconds')):<7}")
+    def _finished(self, step: int, end: RawEvent, width: int) -> list[Text]:
+        """Show a finished step's numbers, on more lines where one has no room for all."""
+        lines = [_title("✓", "green", step).append(f"{duration(end.get('seconds')):<7}")]
         for fact in facts(end, "→"):
-            if line.cell_len + len(fact) + 2 > width:
-                break
-            line.append(f"  {fact}")
-        return line
+            if lines[-1].cell_len + len(fact) + 2 > width:
+                lines.append(Text())
+            lines[-1].append(f"  {fact}")
+        return lines
 
     def _running(self, step: int, view: StepView, width: int, now: float) -> list[Text]:
         share = view.update / view.updates if view.updates else 0.0

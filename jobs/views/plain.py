@@ -110,6 +110,20 @@ def metrics_line(event: RawEvent, eta_s: float | None) -> str:
     return head(event) + "  ".join(parts)
 
 
+def progress_text(last: RawEvent | None) -> str:
+    """Say how far a run is, by its last event: `step 3, update 12/400`."""
+    if last is None:
+        return ""
+    words = [f"step {last['step']}"] if "step" in last else []
+    if "update" in last:
+        words.append(f"update {last['update']}" + (f"/{last['updates']}" if "updates" in last else ""))
+    elif last["kind"] == "end":
+        words.append("complete")
+    elif doing := last.get("doing"):
+        words.append(one_line(doing))
+    return ", ".join(words)
+
+
 def end_line(event: RawEvent) -> str:
     parts = [f"done in {duration(event.get('seconds'))}", *facts(event, "->"), f"model {one_line(event.get('model'))}"]
     return head(event) + "  ".join(parts)
@@ -199,3 +213,11 @@ class Plain:
 
     def _print(self, line: str) -> None:
         self._console.print(encodable(line, self._console.encoding))
+
+
+class Quiet(Plain):
+    """Prints warnings and errors alone."""
+
+    def feed(self, event: RawEvent, *, quiet: bool = False) -> None:
+        if event["kind"] in ("warning", "error"):
+            super().feed(event, quiet=quiet)

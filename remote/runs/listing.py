@@ -15,7 +15,7 @@ from jobs.formatting import duration, fold, money, one_line, own_models, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
 from jobs.views.panel import GpuUsage, cards_text
-from jobs.views.plain import time_of
+from jobs.views.plain import progress_text, time_of
 from remote.runs.job_state import JobState
 
 
@@ -50,17 +50,7 @@ class RemoteRun:
 
     def progress(self) -> str:
         """Return the run's progress in words: `step 3, update 12/400`."""
-        if self.last is None:
-            return ""
-        words = [f"step {self.last['step']}"] if "step" in self.last else []
-        if "update" in self.last:
-            total = f"/{self.last['updates']}" if "updates" in self.last else ""
-            words.append(f"update {self.last['update']}{total}")
-        elif self.last["kind"] == "end":
-            words.append("complete")
-        elif doing := self.last.get("doing"):
-            words.append(one_line(doing))
-        return ", ".join(words)
+        return progress_text(self.last)
 
 
 @dataclass(frozen=True)

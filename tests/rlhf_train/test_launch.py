@@ -216,7 +216,7 @@ def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
         code, _, err = finish(launcher)
     assert code == 75 and gone(rank)
     starting, stopped = err.splitlines()
-    assert starting == "step 1  starting 1 rank"
+    assert starting == "step 1  starting 1 rank, which imports libraries"
     assert stopped == "stopped: the same command resumes in out/tiny, from the start of step 1"
 
 

@@ -15,7 +15,7 @@ from jobs.views import console, panel, plain, report
 from jobs.views.console import print_error, print_report, view
 from jobs.views.panel import Live
 from jobs.views.plain import Plain
-from tests.raw_events import END_1, END_2
+from tests.raw_events import END_1, END_2, END_3, PLAN, ROLLOUTS, event
 
 
 @pytest.fixture
@@ -47,6 +47,30 @@ def test_no_color_takes_the_colour_only(tty: tuple[int, io.TextIOWrapper], monke
     monkeypatch.setenv("NO_COLOR", "1")
     text = seen_on(*tty)
     assert "✓ " in text and "accuracy 87.4%" in text and not re.search(r"\x1b\[[\d;]*3\dm", text)
+
+
+def test_a_terminal_folds_between_words(tty: tuple[int, io.TextIOWrapper], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piped line stays one line; a path that is too long for the line is begun on the next."""
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "the same command resumes in /runs/with/a/long/name from update 12 of step 3"
+    console.console_on(tty[1]).print(text)
+    tty[1].flush()
+    shown = os.read(tty[0], 4096).decode().replace("\r", "").splitlines()
+    assert [line.rstrip() for line in shown] == [
+        "the same command resumes in",
+        "/runs/with/a/long/name from update 12 of",
+        "step 3",
+    ]
+    pipe = io.StringIO()
+    console.console_on(pipe).print(text)
+    assert pipe.getvalue() == f"{text}\n"
+
+
+def test_quiet_shows_warnings_and_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with view(quiet=True) as quiet:
+        for each in (PLAN, *ROLLOUTS, event("warning", 3, message="slow"), event("error", 3, what="no"), END_3):
+            quiet.feed(each)
+    assert capsys.readouterr().err.splitlines() == ["step 3  warning: slow", "error: step 3: no"]
 
 
 def test_a_dumb_terminal_gets_lines(tty: tuple[int, io.TextIOWrapper], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from jobs.events import RawEvent
+from jobs.steps import STEPS
 from jobs.views.console import print_report
 from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, ROLLOUTS, event, sample, squeezed
 
@@ -36,10 +38,32 @@ def test_report_of_a_whole_run() -> None:
         "KL to the reference 0.000 0.410",
         "response length, tokens 20.3 30.1",
         "answers that ended (EOS) 70.0% 99.1%",
+        "step 1 It worked: perplexity on held-out answers fell from 31.20 to 8.41.",
+        "step 2 It worked: the reward model scores the better answer higher in 87.4% of",
+        "held-out pairs, without an error, since the run recorded none; chance is",
+        "50 %.",
+        "step 3 It worked: good answers, by the rule, rose from 48.0% to 94.0%, without",
+        "an error, since the run recorded none.",
         "step 1 1m02s runs/demo/step1/model",
         "step 2 38s runs/demo/step2/model",
         "step 3 1h02m runs/demo/step3/model",
         "total 1h03m",  # 62 + 38.4 + 3720 s = 63 min 40 s
+        "perplexity: among how many equally likely tokens the model seems to choose, at",
+        "each token of an answer; lower is better; 1 is the least",
+        "accuracy on pairs: how often the chosen answer gets a higher score than the",
+        "rejected one; higher is better; 50 % is chance",
+        "good answers, by the rule: answers that the job's own rule calls good, which",
+        "nothing learns from; higher is better",
+        "mean reward: the reward model's score: 0 is the mean, and 1 the spread, of",
+        "answers before this step; higher is better, as long as answers do not get",
+        "worse to read",
+        "KL to the reference: how far the model has moved from where this step began,",
+        "summed over an answer's tokens; a few units are usual; a large one may mean",
+        "that the reward is being exploited",
+        "response length, tokens: tokens of an answer; steady is good; longer and longer",
+        "answers may exploit the reward",
+        "answers that ended (EOS): answers that end by themselves, not at the length",
+        "limit; higher is better",
         "prompt 1",
         "Human: hi",
         "Assistant:",
@@ -49,7 +73,29 @@ def test_report_of_a_whole_run() -> None:
         "Hello!",
         "How are you?",
     ]
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80 and lines == [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"good_share_before": 0.5, "good_share_after": 0.25}, "It did not work"),
+        (
+            {"held_out_rows": 10, "good_share_before": 0.5, "good_share_after": 0.6},
+            "It cannot be told whether it worked",
+        ),
+    ],
+)
+def test_a_step_that_did_not_work_says_so(changes: RawEvent, said: str) -> None:
+    assert any(line.startswith(f"step 3 {said}: ") for line in squeezed(reported([END_3 | changes])))
+
+
+@pytest.mark.parametrize("width", [20, 40, 79, 120])
+def test_no_word_is_broken(width: int) -> None:
+    """Every word of the sentences is there, whole, unless it alone is wider than the terminal."""
+    shown = " ".join(" ".join(reported([END_3], width)).split())
+    sentences = [f"{each.long}: {each.meaning}; {each.good}" for each in STEPS[3].outcomes]
+    assert [sentence for sentence in sentences if sentence not in shown] == []
 
 
 def test_report_names_models_of_ones_own() -> None:
@@ -61,7 +107,7 @@ def test_report_names_models_of_ones_own() -> None:
 def test_report_has_no_rows_for_what_was_not_measured_or_not_run() -> None:
     no_rule = {key: value for key, value in END_3.items() if not key.startswith("good")}
     lines = squeezed(reported([END_1, no_rule]))
-    assert not any("good" in line or "reward model" in line or "step 2" in line for line in lines)
+    assert not any("good answers" in line or "2 reward model" in line or "step 2" in line for line in lines)
     assert "3 PPO mean reward -0.52 1.93" in lines and "total 1h03m" in lines
 
 

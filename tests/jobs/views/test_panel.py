@@ -119,10 +119,14 @@ def test_no_line_is_longer_than_the_terminal(width: int) -> None:
     assert max(line.cell_len for line in board.lines(width, 5.0)) <= width
 
 
-def test_a_finished_line_shows_as_much_as_fits() -> None:
-    assert squeezed(shown([END_3], 79)) == ["✓ step 3 PPO 1h02m good answers 48.0% → 94.0%"]
+def test_a_finished_step_keeps_all_its_numbers() -> None:
+    assert squeezed(shown([END_3], 79)) == [
+        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0%",
+        "reward -0.52 → 1.93 kl 0.000 → 0.410 length 20.3 → 30.1 eos 70.0% → 99.1%",
+    ]
     assert squeezed(shown([END_3], 119)) == [
-        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0% reward -0.52 → 1.93 kl 0.000 → 0.410"
+        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0% reward -0.52 → 1.93 kl 0.000 → 0.410",
+        "length 20.3 → 30.1 eos 70.0% → 99.1%",
     ]
 
 
@@ -179,9 +183,10 @@ def test_live_on_a_terminal(width: int) -> None:
     assert "step 3  warning: [b, t] and \\x1b[2J long" in text and "see [/paths]" in text
     assert "▸ step 3  PPO                     120 of 480   25%  1m36s  eta 4m48s" in lines
     # The last frame stays: both steps, finished, below everything else; and the cursor is back.
-    final = [line.rstrip() for line in lines if line.strip()][-2:]
+    final = [line.rstrip() for line in lines if line.strip()][-3:]
     assert final[0] == "✓ step 1  supervised fine-tuning  1m02s    perplexity 31.20 → 8.41"
     assert final[1].startswith("✓ step 3  PPO                     1h02m    good answers 48.0% → 94.0%")
+    assert final[2].endswith("eos 70.0% → 99.1%")
     assert text.endswith("\x1b[?25h") and text.count("\x1b[2J") == 0
 
 

@@ -1,0 +1,142 @@
+"""The verbs that look at the runs of this machine: `rlhf-train status` and `rlhf-train logs`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.events import RawEvent, parsed
+from jobs.formatting import duration, encodable, visible
+from jobs.run_dir import RunDir
+from jobs.views import console
+from jobs.views.panel import Live
+from jobs.views.plain import Plain, progress_text, time_of
+from jobs.views.report.history import EventReader, RunHistory
+from jobs.views.report.run_page import state_of_folder
+
+POLL_S = 0.5  # between two looks at a run that is followed
+TAIL_BYTES = 2**18  # enough for the last events, however long the run
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """Return the runs of a folder, the one that was written to last at the end."""
+    found = [RunDir(path) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((run for run in found if run.events.exists()), key=lambda run: run.events.stat().st_mtime)
+
+
+def newest_of(runs: Sequence[RunDir], folder: Path) -> RunDir:
+    """Return the run that was written to last; raise ToolkitError if there is none."""
+    if not runs:
+        raise ToolkitError(f"there is no run in {folder}", hint="`rlhf-train --job demo` makes one; see --output-dir")
+    return runs[-1]
+
+
+def run_at(name: str, folder: Path) -> RunDir:
+    """Return a run by its name, or its folder, with a slash; raise ToolkitError if it is none."""
+    run = RunDir(Path(name) if "/" in name else folder / name)
+    if not run.events.exists():
+        known = ", ".join(run.name for run in runs_in(folder)) or "none"
+        raise ToolkitError(f"there is no run `{name}`", why=f"no {run.events}", hint=f"runs of {folder}: {known}")
+    return run
+
+
+def last_events(run: RunDir) -> list[RawEvent]:
+    """Return the last whole events of a run."""
+    with run.events.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - TAIL_BYTES, 0))
+        lines = file.read().split(b"\n")
+    # The first line may be torn, and what follows the last line break is.
+    return [event for line in lines[bool(size > TAIL_BYTES) : -1] if (event := parsed(line)) is not None]
+
+
+# --- status
+
+
+def status(argv: Sequence[str], folder: Path) -> int:
+    """Print a line for each run: its state, how far it is, and when it was last written to.
+
+    folder: where run folders are, unless the words say otherwise.
+    """
+    p = argparse.ArgumentParser("rlhf-train status", description="List the runs of this machine.", allow_abbrev=False)
+    p.add_argument("runs", nargs="*", metavar="RUN", help="runs by name or folder (default: all)")
+    p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
+    args = p.parse_args(argv)
+    folder = args.output_dir or folder
+    runs = [run_at(name, folder) for name in args.runs] or runs_in(folder)
+    newest_of(runs, folder)
+    screen = console.console_on(sys.stdout)
+    for line in _table([_row(run) for run in runs]):
+        screen.print(encodable(visible(line), screen.encoding))
+    return ExitCode.OK
+
+
+def _row(run: RunDir) -> tuple[str, ...]:
+    events, history = last_events(run), RunHistory(run.name)
+    for event in events:
+        history.feed(event)
+    ago = duration(time.time() - time_of(events[-1])) if events else "?"
+    return run.name, state_of_folder(run, history), progress_text(events[-1] if events else None), f"{ago} ago"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    table = [("run", "state", "progress", "last event"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+# --- logs
+
+
+def logs(argv: Sequence[str], folder: Path) -> int:
+    """Show a run from its events, as the terminal that trains it does. folder: as for `status`."""
+    p = argparse.ArgumentParser("rlhf-train logs", description="Show the events of a run.", allow_abbrev=False)
+    p.add_argument("run", nargs="?", metavar="RUN", help="a run's name or folder (default: the newest)")
+    p.add_argument("-f", "--follow", action="store_true", help="go on until the run ends; Ctrl-C leaves it alone")
+    p.add_argument("--tail", type=int, metavar="N", help="only the last N events")
+    p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
+    args = p.parse_args(argv)
+    if args.tail is not None and args.tail < 0:
+        raise ToolkitError("--tail takes a number of events", hint="e.g. --tail 20")
+    folder = args.output_dir or folder
+    run = run_at(args.run, folder) if args.run else newest_of(runs_in(folder), folder)
+    reader, history = EventReader(run.events), RunHistory(run.name)
+    old = list(reader.new_events())
+    for event in old:
+        history.feed(event)
+    if not args.follow:
+        with Plain(console.console_on(sys.stdout)) as lines:
+            _feed(lines, old, args.tail)
+        return ExitCode.OK
+    with console.view(sys.stdout) as view:
+        _feed(view, old, args.tail)
+        for event in _until_it_ends(run, history, reader):
+            view.feed(event)
+    return ExitCode.OK
+
+
+def _feed(view: Plain | Live, events: Sequence[RawEvent], tail: int | None) -> None:
+    """Show events that were written before; of all but the last `tail`, only take note."""
+    hidden = 0 if tail is None else max(len(events) - tail, 0)
+    for place, event in enumerate(events):
+        if isinstance(view, Live):
+            view.feed(event, at=time.monotonic() - (time.time() - time_of(event)), quiet=place < hidden)
+        else:
+            view.feed(event, quiet=place < hidden)
+
+
+def _until_it_ends(run: RunDir, history: RunHistory, reader: EventReader) -> Iterator[RawEvent]:
+    """Yield the events that are written from now on, until nobody trains in the folder."""
+    while True:
+        is_running = state_of_folder(run, history) == "running"  # looked at first: the last events come before the end
+        for event in reader.new_events():
+            history.feed(event)
+            yield event
+        if not is_running:
+            return
+        time.sleep(POLL_S)

@@ -35,7 +35,8 @@ by_uv() { # ARGUMENT...
     export UV_INDEX_STRATEGY=unsafe-best-match UV_HTTP_TIMEOUT=60 ${index:+UV_DEFAULT_INDEX="$index"} ${more:+UV_INDEX="$more"}
     export ${links:+UV_FIND_LINKS="$links"} ${trusted:+UV_INSECURE_HOST="$trusted"} ${certificates:+SSL_CERT_FILE="$certificates"}
     export ${proxy:+HTTPS_PROXY="$proxy"} ${proxy:+HTTP_PROXY="$proxy"}
-    "$uv" pip install --python "$python" --no-deps "$@"
+    # As pip does. Where Python may write no bytecode (PYTHONDONTWRITEBYTECODE), every process would compile all that it imports.
+    "$uv" pip install --python "$python" --no-deps --compile-bytecode "$@"
 }
 
 install() { # ARGUMENT...: by uv, else by pip

@@ -39,6 +39,11 @@ def installed_by(venv: Path, package: str) -> str:
     return done.stdout.strip()
 
 
+def has_bytecode(venv: Path, module: str) -> bool:
+    """Without it, a process that may write none compiles the module each time that it starts."""
+    return any(venv.glob(f"lib/python*/site-packages/__pycache__/{module}.*.pyc"))
+
+
 def install(venv: Path, lock: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", ROOT / "env/install_locked.sh", venv / "bin/python", lock, *words],
@@ -54,6 +59,7 @@ def test_where_uv_cannot_be_had_pip_does_it(venv: Path, tmp_path: Path, index: P
     done = install(venv, lock_of(tmp_path, index, "alpha", "1.0"), *words, PIP_INDEX_URL=index.as_uri())
     assert done.returncode == 0, done.stderr
     assert installed_by(venv, "alpha") == "pip"
+    assert has_bytecode(venv, "alpha")
     assert "uv could not install it; pip does" in done.stdout
     assert sorted(path.name for path in venv.iterdir() if path.name in ("uv", "downloads")) == []
 
@@ -71,6 +77,7 @@ def test_uv_does_it_with_the_index_of_pips_own_files(venv: Path, tmp_path: Path,
         done = install(venv, lock, **variables)
     assert done.returncode == 0, done.stderr
     assert installed_by(venv, "alpha") == "uv"
+    assert has_bytecode(venv, "alpha")
 
 
 def test_another_file_than_the_locked_one_is_refused(venv: Path, tmp_path: Path, index: Path) -> None:

@@ -57,10 +57,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A classifier by its config, whose head was never saved.
     model = score.from_config(OPTConfig(**CONFIG, num_labels=1))
     state = {name: value for name, value in model.state_dict().items() if name != "score.weight"}
-    model.save_pretrained(folder / "lost-head", state_dict=state)
+    for name, size in (("lost-head", "1GB"), ("lost-head-in-parts", "50KB")):
+        model.save_pretrained(folder / name, state_dict=dict(state), max_shard_size=size)
     BlenderbotConfig(d_model=8, encoder_layers=1, decoder_layers=1).save_pretrained(folder / "no-classifier")
     GraniteConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder / "only-causal")
-    for name in ("lost-head", "no-classifier", "only-causal"):
+    for name in ("lost-head", "lost-head-in-parts", "no-classifier", "only-causal"):
         tokenizer.save_pretrained(str(folder / name))
     return folder
 
@@ -135,6 +136,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused_in_step_1_already(models
         ("sft", "sft-as-bin", "sft-as-bin is no reward model", "it has no head: its weights lack `score.weight`"),
         ("short-sft", "rm", "prompts of 64 and responses of 12 tokens do not fit", "40 positions"),
         ("sft", "lost-head", "lost-head is no reward model", "it has no head: its weights lack `score.weight`"),
+        ("sft", "lost-head-in-parts", "lost-head-in-parts is no reward model", "its weights lack `score.weight`"),
         ("sft", "no-classifier", "no-classifier", "transformers has no sequence classification for blenderbot"),
         ("sft", "other-words", "the actor and the reward model use different tokenizers", ""),
         ("sft", "short", "prompts of 64 and responses of 12 tokens do not fit", "40 positions"),

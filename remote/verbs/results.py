@@ -56,7 +56,10 @@ def fetch(
     code = 0
     with context.connection(context.box(one_host(c, host)), say) as connection:
         deployed = find_deployment(connection, context.providers)
-        names = _all_runs(connection, deployed.root) if all_ else [run or _newest(list_jobs(context, connection), connection)]
+        if all_:
+            names = _all_runs(connection, deployed.root)
+        else:
+            names = [run or _newest(list_jobs(context, connection), connection)]
         folder = Path(to).expanduser() if to else context.settings.runs / connection.box.name
         for name in names:
             if not NAME.fullmatch(name):

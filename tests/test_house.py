@@ -98,8 +98,9 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "steps": WINGS,
         "completion": HOST,
         "worker": WINGS | {"steps", "completion"},
+        "after": WINGS | {"completion"},
         "launch": WINGS | {"steps", "completion", "worker"},
-        "__main__": WINGS | {"steps", "completion", "worker", "launch"},
+        "__main__": WINGS | {"steps", "completion", "worker", "after", "launch"},
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}

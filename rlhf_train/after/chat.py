@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds: --help does not need t
     from rlhf_train.after.session import Models, Session
     from rlhf_train.after.sources import Source
 
+PROMPT = "you> "
 EXAMPLES = """examples:
   rlhf-train chat                                  the newest model of your runs
   rlhf-train chat demo --compare step1,step3       two models' answers, with their rewards
@@ -104,6 +105,8 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     screen = Screen(sys.stdout, sys.stderr)
     wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens or None, args.template, args.seed)
     models = _load(sources, runs, wishes, screen)
+    if sys.stderr.isatty():
+        print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)
 
     def compare(words: str | None) -> Models:
         chosen = [sources[0]] if words is None else find_sources(words, base or sources[0], runs)
@@ -117,7 +120,7 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
         return ExitCode.OK if session.ask(text.strip("\n")) else ExitCode.INTERRUPTED
     screen.note(hello(models[0], str(models[0][0].device)))
     screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends\n")
-    return _talk(session, screen, _reader())
+    return _talk(session, screen, _reader(is_dumb=screen.is_dumb))
 
 
 def _load(sources: Sequence[Source], runs: Path, wishes: Wishes, screen: Screen) -> Models:
@@ -143,16 +146,30 @@ def _load(sources: Sequence[Source], runs: Path, wishes: Wishes, screen: Screen)
     return models, judge
 
 
-def _reader() -> Callable[[], str]:
-    """Return the function that reads a line of the terminal. It raises KeyboardInterrupt and EOFError."""
+def _reader(*, is_dumb: bool) -> Callable[[], str]:
+    """Return the function that reads a line of the terminal.
+
+    It raises KeyboardInterrupt at Ctrl-C and EOFError at Ctrl-D.
+    """
+    if is_dumb:  # prompt_toolkit writes escape sequences there, too
+        return _read_line
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.output import create_output
 
     output = create_output()
-    output.enable_cpr = False  # type: ignore[attr-defined]  # asks the terminal for its cursor, and warns where none answers
+    # Else it asks the terminal for its cursor, and warns where none answers.
+    output.enable_cpr = False  # type: ignore[attr-defined]
     prompts: PromptSession[str] = PromptSession(history=InMemoryHistory(), output=output, reserve_space_for_menu=0)
-    return lambda: prompts.prompt("you> ")
+    return lambda: prompts.prompt(PROMPT)
+
+
+def _read_line() -> str:
+    try:
+        return input(PROMPT)
+    except (KeyboardInterrupt, EOFError):
+        print()
+        raise
 
 
 def _talk(session: Session, screen: Screen, read: Callable[[], str]) -> int:

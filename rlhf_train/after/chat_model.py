@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from jobs.errors import ToolkitError
 from rlhf_train.after.answer_text import AnswerText
 from rlhf_train.after.room import Room
 from rlhf_train.after.sources import Source
@@ -82,6 +83,12 @@ class ChatModel:
         """Raises ToolkitError: no language model, no tokenizer, not here."""
         check_causal(source.model)
         tokenizer = load_tokenizer(source.model)
+        if not tokenizer("a")["input_ids"]:  # transformers 5 makes an empty one where there is none
+            raise ToolkitError(
+                f"{source.model} has no tokenizer",
+                why="there is no tokenizer.json, nor another file of one",
+                hint="copy it from the model that this one was trained from",
+            )
         model = load_causal(source.model, tokenizer, room.dtype, 0).to(room.device).eval().requires_grad_(False)
         # The head may have rows without a token.
         model.logit_transform = replace(model.logit_transform, tokens=len(tokenizer))
@@ -126,14 +133,14 @@ def sampling_of(config: Any, wishes: Wishes) -> Sampling:
 
 
 def stop_ids_of(config: Any, tokenizer: Any) -> set[int]:
-    """Return every token that ends an answer: the tokenizer's EOS, and all of the generation config."""
+    """Return the tokens that end an answer: the tokenizer's EOS, and all of the config."""
     named = config.eos_token_id
     others = named if isinstance(named, list) else [] if named is None else [named]
     return {tokenizer.eos_token_id, *others}
 
 
 def not_applied(config: Any) -> list[str]:
-    """List the settings of a generation config that change what is sampled, and are not applied here."""
+    """List the settings of a generation config that would change answers, and do nothing here."""
     plain = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_p": (None, 0.0),
              "typical_p": (None, 1.0), "bad_words_ids": (None,), "suppress_tokens": (None,)}  # fmt: skip
     return [

@@ -18,7 +18,7 @@ from rlhf_train.models.networks import ScoreForward, check_same_tokenizer, load_
 
 
 def reward_model_of(run: RunDir | None) -> str | None:
-    """Return the run's reward model: that of step 2, or the one that took its place; None: no run, or none."""
+    """Return the reward model of step 2, or the one that took its place; None: there is none."""
     if run is None:
         return None
     if is_complete(run, 2):
@@ -38,7 +38,7 @@ class Judge:
     def load(cls, run: RunDir, source: str, room: Room) -> Judge:
         tokenizer = load_tokenizer(source)
         model = load_scorer(source, tokenizer, room.dtype, 0, needs_head=True).to(room.device).eval()
-        # A reward model of one's own is no step's result: its folder has no scale, and its logit counts.
+        # The folder of a reward model of one's own has no scale: its logit counts.
         scale = read_json(run.step(2).reward_scale) if is_complete(run, 2) else None
         numbers = scale or {"shift": 0.0, "scale": 1.0}
         forward = ScoreForward(model.requires_grad_(False), shift=numbers["shift"], scale=numbers["scale"])
@@ -54,7 +54,7 @@ class Judge:
 
     @torch.no_grad()
     def reward(self, prompt: np.ndarray, answer: np.ndarray) -> float | None:
-        """Score an answer's tokens, the EOS included; None: the two are too long for the reward model."""
+        """Score an answer's tokens, the EOS included; None: the model has too few positions."""
         if not len(answer) or (self._positions is not None and len(prompt) + len(answer) > self._positions):
             return None
         batch = Sequences.of([prompt], [answer], self._tokenizer.pad_token_id, self._device)

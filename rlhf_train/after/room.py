@@ -59,7 +59,7 @@ class Room:
 
 
 def find_room(models: Sequence[str], runs: Path) -> Room:
-    """Choose the device for models that are held together. Raises ToolkitError: there is no room."""
+    """Choose the device for models that are held together. Raises ToolkitError: no room."""
     weights = [weights_of(model) for model in models]
     trainings = trainings_in(runs)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -82,7 +82,7 @@ def find_room(models: Sequence[str], runs: Path) -> Room:
 
 
 def dtype_on_gpu(saved: set[str], has_bfloat16: bool) -> str:
-    """Return the dtype on a GPU: the saved one, since that was trained; float32 if they are several."""
+    """Return the dtype on a GPU: the saved one, which was trained; float32 for several."""
     name = next(iter(saved)) if len(saved) == 1 else "float32"
     return "float32" if name == "bfloat16" and not has_bfloat16 else name
 

@@ -20,7 +20,10 @@ CLINGS = "，。！？、；：）」』》】…"  # full-width signs that do n
 
 
 class Folded:
-    """Folds growing text at a width, between words; wide signs (Chinese, emoji) are words of their own."""
+    """Folds growing text at a width, between words.
+
+    Wide signs (Chinese, emoji) are words of their own.
+    """
 
     def __init__(self, width: int) -> None:
         self._width, self._column, self._gap, self._word = width, 0, "", ""
@@ -39,6 +42,8 @@ class Folded:
                 if self._word and self._begins_word(char):
                     out += self.flush()
                 self._word += char
+                if cell_len(self._word) >= self._width:  # no word; it is folded where the line ends
+                    out += self.flush()
         return out
 
     def flush(self) -> str:
@@ -65,7 +70,7 @@ class Screen:
 
     def __init__(self, out: TextIO, notes: TextIO) -> None:
         self._out, self._console, self._notes = out, console.console_on(out), console.console_on(notes)
-        self.is_terminal = out.isatty()
+        self.is_terminal, self.is_dumb = out.isatty(), self._console.is_dumb_terminal
         self._folded = Folded(self.width)
         self._has_begun = False
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import ToolkitError
-from jobs.formatting import number, plural
+from jobs.formatting import plural
 from rlhf_train.after.chat_model import ChatModel, Reply
 from rlhf_train.after.judge import Judge
 from rlhf_train.after.screen import Screen
 
 HELP = """/reset          begin a new conversation
 /system TEXT    say what the model shall be; without TEXT: nothing again
-/compare A,B    let two models answer (step1,step3, runs, folders); /compare off ends it
+/compare A,B    let two models answer: steps, runs, folders; /compare off ends it
 /save [FILE]    write the conversation into a file (JSON)
 /help           this list
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
@@ -164,7 +164,7 @@ class Session:
             value = self._judge.reward(reply.prompt, reply.tokens)
         if reply.text:
             talk.rewards.append(value)
-        return "" if value is None else f"reward {number(value, '.2f')}"
+        return "" if value is None else f"reward {value:.2f}"
 
     def _say_dropped(self, reply: Reply) -> None:
         if reply.dropped:
@@ -212,7 +212,7 @@ class Session:
 
 def hello(models: Sequence[ChatModel], device: str) -> str:
     """Say who answers, and how."""
-    lines = [f"{model.source.title}: {model.source.model}" for model in models]
+    lines = [": ".join(dict.fromkeys((model.source.title, model.source.model))) for model in models]
     first = models[0]
     how = "always the likeliest token" if first.sampling.is_greedy else f"temperature {first.sampling.temperature:g}"
     limits = [f"top_k {first.sampling.top_k}"] if first.sampling.top_k and not first.sampling.is_greedy else []

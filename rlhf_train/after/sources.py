@@ -61,7 +61,10 @@ def find_sources(words: str, base: Source | None, runs: Path) -> list[Source]:
 
 
 def newest_of(run: RunDir) -> Source:
-    """Return the run's PPO model, else its SFT model; a step that still trains has its best so far."""
+    """Return the run's PPO model, else its SFT model.
+
+    A step that still trains may have its best weights so far.
+    """
     for step in ANSWERING:
         if source := _of_step(run, step):
             return source

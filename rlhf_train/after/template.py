@@ -1,4 +1,4 @@
-"""Write a conversation as the model reads it: by its tokenizer's chat template, or as Human/Assistant.
+"""Write a conversation as the model reads it: by its own chat template, or as Human/Assistant.
 
 Only the template makes control tokens. What somebody typed stays text, also where it looks like a
 control token: then a token boundary stands inside it, as in rlhf_train/data/dataset.py.
@@ -47,7 +47,7 @@ class OwnTemplate:
         self._tokenizer, self._control = tokenizer, _control_tokens(tokenizer)
 
     def ids(self, messages: Sequence[Message]) -> np.ndarray:
-        """Return the tokens that an answer follows. Raises ToolkitError: the template refuses them."""
+        """Return the tokens that an answer follows. Raises ToolkitError: they are refused."""
         from jinja2.exceptions import TemplateError
 
         cut = [{**message, "content": _cut(message["content"], self._control)} for message in messages]
@@ -67,7 +67,7 @@ Template = HumanAssistant | OwnTemplate
 
 
 def template_of(tokenizer: Any, wish: str = "auto") -> Template:
-    """Return the template that is asked for: `own`, `human`, or `auto` for the own where there is one."""
+    """Return the template that is asked for; `auto`: the tokenizer's own where it has one."""
     has_own = bool(getattr(tokenizer, "chat_template", None))
     if wish == "own" and not has_own:
         raise ToolkitError("the model's tokenizer has no chat template", hint="leave out `--template own`")
@@ -77,11 +77,11 @@ def template_of(tokenizer: Any, wish: str = "auto") -> Template:
 def fitted(
     template: Template, messages: Sequence[Message], *, positions: int | None, answer: int
 ) -> tuple[np.ndarray, int]:
-    """Leave out the oldest turns until the conversation and an answer fit into the model's positions.
+    """Leave out the oldest turns until conversation and answer fit into the positions.
 
     answer: tokens of the answer, at most; it gets no more than half of the positions for that.
-    Returns the tokens, and how many questions were left out with their answers. Raises ToolkitError:
-    the last message alone is too long.
+    Returns the tokens, and how many questions were left out with their answers.
+    Raises ToolkitError: the last message alone is too long.
     """
     system = [message for message in messages if message["role"] == "system"]
     turns = [message for message in messages if message["role"] != "system"]
@@ -103,7 +103,7 @@ def fitted(
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:
-    """Return the tokens that typed text must not become; unknown text may become the unknown token."""
+    """Return the tokens that typed text must not become; unknown text may become `unk`."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(special - {tokenizer.unk_token})
 

@@ -14,6 +14,7 @@ from rlhf_train.generation.token_stream import TokenStream
 pytestmark = pytest.mark.pinned
 
 PAD, EOS, VOCABULARY = 1, 2, 60
+GREEDY = Sampling(top_k=1)
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
@@ -46,7 +47,7 @@ def greedy(model, prompt, limit):
     return made[0, len(prompt) :].tolist()
 
 
-def stream(model, prompt, limit, stop_ids=frozenset(), sampling=Sampling(top_k=1), seed=5, **how):
+def stream(model, prompt, limit, stop_ids=frozenset(), sampling=GREEDY, seed=5, **how):
     return list(TokenStream(model, sampling, **how).tokens(prompt, draw_uniforms(seed, [0], limit)[0], stop_ids))
 
 

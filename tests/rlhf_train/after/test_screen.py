@@ -24,6 +24,7 @@ def folded(text: str, width: int, size: int = 1) -> str:
         ("the red cat runs", "the red\ncat runs"),
         ("the red\n\ncat", "the red\n\ncat"),
         ("exactly! 7", "exactly!\n7"),
+        ("abcd efgh", "abcd\nefgh"),  # the space counts
         ("  in front", "  in\nfront"),
         ("a verylongword b", "a\nverylong\nword b"),  # longer than a line
         ("你好你好，你好", "你好你\n好，你好"),  # two columns each; a comma begins no line

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the other imports, which take a second: 75 
 import argparse
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -37,6 +38,7 @@ from rlhf_train import completion, local_runs
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 
+VERSION = "0.1.0"  # as in pyproject.toml, which is not on a box
 EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
@@ -44,6 +46,7 @@ EXAMPLES = """examples:
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
   rlhf-train status                                        all runs: state, and how far they are
   rlhf-train logs --follow                                 the newest run, as its own terminal shows it
+  rlhf-train chat demo                                     talk to its model
 The same command resumes a run that stopped; steps that are complete are skipped."""
 
 
@@ -85,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
+    p.add_argument("--version", action="version", version=f"rlhf-box {VERSION}", help="say it, and end")
     return p
 
 
@@ -248,7 +252,26 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             say(f"stopped: the same command resumes in {run.path}, from {place_in_step} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
+    if completion.is_complete(run, 1) or completion.is_complete(run, 3):
+        say(f"talk to it: {chat_command(run, settings.runs, os.environ)}")
     return ExitCode.OK
+
+
+def chat_command(run: RunDir, default_runs: Path, environ: Mapping[str, str]) -> str:
+    """Return the command that talks to a run's model, as it is called where the run was."""
+    if "RLHF_REQUEST" in environ:  # on a box, by `fab train`
+        return f"fab chat --host BOX --run {run.name}"
+    if "RLHF_HOST_RUNS" in environ:  # in the container
+        return f"docker compose run --rm chat {run.name}"
+    beside = Path(sys.executable).with_name("rlhf-train")  # of .venv, which is seldom in PATH
+    if shutil.which("rlhf-train"):
+        program = ["rlhf-train"]
+    elif beside.exists():
+        program = [str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)]
+    else:
+        program = ["python", "-m", "rlhf_train"]
+    words = [*program, "chat", run.name]
+    return shlex.join(words if run.path.parent == default_runs else [*words, "--output-dir", str(run.path.parent)])
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -277,6 +300,15 @@ def report(argv: Sequence[str]) -> int:
     return ExitCode.OK
 
 
+def chat(argv: Sequence[str]) -> int:
+    """Talk to a model."""
+    from rlhf_train.after.chat import chat as talk
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing resumes
+    return talk(argv, Settings.from_environ(os.environ).runs)
+
+
 def status(argv: Sequence[str]) -> int:
     return local_runs.status(argv, Settings.from_environ(os.environ).runs)
 
@@ -285,7 +317,7 @@ def logs(argv: Sequence[str]) -> int:
     return local_runs.logs(argv, Settings.from_environ(os.environ).runs)
 
 
-VERBS = {"report": report, "status": status, "logs": logs}
+VERBS = {"chat": chat, "report": report, "status": status, "logs": logs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -468,20 +468,24 @@ watch_container() { # ends with the container's code. The daemon may be away for
     exit 1
 }
 
-start_container() ( # ARG...
+start_container() { # ARG...
+    secrets=$root/secrets/$request
+    # Not in the foreground: a signal to that client would lose the container (reference: Compose 2.26).
+    compose run -d -T --no-deps --name "$name" train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@" >/dev/null && return 0
+    docker rm -f "$name" >/dev/null 2>&1
+    return 1
+}
+
+compose() ( # ARG...   docker compose, for the code and image of d_*
     [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ] || has nvidia-smi || cpu=1
-    RLHF_TAG=$d_image RLHF_UID=$uid RLHF_GID=$gid RLHF_RUNS=$root/runs RLHF_CACHE=$root/cache RLHF_SECRETS=$root/secrets/$request
+    RLHF_TAG=$d_image RLHF_UID=$uid RLHF_GID=$gid RLHF_RUNS=$root/runs RLHF_CACHE=$root/cache RLHF_SECRETS=$secrets
     RLHF_INPUTS=$root/inputs RLHF_REQUEST=$request RLHF_GRACE=$grace MIRROR=$d_mirror
     export RLHF_TAG RLHF_UID RLHF_GID RLHF_RUNS RLHF_CACHE RLHF_SECRETS RLHF_INPUTS RLHF_REQUEST RLHF_GRACE MIRROR
     unset HF_ENDPOINT COMPOSE_FILE COMPOSE_PROFILES
     the_proxy
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
-    code=$root/code/$fp
-    # Not in the foreground: a signal to that client would lose the container (reference: Compose 2.26).
     docker compose --project-directory "$code" --env-file /dev/null -f "$code/docker-compose.yml" ${cpu:+-f "$code/docker/compose.cpu.yml"} \
-        -f "$code/docker/compose.box.yml" run -d -T --no-deps --name "$name" train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@" >/dev/null && exit 0
-    docker rm -f "$name" >/dev/null 2>&1
-    exit 1
+        -f "$code/docker/compose.box.yml" "$@"
 )
 
 the_proxy() { # of this environment, or of the first file that sets one; none at all on another route
@@ -509,11 +513,17 @@ source_file() { # FILE   of the provider; a file that would end this shell is le
 job() { # RUN REQUEST HASH ARG...   in a clean environment; becomes the training process
     run=$1 request=$2 hash=$3
     shift 3
+    enter "$slot/deployed" "$root/secrets/$request"
+    exec "$d_python" -m rlhf_train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
+}
+
+enter() { # DEPLOYED SECRETS   make this process's environment the one that was deployed, and go to its code
     refuse() {
         printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2
         exit 3
     }
-    read_deployed "$slot/deployed"
+    secrets=$2
+    read_deployed "$1"
     code=$root/code/$d_code cache=$root/cache
     while IFS= read -r file; do
         set -a
@@ -536,7 +546,6 @@ END
     . "$code/env/caches.sh"
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
     unset LC_ALL
-    secrets=$root/secrets/$request
     # shellcheck source=env/secrets.sh
     . "$code/env/secrets.sh"
     # shellcheck source=env/cuda.sh
@@ -544,7 +553,21 @@ END
     # shellcheck disable=SC3045 # where a shell has it
     ulimit -n "$(ulimit -H -n)" 2>/dev/null
     cd "$code" || exit 3
-    exec "$d_python" -m rlhf_train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
+}
+
+chat() { # ARG...   of `rlhf-train chat`; becomes it, on this terminal. No secrets: those of a run go with it
+    [ -r "$root/deployed" ] || fail 3 "nothing is deployed in $root"
+    none=$root/secrets/none
+    (umask 077 && mkdir -p "$none") 2>/dev/null
+    read_deployed "$root/deployed"
+    if [ "$d_runtime" != docker ]; then
+        enter "$root/deployed" "$none"
+        exec "$d_python" -m rlhf_train chat "$@"
+    fi
+    code=$root/code/$d_code secrets=$none request='' grace=10 uid=$(id -u) gid=$(id -g)
+    [ "$uid" != 0 ] || { uid=1000 gid=1000; }
+    own "$none"
+    compose run --rm --no-deps --name "rlhf-box-chat-$$" train chat "$@"
 }
 
 ask_cards() { # FILE QUERY   in the background, since nvidia-smi may hang for ever; sets smi, smi_start. The file is whole once it is there.
@@ -856,6 +879,10 @@ case $verb in
     run | job)
         shift 2
         "$verb" "$@"
+        ;;
+    chat)
+        shift 2
+        chat "$@"
         ;;
     withdraw)
         [ $# -eq 3 ] || fail 2 'the call is `withdraw ROOT REQUEST`'

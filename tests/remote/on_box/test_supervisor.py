@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1295,6 +1296,31 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
     }  # fmt: skip
     assert expected.items() <= variables.items() and "HTTPS_PROXY" not in variables
     assert not secrets.exists()
+
+
+def test_chat_runs_in_the_image_that_was_deployed(docked: Box) -> None:
+    """On the caller's terminal, by a name of its own, and without any run's secrets."""
+    contained(docked, ":")
+    docked.ask("chat", "demo", "--compare", "step1,step3")
+    (call,) = (engine(docked) / "calls").read_text().splitlines()
+    where, _, what = call.partition(" run ")
+    assert where.endswith(f"-f {docked.code}/docker/compose.box.yml")
+    name = re.fullmatch(r"--rm --no-deps --name (rlhf-box-chat-\d+) train chat demo --compare step1,step3", what)
+    assert name is not None, what
+    variables = dict(line.split("=", 1) for line in (engine(docked) / "env").read_text().splitlines())
+    secrets = docked.root / "secrets/none"
+    expected = {"RLHF_TAG": KEY, "RLHF_RUNS": f"{docked.root}/runs", "RLHF_SECRETS": str(secrets), "RLHF_REQUEST": ""}
+    assert expected.items() <= variables.items() and list(secrets.iterdir()) == []
+
+
+def test_chat_runs_in_the_environment_that_was_deployed(box: Box) -> None:
+    box.command("python", '#!/bin/sh\nprintf "<%s>" "$@" "$PWD" "$PYTHONPATH" "$RLHF_RUNS"\nexit 5\n', box.python)
+    argv = box.argv("chat", "a b'c")
+    done = subprocess.run(argv, env=box.environ, capture_output=True, text=True, check=False, timeout=60)
+    words = ["-m", "rlhf_train", "chat", "a b'c", box.code, box.code, box.root / "runs"]
+    assert (done.returncode, done.stdout) == (5, "".join(f"<{word}>" for word in words))
+    (box.root / "deployed").unlink()
+    assert box.ask("chat", code=3) == [f"error: nothing is deployed in {box.root}"]
 
 
 def _hash() -> str:

@@ -370,7 +370,7 @@ run() { # RUN REQUEST FP GRACE_S -- ARG...   the supervisor
     is_name "$fp" && is_number "$grace" || refuse 'the code or the grace is not valid'
     case $root in /*) ;; *) refuse 'ROOT must be an absolute path' ;; esac
     [ -d "$root/code" ] || refuse "nothing is deployed in $root"
-    code=$root/code/$fp incoming=$root/inputs/.incoming.$request new=$root/runs/$run/job/new.$$
+    code=$root/code/$fp incoming=$root/inputs/.incoming.$request.$$ new=$root/runs/$run/job/new.$$
     fields_of $$ || refuse 'cannot read /proc'
     own_start=$since
     steps_in "$@"

@@ -24,6 +24,7 @@ from remote.survey.doctor import hub_names
 
 Say = Callable[[str], None]
 
+
 @dataclass(frozen=True)
 class Prefetched:
     said: tuple[str, ...]  # what the box said of each model and data set

@@ -36,7 +36,7 @@ class Download:
     name: str
     kind: hub.Kind
     wanted: hub.Wanted
-    listed: hub.Listing = field(default_factory=hub.Listing)  # the wanted files; empty: the hub did not say
+    listed: hub.Repository = field(default_factory=hub.Repository)  # the wanted files; empty: the hub did not say
 
     def received_bytes(self) -> int:
         return hub.received_bytes(self.name, self.kind, self.listed)

@@ -87,15 +87,15 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class Listing:
+class Repository:
     """The files of a repository at its present commit, as the hub lists them."""
 
     commit: str = ""
     files: tuple[HubFile, ...] = ()
 
-    def of(self, wanted: Wanted) -> Listing:
+    def of(self, wanted: Wanted) -> Repository:
         names = {*wanted([file.name for file in self.files])}
-        return Listing(self.commit, tuple(file for file in self.files if file.name in names))
+        return Repository(self.commit, tuple(file for file in self.files if file.name in names))
 
     @property
     def size_bytes(self) -> int:
@@ -180,7 +180,7 @@ def _patterns(config: dict[str, Any]) -> list[str]:
 # --- what there is ------------------------------------------------------------------------------
 
 
-def listing(name: str, kind: Kind) -> Listing:
+def listing(name: str, kind: Kind) -> Repository:
     """Ask the hub once for a repository's files and their sizes.
 
     The list is empty if the hub does not answer. Raises ToolkitError as `fetch` does if the hub
@@ -192,8 +192,8 @@ def listing(name: str, kind: Kind) -> Listing:
         status = _status(error)
         if isinstance(error, HFValidationError) or (status is not None and not _may_pass(error)):
             raise _refusal(name, kind, _cause(error)) from error
-        return Listing()
-    return Listing(str(info.sha), tuple(map(_hub_file, info.siblings or [])))
+        return Repository()
+    return Repository(str(info.sha), tuple(map(_hub_file, info.siblings or [])))
 
 
 def _hub_file(sibling: Any) -> HubFile:
@@ -201,7 +201,7 @@ def _hub_file(sibling: Any) -> HubFile:
     return HubFile(sibling.rfilename, sibling.size or 0, lfs.sha256 if lfs else sibling.blob_id or "")
 
 
-def received_bytes(name: str, kind: Kind, listed: Listing) -> int:
+def received_bytes(name: str, kind: Kind, listed: Repository) -> int:
     """Count the bytes of listed files that are in the cache, those of partial files too."""
     store = _store(name, kind)
     return sum(_received(store, listed.commit, file) for file in listed.files)

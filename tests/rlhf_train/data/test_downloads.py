@@ -219,7 +219,7 @@ def test_without_the_hub_what_is_here_is_enough(server: Hub, place: Place) -> No
         server.heal()
 
 
-MODEL = hub.Listing(
+MODEL = hub.Repository(
     "c0", (hub.HubFile("model.safetensors", 4_000_000, "aa"), hub.HubFile("config.json", 1_000_000, "bb"))
 )
 
@@ -268,7 +268,7 @@ def test_on_a_terminal_one_line_is_drawn_again(half_here: downloads.Download, mo
 
 
 def test_a_disk_without_room_is_told_before_anything_comes(half_here: downloads.Download) -> None:
-    large = hub.Listing("c0", (*MODEL.files, hub.HubFile("model-2.safetensors", 10**18, "cc")))
+    large = hub.Repository("c0", (*MODEL.files, hub.HubFile("model-2.safetensors", 10**18, "cc")))
     with pytest.raises(ToolkitError) as caught:
         downloads._check_room([replace(half_here, listed=large)])
     assert caught.value.exit_code == ExitCode.UNFIT

@@ -29,7 +29,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.formatting import encodable, visible
 from jobs.run_dir import RunDir
-from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
+from jobs.spec import DEPLOYMENT_TYPES, NAME, Job, load_job, settings_of_deployment, steps_of
 from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
@@ -43,6 +43,7 @@ EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
+  rlhf-train --job opt-1.3b --download                     only fetch its models and data, also without a GPU
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
   rlhf-train status                                        all runs: state, and how far they are
   rlhf-train logs --follow                                 the newest run, as its own terminal shows it
@@ -86,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
+    p.add_argument(
+        "--download",
+        action="store_true",
+        help="only fetch the models and data sets that the steps need, verified; needs no GPU",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
     p.add_argument("--version", action="version", version=f"rlhf-box {VERSION}", help="say it, and end")
@@ -168,16 +174,50 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
+def wanted_job(args: argparse.Namespace, runs: Path) -> tuple[Job, list[int], RunDir, RunDir | None]:
+    """Return what is asked for: the job, its steps, its run, and the run to take steps from."""
+    steps = steps_of(args.step)
+    job = load_job(args.job, settings_of(args))
+    folder = args.output_dir or runs
+    run = run_named(job.name if args.run is None else args.run, folder)
+    source = None if args.source is None else run_named(args.source, folder)
+    if own := completion.own_steps(models_of(args), steps, [each for each in (run, source) if each]):
+        job = load_job(args.job, settings_of(args, own))
+    return job, steps, run, source
+
+
+def download(args: argparse.Namespace) -> ExitCode:
+    """Fetch what the steps need from the hub, and end. Nothing here imports torch."""
+    refuse_launchers(os.environ)
+    job, steps, _, _ = wanted_job(args, Settings.from_environ(os.environ).runs)
+    from rlhf_train.data.downloads import Screen, describe, downloads_of, fetch_all
+
+    def leave(number: int, _frame: object) -> None:
+        """End immediately: the threads that download would be waited for."""
+        with suppress(OSError):
+            os.write(2, b"\nstopped: the same command resumes\n")
+        os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
+
+    downloads = downloads_of(job, steps)
+    if args.dry_run:
+        for line in describe(downloads):
+            print(visible(line))
+        return ExitCode.OK
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        fetch_all(downloads, Screen(sys.stderr))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return ExitCode.OK
+
+
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     refuse_launchers(os.environ)
     settings = Settings.from_environ(os.environ)
-    wanted = steps_of(args.step)
-    job = load_job(args.job, settings_of(args))
-    folder = args.output_dir or settings.runs
-    run = run_named(job.name if args.run is None else args.run, folder)
-    source = None if args.source is None else run_named(args.source, folder)
-    if own := completion.own_steps(models_of(args), wanted, [each for each in (run, source) if each]):
-        job = load_job(args.job, settings_of(args, own))
+    job, wanted, run, source = wanted_job(args, settings.runs)
     for step in sorted({*wanted} & {*job.own_models}):
         say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
     wanted = [step for step in wanted if step not in job.own_models]
@@ -327,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in VERBS:
             return VERBS[words[0]](words[1:])
         args = parser().parse_args(words)
+        if args.download:
+            return download(args)
         with SpareRanks(os.environ) as spares:
             return train(args, spares)
     except ToolkitError as error:

@@ -119,6 +119,9 @@ def mistake_in(words: list[str]) -> str:
         return ", ".join(word for word in rest if word.startswith("--") and word[2:] not in known) if verb else rest[0]
     if words[:3] == ["docker", "compose", "run"] and "chat" in words:
         return mistake_in_training(words[words.index("chat") :])
+    if words[:3] == ["docker", "compose", "up"]:
+        services = re.findall(r"^  ([a-z]+):", (ROOT / "docker-compose.yml").read_text(encoding="utf-8"), re.MULTILINE)
+        return ", ".join(sorted({*words[3:]} - {*services}))
     if words[:2] == ["docker", "compose"]:
         return mistake_in_training(rest[rest.index("train") + 1 :])
     if program == ".venv/bin/rlhf-train":

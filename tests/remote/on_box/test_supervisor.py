@@ -1291,7 +1291,7 @@ case "$1 $2" in
         env | grep -E '^(RLHF_|MIRROR|NCCL_P2P|http)' >"$STANDIN/env"
         [ ! -e "$STANDIN/broken" ] || { echo 'could not select device driver' >&2; exit 1; }
         case " $* " in
-            *' --rm '*) # in the foreground: what is called in the container, with a script for the training
+            *' --entrypoint sh '*) # in the foreground: what is called in the container, with a script for the training
                 while [ "$1" != -c ]; do shift; done
                 inside=$(printf %s "$2" | sed "s|/opt/entrypoint python -m rlhf_train|sh '$STANDIN/scenario.sh'|")
                 shift 2

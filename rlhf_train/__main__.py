@@ -242,7 +242,7 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         # They import while this process imports and looks at the machine.
         spares.start(likely_rank_environment(job, os.environ))
     if todo or taken or args.dry_run:
-        if not args.quiet:
+        if sys.stderr.isatty() and not args.quiet:  # a person waits for what takes some seconds
             say(f"run {run.name}: importing PyTorch, and looking at this machine")
         from rlhf_train.plan.machine import facts_of
         from rlhf_train.plan.placement import Machine, place  # this imports torch

@@ -33,7 +33,7 @@ def install(*packages: str) -> None:
 
 
 def unpack(package: str, folder: Path) -> None:
-    """Put a package's files into a folder, for one that cannot be installed beside another."""
+    """Put a package's files into a folder, for one that cannot be installed next to another."""
     folder.mkdir(parents=True)
     apt("-o", "APT::Sandbox::User=root", "download", package, cwd=folder)
     (file,) = folder.glob(f"{package}_*.deb")

@@ -66,15 +66,8 @@ def fetch(
                 raise ToolkitError(f"`{name}` cannot name a run")
             target = Path(to).expanduser() if to and not all_ else folder / name
             try:
-                fetched = transfer.fetch(
-                    connection,
-                    deployed.root,
-                    name,
-                    target,
-                    state=context.settings.state,
-                    what=transfer.FetchSelection(checkpoints=checkpoints),
-                    progress=TransferProgress(say),
-                )
+                what = transfer.FetchSelection(checkpoints=checkpoints)
+                fetched = _fetched(context, connection, deployed.root, name, target, what, say)
             except ToolkitError as error:
                 # The next one may do; but not if the box is gone.
                 if len(names) == 1 or error.exit_code == ExitCode.UNREACHABLE:
@@ -86,6 +79,19 @@ def fetch(
                 continue
             _show(fetched, connection.box.name, say, as_json=json_, dry_run=dry_run)
     return code
+
+
+def _fetched(
+    context: VerbContext,
+    connection: BoxConnection,
+    root: str,
+    run: str,
+    target: Path,
+    what: transfer.FetchSelection,
+    say: Sayer,
+) -> transfer.Fetched:
+    progress = TransferProgress(say)
+    return transfer.fetch(connection, root, run, target, state=context.settings.state, what=what, progress=progress)
 
 
 def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dry_run: bool) -> None:
@@ -133,15 +139,7 @@ def report(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
         name = run or _newest(found, connection)
         target = context.settings.runs / box.name / name
         what = transfer.FetchSelection(models=False)
-        fetched = transfer.fetch(
-            connection,
-            deployed.root,
-            name,
-            target,
-            state=context.settings.state,
-            what=what,
-            progress=TransferProgress(say),
-        )
+        fetched = _fetched(context, connection, deployed.root, name, target, what, say)
     if dry_run:
         for path in fetched.would:
             say.data(f"would fetch {path}")

@@ -49,7 +49,8 @@ ON_PINNED = {
 OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
 SAVES = ["checkpoint.every_updates=3", "checkpoint.every_minutes=null"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}
-NOT_COMPARED = SECONDS | {"schema", "seq", "kind", "model", "real_token_share"}  # the last: rows are padded otherwise
+# Rows are padded otherwise; a margin at the border of a histogram's bin may fall on either side.
+NOT_COMPARED = SECONDS | {"schema", "seq", "kind", "model", "real_token_share", "margins", "margins_before"}
 LEARNING_RATE = {1: 1e-2, 2: 1e-3, 3: 1e-3}
 
 
@@ -94,8 +95,9 @@ def test_the_sampled_answers_are_the_same(trained: Callable[[str], Trained], nam
         [(e["when"], e["prompt"], e["response"]) for e in trained(n).events("sample", 3)] for n in ("one", name)
     )
     assert found == expected
-    assert [when for when, _, _ in expected] == ["before"] * 3 + ["after"] * 3
-    assert expected[:3] != expected[3:]  # training changed the answers, and they are the same still
+    before, after = ([each[1:] for each in expected if each[0] == when] for when in ("before", "after"))
+    assert len(before) == len(after) > 0
+    assert before != after  # training changed the answers, and they are the same still
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

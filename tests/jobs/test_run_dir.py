@@ -19,6 +19,7 @@ def test_every_path_of_a_run() -> None:
         "events": "runs/my run/events.jsonl",
         "log": "runs/my run/train.log",
         "report": "runs/my run/report.html",
+        "tensorboard": "runs/my run/tensorboard",
         "tokenizer": "runs/my run/tokenizer",
         "lock": "runs/my run/job/lock",
         "cancelled": "runs/my run/job/cancelled",

@@ -246,7 +246,9 @@ def blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, in
     """-> where the launcher is called: (device, ranks)"""
     launched: list[tuple[str, int]] = []
 
-    def launch_nothing(_job: Job, _run: RunDir, _steps: object, placement: Placement, *_: object) -> ExitCode:
+    def launch_nothing(
+        _job: Job, _run: RunDir, _steps: object, placement: Placement, *_: object, **__: object
+    ) -> ExitCode:
         launched.append((placement.device, placement.ranks))
         return ExitCode.OK
 
@@ -344,7 +346,7 @@ def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[st
     monkeypatch.setattr(Machine, "look", lambda gpus: cards)
     monkeypatch.setattr(machine, "SHARED_MEMORY", Path("/"))
     monkeypatch.setattr(
-        launch, "launch", lambda *given: settings.append(launch.nccl_settings(given[3], {})) or ExitCode.OK
+        launch, "launch", lambda *given, **options: settings.append(launch.nccl_settings(given[3], {})) or ExitCode.OK
     )
     assert main(ON_AUTO) == 0
     assert settings == [{"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}]

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.run_dir import RunDir
 from jobs.views.report.report_file import LEAST_S, ReportFile
+from tests.limits import small_files
 from tests.raw_events import END_1, PLAN, event
 
 
@@ -81,22 +80,14 @@ def test_a_run_that_crashed_or_was_stopped_says_so(run: RunDir) -> None:
     assert "step 3 was stopped" in html and "the same command resumes it" in html
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file of this process may grow over 4 kB: a write fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_one_warning_and_leaves_the_old_page(run: RunDir, full_disk: None) -> None:
+def test_a_full_disk_is_one_warning_and_leaves_the_old_page(run: RunDir) -> None:
     run.report.write_text("old", encoding="utf-8")
     clock, said = Clock(), list[str]()
     report = ReportFile(run, said.append, clock)
-    for clock.now in (0.0, 100.0, 200.0):
-        report.renew()
-    report.finish(0)
+    with small_files(4096):  # a write fails as on a full disk
+        for clock.now in (0.0, 100.0, 200.0):
+            report.renew()
+        report.finish(0)
     assert len(said) == 1 and said[0].startswith("the report could not be written: [Errno 27]")
     assert [path.read_text(encoding="utf-8") for path in run.path.iterdir() if path != run.events] == ["old"]
 

@@ -31,7 +31,7 @@ from rlhf_train.__main__ import main
 from rlhf_train.plan.placement import Machine, Placement, place
 from rlhf_train.ranks.processes import SpareRanks
 from rlhf_train.worker import LastWords
-from tests.faults.scene import fault
+from tests.faults.scene import fault, is_rank
 from tests.tiny import CHECKOUT, job, write_rows
 
 PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
@@ -82,9 +82,9 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     """The ranks that a launcher has started, by their numbers."""
     found = {}
     try:
-        for child in psutil.Process(launcher).children():
-            if "rlhf_train.worker" in child.cmdline():
-                found[int(child.environ()["RANK"])] = child
+        for process in psutil.Process(launcher).children(recursive=True):
+            if is_rank(process):
+                found[int(process.name().removeprefix("rank "))] = process
     except psutil.NoSuchProcess:
         pass
     return found

@@ -93,8 +93,15 @@ def install() -> None:
     Decoder._step = step  # type: ignore[method-assign]
 
 
-if fault is not None and os.environ.get("RANK") == str(fault["rank"]):
+def begin() -> None:
+    """Called in each process that is forked: one that has a RANK is a rank."""
+    if os.environ.get("RANK") != str(fault["rank"]):
+        return
     if fault["kind"] == "start":
         wait_for(fault["file"])
     else:
         install()
+
+
+if fault is not None:
+    os.register_at_fork(after_in_child=begin)

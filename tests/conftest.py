@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # for places whose files share something dear: Docker's engine and image, with the box that is
 # reached through sshd; the runs that faults are compared with. What takes long begins first.
 SHARED_PLACES = {"docker/": "containers", "integration/remote/": "containers", "faults/": "faults"}
-LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "remote/", "rlhf_train/")
+LONG_PLACES = ("docker/", "integration/remote/", "faults/", "integration/", "test_types.py", "remote/", "rlhf_train/")
 
 
 @pytest.hookimpl(optionalhook=True)

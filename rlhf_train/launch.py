@@ -372,7 +372,7 @@ def _failure(
     """
     mute = next((number for number in failed if number not in words), None)
     if mute is not None:
-        return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
+        return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode or 0))
     first = min(words, key=lambda number: words[number].at_s)
     last = words[first]
     error = ToolkitError(last.what, why=last.why, hint=last.hint, exit_code=ExitCode(last.exit_code))

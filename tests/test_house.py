@@ -105,6 +105,7 @@ INSIDE: dict[str, dict[str, set[str]]] = {
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+READS_ENVIRON |= {"rlhf_train/ranks/importer.py"}  # it sets a rank's number
 # Tables by step number outside of jobs/steps.py, how many a file may have. Tests expect values of
 # their own.
 STEP_TABLES = {

@@ -190,7 +190,7 @@ def download(args: argparse.Namespace) -> ExitCode:
     """Fetch what the steps need from the hub, and end. Nothing here imports torch."""
     refuse_launchers(os.environ)
     job, steps, _, _ = wanted_job(args, Settings.from_environ(os.environ).runs)
-    from rlhf_train.data.downloads import Screen, describe, downloads_of, fetch_all
+    from rlhf_train.data.downloads import DownloadScreen, describe, downloads_of, fetch_all
 
     def leave(number: int, _frame: object) -> None:
         """End immediately: the threads that download would be waited for."""
@@ -207,7 +207,7 @@ def download(args: argparse.Namespace) -> ExitCode:
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        fetch_all(downloads, Screen(sys.stderr))
+        fetch_all(downloads, DownloadScreen(sys.stderr))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

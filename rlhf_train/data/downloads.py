@@ -45,7 +45,7 @@ class Download:
         return self.listed.size_bytes - self.received_bytes()
 
 
-class Screen:
+class DownloadScreen:
     """Prints lines that stay, and the passing state of a download."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -98,7 +98,7 @@ def describe(downloads: Sequence[Download]) -> list[str]:
 NOTHING = "nothing to fetch: the job names no model or data set of a hub"
 
 
-def fetch_all(downloads: Sequence[Download], screen: Screen) -> None:
+def fetch_all(downloads: Sequence[Download], screen: DownloadScreen) -> None:
     """Fetch and verify all, and show it. Raises ToolkitError and OSError as a run would.
 
     What an earlier call has fetched is kept, so the same call resumes.
@@ -133,7 +133,7 @@ def _check_room(downloads: Sequence[Download]) -> None:
         )
 
 
-def _fetch(download: Download, screen: Screen) -> None:
+def _fetch(download: Download, screen: DownloadScreen) -> None:
     missing, began = download.missing_bytes(), time.monotonic()
     with _shown(download, screen):
         if download.kind == "model":
@@ -149,7 +149,7 @@ def _fetch(download: Download, screen: Screen) -> None:
 
 
 @contextmanager
-def _shown(download: Download, screen: Screen) -> Iterator[None]:
+def _shown(download: Download, screen: DownloadScreen) -> Iterator[None]:
     """Show how far a download is, until it has ended."""
     ended = threading.Event()
     thread = threading.Thread(target=_show, args=(download, screen, ended), daemon=True)
@@ -161,7 +161,7 @@ def _shown(download: Download, screen: Screen) -> Iterator[None]:
         thread.join()
 
 
-def _show(download: Download, screen: Screen, ended: threading.Event) -> None:
+def _show(download: Download, screen: DownloadScreen, ended: threading.Event) -> None:
     total, began, first = download.listed.size_bytes, time.monotonic(), download.received_bytes()
     while not ended.wait(SHOW_S):
         received, seconds = download.received_bytes(), time.monotonic() - began

@@ -238,7 +238,7 @@ def half_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> downloads.Down
 
 
 def shown(download: downloads.Download, stream: TextIO, *, seconds: float) -> None:
-    with downloads._shown(download, downloads.Screen(stream)):
+    with downloads._shown(download, downloads.DownloadScreen(stream)):
         time.sleep(seconds)
 
 
@@ -258,7 +258,7 @@ def test_on_a_terminal_one_line_is_drawn_again(half_here: downloads.Download, mo
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
         shown(half_here, stream, seconds=0.04)
-        downloads.Screen(stream).say("done")
+        downloads.DownloadScreen(stream).say("done")
         drawn = ""
         while "done" not in drawn:
             drawn += os.read(ours, 100_000).decode()

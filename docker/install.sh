@@ -55,15 +55,16 @@ EOF
     rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log /tmp/apt.conf /tmp/sources.list
 }
 
-python_for() { # runtime, or: build CUDA_ARCHS. Python 3.10, if it is not there; to build also venv, and for operators Python.h and a compiler
-    packages=''
-    command -v python3.10 >/dev/null || packages=python3.10
-    if [ "$1" = build ]; then
-        python3.10 -c 'import ensurepip' 2>/dev/null || packages="$packages python3.10-venv python3.10-dev"
-        [ -z "$2" ] || command -v g++ >/dev/null || packages="$packages g++"
+python_for() { # packages, or: operators CUDA_ARCHS. Python 3.10 and venv, where they are not there; for operators Python.h and a compiler
+    missing=''
+    command -v python3.10 >/dev/null || missing=python3.10
+    python3.10 -c 'import ensurepip' 2>/dev/null || missing="$missing python3.10-venv"
+    if [ "$1" = operators ] && [ -n "$2" ]; then
+        [ -e "$(python3.10 -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)/Python.h" ] || missing="$missing python3.10-dev"
+        command -v g++ >/dev/null || missing="$missing g++"
     fi
     # shellcheck disable=SC2086
-    [ -z "$packages" ] || apt_install $packages
+    [ -z "$missing" ] || apt_install $missing
 }
 
 # For env/install_locked.sh: the image's Python writes no bytecode when it runs.
@@ -80,6 +81,7 @@ install_torch() { # LOCK
     . /build/torch_wheel.sh
     torch_requirement "$1" >/tmp/torch.txt
     sh /build/env/install_locked.sh /opt/venv/bin/python /tmp/torch.txt --download-first --timeout 60 --retries 5
+    rm -rf /opt/venv/uv # in the layer that has it
 }
 
 install_packages() {

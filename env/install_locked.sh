@@ -51,6 +51,8 @@ if [ -n "$downloads" ]; then
     # An older pip knows no `raw`, and downloads without a word.
     if "$python" -m pip download --help | grep -qw raw; then set -- --progress-bar raw "$@"; fi
     "$python" -m pip download --no-deps --require-hashes --dest "$downloads" "$@" --requirement "$lock"
+    # pip would download them again all the same, so uv keeps no second copy of these gigabytes.
+    export UV_NO_CACHE=1 UV_LINK_MODE=hardlink
     install "$downloads"/*.whl
     rm -rf "$downloads"
 else

@@ -28,7 +28,7 @@ FROM {base}
 RUN printf 'force-unsafe-io\\npath-exclude=/usr/lib/x86_64-linux-gnu/lib*_static.a\\n' >/etc/dpkg/dpkg.cfg.d/quick
 RUN sed -i 's/ main$/ main contrib non-free/' /etc/apt/sources.list && apt-get -qq update \
     && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-        nvidia-cuda-toolkit g++-11 >/dev/null
+        nvidia-cuda-toolkit g++-11 >/dev/null && apt-get clean
 RUN for tool in gcc g++; do ln -s $tool-11 /usr/bin/$tool; done && ln -s g++-11 /usr/bin/c++ && nvcc --version
 """
 

@@ -76,9 +76,9 @@ def build(tmp_path: Path) -> Build:
 @pytest.mark.parametrize(
     ("line", "packages"),
     [
-        ('python_for build "8.6"', " python3.10 python3.10-venv python3.10-dev g++"),
-        ('python_for build ""', " python3.10 python3.10-venv python3.10-dev"),
-        ("python_for runtime", " python3.10"),
+        ('python_for operators "8.6"', " python3.10 python3.10-venv python3.10-dev g++"),
+        ('python_for operators ""', " python3.10 python3.10-venv"),
+        ("python_for packages", " python3.10 python3.10-venv"),
     ],
 )
 def test_ubuntu_gets_python_and_what_the_build_needs(build: Build, line: str, packages: str) -> None:
@@ -98,7 +98,7 @@ def test_the_mirror_of_ubuntu_takes_the_place_of_both_hosts(build: Build) -> Non
 
 def test_a_package_that_does_not_come_ends_the_step(build: Build) -> None:
     build.stand_in("apt-get", APT.format(folder=build.folder, code=100))
-    done = build.run("python_for runtime; echo went on")
+    done = build.run("python_for packages; echo went on")
     assert done.returncode == 100
     assert "went on" not in done.stdout
 

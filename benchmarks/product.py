@@ -150,7 +150,7 @@ def killed(launcher: subprocess.Popen[Any]) -> int:
 
     Launcher and ranks are gone when this returns, and have freed their GPUs.
     """
-    ranks = children(launcher.pid)
+    ranks = ranks_of(launcher.pid)
     most = max((resident_bytes(rank) for rank in ranks), default=0)
     launcher.kill()
     launcher.wait()
@@ -176,6 +176,11 @@ def children(process: int) -> list[int]:
     except OSError:
         return []
     return [int(child) for child in text.split()]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Return the ranks that a launcher's importers have forked."""
+    return [rank for importer in children(launcher) for rank in children(importer)]
 
 
 def resident_bytes(process: int) -> int:

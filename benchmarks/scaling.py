@@ -24,7 +24,7 @@ import yaml
 from benchmarks import steps
 from benchmarks.figures import Spread, Table
 from benchmarks.machine import Where
-from benchmarks.product import Ran, children, job_of, run_product
+from benchmarks.product import Ran, job_of, ranks_of, run_product
 from benchmarks.work import (
     Size,
     actor_of,
@@ -412,7 +412,7 @@ def killed_rank(data: Path, folder: Path, where: Where, say: Callable[[str], Non
                 what = f"the run did not reach update {KILLED_AFTER} of step 3"
                 raise RuntimeError(f"{what}:\n{output.read_text(encoding='utf-8')}")
             time.sleep(SAMPLE_S)
-        victim = next(rank for rank in children(launcher.pid) if "RANK=1" in environment_of(rank).split("\0"))
+        victim = next(rank for rank in ranks_of(launcher.pid) if name_of(rank) == "rank 1")
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         launcher.wait(timeout=300)
@@ -445,9 +445,9 @@ def _has_come_to(event: RawEvent) -> bool:
     return event["kind"] == "metrics" and event["step"] == 3 and event["update"] >= KILLED_AFTER
 
 
-def environment_of(process: int) -> str:
+def name_of(process: int) -> str:
     try:
-        return Path(f"/proc/{process}/environ").read_text(encoding="utf-8", errors="replace")
+        return Path(f"/proc/{process}/comm").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

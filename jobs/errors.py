@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from enum import IntEnum
 
 
@@ -63,6 +64,20 @@ def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
         hint="make room or mend the path, then the same command resumes",
         exit_code=exit_code,
     )
+
+
+def error_of_text(text: str, exit_code: ExitCode) -> ToolkitError | None:
+    """Read back an error from the text that it is printed as; None if there is none.
+
+    What stands before it is skipped. The exit code is not part of the text.
+    """
+    form = r"^error: (.*?)(?:\n  why: (.*?))?(?:\n\nhint: (.*?))?\s*\Z"
+    found = re.search(form, text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        return None
+    what, why, hint = (part or "" for part in found.groups())
+    why, hint = re.sub(r"\n {7}", "\n", why), re.sub(r"\n {6}", "\n", hint)
+    return ToolkitError(what, why=why, hint=hint, exit_code=exit_code)
 
 
 def _indented(label: str, text: str, margin: str = "  ") -> str:

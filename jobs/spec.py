@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -407,6 +407,26 @@ class Job(_Strict):
     def critic_source(self) -> str | Scratch:
         """Return the model that the run's first critic is loaded from, or has the shape of."""
         return self.own_models.get(2) or (self.actor_source if self.critic.model == "actor" else self.critic.model)
+
+    def models_read(self, steps: Collection[int]) -> tuple[list[str], list[str]]:
+        """List the models that `steps` load whole, and those of which they read the tokenizer only.
+
+        By hub name or folder. Models that the run's own steps make are not among them.
+        """
+        own, left = self.own_models, {*steps} - {*self.own_models}
+        actor = self.actor_source
+        critic = own.get(2, None if self.critic.model == "actor" else self.critic.model)
+        starts = {start for step in left for start in self.starts_from(step)}
+        whole = [
+            actor if 1 in left or (1 in own and 1 in starts) else None,
+            critic if 2 in left or (2 in own and 2 in starts) else None,
+        ]
+        tokenizers = [
+            critic if 1 in left else None,  # step 1 compares it with the actor's
+            actor if 2 in left and isinstance(critic, Scratch) else None,
+        ]
+        named = [*dict.fromkeys(name for name in whole if isinstance(name, str))]
+        return named, [name for name in tokenizers if isinstance(name, str) and name not in named]
 
     def fields_of_step(self, step: int) -> dict[str, Any]:
         """Return the fields that decide what `step` learns, by dotted path.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from invoke import Collection
 
-from remote.verbs.access import exec, shell, tunnel
+from remote.verbs.access import chat, exec, shell, tunnel
 from remote.verbs.boxes import add, doctor, trust
 from remote.verbs.deploy import deploy, unlock
 from remote.verbs.jobs import cancel, logs, ps, status, train
@@ -24,6 +24,7 @@ VERBS = (
     cancel,
     fetch,
     report,
+    chat,
     tunnel,
     shell,
     exec,

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the other imports, which take a second: 75 
 import argparse
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -28,7 +29,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
 from jobs.formatting import encodable, visible
 from jobs.run_dir import RunDir
-from jobs.spec import DEPLOYMENT_TYPES, NAME, load_job, settings_of_deployment, steps_of
+from jobs.spec import DEPLOYMENT_TYPES, NAME, Job, load_job, settings_of_deployment, steps_of
 from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
@@ -37,13 +38,16 @@ from rlhf_train import completion, local_runs
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 
+VERSION = "0.1.0"  # as in pyproject.toml, which is not on a box
 EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
+  rlhf-train --job opt-1.3b --download                     only fetch its models and data, also without a GPU
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
   rlhf-train status                                        all runs: state, and how far they are
   rlhf-train logs --follow                                 the newest run, as its own terminal shows it
+  rlhf-train chat demo                                     talk to its model
 The same command resumes a run that stopped; steps that are complete are skipped."""
 
 
@@ -83,8 +87,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--actor-zero-stage", metavar="0-3", help="hardware.actor_zero_stage")
     p.add_argument("--reward-zero-stage", metavar="0-3", help="hardware.critic_zero_stage")
+    p.add_argument(
+        "--download",
+        action="store_true",
+        help="only fetch the models and data sets that the steps need, verified; needs no GPU",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
     p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
+    p.add_argument("--version", action="version", version=f"rlhf-box {VERSION}", help="say it, and end")
     return p
 
 
@@ -164,16 +174,50 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
+def wanted_job(args: argparse.Namespace, runs: Path) -> tuple[Job, list[int], RunDir, RunDir | None]:
+    """Return what is asked for: the job, its steps, its run, and the run to take steps from."""
+    steps = steps_of(args.step)
+    job = load_job(args.job, settings_of(args))
+    folder = args.output_dir or runs
+    run = run_named(job.name if args.run is None else args.run, folder)
+    source = None if args.source is None else run_named(args.source, folder)
+    if own := completion.own_steps(models_of(args), steps, [each for each in (run, source) if each]):
+        job = load_job(args.job, settings_of(args, own))
+    return job, steps, run, source
+
+
+def download(args: argparse.Namespace) -> ExitCode:
+    """Fetch what the steps need from the hub, and end. Nothing here imports torch."""
+    refuse_launchers(os.environ)
+    job, steps, _, _ = wanted_job(args, Settings.from_environ(os.environ).runs)
+    from rlhf_train.data.downloads import DownloadScreen, describe, downloads_of, fetch_all
+
+    def leave(number: int, _frame: object) -> None:
+        """End immediately: the threads that download would be waited for."""
+        with suppress(OSError):
+            os.write(2, b"\nstopped: the same command resumes\n")
+        os._exit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
+
+    downloads = downloads_of(job, steps)
+    if args.dry_run:
+        for line in describe(downloads):
+            print(visible(line))
+        return ExitCode.OK
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        fetch_all(downloads, DownloadScreen(sys.stderr))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return ExitCode.OK
+
+
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     refuse_launchers(os.environ)
     settings = Settings.from_environ(os.environ)
-    wanted = steps_of(args.step)
-    job = load_job(args.job, settings_of(args))
-    folder = args.output_dir or settings.runs
-    run = run_named(job.name if args.run is None else args.run, folder)
-    source = None if args.source is None else run_named(args.source, folder)
-    if own := completion.own_steps(models_of(args), wanted, [each for each in (run, source) if each]):
-        job = load_job(args.job, settings_of(args, own))
+    job, wanted, run, source = wanted_job(args, settings.runs)
     for step in sorted({*wanted} & {*job.own_models}):
         say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
     wanted = [step for step in wanted if step not in job.own_models]
@@ -248,7 +292,26 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             say(f"stopped: the same command resumes in {run.path}, from {place_in_step} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
+    if completion.is_complete(run, 1) or completion.is_complete(run, 3):
+        say(f"talk to it: {chat_command(run, settings.runs, os.environ)}")
     return ExitCode.OK
+
+
+def chat_command(run: RunDir, default_runs: Path, environ: Mapping[str, str]) -> str:
+    """Return the command that talks to a run's model, as it is called where the run was."""
+    if "RLHF_REQUEST" in environ:  # on a box, by `fab train`
+        return f"fab chat --host BOX --run {run.name}"
+    if "RLHF_HOST_RUNS" in environ:  # in the container
+        return f"docker compose run --rm chat {run.name}"
+    beside = Path(sys.executable).with_name("rlhf-train")  # of .venv, which is seldom in PATH
+    if shutil.which("rlhf-train"):
+        program = ["rlhf-train"]
+    elif beside.exists():
+        program = [str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)]
+    else:
+        program = ["python", "-m", "rlhf_train"]
+    words = [*program, "chat", run.name]
+    return shlex.join(words if run.path.parent == default_runs else [*words, "--output-dir", str(run.path.parent)])
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -277,6 +340,15 @@ def report(argv: Sequence[str]) -> int:
     return ExitCode.OK
 
 
+def chat(argv: Sequence[str]) -> int:
+    """Talk to a model."""
+    from rlhf_train.after.chat import chat as talk
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing resumes
+    return talk(argv, Settings.from_environ(os.environ).runs)
+
+
 def status(argv: Sequence[str]) -> int:
     return local_runs.status(argv, Settings.from_environ(os.environ).runs)
 
@@ -285,7 +357,7 @@ def logs(argv: Sequence[str]) -> int:
     return local_runs.logs(argv, Settings.from_environ(os.environ).runs)
 
 
-VERBS = {"report": report, "status": status, "logs": logs}
+VERBS = {"chat": chat, "report": report, "status": status, "logs": logs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in VERBS:
             return VERBS[words[0]](words[1:])
         args = parser().parse_args(words)
+        if args.download:
+            return download(args)
         with SpareRanks(os.environ) as spares:
             return train(args, spares)
     except ToolkitError as error:

@@ -1,11 +1,13 @@
-"""This module reads what the operating system reports: the processor, and the free memory.
+"""This module reads what the operating system reports: the processor, memory, and open files.
 
 What cannot be found out stays unknown.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 CPU = Path("/proc/cpuinfo")
@@ -52,6 +54,26 @@ def free_memory_bytes() -> int:
             cached = re.search(r"^(?:total_)?inactive_file ([0-9]+)", statistics, flags=re.MULTILINE)
             free = min(free, max(0, int(most) - int(now) + (int(cached[1]) if cached else 0)))
     return free
+
+
+def holders(path: Path) -> list[tuple[int, str]]:
+    """List (process, command) of the processes that have the file open.
+
+    Other users' processes are not seen, and none where there is no /proc.
+    """
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(os.path.samefile(link, path) for link in (folder / "fd").iterdir()):  # noqa: PTH121
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found.append((int(folder.name), command[:80]))
+    return sorted(found)
+
+
+def resident_bytes(process: int) -> int:
+    """Return the main memory that a process holds; 0: it is gone, or not seen."""
+    found = re.search(r"^VmRSS:\s+([0-9]+) kB", read(Path(f"/proc/{process}/status")), flags=re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def read(path: Path) -> str:

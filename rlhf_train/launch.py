@@ -28,6 +28,7 @@ from jobs.spec import Job, save_job
 from jobs.views import console
 from jobs.views.report.report_file import ReportFile
 from rlhf_train import completion
+from rlhf_train.host import holders
 from rlhf_train.plan import memory_fit
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
@@ -371,7 +372,7 @@ def _failure(
     """
     mute = next((number for number in failed if number not in words), None)
     if mute is not None:
-        return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode))
+        return _written(run, step, mute, _sudden_end(run, mute, ranks[mute].returncode or 0))
     first = min(words, key=lambda number: words[number].at_s)
     last = words[first]
     error = ToolkitError(last.what, why=last.why, hint=last.hint, exit_code=ExitCode(last.exit_code))
@@ -494,20 +495,6 @@ def _busy(run: RunDir, owner: str) -> ToolkitError:
         hint=f"kill -9 {' '.join(str(process) for process, _ in holders(run.lock) if process != os.getpid())}",
         exit_code=ExitCode.BUSY,
     )
-
-
-def holders(path: Path) -> list[tuple[int, str]]:
-    """List (process, command) of the processes that have the file open.
-
-    Other users' processes are not seen, and none where there is no /proc.
-    """
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if any(os.path.samefile(link, path) for link in (folder / "fd").iterdir()):  # noqa: PTH121
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                found.append((int(folder.name), command[:80]))
-    return sorted(found)
 
 
 def _lock(file: IO[str]) -> bool:

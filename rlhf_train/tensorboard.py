@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jobs.events import RawEvent
@@ -27,6 +31,7 @@ class TensorBoardFile:
     def __init__(self, run: RunDir, warn: Callable[[str], object]) -> None:
         self._folder, self._warn = run.tensorboard, warn
         self._writers: dict[int, Any] = {}
+        self._flushed_at_s = time.monotonic()
         self._has_failed = False
 
     def feed(self, event: RawEvent) -> None:
@@ -48,10 +53,28 @@ class TensorBoardFile:
         if step not in STEPS or event["kind"] not in SHOWN_KINDS:
             return
         if step not in self._writers:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+            self._writers[step] = _new_file(self._folder / f"step{step}")
+        self._writers[step].write(tensorboard_event(event).SerializeToString())
+        if time.monotonic() - self._flushed_at_s >= FLUSH_S:
+            self._writers[step].flush()
+            self._flushed_at_s = time.monotonic()
 
-            self._writers[step] = EventFileWriter(str(self._folder / f"step{step}"), flush_secs=FLUSH_S)
-        self._writers[step].add_event(tensorboard_event(event))
+
+def _new_file(folder: Path) -> Any:
+    """Begin a file as TensorBoard names it.
+
+    Its own EventFileWriter writes in a thread, whose errors end up on the console.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    file = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
+    writer = RecordWriter(file.open("ab"))
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    writer.flush()
+    return writer
 
 
 def tensorboard_event(event: RawEvent) -> Any:

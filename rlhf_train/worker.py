@@ -1,9 +1,10 @@
-"""`python -m rlhf_train.worker LIBRARY...` is one rank of one step; only processes.py starts it.
+"""`python -m rlhf_train.worker LIBRARY...` imports what ranks need, and forks them: importer.py.
 
-Its stdin is a socket, where its order comes as one JSON line with open files of the launcher:
-maybe immediately, maybe only when the step before has ended. The socket stays open after that; when
-it closes, the launcher is gone. Its stdout is a pipe to the launcher that carries only the reason
-why the rank ended, so the launcher gets it even when the disk is full. All else goes to the log.
+Each is one rank of one step; only processes.py starts them. Its stdin is a socket, where its order
+comes as one JSON line with open files of the launcher: maybe immediately, maybe only when the step
+before has ended. The socket stays open after that; when it closes, the launcher is gone. A pipe to
+the launcher carries only the reason why the rank ended, so the launcher gets it even when the disk
+is full. All else goes to the log.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from jobs.spec import Job
 from jobs.steps import STEPS
 from jobs.views.console import console_on
 from jobs.views.plain import Plain
+from rlhf_train.ranks.importer import end_with_the_launcher, link_to_the_launcher, serve
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Characters of an error's text. One takes 12 bytes at most, and a pipe holds 64 KiB before somebody
@@ -75,13 +77,21 @@ class LastWords:
 Received = tuple[str, int, int]  # the order's line, and the open files of the log and the heartbeats
 
 
-def main() -> int:
-    pipe = os.dup(1)
-    os.dup2(2, 1)
+def main() -> NoReturn:
+    end_with_the_launcher()
+    link = link_to_the_launcher()
     faulthandler.register(signal.SIGUSR2)  # the launcher asks a rank that hangs for its stack
+    failure = _import_all(sys.argv[1:])
+    serve(link, lambda pipe: leave(_run(pipe, failure)))
+
+
+def _run(pipe: int, failure: Exception | None) -> int:
+    """Wait for the order and train.
+
+    pipe: where this rank says why it ended. failure: of the imports.
+    """
     received: SimpleQueue[Received] = SimpleQueue()
     threading.Thread(target=_listen, args=(received,), daemon=True).start()
-    failure = _import_all(sys.argv[1:])
     line, log, heartbeat = received.get()
     _write_to(log)
     order = Order(**json.loads(line))
@@ -105,10 +115,7 @@ def main() -> int:
 
 
 def _listen(received: SimpleQueue[Received]) -> None:
-    """Receive the launcher's order, and end this process when the launcher ends.
-
-    That may be before the order comes, in the middle of an import.
-    """
+    """Receive the launcher's order, and end this process when the launcher ends."""
     launcher = socket.socket(fileno=0)
     _, files, _, _ = socket.recv_fds(launcher, 1, 3)
     line = launcher.makefile("r", encoding="utf-8").readline()
@@ -317,4 +324,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()

@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
                 repository = self._repository(self._match(PATHS_INFO, path))
                 return self._json(_entries_at(repository, self._paths_asked(body)))
             if match := INFO.fullmatch(path):
-                return self._json(self._information(match))
+                return self._json(self._information(match, with_sizes="blobs" in query))
             if match := TREE.fullmatch(path):
                 recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
                 return self._json(_tree(self._repository(match), (match["path"] or "").strip("/"), recursive))
@@ -159,14 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(401, "RepoNotFound")  # 401, as the real hub says to strangers: it may be private
         return folder
 
-    def _information(self, match: re.Match[str]) -> dict[str, Any]:
+    def _information(self, match: re.Match[str], *, with_sizes: bool) -> dict[str, Any]:
         folder, name = self._repository(match), match["name"]
         return {
             "id": name, "modelId": name, "sha": _commit(folder), "private": False, "disabled": False, "downloads": 0,
             "likes": 0, "tags": [],
             "gated": "manual" if name in self.server.hub.gated else False,
             "lastModified": DATE, "createdAt": DATE,
-            "siblings": [{"rfilename": file} for file in _files(folder)],
+            "siblings": [_sibling(folder, file) if with_sizes else {"rfilename": file} for file in _files(folder)],
         }  # fmt: skip
 
     def _paths_asked(self, body: bytes) -> list[str]:
@@ -249,6 +249,14 @@ def _entry(folder: Path, file: str) -> dict[str, Any]:
     if file.endswith(LFS_SUFFIXES):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return entry
+
+
+def _sibling(folder: Path, file: str) -> dict[str, Any]:
+    entry = _entry(folder, file)
+    found = {"rfilename": file, "size": entry["size"], "blobId": entry["oid"]}
+    if "lfs" in entry:
+        found["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 130}
+    return found
 
 
 def _directory(path: str) -> dict[str, Any]:

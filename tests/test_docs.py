@@ -15,6 +15,7 @@ from benchmarks.run import NAMES
 from jobs.spec import find_job, load_job
 from remote.tasks import VERBS
 from rlhf_train.__main__ import parser, report_parser, settings_of
+from rlhf_train.after import chat
 from tests.test_house import INSIDE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,11 @@ def mistake_in(words: list[str]) -> str:
             {name.strip("_").replace("_", "-") for name in inspect.signature(verb.body).parameters} if verb else set()
         )
         return ", ".join(word for word in rest if word.startswith("--") and word[2:] not in known) if verb else rest[0]
+    if words[:3] == ["docker", "compose", "run"] and "chat" in words:
+        return mistake_in_training(words[words.index("chat") :])
+    if words[:3] == ["docker", "compose", "up"]:
+        services = re.findall(r"^  ([a-z]+):", (ROOT / "docker-compose.yml").read_text(encoding="utf-8"), re.MULTILINE)
+        return ", ".join(sorted({*words[3:]} - {*services}))
     if words[:2] == ["docker", "compose"]:
         return mistake_in_training(rest[rest.index("train") + 1 :])
     if program == ".venv/bin/rlhf-train":
@@ -136,6 +142,9 @@ def mistake_in(words: list[str]) -> str:
 def mistake_in_training(arguments: list[str]) -> str:
     if arguments[:1] == ["report"]:
         report_parser().parse_args(arguments[1:])
+        return ""
+    if arguments[:1] == ["chat"]:
+        chat.parser().parse_args(arguments[1:])
         return ""
     args = parser().parse_args(arguments)  # ends this process where they are wrong, which pytest shows
     if args.job not in THE_USERS_OWN:

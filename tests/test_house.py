@@ -98,12 +98,14 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "completion": HOST,
         "worker": WINGS | {"steps", "completion"},
         "tensorboard": set(),
+        "after": WINGS | {"completion"},
         "launch": WINGS | {"steps", "completion", "worker", "tensorboard"},
         "local_runs": set(),
-        "__main__": WINGS | {"steps", "completion", "worker", "tensorboard", "launch", "local_runs"},
+        "__main__": WINGS | {"steps", "completion", "worker", "tensorboard", "after", "launch", "local_runs"},
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}
+READS_ENVIRON |= {"rlhf_train/ranks/importer.py"}  # it sets a rank's number
 # Tables by step number outside of jobs/steps.py, how many a file may have. Tests expect values of
 # their own.
 STEP_TABLES = {

@@ -320,10 +320,23 @@ own() { # FILE...   that the container's user shall read or write
     [ "$uid" = "$(id -u)" ] || chown -R "$uid:$gid" "$@"
 }
 
-prepare() { # write all that needs room on the disk, so that nothing can fail after it
-    mkdir -p "$root/requests" "$root/runs/$run/job" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp" "$root/inputs/$hash" 2>/dev/null &&
-        (umask 077 && mkdir -p "$root/secrets/$request") 2>/dev/null && mv -f "$incoming" "$root/inputs/$hash/job.yaml" || no_room
+keep_job() { # in inputs, with the folders that training writes to
+    mkdir -p "$root/runs" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp" "$root/inputs/$hash" 2>/dev/null &&
+        mv -f "$incoming" "$root/inputs/$hash/job.yaml" || no_room
     incoming=''
+}
+
+for_user() { # sets uid, gid: of the process that trains, which in a container is never root; it may then write where it must
+    uid=$(id -u) gid=$(id -g)
+    [ "$d_runtime" = docker ] || return 0
+    [ "$uid" != 0 ] || { uid=1000 gid=1000; }
+    own "$root/inputs/$hash" || no_room
+    [ "$uid" = "$(id -u)" ] || chown "$uid:$gid" "$root/runs" "$root/cache" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp"
+}
+
+prepare() { # write all that needs room on the disk, so that nothing can fail after it
+    keep_job
+    mkdir -p "$root/requests" "$root/runs/$run/job" 2>/dev/null && (umask 077 && mkdir -p "$root/secrets/$request") 2>/dev/null || no_room
     for folder in "$root"/secrets/*; do [ "${folder##*/}" = "$request" ] || rm -rf "$folder"; done # of jobs whose end was not seen
     index=0
     while [ $index -lt "$count" ]; do
@@ -338,11 +351,10 @@ prepare() { # write all that needs room on the disk, so that nothing can fail af
         write "$new/started" "$now" && write "$new/heartbeat" "$now" && write "$new/grace" "$grace" && write "$new/steps" "$steps" || no_room
     # A reserve, which is released before the exit code is written: a full disk must not lose the code.
     { head -c 16384 /dev/zero >"$new/room" && printf '' >"$new/output"; } 2>/dev/null && [ "$(wc -c <"$new/room")" -eq 16384 ] || no_room
-    uid=$(id -u) gid=$(id -g)
-    if [ "$d_runtime" = docker ]; then # never as root
-        [ "$uid" != 0 ] || { uid=1000 gid=1000; }
-        own "$root/secrets/$request" "$root/inputs/$hash" || no_room
-        [ "$uid" = "$(id -u)" ] || chown "$uid:$gid" "$root/runs" "$root/runs/$run" "$root/runs/$run/job" "$root/cache" "$root/cache/huggingface" "$root/cache/rlhf-box" "$root/cache/tmp"
+    for_user
+    if [ "$d_runtime" = docker ]; then
+        own "$root/secrets/$request" || no_room
+        [ "$uid" = "$(id -u)" ] || chown "$uid:$gid" "$root/runs/$run" "$root/runs/$run/job"
     fi
 }
 
@@ -418,10 +430,12 @@ wait_for() { # PID   sets code_of_job; a signal for us ends `wait`, and not the 
     done
 }
 
+cleanly() { # [NAME=VALUE...] COMMAND...   becomes the command, in a clean environment and a session of its own
+    exec setsid env -i PATH="$PATH" HOME="${HOME:-$root/cache}" USER="${USER:-$(id -un)}" LOGNAME="${USER:-$(id -un)}" LANG=C.UTF-8 "$@"
+}
+
 run_bare() { # ARG...
-    home=${HOME:-$root/cache}
-    setsid env -i PATH="$PATH" HOME="$home" USER="${USER:-$(id -un)}" LOGNAME="${USER:-$(id -un)}" LANG=C.UTF-8 RLHF_REQUEST="$request" \
-        sh "$code/remote/on_box/supervisor.sh" job "$root" "$run" "$request" "$hash" "$@" </dev/null &
+    cleanly RLHF_REQUEST="$request" sh "$code/remote/on_box/supervisor.sh" job "$root" "$run" "$request" "$hash" "$@" </dev/null &
     target=$!
     ! fields_of "$target" || put "$job/process" "$target $since"
     [ ! -e "$job/cancelled" ] || kill -TERM "$target" 2>/dev/null
@@ -469,20 +483,29 @@ watch_container() { # ends with the container's code. The daemon may be away for
 }
 
 start_container() ( # ARG...
+    look_for_gpu
+    RLHF_SECRETS=$root/secrets/$request RLHF_REQUEST=$request RLHF_GRACE=$grace
+    export RLHF_SECRETS RLHF_REQUEST RLHF_GRACE
+    # Not in the foreground: a signal to that client would lose the container (reference: Compose 2.26).
+    compose_run -d -T --no-deps --name "$name" train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@" >/dev/null && exit 0
+    docker rm -f "$name" >/dev/null 2>&1
+    exit 1
+)
+
+look_for_gpu() { # sets cpu where this box has none
     [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ] || has nvidia-smi || cpu=1
-    RLHF_TAG=$d_image RLHF_UID=$uid RLHF_GID=$gid RLHF_RUNS=$root/runs RLHF_CACHE=$root/cache RLHF_SECRETS=$root/secrets/$request
-    RLHF_INPUTS=$root/inputs RLHF_REQUEST=$request RLHF_GRACE=$grace MIRROR=$d_mirror
-    export RLHF_TAG RLHF_UID RLHF_GID RLHF_RUNS RLHF_CACHE RLHF_SECRETS RLHF_INPUTS RLHF_REQUEST RLHF_GRACE MIRROR
+}
+
+compose_run() { # WORD...   `docker compose run`, without a GPU if `cpu` is set; in a subshell, whose environment it changes
+    RLHF_TAG=$d_image RLHF_UID=$uid RLHF_GID=$gid RLHF_RUNS=$root/runs RLHF_CACHE=$root/cache RLHF_INPUTS=$root/inputs MIRROR=$d_mirror
+    export RLHF_TAG RLHF_UID RLHF_GID RLHF_RUNS RLHF_CACHE RLHF_INPUTS MIRROR
     unset HF_ENDPOINT COMPOSE_FILE COMPOSE_PROFILES
     the_proxy
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
     code=$root/code/$fp
-    # Not in the foreground: a signal to that client would lose the container (reference: Compose 2.26).
     docker compose --project-directory "$code" --env-file /dev/null -f "$code/docker-compose.yml" ${cpu:+-f "$code/docker/compose.cpu.yml"} \
-        -f "$code/docker/compose.box.yml" run -d -T --no-deps --name "$name" train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@" >/dev/null && exit 0
-    docker rm -f "$name" >/dev/null 2>&1
-    exit 1
-)
+        -f "$code/docker/compose.box.yml" run "$@"
+}
 
 the_proxy() { # of this environment, or of the first file that sets one; none at all on another route
     if [ "$d_route" != proxy ]; then
@@ -506,14 +529,8 @@ source_file() { # FILE   of the provider; a file that would end this shell is le
     [ -r "$1" ] && (. "$1") >/dev/null 2>&1 </dev/null && . "$1" >/dev/null 2>&1 </dev/null
 }
 
-job() { # RUN REQUEST HASH ARG...   in a clean environment; becomes the training process
-    run=$1 request=$2 hash=$3
-    shift 3
-    refuse() {
-        printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2
-        exit 3
-    }
-    read_deployed "$slot/deployed"
+training_environment() { # DEPLOYED   of the training package: variables of the provider, the proxy, mirror and caches
+    read_deployed "$1"
     code=$root/code/$d_code cache=$root/cache
     while IFS= read -r file; do
         set -a
@@ -536,15 +553,47 @@ END
     . "$code/env/caches.sh"
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1
     unset LC_ALL
-    secrets=$root/secrets/$request
-    # shellcheck source=env/secrets.sh
-    . "$code/env/secrets.sh"
+}
+
+train_here() { # ARG...   becomes the training package
     # shellcheck source=env/cuda.sh
     . "$code/env/cuda.sh"
     # shellcheck disable=SC3045 # where a shell has it
     ulimit -n "$(ulimit -H -n)" 2>/dev/null
     cd "$code" || exit 3
-    exec "$d_python" -m rlhf_train --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
+    exec "$d_python" -m rlhf_train "$@"
+}
+
+job() { # RUN REQUEST HASH ARG...   in a clean environment; becomes the training process
+    run=$1 request=$2 hash=$3
+    shift 3
+    refuse() {
+        printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2
+        exit 3
+    }
+    training_environment "$slot/deployed"
+    secrets=$root/secrets/$request
+    # shellcheck source=env/secrets.sh
+    . "$code/env/secrets.sh"
+    train_here --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
+}
+
+chat() { # ARG...   of `rlhf-train chat`; becomes it, on this terminal. No secrets: those of a run go with it
+    [ -r "$root/deployed" ] || fail 3 "nothing is deployed in $root"
+    read_deployed "$root/deployed"
+    if [ "$d_runtime" != docker ]; then
+        refuse() { fail 3 "$1; $2"; }
+        training_environment "$root/deployed"
+        train_here chat "$@"
+    fi
+    none=$root/secrets/none
+    (umask 077 && mkdir -p "$none") 2>/dev/null
+    fp=$d_code uid=$(id -u) gid=$(id -g)
+    [ "$uid" != 0 ] || { uid=1000 gid=1000; }
+    own "$none"
+    look_for_gpu
+    export RLHF_SECRETS="$none" RLHF_REQUEST='' RLHF_GRACE=10
+    compose_run --rm --no-deps --name "rlhf-box-chat-$$" train chat "$@"
 }
 
 ask_cards() { # FILE QUERY   in the background, since nvidia-smi may hang for ever; sets smi, smi_start. The file is whole once it is there.
@@ -577,6 +626,74 @@ finish() {
     until put "$job/ended" "$(epoch)" && { [ -z "$code_of_job" ] || put "$job/exit" "$code_of_job"; }; do sleep 1; done
     tidy "$request"
     exit 0
+}
+
+# --- download -------------------------------------------------------------------------------------------------------
+
+# Fetches what a job needs into the caches, as long as the caller hears it. It is no run and takes no slot: a job may run next to it.
+# The secrets go through a pipe from one shell to the next, so that they are in no file and no argument.
+download() { # REQUEST FP -- ARG...
+    incoming='' new='' claimed='' child='' status=0
+    [ $# -ge 3 ] && [ "$3" = -- ] || refuse 'the call is `download ROOT REQUEST FP -- ARG...`'
+    request=$1 fp=$2
+    shift 3
+    is_name "$request" && is_name "$fp" || refuse 'this cannot name a request, or the code'
+    [ -d "$root/code" ] || refuse "nothing is deployed in $root"
+    code=$root/code/$fp incoming=$root/inputs/.incoming.$request.$$ name=rlhf-box-download-$request
+    receive
+    check
+    keep_job
+    for_user
+    trap end_download PIPE TERM HUP INT
+    printf 'begun\n' || end_download
+    if [ "$d_runtime" = docker ]; then
+        secret_lines | (download_in_container "$@") &
+    else
+        secret_lines | cleanly sh "$code/remote/on_box/supervisor.sh" fetcher "$root" "$hash" "$@" &
+    fi
+    child=$!
+    tenth=0
+    while is_alive $child; do
+        pause 2
+        tenth=$((tenth + 2))
+        [ $((tenth % 10)) -ne 0 ] || printf 'beat\n' || end_download
+    done
+    wait $child || status=$?
+    [ "$d_runtime" != docker ] || docker rm -f "$name" >/dev/null 2>&1
+    printf 'ended %s\n' $status
+}
+
+end_download() { # with the caller, or when we are told to
+    trap '' PIPE TERM HUP INT
+    [ -z "$child" ] || kill -TERM "-$child" 2>/dev/null || kill -TERM "$child" 2>/dev/null
+    [ "$d_runtime" != docker ] || docker rm -f "$name" >/dev/null 2>&1
+    exit 143
+}
+
+secret_lines() {
+    index=0
+    while [ $index -lt "$count" ]; do
+        eval "printf '%s\\n' \"\$secret_$index\""
+        index=$((index + 1))
+    done
+}
+
+READS_SECRETS='while IFS= read -r line; do export "$line"; done'
+
+fetcher() { # HASH ARG...   in a clean environment, with the secrets as standard input; becomes the training package, which fetches
+    hash=$1
+    shift
+    training_environment "$root/deployed"
+    unset PYTHONUNBUFFERED # each line in one piece, next to our beats
+    eval "$READS_SECRETS"
+    train_here --download --job "$root/inputs/$hash/job.yaml" "$@" </dev/null 2>&1
+}
+
+download_in_container() { # ARG...
+    unset RLHF_REQUEST RLHF_SECRETS
+    cpu=1
+    compose_run --rm -T --no-deps --name "$name" --entrypoint sh train -c "$READS_SECRETS"'; exec /opt/entrypoint python -m rlhf_train "$@" </dev/null 2>&1' \
+        rlhf-box --download --job "$root/inputs/$hash/job.yaml" "$@"
 }
 
 # --- withdraw -------------------------------------------------------------------------------------------------------
@@ -853,9 +970,13 @@ case $verb in
         shift
         start "$@"
         ;;
-    run | job)
+    run | job | download | fetcher)
         shift 2
         "$verb" "$@"
+        ;;
+    chat)
+        shift 2
+        chat "$@"
         ;;
     withdraw)
         [ $# -eq 3 ] || fail 2 'the call is `withdraw ROOT REQUEST`'

@@ -45,8 +45,8 @@ def start_command(deployed: Deployment, request: Request) -> list[str]:
     )
 
 
-def message(request: Request, secrets: Mapping[str, str]) -> bytes:
-    """Make the text that `supervisor.sh start` reads on its standard input.
+def message(job: bytes, secrets: Mapping[str, str]) -> bytes:
+    """Make the text that `supervisor.sh start` and `download` read on their standard input.
 
     Raises ToolkitError for a secret that cannot be sent.
     """
@@ -57,8 +57,8 @@ def message(request: Request, secrets: Mapping[str, str]) -> bytes:
                 why="its name cannot name a variable, or its value has more than one line",
             )
     lines = [f"secrets {len(secrets)}", *(f"{name}={value}" for name, value in secrets.items())]
-    lines.append(f"job {hashlib.sha256(request.job).hexdigest()[:16]}")
-    return "".join(f"{line}\n" for line in lines).encode() + request.job
+    lines.append(f"job {hashlib.sha256(job).hexdigest()[:16]}")
+    return "".join(f"{line}\n" for line in lines).encode() + job
 
 
 def start(
@@ -75,7 +75,7 @@ def start(
     """
     try:
         answer = connection.change(
-            start_command(deployed, request), stdin=message(request, secrets), timeout_s=60.0, check=False
+            start_command(deployed, request), stdin=message(request.job, secrets), timeout_s=60.0, check=False
         )
         words = _answer(answer.out, ("started", "already", "withdrawn", "busy", "refused"))
         if words is None and answer.code in (0, 255) and not answer.out.strip():

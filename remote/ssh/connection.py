@@ -134,17 +134,17 @@ class BoxConnection:
             return CommandResult(0, "", "", 0.0)
         return self._checked(argv, self._run(argv, stdin, timeout_s), check)
 
-    def long_change(self, argv: Sequence[str], heard: Callable[[str], None]) -> CommandResult:
+    def long_change(self, argv: Sequence[str], heard: Callable[[str], None], *, stdin: bytes = b"") -> CommandResult:
         """Run a command that changes something and takes long, as `change` without `check`.
 
-        It reads no input, and has no deadline: a broken connection ends it with 255. heard: gets
-        each whole line of its output as it comes.
+        It has no deadline: a broken connection ends it with 255. heard: gets each whole line of its
+        output as it comes.
         """
         if self.dry_run:
-            self.say.command(self.box.name, argv)
+            self.say.command(self.box.name, argv, stdin)
             return CommandResult(0, "", "", 0.0)
-        stream, script = self.script_stream(argv)
-        return self.local(stream, changes=True, stdin=script, check=False, heard=heard)
+        stream, sent = (self.stream(argv), stdin) if stdin else self.script_stream(argv)
+        return self.local(stream, changes=True, stdin=sent, check=False, heard=heard)
 
     def _checked(self, argv: Sequence[str], answer: CommandResult, check: bool) -> CommandResult:
         if check and answer.code:

@@ -1,4 +1,4 @@
-"""The verbs that open a way into a box: tunnel, shell, exec."""
+"""The verbs that open a way into a box: tunnel, shell, exec, chat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from invoke import Context
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs.deployed import our_root
+from remote.runs.deployed import find_deployment, our_root
 from remote.ssh import commands
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
 from remote.verbs.tunnel import State, forbidden, open_tunnel
@@ -91,6 +91,28 @@ def shell(c: Context, host: str = "", dry_run: bool = False) -> int:
         if not is_there:
             say("nothing is deployed here: this is the home folder")
         argv = connection.stream(commands.shell(root if is_there else ""), tty=True)
+        if dry_run:
+            say.command("here", argv)
+            return ExitCode.OK
+        return subprocess.run(argv, check=False).returncode
+
+
+@verb(
+    host=HOST,
+    run="the run (default: the one whose model is the newest)",
+    compare="let two models answer, e.g. step1,step3",
+    dry_run=DRY_RUN,
+)
+def chat(c: Context, host: str = "", run: str = "", compare: str = "", dry_run: bool = False) -> int:
+    """Talk to a run's model, on the box. While a run trains there, it keeps its memory.
+
+    fab chat --host gpu-box --run demo
+    """
+    context, say = VerbContext.open(dry_run=dry_run), Sayer()
+    words = [*([run] if run else []), *(["--compare", compare] if compare else [])]
+    with context.connection(context.box(one_host(c, host)), say) as connection:
+        deployed = find_deployment(connection, context.providers)
+        argv = connection.stream(deployed.supervisor("chat", *words), tty=True)
         if dry_run:
             say.command("here", argv)
             return ExitCode.OK

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 from invoke import Context
 
 from env.settings import Limits
-from jobs.errors import ExitCode
+from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import duration
+from jobs.spec import load_job
 from remote.deploy import deployment, lock
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs.deployed import our_root
+from remote.runs.deployed import Deployment, find_deployment, our_root
+from remote.runs.inputs import pack
+from remote.runs.prefetch import prefetch
 from remote.verbs.base import (
     CHECKOUT,
     DRY_RUN,
@@ -29,17 +36,40 @@ def _say_nothing(text: object) -> None:
     pass
 
 
-@verb(host=HOSTS, json_=JSON, dry_run=DRY_RUN)
-def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = False) -> int:
+@verb(
+    host=HOSTS,
+    job="also fetch what this job needs: its models and data sets, into the box's cache, verified; needs no GPU",
+    set_="with --job: change a field of the job: --set actor.model=facebook/opt-350m; repeatable",
+    json_=JSON,
+    dry_run=DRY_RUN,
+    iterable=["set_"],
+)
+def deploy(
+    c: Context,
+    host: str = "",
+    job: str = "",
+    set_: list[str] | None = None,
+    json_: bool = False,
+    dry_run: bool = False,
+) -> int:
     """Put code and environment on the box, ready to run. Several boxes: --host a,b
 
-    If nothing has changed since the last deploy, it takes seconds.
+    If nothing has changed since the last deploy, it takes seconds. With --job, `fab train` then
+    downloads nothing: where a box costs less without a GPU, the download belongs there. A download
+    that broke off resumes with the same command.
 
-    fab deploy --host gpu-box
+    fab deploy --host gpu-box --job opt-1.3b
     """
+    if set_ and not job:
+        raise ToolkitError("--set changes a job, and no job is named", hint="--job NAME, or leave out --set")
+    wanted = load_job(job, set_ or []) if job else None
+    inputs = pack(wanted, Path.cwd(), CHECKOUT) if wanted else []
     context, limits = VerbContext.open(dry_run=dry_run), Limits.load()
 
     def deploy_to(box: Box, say: Sayer) -> int:
+        secrets = context.secrets(box) if wanted else {}
+        say.hide(*secrets.values())
+        tell, show = (_say_nothing, _say_nothing) if json_ else (say, say.now)
         with context.connection(box, say) as connection:
             done = deployment.deploy(
                 connection,
@@ -48,15 +78,24 @@ def deploy(c: Context, host: str = "", json_: bool = False, dry_run: bool = Fals
                 limits=limits,
                 providers=context.providers,
                 state=context.settings.state,
-                say=_say_nothing if json_ else say,
-                now=_say_nothing if json_ else say.now,
+                say=tell,
+                now=show,
             )
+            if not json_:
+                what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"
+                plan = done.plan
+                say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({plan.runtime}, code {plan.code}, {plan.root})")
+            downloaded = None
+            if wanted is not None:
+                place = Deployment(done.plan.root, {"code": done.plan.code})
+                place = place if dry_run else find_deployment(connection, context.providers)
+                downloaded = prefetch(connection, place, wanted, inputs, secrets, say=tell, now=show)
         if json_:
-            say.data(to_json({"host": box.name, **done.as_json()}))
-        else:
-            what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"
-            plan = done.plan
-            say.data(f"{box.name}: {what}, in {done.seconds:.1f} s ({plan.runtime}, code {plan.code}, {plan.root})")
+            more = {"download": asdict(downloaded)} if downloaded else {}
+            say.data(to_json({"host": box.name, **done.as_json(), **more}))
+        elif downloaded and not dry_run:
+            took = duration(downloaded.seconds)
+            say.data(f"{box.name}: has what `{job}` needs, in {took}; `fab train` downloads nothing")
         return ExitCode.OK
 
     return on_each(context, hosts_of(c, host), deploy_to, Sayer(), as_json=json_)

@@ -13,13 +13,14 @@ from invoke import Context
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import NAME, load_job, settings_of_deployment, steps_of
-from remote.deploy.sync import checkout_tree, send_whole
+from remote.deploy.sync import checkout_tree
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.runs import frames, listing, start, views, watch
 from remote.runs.cancel import cancel as cancel_job
 from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deployment, not_deployed, open_stream
 from remote.runs.inputs import job_on_box, pack
+from remote.runs.prefetch import send_inputs
 from remote.ssh.connection import BoxConnection
 from remote.verbs.base import (
     CHECKOUT,
@@ -96,10 +97,7 @@ def train(
         if deployed.slot:
             say(f"{box.name} is held by run `{deployed.slot}`")
         _warn_of_other_code(deployed, say)
-        for each in inputs:
-            if each.tree.key not in deployed.inputs:
-                say(f"sending `{each.name}`: {each.tree}")
-                send_whole(connection, each.tree, each.folder(deployed.root))
+        send_inputs(connection, deployed, inputs, say)
         arguments = (
             "--step",
             ",".join(map(str, steps)),

@@ -197,7 +197,7 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
     RandomState(seed)'s shuffle.
     """
     say(f"reading {name}")
-    train, held_out = read_rows(name, (Path.cwd(), Path(jobs.errors.__file__).parents[1]))
+    train, held_out = read_rows(name, search_folders())
     if not held_out:
         if len(train) < 2:
             raise ToolkitError(
@@ -220,11 +220,15 @@ def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
-    """Read training rows and held-out rows; none are held out if the data set has no such split.
+def search_folders() -> tuple[Path, Path]:
+    """Return where a data set's path may begin: this folder, and the folder of our code."""
+    return Path.cwd(), Path(jobs.errors.__file__).parents[1]
 
-    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
-    Raises ToolkitError.
+
+def find_data_set(name: str, search: Sequence[Path]) -> Path | None:
+    """Return the file or folder that a data set's name means; None if it is a hub name.
+
+    Raises ToolkitError: it is a path, and nothing is there.
     """
     places = [folder / Path(name).expanduser() for folder in search]
     found = next((place for place in places if os.access(place, os.F_OK)), None)
@@ -235,6 +239,16 @@ def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
             why=looked_for,
             hint="data.datasets takes files (.jsonl, .json, .csv, .parquet), folders and hub names",
         )
+    return found
+
+
+def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Read training rows and held-out rows; none are held out if the data set has no such split.
+
+    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
+    Raises ToolkitError.
+    """
+    found = find_data_set(name, search)
     if found is not None and found.is_file() and found.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl([found]), []
     if found is None or _builder(found) or (found.is_dir() and not any(found.glob("*.jsonl"))):

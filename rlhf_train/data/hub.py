@@ -77,6 +77,31 @@ class Memory:
     verified: dict[str, list[int]] = field(default_factory=dict)  # blob -> size and mtime_ns when its hash was right
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the hub lists it."""
+
+    name: str
+    size_bytes: int
+    blob: str  # its hash, by which the cache names it
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The files of a repository at its present commit, as the hub lists them."""
+
+    commit: str = ""
+    files: tuple[HubFile, ...] = ()
+
+    def of(self, wanted: Wanted) -> Repository:
+        names = {*wanted([file.name for file in self.files])}
+        return Repository(self.commit, tuple(file for file in self.files if file.name in names))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
 class _Damaged(OSError):
     """A downloaded file has another hash than the hub says."""
 
@@ -152,6 +177,46 @@ def _patterns(config: dict[str, Any]) -> list[str]:
     return [path for entry in paths for path in (entry if isinstance(entry, list) else [entry])]
 
 
+# --- what there is ------------------------------------------------------------------------------
+
+
+def listing(name: str, kind: Kind) -> Repository:
+    """Ask the hub once for a repository's files and their sizes.
+
+    The list is empty if the hub does not answer. Raises ToolkitError as `fetch` does if the hub
+    knows no repository of this name.
+    """
+    try:
+        info: Any = HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT, files_metadata=True)
+    except TROUBLES as error:
+        status = _status(error)
+        if isinstance(error, HFValidationError) or (status is not None and not _may_pass(error)):
+            raise _refusal(name, kind, _cause(error)) from error
+        return Repository()
+    return Repository(str(info.sha), tuple(map(_hub_file, info.siblings or [])))
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    lfs = getattr(sibling, "lfs", None)
+    return HubFile(sibling.rfilename, sibling.size or 0, lfs.sha256 if lfs else sibling.blob_id or "")
+
+
+def received_bytes(name: str, kind: Kind, listed: Repository) -> int:
+    """Count the bytes of listed files that are in the cache, those of partial files too."""
+    store = _store(name, kind)
+    return sum(_received(store, listed.commit, file) for file in listed.files)
+
+
+def _received(store: Path, commit: str, file: HubFile) -> int:
+    whole = store / "snapshots" / commit / file.name
+    parts = [whole] if whole.exists() else (store / "blobs").glob(f"{file.blob}*") if file.blob else []
+    most = 0
+    for part in parts:
+        with suppress(FileNotFoundError):  # it became whole just now
+            most = max(most, part.stat().st_size)
+    return min(most, file.size_bytes)
+
+
 # --- fetching -----------------------------------------------------------------------------------
 
 
@@ -193,7 +258,7 @@ def folder_here(source: str) -> Path | None:
 
 def _known(name: str) -> tuple[Path, Memory]:
     """Return the snapshot of a model that is in the cache, and what is remembered of it."""
-    store = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    store = _store(name, "model")
     memory = _recall(store)
     if not memory.commit:
         _adopt(store, memory)
@@ -216,7 +281,7 @@ def data_set(name: str) -> Path:
     the default configuration's files are fetched, as the card names them; if the card names none,
     all files that can be read as rows: no pictures, models or scripts.
     """
-    configs = _configurations(fetch(name, card_files, kind="dataset") / "README.md")
+    configs = _configurations_of(name)
     default = _default(name, configs)
     wanted = partial(data_files, patterns=_patterns(default))
     snapshot = fetch(name, wanted, kind="dataset")
@@ -228,6 +293,15 @@ def data_set(name: str) -> Path:
     if own_card:
         _replace(plain / "README.md", f"---\nconfigs: {json.dumps([default])}\n---\n")
     return plain
+
+
+def rows_wanted(name: str) -> Wanted:
+    """Return which files of a data set `data_set` fetches; its card, which says so, is fetched."""
+    return partial(data_files, patterns=_patterns(_default(name, _configurations_of(name))))
+
+
+def _configurations_of(name: str) -> list[dict[str, Any]]:
+    return _configurations(fetch(name, card_files, kind="dataset") / "README.md")
 
 
 def _link(snapshot: Path, plain: Path, files: Sequence[str]) -> None:
@@ -264,9 +338,8 @@ def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
     """
     try:
         huggingface_hub.utils.validate_repo_id(name)
-        folder = f"{kind}s--{name.replace('/', '--')}"
-        store = Path(constants.HF_HUB_CACHE, folder)
-        lock = Path(constants.HF_HUB_CACHE, ".locks", folder, "rlhf-box.lock")
+        store = _store(name, kind)
+        lock = store.parent / ".locks" / store.name / "rlhf-box.lock"
         if store.is_dir() and not os.access(store, os.W_OK):
             return _fetch(name, wanted, kind, store)
         for each in (store, lock.parent):
@@ -277,6 +350,10 @@ def fetch(name: str, wanted: Wanted, *, kind: Kind) -> Path:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, NETWORK):
             raise  # an error of the disk
         raise _refusal(name, kind, _cause(error)) from error
+
+
+def _store(name: str, kind: Kind) -> Path:
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
 
 
 def _fetch(name: str, wanted: Wanted, kind: Kind, store: Path) -> Path:

@@ -1,13 +1,16 @@
 """Rank processes start before they are needed, since imports take seconds, and get orders later.
 
-A rank without an order is a spare: it holds no lock, writes nothing and leaves the GPUs alone. Like
-all ranks, it ends when the launcher ends, for whatever reason.
+One process imports, and forks the ranks of all steps: importer.py. A rank without an order is a
+spare: it holds no lock, writes nothing and leaves the GPUs alone. Like all ranks, it ends when the
+launcher ends, for whatever reason.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from jobs.spec import Job
+from rlhf_train.ranks.importer import NUMBER
 
 POLL_S = 0.1
 GRACE_S = 10.0  # until a process is gone after SIGKILL, and then its lock
@@ -37,13 +41,12 @@ class RankEnvironment:
     nccl: tuple[tuple[str, str], ...] = ()  # its variables
     libraries: tuple[str, ...] = ()  # to be imported besides what every job needs
 
-    def environment_of(self, rank: int, environ: Mapping[str, str]) -> dict[str, str]:
+    def environment_of(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return all ranks' variables. Each also has its RANK and LOCAL_RANK."""
         # The current folder last: a rule may lie next to a job.
         paths = [str(CHECKOUT), environ.get("PYTHONPATH"), str(Path.cwd())]
         environment = {
             **environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.ranks),
             "LOCAL_SIZE": str(self.ranks),  # DeepSpeed on CPU asks numactl without it
             "DS_ACCELERATOR": self.device,
@@ -108,26 +111,115 @@ def loopback() -> str:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
-class Rank(subprocess.Popen[bytes]):
-    """One process, `python -m rlhf_train.worker LIBRARY...`.
+class Importer(subprocess.Popen[bytes]):
+    """`python -m rlhf_train.worker LIBRARY...`: imports what every step needs, and forks ranks."""
 
-    It imports what every step needs, and waits for its order.
-    """
-
-    def __init__(self, number: int, environment: RankEnvironment, environ: Mapping[str, str]) -> None:
-        self._link, rank_end = socket.socketpair()
-        # What the rank writes before it has the log; open as long as the rank lives.
-        self._early = tempfile.TemporaryFile()  # noqa: SIM115
-        with rank_end:
+    def __init__(self, environment: RankEnvironment, environ: Mapping[str, str]) -> None:
+        self.environment = environment
+        self._link, importer_end = socket.socketpair()
+        self._link.setblocking(False)
+        self._early = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the importer lives)
+        self._wanted: list[Rank] = []  # not forked yet
+        self._forked: dict[int, Rank] = {}
+        self._said = b""
+        with importer_end:
             super().__init__(
                 [sys.executable, "-m", "rlhf_train.worker", *environment.libraries],
-                stdin=rank_end.fileno(),
-                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE,  # closes when this process ends
+                stdout=importer_end.fileno(),
                 stderr=self._early.fileno(),
-                env=environment.environment_of(number, environ),
+                env=environment.environment_of(environ),
                 # Ctrl-C then reaches only the launcher, which ends the ranks in order.
                 start_new_session=True,
             )
+
+    def want(self, rank: Rank, number: int, files: Sequence[int]) -> None:
+        self._wanted.append(rank)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which `follow` sees
+            socket.send_fds(self._link, [NUMBER.pack(number)], list(files))
+
+    def follow(self, wait_s: float = 0.0) -> None:
+        """Learn which ranks have begun and ended.
+
+        wait_s: until there is something to learn.
+        """
+        has_ended = self.poll() is not None
+        with suppress(ConnectionResetError):
+            while select.select([self._link], [], [], 0.0 if has_ended else wait_s)[0]:
+                if not (said := self._link.recv(2**16)):
+                    break
+                self._said, wait_s = self._said + said, 0.0
+        *lines, self._said = self._said.split(b"\n")
+        for line in lines:
+            word, process, *code = line.split()
+            if word == b"began":
+                rank = self._wanted.pop(0)
+                rank.pid = int(process)
+                self._forked[rank.pid] = rank
+            else:
+                self._forked.pop(int(process)).returncode = int(code[0])
+        if has_ended:
+            assert self.returncode is not None
+            for rank in self._wanted:
+                rank.returncode = self.returncode
+            for rank in self._forked.values():  # nobody would learn how they end
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGKILL)
+                rank.returncode = -signal.SIGKILL
+            self._wanted, self._forked = [], {}
+
+    def early_output(self) -> bytes:
+        """Return what the imports wrote."""
+        return os.pread(self._early.fileno(), 2**20, 0)
+
+    def end(self) -> None:
+        """End the importer, and with it the ranks that it has not forked yet."""
+        self.kill()
+        self.wait()
+        self.follow()
+        for file in (self._link, self._early, self.stdin):
+            assert file is not None
+            file.close()
+
+
+class Rank:
+    """One process that an importer forks, and that waits for its order; as subprocess.Popen."""
+
+    def __init__(self, number: int, importer: Importer) -> None:
+        self.pid = importer.pid  # until it is forked
+        self.returncode: int | None = None
+        self._importer = importer
+        self._link, rank_end = socket.socketpair()
+        # What the rank writes before it has the log; open as long as the rank lives.
+        self._early = tempfile.TemporaryFile()  # noqa: SIM115
+        said, say = os.pipe()
+        self.stdout = os.fdopen(said, "rb", buffering=0)  # why it ended
+        with rank_end, os.fdopen(say, "wb"):
+            importer.want(self, number, [rank_end.fileno(), say, self._early.fileno()])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._importer.follow()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout)
+            self._importer.follow(min(left, POLL_S))
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        # Before it is forked this reaches the importer, which has nothing else to do.
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def tell(self, order: str, log: int, heartbeat: int, lock: int) -> None:
         """Send the rank its order (one line of JSON) and the open files that it needs."""
@@ -138,7 +230,11 @@ class Rank(subprocess.Popen[bytes]):
 
     def early_output(self) -> bytes:
         """Return what the rank wrote to stderr if it ended before it had the log."""
-        return os.pread(self._early.fileno(), 2**20, 0)
+        return (
+            os.pread(self._early.fileno(), 2**20, 0)
+            if self.pid != self._importer.pid
+            else self._importer.early_output()
+        )
 
 
 class SpareRanks:
@@ -149,7 +245,7 @@ class SpareRanks:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        self._environment: RankEnvironment | None = None
+        self._importer: Importer | None = None
         self._ranks: list[Rank] = []
 
     def __enter__(self) -> SpareRanks:
@@ -159,6 +255,7 @@ class SpareRanks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
+        self._end_importer()
 
     def start(self, environment: RankEnvironment) -> None:
         """Start the ranks if there are none; if that fails, `take` tries again and reports why."""
@@ -171,25 +268,37 @@ class SpareRanks:
 
         The caller has to end them.
         """
-        if self._environment != environment or any(rank.poll() is not None for rank in self._ranks):
+        if not self._fits(environment) or any(rank.poll() is not None for rank in self._ranks):
             self.end()
         if not self._ranks:
             self._start(environment)
         ranks, self._ranks = self._ranks, []
         return ranks
 
+    def _fits(self, environment: RankEnvironment) -> bool:
+        return self._importer is not None and self._importer.environment == environment
+
     def _start(self, environment: RankEnvironment) -> None:
-        self._environment = environment
         try:
+            if not self._fits(environment) or (self._importer is not None and self._importer.poll() is not None):
+                self._end_importer()
+                self._importer = Importer(environment, self._environ)
+            assert self._importer is not None
             for number in range(environment.ranks):
-                self._ranks.append(Rank(number, environment, self._environ))
+                self._ranks.append(Rank(number, self._importer))
         except OSError:
             self.end()
             raise
 
     def end(self) -> None:
+        """End the ranks that wait."""
         ranks, self._ranks = self._ranks, []
         end(ranks)
+
+    def _end_importer(self) -> None:
+        importer, self._importer = self._importer, None
+        if importer is not None:
+            importer.end()
 
 
 def end(

@@ -105,12 +105,12 @@ def ranks_here() -> list[psutil.Process]:
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """Those at work, and those that wait for the next step."""
-    return [child for child in psutil.Process(launcher).children() if is_rank(child)]
+    return [process for process in psutil.Process(launcher).children(recursive=True) if is_rank(process)]
 
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        return "rlhf_train.worker" in process.cmdline() and "RANK" in process.environ()
+        return process.name().startswith("rank ") and "rlhf_train.worker" in process.cmdline()
     except psutil.Error:  # it has just ended
         return False
 

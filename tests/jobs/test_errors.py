@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from jobs.errors import ExitCode, ToolkitError
+import pytest
+
+from jobs.errors import ExitCode, ToolkitError, error_of_text
 from jobs.events import Error
 
 
@@ -26,6 +28,24 @@ def test_parts_that_are_not_there_leave_no_trace() -> None:
     assert str(ToolkitError("this", hint="that")) == "error: this\n\nhint: that"
     assert str(ToolkitError("this", why=" \n\n", hint="\n")) == "error: this"
     assert ToolkitError("this").exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("error: only this", ("only this", "", "")),
+        ("before\nerror: this\n  why: a: b\n       c: d\n\nhint: e\n      then\n", ("this", "a: b\nc: d", "e\nthen")),
+        ("error: this\n\nhint: that", ("this", "", "that")),
+        ("error: this\n  why: error: deeper", ("this", "error: deeper", "")),
+    ],
+)  # fmt: skip
+def test_an_error_is_read_back_from_its_text(text: str, parts: tuple[str, str, str]) -> None:
+    error = error_of_text(text, ExitCode.UNFIT)
+    assert error is not None and (error.what, error.why, error.hint, error.exit_code) == (*parts, 3)
+
+
+def test_what_is_no_error_is_read_as_none() -> None:
+    assert error_of_text("Traceback (most recent call last):\nKeyError: 1", ExitCode.INTERNAL) is None
 
 
 def test_one_spelling_of_an_error() -> None:

@@ -618,6 +618,33 @@ def test_models_of_ones_own_take_the_place_of_steps() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "steps", "whole", "tokenizers"),
+    [
+        ([], [1, 2, 3], ["a/b", "c/d"], []),
+        ([], [1], ["a/b"], ["c/d"]),  # step 1 compares the tokenizers
+        ([], [2], ["c/d"], []),
+        ([], [3], [], []),  # what steps 1 and 2 have made
+        (["critic.model=actor"], [1, 2, 3], ["a/b"], []),
+        (["critic.model=a/b"], [1, 2, 3], ["a/b"], []),
+        (["critic.model={config: {model_type: opt}}"], [1, 2, 3], ["a/b"], []),
+        (["critic.model={config: {model_type: opt}}"], [2], [], ["a/b"]),  # which it reads with
+        (["actor.model={config: {model_type: opt}}"], [1, 2, 3], ["c/d"], []),
+        (["actor.sft_model=my/sft"], [1, 2, 3], ["my/sft", "c/d"], []),
+        (["actor.sft_model=my/sft"], [1, 2], ["c/d"], []),  # step 1 is left out, and step 2 starts from its own
+        (["actor.sft_model=my/sft", "critic.model=actor"], [2], ["my/sft"], []),
+        (["critic.reward_model=my/rm"], [1, 2, 3], ["a/b", "my/rm"], []),
+        (["critic.reward_model=my/rm"], [1, 2], ["a/b"], ["my/rm"]),
+        (["actor.sft_model=my/sft", "critic.reward_model=my/rm"], [1, 2, 3], ["my/sft", "my/rm"], []),
+        (["actor.sft_model=my/sft", "critic.reward_model=my/rm"], [1, 2], [], []),
+    ],
+)
+def test_the_models_that_steps_read(
+    settings: list[str], steps: list[int], whole: list[str], tokenizers: list[str]
+) -> None:
+    assert small(*settings).models_read(steps) == (whole, tokenizers)
+
+
+@pytest.mark.parametrize(
     ("setting", "is_changed"),
     [
         ("sft.epochs=3", False),

@@ -176,7 +176,7 @@ def test_each_verb_explains_itself(verb: Any) -> None:
     flags = {argument.names[0] for argument in arguments}
     assert (
         "dry-run" in flags
-        and ("json" in flags or verb.name in ("shell", "tunnel"))
+        and ("json" in flags or verb.name in ("chat", "shell", "tunnel"))
         and ("host" in flags or verb.name == "add")
     )
 
@@ -325,7 +325,7 @@ DRY = [
     ["trust"], ["doctor"], ["deploy"], ["unlock"], ["train", "--job", "demo", "--run", "dry"], ["logs"], ["ps"],
     ["status"], ["cancel"],
     ["fetch", "--run", "nothing"], ["report", "--run", "nothing"],
-    ["tunnel", "--port", "6006"], ["shell"], ["exec", "--command", "touch pwned"],
+    ["tunnel", "--port", "6006"], ["shell"], ["chat"], ["exec", "--command", "touch pwned"],
     ["purge"], ["stop"],
 ]  # fmt: skip
 

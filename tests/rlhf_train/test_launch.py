@@ -31,7 +31,7 @@ from rlhf_train.__main__ import main
 from rlhf_train.plan.placement import Machine, Placement, place
 from rlhf_train.ranks.processes import SpareRanks
 from rlhf_train.worker import LastWords
-from tests.faults.scene import fault
+from tests.faults.scene import fault, is_rank
 from tests.tiny import CHECKOUT, job, write_rows
 
 PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
@@ -82,12 +82,17 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     """The ranks that a launcher has started, by their numbers."""
     found = {}
     try:
-        for child in psutil.Process(launcher).children():
-            if "rlhf_train.worker" in child.cmdline():
-                found[int(child.environ()["RANK"])] = child
+        for process in psutil.Process(launcher).children(recursive=True):
+            if is_rank(process):
+                found[int(process.name().removeprefix("rank "))] = process
     except psutil.NoSuchProcess:
         pass
     return found
+
+
+def importers_of(launcher: int) -> list[psutil.Process]:
+    """The processes that import for a launcher's ranks, and fork them."""
+    return [child for child in psutil.Process(launcher).children() if "rlhf_train.worker" in child.cmdline()]
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -210,11 +215,11 @@ def test_ctrl_c_and_a_second_launcher(run: RunDir) -> None:
 def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
     """There is nothing to keep yet, so nothing is waited for."""
     with start() as launcher:
-        wait_for(run.log.exists, "the log")  # the rank has been there for longer
-        (rank,) = ranks_of(launcher.pid).values()
+        wait_for(run.log.exists, "the log")  # the importer has been there for longer
+        (importer,) = importers_of(launcher.pid)
         launcher.terminate()
         code, _, err = finish(launcher)
-    assert code == 75 and gone(rank)
+    assert code == 75 and gone(importer)
     starting, stopped = err.splitlines()
     assert starting == "step 1  starting 1 rank, which imports libraries"
     assert stopped == "stopped: the same command resumes in out/tiny, from the start of step 1"
@@ -222,10 +227,10 @@ def test_sigterm_while_the_ranks_start(run: RunDir) -> None:
 
 def test_sigterm_while_the_machine_is_looked_at(run: RunDir) -> None:
     with start() as launcher:
-        (rank,) = wait_for(lambda: ranks_of(launcher.pid), "a rank").values()
+        (importer,) = wait_for(lambda: importers_of(launcher.pid), "an importer")
         launcher.terminate()
         code, _, err = finish(launcher)
-    assert (code, err) == (75, "") and gone(rank) and not run.path.exists()
+    assert (code, err) == (75, "") and gone(importer) and not run.path.exists()
 
 
 def test_sigterm_twice_on_two_ranks(run: RunDir) -> None:
@@ -486,19 +491,19 @@ BOTH = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 def test_ranks_without_peer_access(environ: dict[str, str], settings: dict[str, str]) -> None:
     """What the user has set stays."""
     assert launch.nccl_settings(TWO_GPUS, environ) == settings
-    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, environ).environment_of(1, environ)
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, environ).environment_of(environ)
     assert {name: value for name, value in environment.items() if name.startswith("NCCL")} == environ | settings
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("1", "2", "cuda")
+    assert (environment["WORLD_SIZE"], environment["DS_ACCELERATOR"]) == ("2", "cuda")
     assert environment["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_ranks_talk_over_the_loopback_unless_told_otherwise() -> None:
     chosen = {"GLOO_SOCKET_IFNAME": "eth7"}
-    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, chosen).environment_of(0, chosen)
+    environment = launch.rank_environment(load_job("demo"), TWO_GPUS, chosen).environment_of(chosen)
     assert environment["GLOO_SOCKET_IFNAME"] == "eth7"
     assert "GLOO_SOCKET_IFNAME" not in launch.rank_environment(
         load_job("demo"), replace(TWO_GPUS, ranks=1), {}
-    ).environment_of(0, {})
+    ).environment_of({})
 
 
 def test_ranks_with_peer_access_get_no_setting() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from jobs.events import End, EventWriter
 from jobs.run_dir import RunDir
 from jobs.spec import Job, load_job, steps_of
 from rlhf_train import completion, launch
-from rlhf_train.__main__ import main, parser, settings_of
+from rlhf_train.__main__ import VERSION, chat_command, main, parser, settings_of
 from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.plan import machine
 from rlhf_train.plan.placement import Machine, Placement
@@ -354,7 +355,8 @@ def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[st
 def test_taking_over_steps_needs_no_gpu(capsys: Said, blind: list[tuple[str, int]]) -> None:
     complete("one", 1)
     assert main([*ON_AUTO, "--run", "two", "--from", "one", "--step", "1"]) == 0
-    assert capsys.readouterr().err == "from run one: step 1\n" and blind == []
+    taken, talk = capsys.readouterr().err.splitlines()
+    assert taken == "from run one: step 1" and talk.startswith("talk to it: ") and blind == []
 
 
 def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
@@ -496,6 +498,9 @@ def test_dry_run_without_the_hub(tmp_path: Path) -> None:
 
 # --- a run that is complete ---
 
+# What is not in PATH is named by its whole path, unless it lies below the folder of the call.
+CHAT = f"{'rlhf-train' if shutil.which('rlhf-train') else Path(sys.executable).with_name('rlhf-train')} chat"
+
 
 def complete(name: str, *steps: int) -> RunDir:
     """A run of the demo in ./runs whose steps look complete."""
@@ -535,9 +540,30 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         0,
         "step 1 (supervised fine-tuning) is complete: runs/demo/step1/model\n"
         "step 2 (reward model) is complete: runs/demo/step2/model\n"
-        "step 3 (PPO) is complete: runs/demo/step3/model\n",
+        "step 3 (PPO) is complete: runs/demo/step3/model\n"
+        f"talk to it: {CHAT} demo\n",
     )
     assert "perplexity" in done.stdout and "2.50" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("folder", "environ", "expected"),
+    [
+        ("runs", {}, f"{CHAT} demo"),
+        ("elsewhere", {}, f"{CHAT} demo --output-dir elsewhere"),
+        ("runs", {"RLHF_HOST_RUNS": "runs"}, "docker compose run --rm chat demo"),
+        ("runs", {"RLHF_HOST_RUNS": "/a", "RLHF_REQUEST": "req-1"}, "fab chat --host BOX --run demo"),
+    ],
+)
+def test_the_command_that_talks_to_a_run(folder: str, environ: dict[str, str], expected: str) -> None:
+    assert chat_command(RunDir(Path(folder) / "demo"), Path("runs"), environ) == expected
+
+
+def test_the_version_is_the_projects(capsys: Said) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"rlhf-box {VERSION}\n"
+    assert f'version = "{VERSION}"\n' in (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
@@ -546,7 +572,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     os.close(reader)
     done = command("--job", "demo", cwd=tmp_path, stdout=writer)
     os.close(writer)
-    assert len(done.stderr.splitlines()) == 3  # the three steps, as above
+    assert len(done.stderr.splitlines()) == 3  # the three steps, as above, and nothing after the table
 
 
 def test_a_changed_field_is_refused(capsys: Said) -> None:
@@ -562,7 +588,10 @@ def test_steps_of_another_run_are_taken_over(tmp_path: Path, capsys: Said) -> No
     words = ["--job", "demo", "--run", "two", "--from", "one", "--step", "1", "2", "--set", "ppo.kl_coef=0.5"]
     assert main(words) == 0
     printed = capsys.readouterr()
-    assert printed.err == "from run one: step 1, step 2\n" and "runs/two/step1/model" in printed.out
+    assert (
+        printed.err == f"from run one: step 1, step 2\ntalk to it: {CHAT} two\n"
+        and "runs/two/step1/model" in printed.out
+    )
     assert main(words) == 0  # again: nothing to do
     assert capsys.readouterr().err.startswith("step 1 (supervised fine-tuning) is complete: runs/two/step1/model\n")
 

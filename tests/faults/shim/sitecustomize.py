@@ -31,6 +31,11 @@ def wait_for(name: str) -> None:
         time.sleep(0.02)
 
 
+def is_here() -> bool:
+    """Return whether this process is the rank that meets the fault; the importer has no number."""
+    return os.environ.get("RANK") == str(fault["rank"])
+
+
 def meet(out: Any, rows: int) -> Any:
     """Cause the fault if this is the pass, counted by its rows, that it belongs to.
 
@@ -38,7 +43,7 @@ def meet(out: Any, rows: int) -> Any:
     """
     import torch
 
-    what = fault["what"]
+    what = fault["what"] if is_here() else ""
     if what == "no memory" and rows > fault["rows"]:
         raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB for {rows} rows (injected)")
     if what == "nan":
@@ -56,10 +61,7 @@ def install() -> None:
     from torch import Tensor
 
     from rlhf_train.generation.decoder import Decoder
-    from rlhf_train.models import packed_attention
 
-    if fault["what"] == "no memory":
-        packed_attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
     plain, plain_save = torch.nn.functional.embedding, safetensors.torch.save
     plain_step = Decoder._step
     passes = 0  # passes of the fault's kind
@@ -93,8 +95,19 @@ def install() -> None:
     Decoder._step = step  # type: ignore[method-assign]
 
 
-if fault is not None and os.environ.get("RANK") == str(fault["rank"]):
+def begin() -> None:
+    """Called in each process that is forked: of the ranks, one meets the fault."""
+    if not is_here():
+        return
     if fault["kind"] == "start":
         wait_for(fault["file"])
-    else:
-        install()
+    if fault["what"] == "no memory":
+        from rlhf_train.models import packed_attention
+
+        packed_attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
+
+
+if fault is not None:
+    if fault["kind"] != "start":
+        install()  # before all other imports, which may take the functions by name
+    os.register_at_fork(after_in_child=begin)

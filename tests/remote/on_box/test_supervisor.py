@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1188,6 +1189,95 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     assert old.exists()
 
 
+# --- a download next to it ------------------------------------------------------------------------
+
+SAYS_ALL = """
+echo "downloading some/model: half"
+[ "$HF_TOKEN" = "$(cat "$EXPECTED")" ] && echo "right secret"
+echo "$RLHF_RUNS"; for word; do printf "<%s>" "$word"; done; echo
+[ -t 0 ] || read -r line || echo "nothing to read"
+echo oops >&2
+exit 3
+"""
+
+
+@every_shell
+def test_a_download_is_no_job_and_runs_next_to_one(made: Callable[[str], Box], shell: str) -> None:
+    box = made(shell)
+    value = "hf_'a b$(touch pwned)\"\\n=#"
+    expected = box.root.parent / "expected"
+    expected.write_text(value)
+    box.scenario(f"EXPECTED={expected}\ncase $3 in --download) {SAYS_ALL} ;; esac\n{TRAINS}")
+    box.started()
+    listed = [line.split()[:2] for line in box.ask("list") if line.startswith(("run", "slot"))]
+    runs = sorted((box.root / "runs").iterdir())
+    before = {path for path in box.root.rglob("*") if path.is_file()}
+    said = box.ask("download", "load-1", FP, "--", "--step", "1", stdin=sent(f"HF_TOKEN={value}", job=b"name: other\n"))
+    other = box.root / "inputs" / hashlib.sha256(b"name: other\n").hexdigest()[:16] / "job.yaml"
+    assert [line for line in said if line != "beat"] == [
+        "begun",
+        "downloading some/model: half",
+        "right secret",
+        f"{box.root}/runs",
+        f"<-m><rlhf_train><--download><--job><{other}><--step><1>",
+        "nothing to read",
+        "oops",
+        "ended 3",
+    ]
+    assert other.read_bytes() == b"name: other\n"
+    new = {path for path in box.root.rglob("*") if path.is_file()} - before
+    assert {path.name for path in new} <= {
+        "job.yaml",
+        "heartbeat",
+        *(path.name for path in new if "heartbeat." in path.name),
+    }
+    assert not any(b"hf_'a" in path.read_bytes() for path in new) and not list(box.root.rglob("pwned"))
+    assert sorted((box.root / "runs").iterdir()) == runs and box.job().training
+    assert [line.split()[:2] for line in box.ask("list") if line.startswith(("run", "slot"))] == listed
+    assert box.ask("cancel", "run-1", "5")[-1] == "free"
+
+
+@pytest.mark.parametrize("end", ["hang up", "TERM"])
+@every_shell
+def test_a_download_ends_with_its_caller(made: Callable[[str], Box], shell: str, end: str) -> None:
+    box = made(shell)
+    # Its shell would write `Terminated` where nobody reads any more, and end of that.
+    box.scenario("exec 2>/dev/null; " + TRAINS.replace("echo stopped", 'echo stopped >"$RLHF_RUNS/../told"'))
+    argv = box.argv("download", "load-1", FP, "--")
+    argv[0] = str(box.bin / "sh")
+    process = subprocess.Popen(argv, env=box.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    with process.stdin as stdin:
+        stdin.write(sent("HF_TOKEN=hf_secret"))
+    assert [process.stdout.readline() for _ in range(2)] == [b"begun\n", b"begun\n"]
+    for each in psutil.process_iter():
+        assert "hf_secret" not in " ".join(_cmdline(each))
+    if end == "TERM":
+        process.terminate()
+    process.stdout.close()
+    assert process.wait(20) == 143
+    until(lambda: (box.root / "told").exists())
+    until(lambda: not box.everything())
+
+
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [
+        (b"", "refused the connection broke before all of the job was here"),
+        (sent("hf_token=x"), "refused secret 1 does not name a variable"),
+        (sent()[:-1], "refused the connection broke before all of the job was here"),
+    ],
+)
+def test_a_download_that_did_not_come_whole_begins_nothing(box: Box, stdin: bytes, said: str) -> None:
+    assert box.ask("download", "load-1", FP, "--", stdin=stdin) == [said]
+    assert not list((box.root / "inputs").iterdir()) if (box.root / "inputs").exists() else True
+
+
+def test_a_download_needs_what_is_deployed(box: Box) -> None:
+    (said,) = box.ask("download", "load-1", "f" * 16, "--", stdin=sent())
+    assert said == f"refused the code {'f' * 16} is not deployed here; deployed: {FP}"
+
+
 # --- Docker, whose client a script stands for -----------------------------------------------------
 
 DOCKER = r"""#!/bin/sh
@@ -1200,6 +1290,13 @@ case "$1 $2" in
     'compose --project-directory')
         env | grep -E '^(RLHF_|MIRROR|NCCL_P2P|http)' >"$STANDIN/env"
         [ ! -e "$STANDIN/broken" ] || { echo 'could not select device driver' >&2; exit 1; }
+        case " $* " in
+            *' --entrypoint sh '*) # in the foreground: what is called in the container, with a script for the training
+                while [ "$1" != -c ]; do shift; done
+                inside=$(printf %s "$2" | sed "s|/opt/entrypoint python -m rlhf_train|sh '$STANDIN/scenario.sh'|")
+                shift 2
+                exec sh -c "$inside" "$@" ;;
+        esac
         while [ "$1" != --name ]; do shift; done
         at=$STANDIN/$2
         shift 3
@@ -1295,6 +1392,60 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
     }  # fmt: skip
     assert expected.items() <= variables.items() and "HTTPS_PROXY" not in variables
     assert not secrets.exists()
+
+
+def test_chat_runs_in_the_image_that_was_deployed(docked: Box) -> None:
+    """On the caller's terminal, by a name of its own, and without any run's secrets."""
+    contained(docked, ":")
+    docked.ask("chat", "demo", "--compare", "step1,step3")
+    (call,) = (engine(docked) / "calls").read_text().splitlines()
+    where, _, what = call.partition(" run ")
+    assert where.endswith(f"-f {docked.code}/docker/compose.box.yml")
+    name = re.fullmatch(r"--rm --no-deps --name (rlhf-box-chat-\d+) train chat demo --compare step1,step3", what)
+    assert name is not None, what
+    variables = dict(line.split("=", 1) for line in (engine(docked) / "env").read_text().splitlines())
+    secrets = docked.root / "secrets/none"
+    expected = {"RLHF_TAG": KEY, "RLHF_RUNS": f"{docked.root}/runs", "RLHF_SECRETS": str(secrets), "RLHF_REQUEST": ""}
+    assert expected.items() <= variables.items() and list(secrets.iterdir()) == []
+
+
+def test_chat_runs_in_the_environment_that_was_deployed(box: Box) -> None:
+    box.command("python", '#!/bin/sh\nprintf "<%s>" "$@" "$PWD" "$PYTHONPATH" "$RLHF_RUNS"\nexit 5\n', box.python)
+    argv = box.argv("chat", "a b'c")
+    done = subprocess.run(argv, env=box.environ, capture_output=True, text=True, check=False, timeout=60)
+    words = ["-m", "rlhf_train", "chat", "a b'c", box.code, box.code, box.root / "runs"]
+    assert (done.returncode, done.stdout) == (5, "".join(f"<{word}>" for word in words))
+    (box.root / "deployed").unlink()
+    assert box.ask("chat", code=3) == [f"error: nothing is deployed in {box.root}"]
+
+
+def test_docker_downloads_without_a_gpu(docked: Box) -> None:
+    docked.command("nvidia-smi", "#!/bin/sh\n")  # a box with a GPU
+    contained(
+        docked, '[ "$HF_TOKEN" = "hf_x y" ] && echo right; for word; do printf "<%s>" "$word"; done; echo; exit 3'
+    )
+    said = docked.ask("download", "load-1", FP, "--", "--step", "a b", stdin=sent("HF_TOKEN=hf_x y"))
+    job_file, code = docked.root / "inputs" / _hash() / "job.yaml", docked.code
+    assert [line for line in said if line != "beat"] == [
+        "begun",
+        "right",
+        f"<--download><--job><{job_file}><--step><a b>",
+        "ended 3",
+    ]
+    calls = (engine(docked) / "calls").read_text()
+    files = ("docker-compose.yml", "docker/compose.cpu.yml", "docker/compose.box.yml")
+    name = "rlhf-box-download-load-1"
+    assert (
+        f"compose --project-directory {code} --env-file /dev/null {' '.join(f'-f {code}/{file}' for file in files)} "
+        f"run --rm -T --no-deps --name {name} --entrypoint sh train -c "
+    ) in calls
+    assert calls.splitlines()[-1] == f"rm -f {name}" and "hf_x" not in calls
+    variables = (engine(docked) / "env").read_text()
+    assert "RLHF_REQUEST=" not in variables and "RLHF_SECRETS=" not in variables and "hf_x" not in variables
+    if os.getuid() == 0:  # the container does not run as root, and may write there
+        owned = (docked.root / "runs", docked.root / "cache/huggingface", job_file)
+        assert {path.stat().st_uid for path in owned} == {1000}
+    assert docked.ask("list")[0].startswith("disk ")  # no run
 
 
 def _hash() -> str:

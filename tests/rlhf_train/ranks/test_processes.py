@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rlhf_train import launch
 from rlhf_train.plan.placement import Machine, place
 from rlhf_train.ranks import processes
 from rlhf_train.ranks.heartbeat import HeartbeatReader
-from rlhf_train.ranks.processes import Rank, RankEnvironment, SpareRanks, likely_rank_environment
+from rlhf_train.ranks.processes import Importer, Rank, RankEnvironment, SpareRanks, likely_rank_environment
 from rlhf_train.worker import Order
 from tests import tiny
 from tests.faults.scene import PATIENCE_S, ranks_here, until
@@ -35,18 +36,25 @@ def spares() -> Iterator[SpareRanks]:
     assert ranks_here() == []
 
 
+def forked(spares: SpareRanks) -> list[psutil.Process]:
+    for rank in spares._ranks:
+        rank.poll()
+    return ranks_here()
+
+
 # --- what waits, and for whom ---
 
 
 def test_those_that_wait_are_taken_if_they_are_what_is_wanted(spares: SpareRanks) -> None:
     spares.start(CREW)
-    (waiting,) = ranks_here()
+    (waiting,) = until(lambda: forked(spares))
     spares.start(RankEnvironment("cpu", 2, 1))  # there are some already
     assert ranks_here() == [waiting]
     (taken,) = spares.take(CREW)
     assert taken.pid == waiting.pid
     (other,) = spares.take(CREW)  # none waits
-    assert other.pid != taken.pid
+    until(lambda: len(ranks_here()) == 2)
+    assert other.poll() is None and other.pid != taken.pid
     processes.end([taken, other])
 
 
@@ -54,12 +62,15 @@ def test_others_are_ended_and_made_anew(spares: SpareRanks) -> None:
     spares.start(CREW)
     first = spares._ranks
     two = spares.take(RankEnvironment("cpu", 2, 1))
-    assert first[0].returncode == -signal.SIGKILL and len({rank.pid for rank in two}) == 2
-    assert [psutil.Process(rank.pid).environ()["RANK"] for rank in two] == ["0", "1"]
+    assert first[0].returncode == -signal.SIGKILL
+    until(lambda: len(ranks_here()) == 2)
+    assert [rank.poll() for rank in two] == [None, None]
+    assert [psutil.Process(rank.pid).name() for rank in two] == ["rank 0", "rank 1"]
     processes.end(two)
     spares.start(RankEnvironment("cpu", 2, 1))
+    until(lambda: len(forked(spares)) == 2)
     spares._ranks[1].kill()  # while it waited: memory ran out, say
-    spares._ranks[1].wait()
+    spares._ranks[1].wait(PATIENCE_S)
     again = spares.take(RankEnvironment("cpu", 2, 1))
     assert [rank.poll() for rank in again] == [None, None]
     processes.end(again)
@@ -148,9 +159,11 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
         "print('a warning')\nraise ImportError('no such library')\n", encoding="utf-8"
     )
     watch = HeartbeatReader(1)
-    rank = Rank(0, CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
+    importer = Importer(CREW, os.environ | {"PYTHONPATH": str(tmp_path)})
+    rank = Rank(0, importer)
     until(lambda: rank.early_output() == b"a warning\n")
-    assert rank.poll() is None
+    until(ranks_here)
+    assert rank.poll() is None and rank.pid != importer.pid
     order = Order({}, str(tmp_path / "run"), 1, [1], {}, str(tmp_path), 0)
     with (tmp_path / "log").open("ab") as log, tempfile.TemporaryFile() as lock:
         rank.tell(order.for_rank(0), log.fileno(), watch.file, lock.fileno())
@@ -161,3 +174,42 @@ def test_an_import_that_fails_is_told_when_there_is_a_log(tmp_path: Path) -> Non
     output = (tmp_path / "log").read_text(encoding="utf-8")
     assert output.startswith("a warning\nTraceback ") and output.endswith("ImportError: no such library\n")
     assert rank.early_output() == b""
+    importer.end()
+
+
+# --- one process imports, and forks them ---
+
+
+def test_the_ranks_of_all_steps_come_from_one_process_and_differ_in_their_number_alone(spares: SpareRanks) -> None:
+    two = RankEnvironment("cpu", 2, 1)
+    first = spares.take(two)
+    until(lambda: len(ranks_here()) == 2 and [rank.poll() for rank in first] == [None, None])
+    spares.start(two)
+    until(lambda: len(forked(spares)) == 4)
+    parents = {process.ppid() for process in ranks_here()}
+    assert parents == {psutil.Process(rank.pid).ppid() for rank in first} and len(parents) == 1
+    assert {os.getsid(process.pid) for process in ranks_here()} == {process.pid for process in ranks_here()}
+    started = [rank.pid for rank in first]
+    first[0].kill()
+    first[1].send_signal(signal.SIGTERM)  # it has no order, so it keeps nothing
+    assert [rank.wait(PATIENCE_S) for rank in first] == [-signal.SIGKILL, -signal.SIGTERM]
+    assert all(not psutil.pid_exists(process) for process in started)
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_when_the_importer_is_killed_its_ranks_are_too(spares: SpareRanks, is_forked: bool) -> None:
+    spares.start(CREW)
+    (rank,) = spares._ranks
+    importer = rank.pid
+    if is_forked:
+        (process,) = until(lambda: forked(spares))
+        assert rank.poll() is None and process.ppid() == importer != rank.pid
+        os.kill(importer, signal.SIGTERM)  # a batch scheduler's, to all processes: the launcher decides
+        time.sleep(0.2)
+        assert rank.poll() is None
+    os.kill(importer, signal.SIGKILL)
+    assert rank.wait(PATIENCE_S) == -signal.SIGKILL
+    until(lambda: ranks_here() == [])
+    (again,) = spares.take(CREW)
+    until(lambda: again.poll() is None and ranks_here())
+    processes.end([again])

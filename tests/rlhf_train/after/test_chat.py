@@ -1,0 +1,279 @@
+"""Test the chat as people and scripts have it: --once, a pipe, commands, a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from jobs.errors import ExitCode, ToolkitError
+from jobs.run_dir import RunDir
+from rlhf_train.after import chat
+from rlhf_train.after.screen import Screen
+from rlhf_train.after.session import Interrupt, Session
+from tests.rlhf_train.after import models
+
+pytestmark = pytest.mark.pinned
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("chat") / "model")
+
+
+def expected(folder: Path, text: str, limit: int = 12) -> str:
+    words = models.tokenizer()
+    made = models.greedy(folder, words(f"\n\nHuman: {text}\n\nAssistant:")["input_ids"], [2], limit)
+    return str(words.decode([token for token in made if token != 2])).lstrip() + "\n"
+
+
+def test_once_prints_the_answer_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.chat([str(folder), "--once", "red 🙂"], folder.parent) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert out == expected(folder, "red 🙂")
+    assert "error" not in err and "warning" not in err
+
+
+def test_a_pipe_is_one_question(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("red\ncat\n"))
+    assert chat.chat([str(folder), "--max-tokens", "5"], folder.parent) == ExitCode.OK
+    assert capsys.readouterr().out == expected(folder, "red\ncat", 5)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(ToolkitError, match="no question"):
+        chat.chat([str(folder)], folder.parent)
+
+
+@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "0"], ["--top-k", "x"], ["--temp", "1"]])
+def test_wrong_flags_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        chat.parser().parse_args(words)
+
+
+# --- commands ---
+
+
+class Notes(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+
+@pytest.fixture
+def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
+    from rlhf_train.after.chat_model import Wishes
+    from rlhf_train.after.sources import Source
+
+    out, notes = Notes(), Notes()
+    screen = Screen(out, notes)
+    loaded = chat._load([Source("it", str(folder))], folder.parent, Wishes(), screen)
+    yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt()), out, notes
+
+
+def test_an_answer_knows_what_was_said_before(talk: tuple[Session, Notes, Notes], folder: Path) -> None:
+    session, out, _ = talk
+    session.line("red")
+    first = out.getvalue()
+    session.line("cat")
+    [said] = session.record()
+    answer = said["messages"][1]["content"]  # type: ignore[index]
+    assert first == expected(folder, "red") == answer.lstrip() + "\n"
+    assert out.getvalue() == first + expected(folder, f"red\n\nAssistant:{answer}\n\nHuman: cat")
+    session.line("/reset")
+    session.line("red")
+    assert out.getvalue().endswith(first) and len(session.record()[0]["messages"]) == 2  # type: ignore[arg-type]
+
+
+def test_the_system_text_stands_first(talk: tuple[Session, Notes, Notes]) -> None:
+    session, _, notes = talk
+    session.line("/system Be small.")
+    session.line("red")
+    system = {"role": "system", "content": "Be small."}
+    assert session.record()[0]["messages"][0] == system  # type: ignore[index]
+    session.line("/system")
+    assert session.record()[0]["messages"][0] != system  # type: ignore[index]
+    session.line("/help")
+    session.line("/nothing")
+    assert "/compare A,B" in notes.getvalue() and "there is no /nothing" in notes.getvalue()
+
+
+def test_a_conversation_is_saved_once(talk: tuple[Session, Notes, Notes], tmp_path: Path, folder: Path) -> None:
+    session, _, notes = talk
+    session.line("red")
+    session.line(f"/save {tmp_path / 'talk.json'}")
+    [said] = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert said["model"] == str(folder) and said["messages"][0] == {"role": "user", "content": "red"}
+    assert said["messages"][1]["content"].lstrip() + "\n" == expected(folder, "red")
+    session.line(f"/save {tmp_path / 'talk.json'}")
+    assert "cannot write" in notes.getvalue()
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_says_so(talk: tuple[Session, Notes, Notes]) -> None:
+    """The model has 96 positions."""
+    session, _, notes = talk
+    for _ in range(5):
+        session.line("red cat tall tree")
+    assert "oldest turn no longer fit" in notes.getvalue() or "oldest turns no longer fit" in notes.getvalue()
+    session.line("x" * 200)
+    assert "the message is too long for the model" in notes.getvalue()
+    before = len(session.record()[0]["messages"])  # type: ignore[arg-type]
+    assert before == 10  # the refused one is no part of it
+
+
+def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rewards are those of plain transformers: (logit - shift) / scale after the answer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, OPTForSequenceClassification
+
+    from tests import tiny
+
+    run = RunDir(tmp_path / "runs" / "demo")
+    for step in (1, 3):
+        models.save(run.step(step).model)
+        run.step(step).complete.write_text("{}")
+    words, shape = models.tokenizer(), {key: value for key, value in tiny.OPT.items() if key != "model_type"}
+    torch.manual_seed(5)
+    config = OPTConfig(vocab_size=len(words), num_labels=1, dropout=0.0, pad_token_id=1, eos_token_id=2, **shape)
+    OPTForSequenceClassification(config).save_pretrained(run.step(2).model)
+    words.save_pretrained(run.step(2).model)
+    run.step(2).complete.write_text("{}")
+    run.step(2).reward_scale.write_text('{"shift": 0.5, "scale": 2.0}')
+    run.events.touch()
+    assert chat.chat(["demo", "--compare", "step1,step3", "--once", "red"], run.path.parent) == ExitCode.OK
+    out = capsys.readouterr().out
+    tokens = models.greedy(run.step(1).model, words("\n\nHuman: red\n\nAssistant:")["input_ids"], [2], 12)
+    ids = words("\n\nHuman: red\n\nAssistant:")["input_ids"] + tokens
+    scorer = AutoModelForSequenceClassification.from_pretrained(run.step(2).model)
+    logit = float(scorer(torch.tensor([ids])).logits)
+    assert AutoTokenizer.from_pretrained(run.step(2).model).pad_token_id == 1
+    block = f"{expected(run.step(1).model, 'red')}reward {(logit - 0.5) / 2:.2f}\n"
+    assert out == f"demo, step 1 (supervised fine-tuning)\n{block}\ndemo, step 3 (PPO)\n{block}"
+
+
+# --- a real terminal ---
+
+
+class Terminal:
+    def __init__(self, argv: list[str], runs: Path, columns: int = 80, **variables: str) -> None:
+        self.process, self._fd = pty.fork()
+        if self.process == 0:  # the chat, in a copy of this process, which has imported torch
+            code = 99
+            try:
+                ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+                os.environ.update(variables)
+                sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
+                sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                code = int(chat.chat(argv, runs))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        self.seen = ""
+
+    def wait(self, pattern: str, seconds: float = 120.0) -> str:
+        """Read until what is new on the terminal matches, and return it."""
+        new, deadline = "", time.monotonic() + seconds
+        while not re.search(pattern, plain(new)):
+            assert time.monotonic() < deadline, f"{pattern!r} is not in {plain(new)!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self._fd, 65536).decode(errors="replace")
+                except OSError:  # the other side is closed
+                    data = ""
+                assert data, f"it ended: {plain(self.seen)!r}"
+                new, self.seen = new + data, self.seen + data
+        return new
+
+    def type(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def left(self) -> int:
+        """Type Ctrl-D until the chat ends, and return its exit code.
+
+        A Ctrl-D may come before the terminal hands keys on, right after the prompt.
+        """
+        begun = time.monotonic()
+        typed = 0.0
+        while time.monotonic() < begun + 60:
+            if time.monotonic() > typed + 3:
+                self.type("\x04")
+                typed = time.monotonic()
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            if process:
+                self.process = 0
+                return os.waitstatus_to_exitcode(status)
+            if select.select([self._fd], [], [], 0.1)[0]:
+                with suppress(OSError):
+                    self.seen += os.read(self._fd, 65536).decode(errors="replace")
+        raise AssertionError(f"it does not end: {plain(self.seen)!r}")
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", text).replace("\r", "")
+
+
+@contextmanager
+def terminal(argv: list[str], runs: Path, columns: int = 80, **variables: str) -> Iterator[Terminal]:
+    made = Terminal(argv, runs, columns, **variables)
+    try:
+        yield made
+    finally:
+        if made.process:
+            os.kill(made.process, signal.SIGKILL)
+            os.waitpid(made.process, 0)
+
+
+PROMPT = r"you>\s*$"  # prompt_toolkit may move over the space instead of printing it
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers take longer than anybody waits."""
+    return models.save(
+        tmp_path_factory.mktemp("endless") / "model", positions=20_000, ends=False, max_new_tokens=15_000
+    )
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(endless: Path) -> None:
+    with terminal(
+        [str(endless), "--temperature", "1", "--top-k", "0", "--seed", "1"], endless.parent, TERM="xterm"
+    ) as it:
+        hello = plain(it.wait(PROMPT))
+        assert "temperature 1" in hello and "Ctrl-D ends" in hello and "Human/Assistant" in hello
+        it.type("red\r")
+        it.wait(r"(\n[^\n]+){4}")  # some lines of the answer are there
+        it.type("\x03")
+        it.wait(r"stopped by Ctrl-C(.|\n)*" + PROMPT)
+        it.type("half a line\x03")  # at the prompt it empties the line
+        it.wait(r"\n" + PROMPT)
+        it.type("/help\r")
+        it.wait(r"/save \[FILE\](.|\n)*" + PROMPT)
+        assert it.left() == 0
+        answer = plain(it.seen).partition("you> red\n")[2].partition("\nstopped by")[0].replace("^C", "")
+        assert max(map(cell_len, answer.split("\n"))) <= 80
+
+
+def test_a_dumb_terminal_without_colour_sees_no_escape_sequence(folder: Path) -> None:
+    with terminal([str(folder)], folder.parent, TERM="dumb", NO_COLOR="1") as it:
+        it.wait("you> ")
+        it.type("red\r")
+        it.wait(re.escape(expected(folder, "red").split()[0]) + r"(.|\n)*you> ")
+        assert it.left() == 0
+        assert "\x1b" not in it.seen

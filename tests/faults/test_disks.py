@@ -16,6 +16,7 @@ import pytest
 from jobs.formatting import size
 from jobs.run_dir import RunDir
 from rlhf_train.engine import checkpoint_files
+from tests.disks import unmount
 from tests.faults.scene import Scene, curve, error_of, events, fault, when
 from tests.tiny import Trained
 
@@ -149,14 +150,18 @@ def the_last_is_good(run: RunDir) -> None:
     assert [path.name for path in run.step(1).checkpoints.iterdir()] == ["update-2"]
 
 
-def test_it_turns_read_only(scene: Scene, disk: Path, capsys: Said) -> None:
+def test_it_turns_read_only(scene: Scene, disk: Path, tmp_path: Path, capsys: Said) -> None:
     run = scene.run("read-only")
+    twin = tmp_path / "twin"
+    twin.mkdir()
 
     def turn() -> None:
-        # Laid over itself: a plain `remount,ro` is refused while a file is open for writing, as it
-        # is not when the kernel finds a disk broken.
-        assert mount("--bind", disk, disk) == ""
-        assert mount("-o", "remount,ro,bind", disk) == ""
+        # A read-only twin is laid over it: `remount,ro` is refused while a file is open for
+        # writing, as it is not when the kernel finds a disk broken.
+        assert mount("--bind", disk, twin) == ""
+        assert mount("-o", "remount,ro,bind", twin) == ""
+        assert mount("--bind", twin, disk) == ""
+        unmount(twin)
 
     code = while_it_waits(scene, run, turn)
     output = capsys.readouterr().err

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,37 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     scene.log.close()
 
 
-def test_all_is_sent_before_the_end_and_without_a_key_it_is_kept(tmp_path: Path) -> None:
-    scene = Scene(tmp_path)  # not offline
+class Refusal(BaseHTTPRequestHandler):
+    """A server of Weights & Biases that knows no key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "wrong key"}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_all_is_sent_before_the_end_and_with_a_wrong_key_it_is_kept(tmp_path: Path) -> None:
+    server, key = ThreadingHTTPServer(("127.0.0.1", 0), Refusal), "0123456789" * 4
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    scene = Scene(tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY=key, NO_PROXY="127.0.0.1")
     scene.update(1)
     scene.update(2)
     scene.close()
-    assert scene.said == [
-        "wandb: No API key configured. Use `wandb login` to log in; its numbers are kept in "
-        f"{scene.run.wandb}, and `wandb sync` sends them (the run does not need it; more in train.log)"
-    ]
+    server.shutdown()
+    server.server_close()
+    (said,) = scene.said
+    assert said.startswith("wandb: ") and "error 401" in said
+    kept = f"; its numbers are kept in {scene.run.wandb}, and `wandb sync` sends them"
+    assert said.endswith(f"{kept} (the run does not need it; more in train.log)")
+    assert "Traceback" in scene.run.log.read_text(encoding="utf-8")
+    for path in (each for each in scene.run.path.rglob("*") if each.is_file()):
+        assert key.encode() not in path.read_bytes()
     assert not scene.alive()
     scene.log.close()
     (records,) = offline_runs(scene.run.wandb)

@@ -54,9 +54,8 @@ class Wandb:
             traceback.print_exc()
             wandb.teardown()  # else the id is taken
             self._run = start("offline")
-            tell(
-                f"wandb: {one_line(error).rstrip('.')}; its numbers are kept in {run.wandb}, and `wandb sync` sends them"
-            )
+            why = one_line(error).rstrip(".")
+            tell(f"wandb: {why}; its numbers are kept in {run.wandb}, and `wandb sync` sends them")
         for step in STEPS:
             self._run.define_metric(f"step{step}/update", hidden=True)
             self._run.define_metric(f"step{step}/*", step_metric=f"step{step}/update")

@@ -3,8 +3,9 @@
 `python benchmarks/remote.py` makes a box (a container with sshd and Python 3.10, as in the tests)
 and a connection with a round trip of 100 ms to it. It deploys (some minutes, once), and prints
 medians of whole commands, Python's own start included. `near` is the same box without the delay:
-the difference, in round trips, is the cost of the connection. It needs root on Linux, and Docker,
-or Debian to install Docker on.
+the difference, in round trips, is the cost of the connection. Then it gives the box a package index
+of its own and a Python that has the locked PyTorch, as providers' images do, and measures what is
+left of a first deploy. It needs root on Linux, and Docker, or Debian to install Docker on.
 """
 
 from __future__ import annotations
@@ -41,6 +42,27 @@ from tests.integration.remote.rig import BareBox, Laptop, until  # noqa: E402
 
 GRACE_S = 5.0  # that a job gets to end by itself
 TABLE_WIDTH = 110
+# All that a first deploy asks an index for, PyTorch excepted.
+LOCAL_INDEX = """
+set -eu
+cd "$(ls -dt "$1"/code/*/ | head -n 1)"
+python=$(echo "$1"/env/*/bin/python)
+sed '/^deepspeed==/,/# via/d' env/pins/image.txt >/tmp/wheels.txt
+sed -n '/^deepspeed==/,/# via/p' env/pins/image.txt >/tmp/deepspeed.txt
+for lock in env/pins/pip.txt env/pins/uv.txt /tmp/wheels.txt; do
+    "$python" -m pip download --quiet --no-deps --require-hashes --dest /tmp/packages --requirement "$lock"
+done
+DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$python" -m pip download --quiet --no-deps --require-hashes --no-build-isolation \
+    --no-binary deepspeed --dest /tmp/packages --requirement /tmp/deepspeed.txt
+for file in /tmp/packages/*; do
+    name=$(basename "$file" | sed 's/-[0-9].*//' | tr 'A-Z_.' 'a-z--')
+    mkdir -p "/index/simple/$name"
+    mv "$file" "/index/simple/$name/"
+done
+theirs=$(python3.10 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" env/take_torch.py "env/pins/$2.txt" "$theirs"
+"""
+LOCAL_MIRROR = "PIP_INDEX_URL=http://127.0.0.1:8000/simple\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
 RSYNC = "apt-get -qq update && apt-get -qq install -y --no-install-recommends rsync >/dev/null 2>&1"
 
 
@@ -139,6 +161,27 @@ class Bench:
         assert "nothing of it is left" in done.out, done.all
         return done.seconds
 
+    def first_deploy(self, laptop: Laptop) -> float:
+        """Deploy to a folder where nothing is, as on a new box."""
+        self.count += 1
+        name = f"new-{self.count}"
+        laptop.add(name, {**self.box.entry, "data_folder": f"/{name}", "mirror": "local"})
+        done = laptop.fab("deploy", "--host", name, timeout_s=1800)
+        assert "which this box has" in done.all, done.all
+        self.box.sh('rm -rf "$1"', f"/{name}")
+        return done.seconds
+
+    def has_its_own_index(self, trusted: Path) -> None:
+        """Give the box a package index on its loopback, and its Python the locked PyTorch."""
+        self.box.docker("cp", str(trusted), f"{self.box.container}:/tmp/trusted.pem")
+        index = {name: os.environ[name] for name in ("PIP_INDEX_URL",) if name in os.environ}
+        variables = [f"{name}={value}" for name, value in {"PIP_CERT": "/tmp/trusted.pem", **index}.items()]
+        script = ("env", *variables, "sh", "-c", LOCAL_INDEX, "sh", self.box.root, self.box.entry["build"]["TORCH"])
+        self.box.docker("exec", self.box.container, *script, timeout_s=1800)
+        serve = ("python3.10", "-m", "http.server", "8000", "--bind", "127.0.0.1", "--directory", "/index")
+        self.box.docker("exec", "--detach", self.box.container, *serve)
+        (self.laptop.checkout / "env/mirrors/local.env").write_text(LOCAL_MIRROR, encoding="utf-8")
+
     # --- a job to measure with ---
 
     def start(self) -> str:
@@ -163,7 +206,9 @@ class Bench:
             self.laptop.fab("cancel", *self.host, "--run", run)
 
 
-def measure(bench: Bench, line: FarLine, delay_s: float, times: int, say: Callable[[str], None]) -> list[Row]:
+def measure(
+    bench: Bench, line: FarLine, delay_s: float, times: int, trusted: Path, say: Callable[[str], None]
+) -> list[Row]:
     far = bench.laptop.far(line)
 
     def row(what: str, target_s: float, once: Callable[[Laptop], float], repeat: int = times) -> Row:
@@ -191,20 +236,27 @@ def measure(bench: Bench, line: FarLine, delay_s: float, times: int, say: Callab
         rows.append(row("Ctrl-C detaches", 0.3, bench.detach))
     rows.append(row("cancel, verified", GRACE_S + 5, bench.cancel, 2))
     rows.append(row("cancel of a job that does not react, verified", GRACE_S + 5, bench.cancel_deaf, 2))
+    say("a package index on the box: some minutes")
+    bench.has_its_own_index(trusted)
+    rows.append(row("first deploy, PyTorch there, local index", 90, bench.first_deploy, 1))
     return rows
 
 
 # --- the box and the connection ---
 
 
-def make_bench(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> tuple[Bench, FarLine]:
+def certificates() -> Path:
+    """Return what this machine trusts, which may be a proxy that looks into TLS."""
+    by_variable = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    return Path(by_variable or ssl.get_default_verify_paths().cafile or os.devnull)
+
+
+def make_bench(folder: Path, trusted: Path, stack: ExitStack, say: Callable[[str], None]) -> tuple[Bench, FarLine]:
     docker = Docker() if not Docker().answers() else stack.enter_context(engine.installed_engine())
     base = os.environ.get("BASE_IMAGE") or engine.make_base(docker)
     (folder / "laptop").mkdir(parents=True)
     laptop = Laptop.make(folder / "laptop")
     network = stack.enter_context(rig.network(docker))
-    by_variable = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
-    trusted = Path(by_variable or ssl.get_default_verify_paths().cafile or os.devnull)
     box = stack.enter_context(rig.bare_box(docker, folder / "bare-box", laptop, base, network, trusted))
     line = stack.enter_context(rig.line_through(network))
     laptop.add(box.name, box.entry)
@@ -230,8 +282,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     options, say = parser.parse_args(), console_on(sys.stderr).print
     with tempfile.TemporaryDirectory(prefix="remote-bench-") as folder, ExitStack() as stack:
-        bench, line = make_bench(Path(folder), stack, say)
-        rows = measure(bench, line, options.round_trip / 2, options.times, say)
+        trusted = certificates()
+        bench, line = make_bench(Path(folder), trusted, stack, say)
+        rows = measure(bench, line, options.round_trip / 2, options.times, trusted, say)
     out = console_on(sys.stdout)
     out.width = TABLE_WIDTH
     out.print(f"$ python {shlex.join(sys.argv)}\n{machine()}\n")

@@ -34,7 +34,7 @@ does not change learning.
 field.
 
 If a field that decides what a step learns has changed since that step began, the same command
-refuses to resume and shows the difference. `name`, `checkpoint` and all of `hardware` but
+refuses to resume and shows the difference. `name`, `track`, `checkpoint` and all of `hardware` but
 `precision` may change at any time.
 """
 

@@ -112,6 +112,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """Files of Weights & Biases, with `track: [wandb]`. Its library names them."""
+        return self.path / "wandb"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer trained for a model that starts from a config."""
         return self.path / "tokenizer"

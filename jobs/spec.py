@@ -68,6 +68,15 @@ Targets = Annotated[
     Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)],
     _wants("'all-linear' or a list of at least one name", lambda value: value == "all-linear" or _is_list(value)),
 ]
+TRACKERS = ("wandb", "trackio")
+Trackers = Annotated[
+    tuple[Annotated[str, _wants(" or ".join(TRACKERS), lambda value: value in TRACKERS)], ...],
+    Field(strict=False),
+    _wants(
+        f"a list, of {' and '.join(TRACKERS)}, each once",
+        lambda value: isinstance(value, list | tuple) and len({*map(str, value)}) == len(value),
+    ),
+]
 AutoCount = Annotated[
     Literal["auto"] | int,
     _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0)),
@@ -372,6 +381,11 @@ class Job(_Strict):
     ppo: Ppo = _field(..., steps=(3,))
     hardware: Hardware = _field(Hardware(), steps=(1, 2, 3))
     checkpoint: CheckpointSchedule = _field(CheckpointSchedule(), steps=(1, 2, 3))
+    track: Trackers = _field(
+        (),
+        "trackers that get all metrics, and this job as the run's config: `wandb`, `trackio`",
+        steps=(1, 2, 3),
+    )
 
     def dump(self) -> dict[str, Any]:
         """Convert the job to plain lists, dicts and numbers, as YAML and JSON have them."""

@@ -37,6 +37,7 @@ from jobs.views.report.run_page import Price, read_run
 from rlhf_train import completion, local_runs
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
+from rlhf_train.trackers.processes import refuse_missing
 
 VERSION = "0.1.0"  # as in pyproject.toml, which is not on a box
 EXAMPLES = """examples:
@@ -222,6 +223,7 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
     wanted = [step for step in wanted if step not in job.own_models]
     load_rule(job.ppo.rule)
+    refuse_missing(job.track)
     begun = time.time()
 
     def leave(_number: int, _frame: object) -> None:

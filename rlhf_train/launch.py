@@ -34,6 +34,7 @@ from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.heartbeat import HeartbeatReader, RankSign
 from rlhf_train.ranks.processes import GRACE_S, POLL_S, Rank, RankEnvironment, SpareRanks, end, libraries_of
 from rlhf_train.tensorboard import TensorBoardFile
+from rlhf_train.trackers.processes import Trackers
 from rlhf_train.worker import LastWords, Order
 
 OTHERS_S = 3.0  # until the other ranks end by themselves, when one has failed
@@ -61,6 +62,7 @@ class _Call:
     view: Any
     report: ReportFile
     board: TensorBoardFile
+    trackers: Trackers
     caught: list[int]  # signals that ask to stop
     spares: SpareRanks
 
@@ -100,7 +102,8 @@ def launch(
             view.feed({"kind": "warning", "message": what})
 
         report, board = ReportFile(run, warn), TensorBoardFile(run, warn)
-        call = _Call(job, run, cache, lock, log, view, report, board, caught, spares)
+        trackers = Trackers(job.track, run, os.environ, log, warn)
+        call = _Call(job, run, cache, lock, log, view, report, board, trackers, caught, spares)
         code = ExitCode.TRAINING
         try:
             code = _train_steps(call, steps, placement)
@@ -109,8 +112,22 @@ def launch(
             raise
         finally:
             board.close()
+            _end_trackers(call, steps)
             report.finish(code)
     return code
+
+
+def _end_trackers(call: _Call, steps: Sequence[int]) -> None:
+    """Let the trackers send what is left; a signal ends that, after Ctrl-C a second one."""
+    signals = len(call.caught)
+
+    def is_hurried() -> bool:
+        return len(call.caught) > signals or call.caught.count(signal.SIGINT) > 1
+
+    def tell(doing: str) -> None:
+        call.view.feed({"kind": "progress", "step": steps[-1], "doing": doing})
+
+    call.trackers.close(is_hurried, tell)
 
 
 def _train_steps(call: _Call, steps: Sequence[int], placement: Placement) -> ExitCode:
@@ -166,7 +183,9 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
         for event in events:
             call.view.feed(event)
             call.board.feed(event)
+            call.trackers.feed(event)
         call.report.renew()
+        call.trackers.renew()
         if len(left) > 1 and not caught and any(map(_ends_soon, events)):
             call.spares.start(environment)
 
@@ -181,6 +200,7 @@ def _train_step(call: _Call, step: int, left: Sequence[int], placement: Placemen
             show()
             if caught and asked_at == math.inf:
                 asked_at = time.monotonic()
+                call.trackers.end_before(asked_at + job.checkpoint.grace_s - END_S / 2)
                 for rank in ranks:
                     rank.send_signal(signal.SIGTERM)
             signs = heartbeats.signs()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import ast
 import re
 import shlex
 import subprocess
@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fabric.main import program
+from invoke.exceptions import ParseError
+from invoke.parser import Parser, ParserContext
 
 from benchmarks.run import NAMES
+from jobs.errors import ToolkitError
 from jobs.spec import find_job, load_job
-from remote.tasks import VERBS
+from remote.tasks import VERBS, ns
+from remote.verbs.command_line import arguments_of, flags_of, mended
 from rlhf_train.__main__ import parser, report_parser, settings_of
 from rlhf_train.after import chat
+from tests.pages import commands_of
 from tests.test_house import INSIDE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,33 +96,16 @@ def test_a_missing_file_is_seen(text: str, missing: list[str]) -> None:
     assert missing_files(text, ROOT, {"spec.py"}) == missing
 
 
-def commands_of(text: str) -> Iterator[list[str]]:
-    """The commands of console blocks, in words; one line may hold several."""
-    for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
-        for line in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE):
-            words: list[str] = []
-            for word in [*shlex.split(line, comments=True), "&&"]:
-                if word != "&&":
-                    words.append(word)
-                elif words:
-                    yield words
-                    words = []
-
-
 def mistake_in(words: list[str]) -> str:
     """Why this is no command of ours; "" if it is one."""
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    program, rest = words[0], words[1:]
-    if program == "make":
+    first, rest = words[0], words[1:]
+    if first == "make":
         targets = re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         return ", ".join(word for word in rest if word not in targets and "=" not in word)
-    if program == "fab":
-        verb = VERBS_BY_NAME.get(rest[0])
-        known = (
-            {name.strip("_").replace("_", "-") for name in inspect.signature(verb.body).parameters} if verb else set()
-        )
-        return ", ".join(word for word in rest if word.startswith("--") and word[2:] not in known) if verb else rest[0]
+    if first == "fab":
+        return mistake_in_fab(rest)
     if words[:3] == ["docker", "compose", "run"] and "chat" in words:
         return mistake_in_training(words[words.index("chat") :])
     if words[:3] == ["docker", "compose", "up"]:
@@ -124,19 +113,35 @@ def mistake_in(words: list[str]) -> str:
         return ", ".join(sorted({*words[3:]} - {*services}))
     if words[:2] == ["docker", "compose"]:
         return mistake_in_training(rest[rest.index("train") + 1 :])
-    if program == ".venv/bin/rlhf-train":
+    if first == ".venv/bin/rlhf-train":
         return mistake_in_training(rest)
     if words[:3] == [".venv/bin/python", "-m", "rlhf_train"]:
         return mistake_in_training(rest[2:])
-    if program == ".venv/bin/python" and (ROOT / rest[0]).is_file():
+    if first == ".venv/bin/python" and (ROOT / rest[0]).is_file():
         return ", ".join(
             word for word in rest[1:] if rest[0] == "benchmarks/run.py" and word not in NAMES and word != "--list"
         )
-    if program in ("python3", "alias"):
+    if first in ("python3", "alias"):
         return ""
-    if program == ".fab/bin/pip":
+    if first == ".fab/bin/pip":
         return "" if (ROOT / rest[-1]).is_file() else rest[-1]
-    return f"{program} is not known here"
+    return f"{first} is not known here"
+
+
+def mistake_in_fab(words: list[str]) -> str:
+    """As `fab` reads them: mended by us, then parsed by Invoke; and the job that they name."""
+    arguments = {name: arguments_of(task) for name, task in ns.tasks.items()}
+    known = {name: flags_of(each) for name, each in arguments.items()}
+    try:
+        call_as_mended = mended(words, known, flags_of(program.core_args()).takes_value)
+        contexts = [ParserContext(name, args=each) for name, each in arguments.items()]
+        (call,) = Parser(contexts=contexts).parse_argv(call_as_mended)
+        job, settings = (call.args[name].value if name in call.args else None for name in ("job", "set"))
+        if job and job not in THE_USERS_OWN:
+            load_job(job, settings or [])
+    except (ToolkitError, ParseError) as error:
+        return str(error)
+    return ", ".join(argument.name for argument in call.missing_positional_args)
 
 
 def mistake_in_training(arguments: list[str]) -> str:
@@ -171,13 +176,17 @@ def test_every_command_of_a_page_is_one(page: Path, monkeypatch: pytest.MonkeyPa
         ("fab train --host a --job demo --step 1,2", ""),
         ("fab gone --host a", "gone"),
         ("fab fetch --host a --gone", "--gone"),
+        ("fab train --host a --job demo --run", "needed value"),
+        ("fab train --host a --job demo --set ppo.klcoef=1", "ppo.klcoef: unknown field"),
+        ("fab add gpu-box", "command"),
         ("MIRROR=cn docker compose run train --step 3", ""),
         (".venv/bin/python benchmarks/run.py ppo gone", "gone"),
         ("pip install rlhf-box", "pip is not known here"),
     ],
 )
 def test_a_wrong_command_is_seen(command: str, mistake: str) -> None:
-    assert mistake_in(shlex.split(command)) == mistake
+    found = mistake_in(shlex.split(command))
+    assert mistake in found and bool(mistake) == bool(found)
 
 
 def test_readme_begins_with_two_commands() -> None:
@@ -200,6 +209,39 @@ def test_the_exit_codes_are_all_explained() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)
     assert sorted(map(int, listed)) == sorted(int(code) for code in ExitCode)
+
+
+def texts_of(folder: str) -> Iterator[str]:
+    """The texts that our code may print, with … for each value in an f-string."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def what_one_sees(page: str) -> list[str]:
+    """The words in code spans of the paragraphs that begin with `You see`."""
+    paragraphs = re.findall(r"^\*\*You see\*\* (.*?)\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(span.split()) for paragraph in paragraphs for span in re.findall(r"`([^`]+)`", paragraph)]
+
+
+def test_the_error_words_of_troubleshooting_are_ours() -> None:
+    texts = "\n".join(text for folder in ("jobs", "remote", "rlhf_train") for text in texts_of(folder))
+    spans = what_one_sees((ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+    # `fab tunnel` and `hub` are a verb and a line, not errors.
+    errors = [span for span in spans if not span.startswith("fab ") and span != "hub"]
+    assert len(errors) > 15
+    pieces = {piece.strip() for span in errors for piece in span.split("…")}
+    assert [piece for piece in sorted(pieces) if piece not in texts] == []
+
+
+def test_troubleshooting_names_fields_that_exist() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    fields = (ROOT / "docs/job-file.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:actor|critic|data|sft|reward|ppo|hardware|checkpoint)\.[a-z_]+)", page))
+    assert len(named) > 20 and [name for name in sorted(named) if f"`{name}`" not in fields] == []
 
 
 def test_the_glossary_is_in_alphabetical_order() -> None:

@@ -98,10 +98,12 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "completion": HOST,
         "worker": WINGS | {"steps", "completion"},
         "tensorboard": set(),
+        "trackers": set(),
         "after": WINGS | {"completion"},
-        "launch": WINGS | {"steps", "completion", "worker", "tensorboard"},
+        "launch": WINGS | {"steps", "completion", "worker", "tensorboard", "trackers"},
         "local_runs": set(),
-        "__main__": WINGS | {"steps", "completion", "worker", "tensorboard", "after", "launch", "local_runs"},
+        "__main__": WINGS
+        | {"steps", "completion", "worker", "tensorboard", "trackers", "after", "launch", "local_runs"},
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}

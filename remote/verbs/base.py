@@ -24,6 +24,7 @@ from invoke import Context, Exit
 
 from env.settings import Provider, Settings
 from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.spec import Job
 from remote import inventory
 from remote.inventory import Box
 from remote.output import Sayer
@@ -80,10 +81,13 @@ class VerbContext:
     def box(self, name: str) -> Box:
         return inventory.find(name, self.boxes)
 
-    def secrets(self, box: Box) -> dict[str, str]:
-        """Return the secrets that the box's entry names, from the environment or from secrets/."""
+    def secrets(self, box: Box, job: Job | None = None) -> dict[str, str]:
+        """Return the secrets that the box's entry names, from the environment or from secrets/.
+
+        job: what is to run there, if it may need more.
+        """
         found = {}
-        for name in box.secrets:
+        for name in (*box.secrets, *(("WANDB_API_KEY",) if job and "wandb" in job.track else ())):
             file = CHECKOUT / "secrets" / name
             value = os.environ.get(name) or (file.read_text(encoding="utf-8").strip() if file.is_file() else "")
             if value:

@@ -90,7 +90,7 @@ def train(
     inputs = pack(wanted, Path.cwd(), CHECKOUT)
     context = VerbContext.open(dry_run=dry_run)
     box = context.box(one_host(c, host))
-    secrets = context.secrets(box)
+    secrets = context.secrets(box, wanted)
     say = Sayer(secrets.values())
     with context.connection(box, say) as connection:
         deployed = find_deployment(connection, context.providers)

@@ -20,6 +20,7 @@ def test_every_path_of_a_run() -> None:
         "log": "runs/my run/train.log",
         "report": "runs/my run/report.html",
         "tensorboard": "runs/my run/tensorboard",
+        "wandb": "runs/my run/wandb",
         "tokenizer": "runs/my run/tokenizer",
         "lock": "runs/my run/job/lock",
         "cancelled": "runs/my run/job/cancelled",

@@ -135,6 +135,10 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
         ("data.datasets=[]", "data.datasets: a list of at least one name, not []"),
         ("data.datasets=[3]", "data.datasets.0: text, not 3"),
         ("data.datasets=['']", "data.datasets.0: text that is not empty, not ''"),
+        ("track=wandb", "track: a list, of wandb and trackio, each once, not 'wandb'"),
+        ("track=[wandb, mlflow]", "track.1: wandb or trackio, not 'mlflow'"),
+        ("track=[wandb, wandb]", "track: a list, of wandb and trackio, each once, not ['wandb', 'wandb']"),
+        ("track=[3]", "track.0: wandb or trackio, not 3"),
         ("hardware.ranks=0", "hardware.ranks: 'auto' or an integer above 0, not 0"),
         ("hardware.ranks=1.5", "hardware.ranks: 'auto' or an integer above 0, not 1.5"),
         ("hardware.ranks=Auto", "hardware.ranks: 'auto' or an integer above 0, not 'Auto'"),
@@ -181,7 +185,7 @@ def test_a_long_value_is_cut() -> None:
         (
             "sftt.epochs=1",
             "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, "
-            "hardware, checkpoint",
+            "hardware, checkpoint, track",
         ),
         (
             "actor.lora.alpah=1",
@@ -194,12 +198,12 @@ def test_a_long_value_is_cut() -> None:
         (
             "dataset=x",
             "dataset: unknown field; did you mean data.datasets? valid here: name, seed, actor, critic, data, sft, "
-            "reward, ppo, hardware, checkpoint",
+            "reward, ppo, hardware, checkpoint, track",
         ),
         (
             "model=x",
             "model: unknown field; did you mean actor.model? valid here: name, seed, actor, critic, data, sft, "
-            "reward, ppo, hardware, checkpoint",
+            "reward, ppo, hardware, checkpoint, track",
         ),
         ("critic.name=x", "critic.name: unknown field; valid here: model, reward_model"),
         ("critic.config=x", "critic.config: unknown field; valid here: model, reward_model"),

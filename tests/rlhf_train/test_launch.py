@@ -33,6 +33,7 @@ from rlhf_train.ranks.processes import SpareRanks
 from rlhf_train.worker import LastWords
 from tests.faults.scene import fault, is_rank
 from tests.tiny import CHECKOUT, job, write_rows
+from tests.wandb_files import offline_runs, points
 
 PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
 FOREVER = ["--set", "sft.max_updates=1000000", "--set", "sft.epochs=1000000"]
@@ -149,9 +150,13 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_re
     for package in ("jobs", "env", "rlhf_train") if sys.version_info >= (3, 11) else ():
         Path(package).mkdir()
         Path(package, "__init__.py").write_text("raise ImportError('not this one')", encoding="utf-8")
-    with start() as launcher:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with start("--set", "track=[wandb]") as launcher:
         code, out, err = finish(launcher)
     assert code == 0, err
+    (tracked,) = offline_runs(run.wandb)
+    losses = [(event["update"], event["loss"]) for event in events(run, "metrics")]
+    assert points(tracked, "step1/loss", "step1/update") == losses and len(losses) == 4
     assert [(event["step"], event["from_update"]) for event in events(run, "resumed")] == [(1, 0)]
     assert [(event["step"], event["updates"], event["model"]) for event in events(run, "end")] == [
         (1, 4, "out/tiny/step1/model")

@@ -216,6 +216,14 @@ def test_a_rule_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "  why: ZeroDivisionError: division by zero\n" in capsys.readouterr().err
 
 
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: Said, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert main(["--job", "demo", "--set", "track=[trackio]"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the job's field `track` names trackio, which this Python has not\n")
+    assert "-m pip install trackio, or --set" in said and list(tmp_path.iterdir()) == []
+
+
 def test_a_machine_that_is_unfit(capsys: Said, tmp_path: Path) -> None:
     assert main(["--job", "demo", "--set", "hardware.precision=float16"]) == 3
     assert capsys.readouterr().err.startswith("error: hardware.precision is float16, but this runs on CPU\n")

@@ -130,8 +130,8 @@ class RunHistory:
 class EventReader:
     """Read an event file that grows, line by line, so that a long one takes little memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self._path, self._offset = path, offset
 
     def new_events(self) -> Iterable[RawEvent]:
         """Yield the whole lines that were written since the last call."""

@@ -1,0 +1,92 @@
+"""What a tracker is sent, read back from the files of Weights & Biases' offline mode."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from jobs.events import RawEvent
+from jobs.run_dir import RunDir
+from jobs.spec import load_job, save_job
+from rlhf_train.trackers.processes import environment_of
+from rlhf_train.trackers.sender import send_all
+from tests.raw_events import PPO, SFT, event
+from tests.wandb_files import offline_runs, points
+
+ID = "0123456789abcdef"
+
+
+def begun(folder: Path) -> RunDir:
+    run = RunDir(folder / "demo")
+    run.path.mkdir()
+    run.id.write_text(f"{ID}\n", encoding="utf-8")
+    save_job(load_job("demo"), run.job_file)
+    return run
+
+
+def sent(tracker: str, run: RunDir, events: Sequence[RawEvent]) -> list[str]:
+    """Send new events of a run to its end, and return what was said."""
+    offset = run.events.stat().st_size if run.events.exists() else 0
+    with run.events.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(each) + "\n" for each in events)
+    said: list[str] = []
+    send_all(tracker, run, offset, has_ended=lambda: True, tell=said.append)
+    return said
+
+
+def test_a_resume_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(tmp_path)
+    monkeypatch.setattr("os.environ", environment_of(run, {"HOME": str(tmp_path), "WANDB_MODE": "offline"}))
+    damaged = SFT | {"update": 3, "loss": "much"}
+    first = [SFT | {"loss": 3.5}, SFT | {"update": 2, "loss": "inf"}, damaged, event("progress", 1, doing="x"), PPO]
+    assert sent("wandb", run, first) == [
+        "wandb: an update could not be sent: could not convert string to float: 'much'"
+    ]
+    assert sent("wandb", run, [event("resumed", 1, from_update=1), SFT | {"update": 2, "loss": 2.5}]) == []
+    one, two = offline_runs(run.wandb)
+    assert points(one, "step1/loss", "step1/update") == [(1, 3.5), (2, float("inf"))]
+    assert points(one, "step1/grad_norm", "step1/update") == [(1, 1.25), (2, 1.25)]
+    assert points(one, "step3/kl", "step3/update") == [(120, pytest.approx(0.0321))]
+    assert points(two, "step1/loss", "step1/update") == [(2, 2.5)]
+    for records in (one, two):
+        (started,) = [record.run for record in records if record.HasField("run")]
+        assert (started.run_id, started.display_name, started.project) == (ID, "demo", "rlhf-box")
+        config = {item.key: json.loads(item.value_json) for item in started.config.update}
+        assert config["ppo"]["kl_coef"] == load_job("demo").ppo.kl_coef and config["name"] == "demo"
+        axes = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
+        assert axes == {"step1/*": "step1/update", "step2/*": "step2/update", "step3/*": "step3/update"}
+    names = {path.name for path in run.wandb.rglob("*") if path.is_file()}
+    assert not names & {"requirements.txt", "wandb-metadata.json", "output.log"}  # of this machine, nothing
+
+
+def test_trackio_resumes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package is not in the lock. A stand-in notes what trackio 0.43 would get."""
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+            calls.append((step, metrics["step1/loss"]))
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+    def init(
+        project: str, name: str | None = None, config: dict[str, Any] | None = None, resume: str = "never",
+        embed: bool = True, auto_log_gpu: bool | None = None, auto_log_cpu: bool | None = None,
+    ) -> Run:  # fmt: skip
+        assert config is not None
+        calls.append((project, name, resume, config["name"], embed, auto_log_gpu, auto_log_cpu))
+        return Run()
+
+    stand_in = ModuleType("trackio")
+    stand_in.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    assert sent("trackio", begun(tmp_path), [SFT | {"loss": 3.5}, SFT | {"update": 2, "loss": 2.5}]) == []
+    start = ("rlhf-box", "demo-01234567", "allow", "demo", False, False, False)
+    assert calls == [start, (1, 3.5), (2, 2.5), "finish"]

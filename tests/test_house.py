@@ -67,6 +67,8 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "fitness": {"errors", "formatting"},
         "spec": {"errors", "steps", "yaml12"},
         "job_file_page": {"spec"},
+        "model_shape": {"errors", "spec"},
+        "estimate": {"model_shape", "spec", "steps"},
         "views": {"errors", "events", "run_dir", "steps", "yaml12", "state", "formatting"},
     },
     "remote": {

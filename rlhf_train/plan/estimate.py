@@ -364,20 +364,20 @@ def expected_times(
 ) -> dict[str, dict[str, float]] | None:
     """Return the estimated times of `steps` from their rows, as a plan's event has them.
 
-    Their sum is scaled by the pace that is measured, so the card's speed counts little. None if a
-    model's config cannot be read: that is reported where the model is loaded.
+    Their sum is scaled by the pace that is measured, so the card's speed counts little. None if
+    they cannot be estimated, such as for a config of an unknown form: that must not end a run.
     """
-    try:
-        models = models_of(job)
-    except (OSError, ToolkitError):
-        return None
     found = {}
-    for step in steps:
-        rows = rows_of_table(table, job, step)
-        taken = step_time(job, step, models, placement, rows, _usual_speed(placement))
-        if taken.updates is not None:
-            numbers = {"updates": taken.updates, "update_s": taken.update_s, "fixed_s": taken.fixed_s}
-            found[str(step)] = {name: float(f"{value:.4g}") for name, value in numbers.items()}
+    try:
+        models, speed = models_of(job), _usual_speed(placement)
+        for step in steps:
+            rows = rows_of_table(table, job, step)
+            taken = step_time(job, step, models, placement, rows, speed)
+            if taken.updates is not None:
+                numbers = {"updates": taken.updates, "update_s": taken.update_s, "fixed_s": taken.fixed_s}
+                found[str(step)] = {name: float(f"{value:.4g}") for name, value in numbers.items()}
+    except Exception:
+        return None
     return found
 
 

@@ -1,11 +1,13 @@
-"""Settings come from environment variables, limits from limits.toml, providers from providers/.
+"""Settings come from environment variables, limits, cards and providers from files of this folder.
 
 Settings say where caches and runs lie, and whether this is continuous integration. Limits say what
-a machine must have. Providers are those who rent machines out, with what is known about them.
+a machine must have. Cards are GPUs, with what is known of their speed. Providers are those who rent
+machines out, with what is known about them.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ else:
     import tomli as tomllib
 
 LIMITS = Path(__file__).with_name("limits.toml")
+CARDS = Path(__file__).with_name("cards.toml")
 PROVIDERS = Path(__file__).with_name("providers")
 
 
@@ -153,6 +156,57 @@ class Limits(_Table):
     @classmethod
     def load(cls, file: Path = LIMITS) -> Limits:
         return cls.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+
+
+class MeasuredCard(_Table):
+    """What we measured ourselves on such a card."""
+
+    memory_gib: Amount  # that PyTorch sees
+    bandwidth: Amount
+    matmul: Amount
+    source: str
+
+
+class Card(_Table):
+    """A GPU, as cards.toml describes it."""
+
+    seen_as: Names  # parts of PyTorch's name for it
+    memory_gib: Amount
+    bandwidth: Amount  # bytes a second
+    matmul: Amount  # flop a second, of 16-bit numbers
+    bfloat16: bool
+    nvlink: bool  # between the cards of one machine
+    source: str
+    measured: MeasuredCard | None = None
+
+
+class CardShares(_Table):
+    """What a long job reaches: of a published number, and between two cards in bytes a second."""
+
+    matmul: Amount
+    bandwidth: Amount
+    memory: Amount
+    nvlink: Amount
+    host_link: Amount
+
+
+class Cards(_Table):
+    """cards.toml has the GPUs of which something is known."""
+
+    shares: CardShares
+    cards: dict[str, Card]
+
+    @classmethod
+    def load(cls, file: Path = CARDS) -> Cards:
+        return cls.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+
+    def seen_as(self, name: str) -> str | None:
+        """Return our name of the card that PyTorch calls `name`; None if it is not listed.
+
+        A part is whole words: an L40S is no L4, and an A100 no A10.
+        """
+        parts = ((part, key) for key, card in self.cards.items() for part in card.seen_as)
+        return next((key for part, key in parts if re.search(rf"\b{re.escape(part)}\b", name)), None)
 
 
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]

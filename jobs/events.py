@@ -45,6 +45,9 @@ class Plan(Event):
     zero_stage: int
     data: dict[str, int]  # rows read, left out and cut, by reason
     own_models: dict[str, str] | None = None  # that the step starts from, by the job's field
+    # Estimates of this step and of those to come, by their numbers: jobs/estimate.py. Each has
+    # updates, update_s, and fixed_s for all besides them. jobs/pace.py scales them.
+    expected: dict[str, dict[str, float]] | None = None
     hardware: str | None = None  # what `device` is: the GPUs, or the processor and its threads
     versions: dict[str, str] | None = None  # of Python and of the libraries that train
 

@@ -1,4 +1,4 @@
-"""Formatting of numbers and texts for a person: `1h02m`, `2.63 GB`, row counts, the time left.
+"""Formatting of numbers and texts for a person: `1h02m`, `2.63 GB`, row counts.
 
 Control characters in a model's text are made visible, so that a terminal does not obey them: see
 `visible`.
@@ -169,35 +169,3 @@ def is_for_terminal(sample: RawEvent) -> bool:
 def verdict_of(sample: RawEvent) -> str:
     good = {True: "good  ", False: "bad  "}.get(sample.get("good"), "")  # type: ignore[arg-type]
     return f"reward {number(sample.get('reward'), '.2f')}  {good}"
-
-
-class Pace:
-    """The time left of the current step, from the updates that this process has seen."""
-
-    def __init__(self) -> None:
-        self._step: object = None
-        self._start: tuple[int, float] | None = None  # update, elapsed_s
-        self._latest: tuple[int, float] = (0, 0.0)
-        self._updates = 0
-
-    def feed(self, event: RawEvent) -> None:
-        step = event.get("step")
-        if event["kind"] == "resumed":
-            # After a resume, elapsed_s may continue or begin at 0 again. So measure from the first
-            # update that follows.
-            self._step, self._latest = step, (event.get("from_update", 0), 0.0)
-            self._start = None if self._latest[0] else (0, 0.0)
-        elif event["kind"] == "metrics":
-            now = (int(event.get("update", 0)), float(event.get("elapsed_s", math.nan)))
-            updates = int(event.get("updates", 0))
-            if step != self._step or now[0] < self._latest[0]:
-                self._step, self._start = step, (0, 0.0)
-            self._start, self._latest, self._updates = self._start or now, now, updates
-
-    @property
-    def eta_s(self) -> float | None:
-        if self._start is None or self._latest[0] <= self._start[0] or self._latest[0] >= self._updates:
-            return None
-        seconds_per_update = (self._latest[1] - self._start[1]) / (self._latest[0] - self._start[0])
-        seconds = seconds_per_update * (self._updates - self._latest[0])
-        return seconds if math.isfinite(seconds) else None

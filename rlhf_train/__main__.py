@@ -21,9 +21,10 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from env.settings import Limits, Settings
+from env.settings import Cards, Limits, Settings
 from jobs import fitness
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import read_events
@@ -34,6 +35,7 @@ from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
 from jobs.views.report.run_page import Price, read_run
+from jobs.yaml12 import dump_yaml
 from rlhf_train import completion, local_runs
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
@@ -44,6 +46,7 @@ EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
+  rlhf-train --job opt-1.3b-lora --dry-run --gpu rtx-4090  would it fit on two of these, and how long would it take?
   rlhf-train --job opt-1.3b --download                     only fetch its models and data, also without a GPU
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
   rlhf-train status                                        all runs: state, and how far they are
@@ -93,7 +96,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only fetch the models and data sets that the steps need, verified; needs no GPU",
     )
-    p.add_argument("--dry-run", action="store_true", help="say what would be done, and what it needs")
+    p.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and what it takes; ends with 3 if it cannot fit"
+    )
+    p.add_argument("--gpu", metavar="NAME", help="with --dry-run: on such a card of env/cards.toml, e.g. rtx-4090")
+    p.add_argument("--verbose", action="store_true", help="with --dry-run: show the whole job, as it was read")
     p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
     p.add_argument("--version", action="version", version=f"rlhf-box {VERSION}", help="say it, and end")
     return p
@@ -138,7 +145,7 @@ def say(text: str) -> None:
     screen.print(encodable(visible(text), screen.encoding))
 
 
-def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool) -> None:
+def refuse_if_unfit(findings: Sequence[fitness.Finding], *, only_say: bool = False) -> None:
     """Raise ToolkitError with a line for each reason why the machine is unfit.
 
     only_say: show all findings and raise nothing.
@@ -215,8 +222,38 @@ def download(args: argparse.Namespace) -> ExitCode:
     return ExitCode.OK
 
 
+def dry_run(
+    args: argparse.Namespace, job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], cache: Path
+) -> ExitCode:
+    """Say what would be done and what it takes, on this machine or on the card of --gpu."""
+    from rlhf_train.plan.estimate import describe, named_card, target_of
+    from rlhf_train.plan.machine import facts_of
+    from rlhf_train.plan.placement import Machine, place  # this imports torch
+
+    cards = Cards.load()
+    if args.gpu is None:
+        machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
+        facts = facts_of(job, run, cache, machine, os.environ)
+        refuse_if_unfit(fitness.judge(facts, limits), only_say=True)
+        placement = place(job, machine, fitness.no_peer_access(facts, limits))
+        target = target_of(machine, placement, cards)
+    else:
+        machine, target = named_card(args.gpu, 1 if job.hardware.ranks == "auto" else job.hardware.ranks, cards)
+        device = job.hardware.model_copy(update={"device": "cuda"})
+        placement = place(job.model_copy(update={"hardware": device}), machine)
+        placement = replace(placement, device_reason=f"--gpu {args.gpu}")
+    text, fits = describe(job, run, wanted, todo, placement, target)
+    out = console.console_on(sys.stdout)
+    if args.verbose:
+        text = f"{dump_yaml(job.dump()).rstrip()}\n\n{text}"
+    out.print(encodable(visible(text), out.encoding))
+    return ExitCode.OK if fits else ExitCode.UNFIT
+
+
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     refuse_launchers(os.environ)
+    if args.gpu is not None and not args.dry_run:
+        raise ToolkitError("--gpu is for --dry-run", hint="hardware.device and hardware.ranks say where a job runs")
     settings = Settings.from_environ(os.environ)
     job, wanted, run, source = wanted_job(args, settings.runs)
     for step in sorted({*wanted} & {*job.own_models}):
@@ -240,10 +277,12 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         return taken, completion.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
 
     taken, todo = look()
-    if todo and not args.dry_run:
+    if args.dry_run:
+        return dry_run(args, job, run, wanted, todo, settings.cache)
+    if todo:
         # They import while this process imports and looks at the machine.
         spares.start(likely_rank_environment(job, os.environ))
-    if todo or taken or args.dry_run:
+    if todo or taken:
         if sys.stderr.isatty() and not args.quiet:  # a person waits for what takes some seconds
             say(f"run {run.name}: importing PyTorch, and looking at this machine")
         from rlhf_train.plan.machine import facts_of
@@ -251,15 +290,9 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
 
         machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
         facts = facts_of(job, run, settings.cache, machine, os.environ)
-        if todo or args.dry_run:
-            refuse_if_unfit(fitness.judge(facts, limits), only_say=args.dry_run)
+        if todo:
+            refuse_if_unfit(fitness.judge(facts, limits))
         placement = place(job, machine, fitness.no_peer_access(facts, limits))
-    if args.dry_run:
-        from rlhf_train.plan.estimate import describe
-
-        out = console.console_on(sys.stdout)
-        out.print(encodable(describe(job, run, wanted, todo, placement), out.encoding))
-        return ExitCode.OK
     for step in sorted({*wanted} - {*todo, *taken}) if not args.quiet else ():
         say(f"step {step} ({STEPS[step].title}) is complete: {run.step(step).model}")
     if todo or taken or completion.leftovers(run):

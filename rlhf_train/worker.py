@@ -222,7 +222,9 @@ def _train(order: Order, run: RunDir, heartbeat_file: int) -> ExitCode:
         chosen = str(saved.path) if saved else ""
     chosen = world.gather(chosen)[0]
     saved = checkpoint_files.Saved(Path(chosen)) if chosen else None
-    context = StepContext(job, run, world, placement, Path(order.cache), emit, heartbeat, stop, saved, inputs)
+    context = StepContext(
+        job, run, world, placement, Path(order.cache), emit, heartbeat, stop, saved, tuple(order.left), inputs
+    )
     failure: Exception | None = None
     heartbeat.is_patient = True  # until all is loaded: see Checkpointer
     heartbeat.beat()  # it publishes `is_patient`, since the hub may be slow

@@ -22,6 +22,11 @@ PLAN = event(
         "answer_cut": 5,
     },
 )  # fmt: skip
+# What a plan of step 1 says of steps 1 and 2.
+EXPECTED = {
+    "1": {"updates": 10, "update_s": 1.0, "fixed_s": 4.0},
+    "2": {"updates": 30, "update_s": 2.0, "fixed_s": 8.0},
+}
 PPO = event(
     "metrics", 3, update=120, updates=480, elapsed_s=96.0, learning_rate=9.65e-6, tokens_per_s=3120.4,
     real_token_share=0.9, grad_norm=1.5, policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321,

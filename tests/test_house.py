@@ -64,10 +64,13 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "yaml12": {"errors"},
         "state": {"errors", "events"},
         "formatting": {"events", "steps"},
+        "pace": {"events"},
         "fitness": {"errors", "formatting"},
         "spec": {"errors", "steps", "yaml12"},
         "job_file_page": {"spec"},
-        "views": {"errors", "events", "run_dir", "steps", "yaml12", "state", "formatting"},
+        "model_shape": {"errors", "spec"},
+        "estimate": {"model_shape", "spec", "steps"},
+        "views": {"errors", "events", "run_dir", "steps", "yaml12", "state", "formatting", "pace"},
     },
     "remote": {
         "on_box": set(),  # runs on a box, without our other files

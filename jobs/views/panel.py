@@ -23,7 +23,6 @@ from rich.text import Text
 
 from jobs.events import SHOWN, Curve, RawEvent
 from jobs.formatting import (
-    Pace,
     duration,
     facts,
     fold,
@@ -36,8 +35,19 @@ from jobs.formatting import (
     verdict_of,
     visible,
 )
+from jobs.pace import JobPace, Pace
 from jobs.steps import STEPS
-from jobs.views.plain import LINES, checkpoint_text, error_text, head, marked, plan_lines, resumed_text, warning_line
+from jobs.views.plain import (
+    LINES,
+    all_steps_text,
+    checkpoint_text,
+    error_text,
+    head,
+    marked,
+    plan_lines,
+    resumed_text,
+    warning_line,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,7 +155,7 @@ class Board:
     def __init__(self) -> None:
         self._steps: dict[int, StepView] = {}
         self._current = 0
-        self._pace = Pace()
+        self._pace, self._job_pace = Pace(), JobPace()
         self._box: BoxView | None = None
 
     def feed_box(self, box: BoxView) -> None:
@@ -158,6 +168,7 @@ class Board:
             return
         if event["kind"] in ("metrics", "resumed"):
             self._pace.feed(event)
+        self._job_pace.feed(event)
         self._current = step
         self._steps.setdefault(step, StepView()).feed(event, now)
 
@@ -201,7 +212,10 @@ class Board:
             title.append(f"  {duration(float(view.metrics.get('elapsed_s', 0)) + since)}")
         if (left_s := self._left_s(view, now)) is not None:
             title.append(f"  eta {duration(left_s)}")
-        lines = [title, *([_bar(share, width - 2)] if view.updates else [])]
+        job_left_s = self._job_left_s(view, now)
+        after_bar = f"  {all_steps_text(job_left_s)}" if job_left_s is not None else ""
+        bar = _bar(share, max(width - 2 - len(after_bar), 8)).append(after_bar)
+        lines = [title, *([bar] if view.updates else [])]
         if view.metrics:
             curves = STEPS[step].curves(far=self._box is not None)
             curves = {name: curve for name, curve in curves.items() if view.curves.get(name)}
@@ -217,6 +231,14 @@ class Board:
         if view is None or view.end or view.failed or view.metrics_at is None or self._pace.eta_s is None or is_over:
             return None
         return max(self._pace.eta_s - (now - view.metrics_at), 0.0)
+
+    def _job_left_s(self, view: StepView | None, now: float) -> float | None:
+        """Return the time until all steps have ended, if steps follow this one."""
+        is_over = self._box is not None and self._box.ended_at is not None
+        if view is None or view.failed or self._job_pace.left_s is None or is_over:
+            return None
+        since = 0.0 if view.metrics_at is None else now - view.metrics_at
+        return max(self._job_pace.left_s - since, 0.0)
 
     def _far(self, box: BoxView, view: StepView | None, width: int, now: float, spare: int) -> list[Text]:
         lines, cells = [], max(width - 18, 8)
@@ -253,7 +275,9 @@ class Board:
         parts = [f"{money(spent, box.currency)} so far"]
         if box.ended_at is not None:
             return [f"{money(spent, box.currency)} for this job", f"{price} until the box is stopped"]
-        if (left_s := self._left_s(view, now)) is not None:
+        if (left_s := self._job_left_s(view, now)) is not None:
+            parts.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} when the job ends")
+        elif (left_s := self._left_s(view, now)) is not None:
             later = [step for step in box.steps or STEPS if step > self._current]
             until = f"after step {self._current}" if later else "when the job ends"
             parts.append(f"about {money(spent + box.price_per_hour * left_s / 3600, box.currency)} {until}")

@@ -18,7 +18,6 @@ from rich.text import Text
 from jobs.errors import ToolkitError
 from jobs.events import SHOWN, RawEvent
 from jobs.formatting import (
-    Pace,
     data_row_counts,
     duration,
     encodable,
@@ -32,6 +31,7 @@ from jobs.formatting import (
     verdict_of,
     visible,
 )
+from jobs.pace import JobPace, Pace
 from jobs.steps import STEPS
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def sample_line(event: RawEvent) -> str:
     return f"{head(event)}{event.get('when')}  {verdict}prompt: {prompt}  response: {response}"
 
 
-def metrics_line(event: RawEvent, eta_s: float | None) -> str:
+def metrics_line(event: RawEvent, eta_s: float | None, job_left_s: float | None = None) -> str:
     parts = [f"update {event.get('update')}/{event.get('updates')}"]
     step = STEPS.get(event.get("step", 0))
     for name in step.line if step else ():
@@ -107,7 +107,13 @@ def metrics_line(event: RawEvent, eta_s: float | None) -> str:
     parts.append(f"{number(event.get('tokens_per_s'), '.0f')} tok/s")
     if eta_s is not None:
         parts.append(f"eta {duration(eta_s)}")
+    if job_left_s is not None:
+        parts.append(all_steps_text(job_left_s))
     return head(event) + "  ".join(parts)
+
+
+def all_steps_text(left_s: float) -> str:
+    return f"all steps: eta {duration(left_s)}"
 
 
 def progress_text(last: RawEvent | None) -> str:
@@ -168,7 +174,7 @@ class Plain:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._pace = Pace()
+        self._pace, self._job_pace = Pace(), JobPace()
         self._held: RawEvent | None = None  # newest metrics event that was not printed
         self._printed: tuple[object, float] = (None, math.nan)  # step and time of the newest that was
 
@@ -185,6 +191,7 @@ class Plain:
         kind = event["kind"]
         if kind in ("metrics", "resumed"):
             self._pace.feed(event)
+        self._job_pace.feed(event)
         if quiet:
             return
         if kind == "metrics":
@@ -207,7 +214,7 @@ class Plain:
 
     def _release(self) -> None:
         if self._held is not None:
-            self._print(metrics_line(self._held, self._pace.eta_s))
+            self._print(metrics_line(self._held, self._pace.eta_s, self._job_pace.left_s))
             self._printed = (self._held.get("step"), time_of(self._held))
             self._held = None
 

@@ -187,6 +187,13 @@ def texts(spec: Data) -> Iterator[str]:
             yield from dict.fromkeys(row)  # a response that is the chosen answer counts once
 
 
+def rows_of_steps(spec: Data) -> dict[int, list[Row]]:
+    """Return the texts of each step's training rows, those included that tokens will leave out."""
+    train = [_read(name, spec.seed, lambda line: None)[0] for name in spec.datasets]
+    rows = list(chain.from_iterable(train))
+    return {step: [rows[i] for i in order] for step, order in _split(train, spec).items()}
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 

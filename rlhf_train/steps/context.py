@@ -27,6 +27,7 @@ from rlhf_train.engine.deepspeed_engine import DTYPES
 from rlhf_train.engine.divergence import Divergence
 from rlhf_train.host import cpu_text, processor_name
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
+from rlhf_train.plan.estimate import expected_times
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.ranks.heartbeat import Heartbeat
@@ -88,6 +89,7 @@ class StepContext:
     heartbeat: Heartbeat = field(default_factory=Heartbeat.unseen)
     stop: StopRequest = field(default_factory=StopRequest)
     saved: Saved | None = None  # the checkpoint that the step resumes from
+    left: tuple[int, ...] = ()  # this step and those to be done after it
     inputs: Mapping[str, str] = field(default_factory=dict)  # what the step starts from: hashes of the steps before it
 
     @property
@@ -109,15 +111,14 @@ class StepContext:
             self.stop.leave(self.job.checkpoint.grace_s - waited_s)
             raise Stopped
 
-    def plan(
-        self, step: int, plan: BatchPlan, *, updates: int, rows: int, zero_stage: int, row_counts: dict[str, int]
-    ) -> None:
+    def plan(self, step: int, plan: BatchPlan, *, updates: int, zero_stage: int, table: dataset.Table) -> None:
+        """Emit the step's plan. table: its training rows, and those of the steps to come."""
         where = self.placement
         self.emit(
             Plan(
                 step=step,
                 updates=updates,
-                rows=rows,
+                rows=len(table.step_rows[step]),
                 ranks=where.ranks,
                 device=where.device,
                 device_reason=where.device_reason,
@@ -126,7 +127,8 @@ class StepContext:
                 micro_batch=plan.micro_batch,
                 gradient_accumulation=plan.gradient_accumulation,
                 zero_stage=zero_stage,
-                data=row_counts,
+                data=table.row_counts,
+                expected=expected_times(self.job, [n for n in self.left if n >= step], where, table),
                 own_models=self.job.own_models_of(step) or None,
                 hardware=hardware(where),
                 versions=versions(),

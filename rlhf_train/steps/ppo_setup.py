@@ -127,8 +127,7 @@ def set_up(context: StepContext) -> Setup:
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
     possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
-    stage, row_counts = where.actor_zero_stage, tokens.train.row_counts
-    context.plan(3, plan, updates=updates, rows=len(rows), zero_stage=stage, row_counts=row_counts)
+    context.plan(3, plan, updates=updates, zero_stage=where.actor_zero_stage, table=tokens.train)
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
     context.doing(3, "loading actor, reference, critic and reward model")

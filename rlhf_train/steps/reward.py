@@ -59,9 +59,8 @@ def run(context: StepContext) -> End:
         2,
         plan,
         updates=updates,
-        rows=len(rows),
         zero_stage=context.placement.critic_zero_stage,
-        row_counts=tokens.train.row_counts,
+        table=tokens.train,
     )
 
     # 2. Load the reward model, and give it an engine.

@@ -53,9 +53,8 @@ def run(context: StepContext) -> End:
         1,
         plan,
         updates=updates,
-        rows=len(rows),
         zero_stage=context.placement.actor_zero_stage,
-        row_counts=tokens.train.row_counts,
+        table=tokens.train,
     )
 
     if isinstance(job.critic_source, str):  # now, and not after hours of training: see model_checks.py

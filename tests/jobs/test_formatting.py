@@ -1,11 +1,8 @@
 import math
-from collections.abc import Iterable
 
 import pytest
 
-from jobs.events import RawEvent
-from jobs.formatting import Pace, duration, fold, money, number, size, tail, visible
-from tests.raw_events import event
+from jobs.formatting import duration, fold, money, number, size, tail, visible
 
 
 @pytest.mark.parametrize(
@@ -130,34 +127,3 @@ def test_what_a_terminal_would_obey_is_spelt_out(unsafe: str) -> None:
 
 def test_harmless_text_stays_as_it_is() -> None:
     assert visible("Ünïcode 你好\n\t[bold] :smile: \\n") == "Ünïcode 你好\n\t[bold] :smile: \\n"
-
-
-def eta(events: Iterable[RawEvent]) -> float | None:
-    pace = Pace()
-    for each in events:
-        pace.feed(each)
-    return pace.eta_s
-
-
-def metrics(update: int, elapsed_s: float, step: int = 3) -> RawEvent:
-    return event("metrics", step, update=update, updates=480, elapsed_s=elapsed_s)
-
-
-@pytest.mark.parametrize(
-    ("events", "seconds"),
-    [
-        ([], None),
-        ([metrics(12, 96.0)], 3744.0),  # 8 s an update, 468 to go
-        ([metrics(12, 96.0), metrics(24, 240.0)], 4560.0),  # 10 s an update, 456 to go
-        ([metrics(480, 96.0)], None),
-        ([metrics(12, math.nan)], None),
-        ([metrics(400, 900.0, step=2), metrics(12, 96.0)], 3744.0),  # another step's pace says nothing
-        # After a resume the clock may begin anew or go on: 5 s an update, 440 or 430 to go.
-        ([metrics(100, 96.0), event("resumed", 3, from_update=40), metrics(40, 7.0)], None),
-        ([metrics(100, 96.0), event("resumed", 3, from_update=39), metrics(40, 7.0), metrics(50, 57.0)], 2150.0),
-        ([metrics(100, 96.0), event("resumed", 3, from_update=39), metrics(40, 97.0), metrics(50, 147.0)], 2150.0),
-        ([metrics(100, 96.0), event("resumed", 3, from_update=0), metrics(40, 200.0)], 2200.0),
-    ],
-)
-def test_eta(events: list[RawEvent], seconds: float | None) -> None:
-    assert eta(events) == seconds

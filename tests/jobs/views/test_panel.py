@@ -12,7 +12,21 @@ from jobs.events import SHOWN, RawEvent
 from jobs.formatting import number
 from jobs.steps import STEPS, Step
 from jobs.views.panel import Board, BoxView, GpuUsage, Live, cards_text, sparkline
-from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, ROLLOUTS, SFT, event, sample, squeezed
+from tests.raw_events import (
+    BARE,
+    END_1,
+    END_2,
+    END_3,
+    EXPECTED,
+    PLAN,
+    PPO,
+    REWARD,
+    ROLLOUTS,
+    SFT,
+    event,
+    sample,
+    squeezed,
+)
 
 
 def shown(events: Iterable[RawEvent], width: int, now: float = 0.0) -> list[str]:
@@ -44,6 +58,19 @@ def test_panel_of_step_1() -> None:
         "loss 3.2100 ▁ 3.2100 to 3.2100",
         "learning_rate 9.65e-06 grad_norm 1.25 tok/s 900",
     ]
+
+
+def test_the_time_left_of_all_steps_stands_behind_the_bar() -> None:
+    """5 of 10 updates took 10 s: twice as long as estimated."""
+    begun, fifth = event("plan", 1, updates=10, expected=EXPECTED), SFT | {"update": 5, "elapsed_s": 10.0}
+    title, bar, *_ = shown([begun, fifth], 79, now=4.0)
+    assert title.endswith("5 of 10   50%  14s  eta 6s")
+    # 5 updates of 2 s, half of 4 s twice, and twice 60 + 8 s, less the 4 s since the update.
+    assert bar == "  " + "━" * 27 + "─" * 28 + "  all steps: eta 2m26s"
+    assert "all steps" not in "".join(shown([begun, fifth | {"update": 2}], 79))
+    # The only step, or the last one, says it by itself.
+    last = begun | {"expected": {"1": EXPECTED["1"]}}
+    assert "all steps" not in "".join(shown([last, fifth], 79))
 
 
 def test_panel_of_step_2() -> None:

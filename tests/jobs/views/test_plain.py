@@ -9,7 +9,7 @@ from jobs.events import RawEvent, parsed
 from jobs.views.console import console_on
 from jobs.views.plain import LINES as plain_lines
 from jobs.views.plain import Plain
-from tests.raw_events import BARE, END_1, END_2, END_3, PLAN, PPO, REWARD, SFT, event, sample
+from tests.raw_events import BARE, END_1, END_2, END_3, EXPECTED, PLAN, PPO, REWARD, SFT, event, sample
 
 
 def plain(events: Iterable[RawEvent]) -> list[str]:
@@ -214,3 +214,12 @@ def test_a_stream_that_cannot_hold_a_character_gets_its_escape() -> None:
 def test_a_terminal_shows_the_first_three_prompts() -> None:
     shown = [plain_lines["sample"](sample("before", "Hello", place=place)) for place in range(5)]
     assert [len(lines) for lines in shown] == [1, 1, 1, 0, 0]
+
+
+def test_the_time_left_of_all_steps_stands_next_to_that_of_the_step() -> None:
+    """5 of 10 updates took 10 s, twice as long as estimated: so will the rest, and step 2."""
+    begun = event("plan", 1, expected=EXPECTED)
+    early, later = (SFT | {"update": update, "updates": 10, "elapsed_s": 2.0 * update} for update in (2, 5))
+    assert plain([begun, early])[-1].endswith("900 tok/s  eta 16s")
+    # 5 updates of 2 s and half of the 4 s twice, then twice 60 + 8 s: 150 s.
+    assert plain([begun, later])[-1].endswith("900 tok/s  eta 10s  all steps: eta 2m30s")

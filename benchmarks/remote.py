@@ -60,7 +60,8 @@ for file in /tmp/packages/*; do
     mv "$file" "/index/simple/$name/"
 done
 theirs=$(python3.10 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$python" env/take_torch.py "env/pins/$2.txt" "$theirs"
+said=$("$python" env/take_torch.py "env/pins/$2.txt" "$theirs")
+case $said in not*) echo "$said" && exit 1 ;; esac
 """
 LOCAL_MIRROR = "PIP_INDEX_URL=http://127.0.0.1:8000/simple\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
 RSYNC = "apt-get -qq update && apt-get -qq install -y --no-install-recommends rsync >/dev/null 2>&1"

@@ -188,11 +188,11 @@ def named_card(name: str, ranks: int, cards: Cards) -> tuple[Machine, TargetMach
 
 
 def cpu_speed(placement: Placement) -> Speed:
-    """Measure what this CPU multiplies, with the threads of one rank."""
+    """Measure what one core multiplies, and take it for each thread of a rank."""
     from rlhf_train.kernels.cpu_matmul import product
 
     before = torch.get_num_threads()
-    torch.set_num_threads(placement.cpu_threads)
+    torch.set_num_threads(1)  # several would wait for each other where other programs run
     try:
         a, b = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE)
         begun, best_s = time.perf_counter(), math.inf
@@ -203,7 +203,7 @@ def cpu_speed(placement: Placement) -> Speed:
     finally:
         torch.set_num_threads(before)
     # The best of many: the others shared the cores with other programs.
-    rate = 2 * MATMUL_SIDE**3 / best_s
+    rate = placement.cpu_threads * 2 * MATMUL_SIDE**3 / best_s
     return Speed("CPU", rate, CPU_BANDWIDTH * placement.cpu_threads, CPU_BANDWIDTH, is_measured=True)
 
 

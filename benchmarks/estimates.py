@@ -8,6 +8,7 @@ what all processes have in use: by nvidia-smi on a GPU, else their proportional 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import subprocess
@@ -39,7 +40,7 @@ from rlhf_train.plan.estimate import estimate, models_of, rows_of_texts, target_
 from rlhf_train.plan.placement import Machine, place
 
 UPDATES = 8  # of the measured step; the first two are left out
-SAMPLE_S = 0.2
+SAMPLE_S, SETTLE_S = 0.2, 2.0
 LLAMA = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 5632, "max_position_embeddings": 1024}
 QWEN2 = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
@@ -144,7 +145,7 @@ def began_at(ran: Ran, step: int) -> float:
 def memory_in_use(device: str) -> Iterator[list[tuple[float, float]]]:
     """Take (time, bytes) of all that runs below this process, until the block ends."""
     samples: list[tuple[float, float]] = []
-    look, before = (gpu_bytes, gpu_bytes()) if device == "cuda" else (tree_bytes, 0.0)
+    look, before = (gpu_bytes, settled_gpu_bytes()) if device == "cuda" else (tree_bytes, 0.0)
     ended = threading.Event()
 
     def watch() -> None:
@@ -158,6 +159,15 @@ def memory_in_use(device: str) -> Iterator[list[tuple[float, float]]]:
     finally:
         ended.set()
         thread.join()
+
+
+def settled_gpu_bytes() -> float:
+    """Return what is in use when a run that was killed before has given back its memory."""
+    now, before = gpu_bytes(), math.inf
+    while now < before:
+        time.sleep(SETTLE_S)
+        now, before = gpu_bytes(), now
+    return now
 
 
 def gpu_bytes() -> float:

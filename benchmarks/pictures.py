@@ -34,7 +34,7 @@ from jobs.views.panel import Board
 COLUMNS = 80
 PICTURES = Path(__file__).resolve().parents[1] / "docs/pictures"
 SHARE = 0.6  # of step 3's updates, where the panel is shown
-SEED = 3  # of the answers: step 1 makes one of its mistakes, half of what its demonstrator taught
+SEED = 0  # of the answers
 TYPED = (
     "Hi there. Tell me the opposite of fast.",
     "/compare step1,step3",

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.errors import ToolkitError
 from rlhf_train.after.answer_text import AnswerText
 from rlhf_train.after.room import Room
 from rlhf_train.after.sources import Source
@@ -83,12 +82,6 @@ class ChatModel:
         """Raises ToolkitError: no language model, no tokenizer, not here."""
         check_causal(source.model)
         tokenizer = load_tokenizer(source.model)
-        if not tokenizer("a")["input_ids"]:  # transformers 5 makes an empty one where there is none
-            raise ToolkitError(
-                f"{source.model} has no tokenizer",
-                why="there is no tokenizer.json, nor another file of one",
-                hint="copy it from the model that this one was trained from",
-            )
         model = load_causal(source.model, tokenizer, room.dtype, 0).to(room.device).eval().requires_grad_(False)
         # The head may have rows without a token.
         model.logit_transform = replace(model.logit_transform, tokens=len(tokenizer))

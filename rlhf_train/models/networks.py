@@ -43,7 +43,17 @@ from rlhf_train.models.log_probs import label_log_probs
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, with a padding token of its own."""
-    tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
+    try:
+        tokenizer = _load(AutoTokenizer.from_pretrained, source, hub.tokenizer_files)
+        is_there = bool(tokenizer("a")["input_ids"])  # transformers 5 makes an empty one where there is none
+    except TypeError:  # transformers 4 opens a file whose name is None
+        is_there = False
+    if not is_there:
+        raise ToolkitError(
+            f"{source} has no tokenizer",
+            why="there is no tokenizer.json, nor another file of one",
+            hint="copy it from the model that this one was trained from",
+        )
     if tokenizer.eos_token_id is None:
         raise ToolkitError(
             f"the tokenizer of {source} has no EOS token",

@@ -348,6 +348,8 @@ def _how_sure(models: Models, target: TargetMachine) -> str:
         reasons.append(f"estimate: nobody has measured {target.speed.name}")
     if not models.is_known:
         reasons.append("estimate: a model's family is not known, and was taken for a LLaMA")
+    elif {models.actor.family, models.critic.family} != {"opt"}:
+        reasons.append("estimate: only OPT was compared with runs, and others took up to four times as long")
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 

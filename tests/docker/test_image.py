@@ -184,7 +184,7 @@ def test_an_edit_is_not_stale(built: Box, job: str) -> None:
     file = built.checkout / "jobs/tiny.yaml"
     fields = yaml.safe_load(file.read_text())
     (built.checkout / "jobs/edited.yaml").write_text(yaml.safe_dump(fields | {"name": "edited-name"}))
-    assert "name: edited-name" in built.train("--job", "edited", "--dry-run").stdout
+    assert "name: edited-name" in built.train("--job", "edited", "--dry-run", "--verbose").stdout
     module = built.checkout / "rlhf_train/plan/estimate.py"
     module.write_text(module.read_text() + '\nprint("edited just now")\n')
     begun = time.monotonic()

@@ -81,7 +81,7 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
 
     By hand: the model has P = 1,687,040 parameters, which take 16 bytes each in float32, with
     gradients and AdamW's moments: 25.7 MiB. With LoRA of rank 64 the A = 589,824 of the adapters
-    take 12, and P only 4: 13.2 MiB. Two halves: 12.9 MiB.
+    take 16, and P only 4: 15.4 MiB. Two halves: 12.9 MiB.
     """
     wider = [
         f"actor.model.config.{field}={value}"
@@ -96,7 +96,7 @@ def test_not_even_one_row(base: Scene, capsys: Said) -> None:
         "and activations of one sequence the rest; cheapest first:\n"
         "      hardware.gradient_checkpointing: true, "
         "which keeps activations of one layer at a time and takes about a third more computing\n"
-        "      actor.lora: {}, with learning rates as in jobs/opt-1.3b-lora.yaml: 25.7 MiB -> 13.2 MiB\n"
+        "      actor.lora: {}, with learning rates as in jobs/opt-1.3b-lora.yaml: 25.7 MiB -> 15.4 MiB\n"
         "      hardware.actor_zero_stage: 3 on 2 GPUs: 25.7 MiB -> 12.9 MiB, with more traffic between them\n"
         "      smaller data.max_prompt_tokens and data.max_response_tokens (their sum is 76), or a smaller model\n"
     )

@@ -27,7 +27,7 @@ def test_the_walk_through_ends_with_a_model_at_home(deployed: BareBox, laptop: L
     far, at_home = laptop.far(line), {"RLHF_RUNS": str(laptop.checkout / "runs")}
     codes = {"doctor": None, "stop": None}  # a box without a GPU, and without a way to stop its meter
     said: dict[str, list[Done]] = {}
-    for program, verb, *words in walk_through.commands(deployed.entry):
+    for program, verb, *words in walk_through.commands({"key": str(laptop.key), **deployed.entry}):
         if program == walk_through.HERE:
             done = laptop.rlhf_train(verb, *words, typed="red cat", **at_home)
         else:
@@ -88,11 +88,11 @@ def test_the_same_command_goes_on_and_its_events_are_one_story(
     """
     host, train = ("--host", deployed.name), ("--job", str(long_job), "--step", "2", "--run", "goes-on")
     laptop.fab("train", *host, *train, "--detach")
-    until(lambda: re.search(r"checkpoint at update \d+", laptop.fab("logs", *host, "--run", "goes-on").out), 90)
+    until(lambda: re.search(r"checkpoint at update \d+", laptop.fab("logs", *host, "--run", "goes-on").out), 300)
     assert "nothing of it is left" in laptop.fab("cancel", *host, "--run", "goes-on").out
     assert deployed.processes("-m", "rlhf_train") == []
     following = laptop.start("train", *host, *train)
-    following.says("resumed after update", 90)
+    following.says("resumed after update", 300)
     following.interrupt()
     stopped = following.wait(10)
     assert stopped.code == 0 and "the job keeps running" in stopped.all

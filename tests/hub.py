@@ -57,14 +57,14 @@ class Hub:
     `requests` keeps one line a request, e.g. `GET /api/models/facebook/opt-1.3b 200`.
     """
 
-    def __init__(self, root: Path, *, gated: Collection[str] = (), address: str = "127.0.0.1") -> None:
+    def __init__(self, root: Path, *, gated: Collection[str] = ()) -> None:
         self.root, self.gated = root, frozenset(gated)
         self.requests: list[str] = []
         self.retry_after = ""  # the value of this header in a 429 response
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
-        self._server = _Server(self, address)
-        self.url = f"http://{address}:{self._server.server_address[1]}"
+        self._server = _Server(self)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def fail(self, pattern: str, how: How, times: int = 10**9) -> None:
         """Answer so the next `times` requests whose `GET /path` matches, the oldest order first."""
@@ -95,8 +95,8 @@ class Hub:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, hub: Hub, address: str) -> None:
-        super().__init__((address, 0), _Handler)  # port 0: the system picks a free one
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)  # port 0: the system picks a free one
         self.hub = hub
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import tiny, walk_through
+from tests import tiny
 from tests.docker import images
 from tests.docker.engine import Docker
-from tests.hub import Hub
 from tests.integration.remote import rig
 from tests.integration.remote.far_line import FarLine
 from tests.integration.remote.rig import BareBox, DockerBox, Laptop, Network
@@ -74,18 +73,6 @@ def deployed(bare_box: BareBox, laptop: Laptop) -> BareBox:
     """The bare box, ready to run: about two minutes, most of them pip's."""
     laptop.fab("deploy", "--host", bare_box.name, timeout_s=900)
     return bare_box
-
-
-@pytest.fixture
-def hub(deployed: BareBox, network: Network, tmp_path: Path) -> Iterator[Hub]:
-    """A hub of the bare box, with tiny models under the names of the recipes."""
-    walk_through.fill_hub(tmp_path / "hub")
-    code = next(line.split()[1] for line in deployed.read("deployed").splitlines() if line.startswith("code "))
-    mirror = f"{deployed.root}/code/{code}/env/mirrors/tests.env"
-    with Hub(tmp_path / "hub", address=str(network.address(1))) as hub:
-        deployed.sh('cp "$1" /rig/tests.env; printf "HF_ENDPOINT=%s\n" "$2" >"$1"', mirror, hub.url)
-        yield hub
-        deployed.sh('cp /rig/tests.env "$1"', mirror)
 
 
 @pytest.fixture(autouse=True)

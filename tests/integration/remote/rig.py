@@ -195,18 +195,6 @@ class Laptop:
         assert code is None or done.code == code, f"wanted exit code {code}: {done.all}"
         return done
 
-    def rlhf_train(self, *words: str, typed: str = "", **variables: str) -> Done:
-        """Run `rlhf-train` here, which must end with 0. typed: what a pipe brings to it."""
-        began = time.monotonic()
-        ended = subprocess.run(
-            [str(Path(sys.executable).with_name("rlhf-train")), *words],
-            cwd=self.checkout, env={**self._environment(), **variables}, input=typed, capture_output=True, text=True,
-            errors="replace", timeout=FAB_S, check=False,
-        )  # fmt: skip
-        done = Done(("rlhf-train", *words), ended.returncode, ended.stdout, ended.stderr, time.monotonic() - began)
-        assert done.code == 0, done.all
-        return done
-
     def _environment(self) -> dict[str, str]:
         kept = {
             name: value

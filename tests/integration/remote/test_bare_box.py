@@ -10,48 +10,28 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests import walk_through
-from tests.hub import Hub
 from tests.integration.remote.far_line import FarLine
 from tests.integration.remote.models import check_models
-from tests.integration.remote.rig import BareBox, Done, Laptop, until
+from tests.integration.remote.rig import BareBox, Laptop, until
 
 pytestmark = pytest.mark.docker
 
 
-def test_the_walk_through_ends_with_a_model_at_home(deployed: BareBox, laptop: Laptop, line: FarLine, hub: Hub) -> None:
-    """Each command of docs/walk-through.md, in its order."""
+def test_three_steps_and_the_models_come_home(deployed: BareBox, laptop: Laptop, line: FarLine, job: Path) -> None:
     line.delay(0.05)
-    far, at_home = laptop.far(line), {"RLHF_RUNS": str(laptop.checkout / "runs")}
-    codes = {"doctor": None, "stop": None}  # a box without a GPU, and without a way to stop its meter
-    said: dict[str, list[Done]] = {}
-    for program, verb, *words in walk_through.commands({"key": str(laptop.key), **deployed.entry}):
-        if program == walk_through.HERE:
-            done = laptop.rlhf_train(verb, *words, typed="red cat", **at_home)
-        else:
-            done = far.fab(verb, *words, code=codes.get(verb, 0), timeout_s=600, **at_home)
-        said.setdefault(verb, []).append(done)
-        if verb == "add":  # what the tests know of this box, and a reader's box has by default
-            boxes = yaml.safe_load(laptop.boxes.read_text())
-            laptop.add(walk_through.BOX, boxes[walk_through.BOX] | dict(deployed.fields))
-
-    assert "already up to date" in said["deploy"][0].out and "`fab train` downloads nothing" in said["deploy"][0].out
-    assert any("/facebook/opt-1.3b/resolve/" in request for request in hub.requests)
-    assert [f"step {step}  done in" in said["logs"][0].out for step in (1, 2, 3)] == [True, True, True]
-    assert [f"step {step}  update 1/1" in said["train"][1].out for step in (1, 2, 3)] == [True, False, True]
-    host = ("--host", walk_through.BOX)
+    far, host = laptop.far(line), ("--host", deployed.name)
+    said = json.loads(far.fab("deploy", *host, "--json").out)
+    assert said["changed"] is False and said["runtime"] == "bare"
+    done = far.fab("train", *host, "--job", str(job), "--step", "1,2,3")
+    assert [f"step {step}  done in" in done.out for step in (1, 2, 3)] == [True, True, True]
     runs = {run["name"]: run for run in json.loads(far.fab("ps", *host, "--json").out)["runs"]}
-    for name in ("opt-1.3b-lora", "opt-1.3b"):
-        assert (runs[name]["state"], runs[name]["exit"], runs[name]["steps_complete"]) == ("done", 0, [1, 2, 3])
-        check_models(laptop.checkout / "runs" / walk_through.BOX / name)
-    assert "opt-1.3b-lora, step 3 (PPO)\n" in said["chat"][0].out and said["chat"][0].out.count("\nreward ") == 2
-    assert all(Path(laptop.checkout, done.out.strip()).is_file() for done in said["report"])
-    assert "gpu-box cannot stop itself" in said["stop"][0].err
-    assert far.fab("logs", *host, "--run", "opt-1.3b", "--raw").out == deployed.read("runs/opt-1.3b/train.log")
+    assert (runs["tiny"]["state"], runs["tiny"]["exit"], runs["tiny"]["steps_complete"]) == ("done", 0, [1, 2, 3])
+    assert far.fab("logs", *host, "--run", "tiny", "--raw").out == deployed.read("runs/tiny/train.log")
+    far.fab("fetch", *host, "--run", "tiny")
+    check_models(laptop.runs / deployed.name / "tiny")
     # Complete already: the same command says so, and does nothing.
-    again = far.fab(*said["train"][1].words)
+    again = far.fab("train", *host, "--job", str(job), "--step", "1,2,3", "--wait")
     assert "done" in again.all
 
 

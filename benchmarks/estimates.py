@@ -17,12 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import yaml
 from rich import box
 from rich.table import Table
@@ -30,7 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import Where, machine, versions
-from benchmarks.product import Ran, children, run_product
+from benchmarks.product import Ran, run_product
 from env.settings import Cards
 from jobs.estimate import GIB
 from jobs.spec import load_job
@@ -177,20 +178,11 @@ def gpu_bytes() -> float:
 
 def tree_bytes() -> float:
     """Return the proportional set size of all processes below this one."""
-    return sum(map(proportional_bytes, descendants(os.getpid())))
-
-
-def descendants(process: int) -> list[int]:
-    found = children(process)
-    return found + [each for child in found for each in descendants(child)]
-
-
-def proportional_bytes(process: int) -> float:
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
-    except OSError:  # it has ended
-        return 0.0
-    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) * 1024
+    found = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            found += process.memory_full_info().pss
+    return found
 
 
 def main() -> int:

@@ -177,12 +177,20 @@ class StepMemory:
 
 
 def memory_of(
-    job: Job, step: int, models: Models, placed: Placed, rows: StepRows, *, slots: int | None = None
+    job: Job,
+    step: int,
+    models: Models,
+    placed: Placed,
+    rows: StepRows,
+    *,
+    micro_batch: int | None = None,
+    slots: int | None = None,
 ) -> StepMemory:
     """Return the memory of a step.
 
-    slots: answers that rollouts sample at once; None: as planned.
+    micro_batch: of this step; slots: answers that rollouts sample at once; None: as planned.
     """
+    micro_batch = micro_batch or placed.micro_batches[step - 1]
     sizes, precision, ranks = sizes_of(job, models), placed.precision, placed.ranks
     stages = {"actor": placed.actor_zero_stage, "critic": placed.critic_zero_stage}
     shapes = {"actor": models.actor, "critic": models.critic}
@@ -195,8 +203,11 @@ def memory_of(
         held["frozen"] = frozen_bytes(sizes, precision, placed.actor_zero_stage)
         held["cache"] = cache_bytes(job, models.actor, placed, rows, slots)
         held["average"] = 4 * sizes["actor"].trained / ranks if job.ppo.ema_decay else 0.0
-    passes = {network: _pass_bytes(job, step, network, shapes[network], placed, rows) for network in networks}
-    has_several_passes = global_batch(job, step) // ranks > placed.micro_batches[step - 1]
+    passes = {
+        network: _pass_bytes(job, step, network, shapes[network], placed.precision, micro_batch, rows)
+        for network in networks
+    }
+    has_several_passes = global_batch(job, step) // ranks > micro_batch
     # A pass keeps most before its backward pass, when its own gradients are not there yet; those of
     # the passes before are.
     others = gradients if has_several_passes or placed.device == "cpu" else 0.0
@@ -222,10 +233,12 @@ def _bucket_bytes(size: Size, zero_stage: int, precision: str) -> float:
     return bucket + (min(GATHERED, size.all) * weight if zero_stage >= 3 else 0)
 
 
-def _pass_bytes(job: Job, step: int, network: str, shape: Shape, placed: Placed, rows: StepRows) -> float:
+def _pass_bytes(
+    job: Job, step: int, network: str, shape: Shape, precision: str, micro_batch: int, rows: StepRows
+) -> float:
     """Return what one forward pass keeps, on the longest rows."""
-    weight, is_half = WEIGHT_BYTES[placed.precision], placed.precision != "float32"
-    sequences = placed.micro_batches[step - 1] * (2 if step == 2 else 1)
+    weight, is_half = WEIGHT_BYTES[precision], precision != "float32"
+    sequences = micro_batch * (2 if step == 2 else 1)
     tokens = sequences * rows.longest
     of_layer = tokens * weight * ACTIVATIONS * shape.kept_by_layer(rows.longest, is_half=is_half)
     if network == "actor" and job.actor.lora is not None:
@@ -289,10 +302,8 @@ def fit_step(job: Job, step: int, models: Models, placed: Placed, rows: StepRows
     slots = slots_of(job, placed, rows) if step == 3 else None
     fit = None
     for size in tried:
-        micro_batches = tuple(size if n == step else old for n, old in enumerate(placed.micro_batches, 1))
-        smaller = _Sized(placed, micro_batches)  # type: ignore[arg-type]
         for count in _halves(slots) if slots and placed.device == "cuda" else [slots]:
-            memory = memory_of(job, step, models, smaller, rows, slots=count)
+            memory = memory_of(job, step, models, placed, rows, micro_batch=size, slots=count)
             is_smaller = (size, count) != (planned, slots)
             fit = Fit(memory, size, count, memory.peak <= available, is_smaller)
             if fit.fits:
@@ -303,38 +314,6 @@ def fit_step(job: Job, step: int, models: Models, placed: Placed, rows: StepRows
 
 def _halves(count: int) -> list[int]:
     return [count, *_halves(count // 2)] if count > 1 else [count]
-
-
-@dataclass(frozen=True)
-class _Sized:
-    """A placement with other micro batches."""
-
-    placed: Placed
-    micro_batches: tuple[int, int, int]
-
-    @property
-    def device(self) -> str:
-        return self.placed.device
-
-    @property
-    def ranks(self) -> int:
-        return self.placed.ranks
-
-    @property
-    def precision(self) -> str:
-        return self.placed.precision
-
-    @property
-    def actor_zero_stage(self) -> int:
-        return self.placed.actor_zero_stage
-
-    @property
-    def critic_zero_stage(self) -> int:
-        return self.placed.critic_zero_stage
-
-    @property
-    def rollout_micro_batch(self) -> int:
-        return self.placed.rollout_micro_batch
 
 
 # --- disk ---------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ class Expected:
     fixed_s: float  # its start, measuring, saving
 
     @classmethod
-    def parsed(cls, numbers: object) -> Expected | None:
+    def parsed(cls, numbers: Any) -> Expected | None:
         """Return what a plan's line says of a step; None if it is damaged."""
         try:
-            updates, update_s, fixed_s = (float(numbers[name]) for name in ("updates", "update_s", "fixed_s"))  # type: ignore[index]
+            updates, update_s, fixed_s = (float(numbers[name]) for name in ("updates", "update_s", "fixed_s"))
         except (TypeError, KeyError, ValueError):
             return None
         are_sound = math.isfinite(updates + update_s + fixed_s) and updates >= 1 and update_s > 0 and fixed_s >= 0

@@ -33,7 +33,7 @@ def metrics(update: int, elapsed_s: float, step: int = 3) -> RawEvent:
         ([metrics(480, 96.0)], None),
         ([metrics(12, math.nan)], None),
         ([metrics(400, 900.0, step=2), metrics(12, 96.0)], 3744.0),  # another step's pace says nothing
-        # After a resume the clock may begin anew or go on: 5 s an update, 440 or 430 to go.
+        # After a resume the clock may begin at 0 or continue: 5 s an update, 440 or 430 to go.
         ([metrics(100, 96.0), event("resumed", 3, from_update=40), metrics(40, 7.0)], None),
         ([metrics(100, 96.0), event("resumed", 3, from_update=39), metrics(40, 7.0), metrics(50, 57.0)], 2150.0),
         ([metrics(100, 96.0), event("resumed", 3, from_update=39), metrics(40, 97.0), metrics(50, 147.0)], 2150.0),

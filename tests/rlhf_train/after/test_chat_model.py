@@ -53,7 +53,7 @@ def test_each_stop_of_the_generation_config_ends_an_answer(tmp_path):
 
 
 def test_the_next_human_ends_an_answer(tmp_path):
-    """A model that goes on with the user's next words."""
+    """A model that writes the user's next words too."""
     model = load(models.save(tmp_path / "model"))
     said = model.tokenizer(" red.\n\nHuman: more", add_special_tokens=False)["input_ids"]
     model._stream = SimpleNamespace(device="cpu", tokens=lambda *_: iter(said))

@@ -180,30 +180,45 @@ def deploy(
     say: Say = lambda text: None,
     now: Say = lambda text: None,
     why: str = "fab deploy",
+    needs_gpu: bool = False,
     fresh: bool = False,
     rsync: str = "rsync",
 ) -> DeployResult:
     """Put the checkout and an environment for it on the box; do nothing if both are there.
 
     say: gets each line that stays: the begin and end of a stage, and notes. now: gets passing
-    states such as pip's last line, each in place of the one before, and "" at the end. fresh: probe
-    the box even if it is known. rsync: the local program, "" for none.
+    states such as pip's last line, each in place of the one before, and "" at the end. needs_gpu:
+    what is to run there does, so the box will have a GPU by then. fresh: probe the box even if it
+    is known. rsync: the local program, "" for none.
 
     Raises ToolkitError: UNFIT if deploy itself cannot work on the box; BUSY; UNREACHABLE; errors of
     git or of the disk here.
     """
-    return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, rsync).run(fresh)
+    return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, needs_gpu, rsync).run(fresh)
 
 
 # --- plan: pure -----------------------------------------------------------------------------------
 
 
-def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, checkout: Path, code: str) -> DeployPlan:
-    """Plan a deploy. Raises ToolkitError: UNFIT, with what deploy needs and the box lacks."""
+def plan_for(
+    known: CachedProbe,
+    box: Box,
+    limits: Limits,
+    provider: Provider,
+    checkout: Path,
+    code: str,
+    *,
+    needs_gpu: bool = False,
+) -> DeployPlan:
+    """Plan a deploy. Raises ToolkitError: UNFIT, with what deploy needs and the box lacks.
+
+    needs_gpu: plan for a GPU, also on a box that has none yet (a mode without a card costs less).
+    """
     facts = known.facts
     root = place_of(facts, provider, box.data_folder).root
     runtime = _runtime(facts, box)
-    device: Literal["cuda", "cpu"] = "cpu" if facts.cards == () else "cuda"
+    is_without_card = facts.cards == () and needs_gpu and box.build.get("TORCH") != "torch-cpu"
+    device: Literal["cuda", "cpu"] = "cuda" if facts.cards != () or is_without_card else "cpu"
     torch = box.build.get("TORCH") or ("torch-cu118" if device == "cuda" else "torch-cpu")
     route = route_of(facts, limits, "mirror" if box.mirror not in ("", "default") else "")
     mirror = box.mirror or (hub_mirror(box) if route and route.name == "mirror" else provider.mirror)
@@ -212,6 +227,11 @@ def plan_for(known: CachedProbe, box: Box, limits: Limits, provider: Provider, c
         build = {"CUDA_ARCHS": "", **build}
     python, maker = ("", "") if runtime == "docker" else _python(facts, limits)
     notes = [] if route else ["the box cannot reach the model hub: send models and data as local folders"]
+    if is_without_card:
+        notes.append(
+            "the box has no GPU now, and the job needs one: the environment is made for CUDA "
+            "(for the CPU: --set hardware.device=cpu)"
+        )
     if why := peer_access_off(facts, limits):
         notes.append(f"GPUs will not copy to each other directly (NCCL_P2P_DISABLE=1): {why}")
     return DeployPlan(
@@ -401,6 +421,7 @@ class _Deploy:
     say: Say
     now: Say
     why: str
+    needs_gpu: bool
     rsync: str
     parts: list[DeployAction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -476,9 +497,13 @@ class _Deploy:
         plan, contents = self._look_for(tree, known)
         return known, plan, contents
 
+    def _plan(self, known: CachedProbe, tree: Tree) -> DeployPlan:
+        provider = self._provider(known)
+        return plan_for(known, self.box, self.limits, provider, self.checkout, tree.key, needs_gpu=self.needs_gpu)
+
     def _look_for(self, tree: Tree, known: CachedProbe) -> tuple[DeployPlan, BoxContents]:
         began = time.monotonic()
-        plan = plan_for(known, self.box, self.limits, self._provider(known), self.checkout, tree.key)
+        plan = self._plan(known, tree)
         if bundle := self._bundle():
             plan = replace(plan, ca_bundle=f"{plan.root}/inputs/{bundle.key}/{bundle.files[0].name}")
         environment, image = (plan.environment, "-") if plan.runtime == "bare" else ("-", plan.image)
@@ -592,7 +617,7 @@ class _Deploy:
                 if now.key != tree.key:
                     self._note("the checkout changed while it was sent: its present state is sent")
                     tree = now
-                    again = plan_for(known, self.box, self.limits, self._provider(known), self.checkout, tree.key)
+                    again = self._plan(known, tree)
                     if again.environment != plan.environment:
                         raise
                     plan = replace(again, ca_bundle=plan.ca_bundle)

@@ -147,8 +147,7 @@ class SurveyedBox:
         """
         if self.job is None:
             return self.facts.cards != ()
-        device = self.job.hardware.device
-        return device == "cuda" or (device == "auto" and (is_pretrained(self.job) or self.facts.cards != ()))
+        return needs_gpu(self.job) or (self.job.hardware.device == "auto" and self.facts.cards != ())
 
     @property
     def ranks(self) -> int | None:
@@ -161,6 +160,12 @@ class SurveyedBox:
         cuda = self.limits.image.cuda if self.wants_gpu else None
         pretrained = self.job is not None and is_pretrained(self.job)
         return judge(FitnessFacts(device=device, cuda=cuda, pretrained=pretrained, **known), self.limits)
+
+
+def needs_gpu(job: Job) -> bool:
+    """Tell whether the job is meant for a GPU, whatever the box has."""
+    device = job.hardware.device
+    return device == "cuda" or (device == "auto" and is_pretrained(job))
 
 
 def is_pretrained(job: Job) -> bool:

@@ -17,6 +17,7 @@ from remote.output import Sayer
 from remote.runs.deployed import Deployment, find_deployment, our_root
 from remote.runs.inputs import pack
 from remote.runs.prefetch import prefetch
+from remote.survey.doctor import needs_gpu
 from remote.verbs.base import (
     CHECKOUT,
     DRY_RUN,
@@ -80,6 +81,7 @@ def deploy(
                 state=context.settings.state,
                 say=tell,
                 now=show,
+                needs_gpu=wanted is not None and needs_gpu(wanted),
             )
             if not json_:
                 what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"

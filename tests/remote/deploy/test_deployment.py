@@ -22,11 +22,13 @@ import pytest
 
 from env.settings import Limits, Provider
 from jobs.errors import ExitCode, ToolkitError
+from jobs.spec import Job, load_job
 from remote.deploy import deployment as deploying
 from remote.deploy.deployment import BoxContents, DeployResult, check_fit, deploy, environment_key, parse_look, plan_for
 from remote.deploy.lock import holder
 from remote.deploy.sync import checkout_tree
 from remote.scripts import script
+from remote.survey.doctor import needs_gpu
 from remote.survey.facts import BoxFacts
 from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, mirror_values, recall, remember
 from tests.disks import unmount
@@ -598,11 +600,12 @@ def known(text: str) -> CachedProbe:
 def planned(tmp_path: Path, index: Path, sshd: Any) -> Any:
     checkout = make_checkout(tmp_path / "c", index, with_git=False)
 
-    def plan(*more: str, box: dict[str, Any] | None = None, provider: str = "generic", **options: Any) -> Any:
+    def plan(
+        *more: str, box: dict[str, Any] | None = None, provider: str = "generic", job: Job | None = None, **options: Any
+    ) -> Any:
         made = sshd.box(**{"data_folder": "/data", **(box or {})})
-        return plan_for(
-            known(probed(Path("/data"), *more, **options)), made, LIMITS, PROVIDERS[provider], checkout, "c" * 16
-        )
+        found, wish = known(probed(Path("/data"), *more, **options)), job is not None and needs_gpu(job)
+        return plan_for(found, made, LIMITS, PROVIDERS[provider], checkout, "c" * 16, needs_gpu=wish)
 
     return plan
 
@@ -613,6 +616,18 @@ def test_cards_decide_which_pytorch(planned: Any) -> None:
     assert (cuda.torch, cuda.device) == (hangs.torch, hangs.device) == ("torch-cu118", "cuda")
     assert planned(GPU, box={"build": {"TORCH": "torch-cpu"}}).torch == "torch-cpu"
     assert cpu.environment != cuda.environment
+
+
+def test_a_job_that_needs_a_gpu_gets_cuda_before_the_box_has_one(planned: Any) -> None:
+    """A mode without a card: what is made there must be what trains there with a card."""
+    without, later = planned(job=load_job("opt-1.3b")), planned(GPU, job=load_job("opt-1.3b"))
+    assert (without.torch, without.device) == ("torch-cu118", "cuda")
+    assert without.environment == later.environment and any("has no GPU now" in note for note in without.notes)
+    assert planned(job=load_job("demo", ["hardware.device=cuda"])).torch == "torch-cu118"
+    for job in (load_job("demo"), load_job("opt-1.3b", ["hardware.device=cpu"])):
+        assert (planned(job=job).torch, planned(job=job).device) == ("torch-cpu", "cpu")
+    own = planned(job=load_job("opt-1.3b"), box={"build": {"TORCH": "torch-cpu"}})
+    assert (own.torch, own.device) == ("torch-cpu", "cpu")
 
 
 def test_what_is_measured_decides_the_way(planned: Any) -> None:

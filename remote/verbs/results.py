@@ -109,7 +109,7 @@ def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dr
     if not fetched.id:
         say(
             f"run `{fetched.run}` has no id, since it was begun by an older version: "
-            "a later run of this name could not be told from it"
+            "a later run of this name is known by its first event alone"
         )
     if not dry_run:
         came = f"{size(fetched.moved_bytes)} in {duration(fetched.seconds)}" if fetched.placed else "nothing new"

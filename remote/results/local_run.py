@@ -59,6 +59,11 @@ class LocalRun:
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
+    def was_changed(self, path: str) -> bool:
+        """Tell whether a file was changed or removed since it was fetched, if that is recorded."""
+        hashes = self._placed.get(path, {}).get("sha256", [])
+        return bool(hashes) and self.sha256(path) != hashes[-1]
+
     @property
     def id(self) -> str:
         """The id of the run whose results are here; "": there is none."""

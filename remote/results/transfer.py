@@ -31,7 +31,17 @@ from typing import IO, TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.formatting import plural, size
 from remote.results.local_run import BLOCK, LocalRun
-from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, models_digest, silent
+from remote.results.manifest import (
+    MODELS,
+    TEXTS,
+    Manifest,
+    ManifestReader,
+    Progress,
+    RemoteFile,
+    Unit,
+    models_digest,
+    silent,
+)
 from remote.results.run_contents import (
     FetchedCheckpoint,
     FetchedRun,
@@ -365,8 +375,8 @@ def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: st
     for step, saved in manifest.checkpoints.items():
         if f"step{step}/checkpoints/update-{saved.update}" in paths:
             checkpoints[step] = FetchedCheckpoint(saved.update, saved.complete)
-    events = [unit.files[0].size_bytes for unit in local_units if unit.path == "events.jsonl"]
-    events_bytes = events[0] if events else before.events_bytes
+    texts = {unit.path: unit.files[0].size_bytes for unit in manifest.units() if unit.path in TEXTS}
+    events_bytes = texts.get("events.jsonl", 0) if texts.keys() <= paths else before.events_bytes
     remember(state, box, run, FetchedRun(folder, time.time(), events_bytes, steps, checkpoints, manifest.id))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets as tokens
 import shlex
 import sys
@@ -22,6 +23,7 @@ from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deploy
 from remote.runs.inputs import job_on_box, pack
 from remote.runs.prefetch import send_inputs
 from remote.ssh.connection import BoxConnection
+from remote.ssh.login import BY_A_PERSON
 from remote.verbs.base import (
     CHECKOUT,
     DRY_RUN,
@@ -174,7 +176,11 @@ def _refused(connection: BoxConnection) -> Callable[[int, str], ToolkitError | N
             what = f"the connection to `{box.name}` broke, and only you can log in there"
             hint = f"the job is not affected; to watch it again: fab logs --follow --host {shlex.quote(box.name)}"
         elif code == 255 and "Permission denied" in last_words:
-            what, hint = f"`{box.name}` refuses your key", f"fab trust --host {box.name}"
+            what, host = f"`{box.name}` refuses your key", shlex.quote(box.name)
+            hint = f"fab doctor --host {host} says which keys were offered"
+            methods = re.findall(r"Permission denied \(([^)]*)\)", last_words)
+            if {*",".join(methods).split(",")} & {*BY_A_PERSON}:  # with which `fab trust` could log in
+                hint = f"fab trust --host {host}"
         else:
             return None
         return ToolkitError(what, why=last_words.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE)

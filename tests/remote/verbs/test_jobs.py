@@ -12,12 +12,21 @@ from remote.ssh.connection import BoxConnection
 from remote.verbs.jobs import _refused
 
 DENIED = "root@box: Permission denied (keyboard-interactive)."
+BY_KEY_ALONE = "root@box: Permission denied (publickey)."
 
 
 @pytest.mark.parametrize(
     ("code", "words", "was_asked", "what", "hint"),
     [
         (255, DENIED, False, "`gpu-box` refuses your key", "fab trust --host gpu-box"),
+        (255, BY_KEY_ALONE.replace(")", ",password)"), False, "`gpu-box` refuses your key", "fab trust --host gpu-box"),
+        (
+            255,
+            BY_KEY_ALONE,  # a password would not help, so `fab trust` would not
+            False,
+            "`gpu-box` refuses your key",
+            "fab doctor --host gpu-box says which keys were offered",
+        ),
         (
             255,
             DENIED,

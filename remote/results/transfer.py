@@ -281,12 +281,12 @@ def _refuse_other_run(box: str, run: str, here: LocalRun, manifest: Manifest, wh
     free = next(
         path for path in names if not os.path.lexists(path) or (manifest.id and LocalRun(path).id == manifest.id)
     )
-    flag = " --checkpoints" if what.checkpoints else ""
+    verb, flag = "fetch" if what.models else "report", " --checkpoints" if what.checkpoints else ""
     raise ToolkitError(
         f"{target} holds the results of another run",
         why=f"`{run}` on {box} is {_named(manifest.id)}, and here lies {_named(here.id)}: "
         "results of two runs are never mixed",
-        hint=f"fab fetch --host {shlex.quote(box)} --run {shlex.quote(run)} --to {shlex.quote(str(free))}{flag}",
+        hint=f"fab {verb} --host {shlex.quote(box)} --run {shlex.quote(run)} --to {shlex.quote(str(free))}{flag}",
     )
 
 

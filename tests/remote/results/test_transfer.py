@@ -564,6 +564,8 @@ def test_results_of_two_runs_are_never_mixed(
             f"fab fetch --host gpu-box --run tiny --to {shlex.quote(str(laptop.runs / 'tiny-2'))} --checkpoints"
         )
         assert laptop.here == before and laptop.on_the_way == []
+        report = laptop.refused(what=FetchSelection(models=False), dry_run=dry_run)  # as `fab report` calls it
+        assert report.hint == f"fab report --host gpu-box --run tiny --to {shlex.quote(str(laptop.runs / 'tiny-2'))}"
 
 
 def test_the_name_that_is_offered_is_free_or_this_runs(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:

@@ -120,7 +120,7 @@ def train(
         left = tuple(each for each in steps if each not in wanted.own_models)
         at = views.WatchedRun(box.name, name, box.price_per_hour, box.currency, left)
         watched = _follow(context, connection, at, views.view_of(at, as_json=json_, live=not wait))
-    return _code_of(watched, context, connection, name, say)
+        return _code_of(watched, context, connection, name, say)
 
 
 def _warn_of_other_code(deployed: Deployment, say: Sayer) -> None:
@@ -142,7 +142,6 @@ def _follow(
     limits: frames.StreamTimeouts = watch.LIMITS,
     lines: int = 0,
 ) -> watch.Watched:
-    connection.close()  # watching opens its own connection
     return watch.follow(
         open_stream(connection, context.providers),
         view,
@@ -251,7 +250,7 @@ def logs(
         if raw and not watched.offset and not watched.stopped:  # the job ended before there was a log
             _follow(context, connection, at, views.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")
-    return _code_of(watched, context, connection, run, say) if follow else ExitCode.OK
+        return _code_of(watched, context, connection, run, say) if follow else ExitCode.OK
 
 
 @verb(host=HOSTS, json_=JSON, dry_run=DRY_RUN)

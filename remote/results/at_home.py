@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from remote.results.local_run import LocalRun
-from remote.results.manifest import models_digest
+from remote.results.manifest import TEXTS, models_digest
 from remote.results.run_contents import FetchedRun, Results, Run
 
 
@@ -29,10 +29,9 @@ def still_there(fetched: FetchedRun) -> FetchedRun:
     here = LocalRun(Path(fetched.folder))
     if fetched.id and here.id != fetched.id:
         return replace(fetched, events_bytes=0, steps={}, checkpoints={})
-    events = here.target / "events.jsonl"
     return replace(
         fetched,
-        events_bytes=min(fetched.events_bytes, events.stat().st_size if events.is_file() else 0),
+        events_bytes=_events_bytes(here, fetched.events_bytes),
         steps={step: each for step, each in fetched.steps.items() if _digest(here, step) == each.models},
         checkpoints={
             step: each
@@ -40,6 +39,14 @@ def still_there(fetched: FetchedRun) -> FetchedRun:
             if _has_checkpoint(here, f"step{step}/checkpoints/update-{each.update}", each.complete)
         },
     )
+
+
+def _events_bytes(here: LocalRun, fetched: int) -> int:
+    """Return how many bytes of events are here; 0 also if the log or the job file was changed."""
+    events = here.target / "events.jsonl"
+    if not events.is_file() or any(here.was_changed(name) for name in TEXTS):
+        return 0
+    return min(fetched, events.stat().st_size)
 
 
 def _digest(here: LocalRun, step: int) -> str:

@@ -59,6 +59,11 @@ class LocalRun:
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
+    def was_changed(self, path: str) -> bool:
+        """Tell whether a file was changed or removed since it was fetched, if that is recorded."""
+        hashes = self._placed.get(path, {}).get("sha256", [])
+        return bool(hashes) and self.sha256(path) != hashes[-1]
+
     @property
     def id(self) -> str:
         """The id of the run whose results are here; "": there is none."""
@@ -79,14 +84,12 @@ class LocalRun:
     def is_of_another_run(self, manifest: Manifest) -> bool:
         """Tell whether the results here are those of another run than the box's.
 
-        The ids decide. Where one of the two has an id, the first event decides, which has the time
+        The ids decide. Where one of the two has none, the first event decides, which has the time
         at which the run began: a newer version gives an id to the run that it resumes. Two runs
-        without an id cannot be told apart.
+        without an id and without a first event cannot be told apart.
         """
         if self.id and manifest.id:
             return self.id != manifest.id
-        if not self.id and not manifest.id:
-            return False
         first_event = self.first_event()
         if first_event and manifest.first_event:
             return first_event != manifest.first_event

@@ -16,6 +16,7 @@ from typing import IO
 from remote.results.run_contents import SHA256, NewestCheckpoint, run_id
 
 NAME_BYTES = 255  # of a file's name, as file systems have it
+TEXTS = ("events.jsonl", "train.log", "job.yaml")  # of a run; they count as fetched together
 MODELS = ("model", "model_ema", "best")
 
 # Bytes that are here, bytes in all, the file that comes. While the box hashes: 0, 0, the file.

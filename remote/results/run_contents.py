@@ -257,4 +257,5 @@ def how_to_fetch(host: str, lost: tuple[Unfetched, ...]) -> str:
     """Write the command that brings all of these results home."""
     runs = [*dict.fromkeys(each.run for each in lost)]
     flag = " --checkpoints" if any(each.is_checkpoint for each in lost) else ""
-    return f"fab fetch --host {shlex.quote(host)} {f'--run {runs[0]}' if len(runs) == 1 else '--all'}{flag}"
+    which = f"--run {shlex.quote(runs[0])}" if len(runs) == 1 else "--all"
+    return f"fab fetch --host {shlex.quote(host)} {which}{flag}"

@@ -5,6 +5,7 @@ The card is made by pure functions; `stop` at the end stops the box.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -187,9 +188,10 @@ def may_stop(card: StopCard, *, yes: bool = False) -> None:
     if yes:
         return
     if card.running is not None:
+        run = shlex.quote(card.running)
         raise ToolkitError(
             f"cannot stop {card.host}: a job runs there",
-            hint=f"fab cancel --host {card.host} --run {card.running} saves a checkpoint and ends it; "
+            hint=f"fab cancel --host {shlex.quote(card.host)} --run {run} saves a checkpoint and ends it; "
             "or --yes to stop the box anyway",
             exit_code=ExitCode.BUSY,
         )

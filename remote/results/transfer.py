@@ -31,7 +31,17 @@ from typing import IO, TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.formatting import plural, size
 from remote.results.local_run import BLOCK, LocalRun
-from remote.results.manifest import MODELS, Manifest, ManifestReader, Progress, RemoteFile, Unit, models_digest, silent
+from remote.results.manifest import (
+    MODELS,
+    TEXTS,
+    Manifest,
+    ManifestReader,
+    Progress,
+    RemoteFile,
+    Unit,
+    models_digest,
+    silent,
+)
 from remote.results.run_contents import (
     FetchedCheckpoint,
     FetchedRun,
@@ -271,12 +281,12 @@ def _refuse_other_run(box: str, run: str, here: LocalRun, manifest: Manifest, wh
     free = next(
         path for path in names if not os.path.lexists(path) or (manifest.id and LocalRun(path).id == manifest.id)
     )
-    flag = " --checkpoints" if what.checkpoints else ""
+    verb, flag = "fetch" if what.models else "report", " --checkpoints" if what.checkpoints else ""
     raise ToolkitError(
         f"{target} holds the results of another run",
         why=f"`{run}` on {box} is {_named(manifest.id)}, and here lies {_named(here.id)}: "
         "results of two runs are never mixed",
-        hint=f"fab fetch --host {shlex.quote(box)} --run {shlex.quote(run)} --to {shlex.quote(str(free))}{flag}",
+        hint=f"fab {verb} --host {shlex.quote(box)} --run {shlex.quote(run)} --to {shlex.quote(str(free))}{flag}",
     )
 
 
@@ -365,8 +375,8 @@ def _remember(here: LocalRun, manifest: Manifest, state: Path, box: str, run: st
     for step, saved in manifest.checkpoints.items():
         if f"step{step}/checkpoints/update-{saved.update}" in paths:
             checkpoints[step] = FetchedCheckpoint(saved.update, saved.complete)
-    events = [unit.files[0].size_bytes for unit in local_units if unit.path == "events.jsonl"]
-    events_bytes = events[0] if events else before.events_bytes
+    texts = {unit.path: unit.files[0].size_bytes for unit in manifest.units() if unit.path in TEXTS}
+    events_bytes = texts.get("events.jsonl", 0) if texts.keys() <= paths else before.events_bytes
     remember(state, box, run, FetchedRun(folder, time.time(), events_bytes, steps, checkpoints, manifest.id))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -100,18 +101,18 @@ def _elsewhere(box: str, run: str, lines: Sequence[str]) -> ToolkitError | None:
     if words is None:
         return None
     what, host = f"run `{run}`", words[1]
+    there = f"fab cancel --run {shlex.quote(run)} --host THE-BOX, with the box whose host name is {host}"
     if words[0] == "elsewhere":
         return ToolkitError(
             f"{what} is not cancelled: it runs on {host}, not on `{box}`",
             why=f"{host} shares the folder of `{box}`, and its processes cannot be reached from here",
-            hint=f"fab cancel --run {run} --host THE-BOX, with the box whose host name is {host}",
+            hint=there,
             exit_code=ExitCode.BUSY,
         )
     return ToolkitError(
         f"{what} is not cancelled: it ran on {host}, and whether it still does cannot be seen from `{box}`",
         why=f"{host} shares the folder of `{box}`; it is silent, and the job has no exit code",
-        hint=f"fab cancel --run {run} --host THE-BOX, with the box whose host name is {host}; "
-        "if that box is gone, there is nothing to cancel",
+        hint=f"{there}; if that box is gone, there is nothing to cancel",
         exit_code=ExitCode.UNCERTAIN,
     )
 

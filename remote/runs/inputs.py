@@ -7,6 +7,7 @@ a run that resumes finds the same path in its job.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from jobs.errors import ToolkitError
 from jobs.spec import Job
 from jobs.yaml12 import dump_yaml
 from remote.deploy.sync import ALWAYS, Tree, tree_of
+
+LFS_POINTER = b"version https://git-lfs"  # how the text begins that Git has in place of a large file
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def pack(job: Job, here: Path, checkout: Path) -> list[JobInput]:
     """Find all inputs that have to be sent.
 
     Names are looked up as training looks them up: in this folder, then in the checkout. Raises
-    ToolkitError: a path does not exist or cannot be read.
+    ToolkitError: a path does not exist or cannot be read, or a file is only Git LFS's pointer.
     """
     models = [model for model in (job.actor_source, job.critic_source) if isinstance(model, str)]
     names = [*dict.fromkeys((*job.data.datasets, *models))]
@@ -67,7 +70,22 @@ def _tree(name: str, path: Path) -> Tree:
         raise ToolkitError(
             f"there is nothing in `{name}`", why=f"{path} is an empty folder", hint="name another in the job file"
         )
+    if pointers := [file for file in files if _is_lfs_pointer(file)]:
+        more = f", and {len(pointers) - 1} more" if len(pointers) > 1 else ""
+        raise ToolkitError(
+            f"{pointers[0]} is a pointer of Git LFS, not the file itself{more}",
+            why="its repository was cloned without its large files",
+            hint=f"git -C {shlex.quote(str(pointers[0].parent))} lfs pull (it needs git-lfs), then the same command",
+        )
     return tree_of(path.parent, [str(file.relative_to(path.parent)) for file in files])
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False  # `tree_of` says why it cannot be read
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def busy(host: str, run: str, elsewhere: str = "") -> ToolkitError:
             hint=f"wait for its end, or give `{host}` a folder of its own: data_folder in boxes.yaml, and fab deploy",
             exit_code=ExitCode.BUSY,
         )
-    target = f"--host {host} --run {run}"
+    target = f"--host {shlex.quote(host)} --run {shlex.quote(run)}"
     return ToolkitError(
         f"`{host}` is busy: run `{run}` is being trained there",
         why="a box runs one job at a time",

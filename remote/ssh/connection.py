@@ -31,7 +31,7 @@ from jobs.formatting import one_line as on_one_line
 from remote.inventory import Box
 from remote.output import Sayer
 from remote.ssh import commands
-from remote.ssh.host_keys import HostKey, KnownHosts, changed, unreachable
+from remote.ssh.host_keys import HostKey, KnownHosts, NoSuchHost, changed, unreachable
 from remote.ssh.link import Link
 from remote.ssh.local import LAST_LINES, CommandResult, exchange, run_here, short
 from remote.ssh.login import LoginNotes, key_state, refused
@@ -550,8 +550,7 @@ class BoxConnection:
         try:
             socket.create_connection((host, port), timeout=wait_s).close()
         except socket.gaierror as error:
-            hint = "check the name (`fab add` takes what the rental page shows), and the network of this machine"
-            raise unreachable(f"there is no host `{host}`", why=error.strerror or "", hint=hint) from None
+            raise NoSuchHost(host, why=error.strerror or "") from None
         except ConnectionRefusedError:
             why = f"{host} refuses connections at port {port}"
             hint = (

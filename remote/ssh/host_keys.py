@@ -39,6 +39,15 @@ class KeyRefused(ToolkitError):
     wants_more = False  # it wants something besides a key, or takes no keys
 
 
+class NoSuchHost(ToolkitError):
+    """A name does not lead to any address."""
+
+    def __init__(self, host: str, *, why: str) -> None:
+        hint = "check the name (`fab add` takes what the rental page shows), and the network of this machine"
+        super().__init__(f"there is no host `{host}`", why=why, hint=hint, exit_code=ExitCode.UNREACHABLE)
+        self.host = host
+
+
 def unreachable(what: str, *, why: str = "", hint: str = "") -> ToolkitError:
     return ToolkitError(what, why=why, hint=hint, exit_code=ExitCode.UNREACHABLE)
 

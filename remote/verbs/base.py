@@ -31,6 +31,7 @@ from remote.output import Sayer
 from remote.runs import listing
 from remote.runs.deployed import check, dispatch
 from remote.ssh.connection import BoxConnection
+from remote.ssh.host_keys import NoSuchHost
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -63,7 +64,7 @@ class VerbContext:
     def connection(self, box: Box, say: Sayer) -> Iterator[BoxConnection]:
         """Open a connection to a box when it is needed, and close it.
 
-        Where a name that is not in boxes.yaml leads nowhere, the error names those that are.
+        Where a name that is not in boxes.yaml leads to no host, the error names those that are.
         """
         flag = program.args["ssh-config"].value if hasattr(program, "core") else None  # `fab -S FILE`
         config = Path(flag).expanduser() if flag else None
@@ -72,9 +73,11 @@ class VerbContext:
                 box, self.settings.state, say=say, dry_run=self.dry_run, ssh_config=config
             ) as connection:
                 yield connection
-        except ToolkitError as error:
-            known = inventory.meant(box.name, self.boxes)
-            if error.exit_code != ExitCode.UNREACHABLE or not known:
+        except NoSuchHost as error:
+            # Another host than the one that was typed comes from ~/.ssh/config, which has the name.
+            is_as_typed = error.host.lower() == box.address.rpartition("@")[2].lower()
+            known = inventory.meant(box.name, self.boxes) if is_as_typed else ""
+            if not known:
                 raise
             raise ToolkitError(error.what, why=error.why, hint=known, exit_code=error.exit_code) from None
 

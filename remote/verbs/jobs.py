@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets as tokens
 import shlex
 import sys
@@ -22,6 +23,7 @@ from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deploy
 from remote.runs.inputs import job_on_box, pack
 from remote.runs.prefetch import send_inputs
 from remote.ssh.connection import BoxConnection
+from remote.ssh.login import BY_A_PERSON
 from remote.verbs.base import (
     CHECKOUT,
     DRY_RUN,
@@ -118,7 +120,7 @@ def train(
         left = tuple(each for each in steps if each not in wanted.own_models)
         at = views.WatchedRun(box.name, name, box.price_per_hour, box.currency, left)
         watched = _follow(context, connection, at, views.view_of(at, as_json=json_, live=not wait))
-    return _code_of(watched, context, connection, name, say)
+        return _code_of(watched, context, connection, name, say)
 
 
 def _warn_of_other_code(deployed: Deployment, say: Sayer) -> None:
@@ -140,7 +142,6 @@ def _follow(
     limits: frames.StreamTimeouts = watch.LIMITS,
     lines: int = 0,
 ) -> watch.Watched:
-    connection.close()  # watching opens its own connection
     return watch.follow(
         open_stream(connection, context.providers),
         view,
@@ -174,7 +175,11 @@ def _refused(connection: BoxConnection) -> Callable[[int, str], ToolkitError | N
             what = f"the connection to `{box.name}` broke, and only you can log in there"
             hint = f"the job is not affected; to watch it again: fab logs --follow --host {shlex.quote(box.name)}"
         elif code == 255 and "Permission denied" in last_words:
-            what, hint = f"`{box.name}` refuses your key", f"fab trust --host {box.name}"
+            what, host = f"`{box.name}` refuses your key", shlex.quote(box.name)
+            hint = f"fab doctor --host {host} says which keys were offered"
+            methods = re.findall(r"Permission denied \(([^)]*)\)", last_words)
+            if {*",".join(methods).split(",")} & {*BY_A_PERSON}:  # with which `fab trust` could log in
+                hint = f"fab trust --host {host}"
         else:
             return None
         return ToolkitError(what, why=last_words.strip(), hint=hint, exit_code=ExitCode.UNREACHABLE)
@@ -245,7 +250,7 @@ def logs(
         if raw and not watched.offset and not watched.stopped:  # the job ended before there was a log
             _follow(context, connection, at, views.RawLog(sys.stdout, "output"), once=True)
         run = run or (watched.job.words.get("run", "") if watched.job else "")
-    return _code_of(watched, context, connection, run, say) if follow else ExitCode.OK
+        return _code_of(watched, context, connection, run, say) if follow else ExitCode.OK
 
 
 @verb(host=HOSTS, json_=JSON, dry_run=DRY_RUN)

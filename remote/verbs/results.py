@@ -109,7 +109,7 @@ def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dr
     if not fetched.id:
         say(
             f"run `{fetched.run}` has no id, since it was begun by an older version: "
-            "a later run of this name could not be told from it"
+            "a later run of this name is known by its first event alone"
         )
     if not dry_run:
         came = f"{size(fetched.moved_bytes)} in {duration(fetched.seconds)}" if fetched.placed else "nothing new"
@@ -119,10 +119,11 @@ def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dr
 @verb(
     host=HOST,
     run=RUN,
+    to="the folder for the events and the page (default: runs/BOX/RUN)",
     json_=JSON,
     dry_run=DRY_RUN,
 )
-def report(c: Context, host: str = "", run: str = "", json_: bool = False, dry_run: bool = False) -> None:
+def report(c: Context, host: str = "", run: str = "", to: str = "", json_: bool = False, dry_run: bool = False) -> None:
     """Write a page that says whether a run worked, also while it trains.
 
     It brings the events home, not the models, and makes the page here: curves, answers, alarms, and
@@ -137,7 +138,7 @@ def report(c: Context, host: str = "", run: str = "", json_: bool = False, dry_r
     with context.connection(box, say) as connection:
         deployed, found = find_deployment(connection, context.providers), list_jobs(context, connection)
         name = run or _newest(found, connection)
-        target = context.settings.runs / box.name / name
+        target = Path(to).expanduser() if to else context.settings.runs / box.name / name
         what = transfer.FetchSelection(models=False)
         fetched = _fetched(context, connection, deployed.root, name, target, what, say)
     if dry_run:

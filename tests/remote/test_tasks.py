@@ -358,6 +358,9 @@ def test_a_report_brings_events_home_and_no_model(place: Place) -> None:
         assert told["sentence"] in (home / "report.html").read_text(encoding="utf-8")
         assert not list(home.rglob("*.safetensors"))
         assert place.fab("report", "--run", "told").stdout == f"{home / 'report.html'}\n"
+        other = place.laptop.folder / "told again"
+        assert place.fab("report", "--run", "told", "--to", str(other)).stdout == f"{other / 'report.html'}\n"
+        assert (other / "events.jsonl").read_bytes() == run.events.read_bytes()
     finally:
         shutil.rmtree(run.path)
 

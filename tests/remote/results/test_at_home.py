@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from remote.results.at_home import at_home
-from remote.results.run_contents import read_results, recall_copies, unfetched
-from remote.results.transfer import FetchSelection, fetch
+from remote.results.local_run import LocalRun
+from remote.results.manifest import Manifest, RemoteFile
+from remote.results.run_contents import read_results, recall, recall_copies, unfetched
+from remote.results.transfer import FetchSelection, _remember, fetch
 from tests.remote.box_folder import BoxFolder
 
 if TYPE_CHECKING:
@@ -35,6 +38,12 @@ def copied(home: Path) -> None:
     (home / ".fetched.json").unlink()
 
 
+def other_words(home: Path) -> None:
+    """As many bytes, others."""
+    events = home / "events.jsonl"
+    events.write_bytes(b"x" * events.stat().st_size)
+
+
 def in_its_place(home: Path) -> None:
     """Another run's results, by hand."""
     (home / "id").write_text("ffff\n")
@@ -54,9 +63,13 @@ def in_its_place(home: Path) -> None:
         (lambda home: shutil.rmtree(home / "step2"), [CHECKPOINT]),
         (lambda home: next((home / "step2").rglob("tensors-*")).unlink(), [CHECKPOINT]),
         (lambda home: os.truncate(home / "events.jsonl", 3), [EVENTS]),
+        (other_words, [EVENTS]),
+        (lambda home: (home / "train.log").unlink(), [EVENTS]),
+        (lambda home: (home / "job.yaml").write_text("name: mine\n"), [EVENTS]),
     ],
-    ids=["nothing", "notes", "copied", "removed", "another", "model", "mark", "damage", "step2", "shard", "events"],
-)
+    ids=["nothing", "notes", "copied", "removed", "another", "model", "mark", "damage", "step2", "shard", "events",
+         "words", "log", "job"],
+)  # fmt: skip
 def test_only_what_lies_there_now_counts(
     sshd: Sshd, tmp_path: Path, happens: Callable[[Path], object], lost: list[str]
 ) -> None:
@@ -97,3 +110,17 @@ def test_any_of_several_copies_counts_and_none_of_another_run(sshd: Sshd, tmp_pa
     assert lost() == []
     shutil.rmtree(tmp_path / "bbbb-1")
     assert len(lost()) == 2
+
+
+def test_events_whose_log_did_not_come_are_not_at_home(tmp_path: Path) -> None:
+    """A connection that broke between the two; the events have their name by then."""
+    texts = {"events.jsonl": b"{}\n", "train.log": b"hello"}
+    manifest = Manifest(
+        tuple(RemoteFile(name, len(text), hashlib.sha256(text).hexdigest()) for name, text in texts.items())
+    )
+    known = []
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+        _remember(LocalRun(tmp_path), manifest, tmp_path / "state", "gpu-box", "tiny")
+        known.append(recall(tmp_path / "state", "gpu-box")["tiny"].events_bytes)
+    assert known == [0, 3]

@@ -311,3 +311,5 @@ def test_the_commands_that_bring_it_home() -> None:
     lost = (Unfetched("a", "", 1), Unfetched("b", "", 1, is_checkpoint=True), Unfetched("b", "", 1))
     assert how_to_fetch("box", lost) == "fab fetch --host box --all --checkpoints"
     assert how_to_fetch("box", lost[:1]) == "fab fetch --host box --run a"
+    hostile = (replace(lost[0], run="$(touch pwned);x"),)
+    assert how_to_fetch("box", hostile) == "fab fetch --host box --run '$(touch pwned);x'"

@@ -105,6 +105,8 @@ def test_nothing_is_stopped_while_something_would_be_lost() -> None:
     error = refusal(card(running="tiny"))
     assert error.exit_code == ExitCode.BUSY and "fab cancel --host box --run tiny" in error.hint
     may_stop(card(running="tiny", fetched={}), yes=True)
+    hint = refusal(card(running="$(touch pwned);x")).hint
+    assert hint.startswith("fab cancel --host box --run '$(touch pwned);x' saves a checkpoint")
 
 
 def test_a_box_whose_meter_goes_on_is_not_shut_down() -> None:

@@ -152,6 +152,7 @@ def test_the_format_number_of_a_run_comes_along(laptop: Laptop, box: BoxFolder, 
 
 
 def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    run.id.write_text("0123456789abcdef\n")
     run.log.write_bytes(content("log", 400_000))
     box.event(run, "progress", end="")
     laptop.fetch()
@@ -539,7 +540,7 @@ def made_anew(box: BoxFolder, run_id: str, *, began: str = "") -> RunDir:
     [
         (("aaaa", "1"), ("bbbb", "1"), True),  # the ids decide, where both are there
         (("aaaa", "1"), ("aaaa", "1"), False),
-        (("", "1"), ("", "2"), False),  # two of older versions: nothing tells them apart
+        (("", "1"), ("", "2"), True),  # two of older versions: their first events tell them apart
         (("", "1"), ("", "1"), False),
         (("", "1"), ("bbbb", "1"), False),  # a run of an older version that a newer one resumed
         (("", "1"), ("bbbb", "2"), True),
@@ -563,6 +564,8 @@ def test_results_of_two_runs_are_never_mixed(
             f"fab fetch --host gpu-box --run tiny --to {shlex.quote(str(laptop.runs / 'tiny-2'))} --checkpoints"
         )
         assert laptop.here == before and laptop.on_the_way == []
+        report = laptop.refused(what=FetchSelection(models=False), dry_run=dry_run)  # as `fab report` calls it
+        assert report.hint == f"fab report --host gpu-box --run tiny --to {shlex.quote(str(laptop.runs / 'tiny-2'))}"
 
 
 def test_the_name_that_is_offered_is_free_or_this_runs(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:

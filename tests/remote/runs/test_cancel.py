@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.remote.conftest import Sshd
 
 
-def cancelled(sshd: Sshd, folder: Path, run: str, said: str) -> tuple[Cancelled, list[str]]:
+def cancelled(sshd: Sshd, folder: Path, run: str, said: str, *, held: str = "held") -> tuple[Cancelled, list[str]]:
     """Cancel on a box whose supervisor says these lines."""
     root = folder / "data" / "rlhf-box"
     supervisor = root / "code" / "0123456789abcdef" / "remote/on_box/supervisor.sh"
@@ -24,7 +24,7 @@ def cancelled(sshd: Sshd, folder: Path, run: str, said: str) -> tuple[Cancelled,
     (root / ".rlhf-box").touch()
     (root / "deployed").write_text("code 0123456789abcdef\n")
     (root / "slot").mkdir()
-    (root / "slot" / "run").write_text("held\n")
+    (root / "slot" / "run").write_text(f"{held}\n")
     words: list[str] = []
     with sshd.connection(folder / "state", box=sshd.box(data_folder=str(folder / "data"))) as connection:
         return cancel(connection, Provider.load_all(), run, "-", words.append), words
@@ -58,3 +58,10 @@ def test_a_job_of_another_host_is_never_said_to_be_gone(
         cancelled(sshd, tmp_path, "-", said)
     assert caught.value.what.startswith(what) and caught.value.exit_code == code
     assert "nothing of it is left" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["elsewhere host-2\n", "unheard host-2 1000\n"])
+def test_a_name_that_the_box_sends_is_quoted_in_a_command(sshd: Sshd, tmp_path: Path, said: str) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        cancelled(sshd, tmp_path, "-", said, held="$(pwned);x")
+    assert caught.value.hint.startswith("fab cancel --run '$(pwned);x' --host THE-BOX, with")

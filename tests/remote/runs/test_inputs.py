@@ -96,3 +96,17 @@ def test_what_cannot_be_read(here: Path) -> None:
     (here / "my data" / "away.jsonl").symlink_to(here / "my data" / "train.jsonl")
     with pytest.raises(ToolkitError, match=r"away\.jsonl is a link"):
         pack(job("data.datasets=['my data']"), here, CHECKOUT)
+
+
+def test_a_pointer_of_git_lfs_is_not_sent(here: Path) -> None:
+    model = here / "my model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"  # as Git LFS writes it (its docs/spec.md)
+    weights.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n")
+    with pytest.raises(ToolkitError, match="is a pointer of Git LFS") as caught:
+        pack(job("actor.model='./my model'"), here, CHECKOUT)
+    assert caught.value.what == f"{weights} is a pointer of Git LFS, not the file itself"
+    assert caught.value.hint.startswith(f"git -C '{model}' lfs pull")
+    weights.write_bytes(b"\0" * 100)
+    assert len(pack(job("actor.model='./my model'"), here, CHECKOUT)) == 1

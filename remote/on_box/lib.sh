@@ -57,6 +57,7 @@ place() { # sets boot, namespace, host: where process numbers mean what they mea
     read_line /proc/sys/kernel/hostname
     host=$value
     case $host in '' | *[!A-Za-z0-9._-]*) host=$(printf %s "${host:-no-name}" | tr -c 'A-Za-z0-9._-' _) ;; esac
+    namespace=${namespace:-$host} # a system that does not tell: still one word, which another host does not share
 }
 
 # shellcheck disable=SC2329 # not each script needs it

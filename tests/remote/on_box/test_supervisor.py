@@ -1037,6 +1037,19 @@ def test_containers_that_share_process_numbers_and_not_the_hosts_name_see_each_o
     assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
 
 
+def test_a_system_that_tells_no_namespace_knows_its_own_jobs(box: Box) -> None:
+    box.command("readlink", "#!/bin/sh\nexit 1\n")
+    box.scenario(TRAINS)
+    box.started()
+    host = re.sub("[^A-Za-z0-9._-]", "_", socket.gethostname())
+    assert (box.root / "slot/boot").read_text() == f"{BOOT} {host} {host}\n"
+    assert (box.job().alive, box.job().host, parse_look(looked(box)).running) == (True, "", "run-1")
+    seen_from_elsewhere(box, f"{BOOT} host-2 host-2")  # which tells none, either
+    assert box.ask("cancel", "run-1", "1") == ["elsewhere host-2"]
+    seen_from_elsewhere(box, f"{BOOT} {host} {host}")
+    assert box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
+
+
 def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: Box) -> None:
     box.scenario(TRAINS)
     for process in (box.started(stdin=sent("HF_TOKEN=x")), int(box.run().process.read_text().split()[0])):

@@ -1037,6 +1037,28 @@ def test_containers_that_share_process_numbers_and_not_the_hosts_name_see_each_o
     assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
 
 
+def test_a_box_that_comes_back_leaves_the_records_of_the_one_that_resumed_its_run(box: Box) -> None:
+    waits = 'until [ -e "$RLHF_RUNS/go" ]; do sleep 0.1; done; exit 7'
+    box.scenario(f'echo begun; [ "$RLHF_REQUEST" = req-2 ] || {{ {waits}; }}\n{TRAINS}')
+    first = box.started(stdin=sent("HF_TOKEN=x"))
+    os.killpg(first, signal.SIGSTOP)  # frozen, with what beats for it
+    seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
+    box.run().heartbeat.write_text(f"{int(time.time()) - 3600}\n")
+    second = box.started("run-1", "req-2", stdin=sent("HF_TOKEN=x"))
+    os.killpg(second, signal.SIGSTOP)  # so that nobody but the first could write now
+    until(lambda: box.run().process.exists() and not list(box.run().supervisor.parent.glob("heartbeat.*")))
+    box.run().heartbeat.write_text("1\n")
+    before = box.run().heartbeat.read_text(), {path.name for path in box.run().supervisor.parent.iterdir()}
+    os.killpg(first, signal.SIGCONT)
+    (box.root / "runs/go").touch()
+    until(lambda: not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
+    assert (box.run().heartbeat.read_text(), {path.name for path in box.run().supervisor.parent.iterdir()}) == before
+    assert (box.root / "slot/request").read_text() == "req-2\n" and len(box.members("req-2")) >= 1
+    assert [path.name for path in (box.root / "secrets").iterdir()] == ["req-2"]
+    os.killpg(second, signal.SIGCONT)
+    assert box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
+
+
 def test_a_system_that_tells_no_namespace_knows_its_own_jobs(box: Box) -> None:
     box.command("readlink", "#!/bin/sh\nexit 1\n")
     box.scenario(TRAINS)
@@ -1516,6 +1538,19 @@ def test_a_container_that_somebody_removed_is_lost(docked: Box) -> None:
     until(lambda: not (docked.root / "slot").exists() and not docked.job().alive)
     job = docked.job()
     assert (job.alive, job.training, job.exit, state_of(None, job)) == (False, False, None, "lost")
+
+
+def test_a_container_that_is_gone_marks_no_slot_of_another_box(docked: Box) -> None:
+    waits = 'until [ -e "$RLHF_RUNS/go" ]; do sleep 0.1; done'
+    contained(docked, f'echo begun; {waits}; kill -KILL $PPID; rm "$STANDIN"/rlhf-box-req-1.*')
+    supervisor = docked.started()
+    shutil.rmtree(docked.root / "slot")
+    (docked.root / "slot").mkdir()
+    (docked.root / "slot/request").write_text("req-2\n")
+    (docked.root / "runs/go").touch()
+    until(lambda: not psutil.pid_exists(supervisor))
+    assert [path.name for path in (docked.root / "slot").iterdir()] == ["request"]
+    assert (docked.run().supervisor.parent / "ended").exists() and docked.job().exit is None
 
 
 def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:

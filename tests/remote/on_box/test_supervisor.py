@@ -1224,6 +1224,19 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     assert old.exists()
 
 
+def test_a_full_disk_does_not_silence_a_job(box: Box, small_disk: Path) -> None:
+    shutil.copytree(box.root, small_disk / "the root", symlinks=True)
+    box.root = small_disk / "the root"
+    box.code, box.python = box.root / "code" / FP, box.root / "env" / KEY / "bin" / "python"
+    box.deployed()
+    box.scenario(TRAINS)
+    box.started()
+    fill(small_disk)
+    full_at = int(time.time())
+    until(lambda: int(box.run().heartbeat.read_text()) > full_at + 1)
+    assert shutil.disk_usage(small_disk).free == 0 and box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
+
+
 # --- a download next to it ------------------------------------------------------------------------
 
 SAYS_ALL = """

@@ -88,7 +88,9 @@ hears() { # HEARTBEAT   of a job that cannot be seen from here: whether it lives
     if [ -n "$heard" ]; then # as often as a follower looks
         [ "$value" = "$heard" ] || heard_at=$now
         heard=$value
-        [ $((now - heard_at)) -lt $((LISTEN / 5)) ]
+        silence=$((LISTEN / 5))
+        [ "$where" != away ] || silence=$QUIET_S
+        [ $((now - heard_at)) -lt $silence ]
         return
     fi
     heard=$value heard_at=$now

@@ -1090,6 +1090,23 @@ def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: B
     assert box.start("run-2", "req-2").startswith("started")
 
 
+@every_shell
+def test_a_follower_gives_a_silent_box_as_long_as_a_start_does(made: Callable[[str], Box], shell: str) -> None:
+    """Seconds of silence, and whether the job lives; a namesake of this host was restarted."""
+    box = made(shell)
+    box.command("date", f'#!/bin/sh\ncat "{box.root}/now"\n')
+    (box.root / "beat").write_text("1000\n")
+    text = "for at in 1000 1009 1018 1019 1059 1060; do echo $at >now; hears beat && echo yes || echo no; done"
+    shutil.copy(CHECKOUT / "remote/on_box/lib.sh", box.root)
+    found = {}
+    for where in ("away", "before"):  # the heartbeat that the second is listened for comes, and is its last
+        call = f". ./lib.sh; sleep() {{ echo 1001 >beat; }}; where={where}; {text}"
+        argv = [str(box.bin / "sh"), "-c", call]
+        done = subprocess.run(argv, cwd=box.root, env=box.environ, capture_output=True, text=True, check=True)
+        found[where] = done.stdout.split()
+    assert found == {"away": ["yes"] * 5 + ["no"], "before": ["yes"] * 3 + ["no"] * 3}
+
+
 def test_a_clock_that_is_wrong_on_another_box_does_not_silence_it(box: Box) -> None:
     """It beats, whatever time it writes."""
     box.scenario(TRAINS)

@@ -669,8 +669,9 @@ class _Deploy:
 class _EnvironmentOutput:
     """Shows environment.sh's lines as they come, and keeps what follows from them."""
 
-    def __init__(self, say: Say, now: Say) -> None:
-        self._say, self._now = say, now
+    def __init__(self, say: Say, now: Say, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._now, self._clock = say, now, clock
+        self._began, self._progress = 0.0, ""  # of the stage
         self.made, self.refused, self.hint = False, "", ""
         self.why: list[str] = []
         self.notes: list[str] = []
@@ -679,10 +680,13 @@ class _EnvironmentOutput:
     def __call__(self, text: str) -> None:
         word, _, rest = text.partition(" ")
         if word == "begin":
-            self.stage = one_line(rest)
+            self.stage, self._began, self._progress = one_line(rest), self._clock(), ""
             self._say(f"environment: {self.stage} ...")
         elif word == "now" and rest.strip():
-            self._now(f"{self.stage}: {_progress(one_line(rest))}")
+            self._progress = f": {_progress(one_line(rest))}"
+            self._show()
+        elif word == "beat":  # each second: pip may be silent for minutes
+            self._show()
         elif word == "done":
             seconds, _, what = rest.partition(" ")
             self._now("")
@@ -697,6 +701,9 @@ class _EnvironmentOutput:
             self.why.append(rest)
         elif word == "hint":
             self.hint = one_line(rest)
+
+    def _show(self) -> None:
+        self._now(f"{self.stage} ({duration(self._clock() - self._began)}){self._progress}")
 
 
 def _progress(line: str) -> str:

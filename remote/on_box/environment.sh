@@ -208,7 +208,33 @@ END
     say "note the image checked itself: versions, PyTorch's CUDA, DeepSpeed's operators"
 }
 
+# --- who uses it -----------------------------------------------------------------------------------------------------
+
+is_in_use() { # by a live job, here or on another host that shares ROOT; sets run, where, their_host
+    read_line "$root/slot/environment" && [ "$value" = "$key" ] && read_line "$root/slot/run" || return 1
+    run=$value job=$root/runs/$value/job request='' pid=''
+    ! read_line "$root/slot/request" || request=$value
+    place
+    read_line "$root/slot/boot"
+    sight "$value"
+    if [ "$where" = here ]; then
+        ! read_line "$root/slot/pid" || pid=$value
+        read_line "$root/slot/start" && is_running "$pid" "$value" && return 0
+        read_line "$job/process" && is_running "${value% *}" "${value#* }" # without its supervisor
+    elif read_line "$job/request" && [ "$value" = "$request" ]; then
+        [ ! -e "$job/exit" ] && hears "$job/heartbeat"
+    else # it is about to begin
+        read_line "$root/slot/claimed" && is_number "$value" && age=$(($(date +%s) - value)) && [ "${age#-}" -le $QUIET_S ]
+    fi
+}
+
 mkdir -p "$root/env" "$root/cache/tmp"
+if [ "$runtime" != docker ] && is_in_use; then
+    if [ "$where" = here ]; then place_of_job='here' cure='wait for its end, or end it with fab cancel'; else
+        place_of_job="on $their_host, which shares $root" cure='wait for its end, or give this box a data_folder of its own in boxes.yaml'
+    fi
+    refuse "the environment $key is in use: run \`$run\` is being trained in it, $place_of_job" "$cure" "it is not whole as seen from here, and making it again would remove it under the job"
+fi
 # A call that was killed (SIGKILL) could not end the processes that it had started.
 if { read -r old began <"$environment.child"; } 2>/dev/null && is_running "$old" "$began"; then
     kill -KILL "-$old" 2>/dev/null || kill -KILL "$old" 2>/dev/null || true

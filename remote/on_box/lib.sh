@@ -57,6 +57,7 @@ place() { # sets boot, namespace, host: where process numbers mean what they mea
     read_line /proc/sys/kernel/hostname
     host=$value
     case $host in '' | *[!A-Za-z0-9._-]*) host=$(printf %s "${host:-no-name}" | tr -c 'A-Za-z0-9._-' _) ;; esac
+    namespace=${namespace:-$host} # a system that does not tell: still one word, which another host does not share
 }
 
 # shellcheck disable=SC2329 # not each script needs it
@@ -87,7 +88,9 @@ hears() { # HEARTBEAT   of a job that cannot be seen from here: whether it lives
     if [ -n "$heard" ]; then # as often as a follower looks
         [ "$value" = "$heard" ] || heard_at=$now
         heard=$value
-        [ $((now - heard_at)) -lt $((LISTEN / 5)) ]
+        silence=$((LISTEN / 5))
+        [ "$where" != away ] || silence=$QUIET_S
+        [ $((now - heard_at)) -lt $silence ]
         return
     fi
     heard=$value heard_at=$now

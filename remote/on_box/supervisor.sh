@@ -457,7 +457,7 @@ run_docker() { # ARG...
         wait_for $!
         fields_of "$logs" && logs_start=$since && each_tenth 50 is_gone "$logs" "$logs_start"
         kill "$logs" 2>/dev/null
-        [ ! -e "$slot/vanished" ] || code_of_job=''
+        [ ! -e "$root/requests/$request/vanished" ] || code_of_job=''
     else
         code_of_job=3
     fi
@@ -478,7 +478,7 @@ watch_container() { # ends with the container's code. The daemon may be away for
         esac
         sleep 1
     done
-    printf '' >"$slot/vanished"
+    printf '' >"$root/requests/$request/vanished" # not in the slot, which another host may have by now
     exit 1
 }
 
@@ -607,11 +607,15 @@ ask_cards() { # FILE QUERY   in the background, since nvidia-smi may hang for ev
 
 USE=--query-gpu=index,memory.used,memory.total,utilization.gpu
 
+is_displaced() { # another host took this run over while this one was silent: the records are its own now
+    read_line "$job/request" && [ "$value" != "$request" ]
+}
+
 pulse() { # until the supervisor is gone
     trap - TERM INT HUP
     second=0 smi='' smi_start=''
-    while is_running $$ "$own_start"; do
-        put "$job/heartbeat" "$(epoch)"
+    while is_running $$ "$own_start" && ! is_displaced; do
+        { printf '%s\n' "$(epoch)" 1<>"$job/heartbeat"; } 2>/dev/null # in its place, which needs no room: a full disk must not silence us
         if [ $((second % 5)) -eq 0 ] && has nvidia-smi; then # one at a time, even if it hangs
             is_running "$smi" "$smi_start" || ask_cards "$job/gpu" $USE
         fi
@@ -622,8 +626,8 @@ pulse() { # until the supervisor is gone
 
 finish() {
     kill "$pulse" 2>/dev/null
-    rm -f "$job/room" "$job/gpu" "$job"/*.$$
-    until put "$job/ended" "$(epoch)" && { [ -z "$code_of_job" ] || put "$job/exit" "$code_of_job"; }; do sleep 1; done
+    is_displaced || rm -f "$job/room" "$job/gpu" "$job"/*.$$
+    until is_displaced || { put "$job/ended" "$(epoch)" && { [ -z "$code_of_job" ] || put "$job/exit" "$code_of_job"; }; }; do sleep 1; done
     tidy "$request"
     exit 0
 }

@@ -256,17 +256,19 @@ def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        ("Progress 1500000000 of 2300000000", "PyTorch: 1.5 GB of 2.3 GB"),
-        ("Progress 1500 of 0", "PyTorch: Progress 1500 of 0"),  # how much it is, is not known
-        ("Collecting torch", "PyTorch: Collecting torch"),
+        ("Progress 1500000000 of 2300000000", "1.5 GB of 2.3 GB"),
+        ("Progress 1500 of 0", "Progress 1500 of 0"),  # how much it is, is not known
+        ("Collecting torch", "Collecting torch"),
     ],
 )
-def test_a_download_shows_bytes(line: str, shown: str) -> None:
+def test_a_download_shows_bytes_and_each_second_a_clock(line: str, shown: str) -> None:
     said, moments = list[str](), list[str]()
-    output = deploying._EnvironmentOutput(said.append, moments.append)
-    output("begin PyTorch")
-    output(f"now {line}")
-    assert moments == [shown]
+    times = iter([1000.0, 1001.0, 1002.0, 1075.0, 1100.0, 1101.0])
+    output = deploying._EnvironmentOutput(said.append, moments.append, lambda: next(times))
+    for text in ("begin PyTorch", "beat", f"now {line}", "beat", "done 80 PyTorch", "begin DeepSpeed", "beat"):
+        output(text)
+    assert moments == ["PyTorch (1s)", f"PyTorch (2s): {shown}", f"PyTorch (1m15s): {shown}", "", "DeepSpeed (1s)"]
+    assert said == ["environment: PyTorch ...", "environment: PyTorch: done (1m20s)", "environment: DeepSpeed ..."]
 
 
 def test_old_code_and_environments_go_but_not_while_a_job_is_there(scene: Scene) -> None:

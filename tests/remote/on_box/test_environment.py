@@ -132,6 +132,33 @@ def test_the_locks_become_an_environment_that_checked_itself(on_box: OnBox) -> N
     assert parse(said, "box", "").is_clean and [path.name for path in on_box.home.parent.iterdir()] == ["home"]
 
 
+@pytest.mark.parametrize("host", ["here", "host-2"])
+def test_the_environment_of_a_live_job_is_not_removed(on_box: OnBox, host: str) -> None:
+    slot, job, used = on_box.root / "slot", on_box.root / "runs/run-1/job", on_box.environment / "lib/used"
+    start = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+    of_slot = {"run": "run-1", "request": "req-1", "environment": KEY, "pid": str(os.getpid()), "start": start}
+    of_slot["boot"] = f"{boot} {namespace} me" if host == "here" else f"2222-other 4026531836 {host}"
+    for name, text in of_slot.items():
+        write(slot / name, f"{text}\n")
+    write(job / "request", "req-1\n")
+    write(job / "heartbeat", f"{int(time.time())}\n")
+    write(used, "")
+    place = "here" if host == "here" else f"on host-2, which shares {on_box.root}"
+    code, said = on_box.run(python="/no/such/python")
+    assert (code, said[0]) == (
+        3,
+        f"refused the environment {KEY} is in use: run `run-1` is being trained in it, {place}",
+    )
+    assert said[-1].startswith("hint wait for its end, or ") and used.exists()
+    if host == "here":
+        write(slot / "start", "1\n")  # its number is another process by now
+    else:
+        write(job / "exit", "0\n")
+    assert on_box.run(python="/no/such/python")[1][0] == "begin a virtual environment" and not used.exists()
+
+
 def test_another_wheel_than_the_locked_is_refused(on_box: OnBox, template: Path) -> None:
     lock = on_box.code / "env/pins/image.txt"
     lock.write_text(re.sub("sha256:[0-9a-f]{64}", f"sha256:{'0' * 64}", lock.read_text(), count=1))

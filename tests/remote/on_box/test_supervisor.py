@@ -1037,6 +1037,41 @@ def test_containers_that_share_process_numbers_and_not_the_hosts_name_see_each_o
     assert box.ask("cancel", "run-1", "5") == ["term", "ended -", "free"]
 
 
+def test_a_box_that_comes_back_leaves_the_records_of_the_one_that_resumed_its_run(box: Box) -> None:
+    waits = 'until [ -e "$RLHF_RUNS/go" ]; do sleep 0.1; done; exit 7'
+    box.scenario(f'echo begun; [ "$RLHF_REQUEST" = req-2 ] || {{ {waits}; }}\n{TRAINS}')
+    first = box.started(stdin=sent("HF_TOKEN=x"))
+    os.killpg(first, signal.SIGSTOP)  # frozen, with what beats for it
+    seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
+    box.run().heartbeat.write_text(f"{int(time.time()) - 3600}\n")
+    second = box.started("run-1", "req-2", stdin=sent("HF_TOKEN=x"))
+    os.killpg(second, signal.SIGSTOP)  # so that nobody but the first could write now
+    until(lambda: box.run().process.exists() and not list(box.run().supervisor.parent.glob("heartbeat.*")))
+    box.run().heartbeat.write_text("1\n")
+    before = box.run().heartbeat.read_text(), {path.name for path in box.run().supervisor.parent.iterdir()}
+    os.killpg(first, signal.SIGCONT)
+    (box.root / "runs/go").touch()
+    until(lambda: not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
+    assert (box.run().heartbeat.read_text(), {path.name for path in box.run().supervisor.parent.iterdir()}) == before
+    assert (box.root / "slot/request").read_text() == "req-2\n" and len(box.members("req-2")) >= 1
+    assert [path.name for path in (box.root / "secrets").iterdir()] == ["req-2"]
+    os.killpg(second, signal.SIGCONT)
+    assert box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
+
+
+def test_a_system_that_tells_no_namespace_knows_its_own_jobs(box: Box) -> None:
+    box.command("readlink", "#!/bin/sh\nexit 1\n")
+    box.scenario(TRAINS)
+    box.started()
+    host = re.sub("[^A-Za-z0-9._-]", "_", socket.gethostname())
+    assert (box.root / "slot/boot").read_text() == f"{BOOT} {host} {host}\n"
+    assert (box.job().alive, box.job().host, parse_look(looked(box)).running) == (True, "", "run-1")
+    seen_from_elsewhere(box, f"{BOOT} host-2 host-2")  # which tells none, either
+    assert box.ask("cancel", "run-1", "1") == ["elsewhere host-2"]
+    seen_from_elsewhere(box, f"{BOOT} {host} {host}")
+    assert box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
+
+
 def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: Box) -> None:
     box.scenario(TRAINS)
     for process in (box.started(stdin=sent("HF_TOKEN=x")), int(box.run().process.read_text().split()[0])):
@@ -1053,6 +1088,23 @@ def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: B
     assert records(box) == before and parse_look(looked(box)).running is None
     box.scenario("echo begun")
     assert box.start("run-2", "req-2").startswith("started")
+
+
+@every_shell
+def test_a_follower_gives_a_silent_box_as_long_as_a_start_does(made: Callable[[str], Box], shell: str) -> None:
+    """Seconds of silence, and whether the job lives; a namesake of this host was restarted."""
+    box = made(shell)
+    box.command("date", f'#!/bin/sh\ncat "{box.root}/now"\n')
+    (box.root / "beat").write_text("1000\n")
+    text = "for at in 1000 1009 1018 1019 1059 1060; do echo $at >now; hears beat && echo yes || echo no; done"
+    shutil.copy(CHECKOUT / "remote/on_box/lib.sh", box.root)
+    found = {}
+    for where in ("away", "before"):  # the heartbeat that the second is listened for comes, and is its last
+        call = f". ./lib.sh; sleep() {{ echo 1001 >beat; }}; where={where}; {text}"
+        argv = [str(box.bin / "sh"), "-c", call]
+        done = subprocess.run(argv, cwd=box.root, env=box.environ, capture_output=True, text=True, check=True)
+        found[where] = done.stdout.split()
+    assert found == {"away": ["yes"] * 5 + ["no"], "before": ["yes"] * 3 + ["no"] * 3}
 
 
 def test_a_clock_that_is_wrong_on_another_box_does_not_silence_it(box: Box) -> None:
@@ -1187,6 +1239,19 @@ def test_a_full_disk_is_a_clear_answer_and_loses_no_exit_code(box: Box, small_di
     job = box.ended()
     assert (job.exit, job.alive) == (3, False) and shutil.disk_usage(small_disk).free < 100_000
     assert old.exists()
+
+
+def test_a_full_disk_does_not_silence_a_job(box: Box, small_disk: Path) -> None:
+    shutil.copytree(box.root, small_disk / "the root", symlinks=True)
+    box.root = small_disk / "the root"
+    box.code, box.python = box.root / "code" / FP, box.root / "env" / KEY / "bin" / "python"
+    box.deployed()
+    box.scenario(TRAINS)
+    box.started()
+    fill(small_disk)
+    full_at = int(time.time())
+    until(lambda: int(box.run().heartbeat.read_text()) > full_at + 1)
+    assert shutil.disk_usage(small_disk).free == 0 and box.ask("cancel", "run-1", "30")[:2] == ["term", "ended 143"]
 
 
 # --- a download next to it ------------------------------------------------------------------------
@@ -1503,6 +1568,19 @@ def test_a_container_that_somebody_removed_is_lost(docked: Box) -> None:
     until(lambda: not (docked.root / "slot").exists() and not docked.job().alive)
     job = docked.job()
     assert (job.alive, job.training, job.exit, state_of(None, job)) == (False, False, None, "lost")
+
+
+def test_a_container_that_is_gone_marks_no_slot_of_another_box(docked: Box) -> None:
+    waits = 'until [ -e "$RLHF_RUNS/go" ]; do sleep 0.1; done'
+    contained(docked, f'echo begun; {waits}; kill -KILL $PPID; rm "$STANDIN"/rlhf-box-req-1.*')
+    supervisor = docked.started()
+    shutil.rmtree(docked.root / "slot")
+    (docked.root / "slot").mkdir()
+    (docked.root / "slot/request").write_text("req-2\n")
+    (docked.root / "runs/go").touch()
+    until(lambda: not psutil.pid_exists(supervisor))
+    assert [path.name for path in (docked.root / "slot").iterdir()] == ["request"]
+    assert (docked.run().supervisor.parent / "ended").exists() and docked.job().exit is None
 
 
 def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:

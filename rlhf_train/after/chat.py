@@ -112,7 +112,7 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
         chosen = [sources[0]] if words is None else find_sources(words, base or sources[0], runs)
         return _load(chosen, runs, wishes, screen)
 
-    session = Session(models, screen, compare, interrupt=Interrupt())
+    session = Session(models, screen, compare, interrupt=Interrupt(), runs=runs)
     session.set_system(args.system)
 
     # 3. Answer.

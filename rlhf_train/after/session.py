@@ -20,7 +20,7 @@ from rlhf_train.after.screen import Screen
 HELP = """/reset          begin a new conversation
 /system TEXT    say what the model shall be; without TEXT: nothing again
 /compare A,B    let two models answer: steps, runs, folders; /compare off ends it
-/save [FILE]    write the conversation into a file (JSON)
+/save [FILE]    write the conversation into a file (JSON), in chats/ of the run
 /help           this list
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
 
@@ -79,10 +79,19 @@ Models = tuple[list[ChatModel], Judge | None]
 
 class Session:
     def __init__(
-        self, models: Models, screen: Screen, compare: Callable[[str | None], Models], *, interrupt: Interrupt
+        self,
+        models: Models,
+        screen: Screen,
+        compare: Callable[[str | None], Models],
+        *,
+        interrupt: Interrupt,
+        runs: Path,
     ) -> None:
-        """compare: loads the models of `A,B`; None: the model that the session began with."""
-        self._screen, self._compare, self._interrupt = screen, compare, interrupt
+        """compare: loads the models of `A,B`; None: the model that the session began with.
+
+        runs: where a conversation with models of no run is saved.
+        """
+        self._screen, self._compare, self._interrupt, self._runs = screen, compare, interrupt, runs
         self._system = ""
         self._take(models)
 
@@ -189,8 +198,10 @@ class Session:
         self._screen.note("a new conversation, with " + " and ".join(talk.model.source.title for talk in self._talks))
 
     def _save(self, name: str) -> None:
-        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()
+        folder = self._saves()
+        path = (folder / Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()).absolute()
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
                 json.dump(self.record(), file, ensure_ascii=False, indent=1)
                 file.write("\n")
@@ -199,6 +210,14 @@ class Session:
                 f"cannot write {path}", why=error.strerror or str(error), hint="/save FILE with another name"
             ) from None
         self._screen.note(f"saved in {path}")
+
+    def _saves(self) -> Path:
+        """Return the folder that a relative name belongs to.
+
+        It is not the working directory: that of a container is gone with it.
+        """
+        run = next((talk.model.source.run for talk in self._talks if talk.model.source.run), None)
+        return run.chats if run else self._runs
 
     def record(self) -> list[dict[str, object]]:
         """Return what was said, by model."""

@@ -27,6 +27,7 @@ from jobs.run_dir import RunDir
 from rlhf_train.after import chat
 from rlhf_train.after.screen import Screen
 from rlhf_train.after.session import Interrupt, Session
+from rlhf_train.after.sources import Source
 from tests.rlhf_train.after import models
 
 pytestmark = pytest.mark.pinned
@@ -77,12 +78,11 @@ class Notes(io.StringIO):
 @pytest.fixture
 def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
     from rlhf_train.after.chat_model import Wishes
-    from rlhf_train.after.sources import Source
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
     loaded = chat._load([Source("it", str(folder))], folder.parent, Wishes(), screen)
-    yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt()), out, notes
+    yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt(), runs=folder.parent), out, notes
 
 
 def test_an_answer_knows_what_was_said_before(talk: tuple[Session, Notes, Notes], folder: Path) -> None:
@@ -121,6 +121,24 @@ def test_a_conversation_is_saved_once(talk: tuple[Session, Notes, Notes], tmp_pa
     assert said["messages"][1]["content"].lstrip() + "\n" == expected(folder, "red")
     session.line(f"/save {tmp_path / 'talk.json'}")
     assert "cannot write" in notes.getvalue()
+
+
+def test_a_relative_name_is_one_of_the_runs_folder(
+    talk: tuple[Session, Notes, Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory may not be written to, or be gone with its container."""
+    session, _, notes = talk
+    monkeypatch.chdir(tmp_path)
+    session._runs = Path("others")
+    session.line("/save talk.json")
+    assert (tmp_path / "others" / "talk.json").is_file()
+    assert notes.getvalue().endswith(f"saved in {tmp_path / 'others' / 'talk.json'}\n")
+    run, [model] = RunDir(Path("runs/demo")), [each.model for each in session._talks]
+    monkeypatch.setattr(model, "source", Source("it", "x", run))
+    session.line("/save talk.json")
+    session.line("/save")
+    assert f"saved in {tmp_path / 'runs/demo/chats/talk.json'}\n" in notes.getvalue()
+    assert len([*run.chats.glob("chat-*.json")]) == 1 and [*tmp_path.glob("*.json")] == []
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_says_so(talk: tuple[Session, Notes, Notes]) -> None:

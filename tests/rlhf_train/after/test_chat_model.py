@@ -62,6 +62,15 @@ def test_the_next_human_ends_an_answer(tmp_path):
     assert model.tokenizer.decode(reply.tokens) == " red."
 
 
+@pytest.mark.parametrize("stop", [" dog", ["cat", " dog"]])
+def test_the_stop_strings_of_the_generation_config_end_an_answer(tmp_path, stop):
+    model = load(models.save(tmp_path / "model", stop_strings=stop))
+    said = model.tokenizer(" red dog tall", add_special_tokens=False)["input_ids"]
+    model._stream = SimpleNamespace(device="cpu", tokens=lambda *_: iter(said))
+    reply = model.reply(ASK)
+    assert "".join(reply) == " red" == reply.text
+
+
 def test_a_seed_gives_the_same_answers_again(tmp_path):
     folder = models.save(tmp_path / "model", do_sample=True, temperature=1.5, top_k=0)
     first, again, other = (["".join(model.reply(ASK)) for _ in range(3)] for model in

@@ -112,9 +112,10 @@ class ChatModel:
 def sampling_of(config: Any, wishes: Wishes) -> Sampling:
     """Return how tokens are sampled: as the generation config says, but for the wishes.
 
-    A config that does not sample means the likeliest token, unless a temperature is asked for.
+    A config that does not sample means the likeliest token, unless a way of sampling is asked for.
     """
-    if wishes.temperature == 0 or (not config.do_sample and wishes == replace(wishes, temperature=None)):
+    is_asked = any(wish is not None for wish in (wishes.temperature, wishes.top_k, wishes.top_p))
+    if wishes.temperature == 0 or not (config.do_sample or is_asked):
         return Sampling(top_k=1)
 
     def chosen(name: str, default: float) -> float:

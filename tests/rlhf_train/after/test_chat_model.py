@@ -96,6 +96,10 @@ def test_an_answer_ends_at_the_models_last_position(tmp_path):
         ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {"temperature": 0.0}, Sampling(top_k=1)),
         ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {"top_k": 0, "top_p": 0.5}, Sampling(0.7, None, 0.5)),
         ({"do_sample": False, "top_k": 50}, {"temperature": 0.9}, Sampling(0.9)),
+        ({"do_sample": False, "temperature": 0.7}, {"top_k": 5}, Sampling(1.0, 5)),
+        ({"do_sample": False, "top_k": 50}, {"top_p": 0.9}, Sampling(1.0, None, 0.9)),
+        ({"do_sample": False}, {"top_k": 0}, Sampling(1.0)),
+        ({"do_sample": False}, {"temperature": 0.0, "top_p": 0.9}, Sampling(top_k=1)),
         ({"do_sample": False}, {"max_tokens": 5, "seed": 3, "template": "human"}, Sampling(top_k=1)),
     ],
 )  # fmt: skip

@@ -37,6 +37,7 @@ from jobs.views.report.report_file import write_page
 from jobs.views.report.run_page import Price, read_run
 from jobs.yaml12 import dump_yaml
 from rlhf_train import completion, local_runs
+from rlhf_train.after.chat import at_least_zero
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.trackers.processes import refuse_missing
@@ -358,7 +359,9 @@ def report_parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder, with a slash")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
-    p.add_argument("--price", type=float, metavar="AMOUNT", help="of an hour of the machine, to say what the run cost")
+    p.add_argument(
+        "--price", type=at_least_zero, metavar="AMOUNT", help="of an hour of the machine, to say what the run cost"
+    )
     return p
 
 

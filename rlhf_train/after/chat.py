@@ -40,10 +40,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", metavar="A,B", help="let two models answer, e.g. step1,step3 of the run")
     p.add_argument("--once", metavar="TEXT", help="answer this and end; only the answer is on standard output")
     p.add_argument("--system", metavar="TEXT", default="", help="what the model shall be")
-    p.add_argument("--temperature", type=_at_least_zero, metavar="T", help="0: always the likeliest token")
+    p.add_argument("--temperature", type=at_least_zero, metavar="T", help="0: always the likeliest token")
     p.add_argument("--top-k", type=_whole, metavar="K", help="sample from the K likeliest tokens; 0: from all")
     p.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens with the sum P")
-    p.add_argument("--max-tokens", type=_whole, metavar="N", help="of an answer")
+    p.add_argument("--max-tokens", type=_positive, metavar="N", help="of an answer")
     p.add_argument("--seed", type=_whole, metavar="N", help="for the same answers again")
     p.add_argument(
         "--template", choices=("auto", "own", "human"), default="auto",
@@ -53,22 +53,36 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _at_least_zero(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
+def at_least_zero(text: str) -> float:
+    if not 0 <= _number(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"`{text}` is no number from 0 on")
     return float(text)
 
 
 def _share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise ValueError
+    if not 0 < _number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is no number above 0 and up to 1")
     return float(text)
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"`{text}` is no whole number from 0 on")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"`{text}` is no whole number from 1 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    """Return NaN for what is no number: it lies in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def chat(argv: Sequence[str], default_runs: Path) -> int:
@@ -103,7 +117,7 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     from rlhf_train.after.session import Interrupt, Session, hello
 
     screen = Screen(sys.stdout, sys.stderr)
-    wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens or None, args.template, args.seed)
+    wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens, args.template, args.seed)
     models = _load(sources, runs, wishes, screen)
     if sys.stderr.isatty():
         print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)

@@ -121,6 +121,8 @@ def test_multi_node_is_refused_clearly(capsys: Said) -> None:
         ["--set"],
         ["--run"],
         ["--redo=yes"],
+        ["report", "demo", "--price", "-3"],
+        ["report", "demo", "--price", "nan"],
     ],
 )
 def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None:

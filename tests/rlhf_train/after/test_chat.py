@@ -62,10 +62,22 @@ def test_a_pipe_is_one_question(
         chat.chat([str(folder)], folder.parent)
 
 
-@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "0"], ["--top-k", "x"], ["--temp", "1"]])
-def test_wrong_flags_are_refused(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--temperature", "hot"], "argument --temperature: `hot` is no number from 0 on"),
+        (["--temperature", "-1"], "argument --temperature: `-1` is no number from 0 on"),
+        (["--temperature", "inf"], "argument --temperature: `inf` is no number from 0 on"),
+        (["--top-p", "0"], "argument --top-p: `0` is no number above 0 and up to 1"),
+        (["--top-k", "x"], "argument --top-k: `x` is no whole number from 0 on"),
+        (["--max-tokens", "0"], "argument --max-tokens: `0` is no whole number from 1 on"),
+        (["--temp", "1"], "unrecognized arguments: --temp"),
+    ],
+)
+def test_wrong_flags_are_refused(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         chat.parser().parse_args(words)
+    assert why in capsys.readouterr().err
 
 
 # --- commands ---

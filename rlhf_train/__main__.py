@@ -59,6 +59,7 @@ The same command resumes a run that stopped; steps that are complete are skipped
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "rlhf-train",
+        usage=f"%(prog)s [flags]    trains\n       %(prog)s {'|'.join(VERBS)} ...    --help says how",
         description="SFT, reward model and PPO as one run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -404,6 +405,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in VERBS:
             return VERBS[words[0]](words[1:])
+        if words and not words[0].startswith("-"):
+            raise ToolkitError(
+                f"there is no verb `{words[0]}`",
+                why=f"the verbs are {', '.join(VERBS)}; without one it trains",
+                hint="rlhf-train --job NAME trains; rlhf-train --help",
+            )
         args = parser().parse_args(words)
         if args.download:
             return download(args)

@@ -117,7 +117,6 @@ def test_multi_node_is_refused_clearly(capsys: Said) -> None:
         ["--stepp", "1"],
         ["--dry"],
         ["--deployment-type", "cluster"],
-        ["demo"],
         ["--set"],
         ["--run"],
         ["--redo=yes"],
@@ -130,6 +129,18 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
         main(words)
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_verb_is_told_the_verbs(capsys: Said) -> None:
+    assert main(["stauts", "demo"]) == 2
+    assert capsys.readouterr().err == (
+        "error: there is no verb `stauts`\n"
+        "  why: the verbs are chat, report, status, logs; without one it trains\n\n"
+        "hint: rlhf-train --job NAME trains; rlhf-train --help\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["--stepp"])
+    assert "rlhf-train chat|report|status|logs ..." in capsys.readouterr().err
 
 
 # --- mistakes: one error, nothing written ---

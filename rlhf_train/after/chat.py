@@ -122,9 +122,10 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     if sys.stderr.isatty():
         print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)
 
+    home = base or sources[0]
+
     def compare(words: str | None) -> Models:
-        chosen = [sources[0]] if words is None else find_sources(words, base or sources[0], runs)
-        return _load(chosen, runs, wishes, screen)
+        return _load([home] if words is None else find_sources(words, home, runs), runs, wishes, screen)
 
     session = Session(models, screen, compare, interrupt=Interrupt(), runs=runs)
     session.set_system(args.system)

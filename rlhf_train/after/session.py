@@ -87,7 +87,7 @@ class Session:
         interrupt: Interrupt,
         runs: Path,
     ) -> None:
-        """compare: loads the models of `A,B`; None: the model that the session began with.
+        """compare: loads the models of `A,B`; None: the model of the run that the session is about.
 
         runs: where a conversation with models of no run is saved.
         """

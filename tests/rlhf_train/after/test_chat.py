@@ -165,14 +165,15 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(talk: tuple[Sess
     assert before == 10  # the refused one is no part of it
 
 
-def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rewards are those of plain transformers: (logit - shift) / scale after the answer."""
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose steps are complete."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, OPTForSequenceClassification
+    from transformers import OPTConfig, OPTForSequenceClassification
 
     from tests import tiny
 
-    run = RunDir(tmp_path / "runs" / "demo")
+    run = RunDir(tmp_path_factory.mktemp("compared") / "runs" / "demo")
     for step in (1, 3):
         models.save(run.step(step).model)
         run.step(step).complete.write_text("{}")
@@ -184,6 +185,15 @@ def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytes
     run.step(2).complete.write_text("{}")
     run.step(2).reward_scale.write_text('{"shift": 0.5, "scale": 2.0}')
     run.events.touch()
+    return run
+
+
+def test_two_steps_are_compared_with_their_rewards(compared: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rewards are those of plain transformers: (logit - shift) / scale after the answer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run, words = compared, models.tokenizer()
     assert chat.chat(["demo", "--compare", "step1,step3", "--once", "red"], run.path.parent) == ExitCode.OK
     out = capsys.readouterr().out
     tokens = models.greedy(run.step(1).model, words("\n\nHuman: red\n\nAssistant:")["input_ids"], [2], 12)
@@ -307,3 +317,21 @@ def test_a_dumb_terminal_without_colour_sees_no_escape_sequence(folder: Path) ->
         it.wait(re.escape(expected(folder, "red").split()[0]) + r"(.|\n)*you> ")
         assert it.left() == 0
         assert "\x1b" not in it.seen
+
+
+def test_two_answers_next_to_each_other_and_then_the_runs_newest_model(compared: RunDir) -> None:
+    """Both models have the same weights."""
+    reward, end = r"  reward -?[0-9]+\.[0-9]{2}", r"(.|\n)*\n" + PROMPT
+    answer = re.escape(expected(compared.step(1).model, "red").split()[0])
+    with terminal(["demo", "--compare", "step1,step3"], compared.path.parent, columns=120, TERM="xterm") as it:
+        it.wait(PROMPT)
+        it.type("red\r")
+        titles = rf"demo, step 1 \(supervised fine-tuning\){reward} +demo, step 3 \(PPO\){reward} *"
+        it.wait(rf"\n{titles}\n *{answer}.* {{4}}{answer}{end}")
+        it.type("/compare off\r")
+        it.wait(rf"a new conversation, with demo, step 3 \(PPO\)\n{end}")
+        it.type("red\r")
+        assert "reward" not in plain(it.wait(rf"\n{answer}{end}"))
+        it.type("/compare\r")  # the two steps again
+        it.wait(rf"with demo, step 1 \(supervised fine-tuning\) and demo, step 3 \(PPO\)\n{end}")
+        assert it.left() == 0

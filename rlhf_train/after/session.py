@@ -97,6 +97,7 @@ class Session:
 
     def _take(self, models: Models) -> None:
         self._talks, self._judge = [Talk(model) for model in models[0]], models[1]
+        self._noted: set[str] = set()  # said once in a conversation
 
     def line(self, text: str) -> None:
         """Do what a line says. Errors are shown, and the session goes on."""
@@ -143,7 +144,10 @@ class Session:
         self._screen.end()
         self._say_dropped(reply)
         if len(self._talks) > 1:
-            self._screen.line(self._reward(talk, reply))
+            if reward := self._reward(talk, reply):
+                self._screen.line(reward)
+            else:
+                self._say_why_no_reward(talk, reply)
             if talk is not self._talks[-1]:
                 self._screen.line()
 
@@ -156,6 +160,8 @@ class Session:
             titles.append(talk.model.source.title + (f"  {reward}" if reward else ""))
             answers.append(reply.text)
             self._say_dropped(reply)
+            if not reward:
+                self._say_why_no_reward(talk, reply)
         self._screen.next_to_each_other(titles, answers)
 
     def _finish(self, talk: Talk, reply: Reply, show: Callable[[str], object]) -> None:
@@ -174,6 +180,23 @@ class Session:
         if reply.text:
             talk.rewards.append(value)
         return "" if value is None else f"reward {value:.2f}"
+
+    def _say_why_no_reward(self, talk: Talk, reply: Reply) -> None:
+        """Say, once in a conversation, why a comparison has no reward."""
+        titles = [each.model.source.title for each in self._talks]
+        run = next((each.model.source.run for each in self._talks if each.model.source.run), None)
+        if self._judge is None:
+            why = f"run `{run.name}` has no reward model" if run else "no run, and so no reward model, belongs to them"
+            self._note_once(f"note: no rewards for {' and '.join(titles)}: {why}")
+        elif not self._judge.reads(talk.model.tokenizer):
+            self._note_once(f"note: no rewards for {talk.model.source.title}: the reward model reads other tokens")
+        elif not self._judge.has_positions_for(reply.prompt, reply.tokens):
+            self._note_once("note: no reward where conversation and answer outgrow the reward model's positions")
+
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._screen.note(text)
 
     def _say_dropped(self, reply: Reply) -> None:
         if reply.dropped:

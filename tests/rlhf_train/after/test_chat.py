@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -203,6 +204,40 @@ def test_two_steps_are_compared_with_their_rewards(compared: RunDir, capsys: pyt
     assert AutoTokenizer.from_pretrained(run.step(2).model).pad_token_id == 1
     block = f"{expected(run.step(1).model, 'red')}reward {(logit - 0.5) / 2:.2f}\n"
     assert out == f"demo, step 1 (supervised fine-tuning)\n{block}\ndemo, step 3 (PPO)\n{block}"
+
+
+def test_a_comparison_without_a_reward_says_why_once(
+    compared: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_train.after.chat_model import Wishes
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(compared.step(1).path, "young/step1")
+    shutil.copytree(compared.step(1).model, "other")
+    RunDir(Path("young")).events.touch()
+    first, other = "./young/step1/model", "./other"
+    assert chat.chat(["--compare", f"{first},{other}", "--once", "red"], tmp_path) == ExitCode.OK
+    answer = expected(compared.step(1).model, "red")
+    out, err = capsys.readouterr()
+    assert out == f"{first}\n{answer}\n{other}\n{answer}"
+    assert err.count("note: no reward") == 1
+    assert f"note: no rewards for {first} and {other}: run `young` has no reward model\n" in err
+
+    out, notes = Notes(), Notes()
+    screen = Screen(out, notes)
+    sources = [Source("first", str(compared.step(1).model), compared), Source("other", other, compared)]
+    (one, two), judge = chat._load(sources, tmp_path, Wishes(), screen)
+    two.tokenizer.add_tokens(["<new>"])
+    assert judge is not None
+    judge._positions = 12
+    session = Session(([one, two], judge), screen, lambda words: ([one], None), interrupt=Interrupt(), runs=tmp_path)
+    for _ in range(2):
+        session.line("red")
+    assert "reward" not in out.getvalue() and "\n\n\n" not in out.getvalue()
+    assert notes.getvalue().splitlines() == [
+        "note: no reward where conversation and answer outgrow the reward model's positions",
+        "note: no rewards for other: the reward model reads other tokens",
+    ]
 
 
 # --- a real terminal ---

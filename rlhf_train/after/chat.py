@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError
 
 if TYPE_CHECKING:  # torch and transformers take seconds: --help does not need them
-    from rlhf_train.after.chat_model import Wishes
+    from rlhf_train.after.chat_model import ChatModel, Wishes
+    from rlhf_train.after.judge import Judge
     from rlhf_train.after.screen import Screen
     from rlhf_train.after.session import Models, Session
     from rlhf_train.after.sources import Source
@@ -118,14 +119,18 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
 
     screen = Screen(sys.stdout, sys.stderr)
     wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens, args.template, args.seed)
-    models = _load(sources, runs, wishes, screen)
+    loader = Loader(runs, wishes, screen)
+    models = loader.load(sources)
     if sys.stderr.isatty():
         print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)
 
     home = base or sources[0]
 
     def compare(words: str | None) -> Models:
-        return _load([home] if words is None else find_sources(words, home, runs), runs, wishes, screen)
+        chosen = [home] if words is None else find_sources(words, home, runs)
+        if missing := loader.missing(chosen):
+            screen.note(f"loading {' and '.join(source.title for source in missing)} ...")
+        return loader.load(chosen)
 
     session = Session(models, screen, compare, interrupt=Interrupt(), runs=runs)
     session.set_system(args.system)
@@ -138,27 +143,56 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     return _talk(session, screen, _reader(is_dumb=screen.is_dumb))
 
 
-def _load(sources: Sequence[Source], runs: Path, wishes: Wishes, screen: Screen) -> Models:
-    """Load models, and for two of them the reward model of the first one's run."""
-    from transformers.utils import logging
+class Loader:
+    """Loads models to talk to. Those of the last call are taken as they are, not loaded again."""
 
-    from rlhf_train.after.chat_model import ChatModel, not_applied
-    from rlhf_train.after.judge import Judge, reward_model_of
-    from rlhf_train.after.room import find_room
+    def __init__(self, runs: Path, wishes: Wishes, screen: Screen) -> None:
+        self._runs, self._wishes, self._screen = runs, wishes, screen
+        self._models: dict[str, ChatModel] = {}
+        self._judges: dict[tuple[Path, str], Judge] = {}
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    run = next((source.run for source in sources if source.run is not None), None)
-    judge_source = reward_model_of(run) if len(sources) > 1 else None
-    room = find_room([*(source.model for source in sources), *([judge_source] if judge_source else [])], runs)
-    models = [ChatModel.load(source, room, wishes) for source in sources]
-    judge = Judge.load(run, judge_source, room) if run is not None and judge_source is not None else None
-    if room.note:
-        screen.note(f"note: {room.note}")
-    for model in models:
-        if left_out := not_applied(model.model.generation_config):
-            screen.note(f"warning: {model.source.title}: not applied here: {', '.join(left_out)}")
-    return models, judge
+    def missing(self, sources: Sequence[Source]) -> list[Source]:
+        return list({source.model: source for source in sources if source.model not in self._models}.values())
+
+    def load(self, sources: Sequence[Source]) -> Models:
+        """Return the models, and for two of them the reward model of the first one's run.
+
+        If it fails or is interrupted, those of the last call are still held.
+        """
+        from transformers.utils import logging
+
+        from rlhf_train.after.chat_model import ChatModel
+        from rlhf_train.after.judge import Judge, reward_model_of
+        from rlhf_train.after.room import find_room
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        run = next((source.run for source in sources if source.run is not None), None)
+        judge_source = reward_model_of(run) if len(sources) > 1 else None
+        judge_key = (run.path, judge_source) if run is not None and judge_source is not None else None
+        missing = self.missing(sources)
+        models, judges = dict(self._models), dict(self._judges)
+        needed = [source.model for source in missing]
+        if judge_key and judge_key not in judges:
+            needed.append(judge_key[1])
+        if needed:
+            room = find_room(needed, self._runs)
+            models |= {source.model: ChatModel.load(source, room, self._wishes) for source in missing}
+            if run is not None and judge_key and judge_key not in judges:
+                judges[judge_key] = Judge.load(run, judge_key[1], room)
+            if room.note:
+                self._screen.note(f"note: {room.note}")
+        self._say_not_applied([models[source.model] for source in missing])
+        self._models = {source.model: models[source.model] for source in sources}
+        self._judges = {key: judge for key, judge in judges.items() if key == judge_key}
+        return [models[source.model] for source in sources], judges[judge_key] if judge_key else None
+
+    def _say_not_applied(self, models: Sequence[ChatModel]) -> None:
+        from rlhf_train.after.chat_model import not_applied
+
+        for model in models:
+            if left_out := not_applied(model.model.generation_config):
+                self._screen.note(f"warning: {model.source.title}: not applied here: {', '.join(left_out)}")
 
 
 def _reader(*, is_dumb: bool) -> Callable[[], str]:

@@ -217,7 +217,12 @@ class Session:
         self._screen.note("the system text is set" if text else "there is no system text now")
 
     def _set_compare(self, words: str) -> None:
-        self._take(self._compare(None if words == "off" else words or "step1,step3"))
+        try:
+            models = self._compare(None if words == "off" else words or "step1,step3")
+        except KeyboardInterrupt:
+            self._screen.note("stopped by Ctrl-C: the conversation goes on as it was")
+            return
+        self._take(models)
         self._screen.note("a new conversation, with " + " and ".join(talk.model.source.title for talk in self._talks))
 
     def _save(self, name: str) -> None:

@@ -27,7 +27,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.run_dir import RunDir
 from rlhf_train.after import chat
 from rlhf_train.after.screen import Screen
-from rlhf_train.after.session import Interrupt, Session
+from rlhf_train.after.session import Interrupt, Models, Session
 from rlhf_train.after.sources import Source
 from tests.rlhf_train.after import models
 
@@ -94,7 +94,7 @@ def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
-    loaded = chat._load([Source("it", str(folder))], folder.parent, Wishes(), screen)
+    loaded = chat.Loader(folder.parent, Wishes(), screen).load([Source("it", str(folder))])
     yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt(), runs=folder.parent), out, notes
 
 
@@ -226,7 +226,7 @@ def test_a_comparison_without_a_reward_says_why_once(
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
     sources = [Source("first", str(compared.step(1).model), compared), Source("other", other, compared)]
-    (one, two), judge = chat._load(sources, tmp_path, Wishes(), screen)
+    (one, two), judge = chat.Loader(tmp_path, Wishes(), screen).load(sources)
     two.tokenizer.add_tokens(["<new>"])
     assert judge is not None
     judge._positions = 12
@@ -238,6 +238,36 @@ def test_a_comparison_without_a_reward_says_why_once(
         "note: no reward where conversation and answer outgrow the reward model's positions",
         "note: no rewards for other: the reward model reads other tokens",
     ]
+
+
+def test_models_that_are_held_are_not_loaded_again(compared: RunDir) -> None:
+    from rlhf_train.after.chat_model import Wishes
+
+    first, last = (Source(str(step), str(compared.step(step).model), compared) for step in (1, 3))
+    loader = chat.Loader(compared.path.parent, Wishes(), Screen(Notes(), Notes()))
+    [alone], judge = loader.load([last])
+    assert judge is None and loader.missing([first, last]) == [first]
+    (one, two), judge = loader.load([first, last])
+    assert two is alone and judge is not None
+    again, same_judge = loader.load([last, first])
+    assert again == [two, one] and same_judge is judge
+    with pytest.raises(ToolkitError):
+        loader.load([first, Source("gone", str(compared.path / "gone"))])
+    assert loader.load([last, first])[0] == [two, one]
+    assert loader.load([last]) == ([alone], None) and loader.missing([first]) == [first]  # its memory is free
+
+
+def test_ctrl_c_while_models_are_loaded_goes_back_to_the_chat(talk: tuple[Session, Notes, Notes]) -> None:
+    session, _, notes = talk
+    session.line("red")
+    before = session.record()
+
+    def interrupted(words: str | None) -> Models:
+        raise KeyboardInterrupt
+
+    session._compare = interrupted
+    session.line("/compare step1,step3")
+    assert session.record() == before and "stopped by Ctrl-C: the conversation goes on" in notes.getvalue()
 
 
 # --- a real terminal ---
@@ -368,5 +398,6 @@ def test_two_answers_next_to_each_other_and_then_the_runs_newest_model(compared:
         it.type("red\r")
         assert "reward" not in plain(it.wait(rf"\n{answer}{end}"))
         it.type("/compare\r")  # the two steps again
-        it.wait(rf"with demo, step 1 \(supervised fine-tuning\) and demo, step 3 \(PPO\)\n{end}")
+        titles = r"demo, step 1 \(supervised fine-tuning\) and demo, step 3 \(PPO\)\n"
+        it.wait(rf"\nloading demo, step 1 \(supervised fine-tuning\) \.\.\.\na new conversation, with {titles}{end}")
         assert it.left() == 0

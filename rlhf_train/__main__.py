@@ -370,7 +370,7 @@ def report(argv: Sequence[str]) -> int:
     """Write the report of the runs that are named, and print its path."""
     args = report_parser().parse_args(argv)
     folder = args.output_dir or Settings.from_environ(os.environ).runs
-    runs = [RunDir(Path(name)) if "/" in name else run_named(name, folder) for name in args.runs]
+    runs = [local_runs.run_at(name, folder) for name in args.runs]
     pages = [read_run(run, price=Price(args.price)) for run in runs]
     together = folder / f"report-{'-'.join(run.name for run in runs)}.html"
     path = args.output or (runs[0].report if len(runs) == 1 else together)

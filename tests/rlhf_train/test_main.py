@@ -636,4 +636,6 @@ def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: 
     assert main(["report", "a", "./runs/b"]) == ExitCode.OK
     assert capsys.readouterr().out == "runs/report-a-b.html\n"
     assert main(["report", "c"]) == ExitCode.USAGE
-    assert "runs/c holds no run" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: there is no run `c`\n  why: no runs/c/events.jsonl\n\nhint: runs of runs: a, b\n"
+    )

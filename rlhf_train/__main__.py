@@ -34,7 +34,7 @@ from jobs.spec import DEPLOYMENT_TYPES, NAME, Job, load_job, settings_of_deploym
 from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
-from jobs.views.report.run_page import Price, read_run
+from jobs.views.report.run_page import Price, names_of, read_run
 from jobs.yaml12 import dump_yaml
 from rlhf_train import completion, local_runs
 from rlhf_train.after.chat import at_least_zero
@@ -371,8 +371,9 @@ def report(argv: Sequence[str]) -> int:
     args = report_parser().parse_args(argv)
     folder = args.output_dir or Settings.from_environ(os.environ).runs
     runs = [local_runs.run_at(name, folder) for name in args.runs]
-    pages = [read_run(run, price=Price(args.price)) for run in runs]
-    together = folder / f"report-{'-'.join(run.name for run in runs)}.html"
+    names = names_of(runs)
+    pages = [read_run(run, name=name, price=Price(args.price)) for run, name in zip(runs, names, strict=True)]
+    together = folder / f"report-{'-'.join(names).replace('/', '-')}.html"
     path = args.output or (runs[0].report if len(runs) == 1 else together)
     write_page(pages, path)
     console.console_on(sys.stdout).print(visible(path))

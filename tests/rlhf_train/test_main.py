@@ -635,6 +635,11 @@ def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: 
     assert "It worked: perplexity on held-out answers fell from 31.00 to 8.00." in html and "<dd>1.50</dd>" in html
     assert main(["report", "a", "./runs/b"]) == ExitCode.OK
     assert capsys.readouterr().out == "runs/report-a-b.html\n"
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "gpu-box" / "a")
+    assert main(["report", "a", "gpu-box/a"]) == ExitCode.OK
+    assert capsys.readouterr().out == "runs/report-runs-a-gpu-box-a.html\n"
+    html = Path("runs/report-runs-a-gpu-box-a.html").read_text(encoding="utf-8")
+    assert all(html.count(f">{name}</h2>") == html.count(f"</i>{name}</li>") == 1 for name in ("runs/a", "gpu-box/a"))
     assert main(["report", "c"]) == ExitCode.USAGE
     assert capsys.readouterr().err == (
         "error: there is no run `c`\n  why: no runs/c/events.jsonl\n\nhint: runs of runs: a, b\n"

@@ -329,15 +329,14 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             say(f"stopped: the same command resumes in {run.path}, from {place_in_step} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
-    if completion.is_complete(run, 1) or completion.is_complete(run, 3):
+    can_talk = completion.is_complete(run, 1) or completion.is_complete(run, 3)
+    if can_talk and "RLHF_REQUEST" not in os.environ:  # on a box, whose name here only `fab train` knows
         say(f"talk to it: {chat_command(run, settings.runs, os.environ)}")
     return ExitCode.OK
 
 
 def chat_command(run: RunDir, default_runs: Path, environ: Mapping[str, str]) -> str:
     """Return the command that talks to a run's model, as it is called where the run was."""
-    if "RLHF_REQUEST" in environ:  # on a box, by `fab train`
-        return f"fab chat --host BOX --run {run.name}"
     if "RLHF_HOST_RUNS" in environ:  # in the container
         return f"docker compose run --rm chat {run.name}"
     beside = Path(sys.executable).with_name("rlhf-train")  # of .venv, which is seldom in PATH

@@ -373,11 +373,16 @@ def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[st
     assert settings == [{"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}]
 
 
-def test_taking_over_steps_needs_no_gpu(capsys: Said, blind: list[tuple[str, int]]) -> None:
+def test_taking_over_steps_needs_no_gpu(
+    capsys: Said, blind: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     complete("one", 1)
     assert main([*ON_AUTO, "--run", "two", "--from", "one", "--step", "1"]) == 0
     taken, talk = capsys.readouterr().err.splitlines()
     assert taken == "from run one: step 1" and talk.startswith("talk to it: ") and blind == []
+    monkeypatch.setenv("RLHF_REQUEST", "req-1")  # on a box: `fab train` says it, with the box's name
+    assert main([*ON_AUTO, "--run", "three", "--from", "one", "--step", "1"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["from run one: step 1"]
 
 
 def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
@@ -580,7 +585,6 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         ("runs", {}, f"{CHAT} demo"),
         ("elsewhere", {}, f"{CHAT} demo --output-dir elsewhere"),
         ("runs", {"RLHF_HOST_RUNS": "runs"}, "docker compose run --rm chat demo"),
-        ("runs", {"RLHF_HOST_RUNS": "/a", "RLHF_REQUEST": "req-1"}, "fab chat --host BOX --run demo"),
     ],
 )
 def test_the_command_that_talks_to_a_run(folder: str, environ: dict[str, str], expected: str) -> None:

@@ -155,8 +155,10 @@ class Session:
         titles, answers = [], []
         for talk in self._talks:
             reply = talk.ask(text, self._system)
+            self._screen.meanwhile(f"answering ... {talk.model.source.title}")
             self._finish(talk, reply, lambda piece: None)
             reward = self._reward(talk, reply)
+            self._screen.meanwhile()
             titles.append(talk.model.source.title + (f"  {reward}" if reward else ""))
             answers.append(reply.text)
             self._say_dropped(reply)

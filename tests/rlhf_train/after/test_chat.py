@@ -392,7 +392,8 @@ def test_two_answers_next_to_each_other_and_then_the_runs_newest_model(compared:
         it.wait(PROMPT)
         it.type("red\r")
         titles = rf"demo, step 1 \(supervised fine-tuning\){reward} +demo, step 3 \(PPO\){reward} *"
-        it.wait(rf"\n{titles}\n *{answer}.* {{4}}{answer}{end}")
+        first, last = (rf"answering \.\.\. demo, step {each} *" for each in (r"1 \(.*\)", r"3 \(PPO\)"))
+        it.wait(rf"{first}{last}{titles}\n *{answer}.* {{4}}{answer}{end}")
         it.type("/compare off\r")
         it.wait(rf"a new conversation, with demo, step 3 \(PPO\)\n{end}")
         it.type("red\r")

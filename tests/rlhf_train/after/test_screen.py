@@ -78,6 +78,15 @@ def test_two_answers_have_room_next_to_each_other_from_100_columns_on(columns: i
     assert not Screen(Pipe(), Pipe()).has_room_for_two
 
 
+def test_what_is_shown_meanwhile_is_replaced() -> None:
+    """On 80 columns it fills 79: in the last one a terminal would begin a new line."""
+    out = Terminal()
+    screen = Screen(out, Pipe())
+    screen.meanwhile("answering ... 你" + "x" * 100)
+    screen.meanwhile()
+    assert out.getvalue() == "\ranswering ... 你" + "x" * 63 + "\r" + "\r" + " " * 79 + "\r"
+
+
 def test_two_answers_stand_next_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Terminal()
     screen = Screen(out, Pipe())

@@ -117,6 +117,11 @@ class RunDir:
         return self.path / "wandb"
 
     @property
+    def chats(self) -> Path:
+        """The conversations with its models that somebody saved (JSON)."""
+        return self.path / "chats"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer trained for a model that starts from a config."""
         return self.path / "tokenizer"

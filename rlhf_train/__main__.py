@@ -34,9 +34,10 @@ from jobs.spec import DEPLOYMENT_TYPES, NAME, Job, load_job, settings_of_deploym
 from jobs.steps import STEPS
 from jobs.views import console
 from jobs.views.report.report_file import write_page
-from jobs.views.report.run_page import Price, read_run
+from jobs.views.report.run_page import Price, names_of, read_run
 from jobs.yaml12 import dump_yaml
 from rlhf_train import completion, local_runs
+from rlhf_train.after.chat import at_least_zero
 from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.trackers.processes import refuse_missing
@@ -58,6 +59,7 @@ The same command resumes a run that stopped; steps that are complete are skipped
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "rlhf-train",
+        usage=f"%(prog)s [flags]    trains\n       %(prog)s {'|'.join(VERBS)} ...    --help says how",
         description="SFT, reward model and PPO as one run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -327,15 +329,14 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             say(f"stopped: the same command resumes in {run.path}, from {place_in_step} of step {step}")
             return code
     console.print_report(read_events(run.events)[0])
-    if completion.is_complete(run, 1) or completion.is_complete(run, 3):
+    can_talk = completion.is_complete(run, 1) or completion.is_complete(run, 3)
+    if can_talk and "RLHF_REQUEST" not in os.environ:  # on a box, whose name here only `fab train` knows
         say(f"talk to it: {chat_command(run, settings.runs, os.environ)}")
     return ExitCode.OK
 
 
 def chat_command(run: RunDir, default_runs: Path, environ: Mapping[str, str]) -> str:
     """Return the command that talks to a run's model, as it is called where the run was."""
-    if "RLHF_REQUEST" in environ:  # on a box, by `fab train`
-        return f"fab chat --host BOX --run {run.name}"
     if "RLHF_HOST_RUNS" in environ:  # in the container
         return f"docker compose run --rm chat {run.name}"
     beside = Path(sys.executable).with_name("rlhf-train")  # of .venv, which is seldom in PATH
@@ -358,7 +359,9 @@ def report_parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder, with a slash")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     p.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
-    p.add_argument("--price", type=float, metavar="AMOUNT", help="of an hour of the machine, to say what the run cost")
+    p.add_argument(
+        "--price", type=at_least_zero, metavar="AMOUNT", help="of an hour of the machine, to say what the run cost"
+    )
     return p
 
 
@@ -366,9 +369,10 @@ def report(argv: Sequence[str]) -> int:
     """Write the report of the runs that are named, and print its path."""
     args = report_parser().parse_args(argv)
     folder = args.output_dir or Settings.from_environ(os.environ).runs
-    runs = [RunDir(Path(name)) if "/" in name else run_named(name, folder) for name in args.runs]
-    pages = [read_run(run, price=Price(args.price)) for run in runs]
-    together = folder / f"report-{'-'.join(run.name for run in runs)}.html"
+    runs = [local_runs.run_at(name, folder) for name in args.runs]
+    names = names_of(runs)
+    pages = [read_run(run, name=name, price=Price(args.price)) for run, name in zip(runs, names, strict=True)]
+    together = folder / f"report-{'-'.join(names).replace('/', '-')}.html"
     path = args.output or (runs[0].report if len(runs) == 1 else together)
     write_page(pages, path)
     console.console_on(sys.stdout).print(visible(path))
@@ -401,6 +405,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in VERBS:
             return VERBS[words[0]](words[1:])
+        if words and not words[0].startswith("-"):
+            raise ToolkitError(
+                f"there is no verb `{words[0]}`",
+                why=f"the verbs are {', '.join(VERBS)}; without one it trains",
+                hint="rlhf-train --job NAME trains; rlhf-train --help",
+            )
         args = parser().parse_args(words)
         if args.download:
             return download(args)

@@ -20,6 +20,7 @@ from jobs.views.report.history import EventReader, RunHistory
 from jobs.views.report.run_page import state_of_folder
 
 POLL_S = 0.5  # between two looks at a run that is followed
+NO_EVENT = "no event yet"
 TAIL_BYTES = 2**18  # enough for the last events, however long the run
 
 
@@ -80,8 +81,8 @@ def _row(run: RunDir) -> tuple[str, ...]:
     events, history = last_events(run), RunHistory(run.name)
     for event in events:
         history.feed(event)
-    ago = duration(time.time() - time_of(events[-1])) if events else "?"
-    return run.name, state_of_folder(run, history), progress_text(events[-1] if events else None), f"{ago} ago"
+    ago = f"{duration(time.time() - time_of(events[-1]))} ago" if events else NO_EVENT
+    return run.name, state_of_folder(run, history), progress_text(events[-1] if events else None), ago
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -109,6 +110,8 @@ def logs(argv: Sequence[str], folder: Path) -> int:
     old = list(reader.new_events())
     for event in old:
         history.feed(event)
+    if not old:
+        print(NO_EVENT, file=sys.stderr)
     if not args.follow:
         with Plain(console.console_on(sys.stdout)) as lines:
             _feed(lines, old, args.tail)

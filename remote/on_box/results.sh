@@ -260,6 +260,7 @@ manifest() { # RUN [checkpoints]
     grown_file train.log
     one_file job.yaml
     one_file format
+    each_file chats
     [ -z "${2-}" ] || each_file tokenizer
     for step in 1 2 3; do
         if is_complete "$run/step$step"; then

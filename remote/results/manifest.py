@@ -95,7 +95,7 @@ def _unit_of(path: str) -> str:
 
 _ONE = r"(?!\.{1,2}(?:/|$))[^/]+"
 _KNOWN = re.compile(
-    rf"id|events\.jsonl|train\.log|job\.yaml|format|tokenizer(?:/{_ONE})+"
+    rf"id|events\.jsonl|train\.log|job\.yaml|format|chats/{_ONE}|tokenizer(?:/{_ONE})+"
     rf"|step[123]/(?:complete\.json|fields\.json|(?:model|model_ema|best)(?:/{_ONE})+"
     rf"|checkpoints/update-[0-9]{{1,15}}/{_ONE})"
 )

@@ -1,9 +1,9 @@
 """Bringing results home, also while the job trains.
 
-Results are the events, the log, the models of complete steps and, if asked for, complete
-checkpoints. The box reports what is complete, with hashes (results.sh). What is not here yet comes
-over one stream, each file from the byte where an earlier call stopped. It is verified here before a
-rename gives it its name; a model or a checkpoint gets its name as a whole.
+Results are the events, the log, saved chats, the models of complete steps and, if asked for,
+complete checkpoints. The box reports what is complete, with hashes (results.sh). What is not here
+yet comes over one stream, each file from the byte where an earlier call stopped. It is verified
+here before a rename gives it its name; a model or a checkpoint gets its name as a whole.
 
 rsync is not used. Weights neither compress nor resemble older ones, so it could save nothing. A
 partial file is known by its hash, so it resumes at its byte without being read again on the box.

@@ -76,8 +76,12 @@ def sh_file(path: str, *words: str) -> list[str]:
 
 
 def shell(folder: str) -> list[str]:
-    """Become an interactive shell in a folder; "": at home."""
-    return ["sh", "-c", 'cd ${1:+"$1"} && exec "${SHELL:-sh}" -i', "shell", folder]
+    """Become an interactive shell in a folder; "": at home.
+
+    In our folder the programs of the environment that is deployed are on the PATH.
+    """
+    environment = r"python=$(sed -n 's/^python //p' deployed 2>/dev/null); PATH=${python:+${python%/*}:}$PATH"
+    return ["sh", "-c", f'cd ${{1:+"$1"}} && {environment} exec "${{SHELL:-sh}}" -i', "shell", folder]
 
 
 def mkdir(*folders: str) -> list[str]:

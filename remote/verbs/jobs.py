@@ -195,6 +195,8 @@ def _code_of(watched: watch.Watched, context: VerbContext, connection: BoxConnec
     host = shlex.quote(connection.box.name)
     if code == ExitCode.OK:
         say(f"bring the results home: fab fetch --host {host} --run {shlex.quote(run)}")
+        if watched.last is None or watched.last.get("step") != 2:  # the reward model answers nothing
+            say(f"talk to it: fab chat --host {host} --run {shlex.quote(run)}")
     elif watched.last is None:
         say("the job ended before it could train; its output:")
         at = views.WatchedRun(connection.box.name, run)

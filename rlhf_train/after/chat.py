@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from jobs.errors import ExitCode, ToolkitError
 
 if TYPE_CHECKING:  # torch and transformers take seconds: --help does not need them
-    from rlhf_train.after.chat_model import Wishes
+    from rlhf_train.after.chat_model import ChatModel, Wishes
+    from rlhf_train.after.judge import Judge
     from rlhf_train.after.screen import Screen
     from rlhf_train.after.session import Models, Session
     from rlhf_train.after.sources import Source
@@ -40,10 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", metavar="A,B", help="let two models answer, e.g. step1,step3 of the run")
     p.add_argument("--once", metavar="TEXT", help="answer this and end; only the answer is on standard output")
     p.add_argument("--system", metavar="TEXT", default="", help="what the model shall be")
-    p.add_argument("--temperature", type=_at_least_zero, metavar="T", help="0: always the likeliest token")
+    p.add_argument("--temperature", type=at_least_zero, metavar="T", help="0: always the likeliest token")
     p.add_argument("--top-k", type=_whole, metavar="K", help="sample from the K likeliest tokens; 0: from all")
     p.add_argument("--top-p", type=_share, metavar="P", help="sample from the likeliest tokens with the sum P")
-    p.add_argument("--max-tokens", type=_whole, metavar="N", help="of an answer")
+    p.add_argument("--max-tokens", type=_positive, metavar="N", help="of an answer")
     p.add_argument("--seed", type=_whole, metavar="N", help="for the same answers again")
     p.add_argument(
         "--template", choices=("auto", "own", "human"), default="auto",
@@ -53,22 +54,36 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _at_least_zero(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
+def at_least_zero(text: str) -> float:
+    if not 0 <= _number(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"`{text}` is no number from 0 on")
     return float(text)
 
 
 def _share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise ValueError
+    if not 0 < _number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is no number above 0 and up to 1")
     return float(text)
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"`{text}` is no whole number from 0 on")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"`{text}` is no whole number from 1 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    """Return NaN for what is no number: it lies in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def chat(argv: Sequence[str], default_runs: Path) -> int:
@@ -103,16 +118,21 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     from rlhf_train.after.session import Interrupt, Session, hello
 
     screen = Screen(sys.stdout, sys.stderr)
-    wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens or None, args.template, args.seed)
-    models = _load(sources, runs, wishes, screen)
+    wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens, args.template, args.seed)
+    loader = Loader(runs, wishes, screen)
+    models = loader.load(sources)
     if sys.stderr.isatty():
         print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)
 
-    def compare(words: str | None) -> Models:
-        chosen = [sources[0]] if words is None else find_sources(words, base or sources[0], runs)
-        return _load(chosen, runs, wishes, screen)
+    home = base or sources[0]
 
-    session = Session(models, screen, compare, interrupt=Interrupt())
+    def compare(words: str | None) -> Models:
+        chosen = [home] if words is None else find_sources(words, home, runs)
+        if missing := loader.missing(chosen):
+            screen.note(f"loading {' and '.join(source.title for source in missing)} ...")
+        return loader.load(chosen)
+
+    session = Session(models, screen, compare, interrupt=Interrupt(), runs=runs)
     session.set_system(args.system)
 
     # 3. Answer.
@@ -123,27 +143,56 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
     return _talk(session, screen, _reader(is_dumb=screen.is_dumb))
 
 
-def _load(sources: Sequence[Source], runs: Path, wishes: Wishes, screen: Screen) -> Models:
-    """Load models, and for two of them the reward model of the first one's run."""
-    from transformers.utils import logging
+class Loader:
+    """Loads models to talk to. Those of the last call are taken as they are, not loaded again."""
 
-    from rlhf_train.after.chat_model import ChatModel, not_applied
-    from rlhf_train.after.judge import Judge, reward_model_of
-    from rlhf_train.after.room import find_room
+    def __init__(self, runs: Path, wishes: Wishes, screen: Screen) -> None:
+        self._runs, self._wishes, self._screen = runs, wishes, screen
+        self._models: dict[str, ChatModel] = {}
+        self._judges: dict[tuple[Path, str], Judge] = {}
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    run = next((source.run for source in sources if source.run is not None), None)
-    judge_source = reward_model_of(run) if len(sources) > 1 else None
-    room = find_room([*(source.model for source in sources), *([judge_source] if judge_source else [])], runs)
-    models = [ChatModel.load(source, room, wishes) for source in sources]
-    judge = Judge.load(run, judge_source, room) if run is not None and judge_source is not None else None
-    if room.note:
-        screen.note(f"note: {room.note}")
-    for model in models:
-        if left_out := not_applied(model.model.generation_config):
-            screen.note(f"warning: {model.source.title}: not applied here: {', '.join(left_out)}")
-    return models, judge
+    def missing(self, sources: Sequence[Source]) -> list[Source]:
+        return list({source.model: source for source in sources if source.model not in self._models}.values())
+
+    def load(self, sources: Sequence[Source]) -> Models:
+        """Return the models, and for two of them the reward model of the first one's run.
+
+        If it fails or is interrupted, those of the last call are still held.
+        """
+        from transformers.utils import logging
+
+        from rlhf_train.after.chat_model import ChatModel
+        from rlhf_train.after.judge import Judge, reward_model_of
+        from rlhf_train.after.room import find_room
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        run = next((source.run for source in sources if source.run is not None), None)
+        judge_source = reward_model_of(run) if len(sources) > 1 else None
+        judge_key = (run.path, judge_source) if run is not None and judge_source is not None else None
+        missing = self.missing(sources)
+        models, judges = dict(self._models), dict(self._judges)
+        needed = [source.model for source in missing]
+        if judge_key and judge_key not in judges:
+            needed.append(judge_key[1])
+        if needed:
+            room = find_room(needed, self._runs)
+            models |= {source.model: ChatModel.load(source, room, self._wishes) for source in missing}
+            if run is not None and judge_key and judge_key not in judges:
+                judges[judge_key] = Judge.load(run, judge_key[1], room)
+            if room.note:
+                self._screen.note(f"note: {room.note}")
+        self._say_not_applied([models[source.model] for source in missing])
+        self._models = {source.model: models[source.model] for source in sources}
+        self._judges = {key: judge for key, judge in judges.items() if key == judge_key}
+        return [models[source.model] for source in sources], judges[judge_key] if judge_key else None
+
+    def _say_not_applied(self, models: Sequence[ChatModel]) -> None:
+        from rlhf_train.after.chat_model import not_applied
+
+        for model in models:
+            if left_out := not_applied(model.model.generation_config):
+                self._screen.note(f"warning: {model.source.title}: not applied here: {', '.join(left_out)}")
 
 
 def _reader(*, is_dumb: bool) -> Callable[[], str]:

@@ -72,6 +72,7 @@ class ChatModel:
         self.template: Template = template_of(tokenizer, wishes.template)
         self.sampling = sampling_of(config, wishes)
         self.stop_ids = stop_ids_of(config, tokenizer)
+        self.stop_texts = (*self.template.stop_texts, *stop_texts_of(config))
         self.limit: int = wishes.max_tokens or config.max_new_tokens or DEFAULT_TOKENS
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._stream = TokenStream(model, self.sampling)
@@ -99,7 +100,7 @@ class ChatModel:
         seed = self._wishes.seed if self._wishes.seed is not None else int(torch.seed() % 2**63)
         uniforms = draw_uniforms(seed, [self._row], limit)[0]
         self._row += 1
-        text = AnswerText(self._decode, prompt[-CONTEXT:].tolist(), self.template.stop_texts)
+        text = AnswerText(self._decode, prompt[-CONTEXT:].tolist(), self.stop_texts)
         tokens = self._stream.tokens(prompt, uniforms, self.stop_ids)
         return Reply(prompt, dropped, tokens, text, self.stop_ids)
 
@@ -111,9 +112,10 @@ class ChatModel:
 def sampling_of(config: Any, wishes: Wishes) -> Sampling:
     """Return how tokens are sampled: as the generation config says, but for the wishes.
 
-    A config that does not sample means the likeliest token, unless a temperature is asked for.
+    A config that does not sample means the likeliest token, unless a way of sampling is asked for.
     """
-    if wishes.temperature == 0 or (not config.do_sample and wishes == replace(wishes, temperature=None)):
+    is_asked = any(wish is not None for wish in (wishes.temperature, wishes.top_k, wishes.top_p))
+    if wishes.temperature == 0 or not (config.do_sample or is_asked):
         return Sampling(top_k=1)
 
     def chosen(name: str, default: float) -> float:
@@ -130,6 +132,12 @@ def stop_ids_of(config: Any, tokenizer: Any) -> set[int]:
     named = config.eos_token_id
     others = named if isinstance(named, list) else [] if named is None else [named]
     return {tokenizer.eos_token_id, *others}
+
+
+def stop_texts_of(config: Any) -> tuple[str, ...]:
+    """Return the texts that end an answer by the generation config: one, a list, or none."""
+    named = config.stop_strings
+    return tuple(text for text in ([named] if isinstance(named, str) else named or []) if text)
 
 
 def not_applied(config: Any) -> list[str]:

@@ -44,6 +44,9 @@ class Judge:
         forward = ScoreForward(model.requires_grad_(False), shift=numbers["shift"], scale=numbers["scale"])
         return cls(forward, tokenizer, room.device)
 
+    def has_positions_for(self, prompt: np.ndarray, answer: np.ndarray) -> bool:
+        return self._positions is None or len(prompt) + len(answer) <= self._positions
+
     def reads(self, tokenizer: Any) -> bool:
         """Return whether the reward model reads the tokens of this tokenizer."""
         try:
@@ -55,7 +58,7 @@ class Judge:
     @torch.no_grad()
     def reward(self, prompt: np.ndarray, answer: np.ndarray) -> float | None:
         """Score an answer's tokens, the EOS included; None: the model has too few positions."""
-        if not len(answer) or (self._positions is not None and len(prompt) + len(answer) > self._positions):
+        if not len(answer) or not self.has_positions_for(prompt, answer):
             return None
         batch = Sequences.of([prompt], [answer], self._tokenizer.pad_token_id, self._device)
         return float(self._forward(batch, batch.last())[0])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TextIO
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
@@ -111,6 +111,13 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         self._console.print(self._shown(text), soft_wrap=False, overflow="fold")
+
+    def meanwhile(self, text: str = "") -> None:
+        """Show a text in place of an answer that is not there yet; "": take it away again.
+
+        The next text on the screen replaces it.
+        """
+        self._write("\r" + set_cell_size(self._shown(text), self.width - 1) + "\r")
 
     def next_to_each_other(self, titles: Sequence[str], answers: Sequence[str]) -> None:
         table = Table.grid(padding=(0, 4, 0, 0), expand=True)

@@ -20,7 +20,7 @@ from rlhf_train.after.screen import Screen
 HELP = """/reset          begin a new conversation
 /system TEXT    say what the model shall be; without TEXT: nothing again
 /compare A,B    let two models answer: steps, runs, folders; /compare off ends it
-/save [FILE]    write the conversation into a file (JSON)
+/save [FILE]    write the conversation into a file (JSON), in chats/ of the run
 /help           this list
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
 
@@ -79,15 +79,25 @@ Models = tuple[list[ChatModel], Judge | None]
 
 class Session:
     def __init__(
-        self, models: Models, screen: Screen, compare: Callable[[str | None], Models], *, interrupt: Interrupt
+        self,
+        models: Models,
+        screen: Screen,
+        compare: Callable[[str | None], Models],
+        *,
+        interrupt: Interrupt,
+        runs: Path,
     ) -> None:
-        """compare: loads the models of `A,B`; None: the model that the session began with."""
-        self._screen, self._compare, self._interrupt = screen, compare, interrupt
+        """compare: loads the models of `A,B`; None: the model of the run that the session is about.
+
+        runs: where a conversation with models of no run is saved.
+        """
+        self._screen, self._compare, self._interrupt, self._runs = screen, compare, interrupt, runs
         self._system = ""
         self._take(models)
 
     def _take(self, models: Models) -> None:
         self._talks, self._judge = [Talk(model) for model in models[0]], models[1]
+        self._noted: set[str] = set()  # said once in a conversation
 
     def line(self, text: str) -> None:
         """Do what a line says. Errors are shown, and the session goes on."""
@@ -134,7 +144,10 @@ class Session:
         self._screen.end()
         self._say_dropped(reply)
         if len(self._talks) > 1:
-            self._screen.line(self._reward(talk, reply))
+            if reward := self._reward(talk, reply):
+                self._screen.line(reward)
+            else:
+                self._say_why_no_reward(talk, reply)
             if talk is not self._talks[-1]:
                 self._screen.line()
 
@@ -142,11 +155,15 @@ class Session:
         titles, answers = [], []
         for talk in self._talks:
             reply = talk.ask(text, self._system)
+            self._screen.meanwhile(f"answering ... {talk.model.source.title}")
             self._finish(talk, reply, lambda piece: None)
             reward = self._reward(talk, reply)
+            self._screen.meanwhile()
             titles.append(talk.model.source.title + (f"  {reward}" if reward else ""))
             answers.append(reply.text)
             self._say_dropped(reply)
+            if not reward:
+                self._say_why_no_reward(talk, reply)
         self._screen.next_to_each_other(titles, answers)
 
     def _finish(self, talk: Talk, reply: Reply, show: Callable[[str], object]) -> None:
@@ -165,6 +182,23 @@ class Session:
         if reply.text:
             talk.rewards.append(value)
         return "" if value is None else f"reward {value:.2f}"
+
+    def _say_why_no_reward(self, talk: Talk, reply: Reply) -> None:
+        """Say, once in a conversation, why a comparison has no reward."""
+        titles = [each.model.source.title for each in self._talks]
+        run = next((each.model.source.run for each in self._talks if each.model.source.run), None)
+        if self._judge is None:
+            why = f"run `{run.name}` has no reward model" if run else "no run, and so no reward model, belongs to them"
+            self._note_once(f"note: no rewards for {' and '.join(titles)}: {why}")
+        elif not self._judge.reads(talk.model.tokenizer):
+            self._note_once(f"note: no rewards for {talk.model.source.title}: the reward model reads other tokens")
+        elif not self._judge.has_positions_for(reply.prompt, reply.tokens):
+            self._note_once("note: no reward where conversation and answer outgrow the reward model's positions")
+
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._screen.note(text)
 
     def _say_dropped(self, reply: Reply) -> None:
         if reply.dropped:
@@ -185,12 +219,19 @@ class Session:
         self._screen.note("the system text is set" if text else "there is no system text now")
 
     def _set_compare(self, words: str) -> None:
-        self._take(self._compare(None if words == "off" else words or "step1,step3"))
+        try:
+            models = self._compare(None if words == "off" else words or "step1,step3")
+        except KeyboardInterrupt:
+            self._screen.note("stopped by Ctrl-C: the conversation goes on as it was")
+            return
+        self._take(models)
         self._screen.note("a new conversation, with " + " and ".join(talk.model.source.title for talk in self._talks))
 
     def _save(self, name: str) -> None:
-        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()
+        folder = self._saves()
+        path = (folder / Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()).absolute()
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
                 json.dump(self.record(), file, ensure_ascii=False, indent=1)
                 file.write("\n")
@@ -199,6 +240,14 @@ class Session:
                 f"cannot write {path}", why=error.strerror or str(error), hint="/save FILE with another name"
             ) from None
         self._screen.note(f"saved in {path}")
+
+    def _saves(self) -> Path:
+        """Return the folder that a relative name belongs to.
+
+        It is not the working directory: that of a container is gone with it.
+        """
+        run = next((talk.model.source.run for talk in self._talks if talk.model.source.run), None)
+        return run.chats if run else self._runs
 
     def record(self) -> list[dict[str, object]]:
         """Return what was said, by model."""

@@ -43,6 +43,7 @@ class Wandb:
     def __init__(self, run: RunDir, config: Mapping[str, Any], tell: Tell) -> None:
         import wandb
 
+        self._wandb = wandb
         word = run.id.read_text(encoding="utf-8").strip()
 
         def start(mode: Any = None) -> Any:  # what is not said here, the environment says
@@ -65,6 +66,7 @@ class Wandb:
 
     def finish(self) -> None:
         self._run.finish()
+        self._wandb.teardown()  # waits for wandb's own process, which writes the last numbers to its file
 
 
 class Trackio:

@@ -21,6 +21,7 @@ def test_every_path_of_a_run() -> None:
         "report": "runs/my run/report.html",
         "tensorboard": "runs/my run/tensorboard",
         "wandb": "runs/my run/wandb",
+        "chats": "runs/my run/chats",
         "tokenizer": "runs/my run/tokenizer",
         "lock": "runs/my run/job/lock",
         "cancelled": "runs/my run/job/cancelled",

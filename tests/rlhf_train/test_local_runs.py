@@ -95,6 +95,14 @@ def test_logs_are_the_newest_runs_lines(tmp_path: Path, capsys: Said) -> None:
         logs(["--tail", "-1"], tmp_path)
 
 
+def test_a_run_without_events_says_so(tmp_path: Path, capsys: Said) -> None:
+    run_of(tmp_path, "young", [])
+    assert status([], tmp_path) == logs([], tmp_path) == logs(["-f"], tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert squeezed(out.splitlines())[1].endswith("no event yet") and "?" not in out
+    assert err == "no event yet\n" * 2
+
+
 def test_a_followed_run_is_shown_until_nobody_trains_in_it(tmp_path: Path, capsys: Said) -> None:
     run = run_of(tmp_path, "one", [PLAN])
     with run.lock.open("rb") as lock:

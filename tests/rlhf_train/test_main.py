@@ -117,10 +117,11 @@ def test_multi_node_is_refused_clearly(capsys: Said) -> None:
         ["--stepp", "1"],
         ["--dry"],
         ["--deployment-type", "cluster"],
-        ["demo"],
         ["--set"],
         ["--run"],
         ["--redo=yes"],
+        ["report", "demo", "--price", "-3"],
+        ["report", "demo", "--price", "nan"],
     ],
 )
 def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None:
@@ -128,6 +129,18 @@ def test_argparses_own_errors_end_with_2(words: list[str], capsys: Said) -> None
         main(words)
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_verb_is_told_the_verbs(capsys: Said) -> None:
+    assert main(["stauts", "demo"]) == 2
+    assert capsys.readouterr().err == (
+        "error: there is no verb `stauts`\n"
+        "  why: the verbs are chat, report, status, logs; without one it trains\n\n"
+        "hint: rlhf-train --job NAME trains; rlhf-train --help\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["--stepp"])
+    assert "rlhf-train chat|report|status|logs ..." in capsys.readouterr().err
 
 
 # --- mistakes: one error, nothing written ---
@@ -360,11 +373,16 @@ def test_two_geforce_cards(monkeypatch: pytest.MonkeyPatch, blind: list[tuple[st
     assert settings == [{"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}]
 
 
-def test_taking_over_steps_needs_no_gpu(capsys: Said, blind: list[tuple[str, int]]) -> None:
+def test_taking_over_steps_needs_no_gpu(
+    capsys: Said, blind: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     complete("one", 1)
     assert main([*ON_AUTO, "--run", "two", "--from", "one", "--step", "1"]) == 0
     taken, talk = capsys.readouterr().err.splitlines()
     assert taken == "from run one: step 1" and talk.startswith("talk to it: ") and blind == []
+    monkeypatch.setenv("RLHF_REQUEST", "req-1")  # on a box: `fab train` says it, with the box's name
+    assert main([*ON_AUTO, "--run", "three", "--from", "one", "--step", "1"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["from run one: step 1"]
 
 
 def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
@@ -567,7 +585,6 @@ def test_a_complete_run_is_reported_without_torch(tmp_path: Path) -> None:
         ("runs", {}, f"{CHAT} demo"),
         ("elsewhere", {}, f"{CHAT} demo --output-dir elsewhere"),
         ("runs", {"RLHF_HOST_RUNS": "runs"}, "docker compose run --rm chat demo"),
-        ("runs", {"RLHF_HOST_RUNS": "/a", "RLHF_REQUEST": "req-1"}, "fab chat --host BOX --run demo"),
     ],
 )
 def test_the_command_that_talks_to_a_run(folder: str, environ: dict[str, str], expected: str) -> None:
@@ -622,5 +639,12 @@ def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: 
     assert "It worked: perplexity on held-out answers fell from 31.00 to 8.00." in html and "<dd>1.50</dd>" in html
     assert main(["report", "a", "./runs/b"]) == ExitCode.OK
     assert capsys.readouterr().out == "runs/report-a-b.html\n"
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "gpu-box" / "a")
+    assert main(["report", "a", "gpu-box/a"]) == ExitCode.OK
+    assert capsys.readouterr().out == "runs/report-runs-a-gpu-box-a.html\n"
+    html = Path("runs/report-runs-a-gpu-box-a.html").read_text(encoding="utf-8")
+    assert all(html.count(f">{name}</h2>") == html.count(f"</i>{name}</li>") == 1 for name in ("runs/a", "gpu-box/a"))
     assert main(["report", "c"]) == ExitCode.USAGE
-    assert "runs/c holds no run" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "error: there is no run `c`\n  why: no runs/c/events.jsonl\n\nhint: runs of runs: a, b\n"
+    )

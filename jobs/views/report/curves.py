@@ -101,7 +101,8 @@ def histogram(end: RawEvent) -> Html:
         min(float(each["low"]) for _, each in shown),
         max(float(each["high"]) for _, each in shown),
     )
-    parts = [_bars(when, each, low, high) for when, each in shown]
+    most = max(int(count) for _, each in shown for count in each["counts"])
+    parts = [_bars(when, each, low, high, most or 1) for when, each in shown]
     return element("div", *parts, class_="charts")
 
 
@@ -111,10 +112,11 @@ def _is_histogram(value: Any) -> TypeGuard[dict[str, Any]]:
     return all(math.isfinite(float(value[name])) for name in ("low", "high"))
 
 
-def _bars(when: str, margins: dict[str, Any], low: float, high: float) -> Html:
+def _bars(when: str, margins: dict[str, Any], low: float, high: float, most: int) -> Html:
+    """Draw one histogram, from `low` to `high`; `most` pairs are its whole height."""
     counts = [int(count) for count in margins["counts"]]
     width = (float(margins["high"]) - float(margins["low"])) / len(counts) or 1.0
-    span, most = (high - low) or 1.0, max(counts) or 1
+    span = (high - low) or 1.0
     wide = BAR * 40
 
     def at(value: float) -> float:
@@ -139,5 +141,7 @@ def _bars(when: str, margins: dict[str, Any], low: float, high: float) -> Html:
         aria_label=f"histogram of {words}; about {wrong} below 0",
     )  # fmt: skip
     ends = element("div", element("span", number(low, ".3g")), element("span", number(high, ".3g")), class_="ends")
-    caption = element("figcaption", element("span", f"margins {when} training", class_="name"))
+    colours = (element("i", class_="dash run0"), "right, above 0 ", element("i", class_="dash run1"), "wrong, below 0")
+    name = element("span", f"margins {when} training", class_="name")
+    caption = element("figcaption", name, element("span", *colours, class_="last"))
     return element("figure", caption, element("div", drawn, ends, class_="bars"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jobs.errors import ToolkitError
@@ -34,15 +35,27 @@ class RunPage:
     price: Price = field(default_factory=Price)
 
 
-def read_run(run: RunDir, *, state: State | None = None, price: Price = Price()) -> RunPage:
-    """Read a run folder. state: if it is known better elsewhere.
+def names_of(runs: Sequence[RunDir]) -> list[str]:
+    """Return the runs' names, with as much of their paths as tells equal names apart."""
+    paths = [run.path.absolute().parts for run in runs]
+
+    def name(parts: tuple[str, ...]) -> str:
+        ends = (parts[-depth:] for depth in range(1, len(parts)))
+        end = next((end for end in ends if sum(other[-len(end) :] == end for other in {*paths}) == 1), parts)
+        return str(Path(*end))
+
+    return [name(parts) for parts in paths]
+
+
+def read_run(run: RunDir, *, name: str = "", state: State | None = None, price: Price = Price()) -> RunPage:
+    """Read a run folder. name: on the page; state: if it is known better elsewhere.
 
     Raises ToolkitError if there are no events.
     """
     if not run.events.exists():
         what, hint = f"{run.path} holds no run", "name a folder with an events.jsonl, or a run of --output-dir"
         raise ToolkitError(what, why=f"there is no {run.events.name} in it", hint=hint)
-    history = RunHistory(run.name)
+    history = RunHistory(name or run.name)
     for event in EventReader(run.events).new_events():
         history.feed(event)
     return RunPage(history, job_fields(run), state or state_of_folder(run, history), price)

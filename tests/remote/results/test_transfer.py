@@ -151,6 +151,14 @@ def test_the_format_number_of_a_run_comes_along(laptop: Laptop, box: BoxFolder, 
     assert laptop.here == {name: data for name, data in files_of(run.path).items() if not name.startswith("job/")}
 
 
+def test_saved_chats_come_along(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
+    run.chats.mkdir()
+    (run.chats / "my talk.json").write_text("[]\n")
+    (run.path / "notes.json").write_text("{}\n")
+    assert "chats/my talk.json" in laptop.fetch(what=FetchSelection()).placed
+    assert laptop.here["chats/my talk.json"] == b"[]\n" and "notes.json" not in laptop.here
+
+
 def test_a_file_that_grows_comes_in_pieces_and_never_torn(laptop: Laptop, box: BoxFolder, run: RunDir) -> None:
     run.id.write_text("0123456789abcdef\n")
     run.log.write_bytes(content("log", 400_000))

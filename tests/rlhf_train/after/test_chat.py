@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -26,7 +27,8 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.run_dir import RunDir
 from rlhf_train.after import chat
 from rlhf_train.after.screen import Screen
-from rlhf_train.after.session import Interrupt, Session
+from rlhf_train.after.session import Interrupt, Models, Session
+from rlhf_train.after.sources import Source
 from tests.rlhf_train.after import models
 
 pytestmark = pytest.mark.pinned
@@ -61,10 +63,22 @@ def test_a_pipe_is_one_question(
         chat.chat([str(folder)], folder.parent)
 
 
-@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--top-p", "0"], ["--top-k", "x"], ["--temp", "1"]])
-def test_wrong_flags_are_refused(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--temperature", "hot"], "argument --temperature: `hot` is no number from 0 on"),
+        (["--temperature", "-1"], "argument --temperature: `-1` is no number from 0 on"),
+        (["--temperature", "inf"], "argument --temperature: `inf` is no number from 0 on"),
+        (["--top-p", "0"], "argument --top-p: `0` is no number above 0 and up to 1"),
+        (["--top-k", "x"], "argument --top-k: `x` is no whole number from 0 on"),
+        (["--max-tokens", "0"], "argument --max-tokens: `0` is no whole number from 1 on"),
+        (["--temp", "1"], "unrecognized arguments: --temp"),
+    ],
+)
+def test_wrong_flags_are_refused(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         chat.parser().parse_args(words)
+    assert why in capsys.readouterr().err
 
 
 # --- commands ---
@@ -77,12 +91,11 @@ class Notes(io.StringIO):
 @pytest.fixture
 def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
     from rlhf_train.after.chat_model import Wishes
-    from rlhf_train.after.sources import Source
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
-    loaded = chat._load([Source("it", str(folder))], folder.parent, Wishes(), screen)
-    yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt()), out, notes
+    loaded = chat.Loader(folder.parent, Wishes(), screen).load([Source("it", str(folder))])
+    yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt(), runs=folder.parent), out, notes
 
 
 def test_an_answer_knows_what_was_said_before(talk: tuple[Session, Notes, Notes], folder: Path) -> None:
@@ -123,6 +136,24 @@ def test_a_conversation_is_saved_once(talk: tuple[Session, Notes, Notes], tmp_pa
     assert "cannot write" in notes.getvalue()
 
 
+def test_a_relative_name_is_one_of_the_runs_folder(
+    talk: tuple[Session, Notes, Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory may not be written to, or be gone with its container."""
+    session, _, notes = talk
+    monkeypatch.chdir(tmp_path)
+    session._runs = Path("others")
+    session.line("/save talk.json")
+    assert (tmp_path / "others" / "talk.json").is_file()
+    assert notes.getvalue().endswith(f"saved in {tmp_path / 'others' / 'talk.json'}\n")
+    run, [model] = RunDir(Path("runs/demo")), [each.model for each in session._talks]
+    monkeypatch.setattr(model, "source", Source("it", "x", run))
+    session.line("/save talk.json")
+    session.line("/save")
+    assert f"saved in {tmp_path / 'runs/demo/chats/talk.json'}\n" in notes.getvalue()
+    assert len([*run.chats.glob("chat-*.json")]) == 1 and [*tmp_path.glob("*.json")] == []
+
+
 def test_a_long_conversation_loses_its_oldest_turns_and_says_so(talk: tuple[Session, Notes, Notes]) -> None:
     """The model has 96 positions."""
     session, _, notes = talk
@@ -135,14 +166,15 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(talk: tuple[Sess
     assert before == 10  # the refused one is no part of it
 
 
-def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rewards are those of plain transformers: (logit - shift) / scale after the answer."""
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose steps are complete."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, OPTForSequenceClassification
+    from transformers import OPTConfig, OPTForSequenceClassification
 
     from tests import tiny
 
-    run = RunDir(tmp_path / "runs" / "demo")
+    run = RunDir(tmp_path_factory.mktemp("compared") / "runs" / "demo")
     for step in (1, 3):
         models.save(run.step(step).model)
         run.step(step).complete.write_text("{}")
@@ -154,6 +186,15 @@ def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytes
     run.step(2).complete.write_text("{}")
     run.step(2).reward_scale.write_text('{"shift": 0.5, "scale": 2.0}')
     run.events.touch()
+    return run
+
+
+def test_two_steps_are_compared_with_their_rewards(compared: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rewards are those of plain transformers: (logit - shift) / scale after the answer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run, words = compared, models.tokenizer()
     assert chat.chat(["demo", "--compare", "step1,step3", "--once", "red"], run.path.parent) == ExitCode.OK
     out = capsys.readouterr().out
     tokens = models.greedy(run.step(1).model, words("\n\nHuman: red\n\nAssistant:")["input_ids"], [2], 12)
@@ -163,6 +204,70 @@ def test_two_steps_are_compared_with_their_rewards(tmp_path: Path, capsys: pytes
     assert AutoTokenizer.from_pretrained(run.step(2).model).pad_token_id == 1
     block = f"{expected(run.step(1).model, 'red')}reward {(logit - 0.5) / 2:.2f}\n"
     assert out == f"demo, step 1 (supervised fine-tuning)\n{block}\ndemo, step 3 (PPO)\n{block}"
+
+
+def test_a_comparison_without_a_reward_says_why_once(
+    compared: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_train.after.chat_model import Wishes
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(compared.step(1).path, "young/step1")
+    shutil.copytree(compared.step(1).model, "other")
+    RunDir(Path("young")).events.touch()
+    first, other = "./young/step1/model", "./other"
+    assert chat.chat(["--compare", f"{first},{other}", "--once", "red"], tmp_path) == ExitCode.OK
+    answer = expected(compared.step(1).model, "red")
+    out, err = capsys.readouterr()
+    assert out == f"{first}\n{answer}\n{other}\n{answer}"
+    assert err.count("note: no reward") == 1
+    assert f"note: no rewards for {first} and {other}: run `young` has no reward model\n" in err
+
+    out, notes = Notes(), Notes()
+    screen = Screen(out, notes)
+    sources = [Source("first", str(compared.step(1).model), compared), Source("other", other, compared)]
+    (one, two), judge = chat.Loader(tmp_path, Wishes(), screen).load(sources)
+    two.tokenizer.add_tokens(["<new>"])
+    assert judge is not None
+    judge._positions = 12
+    session = Session(([one, two], judge), screen, lambda words: ([one], None), interrupt=Interrupt(), runs=tmp_path)
+    for _ in range(2):
+        session.line("red")
+    assert "reward" not in out.getvalue() and "\n\n\n" not in out.getvalue()
+    assert notes.getvalue().splitlines() == [
+        "note: no reward where conversation and answer outgrow the reward model's positions",
+        "note: no rewards for other: the reward model reads other tokens",
+    ]
+
+
+def test_models_that_are_held_are_not_loaded_again(compared: RunDir) -> None:
+    from rlhf_train.after.chat_model import Wishes
+
+    first, last = (Source(str(step), str(compared.step(step).model), compared) for step in (1, 3))
+    loader = chat.Loader(compared.path.parent, Wishes(), Screen(Notes(), Notes()))
+    [alone], judge = loader.load([last])
+    assert judge is None and loader.missing([first, last]) == [first]
+    (one, two), judge = loader.load([first, last])
+    assert two is alone and judge is not None
+    again, same_judge = loader.load([last, first])
+    assert again == [two, one] and same_judge is judge
+    with pytest.raises(ToolkitError):
+        loader.load([first, Source("gone", str(compared.path / "gone"))])
+    assert loader.load([last, first])[0] == [two, one]
+    assert loader.load([last]) == ([alone], None) and loader.missing([first]) == [first]  # its memory is free
+
+
+def test_ctrl_c_while_models_are_loaded_goes_back_to_the_chat(talk: tuple[Session, Notes, Notes]) -> None:
+    session, _, notes = talk
+    session.line("red")
+    before = session.record()
+
+    def interrupted(words: str | None) -> Models:
+        raise KeyboardInterrupt
+
+    session._compare = interrupted
+    session.line("/compare step1,step3")
+    assert session.record() == before and "stopped by Ctrl-C: the conversation goes on" in notes.getvalue()
 
 
 # --- a real terminal ---
@@ -277,3 +382,23 @@ def test_a_dumb_terminal_without_colour_sees_no_escape_sequence(folder: Path) ->
         it.wait(re.escape(expected(folder, "red").split()[0]) + r"(.|\n)*you> ")
         assert it.left() == 0
         assert "\x1b" not in it.seen
+
+
+def test_two_answers_next_to_each_other_and_then_the_runs_newest_model(compared: RunDir) -> None:
+    """Both models have the same weights."""
+    reward, end = r"  reward -?[0-9]+\.[0-9]{2}", r"(.|\n)*\n" + PROMPT
+    answer = re.escape(expected(compared.step(1).model, "red").split()[0])
+    with terminal(["demo", "--compare", "step1,step3"], compared.path.parent, columns=120, TERM="xterm") as it:
+        it.wait(PROMPT)
+        it.type("red\r")
+        titles = rf"demo, step 1 \(supervised fine-tuning\){reward} +demo, step 3 \(PPO\){reward} *"
+        first, last = (rf"answering \.\.\. demo, step {each} *" for each in (r"1 \(.*\)", r"3 \(PPO\)"))
+        it.wait(rf"{first}{last}{titles}\n *{answer}.* {{4}}{answer}{end}")
+        it.type("/compare off\r")
+        it.wait(rf"a new conversation, with demo, step 3 \(PPO\)\n{end}")
+        it.type("red\r")
+        assert "reward" not in plain(it.wait(rf"\n{answer}{end}"))
+        it.type("/compare\r")  # the two steps again
+        titles = r"demo, step 1 \(supervised fine-tuning\) and demo, step 3 \(PPO\)\n"
+        it.wait(rf"\nloading demo, step 1 \(supervised fine-tuning\) \.\.\.\na new conversation, with {titles}{end}")
+        assert it.left() == 0

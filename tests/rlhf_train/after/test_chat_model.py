@@ -62,6 +62,15 @@ def test_the_next_human_ends_an_answer(tmp_path):
     assert model.tokenizer.decode(reply.tokens) == " red."
 
 
+@pytest.mark.parametrize("stop", [" dog", ["cat", " dog"]])
+def test_the_stop_strings_of_the_generation_config_end_an_answer(tmp_path, stop):
+    model = load(models.save(tmp_path / "model", stop_strings=stop))
+    said = model.tokenizer(" red dog tall", add_special_tokens=False)["input_ids"]
+    model._stream = SimpleNamespace(device="cpu", tokens=lambda *_: iter(said))
+    reply = model.reply(ASK)
+    assert "".join(reply) == " red" == reply.text
+
+
 def test_a_seed_gives_the_same_answers_again(tmp_path):
     folder = models.save(tmp_path / "model", do_sample=True, temperature=1.5, top_k=0)
     first, again, other = (["".join(model.reply(ASK)) for _ in range(3)] for model in
@@ -87,6 +96,10 @@ def test_an_answer_ends_at_the_models_last_position(tmp_path):
         ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {"temperature": 0.0}, Sampling(top_k=1)),
         ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {"top_k": 0, "top_p": 0.5}, Sampling(0.7, None, 0.5)),
         ({"do_sample": False, "top_k": 50}, {"temperature": 0.9}, Sampling(0.9)),
+        ({"do_sample": False, "temperature": 0.7}, {"top_k": 5}, Sampling(1.0, 5)),
+        ({"do_sample": False, "top_k": 50}, {"top_p": 0.9}, Sampling(1.0, None, 0.9)),
+        ({"do_sample": False}, {"top_k": 0}, Sampling(1.0)),
+        ({"do_sample": False}, {"temperature": 0.0, "top_p": 0.9}, Sampling(top_k=1)),
         ({"do_sample": False}, {"max_tokens": 5, "seed": 3, "template": "human"}, Sampling(top_k=1)),
     ],
 )  # fmt: skip

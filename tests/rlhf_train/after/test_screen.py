@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import termios
+from fcntl import ioctl
 
 import pytest
 
@@ -62,6 +66,25 @@ def test_a_pipe_gets_the_text_as_it_is() -> None:
 
 def test_a_terminal_obeys_nothing_that_a_model_says() -> None:
     assert shown([" ", "\n a\x1b[2J", "b"], Terminal()) == "a\\x1b[2Jb\n"
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(99, False), (100, True)])
+def test_two_answers_have_room_next_to_each_other_from_100_columns_on(columns: int, expected: bool) -> None:
+    master, slave = os.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(slave, "w") as out:
+        assert Screen(out, Pipe()).has_room_for_two is expected
+    os.close(master)
+    assert not Screen(Pipe(), Pipe()).has_room_for_two
+
+
+def test_what_is_shown_meanwhile_is_replaced() -> None:
+    """On 80 columns it fills 79: in the last one a terminal would begin a new line."""
+    out = Terminal()
+    screen = Screen(out, Pipe())
+    screen.meanwhile("answering ... 你" + "x" * 100)
+    screen.meanwhile()
+    assert out.getvalue() == "\ranswering ... 你" + "x" * 63 + "\r" + "\r" + " " * 79 + "\r"
 
 
 def test_two_answers_stand_next_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 import json
 import re
+from pathlib import Path
 from random import Random
 
 from jobs.events import RawEvent
+from jobs.views.report import curves
+from jobs.views.report.curves import histogram
 from jobs.views.report.history import METRICS, RunHistory
 from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage
@@ -63,6 +66,17 @@ def test_margins_are_bars() -> None:
     assert '<rect x="0.0" y="96.0" class="wrong" width="99.0" height="24.0">' in html
     assert '<rect x="300.0" y="0.0" class="right" width="99.0" height="120.0">' in html
     assert "8 margins after training, from -1 to 3; about 1 below 0" in html
+
+
+def test_both_histograms_share_one_height_and_say_what_their_colours_are() -> None:
+    """120 units are 10 pairs, in both: 5 pairs after training are half of them."""
+    before, after = ({"low": -1.0, "high": 1.0, "counts": counts} for counts in ([10, 0], [3, 5]))
+    html = histogram({"margins_before": before, "margins": after})
+    assert re.findall(r' height="([0-9.]+)">', html) == ["120.0", "0.0", "36.0", "60.0"]
+    legend = '<i class="dash run0"></i>right, above 0 <i class="dash run1"></i>wrong, below 0'
+    assert html.count(legend) == 2
+    style = (Path(curves.__file__).parent / "page.css").read_text(encoding="utf-8")
+    assert ".bars rect { fill: var(--run0); } .bars rect.wrong { fill: var(--run1); }" in style
 
 
 def test_several_runs_show_their_differences_and_share_their_curves() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.errors import ToolkitError
 from jobs.run_dir import RunDir
-from jobs.views.report.run_page import differences, read_run
+from jobs.views.report.run_page import differences, names_of, read_run
 from tests.raw_events import END_1, PLAN, event
 
 
@@ -23,6 +23,19 @@ def run(tmp_path: Path) -> RunDir:
 
 def write(run: RunDir, *events: object) -> None:
     run.events.write_text("".join(json.dumps(each) + "\n" for each in events), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/x/runs/a", "/x/runs/b"], ["a", "b"]),
+        (["/x/runs/a", "/y/runs/a", "/x/runs/b"], ["x/runs/a", "y/runs/a", "b"]),
+        (["/x/a", "/x/a"], ["a", "a"]),  # one run, twice
+        (["/a", "/x/a"], ["/a", "x/a"]),
+    ],
+)
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(paths: list[str], names: list[str]) -> None:
+    assert names_of([RunDir(Path(path)) for path in paths]) == names
 
 
 def test_the_job_s_fields_are_flat_and_a_folder_without_a_job_has_none(run: RunDir) -> None:

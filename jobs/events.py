@@ -139,10 +139,18 @@ class Metrics(Measured):
     policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy_loss", Curve("cyan", only_far=True)))
     value_loss: float | None = field(default=None, metadata=metric(".4f", "value_loss", NUMBER))
     critic_grad_norm: float | None = field(default=None, metadata=NOT_SHOWN)
+    critic_learning_rate: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Of the rewards from each token on, by the critic's values when the rollout was made: 1 - mean
+    # squared error / variance. 0 is as good as a constant.
+    explained_variance: float | None = field(default=None, metadata=metric(".2f", "explained_variance", NUMBER))
     # Score of the reward model, normalised, before clipping.
     mean_reward: float | None = field(default=None, metadata=metric(".2f", "reward", Curve("green")))
-    # To the reference: sum over a response's tokens, mean over responses (k1).
-    kl: float | None = field(default=None, metadata=metric(".3f", "kl", Curve("yellow")))
+    # What PPO maximises: the clipped score less the KL's cost, mean over responses.
+    objective: float | None = field(default=None, metadata=metric(".2f", "objective", NUMBER))
+    # To the reference: sum over a response's tokens, mean over responses. k1 is what the rewards
+    # pay for, and may be negative by chance; k3 is never negative. Both: experience.py.
+    kl: float | None = field(default=None, metadata=NOT_SHOWN)
+    kl_k3: float | None = field(default=None, metadata=metric(".3f", "kl (k3)", Curve("yellow")))
     kl_coef: float | None = field(default=None, metadata=NOT_SHOWN)
     # Per token, of the policy that sampled.
     entropy: float | None = field(default=None, metadata=metric(".3f", "entropy", NUMBER))
@@ -246,8 +254,12 @@ class End(Event):
     mean_reward_error_after: float | None = None
     good_share_before: float | None = None
     good_share_after: float | None = None
-    kl_before: float | None = None
+    objective_before: float | None = None
+    objective_after: float | None = None
+    kl_before: float | None = None  # k1
     kl: float | None = None
+    kl_k3_before: float | None = None
+    kl_k3: float | None = None
     response_length_before: float | None = None
     response_length_after: float | None = None
     eos_share_before: float | None = None

@@ -102,10 +102,10 @@ PPO = Step(
     networks=("actor", "critic"),
     starts_from=(1, 2),
     depends_on=("seed", "actor", "critic", "data", "sft", "reward", "ppo"),
-    line=("policy_loss", "value_loss", "kl", "mean_reward"),
+    line=("policy_loss", "value_loss", "kl_k3", "mean_reward"),
     panel=(
-        "mean_reward", "kl", "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
-        "grad_norm", "learning_rate", "tokens_per_s",
+        "mean_reward", "kl_k3", "policy_loss", "value_loss", "objective", "explained_variance", "entropy",
+        "clip_fraction", "response_length", "eos_share", "grad_norm", "learning_rate", "tokens_per_s",
     ),
     outcomes=(
         Outcome(
@@ -119,7 +119,12 @@ PPO = Step(
             "higher is better, as long as answers do not get worse to read",
         ),
         Outcome(
-            "kl", "KL to the reference", "kl_before", "kl", ".3f",
+            "objective", "objective", "objective_before", "objective_after", ".2f",
+            "what PPO maximises: the clipped reward less `ppo.kl_coef` times the KL",
+            "higher is better",
+        ),
+        Outcome(
+            "kl (k3)", "KL to the reference (k3)", "kl_k3_before", "kl_k3", ".3f",
             "how far the model has moved from where this step began, summed over an answer's tokens",
             "a few units are usual; a large one may mean that the reward is being exploited",
         ),

@@ -453,6 +453,10 @@ class Checkpointer:
 
     # --- the best weights ---
 
+    @property
+    def keeps_best(self) -> bool:
+        return self.spec.best_every_updates is not None
+
     def wants_best(self, update: int) -> bool:
         """Return whether to measure the weights of `update`.
 

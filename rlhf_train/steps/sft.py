@@ -7,6 +7,7 @@ adds the prompt), padding never counts, and the perplexity is over tokens, not a
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from rlhf_train.data.sequences import (
     assign_passes,
     count_updates,
     evaluation_batches,
-    grouped_rows_of_update,
+    rows_of_update,
 )
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.adapters import add_lora, describe
@@ -104,32 +105,24 @@ def run(context: StepContext) -> End:
     else:
         before, clock = saved["before"], Clock(saved["seconds"])
 
+    def offer(update: int, perplexity: float) -> None:
+        best, lora = ("perplexity", perplexity), job.actor.lora
+
+        def save(folder: Path) -> None:
+            save_model(context, 1, update, engine, tokenizer, folder, lora=lora, scores={}, example=example, best=best)
+
+        checkpointer.offer(update, *best, lower_is_better=True, save=save)
+
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
             with merged(model, engine.settle):
-                best = ("perplexity", perplexity(context, engine, tokens.held_out, held_out, pad_id))
-            checkpointer.offer(
-                update,
-                *best,
-                lower_is_better=True,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context,
-                    1,
-                    update,
-                    engine,
-                    tokenizer,
-                    folder,
-                    lora=job.actor.lora,
-                    scores={},
-                    example=example,
-                    best=best,
-                ),
-            )
+                measured = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+            offer(update, measured)
 
         # 5. Draw the rows of the update, and assign them to ranks and passes.
-        chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
+        chosen = rows[rows_of_update(update, len(rows), spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
@@ -174,6 +167,8 @@ def run(context: StepContext) -> End:
     with merged(model, engine.settle):
         after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
+    if checkpointer.keeps_best:
+        offer(updates, after)
     folder = context.run.step(1).model
     end = End(
         step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -50,6 +51,24 @@ class ToolkitError(Exception):
         if self.hint:
             lines += ["", _indented("hint", self.hint, margin="")]
         return "\n".join(lines)
+
+
+def together(mistakes: Sequence[ToolkitError]) -> ToolkitError:
+    """Make one error of several; of one alone, itself. What is said twice is said once."""
+    several = list({str(mistake): mistake for mistake in mistakes}.values())
+    if len(several) == 1:
+        return several[0]
+    lines = []
+    for number, mistake in enumerate(several, start=1):
+        said = [*mistake.why.splitlines(), *mistake.hint.splitlines()]
+        lines += [f"{number}. {mistake.what}", *(f"   {line}" for line in said)]
+    codes = {mistake.exit_code for mistake in several}
+    return ToolkitError(
+        f"{len(several)} mistakes",
+        why="\n".join(lines),
+        hint="mend them all; nothing was begun",
+        exit_code=codes.pop() if len(codes) == 1 else ExitCode.USAGE,
+    )
 
 
 def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:

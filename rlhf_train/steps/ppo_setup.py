@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.errors import ExitCode, ToolkitError
 from jobs.events import Warning
-from jobs.formatting import plural
-from jobs.spec import Lora, Ppo
+from jobs.spec import Lora
 from rlhf_train.data import hub
 from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
@@ -31,6 +29,7 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
+from rlhf_train.plan.few_rows import check_critic_warmup
 from rlhf_train.steps.context import StepContext, corpus
 from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import SAMPLES, Answer, HeldOut
@@ -129,7 +128,7 @@ def set_up(context: StepContext) -> Setup:
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
     possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
-    check_warmup(spec, updates)
+    check_critic_warmup(spec, updates)
     context.plan(3, plan, updates=updates, zero_stage=where.actor_zero_stage, table=tokens.train)
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
@@ -235,17 +234,6 @@ def set_up(context: StepContext) -> Setup:
         frozen_folders=folders,
         frozen_digest=weights_digest(folders),
     )
-
-
-def check_warmup(spec: Ppo, updates: int) -> None:
-    """Raise ToolkitError (usage) if the critic's warm-up leaves the actor no update."""
-    if spec.critic_warmup_updates >= updates:
-        raise ToolkitError(
-            f"the actor would not learn: ppo.critic_warmup_updates is {spec.critic_warmup_updates}, "
-            f"and step 3 has {plural(updates, 'updates')}",
-            hint="lower ppo.critic_warmup_updates, or raise ppo.epochs or ppo.max_updates",
-            exit_code=ExitCode.USAGE,
-        )
 
 
 def frozen_copies(

@@ -379,7 +379,9 @@ class CheckpointSchedule(_Strict):
         unit="seconds",
     )
     best_every_updates: Positive | None = _field(
-        None, "set: measure on held-out data so often, and keep the best weights in `stepN/best/`", unit="updates"
+        None,
+        "set: measure on held-out data so often, and at the end, and keep the best weights in `stepN/best/`",
+        unit="updates",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jobs.errors import ToolkitError
-from jobs.events import Event, Plan, Progress
+from jobs.events import Event, Plan, Progress, Warning
 from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch

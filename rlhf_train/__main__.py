@@ -236,12 +236,13 @@ def dry_run(
     if args.gpu is None:
         machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
         facts = facts_of(job, run, cache, machine, os.environ)
-        refuse_if_unfit(fitness.judge(facts, limits), only_say=True)
-        no_peer_access, placed = fitness.no_peer_access(facts, limits), job
+        findings = fitness.judge(facts, limits)
+        refuse_if_unfit(findings, only_say=True)
+        is_fit, no_peer_access, placed = fitness.error_of(findings) is None, fitness.no_peer_access(facts, limits), job
     else:
         machine, target = named_card(args.gpu, 1 if job.hardware.ranks == "auto" else job.hardware.ranks, cards)
         device = job.hardware.model_copy(update={"device": "cuda"})
-        no_peer_access, placed = "", job.model_copy(update={"hardware": device})
+        is_fit, no_peer_access, placed = True, "", job.model_copy(update={"hardware": device})
     try:
         placement = place(placed, machine, no_peer_access)
     except ToolkitError as error:
@@ -255,7 +256,7 @@ def dry_run(
     if args.verbose:
         text = f"{dump_yaml(job.dump()).rstrip()}\n\n{text}"
     out.print(encodable(visible(text), out.encoding))
-    return ExitCode.OK if fits else ExitCode.UNFIT
+    return ExitCode.OK if fits and is_fit else ExitCode.UNFIT
 
 
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:

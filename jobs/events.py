@@ -236,6 +236,8 @@ class End(Event):
     held_out_rows: int | None = None  # that all these numbers were measured on
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    perplexity_error_before: float | None = None  # standard error, as rlhf_train/steps/sft.py computes it
+    perplexity_error_after: float | None = None
     reward_accuracy_before: float | None = None
     reward_accuracy: float | None = None
     margins_before: dict[str, Any] | None = None  # on the held-out pairs, as `histogram` makes it

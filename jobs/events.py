@@ -77,7 +77,7 @@ class MetricFormat:
     """How a metric is written, and where it is in the panel."""
 
     spec: str  # as format() takes it
-    label: str
+    label: str  # in every view: the words of the field's name, but for the unit tok/s
     place: Curve | Literal["number"]
 
 
@@ -116,31 +116,31 @@ class Metrics(Measured):
     """
 
     kind = "metrics"
-    learning_rate: float = field(metadata=metric(".3g", "learning_rate", NUMBER))
+    learning_rate: float = field(metadata=metric(".3g", "learning rate", NUMBER))
     # Real tokens trained on, all ranks.
     tokens_per_s: float = field(metadata=metric(".0f", "tok/s", NUMBER))
     # Real tokens among those computed in training, and in step 3 in scoring.
     real_token_share: float = field(metadata=NOT_SHOWN)
     # Before clipping.
-    grad_norm: float = field(metadata=metric(".2f", "grad_norm", NUMBER))
+    grad_norm: float = field(metadata=metric(".2f", "grad norm", NUMBER))
     # Most memory that rank 0's tensors held on its GPU, in this step.
     gpu_peak_bytes: int | None = field(default=None, metadata=NOT_SHOWN)
 
     # step 1 and 2
     loss: float | None = field(default=None, metadata=metric(".4f", "loss", Curve("cyan")))
     # reward.lm_coef: cross-entropy on the chosen answers.
-    lm_loss: float | None = field(default=None, metadata=metric(".4f", "lm_loss", NUMBER))
+    lm_loss: float | None = field(default=None, metadata=metric(".4f", "lm loss", NUMBER))
     # Pairs with chosen above rejected.
     accuracy: float | None = field(default=None, metadata=metric(".1%", "accuracy", Curve("green")))
     # Chosen score - rejected score.
     margin: float | None = field(default=None, metadata=metric(".3f", "margin", NUMBER))
 
     # step 3
-    policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy_loss", Curve("cyan", only_far=True)))
-    value_loss: float | None = field(default=None, metadata=metric(".4f", "value_loss", NUMBER))
+    policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy loss", Curve("cyan", only_far=True)))
+    value_loss: float | None = field(default=None, metadata=metric(".4f", "value loss", NUMBER))
     critic_grad_norm: float | None = field(default=None, metadata=NOT_SHOWN)
     # Score of the reward model, normalised, before clipping.
-    mean_reward: float | None = field(default=None, metadata=metric(".2f", "reward", Curve("green")))
+    mean_reward: float | None = field(default=None, metadata=metric(".2f", "mean reward", Curve("green")))
     # To the reference: sum over a response's tokens, mean over responses (k1).
     kl: float | None = field(default=None, metadata=metric(".3f", "kl", Curve("yellow")))
     kl_coef: float | None = field(default=None, metadata=NOT_SHOWN)
@@ -149,12 +149,12 @@ class Metrics(Measured):
     # Mean importance ratio, to the policy that sampled.
     ratio: float | None = field(default=None, metadata=NOT_SHOWN)
     # Tokens whose ratio left the clip range.
-    clip_fraction: float | None = field(default=None, metadata=metric(".1%", "clip_fraction", NUMBER))
+    clip_fraction: float | None = field(default=None, metadata=metric(".1%", "clip fraction", NUMBER))
     value_clip_fraction: float | None = field(default=None, metadata=NOT_SHOWN)
     # Tokens, EOS included.
-    response_length: float | None = field(default=None, metadata=metric(".1f", "response_length", NUMBER))
+    response_length: float | None = field(default=None, metadata=metric(".1f", "response length", NUMBER))
     # Responses that ended by themselves.
-    eos_share: float | None = field(default=None, metadata=metric(".1%", "eos_share", NUMBER))
+    eos_share: float | None = field(default=None, metadata=metric(".1%", "eos share", NUMBER))
     rollout_s: float | None = field(default=None, metadata=NOT_SHOWN)
     score_s: float | None = field(default=None, metadata=NOT_SHOWN)
     train_s: float | None = field(default=None, metadata=NOT_SHOWN)

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from jobs.events import RawEvent
-from jobs.formatting import duration, money, number, one_line, plural, verdict_of
+from jobs.formatting import before_and_after, duration, money, one_line, plural, verdict_of
 from jobs.steps import STEPS
 from jobs.views.plain import plan_lines, resumed_text, time_of
 from jobs.views.report.alarms import AlarmCheck, checks_of
@@ -166,12 +166,10 @@ def _steps(run: RunPage, *, is_one: bool) -> Html:
 def _outcomes(step: int, end: RawEvent) -> Html:
     parts = []
     for outcome in STEPS[step].outcomes:
-        before, after = end.get(outcome.before), end.get(outcome.after)
+        before, after = before_and_after(outcome, end)
         if after is not None:
-            first = "" if before is None else f"{number(before, outcome.spec)} → "
-            parts.append(
-                element("div", f"{outcome.long} ", element("b", f"{first}{number(after, outcome.spec)}"), class_="fact")
-            )
+            values = after if before is None else f"{before} → {after}"
+            parts.append(element("div", f"{outcome.label} ", element("b", values), class_="fact"))
     return joined(parts)
 
 

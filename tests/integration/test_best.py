@@ -29,7 +29,7 @@ def test_the_best_of_all_that_was_measured_is_kept(run: Trained, step: int) -> N
     kept = [(e["update"], e["value"]) for e in run.events("checkpoint", step) if "metric" in e]
     assert {e["metric"] for e in run.events("checkpoint", step) if "metric" in e} == {METRICS[step]}
     output = [
-        re.fullmatch(r"held-out (\w+) at update (\d+): (\S+) \(best: \S+ at update \d+\)", e["doing"])
+        re.fullmatch(r"held-out ([a-z ]+) at update (\d+): (\S+) \(best: \S+ at update \d+\)", e["doing"])
         for e in run.events("progress", step)
     ]
     others = [(int(words[2]), float(words[3])) for words in output if words]

@@ -150,7 +150,7 @@ class Metrics(Measured):
     # To the reference: sum over a response's tokens, mean over responses. k1 is what the rewards
     # pay for, and may be negative by chance; k3 is never negative. Both: experience.py.
     kl: float | None = field(default=None, metadata=NOT_SHOWN)
-    kl_k3: float | None = field(default=None, metadata=metric(".3f", "KL (k3)", Curve("yellow")))
+    kl_k3: float | None = field(default=None, metadata=metric(".3f", "kl k3", Curve("yellow")))
     kl_coef: float | None = field(default=None, metadata=NOT_SHOWN)
     # Per token, of the policy that sampled.
     entropy: float | None = field(default=None, metadata=metric(".3f", "entropy", NUMBER))

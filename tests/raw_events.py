@@ -30,7 +30,7 @@ EXPECTED = {
 PPO = event(
     "metrics", 3, update=120, updates=480, elapsed_s=96.0, learning_rate=9.65e-6, tokens_per_s=3120.4,
     real_token_share=0.9, grad_norm=1.5, policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321,
-    kl_k3=0.0456, objective=1.2, entropy=2.3456, clip_fraction=0.0214, response_length=64.25,
+    kl_k3=0.0321, entropy=2.3456, clip_fraction=0.0214, response_length=64.25,
     eos_share=0.921, kl_coef=0.1, ratio=1.0,
 )  # fmt: skip
 SFT = event(

@@ -359,7 +359,8 @@ def _bar(share: float, width: int) -> Text:
 
 
 def _cell(name: str, value: object) -> Text:
-    return Text.assemble((f"  {label_of(name):<16}", "dim"), (f"{number(value, SHOWN[name].spec):<8}", "bold"))
+    label = f"  {label_of(name) + ' ':<16}"
+    return Text.assemble((label, "dim"), (f"{number(value, SHOWN[name].spec):<{26 - len(label)}}", "bold"))
 
 
 def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:

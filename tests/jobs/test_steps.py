@@ -35,13 +35,13 @@ def test_step_3_depends_on_all_that_a_job_says_about_learning() -> None:
 @pytest.mark.parametrize("name", ["tokens_lost", "ratio"])  # no metric, and one that says that it is not shown
 def test_a_step_shows_nothing_that_cannot_be_written(field: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"step 3 shows {name}"):
-        replace(PPO, **{field: ("kl", name)})
+        replace(PPO, **{field: ("kl_k3", name)})
 
 
 def test_curves_of_a_run_here_and_on_another_machine() -> None:
     here, far = ([list(step.curves(far=far)) for step in STEPS.values()] for far in (False, True))
-    assert here == [["loss"], ["loss", "accuracy"], ["mean_reward", "kl"]]
-    assert far == [["loss"], ["loss", "accuracy"], ["mean_reward", "kl", "policy_loss"]]
+    assert here == [["loss"], ["loss", "accuracy"], ["mean_reward", "kl_k3"]]
+    assert far == [["loss"], ["loss", "accuracy"], ["mean_reward", "kl_k3", "policy_loss"]]
 
 
 def test_a_number_is_called_by_the_words_of_its_field_and_always_the_same() -> None:

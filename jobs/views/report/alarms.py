@@ -97,8 +97,8 @@ def _repetition(samples: Sequence[RawEvent]) -> AlarmCheck:
 
 
 def _kl(step: StepHistory) -> AlarmCheck:
-    name, threshold = label_of("kl"), f"over {KL_NATS:g} nats a response"
-    _, last = ends_of_curve(step.curve("kl")[1])
+    name, threshold = label_of("kl_k3"), f"over {KL_NATS:g} nats a response"
+    _, last = ends_of_curve(step.curve("kl_k3")[1])
     if math.isnan(last):
         return AlarmCheck(name, "not known", "", threshold)
     return AlarmCheck(name, "alarm" if last > KL_NATS else "fine", f"{number(last, '.2f')} nats at last", threshold)

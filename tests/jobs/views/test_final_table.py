@@ -35,7 +35,7 @@ def test_report_of_a_whole_run() -> None:
         "2 reward model accuracy - 87.4%",
         "3 PPO good answers 48.0% 94.0%",
         "mean reward -0.52 1.93",
-        "kl 0.000 0.410",
+        "kl k3 0.000 0.410",
         "response length 20.3 30.1",
         "eos share 70.0% 99.1%",
         "step 1 It worked: the perplexity on held-out answers fell from 31.20 to 8.41,",
@@ -57,7 +57,7 @@ def test_report_of_a_whole_run() -> None:
         "mean reward: the reward model's score: 0 is the mean, and 1 the spread, of",
         "answers before this step; higher is better, as long as answers do not get",
         "worse to read",
-        "kl: how far the model has moved from the reference, where this step began,",
+        "kl k3: how far the model has moved from the reference, where this step began,",
         "summed over an answer's tokens; a few units are usual; a large one may mean",
         "that the reward is being exploited",
         "response length: tokens of an answer; steady is good; longer and longer answers",
@@ -103,10 +103,11 @@ def test_a_number_with_a_standard_error_says_it() -> None:
 @pytest.mark.parametrize("width", [20, 40, 79, 120])
 def test_no_word_is_broken(width: int) -> None:
     """Every word of the sentences is there, whole, unless it alone is wider than the terminal."""
-    shown = " ".join(" ".join(reported([END_3], width)).split())
+    end = END_3 | {"objective_before": -0.5, "objective_after": 1.9}
+    shown = " ".join(" ".join(reported([end], width)).split())
     sentences = [f"{each.label}: {each.meaning}; {each.good}" for each in STEPS[3].outcomes]
     assert [sentence for sentence in sentences if sentence not in shown] == []
-    lines = reported([END_3], width)
+    lines = reported([end], width)
     meanings = lines[next(place for place, line in enumerate(lines) if line.startswith("good answers:")) :]
     assert [line for line in meanings if "  " in line.strip()] == []  # one space between words
 

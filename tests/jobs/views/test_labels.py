@@ -18,8 +18,8 @@ from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage
 from tests.raw_events import END_1, END_2, END_3, PPO, REWARD, SFT, event
 
-UPDATES = [SFT, REWARD | {"lm_loss": 0.5}, PPO]
-ENDS = [END_1, END_2, END_3]
+UPDATES = [SFT, REWARD | {"lm_loss": 0.5}, PPO | {"objective": 1.2, "explained_variance": 0.25}]
+ENDS = [END_1, END_2, END_3 | {"objective_before": 0.5, "objective_after": 1.5}]
 BEST = event("checkpoint", 3, update=9, path="step3/best", metric="mean_reward", value=1.0, size_bytes=1, seconds=1.0)
 
 
@@ -76,5 +76,5 @@ def test_every_view_takes_its_labels_from_one_place() -> None:
     seen = report([*UPDATES, *ENDS])
     assert [label for label in metrics | outcomes if label not in seen] == []
     assert "the best [mean reward] so far, 1.00" in lines([BEST])
-    for name in ("[response length]", "[eos share]", "[kl]", "[accuracy] against chance"):  # the alarms
+    for name in ("[response length]", "[eos share]", "[kl k3]", "[accuracy] against chance"):  # the alarms
         assert f">{name}</th>" in seen

@@ -44,7 +44,7 @@ def test_panel_of_step_3(width: int, done: int, left: int) -> None:
         "▸ step 3 PPO 120 of 480 25% 1m36s eta 4m48s",
         "━" * done + "─" * left,
         "mean reward 1.20 ▁▃▆█ -0.30 to 1.20",
-        "kl 0.120 ▁▃▆█ 0.030 to 0.120",
+        "kl k3 0.120 ▁▃▆█ 0.030 to 0.120",
         "policy loss 0.0123 value loss 0.4568 entropy 2.346",
         "clip fraction 2.1% response length 64.2 eos share 92.1%",
         "grad norm 1.50 learning rate 9.65e-06 tok/s 3120",
@@ -156,11 +156,11 @@ def test_a_line_that_is_too_long_ends_after_a_word() -> None:
 def test_a_finished_step_keeps_all_its_numbers() -> None:
     assert squeezed(shown([END_3], 79)) == [
         "✓ step 3 PPO 1h02m good answers 48.0% → 94.0%",
-        "mean reward -0.52 → 1.93 kl 0.000 → 0.410 response length 20.3 → 30.1",
+        "mean reward -0.52 → 1.93 kl k3 0.000 → 0.410 response length 20.3 → 30.1",
         "eos share 70.0% → 99.1%",
     ]
     assert squeezed(shown([END_3], 119)) == [
-        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0% mean reward -0.52 → 1.93 kl 0.000 → 0.410",
+        "✓ step 3 PPO 1h02m good answers 48.0% → 94.0% mean reward -0.52 → 1.93 kl k3 0.000 → 0.410",
         "response length 20.3 → 30.1 eos share 70.0% → 99.1%",
     ]
 
@@ -275,7 +275,7 @@ def test_panel_of_a_run_on_another_machine() -> None:
         "▸ step 3 PPO 120 of 480 25% 1m36s eta 4m48s",
         "━" * 19 + "─" * 58,
         "mean reward 1.20 ▁▃▆█ -0.30 to 1.20",
-        "kl 0.120 ▁▃▆█ 0.030 to 0.120",
+        "kl k3 0.120 ▁▃▆█ 0.030 to 0.120",
         "policy loss 0.0123 ▁▁▁▁ 0.0123 to 0.0123",
         "value loss 0.4568 entropy 2.346 clip fraction 2.1%",
         "response length 64.2 eos share 92.1% grad norm 1.50",

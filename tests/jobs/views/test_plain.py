@@ -49,13 +49,16 @@ LINES = [
     (
         PPO,
         [
-            "step 3  update 120/480  policy loss 0.0123  value loss 0.4568  kl 0.032  mean reward 1.23  3120 tok/s  "
+            "step 3  update 120/480  policy loss 0.0123  value loss 0.4568  kl k3 0.032  mean reward 1.23  3120 tok/s  "
             "eta 4m48s"
         ],
     ),
     (
-        PPO | {"kl": "nan", "policy_loss": math.inf},
-        ["step 3  update 120/480  policy loss inf  value loss 0.4568  kl nan  mean reward 1.23  3120 tok/s  eta 4m48s"],
+        PPO | {"kl_k3": "nan", "policy_loss": math.inf},
+        [
+            "step 3  update 120/480  policy loss inf  value loss 0.4568  kl k3 nan  mean reward 1.23  3120 tok/s  "
+            "eta 4m48s"
+        ],
     ),
     (
         sample("before", "I am \x1b[31mred\nand \x9b2J.", reward=-0.52, good=False),
@@ -110,7 +113,7 @@ LINES = [
     (
         END_3,
         [
-            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  mean reward -0.52 -> 1.93  kl 0.000 -> 0.410  "
+            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  mean reward -0.52 -> 1.93  kl k3 0.000 -> 0.410  "
             "response length 20.3 -> 30.1  eos share 70.0% -> 99.1%  model runs/demo/step3/model"
         ],
     ),

@@ -26,6 +26,7 @@ from remote.output import Sayer
 from remote.ssh.connection import BoxConnection, CommandFailed
 from remote.ssh.host_keys import HostKeyChanged, KeyRefused
 from tests.remote.conftest import Sshd, free_port, has_ipv6, make_key
+from tests.remote.test_output import Terminal
 
 HOSTILE = [
     "a b",
@@ -527,13 +528,16 @@ def test_there_is_no_such_host(sshd: Sshd, tmp_path: Path) -> None:
         assert (connection.link.reached, raised.value.exit_code) == (False, ExitCode.UNREACHABLE)
 
 
-def test_a_frozen_server(own_sshd: Sshd, tmp_path: Path) -> None:
+def test_a_frozen_server(own_sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing."""
+    monkeypatch.setenv("TERM", "xterm")
     own_sshd.freeze()
     started = time.monotonic()
-    with own_sshd.connection(tmp_path, connect_s=1) as connection:
+    err = Terminal()
+    with own_sshd.connection(tmp_path, connect_s=1, say=Sayer(err=err)) as connection:
         assert code_of(connection) == ExitCode.UNREACHABLE
     assert time.monotonic() - started < 5
+    assert err.getvalue() == "\r\x1b[2Kreaching gpu-box (1s)\r\x1b[2K"
     own_sshd.thaw()
     with own_sshd.connection(tmp_path) as connection:
         connection.query(["true"])

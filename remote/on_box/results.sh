@@ -392,7 +392,7 @@ remove() { # all in ROOT, and the marker last, so that a removal that broke off 
 freed() { # says each second how much more room the disk of ROOT has, until it is ended
     above=${real%/*}
     before=$(free_kb "${above:-/}")
-    while sleep 1 </dev/null >/dev/null 2>&1; do
+    while sleep 1 >/dev/null 2>&1; do
         kb=$(free_kb "${above:-/}")
         is_number "$before" && is_number "$kb" && [ "$kb" -ge "$before" ] || kb=$before
         say freed $((kb - before))

@@ -521,6 +521,13 @@ def test_nobody_listens(sshd: Sshd, tmp_path: Path) -> None:
     assert "refuses connections" in raised.value.why and "SSH port" in raised.value.hint
 
 
+def test_without_openssh_there_is_no_way_to_a_box(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with sshd.connection(tmp_path) as connection, pytest.raises(ToolkitError) as raised:
+        connection.query(["true"])
+    assert (raised.value.what, raised.value.hint) == ("there is no `ssh` on this machine", "install the OpenSSH client")
+
+
 def test_there_is_no_such_host(sshd: Sshd, tmp_path: Path) -> None:
     with sshd.connection(tmp_path, box=Box(name="gone", address="no-such-host.invalid")) as connection:
         with pytest.raises(ToolkitError, match="no-such-host") as raised:

@@ -95,7 +95,7 @@ def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
-    loaded = chat.Loader(folder.parent, Wishes(), screen).load([Source("it", str(folder))])
+    loaded = chat.Loader([folder.parent], Wishes(), screen).load([Source("it", str(folder))])
     yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt(), runs=folder.parent), out, notes
 
 
@@ -227,7 +227,7 @@ def test_a_comparison_without_a_reward_says_why_once(
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
     sources = [Source("first", str(compared.step(1).model), compared), Source("other", other, compared)]
-    (one, two), judge = chat.Loader(tmp_path, Wishes(), screen).load(sources)
+    (one, two), judge = chat.Loader([tmp_path], Wishes(), screen).load(sources)
     two.tokenizer.add_tokens(["<new>"])
     assert judge is not None
     judge._positions = 12
@@ -245,7 +245,7 @@ def test_models_that_are_held_are_not_loaded_again(compared: RunDir) -> None:
     from rlhf_train.after.chat_model import Wishes
 
     first, last = (Source(str(step), str(compared.step(step).model), compared) for step in (1, 3))
-    loader = chat.Loader(compared.path.parent, Wishes(), Screen(Notes(), Notes()))
+    loader = chat.Loader([compared.path.parent], Wishes(), Screen(Notes(), Notes()))
     [alone], judge = loader.load([last])
     assert judge is None and loader.missing([first, last]) == [first]
     (one, two), judge = loader.load([first, last])

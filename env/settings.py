@@ -24,6 +24,7 @@ else:
 LIMITS = Path(__file__).with_name("limits.toml")
 CARDS = Path(__file__).with_name("cards.toml")
 PROVIDERS = Path(__file__).with_name("providers")
+OUR_FOLDER = "rlhf-box"  # on a box, in a data folder: our code, environments and runs
 
 
 @dataclass(frozen=True)

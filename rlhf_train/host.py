@@ -70,6 +70,21 @@ def holders(path: Path) -> list[tuple[int, str]]:
     return sorted(found)
 
 
+def open_files(end: str) -> list[Path]:
+    """List the files that processes have open and whose path has this end.
+
+    Other users' processes are not seen, and none where there is no /proc.
+    """
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's process, or gone
+            for link in (folder / "fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    if (path := str(link.readlink())).endswith(end):
+                        found.add(Path(path))
+    return sorted(found)
+
+
 def resident_bytes(process: int) -> int:
     """Return the main memory that a process holds; 0: it is gone, or not seen."""
     found = re.search(r"^VmRSS:\s+([0-9]+) kB", read(Path(f"/proc/{process}/status")), flags=re.MULTILINE)

@@ -9,13 +9,12 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from env.settings import Provider
+from env.settings import OUR_FOLDER, Provider
 from jobs.errors import ExitCode, ToolkitError
 from remote.inventory import Box
 from remote.scripts import dispatch_script
 from remote.ssh.connection import BoxConnection, CommandResult
 from remote.ssh.local import start
-from remote.survey.facts import OUR_FOLDER
 
 NOT_DEPLOYED = 3
 

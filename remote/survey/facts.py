@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, cast, get_args
 
-from env.settings import Limits, Provider
+from env.settings import OUR_FOLDER, Limits, Provider
 from jobs.fitness import Holder
 
 PROBE_S = 6.0  # the longest that the probe takes on the box
-OUR_FOLDER = "rlhf-box"
 # A few hundred bytes that every mirror has, and that a job needs anyway.
 SMALL_FILE = "facebook/opt-125m/resolve/main/config.json"
 Way = Literal["direct", "mirror", "proxy"]

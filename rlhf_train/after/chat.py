@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds: --help does not need t
 PROMPT = "you> "
 EXAMPLES = """examples:
   rlhf-train chat                                  the newest model of your runs
+  rlhf-train chat gpu-box/demo                     a run that `fab fetch` has brought
   rlhf-train chat demo --compare step1,step3       two models' answers, with their rewards
   rlhf-train chat runs/demo/step3/model --temperature 0
   rlhf-train chat demo --once "What colour is snow?"
@@ -89,7 +90,6 @@ def _number(text: str) -> float:
 def chat(argv: Sequence[str], default_runs: Path) -> int:
     """Talk, or answer once. Raises ToolkitError; KeyboardInterrupt while models are loaded."""
     args = parser().parse_args(argv)
-    runs = args.output_dir or default_runs
     is_talk = args.once is None and sys.stdin.isatty()
     if is_talk and not sys.stdout.isatty():
         raise ToolkitError("a talk needs a terminal", hint='--once "TEXT" for one answer, or a pipe: echo hi | ...')
@@ -97,16 +97,17 @@ def chat(argv: Sequence[str], default_runs: Path) -> int:
     if not is_talk and not text.strip():
         raise ToolkitError("there is no question", why="the text is empty", hint='--once "What colour is snow?"')
     try:
-        return _chat(args, runs, text)
+        return _chat(args, default_runs, text)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
 
 
-def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
+def _chat(args: argparse.Namespace, default_runs: Path, text: str | None) -> int:
     from rlhf_train.after.sources import find_source, find_sources
 
     # 1. Which models? Mistakes are said before anything is loaded.
+    runs = args.output_dir or default_runs
     base = None if args.model is None and args.compare and "step" not in args.compare else find_source(args.model, runs)
     sources = find_sources(args.compare, base, runs) if args.compare else [base] if base else []
 
@@ -119,7 +120,7 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
 
     screen = Screen(sys.stdout, sys.stderr)
     wishes = Wishes(args.temperature, args.top_k, args.top_p, args.max_tokens, args.template, args.seed)
-    loader = Loader(runs, wishes, screen)
+    loader = Loader([runs, default_runs], wishes, screen)
     models = loader.load(sources)
     if sys.stderr.isatty():
         print(" " * len("loading ..."), end="\r", file=sys.stderr, flush=True)
@@ -146,7 +147,8 @@ def _chat(args: argparse.Namespace, runs: Path, text: str | None) -> int:
 class Loader:
     """Loads models to talk to. Those of the last call are taken as they are, not loaded again."""
 
-    def __init__(self, runs: Path, wishes: Wishes, screen: Screen) -> None:
+    def __init__(self, runs: Sequence[Path], wishes: Wishes, screen: Screen) -> None:
+        """runs: where runs of this machine may be that train."""
         self._runs, self._wishes, self._screen = runs, wishes, screen
         self._models: dict[str, ChatModel] = {}
         self._judges: dict[tuple[Path, str], Judge] = {}
@@ -176,7 +178,8 @@ class Loader:
         if judge_key and judge_key not in judges:
             needed.append(judge_key[1])
         if needed:
-            room = find_room(needed, self._runs)
+            folders = [source.run.path.absolute().parent for source in sources if source.run is not None]
+            room = find_room(needed, [*self._runs, *folders])
             models |= {source.model: ChatModel.load(source, room, self._wishes) for source in missing}
             if run is not None and judge_key and judge_key not in judges:
                 judges[judge_key] = Judge.load(run, judge_key[1], room)

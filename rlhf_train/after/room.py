@@ -1,8 +1,9 @@
 """Choose where a model to talk to is held: on a GPU, in main memory, or nowhere.
 
-While a run trains on this machine, its memory comes first. Rollouts take what is free on the run's
-GPUs, so chat takes none of that: only a GPU that the run does not use. In main memory chat leaves
-as much as the run holds now, since a later step has more networks.
+While a run trains on this machine, its memory comes first. It is found by its lock: in the folders
+where runs of this machine are known to be, and in any other whose process is seen. Rollouts take
+what is free on the run's GPUs, so chat takes none of that: only a GPU that the run does not use. In
+main memory chat leaves as much as the run holds now, since a later step has more networks.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 
 import torch
 
+from env.settings import OUR_FOLDER, Provider
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import read_events
 from jobs.formatting import size
 from jobs.run_dir import RunDir
 from rlhf_train.data import hub
 from rlhf_train.disk import read_json
-from rlhf_train.host import free_memory_bytes, holders, resident_bytes
+from rlhf_train.host import free_memory_bytes, holders, open_files, resident_bytes
 from rlhf_train.plan.machine import gpu_memory
 
+CHECKOUT = Path(__file__).parents[2]
 SPARE_BYTES = 2**30  # for libraries, the KV cache of one conversation, and what a forward pass needs
 LEAST_RESERVE_BYTES = 2 * 2**30  # left to a run that trains, however little it holds now
 EMPTY_GPU_BYTES = 2**30  # a GPU with less in use has no job: the driver's own tables are smaller
@@ -58,24 +61,30 @@ class Room:
     note: str = ""  # why it is not where one would expect it
 
 
-def find_room(models: Sequence[str], runs: Path) -> Room:
-    """Choose the device for models that are held together. Raises ToolkitError: no room."""
+def find_room(models: Sequence[str], runs: Sequence[Path]) -> Room:
+    """Choose the device for models that are held together. Raises ToolkitError: no room.
+
+    runs: the folders in which chat looks for runs to talk to.
+    """
     weights = [weights_of(model) for model in models]
-    trainings = trainings_in(runs)
+    trainings = trainings_in([*runs, *folders_of_this_machine()])
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     used = gpu_memory()[0] if gpus and any(training.ranks != 0 for training in trainings) else None
     may_use = free_gpus(gpus, trainings, used)
-    # Only now: asking a GPU for its free memory takes some of it.
-    name = dtype_on_gpu({each.dtype for each in weights}, bool(may_use) and torch.cuda.is_bf16_supported())
+    # Not by torch's is_bf16_supported: it may make a tensor on the first GPU, which a run may have.
+    has_bfloat16 = bool(may_use) and all(torch.cuda.get_device_capability(gpu)[0] >= 8 for gpu in may_use)
+    name = dtype_on_gpu({each.dtype for each in weights}, has_bfloat16)
     bytes_on_gpu = sum(each.bytes_in(name) for each in weights) + SPARE_BYTES
     for gpu in may_use:
-        if torch.cuda.mem_get_info(gpu)[0] >= bytes_on_gpu:
+        if free_on_gpu(gpu) >= bytes_on_gpu:
+            torch.cuda.set_device(gpu)  # else libraries take some of the first GPU, too
             check_memory(bytes_on_gpu, free_memory_bytes(), trainings)  # the weights pass through it
             return Room(torch.device("cuda", gpu), getattr(torch, name))
     bytes_in_memory = sum(each.bytes_in("float32") for each in weights) + SPARE_BYTES
     note = ""
     if gpus:
-        busy = f"run `{trainings[0].name}` trains on the GPU" if len(may_use) < gpus else ""
+        on_gpus = [training.name for training in trainings if training.ranks != 0]
+        busy = f"run `{on_gpus[0]}` trains on the GPU" if len(may_use) < gpus else ""
         note = f"on the CPU: {busy or f'no GPU has {size(bytes_on_gpu)} free'}"
     check_memory(bytes_in_memory, free_memory_bytes(), trainings)
     return Room(torch.device("cpu"), torch.float32, note)
@@ -103,6 +112,18 @@ def free_gpus(count: int, trainings: Sequence[Training], used: Sequence[int | No
         for gpu in range(first, count)
         if gpu < len(in_use) and (held := in_use[gpu]) is not None and held < EMPTY_GPU_BYTES
     ]
+
+
+def free_on_gpu(gpu: int) -> int:
+    """Return the bytes that are free on a GPU, whoever holds the others.
+
+    0: other processes leave no room even to ask, which takes some hundred MB, or the GPU is one
+    process's alone.
+    """
+    try:
+        return int(torch.cuda.mem_get_info(gpu)[0])
+    except RuntimeError:
+        return 0
 
 
 def check_memory(needed: int, free: int, trainings: Sequence[Training]) -> None:
@@ -138,10 +159,28 @@ def reserve_of(training: Training, free: int) -> int:
     return max(LEAST_RESERVE_BYTES, free // 2 if training.held_bytes is None else training.held_bytes)
 
 
-def trainings_in(runs: Path) -> list[Training]:
-    """List the runs of a folder that train now, by their locks."""
-    found = [RunDir(folder) for folder in sorted(runs.iterdir())] if runs.is_dir() else []
-    return [_training(run) for run in found if is_training(run)]
+def folders_of_this_machine() -> list[Path]:
+    """Return the folders where runs of this machine are, if it has any: ./runs, and those of a box.
+
+    On a box our code lies in `code/KEY`, next to `runs`; and a checkout of one's own may be there
+    as well as what was deployed.
+    """
+    homes = {folder for provider in Provider.load_all().values() for folder in provider.data_folders}
+    deployed = [CHECKOUT.parents[1] / "runs"] if CHECKOUT.parent.name == "code" else []
+    boxes = [Path(home.replace("$HOME", str(Path.home())), OUR_FOLDER, "runs") for home in sorted(homes)]
+    return [Path("runs"), *deployed, *boxes]
+
+
+def trainings_in(folders: Sequence[Path]) -> list[Training]:
+    """List the runs that train now: those of the folders, and those whose process is seen."""
+    runs = []
+    for folder in folders:
+        with suppress(OSError):  # it is not there, or another user's
+            runs += [RunDir(path) for path in sorted(folder.iterdir())]
+    runs += [RunDir(lock.parents[1]) for lock in open_files(f"/{RunDir(Path()).lock}")]
+    # One run may be found by several paths.
+    found = {run.lock.resolve(): run for run in reversed(runs) if is_training(run)}
+    return [_training(run) for run in reversed(found.values())]
 
 
 def is_training(run: RunDir) -> bool:

@@ -152,19 +152,37 @@ class Session:
                 self._screen.line()
 
     def _ask_next_to_each_other(self, text: str) -> None:
-        titles, answers = [], []
-        for talk in self._talks:
-            reply = talk.ask(text, self._system)
-            self._screen.meanwhile(f"answering ... {talk.model.source.title}")
-            self._finish(talk, reply, lambda piece: None)
-            reward = self._reward(talk, reply)
-            self._screen.meanwhile()
-            titles.append(talk.model.source.title + (f"  {reward}" if reward else ""))
-            answers.append(reply.text)
+        # 1. Both are asked before one answers: a question that one refuses is put to none.
+        replies: list[Reply] = []
+        try:
+            for talk in self._talks:
+                replies.append(talk.ask(text, self._system))
+        except ToolkitError:
+            for talk, reply in zip(self._talks, replies, strict=False):
+                talk.keep(reply)
+            raise
+
+        # 2. They answer in turn.
+        pieces = [iter(reply) for reply in replies]
+        columns = self._screen.next_to_each_other([talk.model.source.title for talk in self._talks])
+        with columns:
+            while (place := columns.next_to_grow()) is not None and not self._interrupt.is_asked:
+                if piece := next(pieces[place], ""):
+                    columns.push(place, piece)
+                else:
+                    columns.finish(place)
+
+        # 3. What became of them.
+        asked = list(zip(self._talks, replies, strict=True))
+        for talk, reply in asked:
+            talk.keep(reply)
+        rewards = [self._reward(talk, reply) for talk, reply in asked]
+        if any(rewards):
+            columns.row(rewards)
+        for (talk, reply), reward in zip(asked, rewards, strict=True):
             self._say_dropped(reply)
             if not reward:
                 self._say_why_no_reward(talk, reply)
-        self._screen.next_to_each_other(titles, answers)
 
     def _finish(self, talk: Talk, reply: Reply, show: Callable[[str], object]) -> None:
         """Take the answer to its end, or until Ctrl-C."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def find_source(word: str | None, runs: Path) -> Source:
         return Source(word, word, _run_around(folder))
     if hub.folder_here(word) is not None:  # a name without owner, such as gpt2, that is in the cache
         return Source(word, word)
-    names = ", ".join(run.name for run in _runs(runs)[:10]) or "none"
+    names = ", ".join(str(run.path.relative_to(runs)) for run in _runs(runs)[:10]) or "none"
     raise ToolkitError(
         f"there is no run `{word}`",
         why=f"the runs in {runs}: {names}",
@@ -71,7 +71,7 @@ def newest_of(run: RunDir) -> Source:
     raise ToolkitError(
         f"run `{run.name}` has no model to talk to yet",
         why=_progress(run),
-        hint=f"wait until step 1 is complete; `rlhf-train report {run.name}` says how far it is",
+        hint=f"wait until step 1 is complete; `rlhf-train report {shlex.quote(str(run.path))}` says how far it is",
     )
 
 
@@ -120,9 +120,9 @@ def _progress(run: RunDir) -> str:
 
 
 def _newest_run(runs: Path) -> RunDir:
-    found = {_changed_at(run): run for run in _runs(runs) if any(_of_step(run, step) for step in ANSWERING)}
+    found = [run for run in _runs(runs) if any(_of_step(run, step) for step in ANSWERING)]
     if found:
-        return found[max(found)]
+        return max(found, key=_changed_at)
     raise ToolkitError(
         "there is no model to talk to",
         why=f"no run in {runs} has one yet",
@@ -136,9 +136,17 @@ def _changed_at(run: RunDir) -> float:
     return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
-def _runs(runs: Path) -> Sequence[RunDir]:
-    folders = sorted(runs.iterdir()) if runs.is_dir() else []
-    return [run for run in map(RunDir, folders) if _is_run(run)]
+def _runs(runs: Path) -> list[RunDir]:
+    """List the runs of this machine and those fetched from a box, which lie in BOX/RUN."""
+    children = [RunDir(path) for path in _folders(runs)]
+    fetched = [RunDir(path) for child in children if not _is_run(child) for path in _folders(child.path)]
+    return [run for run in [*children, *fetched] if _is_run(run)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    with suppress(OSError):  # no folder, or not readable
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    return []
 
 
 def _is_run(run: RunDir) -> bool:

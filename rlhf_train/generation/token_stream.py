@@ -23,7 +23,7 @@ ROOM = 256  # the cache's width is a multiple of this, so a longer conversation 
 
 
 class TokenStream:
-    """Samples answers of a model, one at a time."""
+    """Samples answers of a model, token by token; several answers may be sampled in turn."""
 
     def __init__(self, model: Any, sampling: Sampling, *, is_static: bool = True) -> None:
         """is_static: false: generate by the model's own forward."""
@@ -47,14 +47,18 @@ class TokenStream:
     def _sample_static(self, prompt: np.ndarray, uniforms: Tensor) -> Iterator[int]:
         limit = uniforms.shape[1]
         decoder = self._decoder_for(len(prompt) + limit, limit)
-        with torch.no_grad():
-            decoder.begin(uniforms)
-            decoder.prefill([0], [0], [prompt])
-        for place in range(limit):
-            yield int(decoder.state.tokens[0, place])
-            if place + 1 < limit:
-                with torch.no_grad():
-                    decoder.advance(1, len(prompt) + place + 1, 1)
+        self._decoder = None  # while it is in use, another answer gets another one
+        try:
+            with torch.no_grad():
+                decoder.begin(uniforms)
+                decoder.prefill([0], [0], [prompt])
+            for place in range(limit):
+                yield int(decoder.state.tokens[0, place])
+                if place + 1 < limit:
+                    with torch.no_grad():
+                        decoder.advance(1, len(prompt) + place + 1, 1)
+        finally:
+            self._decoder = decoder
 
     def _decoder_for(self, width: int, limit: int) -> Decoder:
         """Return the last decoder, or a new one if its cache is too small."""

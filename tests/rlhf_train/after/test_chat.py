@@ -30,6 +30,7 @@ from rlhf_train.after.screen import Screen
 from rlhf_train.after.session import Interrupt, Models, Session
 from rlhf_train.after.sources import Source
 from tests.rlhf_train.after import models
+from tests.rlhf_train.after.played_terminal import PlayedTerminal
 
 pytestmark = pytest.mark.pinned
 
@@ -94,7 +95,7 @@ def talk(folder: Path) -> Iterator[tuple[Session, Notes, Notes]]:
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
-    loaded = chat.Loader(folder.parent, Wishes(), screen).load([Source("it", str(folder))])
+    loaded = chat.Loader([folder.parent], Wishes(), screen).load([Source("it", str(folder))])
     yield Session(loaded, screen, lambda words: loaded, interrupt=Interrupt(), runs=folder.parent), out, notes
 
 
@@ -226,7 +227,7 @@ def test_a_comparison_without_a_reward_says_why_once(
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)
     sources = [Source("first", str(compared.step(1).model), compared), Source("other", other, compared)]
-    (one, two), judge = chat.Loader(tmp_path, Wishes(), screen).load(sources)
+    (one, two), judge = chat.Loader([tmp_path], Wishes(), screen).load(sources)
     two.tokenizer.add_tokens(["<new>"])
     assert judge is not None
     judge._positions = 12
@@ -244,7 +245,7 @@ def test_models_that_are_held_are_not_loaded_again(compared: RunDir) -> None:
     from rlhf_train.after.chat_model import Wishes
 
     first, last = (Source(str(step), str(compared.step(step).model), compared) for step in (1, 3))
-    loader = chat.Loader(compared.path.parent, Wishes(), Screen(Notes(), Notes()))
+    loader = chat.Loader([compared.path.parent], Wishes(), Screen(Notes(), Notes()))
     [alone], judge = loader.load([last])
     assert judge is None and loader.missing([first, last]) == [first]
     (one, two), judge = loader.load([first, last])
@@ -385,20 +386,26 @@ def test_a_dumb_terminal_without_colour_sees_no_escape_sequence(folder: Path) ->
 
 
 def test_two_answers_next_to_each_other_and_then_the_runs_newest_model(compared: RunDir) -> None:
-    """Both models have the same weights."""
-    reward, end = r"  reward -?[0-9]+\.[0-9]{2}", r"(.|\n)*\n" + PROMPT
-    answer = re.escape(expected(compared.step(1).model, "red").split()[0])
-    with terminal(["demo", "--compare", "step1,step3"], compared.path.parent, columns=120, TERM="xterm") as it:
+    """Both models have the same weights: both columns have the answer of plain transformers."""
+    reward, end = r"reward -?[0-9]+\.[0-9]{2}", r"(.|\n)*\n" + PROMPT
+    words = expected(compared.step(1).model, "red").split()
+    answer = re.escape(words[0])
+    with terminal(["demo", "--compare", "step1,step3"], compared.path.parent, columns=80, TERM="xterm") as it:
         it.wait(PROMPT)
         it.type("red\r")
-        titles = rf"demo, step 1 \(supervised fine-tuning\){reward} +demo, step 3 \(PPO\){reward} *"
-        first, last = (rf"answering \.\.\. demo, step {each} *" for each in (r"1 \(.*\)", r"3 \(PPO\)"))
-        it.wait(rf"{first}{last}{titles}\n *{answer}.* {{4}}{answer}{end}")
+        titles = r"demo, step 1 \(supervised fine-tuning\) +demo, step 3 \(PPO\)\n"
+        seen = it.wait(rf"{titles}(.|\n)*\n{reward} +{reward}{end}")
+        drawn = seen[seen.index("(PPO)") :].partition("reward")[0]
+        assert drawn.count("\r\x1b") > len(words)  # it came in pieces
+        screen = PlayedTerminal()
+        screen.write(drawn)
+        left, right = ("".join(line[place : place + 38] for line in screen.shown[1:]) for place in (0, 41))
+        assert re.sub(r"\s", "", left) == "".join(words) == re.sub(r"\s", "", right)
         it.type("/compare off\r")
         it.wait(rf"a new conversation, with demo, step 3 \(PPO\)\n{end}")
         it.type("red\r")
         assert "reward" not in plain(it.wait(rf"\n{answer}{end}"))
         it.type("/compare\r")  # the two steps again
-        titles = r"demo, step 1 \(supervised fine-tuning\) and demo, step 3 \(PPO\)\n"
+        titles = r"demo, step 1 \(supervised fine-tuning\) and demo, step 3\s+\(PPO\)\n"
         it.wait(rf"\nloading demo, step 1 \(supervised fine-tuning\) \.\.\.\na new conversation, with {titles}{end}")
         assert it.left() == 0

@@ -58,6 +58,21 @@ def test_without_a_word_it_is_the_newest_run_with_a_model(tmp_path: Path) -> Non
     assert find_source(None, tmp_path).model == str(new.step(1).model)
 
 
+def test_runs_that_were_fetched_from_a_box(tmp_path: Path) -> None:
+    """They lie one level deeper. Inside a run, no other is looked for."""
+    make_run(tmp_path, "demo", 1, at=200)
+    fetched = make_run(tmp_path, "gpu-box/demo", 1, 2, 3, at=100)
+    make_run(tmp_path, "demo/copy", 1, at=400)
+    assert find_source("gpu-box/demo", tmp_path).model == str(fetched.step(3).model)
+    assert find_source(None, tmp_path).model == str(tmp_path / "demo/step1/model")
+    (tmp_path / "a file").touch()
+    newer = make_run(tmp_path, "second-box/kl 05", 1, at=300)
+    assert find_source(None, tmp_path).run == newer
+    with pytest.raises(ToolkitError, match="no run `kl`") as caught:
+        find_source("kl", tmp_path)
+    assert caught.value.why.endswith(": demo, gpu-box/demo, second-box/kl 05")
+
+
 def test_a_run_without_a_model_says_how_far_it_is(tmp_path: Path) -> None:
     run = make_run(tmp_path, "young")
     with pytest.raises(ToolkitError, match="`young` has no model") as caught:

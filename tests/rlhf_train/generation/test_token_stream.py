@@ -80,3 +80,16 @@ def test_one_stream_answers_again_after_an_answer_that_was_left(model):
     for length, limit in ((3, 8), (300, 12), (5, 30), (7, 4)):
         tokens = made.tokens(prompt(length, 1), draw_uniforms(5, [0], limit)[0], set())
         assert list(tokens) == greedy(model, prompt(length, 1), limit), (length, limit)
+
+
+def test_two_answers_of_one_model_in_turn(model):
+    made = TokenStream(model, GREEDY)
+    prompts, limits = [prompt(7, 1), prompt(9, 2)], [20, 12]
+    streams = [
+        made.tokens(each, draw_uniforms(5, [0], limit)[0], set()) for each, limit in zip(prompts, limits, strict=True)
+    ]
+    answers = [[], []]
+    for _ in range(20):
+        for answer, tokens in zip(answers, streams, strict=True):
+            answer += [token for token in [next(tokens, None)] if token is not None]
+    assert answers == [greedy(model, each, limit) for each, limit in zip(prompts, limits, strict=True)]

@@ -156,7 +156,17 @@ def test_float16_on_a_cpu() -> None:
 )
 def test_batches_that_do_not_divide(settings: list[str], what: str, hint: str) -> None:
     error = refused(opt(*settings), TWO_4090)
-    assert error.what == what and hint in error.hint and error.exit_code == ExitCode.USAGE
+    said = error.parts or [error]
+    assert error.exit_code == ExitCode.USAGE and [hint in part.hint for part in said if part.what == what] == [True]
+
+
+def test_all_batches_that_do_not_divide_are_said() -> None:
+    error = refused(opt("hardware.micro_batch=5"), TWO_4090)
+    assert error.what == "3 mistakes" and [part.what.split()[0] for part in error.parts] == [
+        "sft.global_batch",
+        "reward.global_batch",
+        "ppo.global_batch",
+    ]
 
 
 def test_a_placement_travels_as_json() -> None:

@@ -295,7 +295,8 @@ class _Progress:
     """How far a tree is sent."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+        self._total = total
+        self._done: int | None = None  # an rsync before 3.1 does not say it
         self._archive: IO[bytes] | None = None
         self._is_packed = False
 
@@ -304,14 +305,14 @@ class _Progress:
         self._done = self._done if done is None else done
 
     def pack(self, archive: IO[bytes]) -> None:
-        self._archive, self._done = archive, 0
+        self._archive = archive
 
     def send_archive(self) -> None:
         self._is_packed = True  # from now on a process reads it, which shares its position
 
     def __str__(self) -> str:
         if self._archive is None:
-            return f"{size(self._done)} of {size(self._total)}"
+            return size(self._total) if self._done is None else f"{size(self._done)} of {size(self._total)}"
         packed = size(os.fstat(self._archive.fileno()).st_size)
         if not self._is_packed:
             return f"packing, {packed} by now"

@@ -76,9 +76,9 @@ def far(make_sshd: Callable[..., Sshd], docker: Path, tmp_path: Path) -> Sshd:
     return make_sshd(f'SetEnv "PATH={docker}/bin:/usr/bin:/bin" "HOME={tmp_path}/home"')
 
 
-def refused(far: Sshd, folder: Path, root: object, **options: bool) -> ToolkitError:
+def refused(far: Sshd, folder: Path, root: object, *, yes: bool = False) -> ToolkitError:
     with far.connection(folder / "state") as connection, pytest.raises(ToolkitError) as caught:
-        purge(connection, str(root), {}, **options)
+        purge(connection, str(root), {}, yes=yes)
     return caught.value
 
 

@@ -578,7 +578,7 @@ job() { # RUN REQUEST HASH ARG...   in a clean environment; becomes the training
     train_here --job "$root/inputs/$hash/job.yaml" --run "$run" "$@"
 }
 
-chat() { # ARG...   of `rlhf-train chat`; becomes it, on this terminal. No secrets: those of a run go with it
+chat() { # ARG...   of `rlhf-train chat`; becomes it, on this terminal, if there is one. No secrets: those of a run go with it
     [ -r "$root/deployed" ] || fail 3 "nothing is deployed in $root"
     read_deployed "$root/deployed"
     if [ "$d_runtime" != docker ]; then
@@ -593,7 +593,8 @@ chat() { # ARG...   of `rlhf-train chat`; becomes it, on this terminal. No secre
     own "$none"
     look_for_gpu
     export RLHF_SECRETS="$none" RLHF_REQUEST='' RLHF_GRACE=10
-    compose_run --rm --no-deps --name "rlhf-box-chat-$$" train chat "$@"
+    [ -t 0 ] && [ -t 1 ] && piped='' || piped=1
+    compose_run --rm --no-deps ${piped:+-T} --name "rlhf-box-chat-$$" train chat "$@"
 }
 
 ask_cards() { # FILE QUERY   in the background, since nvidia-smi may hang for ever; sets smi, smi_start. The file is whole once it is there.

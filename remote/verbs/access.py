@@ -16,6 +16,7 @@ from remote.ssh import commands
 from remote.verbs.base import DRY_RUN, HOST, HOSTS, JSON, VerbContext, hosts_of, on_each, one_host, to_json, verb
 from remote.verbs.tunnel import State, forbidden, open_tunnel
 
+OPENSSH_FAILED = 255  # its exit code where the command's is not known; it has said why
 EXEC_S = 3600.0  # the longest that a command of `fab exec` may take
 
 
@@ -101,22 +102,32 @@ def shell(c: Context, host: str = "", dry_run: bool = False) -> int:
     host=HOST,
     run="the run (default: the one whose model is the newest)",
     compare="let two models answer, e.g. step1,step3",
+    once="answer this and end; only the answer is on standard output",
+    system="what the model shall be",
     dry_run=DRY_RUN,
 )
-def chat(c: Context, host: str = "", run: str = "", compare: str = "", dry_run: bool = False) -> int:
+def chat(
+    c: Context, host: str = "", run: str = "", compare: str = "", once: str | None = None, system: str = "",
+    dry_run: bool = False,
+) -> int:  # fmt: skip
     """Talk to a run's model, on the box. While a run trains there, it keeps its memory.
 
     fab chat --host gpu-box --run demo
+    fab chat --host gpu-box --run demo --once "What colour is snow?"
     """
     context, say = VerbContext.open(dry_run=dry_run), Sayer()
-    words = [*([run] if run else []), *(["--compare", compare] if compare else [])]
+    flags = {"compare": compare or None, "once": once, "system": system or None}
+    # A value that begins with a dash is none of its flags.
+    words = [*([run] if run else []), *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
     with context.connection(context.box(one_host(c, host)), say) as connection:
         deployed = find_deployment(connection, context.providers)
-        argv = connection.stream(deployed.supervisor("chat", *words), tty=True)
+        # A terminal there would put both outputs into one.
+        argv = connection.stream(deployed.supervisor("chat", *words), tty=once is None)
         if dry_run:
             say.command("here", argv)
             return ExitCode.OK
-        return subprocess.run(argv, check=False).returncode
+        code = subprocess.run(argv, stdin=None if once is None else subprocess.DEVNULL, check=False).returncode
+        return ExitCode.UNREACHABLE if code == OPENSSH_FAILED else code
 
 
 @verb(host=HOSTS, command="the command to run on the box, quoted", json_=JSON, dry_run=DRY_RUN)

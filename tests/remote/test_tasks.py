@@ -365,6 +365,22 @@ def test_a_report_brings_events_home_and_no_model(place: Place) -> None:
         shutil.rmtree(run.path)
 
 
+def test_a_question_to_a_model_on_the_box(place: Place, tmp_path: Path) -> None:
+    """A stand-in for the box's Python prints its words. Its output and its exit code are fab's."""
+    deployed, python = place.root / "deployed", tmp_path / "python"
+    before = deployed.read_text()
+    python.write_text("""#!/bin/sh\ntest -t 1 || printf '<%s>' "$@" "$(cat)"\necho loading >&2\nexit 5\n""")
+    python.chmod(0o755)
+    deployed.write_text(before.replace(sys.executable, str(python)))
+    question, system = """--it's $(touch pwned) "\\ !"\n*""", "-n 你"
+    try:
+        told = place.fab("chat", "--run", "talk", f"--once={question}", f"--system={system}", code=5)
+    finally:
+        deployed.write_text(before)
+    assert told.stdout == f"<-m><rlhf_train><chat><talk><--once={question}><--system={system}><>"
+    assert "loading" in told.stderr
+
+
 # --- from a job to a model at home ----------------------------------------------------------------
 
 

@@ -1460,13 +1460,13 @@ def test_docker_starts_by_name_and_takes_the_code_from_wait(docked: Box) -> None
 
 
 def test_chat_runs_in_the_image_that_was_deployed(docked: Box) -> None:
-    """On the caller's terminal, by a name of its own, and without any run's secrets."""
+    """By a name of its own, and without any run's secrets."""
     contained(docked, ":")
     docked.ask("chat", "demo", "--compare", "step1,step3")
     (call,) = (engine(docked) / "calls").read_text().splitlines()
     where, _, what = call.partition(" run ")
     assert where.endswith(f"-f {docked.code}/docker/compose.box.yml")
-    name = re.fullmatch(r"--rm --no-deps --name (rlhf-box-chat-\d+) train chat demo --compare step1,step3", what)
+    name = re.fullmatch(r"--rm --no-deps -T --name (rlhf-box-chat-\d+) train chat demo --compare step1,step3", what)
     assert name is not None, what
     variables = dict(line.split("=", 1) for line in (engine(docked) / "env").read_text().splitlines())
     secrets = docked.root / "secrets/none"

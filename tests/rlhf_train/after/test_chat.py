@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -17,7 +18,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from rich.cells import cell_len
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.run_dir import RunDir
-from rlhf_train.after import chat
+from rlhf_train.after import chat, room
 from rlhf_train.after.screen import Screen
 from rlhf_train.after.session import Interrupt, Models, Session
 from rlhf_train.after.sources import Source
@@ -207,6 +207,46 @@ def test_two_steps_are_compared_with_their_rewards(compared: RunDir, capsys: pyt
     assert out == f"demo, step 1 (supervised fine-tuning)\n{block}\ndemo, step 3 (PPO)\n{block}"
 
 
+def test_a_question_that_one_of_two_refuses_is_put_to_none(
+    compared: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_train.after.chat_model import Wishes
+
+    monkeypatch.setenv("TERM", "xterm")
+    out, notes = PlayedTerminal(), Notes()
+    screen = Screen(out, notes)
+    sources = [Source(f"step {step}", str(compared.step(step).model), compared) for step in (1, 3)]
+    (one, two), judge = chat.Loader([tmp_path], Wishes(), screen).load(sources)
+    session = Session(([one, two], judge), screen, lambda words: ([one], None), interrupt=Interrupt(), runs=tmp_path)
+    two.positions = 8
+    session.line("red")
+    assert "the message is too long for the model" in notes.getvalue()
+    assert [talk["messages"] for talk in session.record()] == [[], []] and out.shown == [""]
+    two.positions = one.positions
+    session.line("red")
+    said = [talk["messages"][1]["content"] for talk in session.record()]  # type: ignore[index]
+    assert [text.lstrip() + "\n" for text in said] == [expected(compared.step(1).model, "red")] * 2
+    assert out.shown[0].split("  ") == ["step 1", *[""] * 16, " step 3"] and out.shown[-2].startswith("reward ")
+
+
+def test_a_run_that_trains_next_to_the_models_run_keeps_its_memory(
+    compared: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat needs 1 GiB and the tiny model, of 2 GiB that are free; the run may need 2."""
+    for name, value in {"open_files": lambda end: [], "folders_of_this_machine": list,
+                        "free_memory_bytes": lambda: 2 * 2**30}.items():  # fmt: skip
+        monkeypatch.setattr(room, name, value)
+    busy = RunDir(compared.path.parent / "busy")
+    busy.lock.parent.mkdir(parents=True)
+    try:
+        with busy.lock.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(ToolkitError, match="while run `busy` trains here"):
+                chat.chat([str(compared.step(1).model), "--once", "red"], tmp_path)
+    finally:
+        shutil.rmtree(busy.path)
+
+
 def test_a_comparison_without_a_reward_says_why_once(
     compared: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +320,7 @@ class Terminal:
         if self.process == 0:  # the chat, in a copy of this process, which has imported torch
             code = 99
             try:
-                ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+                fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
                 os.environ.update(variables)
                 sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
                 sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr

@@ -59,12 +59,13 @@ def digest(file: Path, mode: str) -> str:
 def take(lock: str, target: Path) -> list[str]:
     """Put what the lock names into `target`, and return it as name==version."""
     wanted = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", lock, re.MULTILINE)
-    found = [pair for name, version in wanted for pair in files_of(name, version)]
+    # By place: several packages may have the same file, such as nvidia/__init__.py.
+    found = {place: file for name, version in wanted for place, file in files_of(name, version)}
     try:
-        for place, file in found:
+        for place, file in found.items():
             put(file, target / place)
     except OSError:
-        for place, _ in found:
+        for place in found:
             (target / place).unlink(missing_ok=True)
         raise
     return [f"{name}=={version}" for name, version in wanted]

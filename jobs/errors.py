@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -31,6 +32,8 @@ class ToolkitError(Exception):
     a rank's last words.
     """
 
+    parts: Sequence[ToolkitError] = ()  # of an error that `together` made
+
     def __init__(
         self,
         what: str,
@@ -50,6 +53,26 @@ class ToolkitError(Exception):
         if self.hint:
             lines += ["", _indented("hint", self.hint, margin="")]
         return "\n".join(lines)
+
+
+def together(mistakes: Sequence[ToolkitError]) -> ToolkitError:
+    """Make one error of several; of one alone, itself. What is said twice is said once."""
+    several = list({str(part): part for mistake in mistakes for part in mistake.parts or (mistake,)}.values())
+    if len(several) == 1:
+        return several[0]
+    lines = []
+    for number, mistake in enumerate(several, start=1):
+        said = [*mistake.why.splitlines(), *mistake.hint.splitlines()]
+        lines += [f"{number}. {mistake.what}", *(f"   {line}" for line in said)]
+    codes = {mistake.exit_code for mistake in several}
+    error = ToolkitError(
+        f"{len(several)} mistakes",
+        why="\n".join(lines),
+        hint="mend them all; nothing was begun",
+        exit_code=codes.pop() if len(codes) == 1 else ExitCode.USAGE,
+    )
+    error.parts = several
+    return error
 
 
 def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:

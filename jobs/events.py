@@ -77,7 +77,7 @@ class MetricFormat:
     """How a metric is written, and where it is in the panel."""
 
     spec: str  # as format() takes it
-    label: str
+    label: str  # in every view: the words of the field's name, but for the unit tok/s
     place: Curve | Literal["number"]
 
 
@@ -116,45 +116,53 @@ class Metrics(Measured):
     """
 
     kind = "metrics"
-    learning_rate: float = field(metadata=metric(".3g", "learning_rate", NUMBER))
+    learning_rate: float = field(metadata=metric(".3g", "learning rate", NUMBER))
     # Real tokens trained on, all ranks.
     tokens_per_s: float = field(metadata=metric(".0f", "tok/s", NUMBER))
     # Real tokens among those computed in training, and in step 3 in scoring.
     real_token_share: float = field(metadata=NOT_SHOWN)
     # Before clipping.
-    grad_norm: float = field(metadata=metric(".2f", "grad_norm", NUMBER))
+    grad_norm: float = field(metadata=metric(".2f", "grad norm", NUMBER))
     # Most memory that rank 0's tensors held on its GPU, in this step.
     gpu_peak_bytes: int | None = field(default=None, metadata=NOT_SHOWN)
 
     # step 1 and 2
     loss: float | None = field(default=None, metadata=metric(".4f", "loss", Curve("cyan")))
     # reward.lm_coef: cross-entropy on the chosen answers.
-    lm_loss: float | None = field(default=None, metadata=metric(".4f", "lm_loss", NUMBER))
+    lm_loss: float | None = field(default=None, metadata=metric(".4f", "lm loss", NUMBER))
     # Pairs with chosen above rejected.
     accuracy: float | None = field(default=None, metadata=metric(".1%", "accuracy", Curve("green")))
     # Chosen score - rejected score.
     margin: float | None = field(default=None, metadata=metric(".3f", "margin", NUMBER))
 
     # step 3
-    policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy_loss", Curve("cyan", only_far=True)))
-    value_loss: float | None = field(default=None, metadata=metric(".4f", "value_loss", NUMBER))
+    policy_loss: float | None = field(default=None, metadata=metric(".4f", "policy loss", Curve("cyan", only_far=True)))
+    value_loss: float | None = field(default=None, metadata=metric(".4f", "value loss", NUMBER))
     critic_grad_norm: float | None = field(default=None, metadata=NOT_SHOWN)
+    critic_learning_rate: float | None = field(default=None, metadata=NOT_SHOWN)
+    # Of the rewards from each token on, by the critic's values when the rollout was made: 1 - mean
+    # squared error / variance. 0 is as good as a constant.
+    explained_variance: float | None = field(default=None, metadata=metric(".2f", "explained variance", NUMBER))
     # Score of the reward model, normalised, before clipping.
-    mean_reward: float | None = field(default=None, metadata=metric(".2f", "reward", Curve("green")))
-    # To the reference: sum over a response's tokens, mean over responses (k1).
-    kl: float | None = field(default=None, metadata=metric(".3f", "kl", Curve("yellow")))
+    mean_reward: float | None = field(default=None, metadata=metric(".2f", "mean reward", Curve("green")))
+    # What PPO maximises: the clipped score less the KL's cost, mean over responses.
+    objective: float | None = field(default=None, metadata=metric(".2f", "objective", NUMBER))
+    # To the reference: sum over a response's tokens, mean over responses. k1 is what the rewards
+    # pay for, and may be negative by chance; k3 is never negative. Both: experience.py.
+    kl: float | None = field(default=None, metadata=NOT_SHOWN)
+    kl_k3: float | None = field(default=None, metadata=metric(".3f", "kl k3", Curve("yellow")))
     kl_coef: float | None = field(default=None, metadata=NOT_SHOWN)
     # Per token, of the policy that sampled.
     entropy: float | None = field(default=None, metadata=metric(".3f", "entropy", NUMBER))
     # Mean importance ratio, to the policy that sampled.
     ratio: float | None = field(default=None, metadata=NOT_SHOWN)
     # Tokens whose ratio left the clip range.
-    clip_fraction: float | None = field(default=None, metadata=metric(".1%", "clip_fraction", NUMBER))
+    clip_fraction: float | None = field(default=None, metadata=metric(".1%", "clip fraction", NUMBER))
     value_clip_fraction: float | None = field(default=None, metadata=NOT_SHOWN)
     # Tokens, EOS included.
-    response_length: float | None = field(default=None, metadata=metric(".1f", "response_length", NUMBER))
+    response_length: float | None = field(default=None, metadata=metric(".1f", "response length", NUMBER))
     # Responses that ended by themselves.
-    eos_share: float | None = field(default=None, metadata=metric(".1%", "eos_share", NUMBER))
+    eos_share: float | None = field(default=None, metadata=metric(".1%", "eos share", NUMBER))
     rollout_s: float | None = field(default=None, metadata=NOT_SHOWN)
     score_s: float | None = field(default=None, metadata=NOT_SHOWN)
     train_s: float | None = field(default=None, metadata=NOT_SHOWN)
@@ -236,6 +244,8 @@ class End(Event):
     held_out_rows: int | None = None  # that all these numbers were measured on
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    perplexity_error_before: float | None = None  # standard error, as rlhf_train/steps/sft.py computes it
+    perplexity_error_after: float | None = None
     reward_accuracy_before: float | None = None
     reward_accuracy: float | None = None
     margins_before: dict[str, Any] | None = None  # on the held-out pairs, as `histogram` makes it
@@ -246,8 +256,12 @@ class End(Event):
     mean_reward_error_after: float | None = None
     good_share_before: float | None = None
     good_share_after: float | None = None
-    kl_before: float | None = None
+    objective_before: float | None = None
+    objective_after: float | None = None
+    kl_before: float | None = None  # k1
     kl: float | None = None
+    kl_k3_before: float | None = None
+    kl_k3: float | None = None
     response_length_before: float | None = None
     response_length_after: float | None = None
     eos_share_before: float | None = None

@@ -13,7 +13,7 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from jobs.events import RawEvent
-from jobs.steps import STEPS
+from jobs.steps import STEPS, Outcome
 
 TERMINAL_PROMPTS = 3  # whose answers a terminal shows
 
@@ -150,8 +150,26 @@ def facts(end: RawEvent, arrow: str) -> list[str]:
         before, after = end.get(outcome.before), end.get(outcome.after)
         if after is not None:
             start = "" if before is None else f"{number(before, outcome.spec)} {arrow} "
-            found.append(f"{outcome.short} {start}{number(after, outcome.spec)}")
+            found.append(f"{outcome.label} {start}{number(after, outcome.spec)}")
     return found
+
+
+def before_and_after(outcome: Outcome, end: RawEvent, plus_minus: str = "±") -> tuple[str | None, str | None]:
+    """Write an outcome's two numbers, each with its standard error if the event has one.
+
+    None: it was not measured.
+    """
+
+    def text(value: object, error: object) -> str | None:
+        if value is None:
+            return None
+        has_error = isinstance(error, int | float)
+        return number(value, outcome.spec) + (f" {plus_minus} {number(error, outcome.spec)}" if has_error else "")
+
+    return (
+        text(end.get(outcome.before), end.get(outcome.error_before)),
+        text(end.get(outcome.after), end.get(outcome.error_after)),
+    )
 
 
 def own_models(event: RawEvent) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = 1  # of a run folder; raised when older code can no longer resume what newer code has written
+# Of a run folder. It is raised when older code can no longer resume what newer code has written, or
+# newer code would go on otherwise. In 1, rows of like length shared an update of steps 1 and 2, and
+# a rollout was kept without its objectives.
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,7 @@ class Optimization(_Strict):
     betas: Annotated[
         tuple[Share, Share], Field(strict=False), _wants("a list of 2 numbers", lambda value: _is_list(value, 2))
     ] = _field((0.9, 0.95), "AdamW's two averages: how much of the old value stays")
+    eps: Rate = _field(1e-8, "AdamW's ε, added to the root of its second average")
     weight_decay: NonNegative = _field(0.0, "AdamW's decay of the weights")
     max_grad_norm: Rate = _field(1.0, "gradients with a larger norm are scaled down to it")
 
@@ -246,7 +247,19 @@ class Ppo(Optimization):
     ppo_epochs: Positive = _field(1, "passes over each rollout", unit="passes")
     actor_learning_rate: Rate = _field(..., "the actor's highest learning rate")
     critic_learning_rate: Rate = _field(..., "the critic's highest learning rate")
-    kl_coef: NonNegative = _field(0.1, "weight of the KL penalty in the rewards")
+    # Larger than the other steps': early updates of PPO are smaller and steadier for it. Huang et
+    # al. 2023, https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo
+    eps: Rate = _field(1e-5, "AdamW's ε, of actor and critic, added to the root of its second average")
+    critic_warmup_updates: Annotated[int, Field(ge=0)] = _field(
+        0,
+        "the critic alone learns for so long, then the actor's own schedule begins, with its `warmup_updates`",
+        unit="updates",
+    )
+    kl_coef: NonNegative = _field(
+        0.1,
+        "weight of the KL penalty in the rewards. With `normalize_rewards` a score of 1 is one standard deviation of "
+        "the reward model's; a weight b for raw scores (as in DeepSpeed-Chat) is b / reward_scale here",
+    )
     kl_target: Rate | None = _field(
         None, "set: `kl_coef` adapts, so that the KL to the reference comes near this", unit="nats a response"
     )
@@ -282,6 +295,12 @@ class Ppo(Optimization):
     whiten_rewards: bool = _field(False, "scale rewards to standard deviation 1 over all ranks; their mean stays")
     whiten_advantages: bool = _field(
         True, "shift and scale advantages to mean 0 and standard deviation 1 over all ranks"
+    )
+    samples_every_updates: Positive | None = _field(
+        None,
+        "answers to a few held-out prompts are sampled and kept so often, at the next rollout; "
+        "not set: a quarter, half and three quarters through",
+        unit="updates",
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = _field(
         None,
@@ -360,7 +379,9 @@ class CheckpointSchedule(_Strict):
         unit="seconds",
     )
     best_every_updates: Positive | None = _field(
-        None, "set: measure on held-out data so often, and keep the best weights in `stepN/best/`", unit="updates"
+        None,
+        "set: measure on held-out data so often, and at the end, and keep the best weights in `stepN/best/`",
+        unit="updates",
     )
 
 
@@ -454,6 +475,7 @@ class Job(_Strict):
         if step == 2 and isinstance(self.critic.model, Scratch):
             parts += ["actor"]  # the reward model reads with the actor's tokenizer
         tree["data"].pop("eval_rows", None)  # it decides what is measured, not what is learned
+        tree["ppo"].pop("samples_every_updates", None)  # as this one
         # Of a model that takes the place of a step, its name counts, and nothing of that step.
         for place in self.own_models:
             network, section = ("actor", "sft") if place == 1 else ("critic", "reward")

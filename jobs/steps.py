@@ -7,20 +7,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.events import SHOWN, Curve
+from jobs.events import SHOWN, Curve, MetricFormat
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the table at a run's end: two fields of an `end` event, and what they mean."""
+    """One row of the table at a run's end: fields of an `end` event, and what they mean.
 
-    short: str
-    long: str
+    A number that is a metric, too, has its label and format from there.
+    """
+
+    label: str
     before: str
     after: str
     spec: str
     meaning: str  # for somebody who sees the number for the first time
     good: str  # which way is good
+    error_before: str = ""  # the fields of its standard errors; "": there are none
+    error_after: str = ""
+
+    @classmethod
+    def of(cls, metric: str, before: str, after: str, meaning: str, good: str, *errors: str) -> Outcome:
+        """Make the outcome that is the metric, measured on held-out data."""
+        return cls(SHOWN[metric].label, before, after, SHOWN[metric].spec, meaning, good, *errors)
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,10 @@ SFT = Step(
     panel=("loss", "learning_rate", "grad_norm", "tokens_per_s"),
     outcomes=(
         Outcome(
-            "perplexity", "perplexity", "perplexity_before", "perplexity_after", ".2f",
+            "perplexity", "perplexity_before", "perplexity_after", ".2f",
             "among how many equally likely tokens the model seems to choose, at each token of an answer",
             "lower is better; 1 is the least",
+            "perplexity_error_before", "perplexity_error_after",
         ),
     ),
 )  # fmt: skip
@@ -85,8 +95,8 @@ REWARD = Step(
     line=("loss", "lm_loss", "accuracy", "margin"),
     panel=("loss", "accuracy", "margin", "lm_loss", "learning_rate", "grad_norm", "tokens_per_s"),
     outcomes=(
-        Outcome(
-            "accuracy", "accuracy on pairs", "reward_accuracy_before", "reward_accuracy", ".1%",
+        Outcome.of(
+            "accuracy", "reward_accuracy_before", "reward_accuracy",
             "how often the chosen answer gets a higher score than the rejected one",
             "higher is better; 50 % is chance",
         ),
@@ -102,38 +112,67 @@ PPO = Step(
     networks=("actor", "critic"),
     starts_from=(1, 2),
     depends_on=("seed", "actor", "critic", "data", "sft", "reward", "ppo"),
-    line=("policy_loss", "value_loss", "kl", "mean_reward"),
+    line=("policy_loss", "value_loss", "kl_k3", "mean_reward"),
     panel=(
-        "mean_reward", "kl", "policy_loss", "value_loss", "entropy", "clip_fraction", "response_length", "eos_share",
-        "grad_norm", "learning_rate", "tokens_per_s",
+        "mean_reward", "kl_k3", "policy_loss", "value_loss", "objective", "explained_variance", "entropy",
+        "clip_fraction", "response_length", "eos_share", "grad_norm", "learning_rate", "tokens_per_s",
     ),
     outcomes=(
         Outcome(
-            "good answers", "good answers, by the rule", "good_share_before", "good_share_after", ".1%",
-            "answers that the job's own rule calls good, which nothing learns from",
+            "good answers", "good_share_before", "good_share_after", ".1%",
+            "the share that the job's own rule calls good; nothing learns from the rule",
             "higher is better",
         ),
-        Outcome(
-            "reward", "mean reward", "mean_reward_before", "mean_reward_after", ".2f",
+        Outcome.of(
+            "mean_reward", "mean_reward_before", "mean_reward_after",
             "the reward model's score: 0 is the mean, and 1 the spread, of answers before this step",
             "higher is better, as long as answers do not get worse to read",
+            "mean_reward_error_before", "mean_reward_error_after",
         ),
-        Outcome(
-            "kl", "KL to the reference", "kl_before", "kl", ".3f",
-            "how far the model has moved from where this step began, summed over an answer's tokens",
+        Outcome.of(
+            "objective", "objective_before", "objective_after",
+            "what PPO maximises: the clipped reward less `ppo.kl_coef` times the KL",
+            "higher is better",
+        ),
+        Outcome.of(
+            "kl_k3", "kl_k3_before", "kl_k3",
+            "how far the model has moved from the reference, where this step began, summed over an answer's tokens",
             "a few units are usual; a large one may mean that the reward is being exploited",
         ),
-        Outcome(
-            "length", "response length, tokens", "response_length_before", "response_length_after", ".1f",
+        Outcome.of(
+            "response_length", "response_length_before", "response_length_after",
             "tokens of an answer",
             "steady is good; longer and longer answers may exploit the reward",
         ),
-        Outcome(
-            "eos", "answers that ended (EOS)", "eos_share_before", "eos_share_after", ".1%",
-            "answers that end by themselves, not at the length limit",
+        Outcome.of(
+            "eos_share", "eos_share_before", "eos_share_after",
+            "the share of answers that end by themselves, not at the length limit",
             "higher is better",
         ),
     ),
 )  # fmt: skip
 
 STEPS = {step.number: step for step in (SFT, REWARD, PPO)}
+
+OUTCOMES = {outcome.after: outcome for step in STEPS.values() for outcome in step.outcomes}
+OTHER_SPEC = ".4g"  # of a metric that the panel does not show
+
+
+def label_of(name: str) -> str:
+    """Return what every view calls a number.
+
+    name: of a metric, or of the field of an `end` event that holds the number after training, with
+    or without its `_after`.
+    """
+    described = _description_of(name)
+    return described.label if described else name.replace("_", " ")
+
+
+def spec_of(name: str) -> str:
+    """Return how every view formats a number. name: as in `label_of`."""
+    described = _description_of(name)
+    return described.spec if described else OTHER_SPEC
+
+
+def _description_of(name: str) -> MetricFormat | Outcome | None:
+    return SHOWN.get(name) or OUTCOMES.get(name) or OUTCOMES.get(f"{name}_after")

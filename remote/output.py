@@ -12,16 +12,21 @@ import re
 import shlex
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from jobs.formatting import encodable, fold, one_line, visible
+from jobs.formatting import duration, encodable, fold, one_line, visible
 from remote.scripts import dispatch_script
 
 ERASE = "\r\x1b[2K"  # erases a terminal's line
 HIDDEN = "[hidden]"
 # In characters. A shorter value is hidden only where it stands as a word: `1` is in everything.
 SHORT = 6
+# A passing state is drawn after FIRST_S, then each second. Where it cannot be drawn over, a line
+# stays every RARELY_S.
+FIRST_S, EACH_S, RARELY_S = 0.3, 1.0, 30.0
 # _QUOTES: what shlex, repr, JSON, YAML and URLs put between two characters of a quoted value. _GAP:
 # what may stand for its white space, also `', '` where the value was split into words.
 _QUOTES = r"""(?:['"\\]|%(?i:22|27|5c))*"""
@@ -98,6 +103,7 @@ class Sayer:
         host: str = "",
         redacted: Redaction | None = None,
         lock: threading.RLock | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Set where to print, and the secrets to hide.
 
@@ -106,12 +112,16 @@ class Sayer:
         """
         self.redacted = redacted or Redaction()
         self._err, self._out, self._host, self._lock = err, out, host, lock or threading.RLock()
+        self._clock = clock
         self._is_drawn = False
+        self._told_at: float | None = None  # when a passing state began, or was last told in a line that stays
         self.hide(*secrets)
 
     def of(self, host: str) -> Sayer:
         """Return a Sayer that prints the box's name before each line, for several boxes."""
-        return Sayer(err=self._err, out=self._out, host=host, redacted=self.redacted, lock=self._lock)
+        return Sayer(
+            err=self._err, out=self._out, host=host, redacted=self.redacted, lock=self._lock, clock=self._clock
+        )
 
     def hide(self, *values: str) -> None:
         """Hide these values from now on."""
@@ -123,15 +133,17 @@ class Sayer:
         self._print(text, self._err or sys.stderr, f"{self._host}: " if self._host else "")
 
     def now(self, text: object) -> None:
-        """Show a passing state: on a terminal a line that the next one replaces, elsewhere nothing.
+        """Show a passing state: on a terminal, a line that the next one replaces.
 
-        "": the state is over; its line is erased.
+        Elsewhere, and for one of several boxes, it is a plain line, and rarely. "": the state is
+        over; its line is erased.
         """
         from jobs.views.console import console_on  # imports the panel, which most messages do not need
 
         stream = self._err or sys.stderr
         console = console_on(stream)
         if self._host or not console.is_terminal or console.is_dumb_terminal:
+            self._now_and_then(text)
             return
         line = fold(one_line(self.redacted(text)), console.width - 1, 1)[0]
         with self._lock:
@@ -140,17 +152,28 @@ class Sayer:
                 stream.flush()
             self._is_drawn = bool(line)
 
+    def _now_and_then(self, text: object) -> None:
+        now = self._clock()
+        if not text:
+            self._told_at = None
+        elif self._told_at is None:
+            self._told_at = now
+        elif now - self._told_at >= RARELY_S:
+            self._told_at = now
+            self(text)
+
     def warning(self, text: object) -> None:
         self(f"warning: {text}")
 
-    def command(self, where: str, argv: Sequence[str], stdin: bytes = b"") -> None:
+    def command(self, where: str, argv: Sequence[str], stdin: bytes = b"", file: str = "") -> None:
         """Show a command as it could be typed.
 
-        Of its input only the size is shown. dispatch.sh is shown by its name, since its fifty lines
-        would hide the rest.
+        Of its input only the size is shown, or the file's name. dispatch.sh is shown by its name,
+        since its fifty lines would hide the rest.
         """
         shown = shlex.join(argv).replace(shlex.quote(dispatch_script()), '"$(cat remote/on_box/dispatch.sh)"')
-        self(f"{where}$ {shown}" + (f"  < {len(stdin)} bytes" if stdin else ""))
+        given = file or (f"{len(stdin)} bytes" if stdin else "")
+        self(f"{where}$ {shown}" + (f"  < {given}" if given else ""))
 
     def data(self, text: object) -> None:
         """Print to standard output, where a program may read it."""
@@ -164,3 +187,33 @@ class Sayer:
                 self.now("")
             stream.write(lines)
             stream.flush()
+
+
+def waiting(what: str, seconds: float, progress: str = "") -> str:
+    """Say what is waited for, and for how long: `PyTorch (1m15s): 1.5 GB of 2.3 GB`."""
+    return f"{what} ({duration(seconds)})" + (f": {progress}" if progress else "")
+
+
+@contextmanager
+def ticking(now: Callable[[str], None], what: str, progress: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Show each second that something is waited for, until it is over.
+
+    now: as `Sayer.now`. progress: what there is to say of it, such as bytes.
+    """
+    began, is_over = time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        pause_s = FIRST_S
+        while not is_over.wait(pause_s):
+            pause_s = EACH_S
+            with suppress(OSError, ValueError):  # the terminal is gone, or a file was closed just now
+                now(waiting(what, time.monotonic() - began, progress()))
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        now("")

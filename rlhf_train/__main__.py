@@ -26,7 +26,7 @@ from pathlib import Path
 
 from env.settings import Cards, Limits, Settings
 from jobs import fitness
-from jobs.errors import ExitCode, ToolkitError, system_error
+from jobs.errors import ExitCode, ToolkitError, system_error, together
 from jobs.events import read_events
 from jobs.formatting import encodable, visible
 from jobs.run_dir import RunDir
@@ -228,7 +228,7 @@ def dry_run(
     args: argparse.Namespace, job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], cache: Path
 ) -> ExitCode:
     """Say what would be done and what it takes, on this machine or on the card of --gpu."""
-    from rlhf_train.plan.estimate import describe, named_card, target_of
+    from rlhf_train.plan.estimate import check_all, describe, named_card, target_of
     from rlhf_train.plan.machine import facts_of
     from rlhf_train.plan.placement import Machine, place  # this imports torch
 
@@ -236,20 +236,27 @@ def dry_run(
     if args.gpu is None:
         machine, limits = Machine.look(gpus=job.hardware.device != "cpu"), Limits.load()
         facts = facts_of(job, run, cache, machine, os.environ)
-        refuse_if_unfit(fitness.judge(facts, limits), only_say=True)
-        placement = place(job, machine, fitness.no_peer_access(facts, limits))
-        target = target_of(machine, placement, cards)
+        findings = fitness.judge(facts, limits)
+        refuse_if_unfit(findings, only_say=True)
+        is_fit, no_peer_access, placed = fitness.error_of(findings) is None, fitness.no_peer_access(facts, limits), job
     else:
         machine, target = named_card(args.gpu, 1 if job.hardware.ranks == "auto" else job.hardware.ranks, cards)
         device = job.hardware.model_copy(update={"device": "cuda"})
-        placement = place(job.model_copy(update={"hardware": device}), machine)
+        is_fit, no_peer_access, placed = True, "", job.model_copy(update={"hardware": device})
+    try:
+        placement = place(placed, machine, no_peer_access)
+    except ToolkitError as error:
+        raise together([error, *check_all(job, run, todo).mistakes]) from None
+    if args.gpu is None:
+        target = target_of(machine, placement, cards)
+    else:
         placement = replace(placement, device_reason=f"--gpu {args.gpu}")
     text, fits = describe(job, run, wanted, todo, placement, target)
     out = console.console_on(sys.stdout)
     if args.verbose:
         text = f"{dump_yaml(job.dump()).rstrip()}\n\n{text}"
     out.print(encodable(visible(text), out.encoding))
-    return ExitCode.OK if fits else ExitCode.UNFIT
+    return ExitCode.OK if fits and is_fit else ExitCode.UNFIT
 
 
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:

@@ -59,6 +59,17 @@ def _too_new(run: RunDir, hint: str) -> ToolkitError:
     )
 
 
+# Fields that runs of format 1 did not have, with the value that they stand for there.
+UNKNOWN_TO_FORMAT_1 = {"sft.eps": 1e-8, "reward.eps": 1e-8, "ppo.eps": 1e-8, "ppo.critic_warmup_updates": 0}
+
+
+def _half_done_by_format_1(run: RunDir, steps: Sequence[int]) -> list[int]:
+    """List those of `steps` that an older version began, and that would end otherwise here."""
+    if run.format.exists() and read_json(run.format) != 1:
+        return []
+    return [step for step in steps if not is_complete(run, step) and update_to_resume_from(run, step)]
+
+
 def begin_run(run: RunDir) -> None:
     """Give the run its id and format number, and remove what a newer version has left.
 
@@ -107,6 +118,15 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
                 why=f"data.split is {shares}",
                 hint="give it a share, or leave the step out",
             )
+    half_done = [] if is_new else [n for n in _half_done_by_format_1(run, todo) if not redo]
+    if half_done:
+        steps = ",".join(map(str, half_done))
+        raise ToolkitError(
+            f"run `{run.name}` began step {half_done[0]} with an older version, which took rows in another order",
+            why=f"resumed here, the step would learn some rows twice and others never ({run.format} is of format 1)",
+            hint=f"resume with that version; or `--redo --step {steps}` to do it again here;\n"
+            "or `--run NEW` for a run of its own",
+        )
     changed = {
         step: lines
         for step in sorted({*wanted, *(n for s in todo for n in needed_by(job, s))})
@@ -146,9 +166,14 @@ def _changed(job: Job, run: RunDir, step: int, *, as_input: bool = False) -> lis
     started_with = read_json(run.step(step).fields)
     if started_with is None:
         return [f"{run.step(step).fields} cannot be read"] if is_complete(run, step) else []
-    if as_input and not difference(started_with, job.without_own_models().fields_of_step(step)):
+    if as_input and not _difference(started_with, job.without_own_models().fields_of_step(step)):
         return []
-    return difference(started_with, job.fields_of_step(step))
+    return _difference(started_with, job.fields_of_step(step))
+
+
+def _difference(started_with: dict[str, Any], fields: dict[str, Any]) -> list[str]:
+    known = {name: value for name, value in UNKNOWN_TO_FORMAT_1.items() if name in fields}
+    return difference(known | started_with, fields)
 
 
 def begin_step(job: Job, run: RunDir, step: int) -> bool:

@@ -25,9 +25,26 @@ TAIL_BYTES = 2**18  # enough for the last events, however long the run
 
 
 def runs_in(folder: Path) -> list[RunDir]:
-    """Return the runs of a folder, the one that was written to last at the end."""
-    found = [RunDir(path) for path in folder.iterdir()] if folder.is_dir() else []
+    """Return the runs of a folder, the one that was written to last at the end.
+
+    A run that was fetched from a box lies one level deeper, in BOX/RUN.
+    """
+    here = _folders_in(folder)
+    fetched = [run for path in here if not RunDir(path).events.exists() for run in _folders_in(path)]
+    found = [RunDir(path) for path in (*here, *fetched)]
     return sorted((run for run in found if run.events.exists()), key=lambda run: run.events.stat().st_mtime)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:  # none, or somebody else's
+        return []
+
+
+def name_in(folder: Path, run: RunDir) -> str:
+    """Return the run's name: of one in `folder` its path from there, as in BOX/RUN."""
+    return str(run.path.relative_to(folder)) if run.path.is_relative_to(folder) else run.name
 
 
 def newest_of(runs: Sequence[RunDir], folder: Path) -> RunDir:
@@ -38,10 +55,14 @@ def newest_of(runs: Sequence[RunDir], folder: Path) -> RunDir:
 
 
 def run_at(name: str, folder: Path) -> RunDir:
-    """Return a run by its name, or its folder, with a slash; raise ToolkitError if it is none."""
-    run = RunDir(Path(name) if "/" in name else folder / name)
+    """Return a run by its name, BOX/RUN of one that was fetched, or its folder, with a slash.
+
+    Raises ToolkitError if it is none.
+    """
+    places = [RunDir(Path(name)), RunDir(folder / name)] if "/" in name else [RunDir(folder / name)]
+    run = next((each for each in places if each.events.exists()), places[0])
     if not run.events.exists():
-        known = ", ".join(run.name for run in runs_in(folder)) or "none"
+        known = ", ".join(name_in(folder, run) for run in runs_in(folder)) or "none"
         raise ToolkitError(f"there is no run `{name}`", why=f"no {run.events}", hint=f"runs of {folder}: {known}")
     return run
 
@@ -65,24 +86,27 @@ def status(argv: Sequence[str], folder: Path) -> int:
     folder: where run folders are, unless the words say otherwise.
     """
     p = argparse.ArgumentParser("rlhf-train status", description="List the runs of this machine.", allow_abbrev=False)
-    p.add_argument("runs", nargs="*", metavar="RUN", help="runs by name or folder (default: all)")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="runs by name, BOX/RUN or folder (default: all)")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")
     args = p.parse_args(argv)
     folder = args.output_dir or folder
     runs = [run_at(name, folder) for name in args.runs] or runs_in(folder)
     newest_of(runs, folder)
     screen = console.console_on(sys.stdout)
-    for line in _table([_row(run) for run in runs]):
+    for line in _table([_row(run, name_in(folder, run)) for run in runs]):
         screen.print(encodable(visible(line), screen.encoding))
     return ExitCode.OK
 
 
-def _row(run: RunDir) -> tuple[str, ...]:
+def _row(run: RunDir, name: str) -> tuple[str, ...]:
     events, history = last_events(run), RunHistory(run.name)
     for event in events:
         history.feed(event)
     ago = f"{duration(time.time() - time_of(events[-1]))} ago" if events else NO_EVENT
-    return run.name, state_of_folder(run, history), progress_text(events[-1] if events else None), ago
+    state = state_of_folder(run, history)
+    # Of a run that was fetched while it trained, its box knows the state.
+    shown = "unknown" if state == "lost" and "/" in name else state
+    return name, shown, progress_text(events[-1] if events else None), ago
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -97,7 +121,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def logs(argv: Sequence[str], folder: Path) -> int:
     """Show a run from its events, as the terminal that trains it does. folder: as for `status`."""
     p = argparse.ArgumentParser("rlhf-train logs", description="Show the events of a run.", allow_abbrev=False)
-    p.add_argument("run", nargs="?", metavar="RUN", help="a run's name or folder (default: the newest)")
+    p.add_argument("run", nargs="?", metavar="RUN", help="a run's name, BOX/RUN or folder (default: the newest)")
     p.add_argument("-f", "--follow", action="store_true", help="go on until the run ends; Ctrl-C leaves it alone")
     p.add_argument("--tail", type=int, metavar="N", help="only the last N events")
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="where run folders are kept (default: runs)")

@@ -30,7 +30,8 @@ EXPECTED = {
 PPO = event(
     "metrics", 3, update=120, updates=480, elapsed_s=96.0, learning_rate=9.65e-6, tokens_per_s=3120.4,
     real_token_share=0.9, grad_norm=1.5, policy_loss=0.01234, value_loss=0.45678, mean_reward=1.234, kl=0.0321,
-    entropy=2.3456, clip_fraction=0.0214, response_length=64.25, eos_share=0.921, kl_coef=0.1, ratio=1.0,
+    kl_k3=0.0321, entropy=2.3456, clip_fraction=0.0214, response_length=64.25,
+    eos_share=0.921, kl_coef=0.1, ratio=1.0,
 )  # fmt: skip
 SFT = event(
     "metrics",
@@ -62,12 +63,14 @@ END_1 = event(
 END_2 = event("end", 2, updates=10, seconds=38.4, model="runs/demo/step2/model", reward_accuracy=0.874)
 END_3 = event(
     "end", 3, updates=480, seconds=3720.0, model="runs/demo/step3/model", mean_reward_before=-0.52,
-    mean_reward_after=1.934, kl_before=0.0, kl=0.4101, good_share_before=0.48, good_share_after=0.94,
+    mean_reward_after=1.934, kl_before=0.0, kl=0.4101, kl_k3_before=0.0, kl_k3=0.4101, good_share_before=0.48,
+    good_share_after=0.94,
     response_length_before=20.31, response_length_after=30.1, eos_share_before=0.7, eos_share_after=0.991,
 )  # fmt: skip
 # Four points: 0, 1/3, 2/3 and 1 of the way up, in eight heights.
 ROLLOUTS = [
-    PPO | {"update": i * 30, "elapsed_s": i * 24.0, "mean_reward": 0.5 * i - 0.8, "kl": 0.03 * i} for i in (1, 2, 3, 4)
+    PPO | {"update": i * 30, "elapsed_s": i * 24.0, "mean_reward": 0.5 * i - 0.8, "kl_k3": 0.03 * i}
+    for i in (1, 2, 3, 4)
 ]
 # Nothing but kind and step, of each kind; the last two are `resumed` and `end`.
 BARE = [

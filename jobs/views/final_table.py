@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.events import RawEvent, effective
-from jobs.formatting import duration, encodable, number, one_line, own_models, verdict_of, visible
+from jobs.formatting import before_and_after, duration, encodable, one_line, own_models, verdict_of, visible
 from jobs.steps import STEPS, Outcome
 from jobs.views.report.verdict import Tone, verdict_of_step
 
@@ -28,9 +28,9 @@ def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableTyp
             samples.setdefault(str(event.get("prompt")), {})[str(event.get("when"))] = event
     parts: list[RenderableType] = [Text("no step has ended yet")]
     if ends:
-        shown = {outcome.long: outcome for outcome, _, _, _ in _rows(ends)}
-        parts = [_outcomes(ends), Text(""), *_verdicts(ends), Text(""), *_models(ends, encoding)]
-        parts += [Text(""), *_meanings(shown.values())]
+        shown = {outcome.label: outcome for outcome, _ in _rows(ends)}
+        parts = [_outcomes(ends, encoding), Text(""), *_verdicts(ends), Text(""), *_models(ends, encoding)]
+        parts += [Text(""), *_meanings(shown.values(), _plus_minus(encoding) if _has_errors(ends) else "")]
     for index, (prompt, answers) in enumerate(list(samples.items())[:3], start=1):
         parts += [Text(""), Text(f"prompt {index}", style="bold"), _folded(prompt, encoding)]
         for when in ("before", "after"):
@@ -39,28 +39,28 @@ def report(events: Iterable[RawEvent], encoding: str = "utf-8") -> RenderableTyp
     return Group(*parts)
 
 
-def _rows(ends: dict[int, RawEvent]) -> list[tuple[Outcome, int, object, object]]:
-    """Return what was measured: the outcome, its step, the numbers before and after."""
+def _rows(ends: dict[int, RawEvent]) -> list[tuple[Outcome, int]]:
+    """Return what was measured, each with its step."""
     return [
-        (outcome, step, before, after)
+        (outcome, step)
         for step, end in sorted(ends.items())
         for outcome in (STEPS[step].outcomes if step in STEPS else ())
-        for before, after in [(end.get(outcome.before), end.get(outcome.after))]
-        if before is not None or after is not None
+        if end.get(outcome.before) is not None or end.get(outcome.after) is not None
     ]
 
 
-def _outcomes(ends: dict[int, RawEvent]) -> Table:
+def _outcomes(ends: dict[int, RawEvent], encoding: str) -> Table:
     table, last = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False), 0
     table.add_column("step")
     table.add_column("on held-out data")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for outcome, step, before, after in _rows(ends):
+    for outcome, step in _rows(ends):
         title = f"{step}  {STEPS[step].title}" if step != last else ""
         last = step
-        numbers = ("-" if x is None else number(x, outcome.spec) for x in (before, after))
-        table.add_row(title, outcome.long, *numbers)
+        table.add_row(
+            title, outcome.label, *(x or "-" for x in before_and_after(outcome, ends[step], _plus_minus(encoding)))
+        )
     return table
 
 
@@ -70,8 +70,20 @@ def _verdicts(ends: dict[int, RawEvent]) -> list[_Hanging]:
     return [_Hanging(f"step {step}  ", verdict.sentence, COLORS[verdict.tone]) for step, verdict in told if verdict]
 
 
-def _meanings(outcomes: Iterable[Outcome]) -> list[_Hanging]:
-    return [_Hanging(f"{each.long}: ", f"{each.meaning}; {each.good}", "dim", indent=4) for each in outcomes]
+def _meanings(outcomes: Iterable[Outcome], plus_minus: str) -> list[_Hanging]:
+    """Say what each number means. plus_minus: the sign before errors; "": there are none."""
+    said = [(each.label, f"{each.meaning}; {each.good}") for each in outcomes]
+    if plus_minus:
+        said.append((plus_minus, "the standard error; the true number is within two of them in 95 of 100 cases"))
+    return [_Hanging(f"{label}: ", meaning, "dim", indent=4) for label, meaning in said]
+
+
+def _has_errors(ends: dict[int, RawEvent]) -> bool:
+    return any({outcome.error_before, outcome.error_after} & ends[step].keys() for outcome, step in _rows(ends))
+
+
+def _plus_minus(encoding: str) -> str:
+    return "±" if encodable("±", encoding) == "±" else "+-"
 
 
 def _models(ends: dict[int, RawEvent], encoding: str) -> list[Text]:
@@ -104,7 +116,8 @@ class _Hanging:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = max(options.max_width - self.indent, 1)
         first, *rest = Text.assemble(self.label, (self.text, self.style)).wrap(console, options.max_width)
-        first.rstrip()
+        for line in (first, *rest):
+            line.rstrip()
         yield first
         if rest:
             for line in Text(" ", self.style).join(rest).wrap(console, room):

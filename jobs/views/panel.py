@@ -36,7 +36,7 @@ from jobs.formatting import (
     visible,
 )
 from jobs.pace import JobPace, Pace
-from jobs.steps import STEPS
+from jobs.steps import STEPS, label_of
 from jobs.views.plain import (
     LINES,
     all_steps_text,
@@ -190,7 +190,7 @@ class Board:
                 lines = [*lines[: height - 1], lines[-1]]  # the last line says whether the rest is up to date
         for line in lines:
             line.no_wrap = True
-            line.truncate(width, overflow="ellipsis")
+            _fit(line, width)
         return lines
 
     def _finished(self, step: int, end: RawEvent, width: int) -> list[Text]:
@@ -331,6 +331,20 @@ def _fitting(parts: Sequence[str], cells: int) -> str:
     return ", ".join(parts[:count])
 
 
+def _fit(line: Text, width: int) -> None:
+    """End a line that is too long with `…`, after a whole word if one ends in its second half."""
+    if line.cell_len <= width:
+        return
+    whole = line.plain
+    line.truncate(width - 1)
+    kept = line.plain
+    is_within_word = not kept.endswith(" ") and not whole[len(kept) :].startswith(" ")
+    if is_within_word and (space := kept.rfind(" ")) > len(kept) // 2:
+        line.right_crop(len(kept) - space)
+    line.rstrip()
+    line.append("…")
+
+
 def _labelled(label: str, text: str) -> Text:
     return Text.assemble((f"  {label:<14}  ", "dim"), text)
 
@@ -345,7 +359,8 @@ def _bar(share: float, width: int) -> Text:
 
 
 def _cell(name: str, value: object) -> Text:
-    return Text.assemble((f"  {SHOWN[name].label:<16}", "dim"), (f"{number(value, SHOWN[name].spec):<8}", "bold"))
+    label = f"  {label_of(name) + ' ':<16}"
+    return Text.assemble((label, "dim"), (f"{number(value, SHOWN[name].spec):<{26 - len(label)}}", "bold"))
 
 
 def _grid(names: Sequence[str], metrics: RawEvent, width: int) -> list[Text]:

@@ -32,7 +32,7 @@ from jobs.formatting import (
     visible,
 )
 from jobs.pace import JobPace, Pace
-from jobs.steps import STEPS
+from jobs.steps import STEPS, label_of, spec_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,7 +74,7 @@ def checkpoint_text(event: RawEvent) -> str:
     seconds, waited, metric = event.get("seconds"), event.get("held_up_s"), event.get("metric")
     parts = [f"checkpoint at update {event.get('update')}: {size(event.get('size_bytes'))} in {_brief(seconds)}"]
     if metric is not None:
-        parts.append(f"the best {metric} so far, {number(event.get('value'), '.4g')}")
+        parts.append(f"the best {label_of(metric)} so far, {number(event.get('value'), spec_of(metric))}")
     if waited is not None:
         parts.append(f"training waited {_brief(waited)}")
     return ", ".join(parts)
@@ -103,8 +103,8 @@ def metrics_line(event: RawEvent, eta_s: float | None, job_left_s: float | None 
     step = STEPS.get(event.get("step", 0))
     for name in step.line if step else ():
         if name in event:
-            parts.append(f"{SHOWN[name].label} {number(event[name], SHOWN[name].spec)}")
-    parts.append(f"{number(event.get('tokens_per_s'), '.0f')} tok/s")
+            parts.append(f"{label_of(name)} {number(event[name], SHOWN[name].spec)}")
+    parts.append(f"{number(event.get('tokens_per_s'), SHOWN['tokens_per_s'].spec)} {label_of('tokens_per_s')}")
     if eta_s is not None:
         parts.append(f"eta {duration(eta_s)}")
     if job_left_s is not None:

@@ -22,6 +22,7 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import duration, one_line, size
 from remote.deploy import lock, sync
 from remote.deploy.sync import KEY_DIGITS, Tree
+from remote.output import waiting
 from remote.scripts import script
 from remote.ssh import commands
 from remote.survey.doctor import diagnose, no_access, peer_access_off, python_todo
@@ -486,7 +487,7 @@ class _Deploy:
                 return known, plan, contents
             self.say(f"{self.box.name} was restarted, or is another box: probing it again")
         began = time.monotonic()
-        known = probe(self.connection, self.box, self.providers)
+        known = probe(self.connection, self.box, self.providers, self.now)
         provider, runtime = self._provider(known), runtime_of(known.facts)
         self._done("probe", f"{provider.title}; {runtime.name} ({runtime.why})", time.monotonic() - began)
         link = self.connection.link
@@ -562,7 +563,7 @@ class _Deploy:
         settled = False
         if (bundle := self._bundle()) and f"ca_bundle {plan.ca_bundle}" not in contents.deployed:
             folder, rsync_there = str(PurePosixPath(plan.ca_bundle).parent), "rsync" in contents.tools
-            sync.send_whole(self.connection, bundle, folder, rsync_there=rsync_there, rsync=self.rsync)
+            sync.send_whole(self.connection, bundle, folder, rsync_there=rsync_there, rsync=self.rsync, now=self.now)
         if not contents.code:
             plan = self._send(tree, known, plan, contents, held, plan.lines() if has_environment else [])
             settled = has_environment
@@ -595,7 +596,6 @@ class _Deploy:
         began, compare, rsync_there = time.monotonic(), False, "rsync" in contents.tools
         like = f"{plan.root}/code/{contents.like}" if contents.like else ""
         for attempt in range(1, SENDINGS + 1):
-            self.now("" if self.connection.dry_run else f"sync: {tree} ...")
             try:
                 sent = sync.send(
                     self.connection,
@@ -605,9 +605,12 @@ class _Deploy:
                     rsync_there=rsync_there,
                     rsync=self.rsync,
                     compare=compare,
+                    what=f"sync: {tree}",
+                    now=self.now,
                 )
                 deployed = plan.lines() if lines else []
-                answer = sync.land(self.connection, tree, plan.code_folder, plan.root, held.token, *deployed)
+                more = (plan.root, held.token, *deployed)
+                answer = sync.land(self.connection, tree, plan.code_folder, *more, now=self.now)
                 break
             except sync.UploadDiffers as differs:
                 if attempt == SENDINGS:
@@ -624,8 +627,6 @@ class _Deploy:
                     self.connection.change(commands.mkdir(f"{plan.code_folder}.partial", f"{plan.code_folder}.temp"))
                 else:
                     self._note(f"{differs.what}: sent again, compared by content")
-            finally:
-                self.now("")
         self._settled(answer.out, answer.code)
         how = f" by tar ({sent.why})" if sent.why else "" if self.connection.dry_run else f" by {sent.how}"
         words = f"{tree}{how}, verified there" + (f"; {pruned}" if (pruned := _pruned(answer.out)) else "")
@@ -683,7 +684,7 @@ class _EnvironmentOutput:
             self.stage, self._began, self._progress = one_line(rest), self._clock(), ""
             self._say(f"environment: {self.stage} ...")
         elif word == "now" and rest.strip():
-            self._progress = f": {_progress(one_line(rest))}"
+            self._progress = _progress(one_line(rest))
             self._show()
         elif word == "beat":  # each second: pip may be silent for minutes
             self._show()
@@ -703,7 +704,7 @@ class _EnvironmentOutput:
             self.hint = one_line(rest)
 
     def _show(self) -> None:
-        self._now(f"{self.stage} ({duration(self._clock() - self._began)}){self._progress}")
+        self._now(waiting(self.stage, self._clock() - self._began, self._progress))
 
 
 def _progress(line: str) -> str:

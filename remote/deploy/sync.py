@@ -18,18 +18,21 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import one_line, plural, size
+from remote.output import ticking
 from remote.scripts import script
 from remote.ssh import commands
 
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection, CommandResult
+
+Say = Callable[[str], None]
 
 # Sent whatever an ignore file says: some people call their virtual environment `env`.
 ALWAYS = ("jobs", "env", "remote", "rlhf_train")
@@ -40,6 +43,7 @@ KEY_DIGITS = 16
 ADVISED_BYTES, MOST_BYTES = 50_000_000, 1_000_000_000
 ADVISED_FILES, MOST_FILES = 5_000, 50_000
 
+PROGRESS_RSYNC = (3, 1)  # the first that says how many bytes of all files are done
 OLDEST_RSYNC = (3, 0)  # macOS has 2.6.9 (no --protect-args), or openrsync, which calls itself 2.6.9
 # Exit codes of rsync. 2, 4: it does not know an option; 12, 127: there is no rsync on the other
 # side (or the connection broke).
@@ -84,6 +88,10 @@ class Tree:
 
     def __str__(self) -> str:
         return f"{plural(len(self.files), 'files')}, {size(self.size_bytes)}"
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -268,16 +276,62 @@ def send(
     rsync_there: bool,
     rsync: str = "rsync",
     compare: bool = False,
+    what: str = "sending",
+    now: Say = _silent,
 ) -> Sent:
     """Send a tree into FOLDER.partial on the box, which exists, as does FOLDER.temp.
 
     `land` then makes it FOLDER. like: a whole folder on the box with mostly the same files. rsync:
-    the local program; "" if there is none. Raises ToolkitError: the connection broke, the box's
-    disk is full; UploadDiffers: files changed here meanwhile.
+    the local program; "" if there is none. what, now: how it is called, and who gets how far it is.
+    Raises ToolkitError: the connection broke, the box's disk is full; UploadDiffers: files changed
+    here meanwhile.
     """
+    progress = _Progress(tree.size_bytes)
+    with ticking(_silent if connection.dry_run else now, what, lambda: str(progress)):
+        return _send(connection, tree, folder, progress, like, rsync_there, rsync, compare)
+
+
+class _Progress:
+    """How far a tree is sent."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._archive: IO[bytes] | None = None
+        self._is_packed = False
+
+    def rsync_says(self, line: str) -> None:
+        done = commands.rsync_done(line)
+        self._done = self._done if done is None else done
+
+    def pack(self, archive: IO[bytes]) -> None:
+        self._archive, self._done = archive, 0
+
+    def send_archive(self) -> None:
+        self._is_packed = True  # from now on a process reads it, which shares its position
+
+    def __str__(self) -> str:
+        if self._archive is None:
+            return f"{size(self._done)} of {size(self._total)}"
+        packed = size(os.fstat(self._archive.fileno()).st_size)
+        if not self._is_packed:
+            return f"packing, {packed} by now"
+        return f"{size(os.lseek(self._archive.fileno(), 0, os.SEEK_CUR))} of {packed}, packed"
+
+
+def _send(
+    connection: BoxConnection,
+    tree: Tree,
+    folder: str,
+    progress: _Progress,
+    like: str,
+    rsync_there: bool,
+    rsync: str,
+    compare: bool,
+) -> Sent:
     started = time.monotonic()
     why = "" if rsync_there else "no rsync on the box"
-    why = why or ("" if rsync and rsync_version(rsync) >= OLDEST_RSYNC else "no rsync here, or an old one")
+    version = rsync_version(rsync) if rsync and not why else (0, 0)
+    why = why or ("" if version >= OLDEST_RSYNC else "no rsync here, or an old one")
     if not why:
         with tempfile.NamedTemporaryFile(prefix="rlhf-box-") as names:
             names.write(names_of(tree.files))
@@ -285,16 +339,19 @@ def send(
             argv = commands.rsync(
                 connection.rsync_shell(), connection.target, str(tree.base.absolute()), names.name, f"{folder}.partial",
                 temporary=f"{folder}.temp", like=like, compare=compare, program=rsync,
+                progress=version >= PROGRESS_RSYNC,
             )  # fmt: skip
-            answer = connection.local(argv, changes=True, timeout_s=None, check=False)
+            answer = connection.local(argv, changes=True, check=False, heard=progress.rsync_says, line_end=b"\r")
         if not answer.code:
             return Sent("shown" if connection.dry_run else "rsync", time.monotonic() - started)
         why = _rsync_failed(connection, folder, answer)
     with tempfile.NamedTemporaryFile(prefix="rlhf-box-", suffix=".tar.gz") as packed:
         if not connection.dry_run:
+            progress.pack(packed.file)
             pack(tree, Path(packed.name))
-        argv = commands.with_input(packed.name, connection.stream(commands.tar_extract(f"{folder}.partial")))
-        answer = connection.local(argv, changes=True, timeout_s=None, check=False)
+            progress.send_archive()
+        argv = connection.stream(commands.tar_extract(f"{folder}.partial"))
+        answer = connection.local(argv, changes=True, stdin=packed.file, check=False)
     if answer.code:
         raise _not_sent(connection, folder, answer, "tar", answer.code == 255)
     return Sent("shown" if connection.dry_run else "tar", time.monotonic() - started, why)
@@ -394,13 +451,17 @@ def pack(tree: Tree, archive: Path) -> None:
 # --- what arrived ---------------------------------------------------------------------------------
 
 
-def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True) -> CommandResult:
+def land(
+    connection: BoxConnection, tree: Tree, folder: str, *more: str, check: bool = True, now: Say = _silent
+) -> CommandResult:
     """Let the box verify FOLDER.partial, and rename it to FOLDER if it is the tree.
 
-    more: ROOT, TOKEN and lines of `deployed` (land.sh). Raises UploadDiffers: it is not the tree.
+    more: ROOT, TOKEN and lines of `deployed` (land.sh). now: gets the passing state. Raises
+    UploadDiffers: it is not the tree.
     """
     argv = commands.sh_script("land", folder, tree.fingerprint, *more)
-    answer = connection.change(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
+    with ticking(_silent if connection.dry_run else now, f"the box verifies {tree}"):
+        answer = connection.change(argv, stdin=script("land.sh"), timeout_s=600.0, check=False)
     if "differs" in answer.out.split():
         raise UploadDiffers(
             "what arrived is not what was sent",
@@ -418,18 +479,30 @@ def land(connection: BoxConnection, tree: Tree, folder: str, *more: str, check: 
 
 
 def send_whole(
-    connection: BoxConnection, tree: Tree, folder: str, *, rsync_there: bool = True, rsync: str = "rsync"
+    connection: BoxConnection,
+    tree: Tree,
+    folder: str,
+    *,
+    rsync_there: bool = True,
+    rsync: str = "rsync",
+    what: str = "sending",
+    now: Say = _silent,
 ) -> Sent:
     """Send a job's input into a folder that is named by its content, as a whole or not at all.
 
-    It resumes what an earlier call left unfinished. Raises ToolkitError: as `send` and `land` do.
+    It resumes what an earlier call left unfinished. what, now: as in `send`. Raises ToolkitError:
+    as `send` and `land` do.
     """
     connection.change(commands.mkdir(f"{folder}.partial", f"{folder}.temp"))
-    sent = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync)
+
+    def send_it(*, compare: bool) -> Sent:
+        return send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=compare, what=what, now=now)
+
+    sent = send_it(compare=False)
     try:
-        land(connection, tree, folder)
+        land(connection, tree, folder, now=now)
     except UploadDiffers:  # left by an earlier call, or changed within a second: compare contents
-        again = send(connection, tree, folder, rsync_there=rsync_there, rsync=rsync, compare=True)
-        land(connection, tree, folder)
+        again = send_it(compare=True)
+        land(connection, tree, folder, now=now)
         return Sent(again.how, sent.seconds + again.seconds, again.why)
     return sent

@@ -389,11 +389,23 @@ remove() { # all in ROOT, and the marker last, so that a removal that broke off 
     remaining || { rm -f "$real/.rlhf-box" && rmdir "$real" && say removed "$root"; } 2>/dev/null
 }
 
+freed() { # says each second how much more room the disk of ROOT has, until it is ended
+    above=${real%/*}
+    before=$(free_kb "${above:-/}")
+    while sleep 1 >/dev/null 2>&1; do
+        kb=$(free_kb "${above:-/}")
+        is_number "$before" && is_number "$kb" && [ "$kb" -ge "$before" ] || kb=$before
+        say freed $((kb - before))
+    done
+}
+
 purge() {
     real=$(cd "$root" 2>/dev/null && pwd -P)
     real=${real:-$root}
     may_purge
     ours=$newline$(requests)$newline
+    freed &
+    clock=$!
     if has docker; then
         containers | each_one container docker rm -f
     fi
@@ -403,6 +415,7 @@ purge() {
         volumes | each_one volume docker volume rm
         networks | each_one network docker network rm
     fi
+    { kill $clock && wait $clock; } 2>/dev/null
     prove
 }
 

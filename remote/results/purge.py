@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import size
+from remote.output import ticking
 from remote.results.at_home import at_home
 from remote.results.run_contents import FetchedRun, how_to_fetch, read_results, unfetched
 from remote.scripts import script
@@ -17,6 +18,7 @@ from remote.ssh.commands import sh_script
 if TYPE_CHECKING:
     from remote.ssh.connection import BoxConnection
 
+Say = Callable[[str], None]
 COUNT_S = 600.0  # to add up the sizes
 PURGE_S = 1800.0  # an environment has some 100,000 files, and a network disk is slow
 
@@ -63,16 +65,20 @@ def purge(
     copies: Mapping[str, Sequence[FetchedRun]],
     *,
     yes: bool = False,
+    now: Say = lambda text: None,
 ) -> Purged:
     """Remove ROOT and our containers, images and volumes, and prove that they are gone.
 
     It may be run twice. With the connection's dry_run it only asks what would be removed, and notes
-    what would be lost. copies: what was fetched, by run: one for each folder here.
+    what would be lost. copies: what was fetched, by run: one for each folder here. now: gets the
+    passing state, and "" at the end.
 
     Raises ToolkitError: something is not fetched (unless `yes`), a job runs, the folder is not
     ours, something could not be removed.
     """
-    host, found = connection.box.name, read_results(connection, root)
+    host = connection.box.name
+    with ticking(now, f"looking at the results on {host}"):
+        found = read_results(connection, root)
     if found.running is not None:
         raise ToolkitError(
             f"cannot purge {host}: a job runs there",
@@ -84,7 +90,8 @@ def purge(
     lost = unfetched(found, at_home(found, copies))
     if connection.dry_run:
         connection.change(sh_script("purge", root), stdin=script("results.sh"))  # shown
-        answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
+        with ticking(now, f"counting what is on {host}"):
+            answer = connection.query(sh_script("would_purge", root), stdin=script("results.sh"), timeout_s=COUNT_S)
         would = parse(answer.out, host, root, is_proof_needed=False)
         needs_yes = [f"not fetched, so only --yes removes it: {each}" for each in lost if not yes]
         return replace(would, notes=(*needs_yes, *would.notes))
@@ -95,7 +102,10 @@ def purge(
             hint=f"{how_to_fetch(host, lost)}\nor --yes to delete them",
             exit_code=ExitCode.UNFIT,
         )
-    answer = connection.change(sh_script("purge", root), stdin=script("results.sh"), timeout_s=PURGE_S)
+    freed = _Freed()
+    with ticking(now, f"removing {root} from {host}", lambda: str(freed)):
+        argv, stdin = sh_script("purge", root), script("results.sh")
+        answer = connection.change(argv, stdin=stdin, timeout_s=PURGE_S, heard=freed)
     purged = parse(answer.out, host, root)
     if not purged.is_clean:
         raise ToolkitError(
@@ -105,6 +115,20 @@ def purge(
             exit_code=ExitCode.UNFIT,
         )
     return purged
+
+
+class _Freed:
+    """How much room the box says that there is by now, in its answer as it comes."""
+
+    def __init__(self) -> None:
+        self._last = b""
+
+    def __call__(self, part: bytes) -> None:
+        self._last = (self._last + part)[-4096:]
+
+    def __str__(self) -> str:
+        found = re.findall(rb"^freed ([0-9]{1,15})\n", self._last, re.MULTILINE)
+        return f"{size(int(found[-1]) * 1024)} freed" if found else ""
 
 
 def parse(text: str, host: str, root: str, *, is_proof_needed: bool = True) -> Purged:

@@ -17,6 +17,7 @@ from jobs.spec import Job
 from jobs.yaml12 import dump_yaml
 from remote.deploy.sync import ALWAYS, Tree, tree_of
 
+READS_INPUTS = "reading the job's data sets and models"  # while `pack` runs: some GB take a while
 LFS_POINTER = b"version https://git-lfs"  # how the text begins that Git has in place of a large file
 
 

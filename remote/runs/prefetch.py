@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.errors import ExitCode, ToolkitError, error_of_text
-from jobs.formatting import duration, one_line
+from jobs.formatting import one_line
 from jobs.spec import Job
 from remote.deploy.sync import send_whole
+from remote.output import waiting
 from remote.runs.deployed import Deployment, last_lines
 from remote.runs.inputs import JobInput, job_on_box
 from remote.runs.start import message
@@ -31,12 +32,14 @@ class Prefetched:
     seconds: float
 
 
-def send_inputs(connection: BoxConnection, deployed: Deployment, inputs: Sequence[JobInput], say: Say) -> None:
+def send_inputs(
+    connection: BoxConnection, deployed: Deployment, inputs: Sequence[JobInput], *, say: Say, now: Say
+) -> None:
     """Send the local data sets and models of a job that the box does not have yet."""
     for each in inputs:
         if each.tree.key not in deployed.inputs:
             say(f"sending `{each.name}`: {each.tree}")
-            send_whole(connection, each.tree, each.folder(deployed.root))
+            send_whole(connection, each.tree, each.folder(deployed.root), what=f"sending `{each.name}`", now=now)
 
 
 def prefetch(
@@ -56,7 +59,7 @@ def prefetch(
     """
     local = {each.name for each in inputs}
     names = ", ".join(each for each in hub_names(job) if each not in local)
-    send_inputs(connection, deployed, inputs, say)
+    send_inputs(connection, deployed, inputs, say=say, now=now)
     if connection.dry_run:
         say(f"download: would fetch {names}" if names else "download: the job needs nothing from a hub")
     elif names:
@@ -102,8 +105,7 @@ class _Output:
         elif found := re.fullmatch(r"ended (\d+)", text):
             self.code = int(found[1])
         elif text == "beat":
-            seconds = duration(time.monotonic() - self._began)
-            self._now(f"download, {seconds}: {self._state or 'begins'}")
+            self._now(waiting("download", time.monotonic() - self._began, self._state or "begins"))
         elif text.startswith("downloading "):
             self._state = one_line(text.removeprefix("downloading "))
         else:

@@ -98,21 +98,30 @@ def rsync(
     temporary: str,
     like: str = "",
     compare: bool = False,
+    progress: bool = False,
     program: str = "rsync",
 ) -> list[str]:
     """Copy the files that `names` lists from the folder `source` here into `folder` on the box.
 
     names: a file with a NUL behind each name. like: a folder on the box, whose equal files are
     linked instead of sent. temporary: a folder on the box, where files are until they are whole.
-    compare: by content, not by size and time. The owner of a file is not sent; modes become 644 and
+    compare: by content, not by size and time. progress: say how many bytes are done, for
+    `rsync_done`; it needs rsync 3.1 here. The owner of a file is not sent; modes become 644 and
     755.
     """
     words = [program, "--recursive", "--links", "--times", "--perms", "--chmod=a+rX,u+w,go-w,a-s"]
     words += ["--compress", "--partial", "--protect-args", "--from0"]
     words += [f"--files-from={names}", f"--temp-dir={temporary}", f"--rsh={shlex.join(shell)}"]
     words += ["--checksum"] if compare else []
+    words += ["--info=progress2", "--no-human-readable"] if progress else []
     words += [f"--link-dest={like}"] if like else []
     return [*words, f"{source.rstrip('/')}/", f"{target}:{folder}/"]
+
+
+def rsync_done(line: str) -> int | None:
+    """Read how many bytes of the files are done: `  1234567  12%    1.20MB/s    0:00:10`."""
+    found = re.match(r"\s*(\d+)\s+\d+%", line)
+    return int(found[1]) if found else None
 
 
 def tar_extract(folder: str) -> list[str]:
@@ -121,11 +130,6 @@ def tar_extract(folder: str) -> list[str]:
     The files belong to the user who is logged in, whoever packed them.
     """
     return ["sh", "-c", 'umask 022 && rm -rf -- "$1" && mkdir -- "$1" && exec tar -x -z -o -f - -C "$1"', "tar", folder]
-
-
-def with_input(file: str, argv: Sequence[str]) -> list[str]:
-    """Run a local command whose standard input is a file."""
-    return ["sh", "-c", 'file=$1; shift; exec "$@" <"$file"', "sh", file, *argv]
 
 
 def df(folder: str) -> list[str]:

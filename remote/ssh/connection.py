@@ -24,12 +24,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import one_line as on_one_line
 from remote.inventory import Box
-from remote.output import Sayer
+from remote.output import EACH_S, Sayer, waiting
 from remote.ssh import commands
 from remote.ssh.host_keys import HostKey, KnownHosts, NoSuchHost, changed, unreachable
 from remote.ssh.link import Link
@@ -48,6 +48,7 @@ NOTICE_S = 0.5  # for the local client to notice that a connection ended, after 
 COMMAND = ("-T", "-e", "none", "-o", "ClearAllForwardings=yes")  # options for one that needs no terminal
 # Of several threads with a box each, one asks on the terminal.
 TERMINAL = threading.Lock()
+Heard = Callable[[bytes], None]
 
 
 class CommandFailed(ToolkitError):
@@ -102,11 +103,18 @@ class BoxConnection:
     # --- commands there
 
     def query(
-        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 30.0, check: bool = True
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float = 30.0,
+        check: bool = True,
+        heard: Heard | None = None,
     ) -> CommandResult:
         """Run a command that changes nothing on the box, with --dry-run too.
 
-        It is repeated once if a connection that was open before turns out to be broken.
+        It is repeated once if a connection that was open before turns out to be broken. heard: gets
+        its standard output as it comes.
 
         Raises ToolkitError: UNREACHABLE, also after `timeout_s`; with `check`, CommandFailed for an
         exit code other than 0.
@@ -115,24 +123,30 @@ class BoxConnection:
             self.say.command(self.box.name, argv, stdin)
         was_open = self.is_open
         try:
-            answer = self._run(argv, stdin, timeout_s)
+            answer = self._run(argv, stdin, timeout_s, heard)
         except _Broke:
             if not was_open:
                 raise
-            answer = self._run(argv, stdin, timeout_s)
+            answer = self._run(argv, stdin, timeout_s, heard)
         return self._checked(argv, answer, check)
 
     def change(
-        self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0, check: bool = True
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float = 60.0,
+        check: bool = True,
+        heard: Heard | None = None,
     ) -> CommandResult:
         """Run a command that changes something on the box; --dry-run only shows it.
 
-        It is never repeated.
+        It is never repeated. heard: as in `query`.
         """
         if self.dry_run:
             self.say.command(self.box.name, argv, stdin)
             return CommandResult(0, "", "", 0.0)
-        return self._checked(argv, self._run(argv, stdin, timeout_s), check)
+        return self._checked(argv, self._run(argv, stdin, timeout_s, heard), check)
 
     def long_change(self, argv: Sequence[str], heard: Callable[[str], None], *, stdin: bytes = b"") -> CommandResult:
         """Run a command that changes something and takes long, as `change` without `check`.
@@ -151,7 +165,7 @@ class BoxConnection:
             raise CommandFailed(self.box.name, argv, answer)
         return answer
 
-    def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> CommandResult:
+    def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float, heard: Heard | None) -> CommandResult:
         self.connect()
         started, mark = time.monotonic(), f"rlhf-box-{secrets.token_hex(8)}"
         if list(argv[: len(commands.SCRIPT)]) == commands.SCRIPT:
@@ -160,11 +174,12 @@ class BoxConnection:
             line, sent = commands.one_line(commands.marked(argv, mark)), stdin
         else:
             line, sent = commands.by_input(commands.marked(argv, mark))
-        client, out, err = self._exchanged(over(self._socket, "--", "box", line), argv, sent, mark, timeout_s)
+        kept = over(self._socket, "--", "box", line)
+        client, out, err = self._exchanged(kept, argv, sent, mark, timeout_s, heard)
         if client == 255 and not out.has_begun and not err.has_begun and self._stays_open():
             # The box allows few sessions over one connection (MaxSessions), and streams have them.
             alone = self._client(COMMAND, "--", self.box.address, line, own=True)
-            client, out, err = self._exchanged(alone, argv, sent, mark, timeout_s)
+            client, out, err = self._exchanged(alone, argv, sent, mark, timeout_s, heard)
         code = out.code if out.code is not None else err.code
         if code is None:
             code = self._cut_off(argv, client, out, err)
@@ -172,10 +187,16 @@ class BoxConnection:
         return CommandResult(code, out.text.decode(errors="replace"), err.text.decode(errors="replace"), seconds)
 
     def _exchanged(
-        self, client: Sequence[str], argv: Sequence[str], sent: bytes, mark: str, timeout_s: float
+        self,
+        client: Sequence[str],
+        argv: Sequence[str],
+        sent: bytes,
+        mark: str,
+        timeout_s: float,
+        heard: Heard | None,
     ) -> tuple[int | None, _Answer, _Answer]:
         """Run `argv` by a local client, and return the client's exit code and both outputs."""
-        done = exchange(client, sent, re.compile(rb"%s (\d+)\n" % mark.encode()), timeout_s)
+        done = exchange(client, sent, re.compile(rb"%s (\d+)\n" % mark.encode()), timeout_s, heard)
         if not done.in_time:
             self.close()
             raise self._late(argv, timeout_s)
@@ -299,24 +320,29 @@ class BoxConnection:
         argv: Sequence[str],
         *,
         changes: bool,
-        stdin: bytes = b"",
+        stdin: bytes | IO[bytes] = b"",
         timeout_s: float | None = None,
         check: bool = True,
         heard: Callable[[str], None] | None = None,
+        line_end: bytes = b"\n",
         asks: bool = False,
     ) -> CommandResult:
         """Run a command on this machine, such as rsync.
 
         Ctrl-C and `timeout_s` end it together with its children, which are in a group of their own.
-        heard: gets each whole line of standard output as it comes. asks: the command may ask on the
+        stdin: a file is shared, so its position here is how far the command has read it. heard:
+        gets each whole line of standard output as it comes. asks: the command may ask on the
         terminal. Raises ToolkitError: the program is not installed, `timeout_s` is over; with
         `check`, CommandFailed.
         """
         if self.dry_run:
-            self.say.command("here", argv, stdin)
+            if isinstance(stdin, bytes):
+                self.say.command("here", argv, stdin)
+            else:
+                self.say.command("here", argv, file=str(stdin.name))
             if changes:
                 return CommandResult(0, "", "", 0.0)
-        answer = run_here(argv, stdin, timeout_s, heard, own_group=not asks)
+        answer = run_here(argv, stdin, timeout_s, heard, own_group=not asks, line_end=line_end)
         if check and answer.code:
             raise CommandFailed(f"this machine, for {self.box.name}", argv, answer)
         return answer
@@ -436,6 +462,7 @@ class BoxConnection:
     ) -> tuple[int | None, LoginNotes]:
         """Run a local ssh that writes notes until it ends, or time is over."""
         has_told, started, pause_s = False, time.monotonic(), 0.002
+        shown = 0
         with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
             file = Path(folder) / "notes"
             with file.open("wb") as log:
@@ -450,6 +477,10 @@ class BoxConnection:
                 while (code := process.poll()) is None and time.monotonic() < started + limit_s:
                     time.sleep(pause_s)
                     pause_s = min(pause_s * 1.5, 0.05)
+                    seconds = time.monotonic() - started
+                    if own_session and seconds > (shown + 1) * EACH_S:  # else ssh may ask on the terminal
+                        shown += 1
+                        self.say.now(waiting(f"reaching {self.box.name}", seconds))
                     if not has_told and pause_s >= 0.05 and _notes(file).wants_touch:
                         has_told, limit_s = True, limit_s + BY_A_PERSON_S
                         self.say(f"{self.box.name}: touch your security key")
@@ -457,6 +488,8 @@ class BoxConnection:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+                if shown:
+                    self.say.now("")
             return code, _notes(file)
 
     def _check_host_key(self, notes: LoginNotes) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
 from typing import IO
@@ -53,14 +53,19 @@ def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def run_here(
-    argv: Sequence[str], stdin: bytes, timeout_s: float | None, heard: Callable[[str], None] | None, *, own_group: bool
+    argv: Sequence[str],
+    stdin: bytes | IO[bytes],
+    timeout_s: float | None,
+    heard: Callable[[str], None] | None,
+    *,
+    own_group: bool,
+    line_end: bytes = b"\n",
 ) -> CommandResult:
     started, late = time.monotonic(), threading.Event()
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(
-            argv, stdin=pipe if stdin else subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=own_group
-        )
+        source = (pipe if stdin else subprocess.DEVNULL) if isinstance(stdin, bytes) else stdin
+        process = subprocess.Popen(argv, stdin=source, stdout=pipe, stderr=pipe, start_new_session=own_group)
     except OSError as error:
         raise ToolkitError(
             f"cannot run `{argv[0]}`", why=error.strerror or str(error), hint=f"install {argv[0]} on this machine"
@@ -78,7 +83,7 @@ def run_here(
 
     out, err = bytearray(), bytearray()
     helpers = [threading.Thread(target=_drain, args=(process.stderr, err), daemon=True)]
-    if stdin:
+    if stdin and isinstance(stdin, bytes):
         helpers.append(threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True))
     deadline = threading.Timer(timeout_s, expire) if timeout_s is not None else None
     if deadline is not None:
@@ -88,10 +93,10 @@ def run_here(
         helper.start()
     try:
         assert process.stdout is not None
-        for line in process.stdout:
+        for line in _lines(process.stdout, line_end):
             out += line
             if heard is not None:
-                heard(line.decode(errors="replace").rstrip("\r\n"))
+                heard(line.decode(errors="replace").strip("\r\n"))
         code = process.wait()
     except BaseException:
         end()
@@ -127,15 +132,21 @@ class Exchange:
     in_time: bool
 
 
-def exchange(argv: Sequence[str], stdin: bytes, end: re.Pattern[bytes], timeout_s: float) -> Exchange:
+def exchange(
+    argv: Sequence[str],
+    stdin: bytes,
+    end: re.Pattern[bytes],
+    timeout_s: float,
+    heard: Callable[[bytes], None] | None = None,
+) -> Exchange:
     """Run a local ssh client until both outputs have said `end`, or are closed, or time is over.
 
     What a command left behind on the box may hold its outputs open for ever, which is why `end` is
-    waited for. end: matches the end of each output.
+    waited for. end: matches the end of each output. heard: gets standard output as it comes.
     """
     process = Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    outputs = [_Output(stream, end) for stream in (process.stdout, process.stderr)]
+    outputs = [_Output(process.stdout, end, heard), _Output(process.stderr, end)]
     threads = [threading.Thread(target=output.read, daemon=True) for output in outputs]
     threads.append(threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True))
     until = time.monotonic() + timeout_s
@@ -156,17 +167,29 @@ def exchange(argv: Sequence[str], stdin: bytes, end: re.Pattern[bytes], timeout_
 
 
 class _Output:
-    def __init__(self, stream: IO[bytes], end: re.Pattern[bytes]) -> None:
-        self._stream, self._end = stream, end
+    def __init__(self, stream: IO[bytes], end: re.Pattern[bytes], heard: Callable[[bytes], None] | None = None) -> None:
+        self._stream, self._end, self._heard = stream, end, heard
         self.data, self.is_over = bytearray(), threading.Event()
 
     def read(self) -> None:
         with contextlib.suppress(ValueError, OSError), self._stream:
             while part := self._stream.read1(TAKES):  # type: ignore[attr-defined]
                 self.data += part
+                if self._heard is not None:
+                    self._heard(part)
                 if self._end.search(self.data, max(len(self.data) - 200, 0)):
                     self.is_over.set()
         self.is_over.set()
+
+
+def _lines(stream: IO[bytes], end: bytes) -> Iterator[bytes]:
+    """Yield lines as they come, with what ends them; `for line in stream` knows b"\\n" alone."""
+    rest = b""
+    while part := stream.read1(TAKES):  # type: ignore[attr-defined]
+        *lines, rest = (rest + part).split(end)
+        yield from (line + end for line in lines)
+    if rest:
+        yield rest
 
 
 def _drain(stream: IO[bytes], into: bytearray) -> None:

@@ -1,8 +1,11 @@
 """The OpenSSH client: how it resolves a name (`ssh -G`), and how it is called.
 
 Commands, streams, rsync and jump hosts all take their settings from here, and OpenSSH alone reads
-the user's configuration. Host keys are always checked, against a file of our own for each name, not
-for each address: an address with a port may belong to somebody else tomorrow.
+the user's configuration. There is no other way to a box: Fabric's own, paramiko, reads that
+configuration by rules of its own. Where OpenSSH is missing, a verb says so and ends.
+
+Host keys are always checked, against a file of our own for each name, not for each address: an
+address with a port may belong to somebody else tomorrow.
 """
 
 from __future__ import annotations

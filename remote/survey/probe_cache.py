@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 from env.settings import PROVIDERS, Provider
 from jobs.errors import ExitCode, ToolkitError
+from jobs.formatting import size
+from remote.output import ticking
 from remote.scripts import script
 from remote.ssh import commands
 from remote.survey.facts import PROBE_S, BoxFacts, parse, probe_args
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from remote.inventory import Box
     from remote.ssh.connection import BoxConnection
 
+Say = Callable[[str], None]
 MIRRORS = PROVIDERS.with_name("mirrors")
 OTHER_MIRROR = "cn"  # the mirror that is tried if boxes.yaml names none
 SCHEMA = 1
@@ -65,13 +68,19 @@ def remember(state: Path, name: str, known: CachedProbe) -> None:
     os.replace(partial, file)
 
 
-def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]) -> CachedProbe:
+def probe(
+    connection: BoxConnection, box: Box, providers: Mapping[str, Provider], now: Say = lambda text: None
+) -> CachedProbe:
     """Probe the box, in one round trip of some seconds.
 
-    Raises ToolkitError: the box cannot be reached, or its answer broke off.
+    now: gets the passing state, and "" at the end. Raises ToolkitError: the box cannot be reached,
+    or its answer broke off.
     """
     asked, sent = arguments(box, providers), time.time()
-    answer = connection.query(commands.sh_script(*asked), stdin=script("probe.sh"), timeout_s=PROBE_S + 24)
+    come: list[int] = []
+    with ticking(now, f"probing {box.name}", lambda: f"{size(sum(come))} of its answer have come"):
+        argv, stdin, limit_s = commands.sh_script(*asked), script("probe.sh"), PROBE_S + 24
+        answer = connection.query(argv, stdin=stdin, timeout_s=limit_s, heard=lambda part: come.append(len(part)))
     known = CachedProbe(asked, answer.out, sent, time.time())
     if not known.facts.complete:
         raise ToolkitError(
@@ -83,9 +92,11 @@ def probe(connection: BoxConnection, box: Box, providers: Mapping[str, Provider]
     return known
 
 
-def probe_again(connection: BoxConnection, box: Box, providers: Mapping[str, Provider], state: Path) -> CachedProbe:
+def probe_again(
+    connection: BoxConnection, box: Box, providers: Mapping[str, Provider], state: Path, now: Say
+) -> CachedProbe:
     """Probe the box now, and remember the answer; what is remembered of its folder stays."""
-    before, known = recall(state, box.name), probe(connection, box, providers)
+    before, known = recall(state, box.name), probe(connection, box, providers, now)
     if before is not None and not connection.dry_run:
         remember(state, box.name, replace(known, identity=before.identity, root=before.root))
     return known

@@ -138,7 +138,7 @@ def doctor(
     def examine(box: Box, say: Sayer) -> int:
         with context.connection(box, say) as connection:
             link = connection.link
-            diagnosis = _examined(context, connection, link, wanted, limits)
+            diagnosis = _examined(context, connection, link, wanted, limits, say)
         if json_:
             say.data(to_json({"host": box.name, **diagnosis.as_json()}))
         else:
@@ -151,11 +151,11 @@ def doctor(
 
 
 def _examined(
-    context: VerbContext, connection: BoxConnection, link: Link, job: Job | None, limits: Limits
+    context: VerbContext, connection: BoxConnection, link: Link, job: Job | None, limits: Limits, say: Sayer
 ) -> Diagnosis:
     box, facts, offset = connection.box, None, None
     if link.reached:
-        seen = probe_cache.probe_again(connection, box, context.providers, context.settings.state)
+        seen = probe_cache.probe_again(connection, box, context.providers, context.settings.state, say.now)
         facts, offset = seen.facts, clock_offset(seen.facts, seen.sent, seen.received)
     provider = provider_of(facts, context.providers, box.provider)
     prefer = "mirror" if box.mirror not in ("", "default") else ""

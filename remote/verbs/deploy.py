@@ -13,9 +13,9 @@ from jobs.formatting import duration
 from jobs.spec import load_job
 from remote.deploy import deployment, lock
 from remote.inventory import Box
-from remote.output import Sayer
+from remote.output import Sayer, ticking
 from remote.runs.deployed import Deployment, find_deployment, our_root
-from remote.runs.inputs import pack
+from remote.runs.inputs import READS_INPUTS, pack
 from remote.runs.prefetch import prefetch
 from remote.survey.doctor import needs_gpu
 from remote.verbs.base import (
@@ -64,7 +64,8 @@ def deploy(
     if set_ and not job:
         raise ToolkitError("--set changes a job, and no job is named", hint="--job NAME, or leave out --set")
     wanted = load_job(job, set_ or []) if job else None
-    inputs = pack(wanted, Path.cwd(), CHECKOUT) if wanted else []
+    with ticking(Sayer().now, READS_INPUTS):
+        inputs = pack(wanted, Path.cwd(), CHECKOUT) if wanted else []
     context, limits = VerbContext.open(dry_run=dry_run), Limits.load()
 
     def deploy_to(box: Box, say: Sayer) -> int:

@@ -16,11 +16,11 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import NAME, load_job, settings_of_deployment, steps_of
 from remote.deploy.sync import checkout_tree
 from remote.inventory import Box
-from remote.output import Sayer
+from remote.output import Sayer, ticking
 from remote.runs import frames, listing, start, views, watch
 from remote.runs.cancel import cancel as cancel_job
 from remote.runs.deployed import NOT_DEPLOYED, Deployment, dispatch, find_deployment, not_deployed, open_stream
-from remote.runs.inputs import job_on_box, pack
+from remote.runs.inputs import READS_INPUTS, job_on_box, pack
 from remote.runs.prefetch import send_inputs
 from remote.ssh.connection import BoxConnection
 from remote.ssh.login import BY_A_PERSON
@@ -89,7 +89,8 @@ def train(
         if not NAME.fullmatch(run_name):
             hint = "use letters, digits, dots, dashes and underscores, 64 at most"
             raise ToolkitError(f"`{run_name}` cannot name a run", hint=hint)
-    inputs = pack(wanted, Path.cwd(), CHECKOUT)
+    with ticking(Sayer().now, READS_INPUTS):
+        inputs = pack(wanted, Path.cwd(), CHECKOUT)
     context = VerbContext.open(dry_run=dry_run)
     box = context.box(one_host(c, host))
     secrets = context.secrets(box, wanted)
@@ -99,7 +100,7 @@ def train(
         if deployed.slot:
             say(f"{box.name} is held by run `{deployed.slot}`")
         _warn_of_other_code(deployed, say)
-        send_inputs(connection, deployed, inputs, say)
+        send_inputs(connection, deployed, inputs, say=say, now=say.now)
         arguments = (
             "--step",
             ",".join(map(str, steps)),

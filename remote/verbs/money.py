@@ -29,7 +29,7 @@ def purge(c: Context, host: str = "", yes: bool = False, json_: bool = False, dr
     with context.connection(context.box(one_host(c, host)), say) as connection:
         root, _ = our_root(connection, context.providers)
         copies = run_contents.recall_copies(context.settings.state, connection.box.name)
-        purged = purging.purge(connection, root, copies, yes=yes)
+        purged = purging.purge(connection, root, copies, yes=yes, now=say.now)
     if not dry_run:  # what was remembered of the box holds no more
         probe_cache.file_of(context.settings.state, connection.box.name).unlink(missing_ok=True)
     if json_:

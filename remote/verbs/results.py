@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from invoke import Context
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.formatting import duration, size, visible
+from jobs.formatting import duration, size
 from jobs.run_dir import RunDir
 from jobs.spec import NAME
 from jobs.views.report.report_file import write_page
@@ -22,6 +21,8 @@ from remote.runs.deployed import find_deployment
 from remote.runs.listing import Listing
 from remote.ssh.connection import BoxConnection
 from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, error_as_json, list_jobs, one_host, to_json, verb
+
+DRAWN_EACH_S = 0.2
 
 
 @verb(
@@ -158,23 +159,18 @@ def report(c: Context, host: str = "", run: str = "", to: str = "", json_: bool 
 
 
 class TransferProgress:
-    """How far a transfer is: a line that is redrawn on a terminal, elsewhere one every 30 s."""
+    """Shows how far a transfer is."""
 
     def __init__(self, say: Sayer) -> None:
-        self._say, self._is_drawn, self._at = say, sys.stderr.isatty(), 0.0
+        self._say, self._at = say, 0.0
 
     def __call__(self, done: int, total: int, what: str) -> None:
         is_last, now = done >= total, time.monotonic()
-        if not is_last and now - self._at < (0.2 if self._is_drawn else 30.0):
+        if not is_last and now - self._at < DRAWN_EACH_S:
             return
         self._at = now
         share = f"{100 * done // total:3d} %" if total else ""
-        amount = f"{share}  {size(done)} of {size(total)}"
-        if self._is_drawn:
-            sys.stderr.write("\r\x1b[2K" + ("" if is_last else f"{amount}  {visible(what)[:60]}"))
-            sys.stderr.flush()
-        elif not is_last:
-            self._say(f"{amount}  {what}")
+        self._say.now("" if is_last else f"{share}  {size(done)} of {size(total)}  {what}")
 
 
 def _all_runs(connection: BoxConnection, root: str) -> list[str]:

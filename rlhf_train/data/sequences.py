@@ -17,7 +17,6 @@ from torch import Tensor
 from jobs.errors import ToolkitError
 from jobs.formatting import plural
 
-WINDOW = 8  # updates whose rows are grouped by length
 # Fixed cost of a pass, in tokens: Python, kernel starts, reading and adding to all gradients.
 PASS_TOKENS = 256
 
@@ -83,24 +82,6 @@ def rows_of_update(update: int, rows: int, global_batch: int, seed: Sequence[int
     """
     places = np.arange(update * global_batch, (update + 1) * global_batch)
     return np.array([_permutation(rows, (*seed, int(place // rows)))[place % rows] for place in places])
-
-
-def grouped_rows_of_update(
-    update: int, updates: int, lengths: np.ndarray, global_batch: int, seed: Sequence[int]
-) -> np.ndarray:
-    """Return an update's row numbers, grouped by length within `WINDOW` updates to save padding.
-
-    The rows that `rows_of_update` gives a window of up to `WINDOW` updates are sorted by length and
-    cut into updates again; short and long updates come in random order. The step trains on the same
-    rows as without grouping, since a window ends with an epoch's last whole update and with the
-    step. lengths: (rows,) in tokens; updates: of the whole step.
-    """
-    epoch = max(1, len(lengths) // global_batch)  # whole updates in one pass over the rows
-    first = update - (update % epoch) % WINDOW
-    end = min(first + WINDOW, (update // epoch + 1) * epoch, updates)
-    rows = np.concatenate([rows_of_update(u, len(lengths), global_batch, seed) for u in range(first, end)])
-    rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(-1, global_batch)
-    return rows[_permutation(end - first, (*seed, 2**31 + first))[update - first]]
 
 
 def assign_passes(

@@ -27,6 +27,7 @@ from jobs.errors import ExitCode, ToolkitError, system_error
 from jobs.events import Checkpoint, Event, Progress, Warning
 from jobs.formatting import plural, size
 from jobs.run_dir import RunDir
+from jobs.steps import label_of
 from rlhf_train.disk import room, size_of, sync
 from rlhf_train.engine import checkpoint_files
 from rlhf_train.engine.checkpoint_files import Saved, random_states, remove_others, set_random_states
@@ -453,6 +454,10 @@ class Checkpointer:
 
     # --- the best weights ---
 
+    @property
+    def keeps_best(self) -> bool:
+        return self.spec.best_every_updates is not None
+
     def wants_best(self, update: int) -> bool:
         """Return whether to measure the weights of `update`.
 
@@ -479,7 +484,7 @@ class Checkpointer:
             save(self.folder.best)
         else:
             best = f"{self.best_value:.6g} at update {self._best_update}"
-            doing = f"held-out {metric} at update {update}: {value:.6g} (best: {best})"
+            doing = f"held-out {label_of(metric)} at update {update}: {value:.6g} (best: {best})"
             self.emit(Progress(step=self.step, doing=doing))
 
 

@@ -115,8 +115,15 @@ class Engine:
         precision: str,
         zero_stage: int,
         world: World,
+        first_update: int = 0,
     ) -> None:
+        """Make an engine for `module`, at update 0.
+
+        learning_rate: the schedule's highest. updates: of the whole step. first_update: where the
+        schedule begins; the updates before it are skipped.
+        """
         self.spec, self.updates, self.world, self.zero_stage = spec, updates, world, zero_stage
+        self.first_update = first_update
         self.learning_rate = learning_rate
         self.update = 0  # optimizer updates done
         self.intact = True  # false while the weights are being updated
@@ -126,7 +133,7 @@ class Engine:
         module.train()
         # At ZeRO 0 DeepSpeed clips float32 gradients without reporting their norm: we clip them.
         self._clips = precision == "float32" and zero_stage == 0
-        optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec.betas, world.device)
+        optimizer = _adamw(_parameter_groups(module, spec.weight_decay), learning_rate, spec, world.device)
         config = deepspeed_config(plan, precision, zero_stage, 0.0 if self._clips else spec.max_grad_norm)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         if world.size == 1 and zero_stage == 0:
@@ -142,7 +149,7 @@ class Engine:
         if self._scaler is not None:
             # At the lowest scale too, an update that overflows is skipped and counted.
             self._scaler.raise_error_at_min_scale = False
-        self.current_learning_rate = learning_rate
+        self.current_learning_rate = 0.0 if first_update else learning_rate
 
     @property
     def module(self) -> nn.Module:
@@ -173,7 +180,8 @@ class Engine:
         The norm is that before clipping. In float16 it is inf where the loss scale was too large
         and nothing was updated.
         """
-        self.current_learning_rate = self.learning_rate * learning_rate_factor(self.update, self.updates, self.spec)
+        place, places = self.update - self.first_update, self.updates - self.first_update
+        self.current_learning_rate = self.learning_rate * learning_rate_factor(place, places, self.spec)
         norm = self._step(self.current_learning_rate)
         self.update += 1
         return norm
@@ -385,7 +393,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _adamw(
-    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], device: torch.device
+    groups: list[dict[str, Any]], learning_rate: float, spec: Optimization, device: torch.device
 ) -> torch.optim.Optimizer:
     """Make AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
@@ -393,9 +401,9 @@ def _adamw(
     compiled at start. Else it is PyTorch's.
     """
     if device.type == "cuda" and installed_ops.get("fused_adam"):
-        return FusedAdam(groups, lr=learning_rate, betas=betas, eps=1e-8, adam_w_mode=True)
+        return FusedAdam(groups, lr=learning_rate, betas=spec.betas, eps=spec.eps, adam_w_mode=True)
     is_fused = device.type == "cuda" or compat.FUSES_ADAMW_ON_CPU
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=is_fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=spec.betas, eps=spec.eps, fused=is_fused)
 
 
 def trial_update(*updates: tuple[Engine, Callable[[], Tensor]]) -> None:

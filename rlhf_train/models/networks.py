@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -147,6 +148,8 @@ def load_scorer(
         head = scorer.score.weight
         values = torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(head.shape[1] + 1)
         head.data.copy_(values)
+    if type(scorer.score) is nn.Linear:
+        scorer.score.__class__ = Float32Head
     return cpu_matmul.use_in(scorer)
 
 
@@ -393,6 +396,16 @@ class ActorForward(nn.Module):
         return label_log_probs(states, labels, head, rows, temperature, with_entropy, transform_of(self.model))
 
 
+class Float32Head(nn.Linear):
+    """A reward model's head, which computes in float32 also where its weights have 16 bits.
+
+    A score in bfloat16 has 8 bits: of 1024 answers, hundreds would get the score of another one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class ScoreForward(nn.Module):
     """The reward model or the critic in training: scores after tokens, (score - shift) / scale.
 
@@ -422,7 +435,7 @@ class ScoreForward(nn.Module):
         rows; for these `at` must be None.
         """
         hidden = _hidden_states(self.model, batch, at)
-        scores = (self.model.score(hidden).squeeze(-1).float() - self.shift) / self.scale
+        scores = (self.model.score(hidden).squeeze(-1) - self.shift) / self.scale
         if not lm_rows or self.lm_head is None:
             return scores, None
         index, labels = batch.predicted()

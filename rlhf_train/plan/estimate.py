@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from env.settings import Cards
-from jobs.errors import ExitCode, ToolkitError
+from jobs.errors import ExitCode, ToolkitError, together
 from jobs.estimate import (
     GIB,
     Fit,
@@ -32,6 +33,7 @@ from jobs.estimate import (
     sizes_of,
     step_time,
     training_bytes,
+    updates_of,
 )
 from jobs.formatting import duration, plural
 from jobs.model_shape import Shape, shape_of
@@ -41,6 +43,7 @@ from jobs.steps import STEPS
 from rlhf_train.data import dataset, hub
 from rlhf_train.disk import read_json, size_of
 from rlhf_train.host import free_memory_bytes
+from rlhf_train.plan.few_rows import check_critic_warmup, too_few_to_train
 from rlhf_train.plan.placement import Machine, Placement
 
 # ZeRO 3 is advised where it needs less than this share of the memory that is needed without it. It
@@ -255,10 +258,12 @@ def describe(
 ) -> tuple[str, bool]:
     """Say what would be done, and what it takes. Returns the lines, and whether it fits.
 
-    Raises ToolkitError if a model or a data set of the job will not do.
+    Raises ToolkitError with all that will not do of the job's models and data sets.
     """
-    not_checked = _check(job, run, todo)
-    models, rows = known_models(job), rows_of_texts(job)
+    checked = check_all(job, run, todo)
+    if checked.mistakes:
+        raise together(checked.mistakes)
+    models, rows = known_models(job), checked.rows
     made = estimate(job, todo, placement, models, rows, target)
     ranks = plural(placement.ranks, "ranks")
     lines = [
@@ -284,21 +289,41 @@ def describe(
     if (seconds := made.seconds()) is not None and todo:
         lines.append(f"time: about {duration(seconds)} in all{_how_sure(models, target)}")
     fits = all(fit.fits for fit in made.fits.values()) and (free is None or made.disk <= free)
-    return "\n".join(not_checked + lines), fits
+    return "\n".join(checked.remarks + lines), fits
 
 
-def _check(job: Job, run: RunDir, todo: Sequence[int]) -> list[str]:
-    """Raise ToolkitError if the models do not fit together; return what could not be checked."""
-    from rlhf_train.plan.model_checks import check_models
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a job before anything is loaded."""
 
-    check_scratch(job)
-    try:
-        check_models(job, run, todo)
-    except ToolkitError as error:
-        if error.exit_code != ExitCode.UNFIT:  # else the hub cannot be reached
-            raise
-        return [f"not checked whether the models fit together: {error.why.splitlines()[0]}"]
-    return []
+    mistakes: list[ToolkitError]
+    remarks: list[str]  # what could not be checked, and warnings
+    rows: dict[int, StepRows]
+
+
+def check_all(job: Job, run: RunDir, todo: Sequence[int]) -> Checked:
+    """Check the models and the rows of the steps to do."""
+    from rlhf_train.plan.model_checks import checks_of_models
+
+    checked = Checked([], [], {step: StepRows.unread(job) for step in STEPS})
+
+    def read_rows() -> None:
+        checked.rows.update(rows_of_texts(job))
+        updates = updates_of(job, 3, checked.rows[3].count) if 3 in todo else None
+        if updates is not None:
+            check_critic_warmup(job.ppo, updates)
+
+    for check in (partial(check_scratch, job), *checks_of_models(job, run, todo), read_rows):
+        try:
+            check()
+        except ToolkitError as error:
+            if error.exit_code != ExitCode.UNFIT:
+                checked.mistakes.append(error)
+            elif not checked.remarks:  # the hub cannot be reached
+                checked.remarks.append(f"not checked whether the models fit together: {error.why.splitlines()[0]}")
+    few = ((step, too_few_to_train(job, step, checked.rows[step].count or 0)) for step in todo)
+    checked.remarks.extend(f"warning: step {step}: {sentence}" for step, sentence in few if sentence)
+    return checked
 
 
 def _step_lines(

@@ -5,7 +5,8 @@ Only configs, tokenizers and the names of tensors are read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from jobs.run_dir import RunDir
@@ -26,7 +27,13 @@ from rlhf_train.models.networks import (
 
 
 def check_models(job: Job, run: RunDir, steps: Collection[int]) -> None:
-    """Raise ToolkitError if a model that `steps`, or those after them, start from will not do.
+    """Raise ToolkitError if a model that `steps`, or those after them, start from will not do."""
+    for check in checks_of_models(job, run, steps):
+        check()
+
+
+def checks_of_models(job: Job, run: RunDir, steps: Collection[int]) -> list[Callable[[], object]]:
+    """List the checks of `check_models`; each raises ToolkitError.
 
     A model from a `config` fits by itself, and what the run's steps made is checked where it is
     loaded.
@@ -37,16 +44,18 @@ def check_models(job: Job, run: RunDir, steps: Collection[int]) -> None:
     is_own = job.critic.reward_model is not None
     # Of step 1 alone, only one that the job names: not every language model makes a reward model.
     begins_critic = 2 in steps or (3 in steps and is_own) or (1 in steps and (is_own or job.critic.model != "actor"))
+    checks = list[Callable[[], object]]()
     if isinstance(actor, str) and begins_actor:
-        check_causal(actor)
-        check_lengths(load_config(actor), *lengths.values())
+        checks.append(partial(check_causal, actor))
+        checks.append(lambda: check_lengths(load_config(actor), *lengths.values()))
     if isinstance(critic, str) and begins_critic:
-        check_scorer(critic, **lengths, lm_coef=0.0 if is_own else job.reward.lm_coef)
+        checks.append(partial(check_scorer, critic, **lengths, lm_coef=0.0 if is_own else job.reward.lm_coef))
         if is_own:
-            check_head(critic)
+            checks.append(partial(check_head, critic))
     reader = tokenizer_source(job, run)
     if reader and isinstance(critic, str) and (begins_actor or (begins_critic and 3 in steps)):
-        check_same_tokenizer(load_tokenizer(reader), load_tokenizer(critic))
+        checks.append(lambda: check_same_tokenizer(load_tokenizer(reader), load_tokenizer(critic)))
+    return checks
 
 
 def tokenizer_source(job: Job, run: RunDir) -> str:

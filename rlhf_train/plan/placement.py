@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.errors import ExitCode, ToolkitError
+from jobs.errors import ExitCode, ToolkitError, together
 from jobs.formatting import plural
 from jobs.spec import Job
 from jobs.steps import STEPS
@@ -102,11 +102,6 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
             hint="lower it, or set CUDA_VISIBLE_DEVICES",
             exit_code=ExitCode.UNFIT,
         )
-    if job.ppo.rollout_batch % ranks:
-        raise ToolkitError(
-            f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {ranks} ranks",
-            hint=f"use a multiple of {ranks}",
-        )
     precision = wish.precision
     if precision == "auto":
         precision = "float32" if device == "cpu" else "bfloat16" if machine.bfloat16 else "float16"
@@ -155,9 +150,23 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         notes=notes,
         no_peer_access=no_peer_access if device == "cuda" and ranks > 1 else "",
     )
-    for step in (1, 2, 3):
-        placement.batch_plan(job, step)
+    mistakes = _batches_that_do_not_divide(job, placement)
+    if mistakes:
+        raise together(mistakes)
     return placement
+
+
+def _batches_that_do_not_divide(job: Job, placement: Placement) -> list[ToolkitError]:
+    mistakes = []
+    for step in (1, 2, 3):
+        try:
+            placement.batch_plan(job, step)
+        except ToolkitError as error:
+            mistakes.append(error)
+    if job.ppo.rollout_batch % placement.ranks:
+        what = f"ppo.rollout_batch {job.ppo.rollout_batch} cannot be shared by {placement.ranks} ranks"
+        mistakes.append(ToolkitError(what, hint=f"use a multiple of {placement.ranks}"))
+    return mistakes
 
 
 def _device(job: Job, machine: Machine) -> tuple[str, str]:

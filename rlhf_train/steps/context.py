@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jobs.errors import ToolkitError
-from jobs.events import Event, Plan, Progress
+from jobs.events import Event, Plan, Progress, Warning
 from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
@@ -28,6 +28,7 @@ from rlhf_train.engine.divergence import Divergence
 from rlhf_train.host import cpu_text, processor_name
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
 from rlhf_train.plan.estimate import expected_times
+from rlhf_train.plan.few_rows import too_few_to_measure, too_few_to_train
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.ranks.heartbeat import Heartbeat
@@ -197,6 +198,13 @@ def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> datas
             )
     if context.world.is_main:
         write_json(context.run.step(step).rows, tokens.digest)
+    trained, held_out = (len(table.step_rows[step]) for table in (tokens.train, tokens.held_out))
+    for message, hint in (
+        (too_few_to_train(context.job, step, trained), "lower it, or give the step more rows"),
+        (too_few_to_measure(step, held_out), "give the job more rows, or a test split"),
+    ):
+        if message:
+            context.emit(Warning(step=step, message=message, hint=hint))
     return tokens
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from jobs.spec import Ppo
 from rlhf_train.data.sequences import Sequences, sent
 from rlhf_train.ranks.collectives import World
-from rlhf_train.steps.losses import gae, kl_penalised_rewards, moments, whiten
+from rlhf_train.steps.losses import gae, kl_penalised_rewards, moments, rewards_to_go, whiten
 
 RAGGED = ("prompts", "responses")
-PLAIN = ("mask", "old_log_probs", "ref_log_probs", "scores", "ended")
-TARGETS = ("values", "advantages", "returns")  # what the losses need besides the old log-probs
+PLAIN = ("mask", "old_log_probs", "ref_log_probs", "scores", "objectives", "ended")
+# What the losses need besides the old log-probs, and what the critic is measured against.
+TARGETS = ("values", "advantages", "returns", "rewards_to_go")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Experience:
     old_log_probs: Tensor  # of the policy that sampled, by the trainer's forward; on-policy by the rollout
     ref_log_probs: Tensor
     scores: Tensor  # (B,)
+    objectives: Tensor  # (B,), the sum of a response's rewards: `objective` of its score and its KL
     ended: Tensor  # (B,)
     targets: dict[str, Tensor]  # TARGETS; on-policy `rewards`: each pass makes TARGETS from them and its values
 
@@ -82,6 +84,7 @@ class Experience:
         scores = torch.tensor([row.score for row in rows])
         ended = torch.tensor([row.ended for row in rows])
         penalised = scores - spec.missing_eos_penalty * ~ended
+        objectives = objective(scores, ended, ((old - ref) * mask).sum(1), spec, kl_coef)
         rewards = kl_penalised_rewards(old, ref, penalised, mask, kl_coef=kl_coef, reward_clip=spec.reward_clip)
         if spec.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True)
@@ -91,7 +94,8 @@ class Experience:
             targets = targets_of(rewards, _padded([_trainer(row).values for row in rows]), mask, spec)
             if spec.whiten_advantages:
                 targets["advantages"] = whiten(targets["advantages"], mask, keep_mean=False)
-        return cls([row.prompt for row in rows], [row.response for row in rows], mask, old, ref, scores, ended, targets)
+        prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
+        return cls(prompts, responses, mask, old, ref, scores, objectives, ended, targets)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors, for a checkpoint.
@@ -123,6 +127,16 @@ class Experience:
         """
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
+    @property
+    def kl_k3(self) -> Tensor:
+        """Return the KL to the reference, (B,), in nats, by an estimate that is never negative.
+
+        It is Schulman's k3, the sum of r - 1 - log r over each response, r = pi_ref / pi:
+        http://joschu.net/blog/kl-approx.html
+        """
+        log_ratio = (self.ref_log_probs - self.old_log_probs) * self.mask
+        return (log_ratio.expm1() - log_ratio).sum(1)
+
     def make_pass(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
         """Make the pass of one micro batch."""
         batch = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
@@ -149,7 +163,18 @@ class Pass:
 def targets_of(rewards: Tensor, values: Tensor, mask: Tensor, spec: Ppo) -> dict[str, Tensor]:
     """Compute TARGETS, (B, R), from rewards and values; the advantages are not whitened yet."""
     advantages, returns = gae(rewards, values, mask, gamma=spec.gamma, lam=spec.lam)
-    return {"values": values, "advantages": advantages, "returns": returns}
+    to_go = rewards_to_go(rewards, mask, gamma=spec.gamma)
+    return {"values": values, "advantages": advantages, "returns": returns, "rewards_to_go": to_go}
+
+
+def objective(scores: Tensor, ended: Tensor, kl: Tensor, spec: Ppo, kl_coef: float) -> Tensor:
+    """Return what PPO maximises of each response: its clipped score, less what its KL costs.
+
+    An answer that did not end pays `missing_eos_penalty` before the clip. scores, ended, kl (k1, in
+    nats): (B,). Returns (B,). Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+    """
+    penalised = scores - spec.missing_eos_penalty * ~ended
+    return penalised.clamp(-spec.reward_clip, spec.reward_clip) - kl_coef * kl
 
 
 def whiten_update(passes: Sequence[Pass], world: World) -> None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.float32 import in_float32
 from rlhf_train.steps.context import StepContext
+from rlhf_train.steps.experience import objective
 from rlhf_train.steps.merged import merged
 from rlhf_train.steps.rule import Rule
 from rlhf_train.steps.scoring import Scorer
@@ -27,7 +29,9 @@ class Answer:
     ended: bool
     tokens: int
     score: float
-    kl: float  # nats, the whole response
+    kl: float  # k1, nats, the whole response
+    kl_k3: float  # the same by the estimate that is never negative
+    objective: float  # what PPO maximises, with the job's `kl_coef`
     good: bool | None
 
 
@@ -37,6 +41,8 @@ class Summary:
 
     reward: float
     kl: float
+    kl_k3: float
+    objective: float
     length: float
     ended: float
     good: float | None
@@ -57,7 +63,7 @@ class HeldOut:
         count: of the first prompts; None: of all. The answers are those of the model as it is
         saved, with its adapters merged.
         """
-        world = self.context.world
+        world, spec = self.context.world, self.context.job.ppo
         places = np.arange(len(self.prompts[:count]))[world.rank :: world.size]
         prompts = [self.prompts[i] for i in places]
         with merged(rollouts.model) as is_float32:  # but the reference may be the same model without adapters
@@ -73,8 +79,20 @@ class HeldOut:
             tokens = made.tokens[row][: -1 if ended else None]
             response = self.tokenizer.decode(tokens)  # special tokens other than the EOS are part of it
             good = self.rule(prompt, response, ended) if self.rule is not None else None
-            kl = float((made.log_probs[row] - numbers["ref_log_probs"]).sum())
-            answer = Answer(prompt, response, ended, len(made.tokens[row]), numbers["score"], kl, good)
+            log_ratio = numbers["ref_log_probs"] - made.log_probs[row]
+            kl, kl_k3 = float(-log_ratio.sum()), float((np.expm1(log_ratio) - log_ratio).sum())
+            gained = objective(*map(torch.tensor, (numbers["score"], ended, kl)), spec, spec.kl_coef)
+            answer = Answer(
+                prompt,
+                response,
+                ended,
+                tokens=len(made.tokens[row]),
+                score=numbers["score"],
+                kl=kl,
+                kl_k3=kl_k3,
+                objective=float(gained),
+                good=good,
+            )
             answers.append((int(places[row]), answer))
         of_all_ranks = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
         return [answer for _, answer in of_all_ranks]
@@ -100,12 +118,14 @@ class HeldOut:
 
         good = mean([bool(a.good) for a in answers]) if self.rule is not None else None
         return Summary(
-            mean([a.score for a in answers]),
-            mean([a.kl for a in answers]),
-            mean([a.tokens for a in answers]),
-            mean([a.ended for a in answers]),
-            good,
-            standard_error([a.score for a in answers]),
+            reward=mean([a.score for a in answers]),
+            kl=mean([a.kl for a in answers]),
+            kl_k3=mean([a.kl_k3 for a in answers]),
+            objective=mean([a.objective for a in answers]),
+            length=mean([a.tokens for a in answers]),
+            ended=mean([a.ended for a in answers]),
+            good=good,
+            reward_error=standard_error([a.score for a in answers]),
         )
 
 

@@ -70,6 +70,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, advantages + values
 
 
+def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """Return the discounted sum of the rewards from each token on, which the critic is to predict.
+
+    rewards, mask: (B, R), as in `gae`. Returns (B, R), zero outside the mask.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[1]
+
+
 def moments(x: Tensor, mask: Tensor) -> Tensor:
     """Return count, sum and sum of squares of the masked values, float64 (3,).
 

@@ -20,12 +20,14 @@ from jobs.errors import ExitCode, ToolkitError
 from jobs.events import End, Warning
 from jobs.spec import Ppo
 from rlhf_train.data.sequences import assign_passes, rows_of_update
+from rlhf_train.disk import read_json
 from rlhf_train.engine.checkpointer import Checkpointer
 from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.engine.divergence import Divergence
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
+from rlhf_train.steps.chance import warning_of_chance
 from rlhf_train.steps.context import Clock, StepContext, start_checkpoints
 from rlhf_train.steps.experience import Experience, Pass, response_values, targets_of, whiten_update
 from rlhf_train.steps.export import save_model, scores_of
@@ -48,6 +50,7 @@ def run(context: StepContext) -> End:
     # 2. Show that the longest update fits, and resume from the last checkpoint, if there is one.
     rows, model_bytes = setup.tokens.train.digest(3), setup.model_bytes
     checkpointer, divergence = start_checkpoints(context, 3, updates, setup.parts, rows=rows, model_bytes=model_bytes)
+    warn_of_chance(context)
     try_the_longest(context, setup)
     saved = checkpointer.resume()
     if saved is not None:
@@ -57,11 +60,12 @@ def run(context: StepContext) -> End:
     else:
         state = start(context, setup, clock)
 
+    samples = sampled_updates(updates, setup.updates_per_rollout, spec.samples_every_updates)
     for update in range(actor.update, updates):
         # 3. Keep the weights that are best on held-out prompts. Show a few answers now and then.
         if checkpointer.wants_best(update):
-            offer_best(context, setup, checkpointer, update)
-        if update in sampled_updates(updates, setup.updates_per_rollout):
+            offer_best(context, setup, checkpointer, update, setup.held_out.summary(setup.held_out_answers()))
+        if update in samples:
             setup.held_out.show(setup.few_answers(), "during", update)
 
         # 4. Collect a rollout, unless the last one still has updates to learn from it.
@@ -85,6 +89,8 @@ def run(context: StepContext) -> End:
     # 8. Measure on the held-out prompts again, and save the actor.
     after = measure(context, setup, "after")
     divergence.check({"mean reward": after.reward, "KL": after.kl})
+    if checkpointer.keeps_best:
+        offer_best(context, setup, checkpointer, updates, after)
     folder = context.run.step(3).model
     end = result(context, setup, state, after)
     save_actor(context, setup, updates, folder, scores=scores_of(end))
@@ -119,6 +125,15 @@ def start(context: StepContext, setup: Setup, clock: Clock) -> LoopState:
     )
 
 
+def warn_of_chance(context: StepContext) -> None:
+    """Warn of a reward model of this run that ranked pairs no better than a guess."""
+    ended = read_json(context.run.step(2).complete) if context.job.critic.reward_model is None else None
+    if ended is not None and ended.get("held_out_rows"):
+        warning = warning_of_chance(3, ended["reward_accuracy"], ended["held_out_rows"])
+        if warning is not None:
+            context.emit(warning)
+
+
 def measure(context: StepContext, setup: Setup, when: str) -> Summary:
     """Answer the held-out prompts and show a few of the answers. when: before or after training."""
     context.doing(3, f"answers to {len(setup.held_out.prompts)} held-out prompts, {when}")
@@ -127,18 +142,20 @@ def measure(context: StepContext, setup: Setup, when: str) -> Summary:
     return setup.held_out.summary(answers)
 
 
-def sampled_updates(updates: int, updates_per_rollout: int) -> set[int]:
-    """Return the updates before which answers are shown: a quarter, half, and three quarters done.
+def sampled_updates(updates: int, updates_per_rollout: int, every: int | None) -> set[int]:
+    """Return the updates before which answers are shown.
 
-    Each is the first update of a rollout.
+    They come `every` so many updates; None: a quarter, half and three quarters through. Each is put
+    off to the first update of a rollout.
     """
-    quarters = (-(-updates * quarter // (4 * updates_per_rollout)) * updates_per_rollout for quarter in (1, 2, 3))
-    return {update for update in quarters if 0 < update < updates}
+    wanted = [updates * quarter / 4 for quarter in (1, 2, 3)] if every is None else range(every, updates, every)
+    first = (math.ceil(update / updates_per_rollout) * updates_per_rollout for update in wanted)
+    return {update for update in first if 0 < update < updates}
 
 
-def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int) -> None:
-    """Measure the weights of `update` on the held-out prompts, and keep them if they are best."""
-    best = ("mean_reward", setup.held_out.summary(setup.held_out_answers()).reward)
+def offer_best(context: StepContext, setup: Setup, checkpointer: Checkpointer, update: int, measured: Summary) -> None:
+    """Keep the weights of `update` if their objective on held-out prompts is the best so far."""
+    best = ("objective", measured.objective)
     checkpointer.offer(
         update,
         *best,
@@ -241,12 +258,22 @@ def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Dive
 
     # 3. Run forward and backward through both networks.
     total = accumulate_gradients(
-        context, passes, response_tokens, on_policy=setup.on_policy, actor=actor, critic=critic
+        context,
+        passes,
+        response_tokens,
+        on_policy=setup.on_policy,
+        actor=actor,
+        critic=critic,
+        actor_learns=update >= spec.critic_warmup_updates,
     )
 
     # 4. Apply the update, or skip it if its losses are not finite.
     if math.isfinite(total["policy_loss"] + total["value_loss"]):
-        norms = divergence.apply(actor, critic)
+        if update >= spec.critic_warmup_updates:
+            norms = divergence.apply(actor, critic)
+        else:
+            norms = [0.0, *divergence.apply(critic)]
+            actor.skip()
         if setup.ema is not None:
             setup.ema.update()
         if divergence.skips.in_a_row == 0:
@@ -272,7 +299,8 @@ def emit_metrics(context: StepContext, setup: Setup, state: LoopState, update: i
         updates=setup.updates,
         elapsed_s=state.training(),
         kl_coef=state.kl_coef,
-        engine=setup.actor,
+        actor=setup.actor,
+        critic=setup.critic,
     )
     context.emit(metrics)
 
@@ -310,8 +338,12 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
         mean_reward_error_after=after.reward_error,
         good_share_before=before.good,
         good_share_after=after.good,
+        objective_before=before.objective,
+        objective_after=after.objective,
         kl_before=before.kl,
         kl=after.kl,
+        kl_k3_before=before.kl_k3,
+        kl_k3=after.kl_k3,
         response_length_before=before.length,
         response_length_after=after.length,
         eos_share_before=before.ended,
@@ -388,8 +420,11 @@ def accumulate_gradients(
     on_policy: bool,
     actor: Engine,
     critic: Engine,
+    actor_learns: bool = True,
 ) -> dict[str, float]:
     """Run forward and backward over one update's passes; return SUMS over passes and ranks.
+
+    actor_learns: whether the actor gets gradients; its numbers are computed anyway.
 
     The critic runs first: on-policy the advantages come from its values, and are whitened over all
     passes before the actor's first pass.
@@ -408,12 +443,19 @@ def accumulate_gradients(
         if on_policy:
             micro.targets = targets_of(micro.targets["rewards"], values.detach(), mask, spec)
         old_values, returns = micro.targets["values"], micro.targets["returns"]
+        to_go = micro.targets["rewards_to_go"].double()
         loss = losses.value_loss(
             values, old_values, returns, mask, clip_range=spec.value_clip_range, normalizer=response_tokens
         )
         critic.backward(loss, last=micro is passes[-1])
         value_clipped = (((values.detach() - old_values).abs() > spec.value_clip_range) & mask).sum()
-        add(value_loss=loss.detach(), value_clipped=value_clipped)
+        add(
+            value_loss=loss.detach(),
+            value_clipped=value_clipped,
+            value_error=((to_go - old_values) * mask).square().sum(),
+            to_go=(to_go * mask).sum(),
+            to_go_squared=(to_go * mask).square().sum(),
+        )
 
     if on_policy and spec.whiten_advantages:
         whiten_update(passes, context.world)
@@ -421,13 +463,15 @@ def accumulate_gradients(
     for micro in passes:
         context.heartbeat.beat()
         batch, mask, advantages = micro.batch, micro.mask, micro.targets["advantages"]
-        flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
+        with torch.set_grad_enabled(actor_learns):
+            flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
         log_probs = batch.spread(flat)
         old_log_probs = log_probs.detach() if on_policy else micro.old_log_probs
         loss = losses.policy_loss(
             log_probs, old_log_probs, advantages, mask, clip_range=spec.clip_range, normalizer=response_tokens
         )
-        actor.backward(loss, last=micro is passes[-1])
+        if actor_learns:
+            actor.backward(loss, last=micro is passes[-1])
         # Against the policy that sampled; on-policy against the rollout's own log-probs, so that a
         # rollout that went wrong shows.
         ratio = ((log_probs.detach() - micro.old_log_probs) * mask).exp()

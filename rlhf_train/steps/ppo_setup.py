@@ -29,6 +29,7 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
+from rlhf_train.plan.few_rows import check_critic_warmup
 from rlhf_train.steps.context import StepContext, corpus
 from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import SAMPLES, Answer, HeldOut
@@ -127,6 +128,7 @@ def set_up(context: StepContext) -> Setup:
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
     possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
+    check_critic_warmup(spec, updates)
     context.plan(3, plan, updates=updates, zero_stage=where.actor_zero_stage, table=tokens.train)
 
     # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
@@ -167,6 +169,7 @@ def set_up(context: StepContext) -> Setup:
         precision=where.precision,
         zero_stage=where.actor_zero_stage,
         world=world,
+        first_update=spec.critic_warmup_updates,
     )
     critic = Engine(
         ScoreForward(critic_model),

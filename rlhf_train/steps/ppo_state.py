@@ -22,6 +22,9 @@ SUMS = (
     "ratio",
     "clipped",
     "value_clipped",
+    "value_error",
+    "to_go",
+    "to_go_squared",
     "entropy",
     "tokens",
     "trained",
@@ -71,7 +74,8 @@ class Tally:
         updates: int,
         elapsed_s: float,
         kl_coef: float,
-        engine: Engine,
+        actor: Engine,
+        critic: Engine,
     ) -> Metrics:
         """Return the rollout's numbers, and its training's numbers if any update was applied."""
         rollout = Metrics(
@@ -79,14 +83,17 @@ class Tally:
             update=update,
             updates=updates,
             elapsed_s=elapsed_s,
-            learning_rate=engine.current_learning_rate,
+            learning_rate=actor.current_learning_rate,
             tokens_per_s=0.0,
             real_token_share=0.0,
-            gpu_peak_bytes=engine.world.gpu_peak_bytes(),
+            gpu_peak_bytes=actor.world.gpu_peak_bytes(),
             grad_norm=0.0,
             mean_reward=float(experience.scores.mean()),
+            objective=float(experience.objectives.mean()),
             kl=float(experience.kl.mean()),
+            kl_k3=float(experience.kl_k3.mean()),
             kl_coef=kl_coef,
+            critic_learning_rate=critic.current_learning_rate,
             entropy=self.entropy,
             response_length=float(experience.mask.sum(1).float().mean()),
             eos_share=float(experience.ended.float().mean()),
@@ -107,9 +114,21 @@ class Tally:
             ratio=sums["ratio"] / sums["tokens"],
             clip_fraction=sums["clipped"] / sums["tokens"],
             value_clip_fraction=sums["value_clipped"] / sums["tokens"],
+            explained_variance=explained_variance(sums),
             entropy=self.entropy if self.entropy is not None else sums["entropy"] / len(experience.prompts),
             train_s=self.train_s,
         )
+
+
+def explained_variance(sums: Mapping[str, float]) -> float | None:
+    """Return 1 - mean (G - V)^2 / variance of G, over tokens; None if all G are equal.
+
+    G: the rewards from a token on. V: the critic's value there when the rollout was made. sums: of
+    G, G^2 and (G - V)^2, as `to_go`, `to_go_squared` and `value_error`.
+    """
+    mean = sums["to_go"] / sums["tokens"]
+    variance = sums["to_go_squared"] / sums["tokens"] - mean**2
+    return 1 - sums["value_error"] / sums["tokens"] / variance if variance > 0 else None
 
 
 @dataclass

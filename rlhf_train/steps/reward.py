@@ -8,6 +8,7 @@ and `lm_coef` keeps the model able to read.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rlhf_train.data.sequences import (
     assign_passes,
     count_updates,
     evaluation_batches,
-    grouped_rows_of_update,
+    rows_of_update,
 )
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.networks import (
@@ -35,6 +36,7 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
+from rlhf_train.steps.chance import warning_of_chance
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
@@ -110,22 +112,22 @@ def run(context: StepContext) -> End:
         before, clock = saved["before"], Clock(saved["seconds"])
         bars_before = saved.get("margins_before")  # None: a checkpoint of an older version
 
+    def offer(update: int, accuracy: float) -> None:
+        best = ("reward_accuracy", accuracy)
+
+        def save(folder: Path) -> None:
+            save_model(context, 2, update, engine, tokenizer, folder, lora=None, scores={}, example=example, best=best)
+
+        checkpointer.offer(update, *best, lower_is_better=False, save=save)
+
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out pairs.
         if checkpointer.wants_best(update):
-            best = ("reward_accuracy", accuracy(held_out_margins(context, engine, tokens.held_out, held_out, pad_id)))
-            checkpointer.offer(
-                update,
-                *best,
-                lower_is_better=False,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context, 2, update, engine, tokenizer, folder, lora=None, scores={}, example=example, best=best
-                ),
-            )
+            offer(update, accuracy(held_out_margins(context, engine, tokens.held_out, held_out, pad_id)))
 
         # 5. Draw the pairs of the update, and assign them to ranks and passes.
-        picked = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 2))]
+        picked = rows[rows_of_update(update, len(rows), spec.global_batch, (job.seed, 2))]
         lengths = row_lengths[picked]
         lm_tokens = int(tokens.train.chosen.lengths[picked].sum())  # of the whole update, all ranks
         answer_lengths = tokens.train.chosen.lengths + tokens.train.rejected.lengths
@@ -188,6 +190,11 @@ def run(context: StepContext) -> End:
     margins = held_out_margins(context, engine, tokens.held_out, held_out, pad_id)
     after = accuracy(margins)
     divergence.check({"accuracy": after})
+    warning = warning_of_chance(2, after, len(held_out))
+    if warning is not None:
+        context.emit(warning)
+    if checkpointer.keeps_best:
+        offer(updates, after)
     folder = context.run.step(2).model
     end = End(
         step=2,

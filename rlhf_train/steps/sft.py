@@ -7,6 +7,7 @@ adds the prompt), padding never counts, and the perplexity is over tokens, not a
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from rlhf_train.data.sequences import (
     assign_passes,
     count_updates,
     evaluation_batches,
-    grouped_rows_of_update,
+    rows_of_update,
 )
 from rlhf_train.engine.deepspeed_engine import Engine, trial_update
 from rlhf_train.models.adapters import add_lora, describe
@@ -100,36 +101,29 @@ def run(context: StepContext) -> End:
     saved = checkpointer.resume()
     if saved is None:
         context.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
-        before = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+        before, error_before = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     else:
         before, clock = saved["before"], Clock(saved["seconds"])
+        error_before = saved.get("error_before")  # None: a checkpoint of an older version
+
+    def offer(update: int, perplexity: float) -> None:
+        best, lora = ("perplexity", perplexity), job.actor.lora
+
+        def save(folder: Path) -> None:
+            save_model(context, 1, update, engine, tokenizer, folder, lora=lora, scores={}, example=example, best=best)
+
+        checkpointer.offer(update, *best, lower_is_better=True, save=save)
 
     training = Clock(saved["elapsed_s"] if saved else 0.0)
     for update in range(engine.update, updates):
         # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
             with merged(model, engine.settle):
-                best = ("perplexity", perplexity(context, engine, tokens.held_out, held_out, pad_id))
-            checkpointer.offer(
-                update,
-                *best,
-                lower_is_better=True,
-                save=lambda folder, update=update, best=best: save_model(  # type: ignore[misc]
-                    context,
-                    1,
-                    update,
-                    engine,
-                    tokenizer,
-                    folder,
-                    lora=job.actor.lora,
-                    scores={},
-                    example=example,
-                    best=best,
-                ),
-            )
+                measured, _ = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+            offer(update, measured)
 
         # 5. Draw the rows of the update, and assign them to ranks and passes.
-        chosen = rows[grouped_rows_of_update(update, updates, row_lengths[rows], spec.global_batch, (job.seed, 1))]
+        chosen = rows[rows_of_update(update, len(rows), spec.global_batch, (job.seed, 1))]
         lengths = row_lengths[chosen]
         counted = int(loss_tokens(job, tokens.train, chosen).sum())  # of the whole update, all ranks
         update_clock, loss_sum, computed = Clock(), 0.0, 0
@@ -167,16 +161,29 @@ def run(context: StepContext) -> End:
             divergence.skip(update + 1, "its loss is not finite", engine)
 
         # 8. Save a checkpoint, if one is due.
-        checkpointer.after(update + 1, {"before": before, "elapsed_s": training(), "seconds": clock()})
+        checkpointer.after(
+            update + 1,
+            {"before": before, "error_before": error_before, "elapsed_s": training(), "seconds": clock()},
+        )
 
     # 9. Measure again, and save the actor.
     context.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     with merged(model, engine.settle):
-        after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+        after, error_after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
     divergence.check({"perplexity": after})
+    if checkpointer.keeps_best:
+        offer(updates, after)
     folder = context.run.step(1).model
     end = End(
-        step=1, updates=updates, seconds=clock(), model=str(folder), perplexity_before=before, perplexity_after=after
+        step=1,
+        updates=updates,
+        seconds=clock(),
+        model=str(folder),
+        held_out_rows=len(held_out),
+        perplexity_before=before,
+        perplexity_after=after,
+        perplexity_error_before=error_before,
+        perplexity_error_after=error_after,
     )
     save_model(
         context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end), example=example
@@ -196,18 +203,41 @@ def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def perplexity(context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None) -> float:
-    """Return exp of the mean cross-entropy per token that the loss counts, over all `rows`."""
+def perplexity(
+    context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None
+) -> tuple[float, float | None]:
+    """Measure the perplexity of `rows` on the tokens in the loss, and its standard error."""
     lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
-    nll = count = 0.0
+    nlls, counts = [], []
     share = (context.placement.micro_batches[0], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(lengths, *share, packed=pad_id is None):
         context.heartbeat.beat()
         context.stop_if_asked()
         batch = sequences(table, rows[micro], pad_id, context.world.device)
         log_probs, _ = engine(batch, from_prompt=context.job.sft.loss_on_prompt)
-        per_row = np.repeat(real, loss_tokens(context.job, table, rows[micro]))
-        nll -= float((log_probs * torch.from_numpy(per_row).to(log_probs.device)).sum())
-        count += int(per_row.sum())
-    total = context.world.sum({"nll": nll, "count": count})
-    return math.exp(min(total["nll"] / total["count"], 700.0))
+        tokens = loss_tokens(context.job, table, rows[micro])
+        row_of_token = np.repeat(np.arange(len(micro)), tokens)
+        nll = np.bincount(row_of_token, weights=-log_probs.double().cpu().numpy(), minlength=len(micro))
+        nlls.append(nll[real])
+        counts.append(tokens[real])
+    of_all_ranks = context.world.gather((np.concatenate(nlls), np.concatenate(counts)))
+    return perplexity_of(*(np.concatenate(parts) for parts in zip(*of_all_ranks, strict=True)))
+
+
+def perplexity_of(nll: np.ndarray, tokens: np.ndarray) -> tuple[float, float | None]:
+    """Compute the perplexity of rows, and its standard error; None for fewer than two rows.
+
+    nll: each row's negative log-likelihood in nats, summed over its `tokens`.
+    With m = Σ nll / Σ tokens, in nats a token, the perplexity is exp(m), a number of tokens. A
+    row's tokens depend on each other, so rows are the sample, and m is a ratio of two sums over n
+    rows: se(m) = √(n/(n−1) Σ (nll − m tokens)²) / Σ tokens (Cochran 1977, Sampling Techniques, eq.
+    6.13, of a large population). By the delta method the perplexity's error is exp(m) se(m).
+    """
+    mean = float(nll.sum() / tokens.sum())
+    value = math.exp(min(mean, 700.0))
+    rows = len(nll)
+    if rows < 2:
+        return value, None
+    with np.errstate(invalid="ignore"):  # a row of probability 0: the error is not a number
+        spread = math.sqrt(rows / (rows - 1) * float(((nll - mean * tokens) ** 2).sum()))
+    return value, value * spread / float(tokens.sum())

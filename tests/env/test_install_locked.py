@@ -116,6 +116,21 @@ def test_the_locked_pytorch_of_the_box_is_taken(theirs: Path, tmp_path: Path, in
     assert found.stdout.split() == [str(target / "torch/__init__.py"), "2.0.1", "None"]
 
 
+def test_packages_that_share_a_file_are_taken_together(venv: Path, tmp_path: Path, index: Path) -> None:
+    """On one disk, where files are linked: the second package finds the first one's link."""
+    wheels = [wheel_of(index, package) for package in ("cudnn", "nvrtc")]
+    subprocess.run([venv / "bin/python", "-m", "pip", "install", "-q", "--no-index", *wheels], check=True)
+    lock = tmp_path / "lock.txt"
+    lock.write_text("cudnn==8.5\nnvrtc==11.7\n", encoding="utf-8")
+    done = take(venv / "bin/python", lock, target := tmp_path / "target")
+    assert done.stdout.startswith("cudnn==8.5, nvrtc==11.7 taken from ")
+    code = "from nvidia import cudnn, nvrtc; print(cudnn.VALUE, nvrtc.VALUE)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "8 11\n"
+
+
 @pytest.mark.parametrize(
     ("version", "spoil", "said"),
     [

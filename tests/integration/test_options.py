@@ -29,7 +29,8 @@ LORA_JOB = [
     f"actor.lora={LORA}",
     "hardware.gradient_checkpointing=true",
     "ppo.rollout_batch=8",
-    "ppo.max_updates=3",
+    "ppo.max_updates=4",
+    "ppo.critic_warmup_updates=1",
     "ppo.normalize_rewards=false",
 ]
 
@@ -95,15 +96,27 @@ def test_every_number_is_there_and_finite(lora: Trained, everything: Trained) ->
 
 def test_before_the_first_update_ratio_is_1_and_kl_is_0(lora: Trained, everything: Trained) -> None:
     lines = lora.events("metrics", 3)
-    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert lines[1]["kl"] != pytest.approx(0, abs=1e-6)
+    assert lines[2]["kl"] != pytest.approx(0, abs=1e-6)
     for line in lines:  # one update a rollout: always the first
         assert line["ratio"] == pytest.approx(1, abs=1e-6)
         assert line["clip_fraction"] == line["value_clip_fraction"] == 0
     assert everything.events("metrics", 3)[0]["kl"] == pytest.approx(0, abs=1e-6)  # also at temperature 0.7
     for run in (lora, everything):
         assert run.end(3)["kl_before"] == pytest.approx(0, abs=1e-6)
+
+
+def test_in_its_warm_up_the_critic_learns_alone(lora: Trained) -> None:
+    first, second = lora.events("metrics", 3)[:2]
+    assert (first["learning_rate"], first["grad_norm"]) == (0.0, 0.0) and first["critic_grad_norm"] > 0
+    assert second["kl"] == pytest.approx(0, abs=1e-6)  # the actor has not moved
+    # A cosine over the critic's 4 updates, and over the actor's 3, which begin here.
+    ppo = tiny.job(lora.dir.path)["ppo"]
+    assert second["learning_rate"] == pytest.approx(ppo["actor_learning_rate"]) and second["grad_norm"] > 0
+    quarter = 0.5 * (1 + math.cos(math.pi / 4))
+    assert first["critic_learning_rate"] == pytest.approx(ppo["critic_learning_rate"])
+    assert second["critic_learning_rate"] == pytest.approx(ppo["critic_learning_rate"] * quarter)
 
 
 def test_lora_learns_and_leaves_whole_weights(lora: Trained) -> None:

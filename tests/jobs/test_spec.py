@@ -241,7 +241,7 @@ def test_all_mistakes_at_once() -> None:
         "sft.learning_rate: this field is required",
         "sft.lerning_rate: unknown field; did you mean learning_rate? valid here: epochs, max_updates, schedule, "
         "final_learning_rate, "
-        "warmup_updates, betas, weight_decay, max_grad_norm, global_batch, learning_rate, loss_on_prompt",
+        "warmup_updates, betas, eps, weight_decay, max_grad_norm, global_batch, learning_rate, loss_on_prompt",
         "ppo.lam: 1 or below, not 2",
         "hardware.ranks: 'auto' or an integer above 0, not 'no'",
         "hardware.device: 'auto', 'cpu' or 'cuda', not 'gpu'",

@@ -71,6 +71,9 @@ WHEELS = {
         {"deepspeed/__init__.py": MAKES_FOLDERS, "deepspeed/git_version_info.py": "installed_ops = {}\n"},
     ),
     "alpha": ("1.0", {"alpha.py": "VALUE = 1\n"}),
+    # Two that share a file, as PyTorch's packages of libraries do.
+    "cudnn": ("8.5", {"nvidia/__init__.py": "", "nvidia/cudnn.py": "VALUE = 8\n"}),
+    "nvrtc": ("11.7", {"nvidia/__init__.py": "", "nvidia/nvrtc.py": "VALUE = 11\n"}),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs.errors import ToolkitError
+from remote import output
 from remote.output import HIDDEN, Sayer
 from remote.scripts import dispatch_script
 
@@ -83,6 +84,30 @@ def test_what_is_of_the_moment_is_drawn_over_on_a_terminal_alone(monkeypatch: py
     monkeypatch.setenv("TERM", "dumb")
     Sayer(err=terminal).now("pip")
     assert terminal.getvalue().endswith("stays\n")
+
+
+def test_in_a_pipe_what_is_of_the_moment_is_a_line_each_half_minute() -> None:
+    """The clock starts again with each state, which an empty text ends."""
+    pipe, times = io.StringIO(), iter([0, 29, 30, 59, 61, 62, 100, 129, 131])
+    say = Sayer(err=pipe, host="gpu-box", clock=lambda: float(next(times)))
+    for text in ("at 0", "at 29", "at 30", "at 59", "at 61"):
+        say.now(text)
+    say.now("")
+    for text in ("at 100", "at 129", "at 131"):
+        say.now(text)
+    assert pipe.getvalue() == "gpu-box: at 30\ngpu-box: at 61\ngpu-box: at 131\n"
+
+
+def test_what_takes_long_shows_a_clock_and_what_is_quick_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "EACH_S", 0.5)
+    quick, shown, sizes = list[str](), list[str](), iter(["1 kB", "2 kB", ""])
+    with output.ticking(quick.append, "probing"):
+        pass
+    with pytest.raises(KeyboardInterrupt), output.ticking(shown.append, "probing", lambda: next(sizes)):
+        time.sleep(1.55)
+        raise KeyboardInterrupt
+    assert quick == [""]
+    assert shown == ["probing (0s): 1 kB", "probing (1s): 2 kB", "probing (1s)", ""]
 
 
 def test_a_command_is_shown_without_its_input() -> None:

@@ -139,7 +139,7 @@ def newer(run: RunDir, number: object = FORMAT + 1) -> None:
 def test_a_run_that_begins_has_a_format_number(run: RunDir) -> None:
     run.path.mkdir(parents=True)
     begin_run(run)
-    assert run.format.read_text(encoding="utf-8") == "1\n" and FORMAT == 1
+    assert run.format.read_text(encoding="utf-8") == "2\n" and FORMAT == 2
     begin_run(run)
     assert sorted(path.name for path in run.path.iterdir()) == ["format", "id"]
 
@@ -157,24 +157,45 @@ def test_a_run_keeps_its_id_and_another_one_has_another(run: RunDir) -> None:
     assert ids[0] != ids[1] and all(re.fullmatch(r"[0-9a-f]{16}\n", each) for each in ids)
 
 
-def test_a_run_without_a_format_number_resumes(run: RunDir) -> None:
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_run_of_format_1_keeps_its_results_and_does_not_resume_a_step(run: RunDir, number: int | None) -> None:
     do(job(), run, 1)
     begin_step(job(), run, 2)
+    if number is not None:
+        write_json(run.format, number)
+    assert steps_to_do(job(), run, ALL, redo=False) == [2, 3]  # nothing was learned in step 2
     half = run.step(2).checkpoint(4)
     half.mkdir(parents=True)
-    assert not run.format.exists() and steps_to_do(job(), run, ALL, redo=False) == [2, 3]
+    (half / "complete.json").touch()
+    error = refused(job(), run, ALL)
+    assert error.what == "run `one` began step 2 with an older version, which took rows in another order"
+    assert "`--redo --step 2`" in error.hint and "`--run NEW`" in error.hint
+    assert steps_to_do(job(), run, [2], redo=True) == [2]
     begin_run(run)
-    assert read_json(run.format) == 1 and is_complete(run, 1) and half.exists() and begin_step(job(), run, 2)
+    assert read_json(run.format) == FORMAT and is_complete(run, 1) and begin_step(job(), run, 2)
     assert steps_to_do(job(), run, ALL, redo=False) == [2, 3]
 
 
-@pytest.mark.parametrize("number", [2, 99, 0, "new", [1]])
+def test_a_result_counts_that_was_made_before_a_field_was_there(run: RunDir) -> None:
+    do(job(), run, 1)
+    do(job(), run, 3)
+    for step in (1, 3):
+        fields = read_json(run.step(step).fields)
+        new = {name for name in fields if name.endswith((".eps", ".critic_warmup_updates"))}
+        assert "sft.eps" in new
+        write_json(run.step(step).fields, {name: value for name, value in fields.items() if name not in new})
+    assert steps_to_do(job(), run, [1], redo=False) == []
+    assert refused(job(), run, [3]).why == "ppo.eps: 1e-08 -> 1e-05"
+    assert steps_to_do(job("ppo.eps=1e-8"), run, [3], redo=False) == []
+
+
+@pytest.mark.parametrize("number", [3, 99, 0, "new", [1]])
 def test_a_run_of_an_unknown_format_is_refused(run: RunDir, number: object) -> None:
     do(job(), run, 1)
     newer(run, number)
     error = refused(job(), run, [2, 3])
     assert error.what == "run `one` was written by a newer version"
-    assert error.why == f"{run.format} says format {number}; this version knows formats up to 1"
+    assert error.why == f"{run.format} says format {number}; this version knows formats up to 2"
     assert "`--run NEW`" in error.hint and "`--redo --step 1,2,3`" in error.hint
     assert refused(job(), run, [2, 3], redo=True).what == error.what  # step 1 would stay as it is
 

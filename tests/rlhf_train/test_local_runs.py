@@ -34,6 +34,29 @@ def run_of(folder: Path, name: str, events: Sequence[RawEvent], age_s: float = 0
     return run
 
 
+def test_fetched_runs_are_named_by_their_box(tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(tmp_path, "gpu-box/demo", [PLAN, END_3], age_s=60)
+    run_of(tmp_path, "gpu-box/trains", [PLAN, PPO], age_s=30)
+    run_of(tmp_path, "demo", [PLAN, PPO], age_s=10)
+    run_of(tmp_path, "demo/copy", [PLAN], age_s=5)  # inside a run
+    (tmp_path / "a file").touch()
+    assert status([], tmp_path) == 0
+    assert status(["gpu-box/demo"], tmp_path) == 0
+    assert squeezed(capsys.readouterr().out.splitlines()) == [
+        "run state progress last event",
+        "gpu-box/demo done step 3, complete 1m00s ago",
+        "gpu-box/trains unknown step 3, update 120/480 30s ago",
+        "demo lost step 3, update 120/480 10s ago",
+        "run state progress last event",
+        "gpu-box/demo done step 3, complete 1m00s ago",
+    ]
+    with pytest.raises(ToolkitError) as caught:
+        status(["gpu-box/none"], tmp_path)
+    assert "gpu-box/demo, gpu-box/trains, demo" in caught.value.hint
+    monkeypatch.chdir(tmp_path)  # a folder is one still
+    assert status(["./gpu-box/demo"], tmp_path / "elsewhere") == 0
+
+
 def test_each_run_has_a_line_with_its_state(tmp_path: Path, capsys: Said) -> None:
     run_of(tmp_path, "done", [PLAN, *ROLLOUTS, END_3], age_s=7200)
     run_of(tmp_path, "failed", [PLAN, event("error", 3, what="out of memory")], age_s=200)

@@ -339,7 +339,7 @@ def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[st
 
 
 def test_a_dry_run_says_it_and_continues(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:
-    assert main([*ON_AUTO, "--dry-run"]) == 0
+    assert main([*ON_AUTO, "--dry-run"]) == 3
     printed = capsys.readouterr()
     assert printed.err == f"unfit: {NO_GPU}; to train on the CPU on purpose, --set hardware.device=cpu\n"
     assert "\ndevice: cpu (PyTorch " in printed.out and blind == [] and list(tmp_path.iterdir()) == []
@@ -472,6 +472,20 @@ def test_what_a_dry_run_refuses(words: list[str], what: str, why: str, capsys: S
     assert main(["--job", "demo", *words]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {what}\n") and why in printed
+
+
+def test_a_dry_run_says_all_mistakes_together(capsys: Said) -> None:
+    wrong = ["sft.global_batch=33", "reward.global_batch=31", "data.datasets=[./nothere.jsonl]"]
+    words = [word for setting in wrong for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: 3 mistakes\n") and "mend them all; nothing was begun" in printed
+    for part in (
+        "1. sft.global_batch 33 over 1 rank is 33, not a multiple of micro_batch 16",
+        "2. reward.global_batch 31 over 1 rank is 31",
+        "3. there is no data set `./nothere.jsonl`",
+    ):
+        assert part in printed
 
 
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
@@ -636,7 +650,10 @@ def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: 
     assert main(["report", "a", "--price", "1.5"]) == ExitCode.OK
     assert capsys.readouterr().out == "runs/a/report.html\n"
     html = Path("runs/a/report.html").read_text(encoding="utf-8")
-    assert "It worked: perplexity on held-out answers fell from 31.00 to 8.00." in html and "<dd>1.50</dd>" in html
+    assert (
+        "It worked: the perplexity on held-out answers fell from 31.00 to 8.00, without an error" in html
+        and "<dd>1.50</dd>" in html
+    )
     assert main(["report", "a", "./runs/b"]) == ExitCode.OK
     assert capsys.readouterr().out == "runs/report-a-b.html\n"
     shutil.copytree(tmp_path / "runs" / "a", tmp_path / "gpu-box" / "a")

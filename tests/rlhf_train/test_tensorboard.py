@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,3 +92,37 @@ def test_it_never_harms_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_damaged_event_is_left_out(tmp_path: Path) -> None:
     assert len(written(tmp_path, [*losses((1, 2.0)), SFT | {"loss": "much"}, *losses((3, 1.0))])) == 1
     assert scalars(tmp_path, 1, "loss") == [(1, 2.0), (3, 1.0)]
+
+
+def test_the_composed_command_serves_the_runs(tmp_path: Path) -> None:
+    """The command of docker-compose.yml, but for folder, address and port."""
+    written(tmp_path / "demo", losses((1, 3.5), (2, 2.25)))
+    compose = (Path(__file__).parents[2] / "docker-compose.yml").read_text(encoding="utf-8")
+    (words,) = re.findall(r"entrypoint: \[/opt/entrypoint, (tensorboard, .*)\]", compose)
+    program, *arguments = words.replace('"', "").split(", ")
+    ours = {"/app/runs": str(tmp_path), "0.0.0.0": "127.0.0.1", "6006": "0"}
+    assert ours.keys() <= {*arguments}
+    command = [str(Path(sys.executable).with_name(program)), *(ours.get(word, word) for word in arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            urls = (re.search(r"http://127\.0\.0\.1:[0-9]+/", line) for line in server.stdout)
+            url = next(found[0] for found in urls if found)
+            run = "demo/tensorboard/step1"
+            points = answer(f"{url}data/plugin/scalars/scalars?run={run}&tag=loss")
+            assert [point[1:] for point in points] == [[1, 3.5], [2, 2.25]]
+            assert "loss" in answer(f"{url}data/plugin/scalars/tags")[run]
+        finally:
+            server.kill()
+
+
+def answer(url: str) -> Any:
+    """Return what TensorBoard answers, which reads its files in the background."""
+    for attempt in range(200):
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            assert error.code in (404, 400) and attempt < 199, error.read()
+            time.sleep(0.1)
+    raise AssertionError

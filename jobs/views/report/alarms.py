@@ -9,10 +9,10 @@ from typing import Literal
 
 from jobs.events import RawEvent
 from jobs.formatting import number
-from jobs.steps import PPO, REWARD
+from jobs.steps import PPO, REWARD, label_of
 from jobs.views.report.history import RunHistory, StepHistory
 from jobs.views.report.intervals import difference_of_shares, wilson
-from jobs.views.report.verdict import reward_gain
+from jobs.views.report.verdict import gain_of
 
 LENGTH_FACTOR = 2.0  # answers this many times longer or shorter than at first
 REPEATED_SHARE = 0.3  # of an answer's groups of four words that have occurred in it before
@@ -58,7 +58,7 @@ def ends_of_curve(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _length(step: StepHistory) -> AlarmCheck:
-    name, threshold = "answer length", f"{LENGTH_FACTOR:g} times longer or shorter"
+    name, threshold = label_of("response_length"), f"{LENGTH_FACTOR:g} times longer or shorter"
     first, last = ends_of_curve(step.curve("response_length")[1])
     if not first > 0:
         return AlarmCheck(name, "not known", "", threshold)
@@ -68,7 +68,7 @@ def _length(step: StepHistory) -> AlarmCheck:
 
 
 def _ended(step: StepHistory) -> AlarmCheck:
-    name, threshold = "answers that end", f"under {ENDED_SHARE:.0%} end by themselves"
+    name, threshold = label_of("eos_share"), f"under {ENDED_SHARE:.0%} end by themselves"
     _, last = ends_of_curve(step.curve("eos_share")[1])
     if math.isnan(last):
         return AlarmCheck(name, "not known", "", threshold)
@@ -97,31 +97,33 @@ def _repetition(samples: Sequence[RawEvent]) -> AlarmCheck:
 
 
 def _kl(step: StepHistory) -> AlarmCheck:
-    name, threshold = "KL to the reference", f"over {KL_NATS:g} nats a response"
-    _, last = ends_of_curve(step.curve("kl")[1])
+    name, threshold = label_of("kl_k3"), f"over {KL_NATS:g} nats a response"
+    _, last = ends_of_curve(step.curve("kl_k3")[1])
     if math.isnan(last):
         return AlarmCheck(name, "not known", "", threshold)
     return AlarmCheck(name, "alarm" if last > KL_NATS else "fine", f"{number(last, '.2f')} nats at last", threshold)
 
 
 def _score_against_rule(end: RawEvent) -> AlarmCheck:
-    name, threshold = "reward against rule", "the reward rises while the rule finds fewer good answers"
-    gain, before, after = reward_gain(end), end.get("good_share_before"), end.get("good_share_after")
+    reward, good = label_of("mean_reward"), label_of("good_share")
+    name, threshold = f"{reward} against {good}", f"the {reward} rises while the rule finds fewer {good}"
+    gain, before, after = gain_of("mean_reward", end), end.get("good_share_before"), end.get("good_share_after")
     if gain is None or not isinstance(before, int | float) or not isinstance(after, int | float):
         return AlarmCheck(name, "not known", "no rule" if gain else "", threshold)
     rows = end.get("held_out_rows")
     fell = difference_of_shares(before, after, rows).is_down if rows else after < before
-    seen = f"reward {gain.value:+.2f}, good answers {(after - before) * 100:+.1f} points"
+    seen = f"{reward} {gain.value:+.2f}, {good} {(after - before) * 100:+.1f} points"
     return AlarmCheck(name, "alarm" if gain.value > 0 and fell else "fine", seen, threshold)
 
 
 def _chance(end: RawEvent) -> AlarmCheck:
-    name, threshold = "reward model against chance", "the 95 % interval of its accuracy includes 50 %"
+    name = f"{label_of('reward_accuracy')} against chance"
+    threshold = "the 95 % interval includes 50 %, or is below"
     share, rows = end.get("reward_accuracy"), end.get("held_out_rows")
     if not isinstance(share, int | float):
         return AlarmCheck(name, "not known", "", threshold)
     low = wilson(share, rows).low if rows else share
-    return AlarmCheck(name, "alarm" if low <= 0.5 else "fine", f"accuracy {share:.1%}", threshold)
+    return AlarmCheck(name, "alarm" if low <= 0.5 else "fine", f"{share:.1%}", threshold)
 
 
 def _finite(history: RunHistory) -> AlarmCheck:

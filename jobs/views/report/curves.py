@@ -8,25 +8,14 @@ from typing import Any, TypeGuard
 
 from jobs.events import RawEvent
 from jobs.formatting import number
-from jobs.steps import STEPS
+from jobs.steps import STEPS, label_of, spec_of
 from jobs.views.report.history import METRICS, RunHistory
 from jobs.views.report.html import Html, element, joined, rounded
 from jobs.views.report.thinning import thin
 
 BUCKETS = 360  # of a curve, two points each: a curve is at most about 360 pixels wide on a phone, 620 on a desktop
 FEWEST_BUCKETS = 60  # of each of many runs
-OTHER_SPEC = ".4g"  # of a metric that the panel does not show
 BAR, TALL = 10, 120  # a histogram's units
-
-
-def label_of(name: str) -> str:
-    shown = METRICS[name]
-    return (shown.label if shown else name).replace("_", " ")
-
-
-def spec_of(name: str) -> str:
-    shown = METRICS[name]
-    return shown.spec if shown else OTHER_SPEC
 
 
 def metrics_of(step: int, histories: Sequence[RunHistory]) -> list[str]:

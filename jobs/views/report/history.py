@@ -34,6 +34,7 @@ class StepHistory:
     planned_updates: int = 0
     elapsed_s: float = 0.0
     samples: list[RawEvent] = field(default_factory=list)
+    saved: list[RawEvent] = field(default_factory=list)  # checkpoints: all best ones, and the last of the others
     end: RawEvent | None = None
 
     def add(self, event: RawEvent) -> None:
@@ -55,6 +56,12 @@ class StepHistory:
         values = self.series.get(name, array("d"))
         return self.updates[: len(values)], values
 
+    def save(self, event: RawEvent) -> None:
+        """Take a checkpoint; of those to resume from, a step keeps the last one alone."""
+        if "/checkpoints/" in str(event.get("path")):
+            self.saved = [each for each in self.saved if "/checkpoints/" not in str(each.get("path"))]
+        self.saved.append(event)
+
     @property
     def last_update(self) -> int:
         return int(self.updates[-1]) if self.updates and math.isfinite(self.updates[-1]) else 0
@@ -66,6 +73,7 @@ class StepHistory:
         for values in self.series.values():
             del values[keep:]
         self.end = None
+        self.saved = [each for each in self.saved if update and int(each.get("update", 0)) <= update]
         self.samples = [
             sample
             for sample in self.samples
@@ -105,6 +113,8 @@ class RunHistory:
             step.plan, step.planned_updates = event, int(event.get("updates", 0))
         elif kind == "sample":
             step.samples.append(event)
+        elif kind == "checkpoint":
+            step.save(event)
         elif kind == "end":
             step.end, self.doing = event, ""
         elif kind == "progress":

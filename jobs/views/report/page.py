@@ -9,11 +9,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from jobs.events import RawEvent
-from jobs.formatting import duration, money, number, one_line, plural, verdict_of
+from jobs.formatting import before_and_after, duration, money, one_line, plural, size, verdict_of
 from jobs.steps import STEPS
 from jobs.views.plain import plan_lines, resumed_text, time_of
 from jobs.views.report.alarms import AlarmCheck, checks_of
 from jobs.views.report.answers import Answered, chosen
+from jobs.views.report.checkpoints import saved_weights
 from jobs.views.report.curves import Curves, histogram
 from jobs.views.report.history import StepHistory
 from jobs.views.report.html import Html, data, element, joined, table, text
@@ -42,6 +43,7 @@ def page(runs: Sequence[RunPage], now: float | None = None) -> str:
         element(
             "main",
             _section("Steps", joined(_steps(run, is_one=is_one) for run in runs)),
+            _section("Checkpoints and models", joined(_checkpoints(run, is_one=is_one) for run in runs)),
             _differences(runs) if not is_one else "",
             _section("Alarms", joined(_alarms(run, is_one=is_one) for run in runs)),
             _section("Curves", *_all_curves(runs, curves), id_="curves"),
@@ -166,13 +168,23 @@ def _steps(run: RunPage, *, is_one: bool) -> Html:
 def _outcomes(step: int, end: RawEvent) -> Html:
     parts = []
     for outcome in STEPS[step].outcomes:
-        before, after = end.get(outcome.before), end.get(outcome.after)
+        before, after = before_and_after(outcome, end)
         if after is not None:
-            first = "" if before is None else f"{number(before, outcome.spec)} → "
-            parts.append(
-                element("div", f"{outcome.long} ", element("b", f"{first}{number(after, outcome.spec)}"), class_="fact")
-            )
+            values = after if before is None else f"{before} → {after}"
+            parts.append(element("div", f"{outcome.label} ", element("b", values), class_="fact"))
     return joined(parts)
+
+
+def _checkpoints(run: RunPage, *, is_one: bool) -> Html:
+    saved = saved_weights(run.history, run.folders)
+    if not saved:
+        return Html("")
+    rows = [
+        [element("code", each.folder), each.what, each.update, size(each.size_bytes), "yes" if each.is_here else "no"]
+        for each in saved
+    ]
+    made = table(["folder", "what it holds", "after update", "size", "in this folder"], rows, "the saved weights")
+    return _named(run, made, is_one=is_one)
 
 
 def _differences(runs: Sequence[RunPage]) -> Html:

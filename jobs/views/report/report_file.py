@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jobs.formatting import one_line
 from jobs.run_dir import RunDir
+from jobs.views.report.checkpoints import folders_here
 from jobs.views.report.history import EventReader, RunHistory
 from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage, job_fields, state_of_history
@@ -59,7 +60,8 @@ class ReportFile:
                 self._history.feed(event)
             cancelled = self._run.cancelled.exists()
             state = state_of_history(self._history, training=training, exit_code=exit_code, cancelled=cancelled)
-            write_page([RunPage(self._history, job_fields(self._run), state)], self._run.report)
+            folders = folders_here(self._run)
+            write_page([RunPage(self._history, job_fields(self._run), state, folders=folders)], self._run.report)
         except Exception as error:  # a full disk, a folder that is gone, an event that is damaged: only a view fails
             if not self._has_warned:
                 self._warn(f"the report could not be written: {one_line(error)}")

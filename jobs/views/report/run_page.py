@@ -13,6 +13,7 @@ from jobs.errors import ToolkitError
 from jobs.formatting import one_line
 from jobs.run_dir import RunDir
 from jobs.state import State, state_of
+from jobs.views.report.checkpoints import folders_here
 from jobs.views.report.history import EventReader, RunHistory
 from jobs.yaml12 import load_yaml
 
@@ -33,6 +34,7 @@ class RunPage:
     job: Mapping[str, str]  # dotted field -> value
     state: State
     price: Price = field(default_factory=Price)
+    folders: frozenset[str] = frozenset()  # of weights, that are on disk: see `folders_here`
 
 
 def names_of(runs: Sequence[RunDir]) -> list[str]:
@@ -58,7 +60,7 @@ def read_run(run: RunDir, *, name: str = "", state: State | None = None, price: 
     history = RunHistory(name or run.name)
     for event in EventReader(run.events).new_events():
         history.feed(event)
-    return RunPage(history, job_fields(run), state or state_of_folder(run, history), price)
+    return RunPage(history, job_fields(run), state or state_of_folder(run, history), price, folders_here(run))
 
 
 def job_fields(run: RunDir) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jobs.events import RawEvent
-from jobs.formatting import number, one_line
+from jobs.formatting import number, one_line, plural
 from jobs.state import State
-from jobs.steps import STEPS
+from jobs.steps import REWARD, STEPS, label_of
 from jobs.views.report.history import RunHistory
 from jobs.views.report.intervals import Interval, difference_of_means, difference_of_shares, wilson
 
@@ -16,7 +16,7 @@ Tone = Literal["good", "bad", "unsure", "running"]
 OPENINGS: dict[Tone, str] = {
     "good": "It worked",
     "bad": "It did not work",
-    "unsure": "It cannot be told whether it worked",
+    "unsure": "It cannot be told{rows} whether it worked",
     "running": "It is too early to say whether it works",
 }
 NO_ERROR = "without an error, since the run recorded none"
@@ -28,10 +28,12 @@ class Verdict:
 
     tone: Tone
     reason: str
+    rows: int | None = None  # held-out rows that it was measured on
 
     @property
     def sentence(self) -> str:
-        return f"{OPENINGS[self.tone]}: {self.reason}."
+        rows = f" from {plural(self.rows, 'rows')}" if self.rows else ""
+        return f"{OPENINGS[self.tone].format(rows=rows)}: {self.reason}."
 
 
 def verdict_of_run(history: RunHistory, state: State) -> Verdict:
@@ -55,10 +57,9 @@ def verdict_of_run(history: RunHistory, state: State) -> Verdict:
     if not known:
         return Verdict("unsure", "the events hold no numbers on held-out data")
     step, last = known[-1]
-    earlier = dict(known[:-1])
-    if last.tone == "good" and _is_judged_by_reward(history, step) and any(v.tone != "good" for v in earlier.values()):
-        weak = next(each for each, verdict in earlier.items() if verdict.tone != "good")
-        return Verdict("unsure", f"{last.reason}, but {earlier[weak].reason}, and that model gives the reward")
+    judge = dict(known[:-1]).get(REWARD.number)
+    if last.tone == "good" and _is_judged_by_reward(history, step) and judge is not None and judge.tone != "good":
+        return Verdict("unsure", f"{last.reason}, but {judge.reason}, and that model gives the reward")
     return last
 
 
@@ -81,9 +82,8 @@ def verdict_of_step(end: RawEvent) -> Verdict | None:
 
 
 def _of_answers(end: RawEvent) -> Verdict:
-    before, after, rows = end["good_share_before"], end["good_share_after"], end.get("held_out_rows")
-    change = _change(before, after)
-    reason = f"good answers, by the rule, {change} from {before:.1%} to {after:.1%}"
+    before, after, rows = end["good_share_before"], end["good_share_after"], _rows(end)
+    reason = f"{label_of('good_share')}, by the rule, {_change(before, after)} from {before:.1%} to {after:.1%}"
     if not rows:
         tone = _tone(after - before)
         return _against_reward(end, Verdict(tone, f"{reason}, {NO_ERROR}"))
@@ -91,56 +91,70 @@ def _of_answers(end: RawEvent) -> Verdict:
     points = (
         f"{gain.value * 100:+.1f} points, 95 % interval {gain.low * 100:+.1f} to {gain.high * 100:+.1f}{_doubt(gain)}"
     )
-    verdict = Verdict(_tone_of(gain), f"{reason} of {rows} held-out prompts ({points})")
+    verdict = Verdict(_tone_of(gain), f"{reason} of {rows} held-out prompts ({points})", rows)
     return _against_reward(end, verdict)
 
 
 def _against_reward(end: RawEvent, verdict: Verdict) -> Verdict:
     """Say that the reward rose while the answers got worse: the reward model is being exploited."""
-    gain = reward_gain(end)
+    gain = gain_of("mean_reward", end)
     if verdict.tone == "bad" and gain is not None and gain.value > 0:
-        return Verdict("bad", f"the mean reward rose by {gain.value:.2f}, but {verdict.reason}")
+        reason = f"the {label_of('mean_reward')} rose by {gain.value:.2f}, but {verdict.reason}"
+        return replace(verdict, reason=reason)
     return verdict
 
 
-def reward_gain(end: RawEvent) -> Interval | None:
-    """Return how far the mean reward rose, with its interval; bounds alike if there is no error."""
-    before, after = end.get("mean_reward_before"), end.get("mean_reward_after")
+def gain_of(name: str, end: RawEvent) -> Interval | None:
+    """Return how far a mean rose on held-out data, with its interval.
+
+    name: of its fields, without `_before` and `_after`. The bounds are alike if there is no error.
+    """
+    before, after = end.get(f"{name}_before"), end.get(f"{name}_after")
     if not isinstance(before, int | float) or not isinstance(after, int | float):
         return None
-    errors = [end.get(f"mean_reward_error_{when}") for when in ("before", "after")]
+    errors = [end.get(f"{name}_error_{when}") for when in ("before", "after")]
     if all(isinstance(error, int | float) for error in errors):
         return difference_of_means(before, after, *errors)  # type: ignore[arg-type]
     return Interval(after - before, after - before, after - before)
 
 
 def _of_reward(end: RawEvent) -> Verdict:
-    gain = reward_gain(end)
-    assert gain is not None, "chosen for having both rewards"
-    before, after = number(end["mean_reward_before"], ".2f"), number(end["mean_reward_after"], ".2f")
-    reason = f"the mean reward on held-out prompts {_change(0.0, gain.value)} from {before} to {after}"
-    if gain.low == gain.high:
-        return Verdict(_tone(gain.value), f"{reason}, {NO_ERROR}")
-    bounds = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}{_doubt(gain)}"
-    return Verdict(_tone_of(gain), f"{reason} ({gain.value:+.2f}, {bounds})")
-
-
-def _of_accuracy(end: RawEvent) -> Verdict:
-    share, rows = end["reward_accuracy"], end.get("held_out_rows")
-    reason = f"the reward model scores the better answer higher in {share:.1%}"
-    if not rows:
-        return Verdict(_tone(share - 0.5), f"{reason} of held-out pairs, {NO_ERROR}; chance is 50 %")
-    seen = wilson(share, rows)
-    bounds = f"95 % interval {seen.low:.1%} to {seen.high:.1%}; chance is 50 %"
-    tone: Tone = "good" if seen.low > 0.5 else "bad" if seen.high < 0.5 else "unsure"
-    return Verdict(tone, f"{reason} of {rows} held-out pairs ({bounds})")
+    return _of_mean(end, "mean_reward", "prompts", is_up_good=True)
 
 
 def _of_perplexity(end: RawEvent) -> Verdict:
-    before, after = end["perplexity_before"], end["perplexity_after"]
-    change = _change(before, after)
-    reason = f"perplexity on held-out answers {change} from {number(before, '.2f')} to {number(after, '.2f')}"
-    return Verdict(_tone(before - after), reason)
+    return _of_mean(end, "perplexity", "answers", is_up_good=False)
+
+
+def _of_mean(end: RawEvent, name: str, noun: str, *, is_up_good: bool) -> Verdict:
+    """Return the verdict by a mean that has a standard error. noun: what it was measured on."""
+    gain, rows, sign = gain_of(name, end), _rows(end), 1 if is_up_good else -1
+    assert gain is not None, "chosen for having both numbers"
+    before, after = (number(end[f"{name}_{when}"], ".2f") for when in ("before", "after"))
+    on = f"{rows} held-out {noun}" if rows else f"held-out {noun}"
+    reason = f"the {label_of(name)} on {on} {_change(0.0, gain.value)} from {before} to {after}"
+    if gain.low == gain.high:
+        return Verdict(_tone(sign * gain.value), f"{reason}, {NO_ERROR}")
+    bounds = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}{_doubt(gain)}"
+    tone: Tone = _tone(sign * gain.value) if gain.is_up or gain.is_down else "unsure"
+    return Verdict(tone, f"{reason} ({gain.value:+.2f}, {bounds})", rows)
+
+
+def _of_accuracy(end: RawEvent) -> Verdict:
+    share, rows = end["reward_accuracy"], _rows(end)
+    reason = f"the {label_of('reward_accuracy')} is {share:.1%} on"
+    if not rows:
+        return Verdict(_tone(share - 0.5), f"{reason} held-out pairs, {NO_ERROR}; chance is 50 %")
+    seen = wilson(share, rows)
+    bounds = f"95 % interval {seen.low:.1%} to {seen.high:.1%}; chance is 50 %"
+    tone: Tone = "good" if seen.low > 0.5 else "bad" if seen.high < 0.5 else "unsure"
+    return Verdict(tone, f"{reason} {rows} held-out pairs ({bounds})", rows)
+
+
+def _rows(end: RawEvent) -> int | None:
+    """Return how many rows the numbers were measured on; None if the event does not say."""
+    rows = end.get("held_out_rows")
+    return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def _change(before: float, after: float) -> str:

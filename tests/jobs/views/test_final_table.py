@@ -30,18 +30,18 @@ def test_report_of_a_whole_run() -> None:
     lines = reported(WHOLE_RUN)
     assert squeezed(lines) == [
         "step on held-out data before after",
-        "─" * 70,
+        "─" * 61,
         "1 supervised fine-tuning perplexity 31.20 8.41",
-        "2 reward model accuracy on pairs - 87.4%",
-        "3 PPO good answers, by the rule 48.0% 94.0%",
+        "2 reward model accuracy - 87.4%",
+        "3 PPO good answers 48.0% 94.0%",
         "mean reward -0.52 1.93",
-        "KL to the reference 0.000 0.410",
-        "response length, tokens 20.3 30.1",
-        "answers that ended (EOS) 70.0% 99.1%",
-        "step 1 It worked: perplexity on held-out answers fell from 31.20 to 8.41.",
-        "step 2 It worked: the reward model scores the better answer higher in 87.4% of",
-        "held-out pairs, without an error, since the run recorded none; chance is",
-        "50 %.",
+        "kl k3 0.000 0.410",
+        "response length 20.3 30.1",
+        "eos share 70.0% 99.1%",
+        "step 1 It worked: the perplexity on held-out answers fell from 31.20 to 8.41,",
+        "without an error, since the run recorded none.",
+        "step 2 It worked: the accuracy is 87.4% on held-out pairs, without an error,",
+        "since the run recorded none; chance is 50 %.",
         "step 3 It worked: good answers, by the rule, rose from 48.0% to 94.0%, without",
         "an error, since the run recorded none.",
         "step 1 1m02s runs/demo/step1/model",
@@ -50,20 +50,20 @@ def test_report_of_a_whole_run() -> None:
         "total 1h03m",  # 62 + 38.4 + 3720 s = 63 min 40 s
         "perplexity: among how many equally likely tokens the model seems to choose, at",
         "each token of an answer; lower is better; 1 is the least",
-        "accuracy on pairs: how often the chosen answer gets a higher score than the",
-        "rejected one; higher is better; 50 % is chance",
-        "good answers, by the rule: answers that the job's own rule calls good, which",
-        "nothing learns from; higher is better",
+        "accuracy: how often the chosen answer gets a higher score than the rejected one;",
+        "higher is better; 50 % is chance",
+        "good answers: the share that the job's own rule calls good; nothing learns from",
+        "the rule; higher is better",
         "mean reward: the reward model's score: 0 is the mean, and 1 the spread, of",
         "answers before this step; higher is better, as long as answers do not get",
         "worse to read",
-        "KL to the reference: how far the model has moved from where this step began,",
+        "kl k3: how far the model has moved from the reference, where this step began,",
         "summed over an answer's tokens; a few units are usual; a large one may mean",
         "that the reward is being exploited",
-        "response length, tokens: tokens of an answer; steady is good; longer and longer",
-        "answers may exploit the reward",
-        "answers that ended (EOS): answers that end by themselves, not at the length",
-        "limit; higher is better",
+        "response length: tokens of an answer; steady is good; longer and longer answers",
+        "may exploit the reward",
+        "eos share: the share of answers that end by themselves, not at the length limit;",
+        "higher is better",
         "prompt 1",
         "Human: hi",
         "Assistant:",
@@ -82,7 +82,7 @@ def test_report_of_a_whole_run() -> None:
         ({"good_share_before": 0.5, "good_share_after": 0.25}, "It did not work"),
         (
             {"held_out_rows": 10, "good_share_before": 0.5, "good_share_after": 0.6},
-            "It cannot be told whether it worked",
+            "It cannot be told from 10 rows whether it worked",
         ),
     ],
 )
@@ -90,12 +90,26 @@ def test_a_step_that_did_not_work_says_so(changes: RawEvent, said: str) -> None:
     assert any(line.startswith(f"step 3 {said}: ") for line in squeezed(reported([END_3 | changes])))
 
 
+def test_a_number_with_a_standard_error_says_it() -> None:
+    errors = {f"perplexity_error_{when}": error for when, error in (("before", 1.5), ("after", 0.049))}
+    assert "1 supervised fine-tuning perplexity 31.20 ± 1.50 8.41 ± 0.05" in squeezed(reported([END_1 | errors]))
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
+    print_report([END_1 | errors], Console(file=ascii_only, width=80))
+    ascii_only.flush()
+    shown = " ".join(ascii_only.buffer.getvalue().decode("ascii").split())  # type: ignore[attr-defined]
+    assert "31.20 +- 1.50 | 8.41 +- 0.05" in shown and "+-: the standard error" in shown
+
+
 @pytest.mark.parametrize("width", [20, 40, 79, 120])
 def test_no_word_is_broken(width: int) -> None:
     """Every word of the sentences is there, whole, unless it alone is wider than the terminal."""
-    shown = " ".join(" ".join(reported([END_3], width)).split())
-    sentences = [f"{each.long}: {each.meaning}; {each.good}" for each in STEPS[3].outcomes]
+    end = END_3 | {"objective_before": -0.5, "objective_after": 1.9}
+    shown = " ".join(" ".join(reported([end], width)).split())
+    sentences = [f"{each.label}: {each.meaning}; {each.good}" for each in STEPS[3].outcomes]
     assert [sentence for sentence in sentences if sentence not in shown] == []
+    lines = reported([end], width)
+    meanings = lines[next(place for place, line in enumerate(lines) if line.startswith("good answers:")) :]
+    assert [line for line in meanings if "  " in line.strip()] == []  # one space between words
 
 
 def test_report_names_models_of_ones_own() -> None:

@@ -44,15 +44,21 @@ LINES = [
         event("progress", 3, doing="evaluating on [held-out] prompts :eyes:"),
         ["step 3  evaluating on [held-out] prompts :eyes:"],
     ),
-    (SFT, ["step 1  update 1/10  loss 3.2100  learning_rate 9.65e-06  grad_norm 1.25  900 tok/s  eta 18s"]),
+    (SFT, ["step 1  update 1/10  loss 3.2100  learning rate 9.65e-06  grad norm 1.25  900 tok/s  eta 18s"]),
     (REWARD, ["step 2  update 10/10  loss 0.6931  accuracy 62.5%  margin 0.100  1000000 tok/s"]),
     (
         PPO,
-        ["step 3  update 120/480  policy_loss 0.0123  value_loss 0.4568  kl 0.032  reward 1.23  3120 tok/s  eta 4m48s"],
+        [
+            "step 3  update 120/480  policy loss 0.0123  value loss 0.4568  kl k3 0.032  mean reward 1.23  3120 tok/s  "
+            "eta 4m48s"
+        ],
     ),
     (
-        PPO | {"kl": "nan", "policy_loss": math.inf},
-        ["step 3  update 120/480  policy_loss inf  value_loss 0.4568  kl nan  reward 1.23  3120 tok/s  eta 4m48s"],
+        PPO | {"kl_k3": "nan", "policy_loss": math.inf},
+        [
+            "step 3  update 120/480  policy loss inf  value loss 0.4568  kl k3 nan  mean reward 1.23  3120 tok/s  "
+            "eta 4m48s"
+        ],
     ),
     (
         sample("before", "I am \x1b[31mred\nand \x9b2J.", reward=-0.52, good=False),
@@ -107,9 +113,8 @@ LINES = [
     (
         END_3,
         [
-            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  reward -0.52 -> 1.93  kl 0.000 -> 0.410  length "
-            "20.3 -> 30.1  "
-            "eos 70.0% -> 99.1%  model runs/demo/step3/model"
+            "step 3  done in 1h02m  good answers 48.0% -> 94.0%  mean reward -0.52 -> 1.93  kl k3 0.000 -> 0.410  "
+            "response length 20.3 -> 30.1  eos share 70.0% -> 99.1%  model runs/demo/step3/model"
         ],
     ),
     (

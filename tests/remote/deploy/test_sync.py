@@ -6,6 +6,7 @@ With real git, rsync, tar and sshd, and the shells that boxes have.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import ExitCode, ToolkitError
+from remote import output
 from remote.deploy import sync
 from remote.deploy.sync import Tree, UploadDiffers, checkout_tree, land, send, send_whole, tree_of
 from remote.scripts import script
@@ -325,6 +327,40 @@ def test_a_line_that_breaks_leaves_nothing_whole_and_the_next_call_goes_on(own_s
         with own_sshd.connection(tmp_path / "state") as connection:
             send_whole(connection, tree, str(folder), rsync=rsync)
         assert seen(folder) == seen(tmp_path / "here")
+
+
+def test_bytes_and_a_clock_are_shown_while_files_travel(
+    tmp_path: Path, connection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of 3 MB; rsync, at 4 MB/s, speaks each second."""
+    monkeypatch.setattr(output, "FIRST_S", 0.01)
+    monkeypatch.setattr(output, "EACH_S", 0.01)
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(os.urandom(3_000_000))
+    slow, tree = (
+        write(tmp_path / "slow rsync", '#!/bin/sh\nexec rsync --bwlimit=4000 "$@"\n', 0o755),
+        tree_of(tmp_path, ["one", "two"]),
+    )
+    shown = list[str]()
+    send_whole(connection, tree, str(tmp_path / "there"), rsync=str(slow), what="sending `it`", now=shown.append)
+    form = r"sending `it` \(\d+s\): (\S+) (bytes|kB|MB) of 6 MB"
+    found = [match for text in shown if (match := re.fullmatch(form, text))]
+    done = [float(match[1]) * {"bytes": 1, "kB": 1e3, "MB": 1e6}[match[2]] for match in found]
+    assert done == sorted(done) and done[0] < 3e6 < done[-1] <= 6e6
+    assert "the box verifies 2 files, 6 MB (0s)" in shown and shown[-1] == ""
+
+
+def test_an_archive_shows_what_is_packed_and_what_its_reader_has_taken(tmp_path: Path) -> None:
+    progress = sync._Progress(20_000_000)
+    with (tmp_path / "archive").open("w+b") as archive:
+        progress.pack(archive)
+        archive.truncate(3_000_000)
+        texts = [str(progress)]
+        progress.send_archive()
+        texts.append(str(progress))
+        subprocess.run(["dd", "bs=1000000", "count=2"], stdin=archive, capture_output=True, check=True)
+        texts.append(str(progress))
+    assert texts == ["packing, 3 MB by now", "0 bytes of 3 MB, packed", "2 MB of 3 MB, packed"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a disk of its own")

@@ -6,6 +6,7 @@ Docker is a script: what it is asked to do is what is tested.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from jobs.errors import ExitCode, ToolkitError
-from remote.results.purge import Purged, parse, purge
+from remote import output
+from remote.results.purge import Purged, _Freed, parse, purge
 from remote.results.run_contents import read_results
 from remote.scripts import script
 from tests.disks import unmount
@@ -40,7 +42,7 @@ case "$1 $2" in
     'image ls') for each in images/*; do [ ! -e "$each" ] || echo "rlhf-box:${each#*/}"; done ;;
     'volume ls') ls volumes ;;
     'network ls') ls networks ;;
-    'rm -f') rm "containers/$3" ;;
+    'rm -f') [ ! -e slow ] || sleep 1.3; rm "containers/$3" ;;
     'rmi '*) [ ! -e stuck ] && rm "images/${2#rlhf-box:}" ;;
     'volume rm') rm "volumes/$3" ;;
     'network rm') rm "networks/$3" ;;
@@ -127,6 +129,28 @@ def test_all_of_it_goes_and_that_is_proven(far: Sshd, docker: Path, box: BoxFold
     (tmp_path / "home" / ".ssh" / "authorized_keys").write_text("ssh-ed25519 AAAA me\n")
     assert "your key stays" in "".join(purged(far, tmp_path, box.root).notes)
     assert purged(far, tmp_path, box.root).is_clean  # once more does no harm
+
+
+def test_it_shows_a_clock_and_how_much_room_there_is(
+    far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "EACH_S", 0.1)
+    (docker / "slow").touch()
+    (docker / "containers" / "rlhf-box-1").write_text("rlhf-box:x|Exited (0) 3 hours ago")
+    shown = list[str]()
+    with far.connection(tmp_path / "state") as connection:
+        assert purge(connection, str(box.root), {}, now=shown.append).is_clean
+    removing = rf"removing {re.escape(str(box.root))} from gpu-box \(\ds\): .* freed"
+    assert any(re.fullmatch(removing, text) for text in shown) and shown[-1] == ""
+
+
+def test_the_room_is_what_the_box_said_last() -> None:
+    freed = _Freed()
+    texts = [str(freed)]
+    for part in (b"greeting\nfreed 20", b"00\nremoved container x\nfreed 50000", b"00\n"):
+        freed(part)
+        texts.append(str(freed))
+    assert texts == ["", "", "2.05 MB freed", "5.12 GB freed"]  # 2000 and 5,000,000 times 1024 bytes
 
 
 def test_what_is_left_is_said(far: Sshd, docker: Path, box: BoxFolder, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from remote.output import Sayer
 from remote.ssh.connection import BoxConnection, CommandFailed
 from remote.ssh.host_keys import HostKeyChanged, KeyRefused
 from tests.remote.conftest import Sshd, free_port, has_ipv6, make_key
+from tests.remote.test_output import Terminal
 
 HOSTILE = [
     "a b",
@@ -520,6 +521,13 @@ def test_nobody_listens(sshd: Sshd, tmp_path: Path) -> None:
     assert "refuses connections" in raised.value.why and "SSH port" in raised.value.hint
 
 
+def test_without_openssh_there_is_no_way_to_a_box(sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with sshd.connection(tmp_path) as connection, pytest.raises(ToolkitError) as raised:
+        connection.query(["true"])
+    assert (raised.value.what, raised.value.hint) == ("there is no `ssh` on this machine", "install the OpenSSH client")
+
+
 def test_there_is_no_such_host(sshd: Sshd, tmp_path: Path) -> None:
     with sshd.connection(tmp_path, box=Box(name="gone", address="no-such-host.invalid")) as connection:
         with pytest.raises(ToolkitError, match="no-such-host") as raised:
@@ -527,13 +535,16 @@ def test_there_is_no_such_host(sshd: Sshd, tmp_path: Path) -> None:
         assert (connection.link.reached, raised.value.exit_code) == (False, ExitCode.UNREACHABLE)
 
 
-def test_a_frozen_server(own_sshd: Sshd, tmp_path: Path) -> None:
+def test_a_frozen_server(own_sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing."""
+    monkeypatch.setenv("TERM", "xterm")
     own_sshd.freeze()
     started = time.monotonic()
-    with own_sshd.connection(tmp_path, connect_s=1) as connection:
+    err = Terminal()
+    with own_sshd.connection(tmp_path, connect_s=1, say=Sayer(err=err)) as connection:
         assert code_of(connection) == ExitCode.UNREACHABLE
     assert time.monotonic() - started < 5
+    assert err.getvalue() == "\r\x1b[2Kreaching gpu-box (1s)\r\x1b[2K"
     own_sshd.thaw()
     with own_sshd.connection(tmp_path) as connection:
         connection.query(["true"])

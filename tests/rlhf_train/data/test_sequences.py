@@ -14,7 +14,6 @@ from rlhf_train.data.sequences import (
     assign_passes,
     count_updates,
     evaluation_batches,
-    grouped_rows_of_update,
     largest_divisor,
     rows_of_update,
     split_into_passes,
@@ -194,25 +193,3 @@ def test_rows_and_their_last_tokens_are_found_in_flat_numbers():
     batch = Sequences.of([np.array([2]), np.array([2])], [np.array([3]), np.array([7, 7, 3])], 1, CPU)
     assert batch.last().tolist() == [1, 7]
     assert batch.by_row(torch.arange(8)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize(
-    ("rows", "global_batch", "updates"), [(64, 4, 16), (100, 32, 4), (40, 8, 5), (100, 10, 25), (30, 4, 3), (5, 8, 2)]
-)
-def test_grouping_by_length_trains_on_the_same_rows(rows: int, global_batch: int, updates: int) -> None:
-    lengths = np.random.RandomState(0).randint(1, 100, rows)
-    grouped = np.concatenate([grouped_rows_of_update(u, updates, lengths, global_batch, (1,)) for u in range(updates)])
-    plain = np.concatenate([rows_of_update(u, rows, global_batch, (1,)) for u in range(updates)])
-    assert sorted(grouped) == sorted(plain)
-    whole = rows // global_batch * min(updates * global_batch // rows, 1)  # updates of the first epoch
-    assert len(set(grouped[: whole * global_batch])) == whole * global_batch
-
-
-def test_grouped_batches_are_alike_in_length_and_come_in_random_order() -> None:
-    lengths = np.random.RandomState(0).randint(1, 100, 64)
-    batches = [grouped_rows_of_update(update, 16, lengths, 4, (1,)) for update in range(16)]  # two windows of 8
-    for window in (batches[:8], batches[8:]):
-        ranges = sorted((lengths[batch].min(), lengths[batch].max()) for batch in window)
-        assert all(high <= low for (_, high), (low, _) in pairwise(ranges))
-    order = [int(lengths[batch].mean()) for batch in batches[:8]]
-    assert order not in (sorted(order), sorted(order, reverse=True))

@@ -153,6 +153,8 @@ def test_the_best_is_kept(run: RunDir) -> None:
     assert step.events[-1] == Progress(step=1, doing="held-out perplexity at update 6: 2.75 (best: 2.5 at update 4)")
     step.checkpointer.offer(8, "reward", 2.75, lower_is_better=False, save=lambda folder: kept.append((folder, 8)))
     assert kept[-1] == (run.step(1).best, 8)
+    step.checkpointer.offer(9, "reward_accuracy", 2.0, lower_is_better=False, save=lambda folder: None)
+    assert step.events[-1] == Progress(step=1, doing="held-out accuracy at update 9: 2 (best: 2.75 at update 8)")
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from rlhf_train.models.networks import (
     padding,
     train_tokenizer,
 )
+from tests import tiny
 from tests.hub import Hub
 
 pytestmark = pytest.mark.pinned
@@ -153,6 +154,16 @@ def test_new_score_head_is_drawn_with_the_stated_spread(tokenizer):
     weight = load_scorer(wide, tokenizer, torch.float32, seed=0).score.weight
     assert weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1)
     assert abs(weight.mean().item()) < 3 / 1025
+
+
+def test_a_head_of_16_bits_computes_in_float32(tokenizer):
+    scorer = load_scorer(Scratch(config=tiny.OPT), tokenizer, torch.bfloat16, 1)
+    states = torch.randn(1024, scorer.score.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scores = scorer.score(states)
+    assert scores.dtype == torch.float32 and scorer.score.weight.dtype == torch.bfloat16
+    exact = states.double() @ scorer.score.weight.double().T
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-5)
+    assert len(scores.unique()) > 1000  # in bfloat16: some 500
 
 
 def test_a_trained_head_is_kept_and_a_causal_model_gets_a_new_one(tokenizer, scorer, actor, tmp_path):

@@ -1,5 +1,7 @@
 """From the networks' numbers to what PPO learns from, on two responses worked out by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,8 +50,17 @@ def test_rewards_advantages_and_returns_by_hand():
     torch.testing.assert_close(made.targets["returns"], torch.tensor([[2.05, 2.1], [5.0, 0.0]]))
     torch.testing.assert_close(made.targets["advantages"], torch.tensor([[1.55, 1.1], [4.75, 0.0]]))
     torch.testing.assert_close(made.kl, torch.tensor([-0.5, 0.0]))
+    # Clipped score - penalty - 0.1 KL; k3 of the ratios exp(-0.5) and exp(1).
+    torch.testing.assert_close(made.objectives, torch.tensor([2.05, 5.0]))
+    torch.testing.assert_close(made.kl_k3, torch.tensor([math.exp(-0.5) - 0.5 + math.e - 2, 0.0]))
+    torch.testing.assert_close(made.targets["rewards_to_go"], torch.tensor([[2.05, 2.1], [5.0, 0.0]]))
     assert made.lengths.tolist() == [4, 3]
     assert made.scores.tolist() == [2.0, 9.0]
+
+
+def test_rewards_to_go_are_discounted_and_see_no_value():
+    made = Experience.of(ROWS, ppo(gamma=0.5, lam=0.25), kl_coef=0.1, on_policy=False)
+    torch.testing.assert_close(made.targets["rewards_to_go"], torch.tensor([[-0.05 + 0.5 * 2.1, 2.1], [5.0, 0.0]]))
 
 
 def test_missing_eos_penalty_only_for_responses_that_did_not_end():

@@ -21,7 +21,12 @@ def test_standard_error() -> None:
 def test_answers_are_shown_before_the_first_rollout_of_each_quarter(
     updates: int, updates_per_rollout: int, sampled: set[int]
 ) -> None:
-    assert sampled_updates(updates, updates_per_rollout) == sampled
+    assert sampled_updates(updates, updates_per_rollout, None) == sampled
+
+
+def test_answers_are_shown_as_often_as_the_job_says() -> None:
+    assert sampled_updates(20, 1, 6) == {6, 12, 18} and sampled_updates(20, 4, 6) == {8, 12}  # 18 waits for 20, the end
+    assert sampled_updates(20, 4, 2) == {4, 8, 12, 16} and sampled_updates(20, 4, 50) == set()
 
 
 def test_accuracy_and_histogram_of_margins() -> None:

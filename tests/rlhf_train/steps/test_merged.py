@@ -158,15 +158,20 @@ def test_the_ends_numbers_are_those_of_the_saved_models(
     rows = [json.loads(line) for line in (tmp_path / "rows/test.jsonl").read_text(encoding="utf-8").splitlines()]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(sft.model).eval(), load_tokenizer(sft.model)
     assert model.dtype == dtype
-    nll, count = 0.0, 0
+    nlls, counts = [], []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = (tokenizer(row["chosen"], add_special_tokens=False)["input_ids"] + [EOS])[:12]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-        nll -= float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
-        count += len(answer)
-    assert sft.perplexity_after == pytest.approx(math.exp(nll / count), rel=1e-4)
+        nlls.append(-float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
+        counts.append(len(answer))
+    expected, rows_seen = math.exp(sum(nlls) / sum(counts)), len(rows)
+    assert (sft.perplexity_after, sft.held_out_rows) == (pytest.approx(expected, rel=1e-4), rows_seen)
+    # The error is about the jackknife's, which leaves out each row in turn.
+    without = [math.exp((sum(nlls) - nll) / (sum(counts) - count)) for nll, count in zip(nlls, counts, strict=True)]
+    jackknife = math.sqrt((rows_seen - 1) / rows_seen) * np.linalg.norm(np.array(without) - np.mean(without))
+    assert sft.perplexity_error_after == pytest.approx(jackknife, rel=2 / rows_seen)
 
 
 def test_step_3s_numbers_are_those_of_the_actor_that_is_saved_in_float32(world: World, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 
 from jobs.spec import Ppo
 from rlhf_train.steps.context import Clock
 from rlhf_train.steps.experience import Experience, Scored, TrainerView
 from rlhf_train.steps.held_out import Summary
-from rlhf_train.steps.ppo_state import SUMS, LoopState, Tally
+from rlhf_train.steps.ppo_state import SUMS, LoopState, Tally, explained_variance
 
 LEAST: dict[str, Any] = {
     "rollout_batch": 2,
@@ -35,7 +36,7 @@ def state() -> LoopState:
     tally.add({name: 1 / (place + 3) for place, name in enumerate(SUMS)}, [0.5, 0.25])
     tally.updates, tally.train_s = 1, 3.0
     return LoopState(
-        before=Summary(0.5, 0.25, 3.0, 0.75, None),
+        before=Summary(reward=0.5, kl=0.25, kl_k3=0.375, objective=0.125, length=3.0, ended=0.75, good=None),
         kl_coef=1 / 3,
         shift=-0.1,
         scale=0.7,
@@ -82,6 +83,16 @@ def test_an_older_checkpoint_lacks_a_sum_and_a_field() -> None:
     found.add(dict.fromkeys(SUMS, 2.0), [0.5, 0.25])
     assert found.sums["value_clipped"] == 2.0
     assert found.sums["policy_loss"] == state().tally.sums["policy_loss"] + 2.0
+
+
+def test_explained_variance_by_hand() -> None:
+    to_go, values = [1.0, 2.0, 6.0], [1.5, 2.0, 4.0]
+    # Mean 3, variance (4 + 1 + 9) / 3; squared errors 0.25 + 0 + 4.
+    sums = {"tokens": 3.0, "to_go": 9.0, "to_go_squared": 41.0, "value_error": 4.25}
+    assert sum((a - b) ** 2 for a, b in zip(to_go, values, strict=True)) == sums["value_error"]
+    assert explained_variance(sums) == pytest.approx(1 - 4.25 / 14)
+    assert explained_variance(sums | {"value_error": 14.0}) == pytest.approx(0)  # the mean as the value
+    assert explained_variance({"tokens": 2.0, "to_go": 4.0, "to_go_squared": 8.0, "value_error": 1.0}) is None
 
 
 def test_what_is_unknown_in_a_checkpoint_is_ignored() -> None:

@@ -24,17 +24,17 @@ def test_nothing_is_known_of_a_run_that_has_not_begun() -> None:
 @pytest.mark.parametrize(
     ("events", "name", "result"),
     [
-        (rollouts("response_length", 10.0, 12.0, 19.9), "answer length", "fine"),
-        (rollouts("response_length", 10.0, 12.0, 20.0), "answer length", "alarm"),
-        (rollouts("response_length", 10.0, 12.0, 5.0), "answer length", "alarm"),
-        (rollouts("eos_share", 1.0, 0.5), "answers that end", "fine"),
-        (rollouts("eos_share", 1.0, 0.49), "answers that end", "alarm"),
-        (rollouts("kl", 0.0, 25.0), "KL to the reference", "fine"),
-        (rollouts("kl", 0.0, 25.5), "KL to the reference", "alarm"),
+        (rollouts("response_length", 10.0, 12.0, 19.9), "response length", "fine"),
+        (rollouts("response_length", 10.0, 12.0, 20.0), "response length", "alarm"),
+        (rollouts("response_length", 10.0, 12.0, 5.0), "response length", "alarm"),
+        (rollouts("eos_share", 1.0, 0.5), "eos share", "fine"),
+        (rollouts("eos_share", 1.0, 0.49), "eos share", "alarm"),
+        (rollouts("kl_k3", 0.0, 25.0), "kl k3", "fine"),
+        (rollouts("kl_k3", 0.0, 25.5), "kl k3", "alarm"),
         (rollouts("policy_loss", 0.5, 0.25), "numbers", "fine"),
         (rollouts("policy_loss", 0.5, "nan"), "numbers", "alarm"),
-        ([event("end", 2, reward_accuracy=0.55, held_out_rows=100)], "reward model against chance", "alarm"),
-        ([event("end", 2, reward_accuracy=0.62, held_out_rows=100)], "reward model against chance", "fine"),
+        ([event("end", 2, reward_accuracy=0.55, held_out_rows=100)], "accuracy against chance", "alarm"),
+        ([event("end", 2, reward_accuracy=0.62, held_out_rows=100)], "accuracy against chance", "fine"),
     ],
 )
 def test_thresholds(events: list[RawEvent], name: str, result: str) -> None:
@@ -48,7 +48,7 @@ def test_a_reward_that_rises_while_good_answers_get_fewer(good_after: object, re
     # 50 to 45 of 100 is within the error: Newcombe's interval is about ±14 points.
     end = event("end", 3, mean_reward_before=0.0, mean_reward_after=1.0, good_share_before=0.5,
                 good_share_after=good_after, held_out_rows=100)  # fmt: skip
-    assert results(end)["reward against rule"] == result
+    assert results(end)["mean reward against good answers"] == result
 
 
 def test_repetition() -> None:

@@ -46,7 +46,7 @@ def test_the_page_is_renewed_every_ten_seconds_and_at_the_end(run: RunDir) -> No
     write(run, END_1)
     report.finish(0)
     html = run.report.read_text(encoding="utf-8")
-    assert "It worked: perplexity on held-out answers fell from 31.20 to 8.41" in html and "<dd>done</dd>" in html
+    assert "It worked: the perplexity on held-out answers fell from 31.20 to 8.41" in html and "<dd>done</dd>" in html
     assert said == [] and sorted(path.name for path in run.path.iterdir()) == ["events.jsonl", "report.html"]
 
 

@@ -27,17 +27,49 @@ def shares(before: float, after: float, rows: int = 100) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("after", "tone", "sentence"),
     [
-        (0.3, "good", "It worked: the mean reward on held-out prompts rose from 0.10 to 0.30 "
+        (0.3, "good", "It worked: the mean reward on 100 held-out prompts rose from 0.10 to 0.30 "
                       "(+0.20, 95 % interval +0.06 to +0.34)."),
-        (0.2, "unsure", "It cannot be told whether it worked: the mean reward on held-out prompts rose from 0.10 to "
-                        "0.20 (+0.10, 95 % interval -0.04 to +0.24, which includes no change)."),
-        (-0.2, "bad", "It did not work: the mean reward on held-out prompts fell from 0.10 to -0.20 "
+        (0.2, "unsure", "It cannot be told from 100 rows whether it worked: the mean reward on 100 held-out prompts "
+                        "rose from 0.10 to 0.20 (+0.10, 95 % interval -0.04 to +0.24, which includes no change)."),
+        (-0.2, "bad", "It did not work: the mean reward on 100 held-out prompts fell from 0.10 to -0.20 "
                       "(-0.30, 95 % interval -0.44 to -0.16)."),
     ],
 )  # fmt: skip
 def test_the_reward_decides_with_its_error(after: float, tone: str, sentence: str) -> None:
     verdict = verdict_of_run(run(rewards(0.1, after)), "done")
     assert (verdict.tone, verdict.sentence) == (tone, sentence)
+
+
+# By hand: 1.96 √(1.5² + 0.5²) = 3.10; of 10 times these errors, 31.0.
+@pytest.mark.parametrize(
+    ("errors", "after", "tone", "sentence"),
+    [
+        ((1.5, 0.5), 8.41, "good", "It worked: the perplexity on 64 held-out answers fell from 31.20 to 8.41 "
+                                   "(-22.79, 95 % interval -25.89 to -19.69)."),
+        ((15.0, 5.0), 8.41, "unsure", "It cannot be told from 64 rows whether it worked: the perplexity on 64 "
+                                      "held-out answers fell from 31.20 to 8.41 (-22.79, 95 % interval -53.78 to "
+                                      "+8.20, which includes no change)."),
+        ((1.5, 0.5), 41.2, "bad", "It did not work: the perplexity on 64 held-out answers rose from 31.20 to 41.20 "
+                                  "(+10.00, 95 % interval +6.90 to +13.10)."),
+    ],
+)  # fmt: skip
+def test_the_perplexity_decides_with_its_error(
+    errors: tuple[float, float], after: float, tone: str, sentence: str
+) -> None:
+    numbers = {"held_out_rows": 64, "perplexity_before": 31.2, "perplexity_after": after}
+    verdict = verdict_of_run(
+        run(numbers | {"perplexity_error_before": errors[0], "perplexity_error_after": errors[1]}), "done"
+    )
+    assert (verdict.tone, verdict.sentence) == (tone, sentence)
+
+
+def test_a_first_step_that_is_not_clear_takes_nothing_from_the_reward() -> None:
+    """It does not give the reward; step 2's model does."""
+    unclear = {"held_out_rows": 64, "perplexity_before": 9.0, "perplexity_after": 9.0}
+    assert (
+        verdict_of_run(run(unclear, {"held_out_rows": 100, "reward_accuracy": 0.9}, rewards(0.1, 0.3)), "done").tone
+        == "good"
+    )
 
 
 def test_where_there_is_a_rule_it_decides() -> None:
@@ -58,7 +90,7 @@ def test_the_reward_of_a_reward_model_at_chance_proves_nothing() -> None:
     at_chance = {"held_out_rows": 100, "reward_accuracy": 0.55}  # Wilson: 45.2 to 64.4 %
     verdict = verdict_of_run(run(at_chance, rewards(0.1, 0.9)), "done")
     assert verdict.tone == "unsure"
-    assert "scores the better answer higher in 55.0% of 100 held-out pairs (95 % interval 45.2% to" in verdict.reason
+    assert "but the accuracy is 55.0% on 100 held-out pairs (95 % interval 45.2% to" in verdict.reason
 
 
 def test_without_errors_it_says_so() -> None:
@@ -70,7 +102,8 @@ def test_a_run_that_failed_or_is_not_at_its_end() -> None:
     history = RunHistory("a")
     history.feed(event("end", 1, perplexity_before=31.2, perplexity_after=8.41))
     history.feed(event("plan", 2, updates=4))
-    told = "step 1 is complete, perplexity on held-out answers fell from 31.20 to 8.41."
+    told = "step 1 is complete, the perplexity on held-out answers fell from 31.20 to 8.41, "
+    told += "without an error, since the run recorded none."
     opening = "It is too early to say whether it works: step 2 "
     assert verdict_of_run(history, "running").sentence == f"{opening}is being trained; {told}"
     assert verdict_of_run(history, "lost").sentence == f"{opening}was stopped; {told}"

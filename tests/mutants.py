@@ -77,6 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "return float(scores.mean()), max(float(scores.std())",
             "return 0.0, max(float(scores.std())",
         ),
+        ("schedule-begins-before-the-actor", "first_update=spec.critic_warmup_updates,", "first_update=0,"),
         ("rollouts-at-temperature-1", "temperature=spec.temperature,", "temperature=1.0,"),
         (
             "epochs-do-not-count",
@@ -137,10 +138,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ("same-uniforms-in-each-rollout", "[rollout * spec.rollout_batch + int(i)", "[int(i)"),
         ("prompts-of-the-update", "rows_of_update(rollout, len(rows)", "rows_of_update(update, len(rows)"),
         ("first-minibatch-each-time", "spec.global_batch)[number]", "spec.global_batch)[0]"),
+        (
+            "critic-warms-up-too-long",
+            "if update >= spec.critic_warmup_updates:",
+            "if update > spec.critic_warmup_updates:",
+        ),
         ("average-of-the-weights-stands-still", "            setup.ema.update()", "            pass"),
     ),
     *_of(
         f"{STEPS}/losses.py",
+        ("rewards-to-go-without-gamma", "gamma=gamma, lam=1.0", "gamma=1.0, lam=1.0"),
         ("prefers-the-rejected", "-F.logsigmoid(chosen - rejected).mean()", "-F.logsigmoid(rejected - chosen).mean()"),
         (
             "pairs-weigh-by-their-tokens",
@@ -196,7 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         f"{STEPS}/experience.py",
-        ("penalty-for-an-end", "spec.missing_eos_penalty * ~ended", "spec.missing_eos_penalty * ended"),
+        ("penalty-for-an-end", "* ~ended\n        objectives", "* ended\n        objectives"),
         ("penalty-is-left-out", "(old, ref, penalised, mask,", "(old, ref, scores, mask,"),
         (
             "whitened-rewards-lose-their-mean",
@@ -216,6 +223,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         ("whitening-of-one-pass", "keep_mean=False, moments=of_all_ranks.to(mask.device))", "keep_mean=False)"),
         ("value-after-the-token", "critic(batch, index)[0]", "critic(batch, index + 1)[0]"),
+        (
+            "objective-likes-the-kl",
+            "-spec.reward_clip, spec.reward_clip) - kl_coef",
+            "-spec.reward_clip, spec.reward_clip) + kl_coef",
+        ),
+        ("k3-of-the-other-sign", "(log_ratio.expm1() - log_ratio)", "(log_ratio.expm1() + log_ratio)"),
         ("kl-of-a-token", "* self.mask).sum(1)", "* self.mask).mean(1)"),
     ),
     *_of(
@@ -237,6 +250,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         f"{STEPS}/ppo_state.py",
         ("ratio-of-an-update", 'sums["ratio"] / sums["tokens"]', 'sums["ratio"] / count'),
+        ("variance-around-0", '["tokens"] - mean**2', '["tokens"]'),
         ("policy-loss-is-a-sum", 'sums["policy_loss"] / count', 'sums["policy_loss"]'),
         (
             "norms-change-places",
@@ -248,8 +262,8 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{STEPS}/held_out.py",
         (
             "held-out-kl-of-a-token",
-            '(made.log_probs[row] - numbers["ref_log_probs"]).sum()',
-            '(made.log_probs[row] - numbers["ref_log_probs"]).mean()',
+            "kl, kl_k3 = float(-log_ratio.sum())",
+            "kl, kl_k3 = float(-log_ratio.mean())",
         ),
     ),
     *_of(
@@ -279,9 +293,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("loss-on-the-answer-alone", "engine(batch, from_prompt=spec.loss_on_prompt)", "engine(batch)"),
         ("first-token-is-counted", "table.prompt.lengths[rows] - 1 if", "table.prompt.lengths[rows] if"),
         (
-            "perplexity-of-the-answer-alone",
-            "engine(batch, from_prompt=context.job.sft.loss_on_prompt)\n        per_row",
-            "engine(batch)\n        per_row",
+            "perplexity-of-repeated-rows",
+            "nll[real]",
+            "nll",
         ),
     ),
     *_of(
@@ -311,7 +325,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "rlhf_train/models/networks.py",
-        ("shift-after-the-scale", ".float() - self.shift) / self.scale", ".float()) / self.scale - self.shift"),
+        ("shift-after-the-scale", "squeeze(-1) - self.shift) / self.scale", "squeeze(-1)) / self.scale - self.shift"),
         ("dropout-stays", "if is_dropout and isinstance(value, float | int):", "if is_dropout and value is None:"),
     ),
     *_of(
@@ -323,6 +337,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "spec.final_learning_rate + (1 - spec.final_learning_rate) * shape",
             "max(spec.final_learning_rate, shape)",
         ),
+        ("eps-is-fixed", "eps=spec.eps, fused=is_fused", "eps=1e-8, fused=is_fused"),
         ("biases-and-norms-decay", '"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
         ("norm-is-cut-to-1", "self.module.parameters(), self.spec.max_grad_norm)", "self.module.parameters(), 1.0)"),
         ("average-with-the-other-share", "1 - self.decay)", "self.decay)"),

@@ -190,9 +190,12 @@ class TwinRow:
     old: Tensor  # log-probs
     entropy: float
     kl: float
+    kl_k3: float  # sum of r - 1 - log r, r = pi_ref / pi
     score: float
     values: list[float]
+    objective: float
     rewards: list[float]
+    to_go: list[float]  # the discounted rewards from a token on
     advantages: list[float]
     returns: list[float]
 
@@ -236,6 +239,7 @@ class TwinPpo:
     def __post_init__(self) -> None:
         self.kl_coef = self.settings["kl_coef"]
         self.ema = [p.detach().clone() for p in self.actor.parameters()]
+        self.done = 0  # updates of the critic
 
     @torch.no_grad()
     def normalise(self, rows: Sequence[Row]) -> None:
@@ -274,14 +278,21 @@ class TwinPpo:
             score = self.score(row)
             rewards = [-self.kl_coef * cost for cost in costs]
             penalised = score - (settings["missing_eos_penalty"] if row[1][-1] != self.eos else 0.0)
-            rewards[-1] += max(-settings["reward_clip"], min(penalised, settings["reward_clip"]))
+            clipped = max(-settings["reward_clip"], min(penalised, settings["reward_clip"]))
+            rewards[-1] += clipped
+            objective = clipped - self.kl_coef * sum(costs)
+            k3 = sum(math.exp(-cost) - 1 + cost for cost in costs)
+            values = self.values(row).tolist()
             made.append(
-                TwinRow(row, old, float(entropy), sum(costs), score, self.values(row).tolist(), rewards, [], [])
+                TwinRow(row, old, float(entropy), sum(costs), k3, score, values, objective, rewards, [], [], [])
             )
         if settings["whiten_rewards"]:
             for one, rewards in zip(made, whitened([one.rewards for one in made], keep_mean=True), strict=True):
                 one.rewards = rewards
         for one in made:
+            for reward in reversed(one.rewards):
+                later = one.to_go[0] if one.to_go else 0.0
+                one.to_go.insert(0, reward + settings["gamma"] * later)
             one.advantages, one.returns = generalized_advantages(
                 one.rewards, one.values, gamma=settings["gamma"], lam=settings["lam"]
             )
@@ -314,10 +325,20 @@ class TwinPpo:
         """Make the updates of one rollout, and return its numbers as means."""
         experience, kl_coef = self.experience(rollout), self.kl_coef
         found = dict.fromkeys(("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"), 0.0)
+        to_go, errors = list[float](), list[float]()
         counted = dict.fromkeys(("ratio", "clip_fraction", "value_clip_fraction", "tokens"), 0.0)
         for rows in updates:
             policy, value, numbers = self.losses([experience[row] for row in rows])
-            norms = actor.step(policy), critic.step(value)
+            rates = {"critic_learning_rate": critic.rate()}
+            actor_norm = 0.0
+            if self.done >= self.settings["critic_warmup_updates"]:
+                rates["learning_rate"] = actor.rate()
+                actor_norm = actor.step(policy)
+            norms = actor_norm, critic.step(value)
+            self.done += 1
+            targets = [g for row in rows for g in experience[row].to_go]
+            to_go += targets
+            errors += [g - v for g, v in zip(targets, (v for row in rows for v in experience[row].values), strict=True)]
             for name, number in zip(found, (policy.item(), value.item(), *norms), strict=True):
                 found[name] += number / len(updates)
             counted = {name: counted[name] + number for name, number in numbers.items()}
@@ -332,11 +353,17 @@ class TwinPpo:
         if self.settings["kl_target"] is not None:
             error = max(-0.2, min(kl / self.settings["kl_target"] - 1, 0.2))
             self.kl_coef *= 1 + error * count / self.settings["kl_horizon"]
+        mean = sum(to_go) / len(to_go)
+        unexplained = sum(error**2 for error in errors) / sum((g - mean) ** 2 for g in to_go)
         return (
             found
             | of_tokens
+            | rates
             | {
                 "kl": kl,
+                "kl_k3": sum(one.kl_k3 for one in rows) / count,
+                "objective": sum(one.objective for one in rows) / count,
+                "explained_variance": 1 - unexplained,
                 "kl_coef": kl_coef,
                 "mean_reward": sum(one.score for one in rows) / count,
                 "entropy": sum(one.entropy for one in rows) / count,

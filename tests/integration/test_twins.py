@@ -55,9 +55,9 @@ OPTIMIZER = {
     "warmup_updates": 2,
     "final_learning_rate": 0.3,
     "betas": [0.7, 0.85],
+    "eps": 1e-4,
     "weight_decay": 0.2,
 }
-EPS = 1e-8
 
 
 @dataclass
@@ -185,7 +185,7 @@ def adamw(model: Any, learning_rate: float, fields: Mapping[str, Any], updates: 
         model,
         learning_rate,
         betas=(0.7, 0.85),
-        eps=EPS,
+        eps=1e-4,
         weight_decay=0.2,
         max_grad_norm=fields["max_grad_norm"],
         warmup=2,
@@ -207,7 +207,7 @@ def check_weights(found: Mapping[str, Tensor], twin: Any, start: Any, learning_r
     before, expected = start.state_dict(), twin.state_dict()
     for name, wanted in expected.items():
         moved = (wanted - before[name]).abs().max().item()
-        assert moved > learning_rate / 2, f"{name} moved by {moved} only"
+        assert moved > learning_rate / 5, f"{name} moved by {moved} only"
         apart = (found[name] - wanted).abs() / learning_rate
         assert apart.mean().item() < 1e-3 and apart.max().item() < 0.1, f"{name}: {apart.mean()}, {apart.max()}"
 
@@ -316,6 +316,7 @@ PPO: dict[str, Any] = {
     "value_clip_range": 0.02,
     "gamma": 0.9,
     "lam": 0.7,
+    "critic_warmup_updates": 1,
     "kl_coef": 0.3,
     "kl_target": 2.0,
     "kl_horizon": 20.0,
@@ -341,9 +342,10 @@ def test_step_3_learns_what_its_twin_learns(
     settings = PPO | fields
     tree = job(folder, critic, "ppo", settings)
     recorder, end, events = watched(world, tmp_path / "run", tree, 3)
-    updates = recorder.updates["ActorForward"]
-    assert [sorted(rows) for rows in updates] == [sorted(rows) for rows in recorder.updates["ScoreForward"]]
+    updates, by_actor = recorder.updates["ScoreForward"], recorder.updates["ActorForward"]
     assert len(updates) == settings["max_updates"]
+    # The first update warms the critic up.
+    assert [sorted(rows) for rows in by_actor] == [sorted(rows) for rows in updates[1:]]
     rollouts = [rows for seed, rows in recorder.rollouts if seed == SEED]
     (reference_answers,) = (rows for seed, rows in recorder.rollouts if seed == SEED + 2**33)
     before, *_, after = (rows for seed, rows in recorder.rollouts if seed == SEED + 2**32)
@@ -368,7 +370,7 @@ def test_step_3_learns_what_its_twin_learns(
     assert abs(twin.shift) > 0.05 and abs(twin.scale - 1) > 0.05
     assert (end.reward_shift, end.reward_scale) == pytest.approx((twin.shift, twin.scale), rel=1e-4)
     summaries = [twin.answers(before)]
-    actor = adamw(twin.actor, settings["actor_learning_rate"], settings, len(updates))
+    actor = adamw(twin.actor, settings["actor_learning_rate"], settings, len(by_actor))
     value = adamw(twin.critic, settings["critic_learning_rate"], settings, len(updates))
     expected = []
     for place, rollout in enumerate(rollouts):
@@ -381,7 +383,7 @@ def test_step_3_learns_what_its_twin_learns(
     assert [end.mean_reward_before, end.mean_reward_after] == pytest.approx([s["reward"] for s in summaries], abs=1e-3)
     assert [end.kl_before, end.kl] == pytest.approx([s["kl"] for s in summaries], abs=1e-3)
     assert expected[-1]["kl"] > 0.1 and expected[0]["kl_coef"] != expected[-1]["kl_coef"]
-    assert min(numbers[name] for numbers in expected for name in ("grad_norm", "critic_grad_norm")) > 0.3
+    assert min(numbers[name] for numbers in expected[1:] for name in ("grad_norm", "critic_grad_norm")) > 0.3
     if per_rollout > 1:
         assert all(numbers[name] > 0.02 for numbers in expected for name in ("clip_fraction", "value_clip_fraction"))
     assert 0 < sum(numbers["eos_share"] for numbers in expected) < len(expected)

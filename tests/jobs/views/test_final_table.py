@@ -93,10 +93,11 @@ def test_a_step_that_did_not_work_says_so(changes: RawEvent, said: str) -> None:
 def test_a_number_with_a_standard_error_says_it() -> None:
     errors = {f"perplexity_error_{when}": error for when, error in (("before", 1.5), ("after", 0.049))}
     assert "1 supervised fine-tuning perplexity 31.20 ± 1.50 8.41 ± 0.05" in squeezed(reported([END_1 | errors]))
-    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
+    written = io.BytesIO()
+    ascii_only = io.TextIOWrapper(written, encoding="ascii", newline="")
     print_report([END_1 | errors], Console(file=ascii_only, width=80))
     ascii_only.flush()
-    shown = " ".join(ascii_only.buffer.getvalue().decode("ascii").split())  # type: ignore[attr-defined]
+    shown = " ".join(written.getvalue().decode("ascii").split())
     assert "31.20 +- 1.50 | 8.41 +- 0.05" in shown and "+-: the standard error" in shown
 
 

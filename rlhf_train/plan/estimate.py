@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -313,7 +313,8 @@ def check_all(job: Job, run: RunDir, todo: Sequence[int]) -> Checked:
         if updates is not None:
             check_critic_warmup(job.ppo, updates)
 
-    for check in (partial(check_scratch, job), *checks_of_models(job, run, todo), read_rows):
+    checks: list[Callable[[], object]] = [partial(check_scratch, job), *checks_of_models(job, run, todo), read_rows]
+    for check in checks:
         try:
             check()
         except ToolkitError as error:

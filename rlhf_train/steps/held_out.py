@@ -81,7 +81,8 @@ class HeldOut:
             good = self.rule(prompt, response, ended) if self.rule is not None else None
             log_ratio = numbers["ref_log_probs"] - made.log_probs[row]
             kl, kl_k3 = float(-log_ratio.sum()), float((np.expm1(log_ratio) - log_ratio).sum())
-            gained = objective(*map(torch.tensor, (numbers["score"], ended, kl)), spec, spec.kl_coef)
+            score, has_ended = torch.tensor(numbers["score"]), torch.tensor(ended)
+            gained = objective(score, has_ended, torch.tensor(kl), spec, spec.kl_coef)
             answer = Answer(
                 prompt,
                 response,

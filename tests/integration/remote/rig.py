@@ -108,7 +108,7 @@ class Fab:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def says(self, text: str, timeout_s: float = 60) -> None:
+    def says(self, text: str, timeout_s: float = 300) -> None:
         """Waits for it, on either stream."""
         until(
             lambda: text in self.out + self.err or self.process.poll() is not None,

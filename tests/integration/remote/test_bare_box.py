@@ -72,7 +72,7 @@ def test_the_same_command_goes_on_and_its_events_are_one_story(
     assert "nothing of it is left" in laptop.fab("cancel", *host, "--run", "goes-on").out
     assert deployed.processes("-m", "rlhf_train") == []
     following = laptop.start("train", *host, *train)
-    following.says("resumed after update", 300)
+    following.says("resumed after update", 600)
     following.interrupt()
     stopped = following.wait(10)
     assert stopped.code == 0 and "the job keeps running" in stopped.all

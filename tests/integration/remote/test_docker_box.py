@@ -64,7 +64,7 @@ def test_cancel_ends_the_container_and_says_how(deployed: DockerBox, laptop: Lap
     host = ("--host", deployed.name)
     laptop.fab("train", *host, "--job", str(long_job), "--step", "2", "--run", "cut-short", "--detach")
     following = laptop.start("logs", *host, "--run", "cut-short", "--follow")
-    following.says("update 1/")
+    following.says("update 1/", 600)
     (container,) = deployed.docker("ps", "--quiet", "--filter", "name=^rlhf-box-").stdout.split()
     inspected = json.loads(deployed.docker("inspect", container).stdout)[0]
     assert inspected["Config"]["User"] == "1000:1000" and inspected["HostConfig"]["Privileged"] is False

@@ -88,7 +88,7 @@ def test_a_deploy_that_is_cut_while_pip_installs(deployed: BareBox, laptop: Lapt
     deployed.sh("mkdir -p /data2")
     host = ("--host", "cut-box")
     deploying = laptop.start("deploy", *host)
-    deploying.says("environment: PyTorch", 60)
+    deploying.says("environment: PyTorch", 300)
     until(lambda: deployed.processes("/data2", "pip"), 20)
     deployed.cut()
     done = deploying.wait(60)
@@ -367,13 +367,13 @@ def test_a_box_that_was_restarted_has_lost_its_job_and_the_same_command_goes_on(
     host = ("--host", deployed.name)
     train = ("train", *host, "--job", str(long_job), "--step", "2", "--run", "restarted")
     first = laptop.start(*train)
-    first.says("checkpoint at update", 90)
+    first.says("checkpoint at update", 600)
     deployed.restart()
     done = first.wait(90)
     assert done.code == 7 and "the same command resumes" in done.err, done.all
     assert runs_of(laptop, deployed.name)["restarted"]["state"] == "lost"
     second = laptop.start(*train)
-    second.says("resumed after update", 90)
+    second.says("resumed after update", 600)
     second.kill()
     end_all(laptop, deployed)
 

@@ -123,7 +123,8 @@ def test_on_a_gpu_free_memory_decides_whoever_holds_the_rest(
     free: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of two is so full that it cannot even be asked. The model has under a megabyte."""
-    folder, chosen = models.save(tmp_path / "model"), []
+    folder = models.save(tmp_path / "model")
+    chosen: list[int] = []
 
     def mem_get_info(gpu: int) -> tuple[int, int]:
         if gpu == 0:

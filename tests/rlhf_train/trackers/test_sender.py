@@ -1,8 +1,11 @@
-"""What a tracker is sent, read back from the files of Weights & Biases' offline mode."""
+"""What a tracker is sent, read back from the files of its offline mode."""
 
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from env.settings import Settings
 from jobs.events import RawEvent
 from jobs.run_dir import RunDir
 from jobs.spec import load_job, save_job
@@ -20,6 +24,7 @@ from tests.raw_events import PPO, SFT, event
 from tests.wandb_files import offline_runs, points
 
 ID = "0123456789abcdef"
+PINS = Path(__file__).parents[3] / "env/pins"
 
 
 def begun(folder: Path) -> RunDir:
@@ -66,7 +71,7 @@ def test_a_resume_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_trackio_resumes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its package is not in the lock. A stand-in notes what trackio 0.43 would get."""
+    """Where its package is not installed: a stand-in notes what trackio 0.43 would get."""
     calls: list[Any] = []
 
     class Run:
@@ -90,3 +95,44 @@ def test_trackio_resumes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sent("trackio", begun(tmp_path), [SFT | {"loss": 3.5}, SFT | {"update": 2, "loss": 2.5}]) == []
     start = ("rlhf-box", "demo-01234567", "allow", "demo", False, False, False)
     assert calls == [start, (1, 3.5), (2, 2.5), "finish"]
+
+
+@pytest.fixture(scope="module")
+def trackio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with trackio and those of its dependencies that the lock has not."""
+    if not Settings.from_environ(os.environ).ci:
+        pytest.skip("downloads trackio, 5 MB, into a folder of its own; CI does")
+    folder = tmp_path_factory.mktemp("trackio")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "-r", PINS / "trackio.in"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_trackio_keeps_the_numbers_in_its_folder(trackio: Path, tmp_path: Path) -> None:
+    """Two calls of the real sender, without any network, continue one run of the real trackio."""
+    run, kept = begun(tmp_path), tmp_path / "kept"
+    nowhere = "http://127.0.0.1:9"
+    own = {"HOME": str(tmp_path), "TRACKIO_DIR": str(kept), "PYTHONPATH": str(trackio), "HF_HUB_OFFLINE": "1"}
+    environment = environment_of(run, own | {"HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere})
+    offset = 0
+    for updates in ({1: 3.5, 2: 3.0}, {2: 2.5}):
+        with run.events.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(SFT | {"update": update, "loss": loss}) + "\n" for update, loss in updates.items()
+            )
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf_train.trackers.sender", "trackio", run.path, str(offset)],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
+        offset = run.events.stat().st_size
+    with sqlite3.connect(kept / "rlhf-box.db") as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+        names = {row[0] for row in database.execute("SELECT run_name FROM configs")}
+        (config,) = database.execute("SELECT config FROM configs LIMIT 1").fetchone()
+    losses = [(name, step, json.loads(metrics)["step1/loss"]) for name, step, metrics in rows]
+    assert losses == [("demo-01234567", 1, 3.5), ("demo-01234567", 2, 3.0), ("demo-01234567", 2, 2.5)]
+    assert names == {"demo-01234567"} and json.loads(config)["ppo"]["kl_coef"] == load_job("demo").ppo.kl_coef

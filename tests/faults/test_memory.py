@@ -117,7 +117,8 @@ def test_in_a_rollout_the_answers_stay_the_same(base: Scene, untroubled: Trained
     assert base.train(run.name, step="3", met=no_memory, more=("--from", "untroubled")) == 0
     # 64 are allowed. They are halved until they fit, in the first rollout, which sets the scale of
     # the rewards.
-    assert warnings(run, 3) == ["out of memory in a rollout with 64 concurrent prompts: continues with 8"]
+    of_memory = [message for message in warnings(run, 3) if not message.startswith("the reward model ranks")]
+    assert of_memory == ["out of memory in a rollout with 64 concurrent prompts: continues with 8"]
     assert events(run, "resumed", 3) == [] and len(events(run, "plan", 3)) == 1  # in place
     assert read_json(run.fitted)["rollout_micro_batch"] == 8
     # Twelve prompts, before, halfway and after.

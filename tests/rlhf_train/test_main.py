@@ -91,7 +91,8 @@ def test_without_a_models_step_the_flag_takes_its_place(capsys: Said) -> None:
     """Of a run that has no steps yet; one that began with the model is named again."""
     flags = ["--job", "demo", "--actor-model", "./my sft", "--reward-model", "./my rm", "--dry-run"]
     assert main([*flags, "--step", "3"]) == 2  # it is not there, and is looked for
-    assert "error: there is no folder ./my sft\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1. there is no folder ./my sft\n" in said and "2. there is no folder ./my rm\n" in said
     completion.begin_step(job_of("--job", "demo", "--reward-model", "./my rm"), RunDir(Path("runs/demo")), 2)
     assert main([*flags, "--step", "3"]) == 2
     assert "error: step 3 (PPO) needs the model of step 2 (reward model)\n" in capsys.readouterr().err
@@ -327,15 +328,15 @@ def test_a_job_for_the_cpu_does_not_touch_the_gpus(
 
 def test_a_run_folder_has_its_format_number(tmp_path: Path, blind: list[tuple[str, int]], capsys: Said) -> None:
     file = tmp_path / "runs" / "demo" / "format"
-    assert main(["--job", "demo"]) == 0 and file.read_text(encoding="utf-8") == "1\n"
-    file.write_text("2\n", encoding="utf-8")
+    assert main(["--job", "demo"]) == 0 and file.read_text(encoding="utf-8") == "2\n"
+    file.write_text("3\n", encoding="utf-8")
     capsys.readouterr()
     assert main(["--job", "demo"]) == 2 and blind == [("cpu", 1)]
     output = capsys.readouterr().err
-    assert "--redo" in output and "--run NEW" in output and file.read_text(encoding="utf-8") == "2\n"
-    assert main(["--job", "demo", "--redo", "--dry-run"]) == 0 and file.read_text(encoding="utf-8") == "2\n"
+    assert "--redo" in output and "--run NEW" in output and file.read_text(encoding="utf-8") == "3\n"
+    assert main(["--job", "demo", "--redo", "--dry-run"]) == 0 and file.read_text(encoding="utf-8") == "3\n"
     assert main(["--job", "demo", "--redo"]) == 0 and blind == [("cpu", 1)] * 2
-    assert file.read_text(encoding="utf-8") == "1\n"
+    assert file.read_text(encoding="utf-8") == "2\n"
 
 
 def test_a_dry_run_says_it_and_continues(tmp_path: Path, capsys: Said, blind: list[tuple[str, int]]) -> None:

@@ -122,8 +122,9 @@ def steps_to_do(job: Job, run: RunDir, wanted: Sequence[int], *, redo: bool, tak
     if half_done:
         steps = ",".join(map(str, half_done))
         raise ToolkitError(
-            f"run `{run.name}` began step {half_done[0]} with an older version, which took rows in another order",
-            why=f"resumed here, the step would learn some rows twice and others never ({run.format} is of format 1)",
+            f"run `{run.name}` began step {half_done[0]} with an older version, which learned otherwise",
+            why=f"{run.format} is of format 1: rows of steps 1 and 2 came in another order, "
+            "and step 3 kept less of a rollout",
             hint=f"resume with that version; or `--redo --step {steps}` to do it again here;\n"
             "or `--run NEW` for a run of its own",
         )

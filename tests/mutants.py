@@ -200,11 +200,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("value-loss-without-its-half", "return 0.5 * (loss", "return 1.0 * (loss"),
         ("value-takes-the-better", "torch.maximum((values - returns)", "torch.minimum((values - returns)"),
         ("value-is-clipped-around-0", "old_values + (values - old_values).clamp(", "values.clamp("),
+        ("k3-of-the-other-sign", "(log_ratio.expm1() - log_ratio)", "(log_ratio.expm1() + log_ratio)"),
     ),
     *_of(
         f"{STEPS}/experience.py",
-        ("penalty-for-an-end", "* ~ended\n        objectives", "* ended\n        objectives"),
-        ("penalty-is-left-out", "(old, ref, penalised, mask,", "(old, ref, scores, mask,"),
+        ("penalty-for-an-end", "* ~ended", "* ended"),
+        ("penalty-is-left-out", "ref_log_probs, penalised, mask,", "ref_log_probs, scores, mask,"),
         (
             "whitened-rewards-lose-their-mean",
             "whiten(rewards, mask, keep_mean=True)",
@@ -223,12 +224,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         ("whitening-of-one-pass", "keep_mean=False, moments=of_all_ranks.to(mask.device))", "keep_mean=False)"),
         ("value-after-the-token", "critic(batch, index)[0]", "critic(batch, index + 1)[0]"),
-        (
-            "objective-likes-the-kl",
-            "-spec.reward_clip, spec.reward_clip) - kl_coef",
-            "-spec.reward_clip, spec.reward_clip) + kl_coef",
-        ),
-        ("k3-of-the-other-sign", "(log_ratio.expm1() - log_ratio)", "(log_ratio.expm1() + log_ratio)"),
+        ("objective-of-a-token", "objectives = rewards.sum(1)", "objectives = rewards.mean(1)"),
         ("kl-of-a-token", "* self.mask).sum(1)", "* self.mask).mean(1)"),
     ),
     *_of(
@@ -260,11 +256,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         f"{STEPS}/held_out.py",
-        (
-            "held-out-kl-of-a-token",
-            "kl, kl_k3 = float(-log_ratio.sum())",
-            "kl, kl_k3 = float(-log_ratio.mean())",
-        ),
+        ("held-out-kl-of-a-token", "float((log_probs - ref).sum())", "float((log_probs - ref).mean())"),
     ),
     *_of(
         f"{STEPS}/reward.py",

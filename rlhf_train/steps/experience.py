@@ -67,7 +67,7 @@ class Experience:
     old_log_probs: Tensor  # of the policy that sampled, by the trainer's forward; on-policy by the rollout
     ref_log_probs: Tensor
     scores: Tensor  # (B,)
-    objectives: Tensor  # (B,), the sum of a response's rewards: `objective` of its score and its KL
+    objectives: Tensor  # (B,), the sum of a response's rewards, before whitening
     ended: Tensor  # (B,)
     targets: dict[str, Tensor]  # TARGETS; on-policy `rewards`: each pass makes TARGETS from them and its values
 
@@ -83,9 +83,8 @@ class Experience:
         ref = _padded([row.ref_log_probs for row in rows])
         scores = torch.tensor([row.score for row in rows])
         ended = torch.tensor([row.ended for row in rows])
-        penalised = scores - spec.missing_eos_penalty * ~ended
-        objectives = objective(scores, ended, ((old - ref) * mask).sum(1), spec, kl_coef)
-        rewards = kl_penalised_rewards(old, ref, penalised, mask, kl_coef=kl_coef, reward_clip=spec.reward_clip)
+        rewards = rewards_of(old, ref, scores, ended, mask, spec, kl_coef)
+        objectives = rewards.sum(1)
         if spec.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True)
         if on_policy:
@@ -127,16 +126,6 @@ class Experience:
         """
         return ((self.old_log_probs - self.ref_log_probs) * self.mask).sum(1)
 
-    @property
-    def kl_k3(self) -> Tensor:
-        """Return the KL to the reference, (B,), in nats, by an estimate that is never negative.
-
-        It is Schulman's k3, the sum of r - 1 - log r over each response, r = pi_ref / pi:
-        http://joschu.net/blog/kl-approx.html
-        """
-        log_ratio = (self.ref_log_probs - self.old_log_probs) * self.mask
-        return (log_ratio.expm1() - log_ratio).sum(1)
-
     def make_pass(self, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Pass:
         """Make the pass of one micro batch."""
         batch = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, device)
@@ -167,14 +156,18 @@ def targets_of(rewards: Tensor, values: Tensor, mask: Tensor, spec: Ppo) -> dict
     return {"values": values, "advantages": advantages, "returns": returns, "rewards_to_go": to_go}
 
 
-def objective(scores: Tensor, ended: Tensor, kl: Tensor, spec: Ppo, kl_coef: float) -> Tensor:
-    """Return what PPO maximises of each response: its clipped score, less what its KL costs.
+def rewards_of(
+    log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, ended: Tensor, mask: Tensor, spec: Ppo, kl_coef: float
+) -> Tensor:
+    """Return the rewards, (B, R). Their sum over a response is the objective: what PPO maximises.
 
-    An answer that did not end pays `missing_eos_penalty` before the clip. scores, ended, kl (k1, in
-    nats): (B,). Returns (B,). Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+    An answer that did not end pays `missing_eos_penalty` before the score is clipped. log_probs,
+    ref_log_probs, mask: (B, R); scores, ended: (B,).
     """
     penalised = scores - spec.missing_eos_penalty * ~ended
-    return penalised.clamp(-spec.reward_clip, spec.reward_clip) - kl_coef * kl
+    return kl_penalised_rewards(
+        log_probs, ref_log_probs, penalised, mask, kl_coef=kl_coef, reward_clip=spec.reward_clip
+    )
 
 
 def whiten_update(passes: Sequence[Pass], world: World) -> None:

@@ -14,7 +14,8 @@ from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.float32 import in_float32
 from rlhf_train.steps.context import StepContext
-from rlhf_train.steps.experience import objective
+from rlhf_train.steps.experience import rewards_of
+from rlhf_train.steps.losses import kl_k3
 from rlhf_train.steps.merged import merged
 from rlhf_train.steps.rule import Rule
 from rlhf_train.steps.scoring import Scorer
@@ -79,19 +80,18 @@ class HeldOut:
             tokens = made.tokens[row][: -1 if ended else None]
             response = self.tokenizer.decode(tokens)  # special tokens other than the EOS are part of it
             good = self.rule(prompt, response, ended) if self.rule is not None else None
-            log_ratio = numbers["ref_log_probs"] - made.log_probs[row]
-            kl, kl_k3 = float(-log_ratio.sum()), float((np.expm1(log_ratio) - log_ratio).sum())
-            score, has_ended = torch.tensor(numbers["score"]), torch.tensor(ended)
-            gained = objective(score, has_ended, torch.tensor(kl), spec, spec.kl_coef)
+            log_probs, ref = (torch.from_numpy(x)[None] for x in (made.log_probs[row], numbers["ref_log_probs"]))
+            score, mask = torch.tensor([numbers["score"]]), torch.ones_like(log_probs, dtype=torch.bool)
+            rewards = rewards_of(log_probs, ref, score, torch.tensor([ended]), mask, spec, spec.kl_coef)
             answer = Answer(
                 prompt,
                 response,
                 ended,
                 tokens=len(made.tokens[row]),
                 score=numbers["score"],
-                kl=kl,
-                kl_k3=kl_k3,
-                objective=float(gained),
+                kl=float((log_probs - ref).sum()),
+                kl_k3=float(kl_k3(log_probs, ref, mask)),
+                objective=float(rewards.sum()),
                 good=good,
             )
             answers.append((int(places[row]), answer))

@@ -52,6 +52,16 @@ def kl_penalised_rewards(
     return rewards.scatter_add(1, last, clipped.unsqueeze(1))
 
 
+def kl_k3(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return the KL to the reference, (B,), in nats, by an estimate that is never negative.
+
+    It is Schulman's k3, the sum of r - 1 - log r over each response, r = pi_ref / pi:
+    http://joschu.net/blog/kl-approx.html. All (B, R).
+    """
+    log_ratio = _kept(ref_log_probs, mask) - _kept(log_probs, mask)
+    return (log_ratio.expm1() - log_ratio).sum(1)
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Compute generalized advantage estimation (GAE) over response tokens.
 

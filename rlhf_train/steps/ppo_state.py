@@ -14,6 +14,7 @@ from rlhf_train.engine.deepspeed_engine import Engine
 from rlhf_train.steps.context import Clock
 from rlhf_train.steps.experience import Experience
 from rlhf_train.steps.held_out import Summary
+from rlhf_train.steps.losses import kl_k3
 
 # Sums over a rollout's updates.
 SUMS = (
@@ -91,7 +92,7 @@ class Tally:
             mean_reward=float(experience.scores.mean()),
             objective=float(experience.objectives.mean()),
             kl=float(experience.kl.mean()),
-            kl_k3=float(experience.kl_k3.mean()),
+            kl_k3=float(kl_k3(experience.old_log_probs, experience.ref_log_probs, experience.mask).mean()),
             kl_coef=kl_coef,
             critic_learning_rate=critic.current_learning_rate,
             entropy=self.entropy,

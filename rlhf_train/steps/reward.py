@@ -112,8 +112,8 @@ def run(context: StepContext) -> End:
         before, clock = saved["before"], Clock(saved["seconds"])
         bars_before = saved.get("margins_before")  # None: a checkpoint of an older version
 
-    def offer(update: int, accuracy: float) -> None:
-        best = ("reward_accuracy", accuracy)
+    def offer(update: int, measured: float) -> None:
+        best = ("reward_accuracy", measured)
 
         def save(folder: Path) -> None:
             save_model(context, 2, update, engine, tokenizer, folder, lora=None, scores={}, example=example, best=best)

@@ -106,8 +106,8 @@ def run(context: StepContext) -> End:
         before, clock = saved["before"], Clock(saved["seconds"])
         error_before = saved.get("error_before")  # None: a checkpoint of an older version
 
-    def offer(update: int, perplexity: float) -> None:
-        best, lora = ("perplexity", perplexity), job.actor.lora
+    def offer(update: int, measured: float) -> None:
+        best, lora = ("perplexity", measured), job.actor.lora
 
         def save(folder: Path) -> None:
             save_model(context, 1, update, engine, tokenizer, folder, lora=lora, scores={}, example=example, best=best)

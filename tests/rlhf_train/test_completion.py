@@ -168,7 +168,7 @@ def test_a_run_of_format_1_keeps_its_results_and_does_not_resume_a_step(run: Run
     half.mkdir(parents=True)
     (half / "complete.json").touch()
     error = refused(job(), run, ALL)
-    assert error.what == "run `one` began step 2 with an older version, which took rows in another order"
+    assert error.what == "run `one` began step 2 with an older version, which learned otherwise"
     assert "`--redo --step 2`" in error.hint and "`--run NEW`" in error.hint
     assert steps_to_do(job(), run, [2], redo=True) == [2]
     begin_run(run)

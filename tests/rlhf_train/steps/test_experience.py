@@ -17,6 +17,7 @@ from rlhf_train.steps.experience import (
     targets_of,
     whiten_update,
 )
+from rlhf_train.steps.losses import kl_k3
 
 pytestmark = pytest.mark.pinned
 
@@ -52,7 +53,9 @@ def test_rewards_advantages_and_returns_by_hand():
     torch.testing.assert_close(made.kl, torch.tensor([-0.5, 0.0]))
     # Clipped score - penalty - 0.1 KL; k3 of the ratios exp(-0.5) and exp(1).
     torch.testing.assert_close(made.objectives, torch.tensor([2.05, 5.0]))
-    torch.testing.assert_close(made.kl_k3, torch.tensor([math.exp(-0.5) - 0.5 + math.e - 2, 0.0]))
+    torch.testing.assert_close(
+        kl_k3(made.old_log_probs, made.ref_log_probs, made.mask), torch.tensor([math.exp(-0.5) - 0.5 + math.e - 2, 0.0])
+    )
     torch.testing.assert_close(made.targets["rewards_to_go"], torch.tensor([[2.05, 2.1], [5.0, 0.0]]))
     assert made.lengths.tolist() == [4, 3]
     assert made.scores.tolist() == [2.0, 9.0]

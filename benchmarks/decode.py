@@ -5,20 +5,54 @@ The floor follows from the measured bandwidth and, on a CPU, from the matmul rat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
 from benchmarks.machine import Where
-from benchmarks.work import EOS, PAD, Size, actor_of, matmul_parameters, prompts_of, weight_bytes_of_decoding
+from benchmarks.work import EOS, PAD, Size, actor_of, prompts_of
+from rlhf_train.generation.families.known import read_network
 from rlhf_train.generation.rollout import Rollouts
 
 TARGETS = {16: 1.6, 64: 1.3, 256: 1.15}  # of the floor, on a GPU
+NEVER = -1  # as a stop token: of random weights, any token may come
+
+
+def llama_like(
+    family: str, width: int, layers: int, heads: str, feed: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """Return a config's fields. heads: of queries, of keys, and numbers of each, as `12/2/128`."""
+    queries, keys, numbers = map(int, heads.split("/"))
+    return {
+        "model_type": family,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": queries,
+        "num_key_value_heads": keys,
+        "head_dim": numbers,
+        "intermediate_size": feed,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+# The shapes of the config.json files of these models on the hub.
+MODELS = {
+    "small-llama": llama_like("llama", 256, 4, "8/2/32", 683, 2048),  # about as many weights as `small` has
+    "smollm2-135m": llama_like("llama", 576, 30, "9/3/64", 1536, 49152),
+    "qwen3-0.6b": llama_like("qwen3", 1024, 28, "16/8/128", 3072, 151936),
+    "llama-3.2-1b": llama_like("llama", 2048, 16, "32/8/64", 8192, 128256),
+    "qwen2.5-1.5b": llama_like("qwen2", 1536, 28, "12/2/128", 8960, 151936),
+}
 COLUMNS = [
     "batch",
     "floor ms/step",
@@ -32,14 +66,50 @@ COLUMNS = [
 ]
 
 
-def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
+def with_model(size: Size, name: str) -> Size:
+    """Return the size with another actor, whose answers have the size's lengths."""
+    batches = size.decode_batches if name == "small-llama" else (16, 64, 256)
+    return replace(size, actor=MODELS[name], decode_batches=batches)
+
+
+def model_of(fields: dict[str, Any], seed: int, device: str, dtype: torch.dtype) -> Any:
+    """Make the model, with random weights; LLaMA-like ones are made on the device."""
+    if fields["model_type"] == "opt":
+        return actor_of(fields, seed).to(device=device, dtype=dtype)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(dtype=dtype).eval()
+
+
+def static_cache_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
+    """Return the seconds of Hugging Face's generate with its static cache."""
+    ids, taken = torch.from_numpy(np.stack(prompts)).to(device), []
+    how = {"disable_compile": True} if device == "cpu" else {}
+    for _ in range(repeats + 1):
+        began = now(device)
+        with torch.no_grad():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens,
+                pad_token_id=PAD, eos_token_id=None, cache_implementation="static", **how,
+            )  # fmt: skip
+        taken.append(now(device) - began)
+    return taken[1:]
+
+
+NEXT_TO = {"eager": "whole s by its own forward", "static": "whole s by HF's static cache"}
+
+
+def generation_s(
+    model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int, *, is_static: bool = True
+) -> list[float]:
     """Return the seconds of whole calls with answers of so many tokens.
 
     The first call does not count, since it may capture or compile.
     """
     rollouts = Rollouts(
         model,
-        eos_id=EOS,
+        stop_ids=[EOS if model.config.model_type == "opt" else NEVER],
+        is_static=is_static,
         pad_id=PAD,
         max_tokens=tokens,
         temperature=1.0,
@@ -56,7 +126,14 @@ def generation_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str
 
 
 def measure(
-    model: Any, size: Size, batch: int, device: str, repeats: int, seed: int, ceiling: Ceilings
+    model: Any,
+    size: Size,
+    batch: int,
+    device: str,
+    repeats: int,
+    seed: int,
+    ceiling: Ceilings,
+    next_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a decode step as the difference between answers of two lengths.
 
@@ -66,17 +143,17 @@ def measure(
     long, short = size.response_tokens, max(2, size.response_tokens // 8)
     longer, shorter = (Spread.of(generation_s(model, prompts, tokens, device, repeats)) for tokens in (long, short))
     step_s = (longer.median - shorter.median) / (long - short)
-    each = model.dtype.itemsize
-    fields = size.actor
+    each, network = model.dtype.itemsize, read_network(model)
+    matrices, small = weights_of(model)
     # The middle of the steps in the difference.
     positions = size.prompt_tokens + (long + short) / 2
-    cache = kv_bytes(fields["num_hidden_layers"], fields["hidden_size"], batch, positions, each)
+    cache = kv_bytes(len(network.layers), network.key_width, batch, positions, each)
     floor_s = decode_floor_s(
-        weight_bytes_of_decoding(fields, each),
+        (matrices + small) * each,
         cache,
         ceiling.copy.median,
         # A GPU computes while it reads; a CPU of one core does one or the other.
-        0.0 if device == "cuda" else 2 * batch * matmul_parameters(fields, with_head=True),
+        0.0 if device == "cuda" else 2 * batch * matrices,
         ceiling.flops.median,
     )
     prefill_s = shorter.median - (short - 1) * step_s
@@ -88,7 +165,18 @@ def measure(
         "whole_s": longer.median,
         "longer": longer,
         "tokens": long,
+        "eager": Spread.of(generation_s(model, prompts, long, device, 1, is_static=False))
+        if "eager" in next_to
+        else None,
+        "static": Spread.of(static_cache_s(model, prompts, long, device, 1)) if "static" in next_to else None,
     }
+
+
+def weights_of(model: Any) -> tuple[int, int]:
+    """Count the weights that a decode step reads: of matrices, with the head, and of all else."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    return sum(module.weight.numel() for module in linear), vectors
 
 
 def lay_flat(model: Any) -> None:
@@ -101,18 +189,27 @@ def lay_flat(model: Any) -> None:
         vector_to_parameters(parameters_to_vector(parts).detach(), parts)
 
 
-def table(size: Size, where: Where, repeats: int, seed: int, ceiling: Ceilings, say: Callable[[str], None]) -> Table:
+def table(
+    size: Size,
+    where: Where,
+    repeats: int,
+    seed: int,
+    ceiling: Ceilings,
+    say: Callable[[str], None],
+    next_to: Sequence[str] = (),
+) -> Table:
     device = where.device
     dtype = torch.bfloat16 if size.precision == "bfloat16" else torch.float32
-    model = actor_of(size.actor, seed).to(device=device, dtype=dtype)
+    model = model_of(size.actor, seed, device, dtype)
     if device == "cuda":
         lay_flat(model)
     rows, numbers = [], []
     for batch in size.decode_batches:
         say(f"  batch {batch}")
-        found = measure(model, size, batch, device, repeats, seed, ceiling)
+        found = measure(model, size, batch, device, repeats, seed, ceiling, next_to)
         numbers.append(found)
-        rows.append(row_of(found, TARGETS.get(batch) if device == "cuda" else None, size.prompt_tokens))
+        target = TARGETS.get(batch) if device == "cuda" and size.actor["model_type"] == "opt" else None
+        rows.append(row_of(found, target, size.prompt_tokens) + [f"{found[how]:.3f}" for how in next_to])
     long, short = size.response_tokens, max(2, size.response_tokens // 8)
     computed = "" if device == "cuda" else ", or the products at the measured matmul rate, if that takes longer"
     notes = [
@@ -121,7 +218,8 @@ def table(size: Size, where: Where, repeats: int, seed: int, ceiling: Ceilings, 
         f"floor: weights and live keys and values, read once at the measured copy bandwidth{computed}",
         f"whole: prefill and all steps; tokens/s counts prompts and answers; {clock_of(where)}",
     ]
-    return Table("decode", COLUMNS, rows, notes, numbers)
+    columns = COLUMNS + [NEXT_TO[how] for how in next_to]
+    return Table(f"decode of {size.actor['model_type']}", columns, rows, notes, numbers)
 
 
 def row_of(found: dict[str, Any], target: float | None, prompt_tokens: int) -> list[str]:

@@ -68,8 +68,10 @@ class Ran:
     """A run that ended with exit code 0."""
 
     run: RunDir
-    # By an event's `seq`: CPU seconds of all processes when it was written, to about 0.02 s.
+    # By an event's `seq`: CPU seconds of all processes when it was written, to about 0.02 s; and of
+    # the ranks that lived then.
     cpu_s: Mapping[int, float]
+    ranks_cpu_s: Mapping[int, float]
     process_peak_bytes: int  # the resident set of its largest process, which is a rank
 
     def events(self, kind: str, step: int) -> list[RawEvent]:
@@ -77,16 +79,18 @@ class Ran:
         return [event for event in events if event["kind"] == kind and event.get("step") == step]
 
     def updates(self, step: int, leave_out: int = 1) -> list[RawEvent]:
-        """Return the metrics of updates without the first `leave_out`, with `wall_s` and `cpu_s`.
+        """Return the metrics of updates without the first `leave_out`, with what they took.
 
         wall_s: seconds since the metrics before, with all that lies between. cpu_s: the processors'
-        seconds in that time.
+        seconds in that time; ranks_cpu_s: those of the ranks alone.
         """
         # A killed run may have written more events.
         seen = [event for event in self.events("metrics", step) if event["seq"] in self.cpu_s]
-        lines = [{**event, "cpu_s": self.cpu_s[event["seq"]]} for event in seen]
+        clocks = {"wall_s": "elapsed_s", "cpu_s": "cpu_s", "ranks_cpu_s": "ranks_cpu_s"}
+        read = {"cpu_s": self.cpu_s, "ranks_cpu_s": self.ranks_cpu_s}
+        lines = [{**event, **{name: seconds[event["seq"]] for name, seconds in read.items()}} for event in seen]
         timed = [
-            {**event, "wall_s": event["elapsed_s"] - before["elapsed_s"], "cpu_s": event["cpu_s"] - before["cpu_s"]}
+            {**event, **{name: event[clock] - before[clock] for name, clock in clocks.items()}}
             for before, event in pairwise(lines)
         ]
         return timed[leave_out - 1 :]
@@ -123,14 +127,16 @@ def run_product(
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf_train", *words], cwd=CHECKOUT, env=environment, stdout=output, stderr=output
         )
-        ended, cpu, offset = 0, dict[int, float](), 0
+        ended, cpu, of_ranks, offset = 0, dict[int, float](), dict[int, float](), 0
         with on_other_cores(where.cores):  # polling takes a part of a core
             while not ended:
                 time.sleep(POLL_S)
                 events, offset = read_events(run.events, offset)
-                cpu |= dict.fromkeys([event["seq"] for event in events], cpu_seconds(process.pid))
+                new = [event["seq"] for event in events]
+                cpu |= dict.fromkeys(new, cpu_seconds(process.pid))
+                of_ranks |= dict.fromkeys(new, sum(map(cpu_seconds, ranks_of(process.pid))))
                 if until is not None and any(_has_come_to(event, steps[-1], until) for event in events):
-                    return Ran(run, cpu, killed(process))
+                    return Ran(run, cpu, of_ranks, killed(process))
                 # Its usage is that of the launcher and of all processes that it has waited for.
                 ended, status, used = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -138,7 +144,7 @@ def run_product(
         if process.returncode:
             command = f"python -m rlhf_train {' '.join(words)}"
             raise RuntimeError(f"{command} ended with {process.returncode}:\n{output.read()}")
-    return Ran(run, cpu, used.ru_maxrss * 1024)
+    return Ran(run, cpu, of_ranks, used.ru_maxrss * 1024)
 
 
 def _has_come_to(event: RawEvent, step: int, update: int) -> bool:

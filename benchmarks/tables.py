@@ -44,7 +44,8 @@ def do_ceilings(bench: Bench) -> Table:
 def do_decode(bench: Bench) -> Table:
     repeats = bench.options.repeats
     ceiling = ceilings.measure(bench.where.device, repeats)
-    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceiling, bench.say)
+    size = bench.size if bench.options.model is None else decode.with_model(bench.size, bench.options.model)
+    return decode.table(size, bench.where, repeats, bench.options.seed, ceiling, bench.say, bench.options.next_to)
 
 
 def do_step(name: str) -> Callable[[Bench], Table]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from env.settings import Cards
 from jobs.model_shape import Shape
-from jobs.spec import Job
+from jobs.spec import Job, Lora
 from jobs.steps import STEPS
 
 GIB = 2**30
@@ -45,14 +45,19 @@ class Placed(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """The shapes of the two models of a job."""
+    """The shapes of the models of a job."""
 
     actor: Shape
     critic: Shape
+    judge: Shape | None = None  # of ppo.judge_model
+
+    @property
+    def all(self) -> list[Shape]:
+        return [self.actor, self.critic, *([self.judge] if self.judge is not None else [])]
 
     @property
     def is_known(self) -> bool:
-        return self.actor.is_known and self.critic.is_known
+        return all(shape.is_known for shape in self.all)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class StepRows:
     prompt: float  # in the mean
     answer: float  # one answer, in the mean
     longest: int  # prompt and answer together
+    lengths: tuple[int, ...] = ()  # of some of them: prompt and answer, in step 2 the longer one
 
     @classmethod
     def unread(cls, job: Job) -> StepRows:
@@ -80,6 +86,7 @@ class Speed:
     bandwidth: float  # bytes a second
     link: float  # bytes a second between the ranks, gradients added up
     is_measured: bool  # else the numbers are published ones, of which a share is taken
+    kernel: float  # seconds of the host to start a kernel
 
 
 def card_speed(cards: Cards, key: str) -> tuple[Speed, float]:
@@ -88,9 +95,10 @@ def card_speed(cards: Cards, key: str) -> tuple[Speed, float]:
     link = shares.nvlink if card.nvlink else shares.host_link
     if card.measured is not None:
         measured = card.measured
-        return Speed(key, measured.matmul, measured.bandwidth, link, is_measured=True), measured.memory_gib * GIB
-    speed = Speed(key, card.matmul * shares.matmul, card.bandwidth * shares.bandwidth, link, is_measured=False)
-    return speed, card.memory_gib * shares.memory * GIB
+        speed = Speed(key, measured.matmul, measured.bandwidth, link, is_measured=True, kernel=GPU_KERNEL)
+        return speed, measured.memory_gib * GIB
+    rates = card.matmul * shares.matmul, card.bandwidth * shares.bandwidth
+    return Speed(key, *rates, link, is_measured=False, kernel=GPU_KERNEL), card.memory_gib * shares.memory * GIB
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -105,11 +113,12 @@ class Size:
 
 
 def sizes_of(job: Job, models: Models) -> dict[str, Size]:
-    """Return the parameters of actor and critic."""
+    """Return the parameters of actor and critic, and of the judge if the job has one."""
     actor = models.actor.causal
     adapters = models.actor.adapters(job.actor.lora) if job.actor.lora is not None else 0
     critic = models.critic.scorer
-    return {"actor": Size(actor, adapters or actor), "critic": Size(critic, critic)}
+    sizes = {"actor": Size(actor, adapters or actor), "critic": Size(critic, critic)}
+    return sizes if models.judge is None else {**sizes, "judge": Size(models.judge.scorer, 0)}
 
 
 def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> dict[str, float]:
@@ -130,16 +139,17 @@ def training_bytes(size: Size, precision: str, zero_stage: int, ranks: int) -> d
 def frozen_bytes(sizes: Mapping[str, Size], precision: str, zero_stage: int) -> float:
     """Return the bytes of a rank's weights that are not trained in step 3.
 
-    They are the reward model, the reference, and the weights that rollouts read: see
-    ppo.frozen_copies.
+    They are the reward model, the reference, the judge, and the weights that rollouts read: see
+    frozen_copies in rlhf_train/steps/ppo_setup.py.
     """
     actor, critic = sizes["actor"], sizes["critic"]
+    judge = sizes["judge"].all if "judge" in sizes else 0
     if zero_stage == 3:
         copies = 2 * actor.all
     else:
         # LoRA: the reference is the actor with its adapters off, and rollouts read the actor.
         copies = actor.all if actor.trained == actor.all else 0
-    return (critic.all + copies) * WEIGHT_BYTES[precision]
+    return (critic.all + judge + copies) * WEIGHT_BYTES[precision]
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -194,18 +204,18 @@ def memory_of(
     sizes, precision, ranks = sizes_of(job, models), placed.precision, placed.ranks
     stages = {"actor": placed.actor_zero_stage, "critic": placed.critic_zero_stage}
     shapes = {"actor": models.actor, "critic": models.critic}
-    networks = STEPS[step].networks
+    networks = job.networks_of(step)
     parts = {network: training_bytes(sizes[network], precision, stages[network], ranks) for network in networks}
     held = {name: sum(part[name] for part in parts.values()) for name in ("weights", "optimizer")}
     gradients = sum(part["gradients"] for part in parts.values())
     held["buckets"] = sum(_bucket_bytes(sizes[network], stages[network], precision) for network in networks)
+    keeps_cache = models.actor.is_static or placed.device == "cpu"
     if step == 3:
         held["frozen"] = frozen_bytes(sizes, precision, placed.actor_zero_stage)
-        held["cache"] = cache_bytes(job, models.actor, placed, rows, slots)
+        held["cache"] = cache_bytes(job, models.actor, placed, rows, slots) if keeps_cache else 0.0
         held["average"] = 4 * sizes["actor"].trained / ranks if job.ppo.ema_decay else 0.0
     passes = {
-        network: _pass_bytes(job, step, network, shapes[network], placed.precision, micro_batch, rows)
-        for network in networks
+        network: _pass_bytes(job, step, network, shapes[network], placed, micro_batch, rows) for network in networks
     }
     has_several_passes = global_batch(job, step) // ranks > micro_batch
     # A pass keeps most before its backward pass, when its own gradients are not there yet; those of
@@ -214,6 +224,8 @@ def memory_of(
     others = max(others, parts["actor"]["gradients"] if step == 3 else 0.0)
     copies = 0.0 if precision == "float32" else sum(4 * sizes[n].trained / _shared(stages[n], ranks) for n in networks)
     phases = {"a pass": others + max(passes.values()), "the optimizer's step": gradients + copies}
+    if step == 3 and not keeps_cache:  # a model's own forward drops it after each batch of answers
+        phases["a rollout"] = gradients + cache_bytes(job, models.actor, placed, rows, slots)
     if placed.device == "cpu":
         # The last checkpoint is copied, then the model, while the allocator still holds what the
         # passes took.
@@ -234,12 +246,11 @@ def _bucket_bytes(size: Size, zero_stage: int, precision: str) -> float:
 
 
 def _pass_bytes(
-    job: Job, step: int, network: str, shape: Shape, precision: str, micro_batch: int, rows: StepRows
+    job: Job, step: int, network: str, shape: Shape, placed: Placed, micro_batch: int, rows: StepRows
 ) -> float:
     """Return what one forward pass keeps, on the longest rows."""
-    weight, is_half = WEIGHT_BYTES[precision], precision != "float32"
-    sequences = micro_batch * (2 if step == 2 else 1)
-    tokens = sequences * rows.longest
+    weight, is_half = WEIGHT_BYTES[placed.precision], placed.precision != "float32"
+    tokens = _most_tokens(job, step, shape, placed, micro_batch, rows)
     of_layer = tokens * weight * ACTIVATIONS * shape.kept_by_layer(rows.longest, is_half=is_half)
     if network == "actor" and job.actor.lora is not None:
         of_layer += tokens * weight * job.actor.lora.rank * len(shape.adapted(job.actor.lora))
@@ -251,6 +262,25 @@ def _pass_bytes(
     has_logits = network == "actor" or (step == 2 and job.reward.lm_coef > 0)
     logits = min(tokens * shape.vocabulary * weight, KEPT_LOGITS) if has_logits else 0
     return activations + logits
+
+
+def _most_tokens(job: Job, step: int, shape: Shape, placed: Placed, micro_batch: int, rows: StepRows) -> float:
+    """Return the tokens of the largest pass.
+
+    Padded rows are all as long as the longest. Packed ones are a trial's longest rows, or as many
+    of an update's as have no more tokens than the trial's would have if padded.
+    """
+    sequences = micro_batch * (2 if step == 2 else 1)
+    padded = float(sequences * rows.longest)
+    if step == 3 or not rows.lengths or not is_packed(shape, placed):  # step 3's answers may all be long
+        return padded
+    mean = sum(rows.lengths) / len(rows.lengths)
+    longer = rows_tokens(rows) / mean  # of a pair both count, and `lengths` has the longer
+    of_count = len(rows.lengths) / max(rows.count or 1, len(rows.lengths))
+    longest = sorted(rows.lengths)[-max(1, math.ceil(micro_batch * of_count)) :]
+    update = global_batch(job, step) / placed.ranks * mean
+    per_row = sequences / micro_batch * longer
+    return min(padded, per_row * max(micro_batch * sum(longest) / len(longest), update))
 
 
 def global_batch(job: Job, step: int) -> int:
@@ -331,7 +361,7 @@ def disk_bytes(job: Job, steps: Sequence[int], models: Models, precision: str) -
         model = (critic if step == 2 else actor).all * weight
         made = model * (2 if step == 3 and job.ppo.ema_decay else 1)
         best = model if job.checkpoint.best_every_updates else 0
-        trained = sum(sizes[network].trained for network in STEPS[step].networks)
+        trained = sum(sizes[network].trained for network in job.networks_of(step))
         checkpoint = CHECKPOINT_BYTES * trained + (4 * actor.trained if step == 3 and job.ppo.ema_decay else 0)
         most = max(most, kept + best + checkpoint + max(checkpoint, made))
         kept += best + made
@@ -346,7 +376,7 @@ def updates_of(job: Job, step: int, rows: int | None) -> int | None:
     spec = getattr(job, STEPS[step].section)
     if rows is None:
         return None
-    batch = spec.rollout_batch if step == 3 else spec.global_batch
+    batch = spec.prompts_per_rollout if step == 3 else spec.global_batch
     whole = max(1, math.ceil(rows * spec.epochs / batch - 1e-9)) * (updates_per_rollout(job) if step == 3 else 1)
     return min(whole, spec.max_updates) if spec.max_updates else whole
 
@@ -355,111 +385,257 @@ def updates_per_rollout(job: Job) -> int:
     return job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
 
 
-# A GPU's rate is that of long products. Narrower layers reach less of it: 0.83 at a width of 2048,
-# 0.59 at 1024.
-WIDE, WIDE_SHARE = 2048, 0.83
-CPU_SHARE = 0.6
-# Seconds of the host: a layer's forward and backward pass; a layer's decode step, in a CUDA graph
-# and by a model's own forward; an update besides its passes.
-GPU_LAYER, GRAPH_LAYER, OWN_LAYER, GPU_UPDATE = 0.8e-3, 38e-6, 0.4e-3, 5e-3
-CPU_LAYER, CPU_STEP_LAYER, CPU_UPDATE = 1.5e-3, 0.4e-3, 5e-3
+@dataclass(frozen=True)
+class Costs:
+    """What work costs on a kind of device, in times of what its Speed says: docs/estimates.md."""
+
+    products: float
+    attention: float
+    moved: float  # what layers read and write besides
+    logits: tuple[float, float]  # numbers moved for each logit, forward and backward
+    kernel: float
+    optimizer: float  # bytes of each trained parameter
+    step_weights: float  # a decode step's weights
+    step_cache: tuple[float, float]  # what is in its cache: by the static decoder, by a model's own forward
+    drawn: float  # bytes of each logit that a token is drawn from
+    static_kernels: float  # of a layer, by the static decoder
+    update_kernels: int  # of a layer once an update, whatever its passes: see GPU_KERNEL
+
+
+COSTS = {
+    # Kernels of our own compute softmax in one pass over the logits.
+    "cuda": Costs(
+        products=1.03,
+        attention=2.0,
+        moved=2.4,
+        logits=(1, 2),
+        kernel=1.0,
+        optimizer=28,
+        step_weights=1.0,
+        step_cache=(1.0, 3.0),
+        drawn=50,
+        static_kernels=1.3,  # a CUDA graph starts them
+        update_kernels=35,
+    ),
+    # Products of few rows wait for the weights. What is moved there was measured with what fits
+    # into the processor's cache. Attention and softmax of float32 run far below the products' rate.
+    # All are 1.2 times what the quickest of several passes took: an update of a run is none.
+    "cpu": Costs(
+        products=1.27,
+        attention=13.2,
+        moved=2.5,
+        logits=(44, 66),
+        kernel=16.8,
+        optimizer=120,
+        step_weights=10.0,
+        step_cache=(14.9, 19.1),
+        drawn=580,
+        static_kernels=26,
+        update_kernels=0,  # within CPU_UPDATE
+    ),
+}
+ADAPTER_COST = 2  # the products of LoRA's narrow matrices, in times of others
+NARROW = 0.4  # a GPU reaches less of its rate in layers narrower than WIDE: by this power of their width
+WIDE = 2048
+# Seconds of the host to start a kernel: 18 to 28 us explained the runs on three hosts of one card,
+# so it is measured where it can be (docs/estimates.md). What the passes leave unexplained is about
+# 35 kernels of each layer once an update: DeepSpeed's hooks and copies of gradients.
+GPU_KERNEL = 25e-6  # where nobody measures it
+MASKED_KERNELS = (6, 10)  # more where attention has a mask of padding: PyTorch's profiler, five families
+GPU_UPDATE, CPU_UPDATE = 5e-3, 15e-3  # seconds of an update besides its passes
+DRAW_KERNELS = 25  # that a decode step starts besides its layers, by a model's own forward
 GATHER_LAYER = 10e-3  # a layer's pass at ZeRO 3, which collects its weights
 LONG_ANSWERS = 5  # the longest answer of a rollout, in times of the mean one
-OPTIMIZER_BYTES = 28  # that AdamW reads and writes for each trained parameter
-STATIC = "opt"  # the family whose answers come from the static decoder
+FORWARD = 1 / 3  # of what layers move in both passes
+FUSED_FAMILY = "opt"  # whose layers
+FUSED = 0.35  # move this share on a GPU, by kernels of our own
 
 
-def update_seconds(job: Job, step: int, models: Models, placed: Placed, rows: StepRows, speed: Speed) -> float:
-    """Return the seconds of one update of a step; of step 3 with its share of the rollout."""
-    if step != 3:
-        shape = models.actor if step == 1 else models.critic
-        sequences = global_batch(job, step) * (2 if step == 2 else 1)
-        lm_answers = sequences / 2 if step == 2 and job.reward.lm_coef else 0
-        answers = lm_answers if step == 2 else sequences
-        head = answers * (rows.answer + (rows.prompt if step == 1 and job.sft.loss_on_prompt else 0))
-        passes = _passes(sequences, rows, placed.micro_batches[step - 1] * (2 if step == 2 else 1), placed.ranks)
-        has_lora = step == 1 and job.actor.lora is not None
-        train = _train_seconds(shape, sequences * rows_tokens(rows), head, passes, placed, speed, has_lora=has_lora)
-        stage = placed.actor_zero_stage if step == 1 else placed.critic_zero_stage
-        size = sizes_of(job, models)["actor" if step == 1 else "critic"]
-        return train + _optimizer_seconds(size, stage, passes * shape.layers, placed, speed)
-    return _ppo_seconds(job, models, placed, rows, speed)
+@dataclass(frozen=True)
+class Passes:
+    """An update on one rank, where rows are padded to the longest of their pass."""
+
+    count: float
+    tokens: float  # of one sequence of each row, padding included
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a rank computes in the passes of an update."""
+
+    passes: float
+    tokens: float
+    head_tokens: float  # of which logits are computed
+    length: float  # of a row, in the mean
+
+
+def update_seconds(
+    job: Job, step: int, models: Models, placed: Placed, rows: StepRows, speed: Speed, padded: Passes | None = None
+) -> float:
+    """Return the seconds of one update of a step; of step 3 with its share of the rollout.
+
+    padded: its passes, for models whose rows are padded; None: they are taken for packed.
+    """
+    if step == 3:
+        return _ppo_seconds(job, models, placed, rows, speed, padded)
+    shape = models.actor if step == 1 else models.critic
+    sequences = global_batch(job, step) * (2 if step == 2 else 1)
+    lm_answers = sequences / 2 if step == 2 and job.reward.lm_coef else 0
+    answers = lm_answers if step == 2 else sequences
+    head = answers * (rows.answer + (rows.prompt if step == 1 and job.sft.loss_on_prompt else 0))
+    micro_batch = placed.micro_batches[step - 1] * (2 if step == 2 else 1)
+    work = _work(shape, sequences, head, rows, micro_batch, placed, padded, of_row=2 if step == 2 else 1)
+    lora = job.actor.lora if step == 1 else None
+    train = _train_seconds(job, shape, work, placed, speed, lora)
+    stage = placed.actor_zero_stage if step == 1 else placed.critic_zero_stage
+    size = sizes_of(job, models)["actor" if step == 1 else "critic"]
+    return train + _optimizer_seconds(size, stage, work.passes * shape.layers, placed, speed)
 
 
 def rows_tokens(rows: StepRows) -> float:
     return rows.prompt + rows.answer
 
 
-def _passes(sequences: int, rows: StepRows, micro_batch: int, ranks: int) -> int:
-    """Return the passes of one rank: they hold as many tokens as the longest rows."""
-    tokens = sequences / ranks * rows_tokens(rows)
-    return max(1, math.ceil(tokens / (micro_batch * rows.longest)))
+def _work(
+    shape: Shape,
+    sequences: float,
+    head_tokens: float,
+    rows: StepRows,
+    micro_batch: int,
+    placed: Placed,
+    padded: Passes | None,
+    of_row: int = 1,
+) -> _Work:
+    """Return a rank's share of the work. of_row: sequences that a row has."""
+    length = rows_tokens(rows)
+    tokens = sequences / placed.ranks * length
+    if padded is not None and not is_packed(shape, placed):
+        return _Work(padded.count, max(tokens, padded.tokens * of_row), head_tokens / placed.ranks, length)
+    passes = max(1, math.ceil(tokens / (micro_batch * rows.longest)))  # as many tokens as the longest rows
+    return _Work(passes, tokens, head_tokens / placed.ranks, length)
+
+
+def is_packed(shape: Shape, placed: Placed) -> bool:
+    return shape.is_packed and (placed.device == "cpu" or placed.precision != "float32")
+
+
+def _kernels(shape: Shape, placed: Placed, lora: Lora | None = None) -> tuple[int, int]:
+    """Return the kernels that one layer starts on a device, forward and backward."""
+    forward, backward = shape.kernels(lora)
+    if placed.device == "cuda" and not is_packed(shape, placed):
+        return forward + MASKED_KERNELS[0], backward + MASKED_KERNELS[1]
+    return forward, backward
 
 
 def _rate(shape: Shape, placed: Placed, speed: Speed) -> float:
-    if placed.device == "cpu":
-        return speed.matmul * CPU_SHARE
-    return speed.matmul * WIDE_SHARE * min(1.0, shape.width / WIDE) ** 0.5
+    share = min(1.0, shape.width / WIDE) ** NARROW if placed.device == "cuda" else 1.0
+    return speed.matmul * share / COSTS[placed.device].products
 
 
-def _train_seconds(
+def _train_seconds(job: Job, shape: Shape, work: _Work, placed: Placed, speed: Speed, lora: Lora | None) -> float:
+    """Return the seconds of the passes of an update, forward and backward.
+
+    Frozen weights have no gradient. What is checkpointed runs forward twice.
+    """
+    again = 1 if job.hardware.gradient_checkpointing else 0
+    forward, backward = _kernels(shape, placed, lora)
+    return _seconds(
+        shape,
+        work,
+        placed,
+        speed,
+        multiplied=2 * (1 + again) + (2 if lora is not None else 4),
+        moved=1 + again * FORWARD,
+        kernels=forward * (1 + again) + backward + COSTS[placed.device].update_kernels / work.passes,
+        attended=3.5 + again,
+        logits=(1, 1),
+        lora=lora,
+    )
+
+
+def _forward_seconds(shape: Shape, work: _Work, placed: Placed, speed: Speed) -> float:
+    kernels, _ = _kernels(shape, placed)
+    return _seconds(
+        shape, work, placed, speed, multiplied=2, moved=FORWARD, kernels=kernels, attended=1, logits=(1, 0), lora=None
+    )
+
+
+def _seconds(
     shape: Shape,
-    tokens: float,
-    head_tokens: float,
-    passes: int,
+    work: _Work,
     placed: Placed,
     speed: Speed,
     *,
-    has_lora: bool = False,
+    multiplied: float,
+    moved: float,
+    kernels: float,
+    attended: float,
+    logits: tuple[int, int],
+    lora: Lora | None,
 ) -> float:
-    """Return the seconds of the passes of an update, forward and backward."""
-    each = 4.2 if has_lora else 6.0  # frozen weights have no gradient
-    if placed.device == "cuda" and has_lora:
-        each = 5.4  # the adapters' narrow products take what is saved: 0.219 and 0.243 s with and without
-    flops = (each * shape.matrices * tokens + 6 * shape.head * head_tokens) / placed.ranks
-    host = passes * shape.layers * (GPU_LAYER if placed.device == "cuda" else CPU_LAYER)
-    compute = flops / _rate(shape, placed, speed)
+    """Return the seconds of passes through a network.
+
+    multiplied: flop for each weight and token; moved: of what layers move in both passes; kernels:
+    of a layer; attended: forward passes that attention takes as long as; logits: how often they go
+    forward and backward.
+    """
+    costs, weight = COSTS[placed.device], WEIGHT_BYTES[placed.precision]
+    head_flops = 2 * (logits[0] + 2 * logits[1]) * shape.head * work.head_tokens
+    adapters = 0 if lora is None else 6 * ADAPTER_COST * shape.adapters(lora)
+    flops = (multiplied * shape.matrices + adapters) * work.tokens + head_flops
+    products = flops / _rate(shape, placed, speed)
+    # A token attends to half of its row in the mean; two products of 2 flop a number.
+    attention = attended * 2 * work.tokens * work.length * shape.attention * shape.layers / speed.matmul
+    layers = work.tokens * shape.layers * moved * shape.moved_by_layer(work.length / 2, weight, lora)
+    if placed.device == "cuda" and shape.family == FUSED_FAMILY:
+        layers *= FUSED
+    softmax = weight * shape.vocabulary * work.head_tokens
+    softmax *= logits[0] * costs.logits[0] + logits[1] * costs.logits[1]
+    compute = products + costs.attention * attention + (costs.moved * layers + softmax) / speed.bandwidth
+    host = work.passes * shape.layers * kernels * costs.kernel * speed.kernel
     return max(compute, host) if placed.device == "cuda" else compute + host
 
 
-def _forward_seconds(shape: Shape, tokens: float, head_tokens: float, placed: Placed, speed: Speed) -> float:
-    flops = 2 * (shape.matrices * tokens + shape.head * head_tokens) / placed.ranks
-    host = shape.layers * (GPU_LAYER if placed.device == "cuda" else CPU_LAYER) / 3
-    return flops / _rate(shape, placed, speed) + host
-
-
-def _optimizer_seconds(size: Size, zero_stage: int, layers: int, placed: Placed, speed: Speed) -> float:
+def _optimizer_seconds(size: Size, zero_stage: int, layers: float, placed: Placed, speed: Speed) -> float:
     """Return the seconds of the optimizer's step, and of what ranks send each other.
 
     layers: that all passes of the update compute, one after the other.
     """
     fixed = GPU_UPDATE if placed.device == "cuda" else CPU_UPDATE
-    local = OPTIMIZER_BYTES * size.trained / _shared(zero_stage, placed.ranks) / speed.bandwidth
+    moved = COSTS[placed.device].optimizer * size.trained / _shared(zero_stage, placed.ranks)
+    local = moved / speed.bandwidth
     if placed.ranks == 1:
         return fixed + local
     sent = 2 * size.trained * WEIGHT_BYTES[placed.precision] / speed.link
     return fixed + local + sent + (layers * GATHER_LAYER if zero_stage == 3 else 0.0)
 
 
-def _ppo_seconds(job: Job, models: Models, placed: Placed, rows: StepRows, speed: Speed) -> float:
+def _ppo_seconds(
+    job: Job, models: Models, placed: Placed, rows: StepRows, speed: Speed, padded: Passes | None
+) -> float:
     """Return the seconds of an update of step 3, with its share of the rollout and of scoring."""
     actor, critic, sizes = models.actor, models.critic, sizes_of(job, models)
-    batch, rollout = job.ppo.global_batch, job.ppo.rollout_batch
-    tokens = rows_tokens(rows)
-    passes = _passes(batch, rows, placed.micro_batches[2], placed.ranks)
-    has_lora = job.actor.lora is not None
-    train = _train_seconds(actor, batch * tokens, batch * rows.answer, passes, placed, speed, has_lora=has_lora)
-    train += _train_seconds(critic, batch * tokens, 0, passes, placed, speed)
-    for network, shape, stage in (
-        ("actor", actor, placed.actor_zero_stage),
-        ("critic", critic, placed.critic_zero_stage),
-    ):
-        train += _optimizer_seconds(sizes[network], stage, passes * shape.layers, placed, speed)
-    scored = _forward_seconds(actor, rollout * tokens, rollout * rows.answer, placed, speed)
-    scored += _forward_seconds(critic, rollout * tokens, 0, placed, speed)
-    if updates_per_rollout(job) > 1:  # actor and critic score too
-        scored *= 2
-    return train + (scored + rollout_seconds(job, actor, placed, rows, speed)) / updates_per_rollout(job)
+    batch, rollouts = job.ppo.global_batch, updates_per_rollout(job)
+    # Rows are packed for both networks or for neither.
+    widest = actor if not actor.is_packed else critic
+    of_actor = _work(widest, batch, batch * rows.answer, rows, placed.micro_batches[2], placed, padded)
+    of_critic = replace(of_actor, head_tokens=0.0)
+    train = _train_seconds(job, actor, of_actor, placed, speed, job.actor.lora)
+    if job.ppo.has_critic:
+        train += _train_seconds(job, critic, of_critic, placed, speed, None)
+    shapes = {"actor": (actor, placed.actor_zero_stage), "critic": (critic, placed.critic_zero_stage)}
+    for network in job.networks_of(3):
+        shape, stage = shapes[network]
+        train += _optimizer_seconds(sizes[network], stage, of_actor.passes * shape.layers, placed, speed)
+    by_actor, by_critic = (_forward_seconds(*work, placed, speed) for work in ((actor, of_actor), (critic, of_critic)))
+    scored = by_actor + by_critic  # by the reference and the reward model
+    if rollouts > 1:  # actor and critic score too
+        scored += by_actor + (by_critic if job.ppo.has_critic else 0.0)
+    scored *= job.ppo.rollout_batch / batch
+    if models.judge is not None:  # once a rollout
+        judged = _forward_seconds(models.judge, of_critic, placed, speed)
+        scored += judged * job.ppo.rollout_batch / batch
+    return train + (scored + rollout_seconds(job, actor, placed, rows, speed)) / rollouts
 
 
 def rollout_seconds(job: Job, actor: Shape, placed: Placed, rows: StepRows, speed: Speed) -> float:
@@ -468,21 +644,29 @@ def rollout_seconds(job: Job, actor: Shape, placed: Placed, rows: StepRows, spee
     Every step reads all weights, until the longest answer has ended; and of the answers that have
     not, the cache.
     """
+    costs, weight, static = COSTS[placed.device], WEIGHT_BYTES[placed.precision], actor.is_static
     share = -(-job.ppo.rollout_batch // placed.ranks)
     slots = min(share, placed.rollout_micro_batch)
-    weight = WEIGHT_BYTES[placed.precision]
     longest = min(float(job.data.max_response_tokens), LONG_ANSWERS * rows.answer)
-    steps = longest + (share / slots - 1) * rows.answer  # a finished answer makes room for the next
-    host = CPU_STEP_LAYER
-    if placed.device == "cuda":
-        host = GRAPH_LAYER if actor.family == STATIC else OWN_LAYER
-    step_s = (actor.matrices + actor.head) * weight / speed.bandwidth + actor.layers * host
-    kept = share * rows.answer * (rows.prompt + rows.answer / 2)  # tokens read from the cache, in all
-    cache_s = kept * actor.layers * 2 * actor.key_value * weight / speed.bandwidth
-    multiplied = share * rows.prompt * actor.matrices
-    if placed.device == "cpu":  # a GPU has long multiplied when the weights have come
-        multiplied += share * rows.answer * (actor.matrices + actor.head)
-    return steps * step_s + cache_s + 2 * multiplied / _rate(actor, placed, speed)
+    if static:  # a finished answer makes room for the next
+        steps = longest + (share / slots - 1) * rows.answer
+    else:  # one batch after the other
+        steps = longest * share / slots
+    forward, _ = _kernels(actor, placed, job.actor.lora)
+    kernels = actor.layers * (costs.static_kernels if static else forward)
+    kernels += 0 if static else DRAW_KERNELS
+    host = steps * kernels * costs.kernel * speed.kernel
+    tokens = share * rows.answer
+    kept = tokens * (rows.prompt + rows.answer / 2)  # tokens read from the cache, in all
+    read = steps * costs.step_weights * (actor.matrices + actor.head) * weight
+    read += costs.step_cache[0 if static else 1] * kept * actor.layers * 2 * actor.key_value * weight
+    drawn = tokens * actor.vocabulary * (0 if static and placed.device == "cuda" else costs.drawn)
+    prompts = _Work(1, share * rows.prompt, share, rows.prompt)
+    fed = _forward_seconds(actor, prompts, placed, speed)
+    moved = (read + drawn) / speed.bandwidth
+    if placed.device == "cuda":  # it has long multiplied when the weights have come
+        return fed + (moved + host if static else max(moved, host))
+    return fed + moved + host + 2 * tokens * (actor.matrices + actor.head) / _rate(actor, placed, speed)
 
 
 @dataclass(frozen=True)
@@ -502,12 +686,20 @@ class StepTime:
 START_S = {"cuda": 10.0, "cpu": 6.0}
 
 
-def step_time(job: Job, step: int, models: Models, placed: Placed, rows: StepRows, speed: Speed) -> StepTime:
-    """Return how long a step takes, from its start to its saved model."""
-    update_s = update_seconds(job, step, models, placed, rows, speed)
+def step_time(
+    job: Job, step: int, models: Models, placed: Placed, rows: StepRows, speed: Speed, padded: Passes | None = None
+) -> StepTime:
+    """Return how long a step takes, from its start to its saved model.
+
+    padded: see update_seconds.
+    """
+    update_s = update_seconds(job, step, models, placed, rows, speed, padded)
     shape = models.critic if step == 2 else models.actor
     held_out = job.data.eval_rows * (2 if step == 2 else 1)
-    measure_s = _forward_seconds(shape, held_out * rows_tokens(rows), held_out * rows.answer, placed, speed)
+    tokens, micro_batch = held_out * rows_tokens(rows), placed.micro_batches[step - 1]
+    passes = math.ceil(tokens / (micro_batch * rows.longest))
+    work = _Work(passes, tokens / placed.ranks, held_out * rows.answer / placed.ranks, rows_tokens(rows))
+    measure_s = _forward_seconds(shape, work, placed, speed)
     if step == 3:
         answered = 2 * job.data.eval_rows + NORMALIZATION_PROMPTS
         measure_s = rollout_seconds(job, models.actor, placed, rows, speed) * answered / job.ppo.rollout_batch / 2

@@ -198,7 +198,7 @@ def _cards(facts: FitnessFacts, limits: Limits) -> Iterator[Finding]:
             continue
         if wanted.capability_max and version(card.capability) > version(wanted.capability_max):
             what += f" is too new for CUDA {facts.cuda}, which supports up to {wanted.capability_max}"
-            todo = "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+            todo = "take a box with an older card, or flavour cu130 of the image (docs/container.md)"
             yield Finding("unfit", what, todo)
         if wanted.capability_min and version(card.capability) < version(wanted.capability_min):
             what += f" is too old for this build for CUDA {facts.cuda}, which needs at least {wanted.capability_min}"

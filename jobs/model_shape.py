@@ -8,9 +8,10 @@ a layer keeps with what PyTorch keeps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from env.settings import load_families
 from jobs.errors import ToolkitError
 from jobs.spec import Lora
 
@@ -36,6 +37,25 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a layer does besides multiplying: kernels, and numbers of each token that they move.
+
+    A number is moved when it is read or written. They are counted in multiples of the block's
+    sizes, forward and backward together.
+    """
+
+    forward: int = 38  # kernels that are started, those that multiply among them
+    backward: int = 71  # and one for each bias
+    width: float = 13.0
+    float_width: float = 70.0  # in float32 whatever the weights are: norms
+    attention: float = 26.0
+    key_value: float = 26.0
+    float_attention: float = 0.0  # of queries and keys
+    feed: float = 14.0
+    scores: float = 0.0  # of each token before it and head, where attention is no fused kernel
+
+
+@dataclass(frozen=True)
 class Block:
     """One layer of a transformer, and what stands outside of the layers."""
 
@@ -45,6 +65,7 @@ class Block:
     outside: int = 0  # parameters of embeddings, projections and the last norm
     outside_matrices: int = 0  # of these, what every token is multiplied with
     kept: Kept = Kept()
+    work: Work = Work()
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,7 @@ class Shape:
     is_tied: bool  # the head is the embedding
     block: Block
     is_known: bool = True  # false: the family has no function here, and was taken for a LLaMA
+    is_static: bool = False  # its answers come from the static decoder, not from its own forward
 
     @property
     def matrices(self) -> int:
@@ -123,6 +145,47 @@ class Shape:
             + scores * self.heads * tokens_before
         )
 
+    def kernels(self, lora: Lora | None = None) -> tuple[int, int]:
+        """Return the kernels that one layer starts, forward and backward."""
+        more = ADAPTER_KERNELS * len(self.adapted(lora)) if lora is not None else 0
+        return self.block.work.forward + more, self.block.work.backward + len(self.block.bias) + more
+
+    def moved_by_layer(self, tokens_before: float, weight_bytes: int, lora: Lora | None = None) -> float:
+        """Return the bytes of a token that one layer reads and writes besides its products.
+
+        That is forward and backward; tokens_before: as in `kept_by_layer`.
+        """
+        work = self.block.work
+        numbers = (
+            work.width * self.width
+            + work.attention * self.attention
+            + work.key_value * self.key_value
+            + work.feed * self.feed
+            + work.scores * self.heads * tokens_before
+        )
+        for inputs, outputs in self.adapted(lora).values() if lora is not None else ():
+            numbers += ADAPTER_INPUTS * inputs + ADAPTER_OUTPUTS * outputs
+        in_float32 = work.float_width * self.width + work.float_attention * (self.attention + self.key_value)
+        return weight_bytes * numbers + 4 * in_float32
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether rows are packed one behind the other, where that is quicker."""
+        return self.family in PACKED
+
+
+# Of an adapter: kernels, forward and again backward, and numbers moved for each input and output.
+ADAPTER_KERNELS, ADAPTER_INPUTS, ADAPTER_OUTPUTS = 4, 4, 5
+PACKED = (
+    "opt",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+)  # as in rlhf_train/models/packed_attention.py
+
 
 def shape_of(config: Config) -> Shape:
     """Return the shape of the model that a config.json describes.
@@ -150,7 +213,7 @@ def _shape(family: str, c: Mapping[str, Any]) -> Shape:
     key_value_heads = int(c.get("num_key_value_heads") or heads)
     feed = int(c.get(FEED_FIELDS.get(family, "intermediate_size")) or 4 * width)
     sizes = Sizes(width, heads * head_size, key_value_heads * head_size, feed, heads, head_size)
-    block = BLOCKS.get(family, _llama)(c, sizes)
+    block = BLOCKS.get(family, _unknown)(c, sizes)
     return Shape(
         family=family,
         layers=int(c["num_hidden_layers"]),
@@ -164,6 +227,7 @@ def _shape(family: str, c: Mapping[str, Any]) -> Shape:
         is_tied=bool(c.get("tie_word_embeddings", True)),
         block=block,
         is_known=family in BLOCKS,
+        is_static=family in (families := load_families()) and families[family].static is not None,
     )
 
 
@@ -199,6 +263,7 @@ def _opt(c: Config, s: Sizes) -> Block:
         int(c["vocab_size"]) * projected + positions + projections + last_norm,
         projections,
         Kept(width=4, attention=2, key_value=2, feed=1, half_width=0),  # ReLU's output is all it keeps
+        Work(12, 20, width=33, float_width=0, attention=0, key_value=0, feed=6),
     )
 
 
@@ -211,7 +276,8 @@ def _gpt2(c: Config, s: Sizes) -> Block:
     }
     outside = (int(c["vocab_size"]) + int(c["max_position_embeddings"]) + 2) * s.width
     kept = Kept(width=4, feed=5, half_width=0)  # its GELU is written out, operation by operation
-    return Block(linear, _names(linear, True), 4 * s.width, outside, 0, kept)
+    work = Work(17, 25, width=33, float_width=0, attention=0, key_value=0, feed=47)
+    return Block(linear, _names(linear, True), 4 * s.width, outside, 0, kept, work)
 
 
 def _fused(s: Sizes, query_key_value: int) -> dict[str, tuple[int, int]]:
@@ -227,14 +293,16 @@ def _gpt_neox(c: Config, s: Sizes) -> Block:
     linear = _fused(s, 3 * s.width)
     bias = _names(linear, True, but=() if c["attention_bias"] else ("query_key_value", "dense"))
     outside = (int(c["vocab_size"]) + 2) * s.width
-    return Block(linear, bias, 4 * s.width, outside, 0, Kept(width=4, attention=4, feed=2, half_width=0))
+    work = Work(23, 36, width=69, float_width=0, attention=0, key_value=0, feed=6)
+    return Block(linear, bias, 4 * s.width, outside, 0, Kept(width=4, attention=4, feed=2, half_width=0), work)
 
 
 def _bloom(c: Config, s: Sizes) -> Block:
     linear = _fused(s, 3 * s.width)
     outside = (int(c["vocab_size"]) + 4) * s.width  # two norms: behind the embedding, and the last
     kept = Kept(width=4, feed=2, scores=1, half_width=4)
-    return Block(linear, _names(linear, True), 4 * s.width, outside, 0, kept)
+    work = Work(27, 45, width=335, float_width=0, attention=0, key_value=0, feed=0, scores=24)
+    return Block(linear, _names(linear, True), 4 * s.width, outside, 0, kept, work)
 
 
 def _falcon_key_value(c: Config, s: Sizes) -> int:
@@ -251,7 +319,8 @@ def _falcon(c: Config, s: Sizes) -> Block:
         norms = 1 if c["parallel_attn"] else 2
     outside = (int(c["vocab_size"]) + 2) * s.width
     kept = Kept(width=3, attention=4, feed=2, scores=0.25, half_width=5)
-    return Block(linear, _names(linear, c["bias"]), 2 * norms * s.width, outside, 0, kept)
+    work = Work(38, 47, width=60, float_width=30, attention=0, key_value=0, feed=5, scores=18)
+    return Block(linear, _names(linear, c["bias"]), 2 * norms * s.width, outside, 0, kept, work)
 
 
 def _gated(s: Sizes) -> dict[str, tuple[int, int]]:
@@ -270,30 +339,41 @@ def _llama(c: Config, s: Sizes) -> Block:
     linear = _gated(s)
     bias = _names(linear, c.get("attention_bias"), but=("gate_proj", "up_proj", "down_proj"))
     bias |= _names(linear, c.get("mlp_bias"), but=("q_proj", "k_proj", "v_proj", "o_proj"))
-    return Block(linear, bias, 2 * s.width, (int(c["vocab_size"]) + 1) * s.width)
+    # Its rows are packed, by layers of ours: norms keep input and output, gates theirs.
+    kept = Kept(width=4, feed=3, half_width=0)
+    outside = (int(c["vocab_size"]) + 1) * s.width
+    return Block(linear, bias, 2 * s.width, outside, kept=kept, work=Work(40, 72, float_width=53, feed=16))
+
+
+def _unknown(c: Config, s: Sizes) -> Block:
+    return replace(_llama(c, s), kept=Kept(), work=Work())
+
+
+def _granite(c: Config, s: Sizes) -> Block:
+    return replace(_llama(c, s), work=Work(42, 74, width=21, float_width=53, feed=16))
 
 
 def _qwen2(c: Config, s: Sizes) -> Block:
-    block = _llama(c, s)
-    return Block(block.linear, frozenset(("q_proj", "k_proj", "v_proj")), block.small, block.outside)
+    return replace(_llama(c, s), bias=frozenset(("q_proj", "k_proj", "v_proj")))
 
 
 def _qwen3(c: Config, s: Sizes) -> Block:
     block = _llama(c, s)
-    kept = Kept(attention=4, key_value=4, half_attention=1.5)  # norms of queries and keys
-    return Block(block.linear, block.bias, block.small + 2 * s.head_size, block.outside, 0, kept)
+    kept = Kept(width=4, attention=4, key_value=4, feed=3, half_width=0, half_attention=1.5)  # queries', keys' norms
+    work = Work(56, 104, float_width=53, attention=22, key_value=22, float_attention=35, feed=16)
+    return replace(block, small=block.small + 2 * s.head_size, kept=kept, work=work)
 
 
 def _gemma(c: Config, s: Sizes) -> Block:
-    block = _llama(c, s)
-    return Block(block.linear, block.bias, block.small, block.outside, 0, Kept(half_width=4))
+    return replace(_llama(c, s), kept=Kept(half_width=4), work=Work(42, 73, width=0, float_width=84))
 
 
 def _gemma2(c: Config, s: Sizes) -> Block:
     block = _llama(c, s)
     # Four norms. The cap on attention's scores needs them whole.
     kept = Kept(width=11, scores=2, half_width=8, half_scores=2)
-    return Block(block.linear, block.bias, 4 * s.width, block.outside, 0, kept)
+    work = Work(75, 121, width=0, float_width=150, scores=45)
+    return replace(block, small=4 * s.width, kept=kept, work=work)
 
 
 def _phi3(c: Config, s: Sizes) -> Block:
@@ -304,7 +384,8 @@ def _phi3(c: Config, s: Sizes) -> Block:
         "down_proj": (s.feed, s.width),
     }
     outside = (int(c["vocab_size"]) + 1) * s.width
-    return Block(linear, frozenset(), 2 * s.width, outside, 0, Kept(attention=3, key_value=5))
+    work = Work(38, 72, width=4, attention=44, key_value=52, feed=18)
+    return Block(linear, frozenset(), 2 * s.width, outside, 0, Kept(attention=3, key_value=5), work)
 
 
 BLOCKS: dict[str, Callable[[Config, Sizes], Block]] = {
@@ -315,7 +396,7 @@ BLOCKS: dict[str, Callable[[Config, Sizes], Block]] = {
     "falcon": _falcon,
     "llama": _llama,
     "mistral": _llama,
-    "granite": _llama,
+    "granite": _granite,
     "smollm3": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,

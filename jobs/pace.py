@@ -67,7 +67,7 @@ class Expected:
         """Return what a plan's line says of a step; None if it is damaged."""
         try:
             updates, update_s, fixed_s = (float(numbers[name]) for name in ("updates", "update_s", "fixed_s"))
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             return None
         are_sound = math.isfinite(updates + update_s + fixed_s) and updates >= 1 and update_s > 0 and fixed_s >= 0
         return cls(int(updates), update_s, fixed_s) if are_sound else None

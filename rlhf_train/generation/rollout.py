@@ -4,13 +4,13 @@ Randomness belongs to the row: the uniforms behind a response depend on (seed, r
 drawn before the loop, and each token is the inverse of the distribution at its uniform. So any
 number of ranks, any batch and a second try sample the same answers.
 
-The static decoder generates for the model families in rlhf_train/generation/families/opt.py. Any
-other model generates by its own forward with a KV cache. Tests compare the decoder with that.
+The static decoder generates for the model families in rlhf_train/generation/families. Any other
+model generates by its own forward with a KV cache. Tests compare the decoder with that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from jobs.errors import ExitCode, ToolkitError
 from rlhf_train import compat
 from rlhf_train.generation.decoder import Decoder, Sampling, draw
-from rlhf_train.generation.families.opt import network_of
+from rlhf_train.generation.families.known import read_network
+from rlhf_train.generation.families.tensors import UnknownModel
+from rlhf_train.kernels.decoder_weights import Network
 from rlhf_train.models.head import transform_of
 
 # Decode steps between two looks at which answers are finished. They keep the GPU busy while the
@@ -35,9 +37,9 @@ WIDTHS = 64  # the cache's width is a multiple of this, so that it is seldom all
 class Responses:
     """The responses sampled for n prompts."""
 
-    tokens: list[np.ndarray]  # n arrays; they include the EOS if it was sampled
+    tokens: list[np.ndarray]  # n arrays; they include the stop token if one was sampled
     log_probs: list[np.ndarray]  # of the same lengths
-    ended: np.ndarray  # (n,) bool: with an EOS, not by the length limit
+    ended: np.ndarray  # (n,) bool: with a stop token, not by the length limit
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,7 +61,7 @@ class Rollouts:
         self,
         model: Any,
         *,
-        eos_id: int,
+        stop_ids: Collection[int],
         pad_id: int,
         max_tokens: int,
         temperature: float,
@@ -75,6 +77,7 @@ class Rollouts:
     ) -> None:
         """Prepare rollouts of `model`.
 
+        stop_ids: tokens of which any ends an answer; at least one.
         batch: concurrent prompts, at most. They are fewer if the GPU has no free memory for more,
         and stay halved after it runs out.
         max_prompt_tokens: the first cache has room for prompts of this length, even if the first
@@ -83,7 +86,8 @@ class Rollouts:
         beat: called before each token, or each few.
         is_asked_to_stop: once it returns true, generation stops, and the answers have no meaning.
         """
-        self.model, self.eos_id, self.pad_id, self.sampling = model, eos_id, pad_id, Sampling(temperature, top_k, top_p)
+        self.model, self.pad_id, self.sampling = model, pad_id, Sampling(temperature, top_k, top_p)
+        self.stop_ids = np.array(sorted(stop_ids))
         self._beat, self._is_asked_to_stop, self._warn = beat, is_asked_to_stop, warn
         self.max_tokens, self.batch, self.device, self._longest = max_tokens, batch, device, max_prompt_tokens
         self._decoder: Decoder | None = None
@@ -91,12 +95,17 @@ class Rollouts:
         # GPU memory that training needs at its peak and does not hold between two updates.
         self._training_bytes: int | None = None
         self._wants_positions = compat.takes_position_ids(model.base_model)
-        self.is_static = is_static and network_of(model) is not None
-        if is_static and not self.is_static:
-            self._warn(
-                f"rollouts of {type(model).__name__} run by its own forward, which is slower: "
-                "the static decoder supports plain OPT models only"
-            )
+        self.is_static = False
+        if is_static:
+            try:
+                read_network(model)
+                self.is_static = True
+            except UnknownModel as reason:
+                self._warn_of_own_forward(str(reason))
+
+    def _warn_of_own_forward(self, reason: str) -> None:
+        name = type(self.model).__name__
+        self._warn(f"rollouts of {name} run by its own forward, which is slower than the static decoder: {reason}")
 
     @torch.no_grad()
     def generate(
@@ -113,17 +122,25 @@ class Rollouts:
         if by_own_forward and self._decoder is not None:
             self._decoder = None
             compat.free_gpu_memory()
-        is_static = self.is_static and not by_own_forward
+        is_static = self.is_static and not by_own_forward and self._fits(prompts)
         generate = self._generate_static if is_static else self._generate_eagerly
         made, scored = self._fitting(lambda: generate([prompts[i] for i in order], uniforms[order]), len(prompts))
         tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
         log_probs, ended = list(tokens), np.zeros(len(prompts), bool)
         for place, row in enumerate(order):
-            stop = np.flatnonzero(made[place] == self.eos_id)
+            stop = np.flatnonzero(np.isin(made[place], self.stop_ids))
             ended[row] = len(stop) > 0
             length = int(stop[0]) + 1 if len(stop) else made.shape[1]
             tokens[row], log_probs[row] = made[place, :length], scored[place, :length]
         return Responses(tokens, log_probs, ended)
+
+    def _fits(self, prompts: Sequence[np.ndarray]) -> bool:
+        """Return whether the static decoder knows the rotation of all positions that come up."""
+        most, longest = read_network(self.model).most_tokens, max(map(len, prompts)) + self.max_tokens
+        if most is None or longest <= most:
+            return True
+        self._warn_of_own_forward(f"with {longest} tokens its rotary positions are scaled by their number")
+        return False
 
     def _fitting(
         self, generate: Callable[[], tuple[np.ndarray, np.ndarray]], prompts: int
@@ -156,11 +173,11 @@ class Rollouts:
     def _generate_static(self, prompts: list[np.ndarray], uniforms: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and log-probs (n, max_tokens), in the order of the prompts.
 
-        What follows a row's EOS has no meaning.
+        What follows a row's stop token has no meaning.
         """
         decoder = self._decoder_for(prompts)
         decoder.begin(uniforms)
-        decoder.state.tokens.fill_(self.eos_id)
+        decoder.state.tokens.fill_(self.stop_ids[0])
         on_gpu, most_steps = self.device.type == "cuda", STEPS[self.device.type]
         waiting = list(range(len(prompts)))
         slots = Slots(min(decoder.slots, len(prompts)), self.max_tokens)
@@ -186,8 +203,7 @@ class Rollouts:
 
     def _decoder_for(self, prompts: list[np.ndarray]) -> Decoder:
         """Return the last decoder, or a new one if it is too small or the model's tensors moved."""
-        network = network_of(self.model)
-        assert network is not None
+        network: Network = read_network(self.model)
         width = -(-(max(self._longest, *map(len, prompts)) + self.max_tokens) // WIDTHS) * WIDTHS
         slots, rows = min(self.batch, self._room, len(prompts)), len(prompts)
         last, self._decoder = self._decoder, None
@@ -202,7 +218,7 @@ class Rollouts:
             if self._training_bytes is None:  # before the first cache
                 peak_bytes = torch.cuda.max_memory_allocated(self.device)
                 self._training_bytes = peak_bytes - torch.cuda.memory_allocated(self.device)
-            slot_bytes = 2 * len(network.layers) * network.width * width * network.token_embedding.element_size()
+            slot_bytes = 2 * len(network.layers) * network.key_width * width * network.token_embedding.element_size()
             self._room = max(1, (_free_bytes(self.device) - self._training_bytes) // slot_bytes)
             if self._room < slots:
                 self._warn(
@@ -216,7 +232,7 @@ class Rollouts:
             rows=rows,
             limit=self.max_tokens,
             sampling=self.sampling,
-            eos_id=self.eos_id,
+            stop_ids=self.stop_ids.tolist(),
             warn=self._warn,
         )
         return self._decoder
@@ -225,7 +241,7 @@ class Rollouts:
 
     def _generate_eagerly(self, prompts: list[np.ndarray], uniforms: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return what `_generate_static` does, by the model's own forward, batch after batch."""
-        tokens = np.full((len(prompts), self.max_tokens), self.eos_id)
+        tokens = np.full((len(prompts), self.max_tokens), self.stop_ids[0])
         log_probs = np.zeros((len(prompts), self.max_tokens), dtype=np.float32)
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing would drop the cache
@@ -255,9 +271,10 @@ class Rollouts:
         inputs, uniforms = torch.from_numpy(ids).to(self.device), uniforms.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-        tokens = torch.full((len(prompts), self.max_tokens), self.eos_id, device=self.device)
+        tokens = torch.full((len(prompts), self.max_tokens), int(self.stop_ids[0]), device=self.device)
         log_probs = torch.zeros(len(prompts), self.max_tokens, device=self.device)
         live, cache = torch.arange(len(prompts), device=self.device), None
+        stop_ids = torch.from_numpy(self.stop_ids).to(self.device)
         unfinished = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         for t in range(self.max_tokens):
             self._beat()
@@ -272,7 +289,7 @@ class Rollouts:
             logits = transform_of(self.model)(raw.float())
             token, log_prob = draw(logits, uniforms[live, t], self.sampling)
             tokens[live, t], log_probs[live, t] = token, log_prob
-            unfinished &= token != self.eos_id
+            unfinished &= (token[:, None] != stop_ids).all(1)
             left = int(unfinished.sum())
             if left == 0:
                 return tokens[:, : t + 1].cpu().numpy(), log_probs[:, : t + 1].cpu().numpy()

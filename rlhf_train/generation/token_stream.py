@@ -15,10 +15,9 @@ from torch import Tensor
 
 from rlhf_train import compat
 from rlhf_train.generation.decoder import Decoder, Sampling, draw
-from rlhf_train.generation.families.opt import network_of
+from rlhf_train.generation.families.known import network_of
 from rlhf_train.models.head import transform_of
 
-NO_TOKEN = -1  # as EOS: the reader decides where an answer stops, since a model may have several EOS
 ROOM = 256  # the cache's width is a multiple of this, so a longer conversation seldom needs another
 
 
@@ -29,7 +28,8 @@ class TokenStream:
         """is_static: false: generate by the model's own forward."""
         self.model, self.sampling = model, sampling
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.is_static = is_static and network_of(model) is not None
+        network = network_of(model) if is_static else None
+        self.is_static, self._most_static = network is not None, network.most_tokens if network is not None else None
         self._decoder: Decoder | None = None
         self._wants_positions = compat.takes_position_ids(model.base_model)
 
@@ -38,7 +38,8 @@ class TokenStream:
 
         uniforms: (R,) float64 in [0, 1), one for each token; there are no more tokens than these.
         """
-        sample = self._sample_static if self.is_static else self._sample_eagerly
+        fits = self._most_static is None or len(prompt) + len(uniforms) <= self._most_static
+        sample = self._sample_static if self.is_static and fits else self._sample_eagerly
         for token in sample(prompt, uniforms.unsqueeze(0)):
             yield token
             if token in stop_ids:
@@ -70,7 +71,14 @@ class TokenStream:
         self._decoder = last = None  # before the new cache is allocated
         room = -(-width // ROOM) * ROOM
         self._decoder = Decoder(
-            network, slots=1, width=room, rows=1, limit=limit, sampling=self.sampling, eos_id=NO_TOKEN
+            # The reader decides where an answer stops.
+            network,
+            slots=1,
+            width=room,
+            rows=1,
+            limit=limit,
+            sampling=self.sampling,
+            stop_ids=(),
         )
         return self._decoder
 

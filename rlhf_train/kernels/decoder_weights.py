@@ -40,12 +40,19 @@ class LinearWeights:
 
 @dataclass(frozen=True)
 class Norm:
+    """A layer norm; without a bias an RMS norm: Zhang & Sennrich 2019, arXiv:1910.07467."""
+
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.bias is not None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # Rounded as LLaMA's own norm: the normed number first, then its product with the weight.
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 @dataclass(frozen=True)
@@ -53,44 +60,72 @@ class Layer:
     query: LinearWeights
     key: LinearWeights
     value: LinearWeights
-    joined: LinearWeights | None  # key, value and query as one product, where they lie so in memory
+    joined: LinearWeights | None  # all three as one product, where they are adjacent in memory
+    joined_order: str  # in which order they are there, as "kvq"
     output: LinearWeights
     after_attention: Norm  # of the sum with the residual
-    up: LinearWeights  # then ReLU
+    up: LinearWeights  # then ReLU; with a gate, silu(gate) is multiplied with it
     down: LinearWeights
     after_mlp: Norm | None
+    gate: LinearWeights | None = None
+    joined_gate: LinearWeights | None = None  # gate and up as one product, where they are adjacent
+    query_norm: Norm | None = None  # of each head
+    key_norm: Norm | None = None
+    is_rotary: bool = False  # queries and keys are rotated by their positions
+    window: int | None = None  # tokens that a token sees, itself included; None: all before it
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value of x (n, d): three (n, d), maybe views of one (n, 3 d)."""
-        if self.joined is not None:
-            key, value, query = self.joined(x).chunk(3, dim=-1)
-            return query, key, value
-        return self.query(x), self.key(x), self.value(x)
+        """Return query (n, H D), key and value (n, K D) of x (n, d), maybe views of one tensor."""
+        if self.joined is None:
+            return self.query(x), self.key(x), self.value(x)
+        rows = {"q": len(self.query.weight), "k": len(self.key.weight), "v": len(self.value.weight)}
+        parts = self.joined(x).split([rows[name] for name in self.joined_order], dim=-1)
+        query, key, value = (parts[self.joined_order.index(name)] for name in "qkv")
+        return query, key, value
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gate, before its silu, and what it is multiplied with: both (n, f)."""
+        assert self.gate is not None
+        if self.joined_gate is None:
+            return self.gate(x), self.up(x)
+        gate, up = self.joined_gate(x).chunk(2, dim=-1)
+        return gate, up
 
 
 @dataclass(frozen=True)
 class Network:
-    """A decoder-only transformer with learned positions and ReLU."""
+    """A decoder-only transformer: as OPT, or as LLaMA with its relatives."""
 
     token_embedding: Tensor  # (V, e)
-    position_embedding: Tensor
-    position_offset: int  # row of the first token
-    project_in: LinearWeights | None  # (e -> d)
+    layers: tuple[Layer, ...]
+    head: LinearWeights
+    heads: int  # H, of the queries
+    key_heads: int  # K; H / K query heads share a head of keys and values
+    head_size: int  # D
+    attention_scale: float  # of the scores
     first_norm: Norm | None
     norm_first: bool  # what a layer reads is normed, and its residual is not
-    layers: tuple[Layer, ...]
-    project_out: LinearWeights | None
-    head: LinearWeights
-    heads: int
+    position_embedding: Tensor | None = None
+    position_offset: int = 0  # row of the first token
+    frequencies: Tensor | None = None  # (D / 2,) of the rotation, in radians a token
+    rotation_scale: float = 1.0  # of the rotation's cosine and sine
+    most_tokens: int | None = None  # beyond these the frequencies are others
+    project_in: LinearWeights | None = None  # (e -> d)
+    project_out: LinearWeights | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward layer add
+    logit_scale: float = 1.0
     tokens: int | None = None  # ids of the head from here on are never sampled
 
     @property
-    def width(self) -> int:
-        return int(self.position_embedding.shape[1])
+    def key_width(self) -> int:
+        """Return the numbers of a token's keys in one layer; its values have as many."""
+        return self.key_heads * self.head_size
 
     @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+    def groups(self) -> int:
+        """Return how many query heads share a head of keys."""
+        return self.heads // self.key_heads
 
     def addresses(self) -> tuple[int, ...]:
         """Return the addresses of all tensors.

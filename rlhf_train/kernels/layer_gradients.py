@@ -1,7 +1,8 @@
-"""Triton kernels of the backward pass through a decoder's layers, for GPUs.
+"""Triton kernels of training's passes through a decoder's layers, for GPUs.
 
 Each does in one pass over memory what PyTorch does in several. They are optional: without Triton 3,
-gradients are PyTorch's own. Tests compare the two in Triton's interpreter, on a CPU.
+PyTorch does the same, in rlhf_train/kernels/fused_layers.py. Tests compare the two in Triton's
+interpreter, on a CPU. What OPT needs forward is in rlhf_train/kernels/decode_step.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rlhf_train.kernels.decode_step import HAS_TRITON
 PROGRAMS = 1024
 ROWS, COLUMNS = 8, 512  # of a tile of a ReLU's gradient
 PARTS = 32  # programs that share a column's rows
+GATED = 1024  # numbers of a program of the gate's kernels
 
 if HAS_TRITON:
     import triton
@@ -66,6 +68,41 @@ if HAS_TRITON:
             total += gradient.to(tl.float32)
         tl.store(of_bias + tl.program_id(1) * size + column, tl.sum(total, 0), column < size)
 
+    @triton.jit
+    def _rms_gradient(
+        x, weight, of_x, of_normed, out, of_weight, rows, eps,
+        SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
+    ):  # fmt: skip
+        column = tl.arange(0, BLOCK)
+        inside = column < SIZE
+        scales = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            at = tl.cast(row, tl.int64) * SIZE + column
+            value = tl.load(x + at, inside, 0.0).to(tl.float32)
+            above = tl.load(of_normed + at, inside, 0.0).to(tl.float32)
+            per_root = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+            plain = value * per_root
+            scaled = scales * above
+            gradient = (scaled - plain * (tl.sum(scaled * plain, 0) / SIZE)) * per_root
+            if ADDS:
+                gradient += tl.load(of_x + at, inside, 0.0).to(tl.float32)
+            tl.store(out + at, gradient.to(out.dtype.element_ty), inside)
+            total += above * plain
+        tl.store(of_weight + tl.program_id(0) * SIZE + column, total, inside)
+
+    @triton.jit
+    def _gate_gradient(above, gate, up, of_gate, of_up, count, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        g = tl.load(gate + at, inside, 0.0).to(tl.float32)
+        gradient = tl.load(above + at, inside, 0.0).to(tl.float32)
+        share = 1 / (1 + tl.exp(-g))
+        tl.store(of_up + at, (gradient * g * share).to(of_up.dtype.element_ty), inside)
+        slope = share * (1 + g * (1 - share))
+        of_gated = gradient * tl.load(up + at, inside, 0.0).to(tl.float32) * slope
+        tl.store(of_gate + at, of_gated.to(of_gate.dtype.element_ty), inside)
+
 
 def norm_gradient(
     x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float
@@ -101,3 +138,35 @@ def relu_gradient(above: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         above, y, out, parts, rows, size, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )
     return out, parts.sum(0).to(y.dtype)
+
+
+def rms_gradient(
+    x: Tensor, weight: Tensor, of_x: Tensor | None, of_normed: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (n, d) and weight (d,) of a root-mean-square norm of x.
+
+    of_x and of_normed are as in `norm_gradient`.
+    """
+    rows, size = x.shape
+    programs = max(1, min(PROGRAMS, rows))
+    parts = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+    out, of_normed = torch.empty_like(x), of_normed.contiguous()
+    more = of_normed if of_x is None else of_x.contiguous()
+    block = triton.next_power_of_2(size)
+    _rms_gradient[(programs,)](
+        x, weight, more, of_normed, out, parts, rows, eps,
+        SIZE=size, BLOCK=block, ADDS=of_x is not None, num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
+    return out, parts.sum(0).to(weight.dtype)
+
+
+def gate_gradient(above: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up in silu(gate) up, which has the gradient `above`.
+
+    All have one shape; gate and up are contiguous.
+    """
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    _gate_gradient[(triton.cdiv(gate.numel(), GATED),)](
+        above.contiguous(), gate, up, of_gate, of_up, gate.numel(), BLOCK=GATED, num_warps=4
+    )
+    return of_gate, of_up

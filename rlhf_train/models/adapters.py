@@ -18,8 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora
+from rlhf_train.disk import read_json, write_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Always written: what readers that are not PEFT ask for.
+LORA_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"}
+LORA_FIELDS |= {"bias", "fan_in_fan_out", "inference_mode"}
 # The share of an adapter that must survive rounding; else the merged model is saved in float32.
 # 38 % of the gain was left in bfloat16 after 5 updates at the recipe's rates, 97 % after 20.
 KEPT_MIN = 0.95
@@ -169,3 +173,13 @@ def save_adapter(state: Mapping[str, Tensor], model: nn.Module, lora: Lora, base
     config = _config(lora, layers, task_type="CAUSAL_LM", base_model_name_or_path=base, fan_in_fan_out=transposed)
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    _leave_out_defaults(folder / ADAPTER_FILES[0])
+
+
+def _leave_out_defaults(file: Path) -> None:
+    """Leave out of adapter_config.json what nobody has set: an older PEFT fails at new fields."""
+    from peft import LoraConfig
+
+    defaults, fields = LoraConfig().to_dict(), read_json(file)
+    names = [name for name, value in fields.items() if name in LORA_FIELDS or value != defaults.get(name, value)]
+    write_json(file, {name: fields[name] for name in names})

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -27,7 +29,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from env.settings import load_families
 from jobs.errors import ExitCode, ToolkitError
+from jobs.flavours import way_to
 from jobs.formatting import plural
 from jobs.spec import Scratch
 from rlhf_train import compat
@@ -35,7 +39,7 @@ from rlhf_train.data import hub
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.disk import read_json
 from rlhf_train.kernels import cpu_matmul
-from rlhf_train.models import packed_attention
+from rlhf_train.models import packed_attention, spellings
 from rlhf_train.models.head import LogitTransform, find_transform, transform_of
 from rlhf_train.models.log_probs import label_log_probs
 
@@ -61,6 +65,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
             why="a response must be able to end",
             hint="choose a model whose tokenizer has one",
         )
+    tokenizer.clean_up_tokenization_spaces = False  # transformers 4 takes away spaces; 5 never does
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
@@ -168,6 +173,7 @@ def language_transform(scorer: Any) -> LogitTransform:
 def _config(model: str | Scratch, tokenizer: PreTrainedTokenizerFast) -> Any:
     if isinstance(model, Scratch):
         fields = dict(model.config)
+        _check_reading("actor.model.config or critic.model.config", fields)
         try:
             config = AutoConfig.for_model(fields.pop("model_type"), vocab_size=len(tokenizer), **fields)
         except (ValueError, TypeError) as error:
@@ -202,8 +208,10 @@ def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
 def _load(load: Any, source: str, wanted: hub.Wanted, **kwargs: Any) -> Any:
     folder = hub.model(source, wanted)
     _check_folder(source, Path(folder))
+    _check_reading(source, read_json(Path(folder) / "config.json") or {})
     try:
-        loaded = load(folder, trust_remote_code=False, **kwargs)
+        with (spellings.readable if compat.READS_OLD_SPELLINGS else nullcontext)(Path(folder)) as readable:
+            loaded = load(str(readable), trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "config.json, model.safetensors and tokenizer.json belong there"
@@ -231,6 +239,26 @@ def _check_folder(source: str, folder: Path) -> None:
             f"{source} needs program code of its own, which is never run here",
             why=f"transformers has no model of type {config.get('model_type')!r}",
             hint="choose a model that transformers has by itself",
+        )
+
+
+def _check_reading(source: str, config: dict[str, Any]) -> None:
+    """Raise ToolkitError if the transformers of this stack lacks the model, or misreads it."""
+    here = f"transformers {transformers.__version__}"
+    family = load_families().get(str(config.get("model_type")))
+    if family is not None and config["model_type"] not in CONFIG_MAPPING:
+        raise ToolkitError(
+            f"{source} cannot be trained with {here}",
+            why=f"it has no {family.title}",
+            hint=f"{way_to(family.flavours[0])}; or choose another model",
+            exit_code=ExitCode.UNFIT,
+        )
+    if compat.READS_OLD_SPELLINGS and (why := spellings.misread_by_4(config)):
+        raise ToolkitError(
+            f"{source} is another model for {here}",
+            why=f"{why}, which this version does otherwise",
+            hint=f"{way_to('cu130')}, which has transformers 5; or choose another model",
+            exit_code=ExitCode.UNFIT,
         )
 
 
@@ -303,8 +331,8 @@ def no_head(source: str) -> ToolkitError:
     return ToolkitError(
         f"{source} is no reward model",
         why=f"it has no head: its weights lack `{HEAD}`",
-        hint="critic.reward_model is a trained classifier with one label; to train one from a language model, "
-        "name that in critic.model, and do step 2",
+        hint="critic.reward_model and ppo.judge_model are trained classifiers with one label; "
+        "to train one from a language model, name that in critic.model, and do step 2",
     )
 
 
@@ -320,19 +348,27 @@ def _untied(name: str) -> ToolkitError:
 PROBE = "\n\nHuman: Grüße, 你好! 12.5 %\n\nAssistant: I'm  fine,\tthanks 🙂"
 
 
-def check_same_tokenizer(actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast) -> None:
+def check_same_tokenizer(
+    actor: PreTrainedTokenizerFast, critic: PreTrainedTokenizerFast, role: str = "reward model"
+) -> None:
     """Raise ToolkitError unless actor and reward model read the same ids in the same way.
 
-    Step 3 hands the actor's token ids to the reward model.
+    Step 3 hands the actor's token ids to the reward model, and to the judge. role: of the second.
     """
-    names = (actor.name_or_path or "the actor", critic.name_or_path or "the reward model")
+    names = (actor.name_or_path or "the actor", critic.name_or_path or f"the {role}")
     if why := _tokenizer_difference(actor, critic, *names):
+        instead = "critic.model: actor" if role == "reward model" else "leave ppo.judge_model out"
         raise ToolkitError(
-            "the actor and the reward model use different tokenizers",
+            f"the actor and the {role} use different tokenizers",
             why=why,
-            hint="choose the reward model from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
-            "or critic.model: actor",
+            hint=f"choose the {role} from the actor's family (e.g. facebook/opt-350m with facebook/opt-1.3b), "
+            f"or {instead}",
         )
+
+
+def reads_alike(actor: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Return whether two tokenizers give the same ids for the same text."""
+    return not _tokenizer_difference(actor, other, "", "")
 
 
 def _tokenizer_difference(actor: Any, critic: Any, actor_name: str, critic_name: str) -> str:

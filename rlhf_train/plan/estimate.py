@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from jobs.estimate import (
     GIB,
     Fit,
     Models,
+    Passes,
     Speed,
     StepRows,
     StepTime,
@@ -41,8 +42,12 @@ from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
 from jobs.steps import STEPS
 from rlhf_train.data import dataset, hub
+from rlhf_train.data.forms import Row, texts_of
+from rlhf_train.data.reading import find_data_set, search_folders
+from rlhf_train.data.sequences import split_into_passes
 from rlhf_train.disk import read_json, size_of
 from rlhf_train.host import free_memory_bytes
+from rlhf_train.plan import kernel_start
 from rlhf_train.plan.few_rows import check_critic_warmup, too_few_to_train
 from rlhf_train.plan.placement import Machine, Placement
 
@@ -52,20 +57,24 @@ from rlhf_train.plan.placement import Machine, Placement
 ZERO_3_WORTH = 0.8
 CHARACTERS_A_TOKEN = 3.5  # of English text, where no tokenizer has read the rows yet
 MATMUL_SIDE, MATMUL_S = 512, 0.2  # of the product that measures a CPU, and for how long
-CPU_MATMUL = 60e9  # flop a second of a usual core
+MOVED_NUMBERS, STARTS = 2**20, 200  # of the sums that measure what a core moves and starts
+# Of a usual core: flop and bytes a second, and seconds to start a kernel.
+USUAL_CORE = (100e9, 80e9, 1.2e-6)
+OVER_TINY = 1.15  # a kernel of a real model's layer to start, in times of one of kernel_start.py
 USUAL_CARD = "a100-80gb"  # in place of one that is not listed
-CPU_BANDWIDTH = 10e9  # bytes a second of one core; seconds depend little on it
+LENGTHS = 512  # of rows that are kept to see how they are cut into passes
 
 
 # --- models -------------------------------------------------------------------------------------
 
 
 def models_of(job: Job) -> Models:
-    """Return the shapes of the job's two models, from their configs.
+    """Return the shapes of the job's models, from their configs.
 
     A config is fetched from the hub if it is not on this machine. Raises ToolkitError.
     """
-    return Models(_shape(job, job.actor_source), _shape(job, job.critic_source))
+    judge = _shape(job, job.ppo.judge_model) if job.ppo.judge_model is not None else None
+    return Models(_shape(job, job.actor_source), _shape(job, job.critic_source), judge)
 
 
 def _shape(job: Job, model: str | Scratch) -> Shape:
@@ -83,7 +92,7 @@ def check_scratch(job: Job) -> None:
     """Raise ToolkitError if transformers cannot make a model from a config in the job file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for model in (job.actor_source, job.critic_source):
+    for model in job.sources:
         if not isinstance(model, Scratch):
             continue
         fields = {**model.config, "vocab_size": job.actor.tokenizer_vocabulary}
@@ -126,37 +135,76 @@ def rows_of_table(table: dataset.Table, job: Job, step: int) -> StepRows:
     prompt = table.prompt.lengths[chosen]
     answers = [getattr(table, column).lengths[chosen] for column in STEPS[step].columns if column != "prompt"]
     if not answers:  # step 3 writes its own, which will be like those of the data
-        answers = [table.chosen.lengths[chosen]]
+        answers = [table.some_answer.lengths[chosen]]
     longest = prompt + np.max(answers, axis=0)
     most = int(prompt.max()) + job.data.max_response_tokens if step == 3 else int(longest.max())
-    return StepRows(len(chosen), float(prompt.mean()), float(np.mean(answers)), most)
+    return StepRows(len(chosen), float(prompt.mean()), float(np.mean(answers)), most, _some(longest))
 
 
-def rows_of_texts(job: Job) -> dict[int, StepRows]:
+def rows_of_texts(job: Job, steps: Collection[int] = ()) -> tuple[dict[int, StepRows], list[str]]:
     """Return the rows of each step from their texts, which no tokenizer has read.
 
+    And a line for each data set: its form and counts.
     Rows of a data set of the hub are not fetched: their number is not known. Raises ToolkitError if
-    a data set is not there, or not readable.
+    a data set is not there, or not readable, or if none has rows for one of `steps`.
     """
-    search = dataset.search_folders()
-    if any(dataset.find_data_set(name, search) is None for name in job.data.datasets):
-        return dict.fromkeys(STEPS, StepRows.unread(job))
-    texts = dataset.rows_of_steps(job.data)
-    return {step: _rows_of_texts(job, step, rows) for step, rows in texts.items()}
+    search = search_folders()
+    if any(find_data_set(name, search) is None for name in job.data.names):
+        return dict.fromkeys(STEPS, StepRows.unread(job)), []
+    rows, orders, recognised = dataset.rows_of_steps(job.data, steps)
+    tokens = _tokens_of_texts(job, rows)
+    return {step: _rows_of_texts(job, step, tokens[order]) for step, order in orders.items()}, recognised
 
 
-def _rows_of_texts(job: Job, step: int, rows: Sequence[dataset.Row]) -> StepRows:
-    if not rows:
+def _is_of_hub(name: str) -> bool:
+    try:
+        return find_data_set(name, search_folders()) is None
+    except ToolkitError:  # a path where nothing is, which reading its rows says
+        return False
+
+
+def _tokens_of_texts(job: Job, rows: Iterable[Row]) -> np.ndarray:
+    """Guess the tokens of each row's prompt and answers, (n,), with a field for each column."""
+
+    def tokens(row: Row, name: str) -> float:
+        texts = texts_of(getattr(row, name)) or texts_of(row.response)
+        return sum(map(len, texts)) / CHARACTERS_A_TOKEN + 1 if texts else job.data.max_response_tokens
+
+    kinds = [(name, float) for name in Row._fields]
+    return np.fromiter((tuple(tokens(row, name) for name in Row._fields) for row in rows), kinds)
+
+
+def _rows_of_texts(job: Job, step: int, tokens: np.ndarray) -> StepRows:
+    if not len(tokens):
         return StepRows.unread(job)
     columns = [name for name in STEPS[step].columns if name != "prompt"] or ["chosen"]
-    prompts = np.array([len(row.prompt) for row in rows]) / CHARACTERS_A_TOKEN + 1
-    answers = np.array([[len(getattr(row, name)) for name in columns] for row in rows]) / CHARACTERS_A_TOKEN + 1
+    prompts, answers = tokens["prompt"], np.stack([tokens[name] for name in columns], axis=1)
     kept = prompts <= job.data.max_prompt_tokens
     prompts, answers = prompts[kept], np.minimum(answers[kept], job.data.max_response_tokens)
     if not len(prompts):
-        return StepRows.unread(job)
+        return replace(StepRows.unread(job), count=0)
     longest = int(prompts.max()) + job.data.max_response_tokens if step == 3 else int((prompts + answers.max(1)).max())
-    return StepRows(len(prompts), float(prompts.mean()), float(answers.mean()), longest)
+    lengths = prompts + answers.max(1)
+    return StepRows(len(prompts), float(prompts.mean()), float(answers.mean()), longest, _some(lengths))
+
+
+def _some(lengths: np.ndarray) -> tuple[int, ...]:
+    """Return up to LENGTHS of them, evenly from the shortest to the longest."""
+    places = np.linspace(0, len(lengths) - 1, min(len(lengths), LENGTHS)).astype(int)
+    return tuple(int(length) for length in np.sort(lengths)[places])
+
+
+def padded_passes(job: Job, step: int, placement: Placement, rows: StepRows) -> Passes | None:
+    """Return how one rank cuts an update of usual rows into padded passes; None: rows not known."""
+    if not rows.lengths:
+        return None
+    plan = placement.batch_plan(job, step)
+    share = plan.micro_batch * plan.gradient_accumulation
+    lengths = np.resize(rows.lengths, share) if share > len(rows.lengths) else np.array(rows.lengths)
+    places = np.linspace(0, len(lengths) - 1, share + 2)[1:-1].astype(int)  # neither shortest nor longest
+    usual = np.sort(lengths)[places][::-1]
+    parts = split_into_passes(usual, plan.micro_batch * rows.longest)
+    return Passes(len(parts), float(sum(usual[part].max() * len(usual[part]) for part in parts)))
 
 
 # --- this machine -------------------------------------------------------------------------------
@@ -176,7 +224,11 @@ def target_of(machine: Machine, placement: Placement, cards: Cards) -> TargetMac
     if placement.device == "cpu":
         return TargetMachine(cpu_speed(placement), float(free_memory_bytes()), is_here=True)
     key = cards.seen_as(machine.gpus[0])
-    return TargetMachine(card_speed(cards, key)[0] if key else None, float(machine.gpu_bytes), is_here=True)
+    speed = card_speed(cards, key)[0] if key else None
+    start_s = kernel_start.in_another_process() if speed else None
+    if speed is not None and start_s is not None:
+        speed = replace(speed, kernel=OVER_TINY * start_s)
+    return TargetMachine(speed, float(machine.gpu_bytes), is_here=True)
 
 
 def named_card(name: str, ranks: int, cards: Cards) -> tuple[Machine, TargetMachine]:
@@ -191,23 +243,39 @@ def named_card(name: str, ranks: int, cards: Cards) -> tuple[Machine, TargetMach
 
 
 def cpu_speed(placement: Placement) -> Speed:
-    """Measure what one core multiplies, and take it for each thread of a rank."""
+    """Measure what one core multiplies, moves and starts, and take it for each thread of a rank."""
     from rlhf_train.kernels.cpu_matmul import product
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other where other programs run
     try:
         a, b = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE)
-        begun, best_s = time.perf_counter(), math.inf
-        while time.perf_counter() - begun < MATMUL_S:
-            start = time.perf_counter()
-            product(a, b)
-            best_s = min(best_s, time.perf_counter() - start)
+        long, short = torch.randn(MOVED_NUMBERS), torch.randn(8)
+        multiply_s = _best_s(lambda: product(a, b), MATMUL_S)
+        move_s = _best_s(lambda: long * long, MATMUL_S / 4)
+        start_s = _best_s(lambda: [short * short for _ in range(STARTS)], MATMUL_S / 4) / STARTS
     finally:
         torch.set_num_threads(before)
-    # The best of many: the others shared the cores with other programs.
-    rate = placement.cpu_threads * 2 * MATMUL_SIDE**3 / best_s
-    return Speed("CPU", rate, CPU_BANDWIDTH * placement.cpu_threads, CPU_BANDWIDTH, is_measured=True)
+    moved = 2 * long.element_size() * MOVED_NUMBERS / move_s  # it reads one, and writes one
+    return _of_cores(placement, 2 * MATMUL_SIDE**3 / multiply_s, moved, start_s, is_measured=True)
+
+
+def _best_s(run: Callable[[], object], during_s: float) -> float:
+    """Return the seconds of the quickest of many runs.
+
+    They are those that this thread had a core: other programs may be busy on it meanwhile.
+    """
+    begun, best_s = time.thread_time(), math.inf
+    while time.thread_time() - begun < during_s:
+        start = time.thread_time()
+        run()
+        best_s = min(best_s, time.thread_time() - start)
+    return best_s
+
+
+def _of_cores(placement: Placement, matmul: float, moved: float, start_s: float, *, is_measured: bool) -> Speed:
+    threads = placement.cpu_threads
+    return Speed("CPU", matmul * threads, moved * threads, moved, is_measured=is_measured, kernel=start_s)
 
 
 def free_bytes(run: RunDir) -> int:
@@ -249,16 +317,18 @@ def estimate(
     times = {}
     for step in steps if target.speed else ():
         assert target.speed is not None
-        times[step] = step_time(job, step, models, placement, rows[step], target.speed)
+        padded = padded_passes(job, step, placement, rows[step])
+        times[step] = step_time(job, step, models, placement, rows[step], target.speed, padded)
     return Estimate(fits, times, disk_bytes(job, steps, models, placement.precision))
 
 
 def describe(
     job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], placement: Placement, target: TargetMachine
-) -> tuple[str, bool]:
-    """Say what would be done, and what it takes. Returns the lines, and whether it fits.
+) -> tuple[str, bool, Estimate]:
+    """Say what would be done, and what it takes.
 
-    Raises ToolkitError with all that will not do of the job's models and data sets.
+    Returns the lines, whether it fits, and the estimate. Raises ToolkitError with all that will not
+    do of the job's models and data sets.
     """
     checked = check_all(job, run, todo)
     if checked.mistakes:
@@ -269,6 +339,7 @@ def describe(
     lines = [
         f"run: {run.path}",
         f"device: {placement.device} ({placement.device_reason}), {ranks}, {placement.precision}",
+        *(f"data: {line}" for line in checked.recognised),
     ]
     for step, model in sorted(job.own_models.items()):
         lines.append(f"step {step} ({STEPS[step].title}): left out, {model} takes its place")
@@ -277,19 +348,22 @@ def describe(
         lines.append(f"step {step} ({STEPS[step].title}): {state}; global batch {placement.batch_plan(job, step)}")
         if step == 3:
             updates = job.ppo.ppo_epochs * job.ppo.rollout_batch // job.ppo.global_batch
-            lines.append(f"  {job.ppo.rollout_batch} prompts a rollout, {plural(updates, 'updates')} each")
+            each = f", {job.ppo.samples_per_prompt} answers to each" if job.ppo.samples_per_prompt > 1 else ""
+            lines.append(f"  {job.ppo.prompts_per_rollout} prompts a rollout{each}, {plural(updates, 'updates')} each")
         if step in todo:
             lines += [f"  {line}" for line in _step_lines(job, step, made, rows[step], placement, target)]
     sizes = sizes_of(job, models)
     actor, critic = sizes["actor"], sizes["critic"]
     trained = f"{actor.trained / 1e6:.1f} M trained"
-    lines.append(f"parameters: actor {actor.all / 1e6:.1f} M ({trained}), critic {critic.all / 1e6:.1f} M")
+    judge = f", judge {sizes['judge'].all / 1e6:.1f} M" if "judge" in sizes else ""
+    network = "critic" if job.ppo.has_critic else "reward model"
+    lines.append(f"parameters: actor {actor.all / 1e6:.1f} M ({trained}), {network} {critic.all / 1e6:.1f} M{judge}")
     free = free_bytes(run) if target.is_here else None
     lines.append(_disk_line(made.disk, free))
     if (seconds := made.seconds()) is not None and todo:
         lines.append(f"time: about {duration(seconds)} in all{_how_sure(models, target)}")
     fits = all(fit.fits for fit in made.fits.values()) and (free is None or made.disk <= free)
-    return "\n".join(checked.remarks + lines), fits
+    return "\n".join(checked.remarks + lines), fits, made
 
 
 @dataclass(frozen=True)
@@ -299,29 +373,49 @@ class Checked:
     mistakes: list[ToolkitError]
     remarks: list[str]  # what could not be checked, and warnings
     rows: dict[int, StepRows]
+    recognised: list[str]  # of each data set whose rows were read
 
 
 def check_all(job: Job, run: RunDir, todo: Sequence[int]) -> Checked:
     """Check the models and the rows of the steps to do."""
     from rlhf_train.plan.model_checks import checks_of_models
 
-    checked = Checked([], [], {step: StepRows.unread(job) for step in STEPS})
+    checked = Checked([], [], {step: StepRows.unread(job) for step in STEPS}, [])
 
     def read_rows() -> None:
-        checked.rows.update(rows_of_texts(job))
+        rows, recognised = rows_of_texts(job, todo)
+        checked.rows.update(rows)
+        checked.recognised.extend(recognised)
         updates = updates_of(job, 3, checked.rows[3].count) if 3 in todo else None
         if updates is not None:
             check_critic_warmup(job.ppo, updates)
 
+    def ask_hub(name: str) -> None:
+        if not hub.listing(name, "dataset").files:
+            checked.remarks.append(f"not checked whether there is a data set `{name}`: the hub does not answer")
+
     checks: list[Callable[[], object]] = [partial(check_scratch, job), *checks_of_models(job, run, todo), read_rows]
+    checks += [partial(ask_hub, name) for name in job.data.names if _is_of_hub(name)]
+    unreached = list[str]()
     for check in checks:
         try:
             check()
         except ToolkitError as error:
             if error.exit_code != ExitCode.UNFIT:
                 checked.mistakes.append(error)
-            elif not checked.remarks:  # the hub cannot be reached
-                checked.remarks.append(f"not checked whether the models fit together: {error.why.splitlines()[0]}")
+            elif not unreached:  # the hub
+                unreached.append(f"not checked whether the models fit together: {error.why.splitlines()[0]}")
+    checked.remarks[:0] = unreached
+    if unreached and not checked.mistakes:  # then the models' sizes may be unknown, too
+        try:
+            known_models(job)
+        except ToolkitError as error:
+            checked.mistakes.append(error)
+    for step in (step for step in todo if checked.rows[step].count == 0):
+        checked.remarks.append(
+            f"warning: step {step}: all its prompts seem longer than data.max_prompt_tokens "
+            f"({job.data.max_prompt_tokens}), and would be left out"
+        )
     few = ((step, too_few_to_train(job, step, checked.rows[step].count or 0)) for step in todo)
     checked.remarks.extend(f"warning: step {step}: {sentence}" for step, sentence in few if sentence)
     return checked
@@ -338,11 +432,11 @@ def _step_lines(
         else:
             counts = f"{plural(rows.count, STEPS[step].rows_noun)}, {plural(taken.updates, 'updates')}"
         whole = "" if taken.seconds is None else f", about {duration(taken.seconds)}"
-        lines.append(f"{counts}; about {_seconds(taken.update_s)} an update{whole}")
+        lines.append(f"{counts}; about {in_seconds(taken.update_s)} an update{whole}")
     fit = made.fits[step]
     where = "of main memory" if placement.device == "cpu" else "a GPU"
-    have = f", of {_amount(target.memory)}" if target.memory else ""
-    lines.append(f"memory, at the peak: about {_amount(fit.memory.peak)} {where}{have} ({_parts(fit)})")
+    have = f", of {amount(target.memory)}" if target.memory else ""
+    lines.append(f"memory, at the peak: about {amount(fit.memory.peak)} {where}{have} ({_parts(fit)})")
     if not fit.fits:
         first, *others = relief(job, step, placement).splitlines()
         lines += [f"does not fit: {first}", *(f"  {line}" for line in others)]
@@ -357,15 +451,15 @@ def _parts(fit: Fit) -> str:
     """Name what takes most: `weights 2.5, optimizer 14.7, a pass 18.1`."""
     memory = fit.memory
     parts = {**memory.held, memory.worst: memory.phases[memory.worst]}
-    shown = [f"{name} {_amount(size)}" for name, size in parts.items() if size >= 0.02 * memory.peak]
+    shown = [f"{name} {amount(size)}" for name, size in parts.items() if size >= 0.02 * memory.peak]
     return ", ".join(shown)
 
 
 def _disk_line(need: int, free: int | None) -> str:
     if free is None:
-        return f"disk: {_amount(need)} for models and checkpoints"
+        return f"disk: {amount(need)} for models and checkpoints"
     verdict = "; too little" if need > free else ""
-    return f"disk: {_amount(need)} for models and checkpoints, of {_amount(free)} free for them{verdict}"
+    return f"disk: {amount(need)} for models and checkpoints, of {amount(free)} free for them{verdict}"
 
 
 def _how_sure(models: Models, target: TargetMachine) -> str:
@@ -374,16 +468,14 @@ def _how_sure(models: Models, target: TargetMachine) -> str:
         reasons.append(f"estimate: nobody has measured {target.speed.name}")
     if not models.is_known:
         reasons.append("estimate: a model's family is not known, and was taken for a LLaMA")
-    elif {models.actor.family, models.critic.family} != {"opt"}:
-        reasons.append("estimate: only OPT was compared with runs, and others took up to four times as long")
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 
-def _seconds(seconds: float) -> str:
+def in_seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
-def _amount(size_bytes: float) -> str:
+def amount(size_bytes: float) -> str:
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 2**20:.1f} MiB"
 
 
@@ -400,7 +492,8 @@ def expected_times(
         models, speed = models_of(job), _usual_speed(placement)
         for step in steps:
             rows = rows_of_table(table, job, step)
-            taken = step_time(job, step, models, placement, rows, speed)
+            padded = padded_passes(job, step, placement, rows)
+            taken = step_time(job, step, models, placement, rows, speed, padded)
             if taken.updates is not None:
                 numbers = {"updates": taken.updates, "update_s": taken.update_s, "fixed_s": taken.fixed_s}
                 found[str(step)] = {name: float(f"{value:.4g}") for name, value in numbers.items()}
@@ -411,8 +504,7 @@ def expected_times(
 
 def _usual_speed(placement: Placement) -> Speed:
     if placement.device == "cpu":
-        threads = placement.cpu_threads
-        return Speed("CPU", CPU_MATMUL * threads, CPU_BANDWIDTH * threads, CPU_BANDWIDTH, is_measured=False)
+        return _of_cores(placement, *USUAL_CORE, is_measured=False)
     cards = Cards.load()
     return card_speed(cards, cards.seen_as(torch.cuda.get_device_name()) or USUAL_CARD)[0]
 
@@ -435,7 +527,7 @@ def check_room(job: Job, run: RunDir, steps: Sequence[int], placement: Placement
         named_steps = f"{'step' if len(steps) == 1 else 'steps'} {numbers}"
         raise ToolkitError(
             f"the disk is too small for the models and checkpoints of {named_steps}",
-            why=f"they need {_amount(need)} at the same time, and {_amount(free)} are free for them at {run.path}",
+            why=f"they need {amount(need)} at the same time, and {amount(free)} are free for them at {run.path}",
             hint="make room, or choose an --output-dir on a larger disk; "
             "actor.lora makes checkpoints many times smaller",
             exit_code=ExitCode.UNFIT,
@@ -458,14 +550,14 @@ def relief(job: Job, step: int, placement: Placement) -> str:
         stages = {"actor": placement.actor_zero_stage, "critic": placement.critic_zero_stage}
         parts = [
             training_bytes(sizes[network], placement.precision, stages[network], placement.ranks)
-            for network in STEPS[step].networks
+            for network in job.networks_of(step)
         ]
         frozen = frozen_bytes(sizes, placement.precision, placement.actor_zero_stage) if step == 3 else 0.0
         return frozen + sum(sum(part.values()) for part in parts)
 
     now = needed(job, placement)
     lines = [
-        f"weights, gradients and optimizer states take {_amount(now)} a rank, "
+        f"weights, gradients and optimizer states take {amount(now)} a rank, "
         "and activations of one sequence the rest; cheapest first:"
     ]
     if not job.hardware.gradient_checkpointing:
@@ -475,8 +567,8 @@ def relief(job: Job, step: int, placement: Placement) -> str:
         )
     if job.actor.lora is None and needed(with_lora, placement) < now:  # a tiny model is smaller than its adapters
         example = "learning rates as in jobs/opt-1.3b-lora.yaml"
-        lines.append(f"actor.lora: {{}}, with {example}: {_amount(now)} -> {_amount(needed(with_lora, placement))}")
-    networks = STEPS[step].networks
+        lines.append(f"actor.lora: {{}}, with {example}: {amount(now)} -> {amount(needed(with_lora, placement))}")
+    networks = job.networks_of(step)
     stages = {"actor": placement.actor_zero_stage, "critic": placement.critic_zero_stage}
     if any(stages[network] < 3 for network in networks):
         ranks = max(2, placement.ranks)
@@ -484,7 +576,7 @@ def relief(job: Job, step: int, placement: Placement) -> str:
         changes: dict[str, Any] = {f"{network}_zero_stage": 3 for network in networks}
         less = needed(job, replace(placement, ranks=ranks, **changes))
         if less < ZERO_3_WORTH * now:
-            saved = f"{_amount(now)} -> {_amount(less)}"
+            saved = f"{amount(now)} -> {amount(less)}"
             lines.append(f"{fields} on {plural(ranks, 'GPUs')}: {saved}, with more traffic between them")
     longest = job.data.max_prompt_tokens + job.data.max_response_tokens
     fields = "data.max_prompt_tokens and data.max_response_tokens"

@@ -1,6 +1,8 @@
-"""Say when a step has fewer rows than it needs to learn, or to be measured, well."""
+"""Say what is wrong with a step's rows: too few to learn or be measured well, rendered before."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from jobs.errors import ToolkitError
 from jobs.formatting import plural
@@ -14,9 +16,11 @@ def too_few_to_train(job: Job, step: int, rows: int) -> str:
     """Return a sentence if one update takes rows more than once; else ""."""
     section, noun = STEPS[step].section, STEPS[step].rows_noun
     field = "rollout_batch" if step == 3 else "global_batch"
-    batch: int = getattr(getattr(job, section), field)
+    batch: int = job.ppo.prompts_per_rollout if step == 3 else getattr(getattr(job, section), field)
     if not 0 < rows < batch:
         return ""
+    if step == 3 and job.ppo.samples_per_prompt > 1:
+        field += " / samples_per_prompt"
     return f"{plural(rows, noun)} are fewer than {section}.{field} ({batch}): an update takes some more than once"
 
 
@@ -25,6 +29,21 @@ def too_few_to_measure(step: int, rows: int) -> str:
     if rows >= FEW_HELD_OUT:
         return ""
     return f"the step is measured on {plural(rows, f'held-out {STEPS[step].rows_noun}')}, whose numbers say little"
+
+
+MESSAGES_INSTEAD = (
+    'give messages, e.g. {"messages": [{"role": "user", "content": "Hi"}, ...]}: the tokenizer\'s own template '
+    "writes them, with control tokens"
+)
+
+
+def rendered_before(row_counts: Mapping[str, int]) -> str:
+    """Return a sentence if rows of text hold what chat templates write; else ""."""
+    count = row_counts.get("rendered_template", 0)
+    if not count:
+        return ""
+    hold = "rows of text hold" if count > 1 else "row of text holds"
+    return f"{count} {hold} what a chat template writes, e.g. <|im_start|>: it is learned as plain text"
 
 
 def check_critic_warmup(spec: Ppo, updates: int) -> None:

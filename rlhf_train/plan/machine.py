@@ -30,7 +30,7 @@ NVIDIA_SMI_S = 20.0  # it hangs on some broken cards, and takes seconds without 
 
 def facts_of(job: Job, run: RunDir, cache: Path, machine: Machine, environ: Mapping[str, str]) -> FitnessFacts:
     wish, runs = job.hardware, run_folder(run.path)
-    models = [model for model in (job.actor_source, job.critic_source) if not isinstance(model, Scratch)]
+    models = [model for model in job.sources if not isinstance(model, Scratch)]
     facts = FitnessFacts(
         device=wish.device,
         ranks=len(machine.gpus) if wish.ranks == "auto" else wish.ranks,

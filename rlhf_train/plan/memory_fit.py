@@ -53,5 +53,6 @@ def _circumstances(job: Job, placement: Placement) -> list[Any]:
     wish = job.hardware.model_dump(mode="json", exclude={"cpu_threads"})
     batches = [part.global_batch for part in (job.sft, job.reward, job.ppo)]  # the sizes divide these
     models = [job.actor.model_dump(mode="json"), job.critic.model_dump(mode="json")]
+    models += [{"judge": job.ppo.judge_model}] if job.ppo.judge_model is not None else []
     lengths = [job.data.max_prompt_tokens, job.data.max_response_tokens]
     return [placement.device_reason, placement.ranks, placement.precision, wish, batches, models, lengths]

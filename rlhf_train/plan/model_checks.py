@@ -49,12 +49,25 @@ def checks_of_models(job: Job, run: RunDir, steps: Collection[int]) -> list[Call
         checks.append(partial(check_causal, actor))
         checks.append(lambda: check_lengths(load_config(actor), *lengths.values()))
     if isinstance(critic, str) and begins_critic:
-        checks.append(partial(check_scorer, critic, **lengths, lm_coef=0.0 if is_own else job.reward.lm_coef))
+        # A reward model that reads text cuts it to its positions, whatever the actor's tokens are.
+        most = dict.fromkeys(lengths, 0) if job.may_score_text else lengths
+        checks.append(partial(check_scorer, critic, **most, lm_coef=0.0 if is_own else job.reward.lm_coef))
         if is_own:
             checks.append(partial(check_head, critic))
     reader = tokenizer_source(job, run)
-    if reader and isinstance(critic, str) and (begins_actor or (begins_critic and 3 in steps)):
+    if (
+        reader
+        and isinstance(critic, str)
+        and not job.may_score_text
+        and (begins_actor or (begins_critic and 3 in steps))
+    ):
         checks.append(lambda: check_same_tokenizer(load_tokenizer(reader), load_tokenizer(critic)))
+    judge = job.ppo.judge_model
+    if judge is not None:  # now, though step 3 alone reads it: nobody trains for hours to learn of it then
+        checks.append(partial(check_scorer, judge, **lengths, lm_coef=0.0))
+        checks.append(partial(check_head, judge))
+        if reader:
+            checks.append(lambda: check_same_tokenizer(load_tokenizer(reader), load_tokenizer(judge), "judge"))
     return checks
 
 

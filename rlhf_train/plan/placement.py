@@ -16,6 +16,7 @@ from jobs.formatting import plural
 from jobs.spec import Job
 from jobs.steps import STEPS
 from rlhf_train.data.sequences import BatchPlan, largest_divisor
+from rlhf_train.ranks.processes import cpu_threads
 
 GIB = 2**30
 # (bytes, sequences): a GPU with more memory than that tries so many sequences a pass before the
@@ -146,7 +147,7 @@ def place(job: Job, machine: Machine, no_peer_access: str = "") -> Placement:
         critic_zero_stage=stages["critic"],
         micro_batches=micro_batches,  # type: ignore[arg-type]
         rollout_micro_batch=rollout_micro_batch,
-        cpu_threads=wish.cpu_threads if wish.cpu_threads != "auto" else max(1, machine.cores // ranks),
+        cpu_threads=cpu_threads(job, ranks, machine.cores),
         notes=notes,
         no_peer_access=no_peer_access if device == "cuda" and ranks > 1 else "",
     )

@@ -32,7 +32,7 @@ ROWS = 4  # that are compared, at most
 # Mean absolute difference of a row's log-probs in nats a token, or difference of its score as a
 # share of the greatest score. Two batches of the same weights differ in float32 by the order of
 # summation, in 16 bit by rounding, which grows with the model. So the limit there is the greater of
-# these and three times what rounding does to ours.
+# these and three times what rounding does to either of them.
 AGREEMENT_LIMITS = {"float32": 1e-3, "bfloat16": 0.03, "float16": 0.03}
 ROUNDING_FACTOR = 3.0
 
@@ -40,6 +40,7 @@ Row = tuple[np.ndarray, np.ndarray]  # prompt, answer
 Rows = Sequence[Row]
 Own = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]  # of a model, a prompt, an answer
 Ours = Callable[[Any, Sequences], Tensor]
+Way = tuple[np.ndarray, Callable[[Any], np.ndarray]]  # numbers of a row, and how a model computes them
 
 
 def check_log_probs(context: StepContext, forward: ActorForward, rows: Rows, pad_id: int | None) -> None:
@@ -98,7 +99,9 @@ def _compare(context: StepContext, model: Any, rows: Rows, found: Sequence[np.nd
     size = (float(np.abs(theirs).max()) or 1.0) if numbers.is_relative else 1.0
     differences = np.array([np.abs(a - b).mean() for a, b in zip(found, theirs, strict=True)]) / size
     place = int(differences.argmax())
-    allowed = allowed_difference(context, model, rows[place], found[place], numbers.ours, differences[place], size)
+    row = rows[place]
+    ways = [(found[place], ours_of(row, numbers.ours)), (theirs[place], lambda twin: numbers.own(twin, *row))]
+    allowed = allowed_difference(context, model, ways, differences[place], size)
     if not differences[place] <= allowed:
         raise ToolkitError(
             f"{type(model).__name__} computes its {numbers.name} in a way that is not known here",
@@ -130,23 +133,34 @@ def _ids(model: Any, prompt: np.ndarray, response: np.ndarray) -> Tensor:
 
 
 def allowed_difference(
-    context: StepContext, model: Any, row: Row, numbers: np.ndarray, ours: Ours, difference: float, size: float = 1.0
+    context: StepContext, model: Any, ways: Sequence[Way], difference: float, size: float = 1.0
 ) -> float:
     """Return how far numbers of a row may be from others, as a share of `size`.
 
-    numbers: ours. difference: how far they are on this rank, as a share of `size`. All ranks take
-    part, since one of them alone may be beyond the limit.
+    ways: in which they were computed. difference: how far they are on this rank, as a share of
+    `size`. All ranks take part, since one of them alone may be beyond the limit.
     """
     limit = AGREEMENT_LIMITS[context.placement.precision]
     if not context.world.any(not difference <= limit):
         return limit
-    return max(limit, ROUNDING_FACTOR * rounding_of(context, model, row, numbers, ours) / size)
+    return max(limit, ROUNDING_FACTOR * rounding_of(context, model, ways) / size)
 
 
-def rounding_of(context: StepContext, model: Any, row: Row, numbers: np.ndarray, ours: Ours) -> float:
-    """Return how far our numbers of a row are, in the mean, from those in float32.
+def ours_of(row: Row, ours: Ours) -> Callable[[Any], np.ndarray]:
+    """Return what computes our numbers of a row on a CPU."""
 
-    0 where the trainer runs in float32. All ranks take part; rank 0 computes it on its CPU.
+    def compute(model: Any) -> np.ndarray:
+        numbers: np.ndarray = ours(model, Sequences.of(row[:1], row[1:], 0, torch.device("cpu"))).numpy()
+        return numbers
+
+    return compute
+
+
+def rounding_of(context: StepContext, model: Any, ways: Sequence[Way]) -> float:
+    """Return how far a row's numbers are, in the mean, from those in float32: the worst way's.
+
+    By chance one way's may be close to them, above all a score, which is a single number. 0 where
+    the trainer runs in float32. All ranks take part; rank 0 computes it on its CPU.
     """
     if context.placement.precision == "float32":
         return 0.0
@@ -160,8 +174,7 @@ def rounding_of(context: StepContext, model: Any, row: Row, numbers: np.ndarray,
         loaded = twin.load_state_dict(plain, strict=False)
         assert not loaded.unexpected_keys, "all weights of the model have a place in its twin"
         with torch.no_grad():
-            exact = ours(twin, Sequences.of(row[:1], row[1:], 0, torch.device("cpu")))
-        found = float(np.abs(exact.numpy() - numbers).mean())
+            found = max(float(np.abs(compute(twin) - numbers).mean()) for numbers, compute in ways)
     return float(world.gather(found)[0])
 
 

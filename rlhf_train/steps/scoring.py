@@ -1,6 +1,6 @@
 """Score responses with the frozen networks, in length-sorted batches.
 
-The reference gives log-probs, the reward model a score.
+The reference gives log-probs, the reward model a score, and the judge another one if there is one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,27 @@ from rlhf_train.generation.rollout import Responses
 from rlhf_train.models.networks import ActorForward
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import Scored, TrainerView, response_values
+from rlhf_train.steps.text_reading import TextReader
 
 # Size of a scoring pass on a GPU, in training passes: without gradients no activations are kept.
 # With gradient checkpointing it is 1, since training itself keeps little then. A CPU gains nothing:
 # 64 rows took no longer in passes of 8 than in passes of 16, 32 or 64.
 GPU_PASS_FACTOR = 4
 
+Trainer = tuple[Engine, Engine | None]  # actor, and critic if the method has one
+
+
+@dataclass(frozen=True)
+class TextScoring:
+    """How a reward model with a tokenizer of its own is given the answers."""
+
+    read: TextReader
+    pad_id: int | None  # of its tokenizer; None: rows are packed
+
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores responses with the two frozen networks.
+    """Scores responses with the frozen networks.
 
     It makes few passes, of rows alike in length, and as many on each rank.
     """
@@ -38,9 +49,11 @@ class Scorer:
     reward_model: Forward
     pad_id: int | None  # None: rows are packed
     pass_tokens: int  # computed by a training pass, at most
+    judge: Forward | None = None  # a second reward model, from whose scores nothing learns
+    text_scoring: TextScoring | None = None  # None: the reward model reads the actor's tokens
 
     def score(
-        self, prompts: Sequence[np.ndarray], responses: Responses, trainer: tuple[Engine, Engine] | None = None
+        self, prompts: Sequence[np.ndarray], responses: Responses, trainer: Trainer | None = None
     ) -> tuple[list[dict[str, Any]], int]:
         """Return the networks' numbers for each response, in order, and the tokens computed.
 
@@ -59,12 +72,18 @@ class Scorer:
             if not len(rows):  # other ranks have one more row
                 continue
             self.context.heartbeat.beat()
-            batch = Sequences.of(
-                [prompts[i] for i in rows], [responses.tokens[i] for i in rows], self.pad_id, world.device
-            )
+            own = [prompts[i] for i in rows], [responses.tokens[i] for i in rows]
+            batch = Sequences.of(*own, self.pad_id, world.device)
+            text = self.text_scoring
+            read = batch if text is None else Sequences.of(*text.read(*own), text.pad_id, world.device)
             computed += batch.input_ids.numel()
             numbers = score_batch(
-                batch, reference=self.reference, reward_model=self.reward_model, temperature=temperature
+                batch,
+                reference=self.reference,
+                reward_model=self.reward_model,
+                read=read,
+                judge=self.judge,
+                temperature=temperature,
             )
             if trainer is not None:
                 numbers |= trainer_view(batch, actor=trainer[0], critic=trainer[1], temperature=temperature)
@@ -84,7 +103,7 @@ class Scorer:
         self,
         prompts: Sequence[np.ndarray],
         responses: Responses,
-        trainer: tuple[Engine, Engine] | None = None,
+        trainer: Trainer | None = None,
     ) -> tuple[list[Scored], int]:
         """Score responses as `score` does, and put the rollout's own numbers next to them."""
         found, computed = self.score(prompts, responses, trainer)
@@ -96,6 +115,7 @@ class Scorer:
                 rollout_log_probs=responses.log_probs[row],
                 ref_log_probs=numbers["ref_log_probs"],
                 score=numbers["score"],
+                judge_score=numbers.get("judge_score"),
                 trainer=trainer_of(numbers) if trainer is not None else None,
             )
             for row, (prompt, numbers) in enumerate(zip(prompts, found, strict=True))
@@ -105,7 +125,7 @@ class Scorer:
 
 def trainer_of(numbers: Mapping[str, Any]) -> TrainerView:
     """Take the numbers of actor and critic out of a response's numbers."""
-    return TrainerView(numbers["log_probs"], numbers["values"], numbers["entropy"])
+    return TrainerView(numbers["log_probs"], numbers.get("values"), numbers["entropy"])
 
 
 def passes_of_all(lengths: Sequence[np.ndarray], tokens: int, *, packed: bool) -> list[slice]:
@@ -151,14 +171,23 @@ class WithoutAdapters:
 
 @torch.no_grad()
 def score_batch(
-    batch: Sequences, *, reference: Forward, reward_model: Forward, temperature: float
+    batch: Sequences,
+    *,
+    reference: Forward,
+    reward_model: Forward,
+    read: Sequences | None = None,
+    judge: Forward | None = None,
+    temperature: float,
 ) -> dict[str, Tensor]:
-    """Score one micro batch with the two frozen networks.
+    """Score one micro batch with the frozen networks.
 
-    Returns (B, R) log-probs of the reference, and (B,) scores.
+    read: the same rows as the reward model reads them; default: as the actor does. Returns (B, R)
+    log-probs of the reference, (B,) scores, and with a judge (B,) scores of it.
     """
+    read = batch if read is None else read
     ref_log_probs, _ = reference(batch, temperature=temperature)
-    return {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(batch, batch.last())[0]}
+    numbers = {"ref_log_probs": batch.spread(ref_log_probs), "score": reward_model(read, read.last())[0]}
+    return numbers if judge is None else {**numbers, "judge_score": judge(batch, batch.last())[0]}
 
 
 def mean_entropies(entropies: Tensor, batch: Sequences) -> Tensor:
@@ -178,15 +207,12 @@ def to_host(numbers: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward, temperature: float) -> dict[str, Tensor]:
-    """Score one micro batch with the two networks in training.
+def trainer_view(batch: Sequences, *, actor: Forward, critic: Forward | None, temperature: float) -> dict[str, Tensor]:
+    """Score one micro batch with the networks in training.
 
-    Returns (B, R) log-probs and values, and (B,) mean entropies of a token.
+    Returns (B, R) log-probs and, with a critic, values, and (B,) mean entropies of a token.
     """
     log_probs, entropies = actor(batch, temperature=temperature, with_entropy=True)
     assert entropies is not None
-    return {
-        "log_probs": batch.spread(log_probs),
-        "entropy": mean_entropies(entropies, batch),
-        "values": response_values(critic, batch),
-    }
+    numbers = {"log_probs": batch.spread(log_probs), "entropy": mean_entropies(entropies, batch)}
+    return numbers if critic is None else {**numbers, "values": response_values(critic, batch)}

@@ -38,7 +38,7 @@ def test_samples_a_second_are_set_against_those_of_one_gpu(tmp_path: Path) -> No
             for n in range(5)
         ]
         run.events.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return Ran(run, dict.fromkeys(range(5), 0.0), 0), 2.0 * 2**30
+        return Ran(run, dict.fromkeys(range(5), 0.0), dict.fromkeys(range(5), 0.0), 0), 2.0 * 2**30
 
     same, twice = scaling.TWO[0], replace(scaling.TWO[0], name="twice", times=2)
     ran = {scaling.ONE.name: taking(2.0), same.name: taking(1.25), "twice": taking(2.0)}

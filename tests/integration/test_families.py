@@ -20,6 +20,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from env.settings import load_families
 from rlhf_train.models.networks import train_tokenizer
 from rlhf_train.ranks.collectives import World
 from tests import in_process, tiny
@@ -28,7 +29,6 @@ from tests import in_process, tiny
 @dataclass(frozen=True)
 class Family:
     sizes: Mapping[str, Any]
-    is_pinned: bool = True  # transformers of the pinned stack (env/pins/image.in) has it
     scores: bool = False  # a reward model of it is trained, too
 
 
@@ -56,11 +56,12 @@ FAMILIES = {
     "mistral": Family(GROUPED | {"sliding_window": 8}, scores=True),  # shorter than the rows
     "mixtral": Family(GROUPED | {"num_local_experts": 4}),
     "qwen2": Family(GROUPED),
-    "qwen3": Family(NARROW, is_pinned=False),
-    "olmo2": Family(GROUPED, is_pinned=False),
+    "qwen3": Family(NARROW),
+    "smollm3": Family(GROUPED | {"no_rope_layers": [1, 0]}),
+    "olmo2": Family(GROUPED),
     "gemma": Family(NARROW),
     "gemma2": Family(NARROW | {"final_logit_softcapping": 3.0}, scores=True),
-    "gemma3_text": Family(NARROW | {"sliding_window": 8}, is_pinned=False),
+    "gemma3_text": Family(NARROW | {"sliding_window": 8}),
     "granite": Family(GROUPED | {"logits_scaling": 8.0}),
 }
 PRESENT = [name for name in FAMILIES if name in CONFIG_MAPPING]
@@ -70,7 +71,9 @@ SCORING = [name for name in PRESENT if FAMILIES[name].scores]
 @pytest.mark.pinned
 def test_the_table_says_which_families_transformers_has() -> None:
     is_pinned_stack = int(transformers.__version__.split(".")[0]) < 5
-    assert [name for name, family in FAMILIES.items() if family.is_pinned or not is_pinned_stack] == PRESENT
+    flavour, table = "cu118" if is_pinned_stack else "cu130", load_families()
+    assert {name for name in table if flavour in table[name].flavours} == table.keys() & CONFIG_MAPPING.keys()
+    assert table.keys() >= FAMILIES.keys()
 
 
 # All rows from their texts, one row at a time, without our code.

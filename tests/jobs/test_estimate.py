@@ -10,17 +10,19 @@ from env.settings import Cards
 from jobs.estimate import (
     GIB,
     Models,
+    Passes,
     StepRows,
     card_speed,
     disk_bytes,
     fit_step,
     memory_of,
+    rollout_seconds,
     slots_of,
     step_time,
     update_seconds,
     updates_of,
 )
-from jobs.model_shape import shape_of
+from jobs.model_shape import Kept, Shape, Work, shape_of
 from jobs.spec import Job, load_job
 
 OPT_13B = {"model_type": "opt", "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24}
@@ -86,9 +88,198 @@ def test_one_and_two_h200(step: int, what: Job, place: Place, gib: float, second
         assert update_seconds(what, step, MODELS, place, FULL, H200) == pytest.approx(seconds, rel=0.25)
 
 
+def test_a_judge_takes_its_weights_and_a_forward_pass_of_each_rollout() -> None:
+    """OPT-1.3b as a second reward model: 1.3e9 parameters of 2 bytes, read in step 3 alone."""
+    judged, place = replace(MODELS, judge=MODELS.actor), Place()
+    for step in (1, 2):
+        assert memory_of(job(), step, judged, place, FULL) == memory_of(job(), step, MODELS, place, FULL)
+    held = [memory_of(job(), 3, models, place, FULL).held["frozen"] for models in (judged, MODELS)]
+    assert (held[0] - held[1]) / 2 == pytest.approx(1.3157e9, rel=0.01)  # without the head, which is tied
+    seconds = [update_seconds(job(), 3, models, place, FULL, H200) for models in (judged, MODELS)]
+    # 256 rows of 512 tokens, 2 operations a token and parameter of a layer, 0.83 of the rate.
+    assert seconds[0] - seconds[1] == pytest.approx(2 * 1.21e9 * 256 * 512 / (0.83 * H200.matmul), rel=0.05)
+
+
+def test_without_a_critic_step_3_lacks_all_that_trains_it() -> None:
+    """OPT-350m as critic: 331e6 parameters, in bfloat16 2 bytes of weights and 12 of AdamW."""
+    place, groups = Place(), job("ppo.advantage=rloo", "ppo.samples_per_prompt=4")
+    for step in (1, 2):
+        assert memory_of(groups, step, MODELS, place, FULL) == memory_of(job(), step, MODELS, place, FULL)
+    with_critic, without = (memory_of(each, 3, MODELS, place, FULL).held for each in (job(), groups))
+    assert with_critic["weights"] - without["weights"] == pytest.approx(2 * 331e6, rel=0.01)
+    assert with_critic["optimizer"] - without["optimizer"] == pytest.approx(12 * 331e6, rel=0.01)
+    assert with_critic["frozen"] == without["frozen"]  # the reward model scores still
+    seconds = [update_seconds(each, 3, MODELS, place, FULL, H200) for each in (job(), groups)]
+    assert seconds[1] < seconds[0]
+    saved = [disk_bytes(each, [3], MODELS, "bfloat16") for each in (job(), groups)]
+    assert saved[0] - saved[1] == pytest.approx(2 * 12 * 331e6, rel=0.01)  # two checkpoints
+
+
 def test_short_answers_on_an_h200() -> None:
     """256 prompts and answers of 130 and 48 tokens in the mean took 1.84 s: docs/speed.md."""
     assert update_seconds(job(), 3, MODELS, Place(), REAL, H200) == pytest.approx(1.84, rel=0.25)
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32}
+LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 5632, "vocab_size": 8192}
+QWEN2 = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
+QWEN2 |= {"num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 8192}
+
+
+# What a layer kept and did when these were measured (docs/estimates.md): transformers' own forward,
+# Qwen's rows padded. Today's layers are compared in tests/rlhf_train/plan/test_model_shape.py.
+OWN_FORWARD = {
+    "llama": (Kept(), Work(40, 73, attention=40, key_value=12)),
+    "qwen2": (Kept(), Work()),
+    "qwen3": (
+        Kept(attention=4, key_value=4, half_attention=1.5),
+        Work(54, 103, attention=22, key_value=22, float_attention=37),
+    ),
+}
+
+
+def as_measured(fields: dict[str, object]) -> Shape:
+    shape = shape_of(fields)
+    kept, work = OWN_FORWARD[shape.family]
+    family = "llama" if shape.family == "llama" else "padded"
+    return replace(shape, family=family, block=replace(shape.block, kept=kept, work=work))
+
+
+FASTER_HOST = replace(H200, kernel=18e-6)  # it started Qwen2's kernels in so many seconds
+
+
+# Seconds of an update, least and most, 32 rows of real lengths on an H200: docs/estimates.md.
+@pytest.mark.parametrize(
+    ("step", "fields", "settings", "padded", "least", "most"),
+    [
+        (1, LLAMA, [], None, 0.136, 0.136),
+        (1, LLAMA, [CHECKPOINTING], None, 0.18, 0.24),
+        (1, LLAMA, ["actor.lora={rank: 16}"], None, 0.15, 0.20),
+        (2, QWEN2, [], Passes(5, 7040), 0.22, 0.30),  # padded to 1.1 times 32 x 200 tokens
+    ],
+)
+def test_other_families_on_an_h200(
+    step: int, fields: dict[str, object], settings: list[str], padded: Passes | None, least: float, most: float
+) -> None:
+    shape = as_measured(fields)
+    what, place = job(*settings, batches=(32, 32, 256)), Place(micro_batches=(32, 32, 64))
+    seconds = update_seconds(what, step, Models(shape, shape), place, REAL, FASTER_HOST, padded)
+    assert 0.8 * least < seconds < 1.2 * most
+
+
+def test_a_host_that_is_slow_leaves_a_gpu_idle() -> None:
+    """A tiny model on a card: 22 layers start 112 kernels each and 35 more once an update."""
+    tiny = shape_of({**LLAMA, "hidden_size": 64, "intermediate_size": 176})
+    said = update_seconds(job(), 1, Models(tiny, tiny), Place(), REAL, replace(H200, kernel=1e-3))
+    assert said == pytest.approx(22 * (112 + 35) * 1e-3, rel=0.01)
+
+
+SMOLLM2 = {"model_type": "llama", "hidden_size": 960, "num_hidden_layers": 32, "num_attention_heads": 15}
+SMOLLM2 |= {"num_key_value_heads": 5, "intermediate_size": 2560, "vocab_size": 49152, "tie_word_embeddings": True}
+QWEN25 = {**QWEN2, "vocab_size": 151936, "tie_word_embeddings": True}
+QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16}
+QWEN3 |= {"num_key_value_heads": 8, "intermediate_size": 3072, "head_dim": 128}
+QWEN3 |= {"vocab_size": 151936, "tie_word_embeddings": True}
+PYTHIA = {"model_type": "gpt_neox", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+PYTHIA |= {"intermediate_size": 4096, "vocab_size": 50304}
+# Tokens of every sixteenth part of the rows of steps 1 and 2, from the shortest to the longest.
+SFT_LENGTHS = (25, 69, 84, 99, 112, 132, 147, 161, 175, 189, 203, 215, 227, 240, 259, 281, 445)
+PAIR_LENGTHS = (28, 85, 106, 131, 143, 161, 173, 193, 208, 220, 234, 249, 269, 282, 305, 335, 460)
+SFT, PAIRS = StepRows(204, 130, 47, 445, SFT_LENGTHS), StepRows(410, 134, 52, 460, PAIR_LENGTHS)
+
+
+# GiB in use at the peak, and seconds of an update: docs/estimates.md, "One H200".
+@pytest.mark.parametrize(
+    ("fields", "step", "answer", "gib", "seconds"),
+    [
+        (SMOLLM2, 1, 0.0, 21.39, 0.141),
+        (SMOLLM2, 2, 0.0, 34.49, 0.162),
+        (SMOLLM2, 3, 162.9, 65.99, 9.16),
+        (QWEN25, 1, 0.0, 32.61, 0.342),
+        (QWEN25, 2, 0.0, 49.05, 0.407),
+        (QWEN25, 3, 185.6, 65.39, 9.01),
+        (QWEN3, 1, 0.0, 40.32, 0.478),
+        (QWEN3, 2, 0.0, 70.33, 0.698),
+        (QWEN3, 3, 175.8, 87.06, 15.61),
+    ],
+)
+def test_three_families_on_an_h200(
+    fields: dict[str, object], step: int, answer: float, gib: float, seconds: float
+) -> None:
+    # Step 3 was measured when only OPT had a static decoder.
+    shape, what = replace(as_measured(fields), is_static=False), job(batches=(32, 32, 128))
+    place = Place(micro_batches=(32, 32, 64), rollout_micro_batch=128)
+    rows = {1: SFT, 2: PAIRS, 3: StepRows(410, 128, answer, 512)}[step]
+    padded = {1: Passes(4, 6523), 2: Passes(5, 7431), 3: Passes(9, 24800)}[step]
+    assert memory_of(what, step, Models(shape, shape), place, rows).peak / GIB == pytest.approx(gib, rel=0.12)
+    said = update_seconds(what, step, Models(shape, shape), place, rows, H200, padded)
+    assert said == pytest.approx(seconds, rel=0.2)
+
+
+def gated(
+    family: str, width: int, layers: int, heads: int, groups: int, feed: int, vocabulary: int
+) -> dict[str, object]:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = dict(zip(names, (width, layers, heads, groups, feed), strict=True))
+    return {"model_type": family, "vocab_size": vocabulary, "tie_word_embeddings": True, **sizes}
+
+
+# Seconds of a rollout of 16, 64 and 256 answers of 256 tokens on an H200, by the static decoder:
+# docs/speed.md. No constant was fitted to them.
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        (gated("qwen2", 1536, 28, 12, 2, 8960, 151936), (0.473, 0.598, 1.154)),
+        (gated("llama", 2048, 16, 32, 8, 8192, 128256), (0.317, 0.407, 0.878)),
+        ({**gated("qwen3", 1024, 28, 16, 8, 3072, 151936), "head_dim": 128}, (0.381, 0.607, 1.391)),
+        (gated("llama", 576, 30, 9, 3, 1536, 49152), (0.255, 0.297, 0.490)),
+    ],
+    ids=["Qwen2.5-1.5B", "Llama-3.2-1B", "Qwen3-0.6B", "SmolLM2-135M"],
+)
+def test_rollouts_that_nothing_was_fitted_to(fields: dict[str, object], seconds: tuple[float, ...]) -> None:
+    shape, rows = shape_of(fields), StepRows(410, 256, 256, 512)
+    for answers, taken in zip((16, 64, 256), seconds, strict=True):
+        place = Place(micro_batches=(32, 32, answers), rollout_micro_batch=answers)
+        said = rollout_seconds(job(batches=(32, 32, answers)), shape, place, rows, H200)
+        assert said == pytest.approx(taken, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("fields", "batch", "tokens"),
+    [
+        (SMOLLM2, 2, 30 + 40),  # packed: the longest two rows
+        (SMOLLM2, 3, 75),  # an update of three: 25 in the mean
+        (SMOLLM2, 12, 2 * 40),  # no pass of an update has more than two rows would have if padded
+        (PYTHIA, 2, 2 * 40),  # padded
+    ],
+)
+def test_the_largest_pass_by_hand(fields: dict[str, object], batch: int, tokens: int) -> None:
+    shape, what, place = shape_of(fields), job(batches=(batch, 16, 256)), Place(micro_batches=(2, 16, 64))
+    rows = StepRows(4, 15.0, 10.0, 40, (10, 20, 30, 40))
+    taken = memory_of(what, 1, Models(shape, shape), place, rows).phases["a pass"]
+    if batch > 2:  # gradients of the passes before
+        taken -= 2 * shape.causal
+    of_layers = shape.layers * shape.kept_by_layer(40, is_half=True) * 1.03
+    assert taken == pytest.approx(tokens * 2 * (of_layers + shape.vocabulary))
+
+
+def test_the_own_forward_holds_its_cache_in_rollouts_alone() -> None:
+    """1024 answers of 512 tokens, and 28 layers of 8 heads of 128 numbers: 56 GiB."""
+    static, what = shape_of(QWEN3), job(batches=(32, 32, 1024))
+    shape = replace(static, is_static=False)
+    memory = memory_of(what, 3, Models(shape, shape), Place(rollout_micro_batch=1024), FULL)
+    gradients = 2 * (shape.causal + shape.scorer)
+    assert memory.held["cache"] == 0
+    assert memory.phases["a rollout"] == gradients + 1024 * 512 * 28 * 2 * 8 * 128 * 2
+    kept = memory_of(what, 3, Models(static, static), Place(rollout_micro_batch=1024), FULL)
+    assert kept.held["cache"] == 1024 * 512 * 28 * 2 * 8 * 128 * 2  # the static decoder keeps its own, of key heads
+    assert "a rollout" not in kept.phases
+
+
+def test_the_table_says_whose_answers_come_from_the_static_decoder() -> None:
+    assert [shape_of(fields).is_static for fields in (OPT_13B, QWEN3, {**QWEN3, "model_type": "gemma"})] == [
+        True, True, False
+    ]  # fmt: skip
 
 
 # GiB in use on each of two cards, with contexts and buffers: docs/speed.md, "Two cards of 24 GB".
@@ -152,6 +343,8 @@ def test_the_cache_is_no_larger_than_the_prompts_at_once() -> None:
         (3, ["ppo.global_batch=64", "ppo.ppo_epochs=2"], 300, 16),
         (3, ["ppo.global_batch=64", "ppo.max_updates=5"], 300, 5),
         (3, [], None, None),
+        # 64 prompts a rollout of 256 answers.
+        (3, ["ppo.advantage=rloo", "ppo.samples_per_prompt=4"], 300, 5),
     ],
 )
 def test_updates(step: int, settings: list[str], rows: int | None, updates: int | None) -> None:

@@ -14,7 +14,8 @@ MIB, GIB = 2**20, 2**30
 # test to stand at the edge.
 LIMITS = Limits.model_validate(
     {
-        "image": {"cuda": "11.8", "python": "3.10", "machine": "x86_64"},
+        "flavours": {},
+        "machine": "x86_64",
         "gpu_health": {"ecc_uncorrected_max": 0, "xid_unfit": [79], "xid_warning": [48]},
         "cpu": {"cores_min": 1.0, "cores_advised_per_rank": 1.0},
         "memory": {"bytes_min": 1_000_000, "bytes_advised": 5_000_000},
@@ -189,7 +190,7 @@ def test_what_runs_on_the_cpu_is_asked_for_no_gpu(choice: dict[str, str]) -> Non
 
 TOO_NEW = (
     "unfit: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which supports up to 9.0: "
-    "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+    "take a box with an older card, or flavour cu130 of the image (docs/container.md)"
 )
 TOO_OLD = (
     "unfit: Tesla P100-PCIE-16GB (compute capability 6.0) is too old for this build for CUDA 11.8, which needs at "

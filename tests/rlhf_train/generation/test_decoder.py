@@ -6,12 +6,12 @@ Triton's kernels run in their interpreter.
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf_train.generation import decoder as decoder_module
 from rlhf_train.generation import rollout
 from rlhf_train.generation.decoder import Decoder, Sampling, State, draw
-from rlhf_train.generation.families.opt import network_of
+from rlhf_train.generation.families.known import network_of
 from rlhf_train.generation.rollout import FinishedSlots, Rollouts, Slots, draw_uniforms, fewer_slots
 from rlhf_train.kernels import decode_step
 
@@ -41,14 +41,14 @@ def some_prompts(count=7, longest=9):
 
 
 def decoder(model, **others):
-    arguments = {"slots": 3, "width": 48, "rows": 7, "limit": 12, "sampling": Sampling(), "eos_id": EOS} | others
+    arguments = {"slots": 3, "width": 48, "rows": 7, "limit": 12, "sampling": Sampling(), "stop_ids": [EOS]} | others
     return Decoder(network_of(model), **arguments)
 
 
 def rollouts(model, *, batch=8, max_tokens=12, **others):
     return Rollouts(
         model,
-        eos_id=EOS,
+        stop_ids=[EOS],
         pad_id=PAD,
         max_tokens=max_tokens,
         temperature=1.0,
@@ -58,9 +58,9 @@ def rollouts(model, *, batch=8, max_tokens=12, **others):
     )
 
 
-def answers(model, prompts, *, limit=12, eos_id=EOS, **others):
+def answers(model, prompts, *, limit=12, stop_ids=(EOS,), **others):
     """Answer all prompts in one batch, without a scheduler."""
-    made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, eos_id=eos_id, **others)
+    made = decoder(model, slots=len(prompts), rows=len(prompts), limit=limit, stop_ids=stop_ids, **others)
     made.begin(draw_uniforms(7, range(len(prompts)), limit))
     made.prefill(range(len(prompts)), range(len(prompts)), prompts)
     for step in range(limit - 1):
@@ -217,23 +217,6 @@ def test_top_k_and_top_p_leave_the_rest_out_of_the_draw():
         torch.testing.assert_close(counts.float(), expected, atol=1.01, rtol=0)
         # Log-probs are of the whole distribution, as the trainer computes them.
         torch.testing.assert_close(log_probs, probabilities.log()[tokens])
-
-
-def test_families():
-    assert network_of(opt()) is not None
-    assert network_of(opt(activation_function="gelu")) is None
-    assert network_of(opt(layer_norm_elementwise_affine=False)) is None
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    warnings = []
-    unknown = rollouts(LlamaForCausalLM(config), batch=2, max_tokens=2, warn=warnings.append)
-    unknown.generate(some_prompts(2), seed=0, row_ids=[0, 1])
-    assert not unknown.is_static
-    assert warnings == [
-        "rollouts of LlamaForCausalLM run by its own forward, which is slower: "
-        "the static decoder supports plain OPT models only"
-    ]
 
 
 class NoStream:

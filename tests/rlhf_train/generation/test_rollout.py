@@ -55,7 +55,7 @@ def small_opt():
 def rollouts(model, *, batch=8, max_tokens=12, temperature=1.0, **others):
     return Rollouts(
         model,
-        eos_id=EOS,
+        stop_ids=[EOS],
         pad_id=PAD,
         max_tokens=max_tokens,
         temperature=temperature,

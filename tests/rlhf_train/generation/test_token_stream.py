@@ -65,7 +65,7 @@ def test_any_stop_token_ends_an_answer_and_is_its_last(model):
 
 def test_the_same_uniforms_sample_what_a_rollout_samples(model):
     rollouts = Rollouts(
-        model, eos_id=EOS, pad_id=PAD, max_tokens=20, temperature=0.8, top_k=30, top_p=0.9, batch=1,
+        model, stop_ids=[EOS], pad_id=PAD, max_tokens=20, temperature=0.8, top_k=30, top_p=0.9, batch=1,
         device=torch.device("cpu"), is_static=False,
     )  # fmt: skip
     made = rollouts.generate([prompt()], seed=5, row_ids=[0])

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from jobs.spec import Lora, Scratch
 from rlhf_train import compat, host
-from rlhf_train.generation.families.opt import network_of
+from rlhf_train.generation.families.known import network_of
 from rlhf_train.kernels import cpu_matmul
 from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.log_probs import label_log_probs

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from rlhf_train.data.sequences import Sequences
 from rlhf_train.kernels import fused_layers, layer_gradients
@@ -23,6 +25,15 @@ pytestmark = pytest.mark.skipif(not layer_gradients.HAS_TRITON, reason="no Trito
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(fused_layers, "_by_kernels", lambda x: True)
     monkeypatch.setattr(fused_layers, "_by_cublas", lambda x: True)
+
+
+# With a residual, frozen, dtype. Triton's interpreter rounds to float16, but cuts to bfloat16.
+RMS_CASES = [
+    (True, False, torch.float32),
+    (False, True, torch.float32),
+    (True, True, torch.float16),
+    (False, False, torch.float16),
+]
 
 
 def numbers(*shape, seed=0):
@@ -56,6 +67,57 @@ def test_a_sum_and_its_norm(with_residual, asked, is_frozen, as_on_a_gpu):
         assert (ours.grad is None) == (theirs.grad is None)
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize("asked", ["both", "sum", "norm"])
+@pytest.mark.parametrize(("with_residual", "is_frozen", "dtype"), RMS_CASES)
+def test_a_sum_and_its_root_mean_square_norm(with_residual, is_frozen, dtype, asked, by_kernels, monkeypatch):
+    """Held to transformers' module: to the last bit in 16 bits, and its gradients nearly."""
+    monkeypatch.setattr(fused_layers, "_by_kernels", lambda x: by_kernels)
+    norm = LlamaRMSNorm(40, eps=1e-2).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(numbers(40, seed=5))
+    norm.requires_grad_(not is_frozen)
+    plain = copy.deepcopy(norm)
+    inputs = [numbers(11, 40, seed=seed).to(dtype).requires_grad_() for seed in range(1 + with_residual)]
+    twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    found = fused_layers.add_norm(inputs[0], inputs[1] if with_residual else None, norm)
+    total = twins[0] + twins[1] if with_residual else twins[0]
+    expected = (total, plain(total))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **({"rtol": 0, "atol": 0} if dtype == torch.float16 else {}))
+    above = [numbers(11, 40, seed=seed).to(dtype) for seed in (7, 8)]
+    places = {"both": [0, 1], "sum": [0], "norm": [1]}[asked]
+    for pair in (found, expected):
+        torch.autograd.backward([pair[place] for place in places], [above[place] for place in places])
+    near = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, theirs in zip([*inputs, norm.weight], [*twins, plain.weight], strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, **near)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_layer(dtype, bias, by_kernels, monkeypatch):
+    monkeypatch.setattr(fused_layers, "_by_kernels", lambda x: by_kernels)
+    torch.manual_seed(0)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=50, mlp_bias=bias)).to(dtype)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.mul_(20)  # the gates' slopes differ
+    plain = copy.deepcopy(mlp)
+    inputs = [numbers(30, 32).to(dtype).requires_grad_() for _ in range(2)]
+    found, expected = fused_layers.gated(mlp, inputs[0]), plain(inputs[1])
+    assert torch.equal(found, expected) if dtype == torch.float16 else torch.allclose(found, expected, rtol=1e-5)
+    for y in (found, expected):
+        y.backward(numbers(30, 32, seed=3).to(dtype))
+    pairs = [(inputs[0], inputs[1]), *zip(mlp.parameters(), plain.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        difference = (ours.grad - theirs.grad).float().norm() / theirs.grad.float().norm()
+        assert difference < (1e-2 if dtype == torch.float16 else 1e-5)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("x",)])

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs.errors import ToolkitError
 from jobs.spec import Lora
+from rlhf_train.disk import read_json
 from rlhf_train.models.adapters import (
     add_lora,
     describe,
@@ -128,6 +129,21 @@ def test_a_change_that_bfloat16_would_lose_is_saved_in_float32() -> None:
         assert (float((in_bfloat16 * change).sum() / change.square().sum()) > 0.95) == (expected == torch.bfloat16)
 
 
+# PEFT 0.13, of the pinned stack, fails at any field that it does not know; these it does.
+PEFT_FIELDS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "bias",
+    "fan_in_fan_out",
+}
+
+
 @pytest.mark.parametrize("family", SIZES)
 def test_the_adapters_folder_is_one_that_peft_loads(family: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -136,6 +152,7 @@ def test_the_adapters_folder_is_one_that_peft_loads(family: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "base")
     adapted = trained(model, lora)
     save_adapter(adapted.state_dict(), adapted, lora, str(tmp_path / "base"), tmp_path / "adapter")
+    assert set(read_json(tmp_path / "adapter" / "adapter_config.json")) == PEFT_FIELDS
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     loaded: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), logits(adapted), rtol=1e-5, atol=1e-5)

@@ -92,7 +92,7 @@ def test_rollouts_sample_from_the_models_own_logits(family: str) -> None:
 
 
 def rollouts(model: Any, **more: Any) -> Rollouts:
-    return Rollouts(model, eos_id=EOS, pad_id=PAD, max_tokens=10, temperature=1.0, batch=4, device=CPU, **more)
+    return Rollouts(model, stop_ids=[EOS], pad_id=PAD, max_tokens=10, temperature=1.0, batch=4, device=CPU, **more)
 
 
 def test_what_is_neither_a_scale_nor_a_cap_is_refused() -> None:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from rlhf_train.models import log_probs
+from rlhf_train.models.head import LogitTransform
 from rlhf_train.models.log_probs import is_plain, label_log_probs
 
 pytestmark = pytest.mark.pinned
@@ -58,6 +59,21 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, dtype, rows,
         strict=True,
     ):
         torch.testing.assert_close(ours.double(), theirs, **close)
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_a_scale_of_the_logits_is_a_temperature_upside_down(scale):
+    hidden, index, labels, head, above = case()
+    transform = LogitTransform(scale)
+    found, entropies = label_log_probs(hidden[index], labels, head, VOCABULARY, 0.7, True, transform)
+    (found * above).sum().backward()
+    every = F.log_softmax(scale * (hidden[index] @ head.weight.T).double() / 0.7, dim=-1)
+    expected = every[torch.arange(len(labels)), labels]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), -(every.exp() * every).sum(-1), rtol=1e-5, atol=1e-5)
+    of_hidden, of_weight = torch.autograd.grad((expected * above).sum(), (hidden, head.weight))
+    torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.weight.grad, of_weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_is_more_than_its_weight_is_called():

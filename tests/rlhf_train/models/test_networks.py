@@ -1,24 +1,36 @@
 """Test forward passes against Hugging Face, LoRA's merge against PEFT's forward, and tokenizers."""
 
 import copy
+import json
 import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from jobs.errors import ToolkitError
+from jobs.errors import ExitCode, ToolkitError
 from jobs.spec import Lora, Scratch
 from rlhf_train import compat
 from rlhf_train.data.sequences import Sequences
-from rlhf_train.models import packed_attention
 from rlhf_train.models.adapters import add_lora
 from rlhf_train.models.networks import (
     ActorForward,
@@ -28,6 +40,7 @@ from rlhf_train.models.networks import (
     checkpoint_activations,
     last_scores,
     load_causal,
+    load_config,
     load_scorer,
     load_tokenizer,
     padding,
@@ -224,6 +237,33 @@ def test_missing_models_are_named_with_a_next_step(tmp_path):
     assert "name a model's folder" in caught.value.hint
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "what", "why"),
+    [
+        ({"model_type": "qwen3"}, "cannot be trained with transformers 4", "it has no Qwen 3"),
+        (
+            {"model_type": "qwen2", "max_position_embeddings": 64, "rope_parameters": YARN},
+            "is another model for transformers 4",
+            "its rope_scaling is YaRN from 16 positions to 64, which this version does otherwise",
+        ),
+    ],
+)
+def test_what_transformers_4_lacks_or_misreads_is_refused_before_a_download(
+    tmp_path: Path, config: dict[str, Any], what: str, why: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if not compat.READS_OLD_SPELLINGS:
+        assert load_config(str(tmp_path)).model_type == config["model_type"]
+        return
+    with pytest.raises(ToolkitError) as refused:
+        load_config(str(tmp_path))
+    assert refused.value.exit_code == ExitCode.UNFIT and what in refused.value.what
+    assert refused.value.why == why and "cu130" in refused.value.hint
+
+
 def test_bad_config_is_refused(tokenizer):
     with pytest.raises(ToolkitError, match="refused by transformers"):
         load_causal(Scratch(config={"model_type": "no-such-family"}), tokenizer, torch.float32, seed=0)
@@ -284,20 +324,33 @@ WIDE_OPT = {
     "dropout": 0.0,
     "init_std": 0.2,
 }
+LLAMA_LIKE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4, "head_dim": 12},  # a row of 9 tokens is longer
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 3},
+    "qwen3": {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "smollm3": {"no_rope_layers": [1, 0], "num_key_value_heads": 4, "pad_token_id": 1},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+}
+
+
+def llama_like(family, **more):
+    """Make a tiny model whose norms' weights and biases are not what they start as."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 300, "intermediate_size": 64, "initializer_range": 0.2}
+    config = AutoConfig.for_model(family, **{**sizes, **LLAMA_LIKE[family], **more})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
 FAMILIES = {
     "opt": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=32)),
     "opt-350m": lambda: OPTForCausalLM(OPTConfig(**WIDE_OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            initializer_range=0.2,
-        )
-    ),
+    **{family: partial(llama_like, family) for family in LLAMA_LIKE if family in CONFIG_MAPPING},
 }
 
 
@@ -311,7 +364,7 @@ PADDED, PACKED = "padded", "packed"
 def laid_out(layout, texts, tokenizer, *models):
     """Packed where these libraries can."""
     pad_id = padding(tokenizer, *models) if layout == PACKED else tokenizer.pad_token_id
-    assert (pad_id is None) == (layout == PACKED and compat.takes_own_attention())
+    assert (pad_id is None) == (layout == PACKED and compat.hands_keywords_to_layers())
     return Sequences.of(*texts, pad_id, CPU)
 
 
@@ -355,6 +408,20 @@ def test_layers_that_are_computed_again_give_adapters_the_same_gradient(layout, 
         assert difference.norm() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("family", [name for name in ("qwen3", "smollm3", "granite") if name in FAMILIES])
+def test_layers_that_are_computed_again_give_the_same_gradients(family, texts, tokenizer):
+    torch.manual_seed(0)
+    kept = FAMILIES[family]().train()
+    again = copy.deepcopy(kept)
+    checkpoint_activations(again)
+    log_probs = [ActorForward(model)(laid_out(PACKED, texts, tokenizer, model))[0] for model in (kept, again)]
+    assert torch.equal(*log_probs)
+    for found in log_probs:
+        found.sum().backward()
+    for name, gradient in gradients(kept).items():
+        torch.testing.assert_close(gradients(again)[name], gradient, rtol=0, atol=0)
+
+
 def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
     scorer = load_scorer(SCRATCH, tokenizer, torch.float32, seed=0).eval()
     forward = ScoreForward(scorer, with_lm=True)
@@ -367,18 +434,19 @@ def test_scores_of_packed_rows_are_those_of_padded_ones(texts, tokenizer):
     torch.testing.assert_close(found_lm, expected_lm, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["opt", "opt-350m"])
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "llama"])
 def test_the_last_layer_of_packed_rows_ends_with_the_tokens_that_are_asked_of(family, texts, tokenizer):
     torch.manual_seed(0)
     model = FAMILIES[family]()
     packed = laid_out(PACKED, texts, tokenizer, model)
     fed = []
-    for layer in model.model.decoder.layers:
-        layer.fc1.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0][..., 0].numel()))
+    for layer in model.model.layers if family == "llama" else model.model.decoder.layers:
+        first = layer.mlp.up_proj if family == "llama" else layer.fc1
+        first.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0][..., 0].numel()))
     index, _ = packed.predicted()
     ActorForward(model)(packed)
     computed = packed.input_ids.numel()
-    assert fed == [computed, len(index) if compat.takes_own_attention() else computed]
+    assert fed == [computed, len(index) if compat.hands_keywords_to_layers() else computed]
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -401,7 +469,8 @@ def test_a_model_that_takes_packed_rows_is_called_as_before_otherwise(batch, tok
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     assert torch.equal(packing(**given).logits, actor(**given).logits)
     packing.save_pretrained(tmp_path)
-    assert packed_attention.NAME not in (tmp_path / "config.json").read_text()
+    actor.save_pretrained(tmp_path / "actor")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "actor/config.json").read_text()
 
 
 def test_rows_are_padded_where_one_of_the_models_cannot_have_them_packed(tokenizer, actor):
@@ -409,7 +478,7 @@ def test_rows_are_padded_where_one_of_the_models_cannot_have_them_packed(tokeniz
     exact = copy.deepcopy(actor).double()
     for models_ in ([gpt], [copy.deepcopy(actor), gpt], [exact]):
         assert padding(tokenizer, *models_) == tokenizer.pad_token_id
-        assert all(model.config._attn_implementation != packed_attention.NAME for model in models_)
+        assert not any(hasattr(module, "is_last") for model in models_ for module in model.modules())
 
 
 @pytest.mark.parametrize("load", [load_causal, load_scorer])

@@ -154,6 +154,27 @@ def test_a_model_that_will_not_do_is_refused_with_the_true_reason(
     assert caught.value.exit_code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("judge", "what"),
+    [
+        ("two-labels", "two-labels is no reward model"),
+        ("sft", "sft is no reward model"),
+        ("short", "prompts of 64 and responses of 12 tokens do not fit"),
+        ("other-words", "the actor and the judge use different tokenizers"),
+    ],
+)
+@pytest.mark.parametrize("steps", [[1], [3]])
+def test_a_judge_is_a_reward_model_that_reads_as_the_actor(
+    models: Path, tmp_path: Path, judge: str, what: str, steps: list[int]
+) -> None:
+    fields = job(models, "sft", "rm").dump()
+    fields["ppo"]["judge_model"] = str(models / judge)
+    with pytest.raises(ToolkitError, match=what):
+        check_models(Job.model_validate(fields), RunDir(tmp_path), steps)
+    fields["ppo"]["judge_model"] = str(models / "rm")
+    check_models(Job.model_validate(fields), RunDir(tmp_path), steps)
+
+
 @pytest.mark.parametrize("steps", [[1], [1, 2, 3], [2], [2, 3]])
 def test_what_step_2_starts_from_is_looked_at_before_step_1(models: Path, tmp_path: Path, steps: list[int]) -> None:
     fields = job(models, None, None).dump()

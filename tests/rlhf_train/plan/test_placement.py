@@ -101,6 +101,11 @@ def test_cpu_ranks_share_the_cores() -> None:
     assert place(opt("hardware.ranks=8"), CPU).cpu_threads == 1
 
 
+def test_no_core_has_two_threads_of_a_rank() -> None:
+    wished = {cores: place(load_job("demo"), replace(CPU, cores=cores)).cpu_threads for cores in (1, 2, 4)}
+    assert wished == {1: 1, 2: 2, 4: 2}
+
+
 def test_zero_0_in_16_bit_is_noted() -> None:
     found = place(opt("hardware.actor_zero_stage=0", "hardware.critic_zero_stage=2"), TWO_4090)
     assert (found.actor_zero_stage, found.critic_zero_stage) == (1, 2)

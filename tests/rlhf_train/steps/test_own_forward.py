@@ -23,7 +23,7 @@ from rlhf_train.models.networks import ActorForward, ScoreForward, padding, trai
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
-from rlhf_train.steps.own_forward import check_log_probs, check_scores, example_rows
+from rlhf_train.steps.own_forward import check_log_probs, check_scores, example_rows, own_score, rounding_of
 from tests import in_process, tiny
 
 CPU = torch.device("cpu")
@@ -111,3 +111,16 @@ def test_step_1_ends_before_it_learns(world: World, tmp_path: Path, monkeypatch:
     with pytest.raises(ToolkitError, match="LlamaForCausalLM computes its log-probs in a way"):
         in_process.train(world, tmp_path / "run", tree, 1, events=events)
     assert events and not any(isinstance(event, Metrics) for event in events)
+
+
+def test_the_rounding_of_either_way_counts(tmp_path: Path) -> None:
+    """A score is one number: ours may be exact by chance, where the model's own is not."""
+    model, row = make(AutoModelForSequenceClassification, "llama", "bfloat16").eval(), ROWS[0]
+    plain = make(AutoModelForSequenceClassification, "llama", "float32").eval()
+    plain.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
+    exact, rounded = own_score(plain, *row), own_score(model, *row)
+    expected = abs(float(exact[0]) - float(rounded[0]))
+    assert expected > 0
+    ways = [(numbers, lambda twin: own_score(twin, *row)) for numbers in (exact, rounded)]
+    assert rounding_of(context_of(tmp_path, "bfloat16"), model, ways) == pytest.approx(expected, rel=1e-3)
+    assert rounding_of(context_of(tmp_path, "bfloat16"), model, ways[:1]) < expected / 10

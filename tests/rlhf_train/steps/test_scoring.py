@@ -24,6 +24,13 @@ def test_views_collect_what_the_networks_say():
     frozen = score_batch(batch, reference=actor, reward_model=score, temperature=1.0)
     assert frozen["score"].tolist() == [3.0, 5.0]  # after the last real token
     assert frozen["ref_log_probs"].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]
+    assert "judge_score" not in frozen
+
+    def judge(batch, at):
+        return -torch.arange(8.0)[at], None
+
+    judged = score_batch(batch, reference=actor, reward_model=score, judge=judge, temperature=1.0)
+    assert judged["judge_score"].tolist() == [-3.0, -5.0] and judged["score"].tolist() == [3.0, 5.0]
     trained = trainer_view(batch, actor=actor, critic=score, temperature=1.0)
     assert trained["values"].tolist() == [[1.0, 2.0], [4.0, 0.0]]
     assert trained["entropy"].tolist() == pytest.approx([0.3, 0.9])

@@ -2,11 +2,13 @@
 
 No GPU is needed.
 
-    python check_image.py image.txt torch-cu118.txt "7.0 7.5 8.0 8.6 8.9 9.0"
+    python check_image.py env cu118 torch-cu118 default
 
-The last argument is the compute capabilities that the operators were compiled for; it is empty if
-there are no compiled operators. Every mistake is a line on stderr, and the exit status is 1. What
-depends on the machine that runs the image is checked at start, by rlhf_train.
+The folder `env` has the flavour (flavours/cu118.env) and its locks (pins/cu118.txt and
+pins/torch-cu118.txt). The last argument is the compute capabilities that the operators were
+compiled for: `default` means the flavour's, and it is empty if there are no compiled operators.
+Every mistake is a line on stderr, and the exit status is 1. What depends on the machine that runs
+the image is checked at start, by rlhf_train.
 """
 
 from __future__ import annotations
@@ -40,16 +42,23 @@ def name(distribution: importlib.metadata.Distribution) -> str:
     return re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
 
 
-def cuda(torch_version: str) -> Iterator[str]:
-    """Check the CUDA version that PyTorch was built for against its locked version.
+def settings(text: str) -> dict[str, str]:
+    """Return the settings of a flavour by name, without their quotes."""
+    return {key: value.strip('"') for key, value in re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE)}
 
-    2.0.1+cu118 means CUDA 11.8, 2.0.1+cpu no CUDA; the package index's 2.0.1 does not say.
+
+def cuda(torch_lock: str, flavours_cuda: str) -> Iterator[str]:
+    """Check the CUDA version that PyTorch was built for against the name of its lock.
+
+    torch-cu118 means the flavour's CUDA, torch-cu118-cpu none; torch-ci, the package index's build
+    of PyTorch 2.0.1, is for another.
     """
     import torch
 
-    tag = torch_version.partition("+")[2]
-    wanted = f"{tag[2:-1]}.{tag[-1]}" if tag.startswith("cu") else None
-    if tag and torch.version.cuda != wanted:
+    if torch_lock == "torch-ci":
+        return
+    wanted = None if torch_lock.endswith("-cpu") else flavours_cuda
+    if torch.version.cuda != wanted:
         yield f"torch was built for CUDA {torch.version.cuda}, not {wanted}"
 
 
@@ -86,11 +95,16 @@ def _for_cards(library: Path, capabilities: Sequence[str]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    image, torch_lock, capabilities = arguments
-    expected = locked(Path(image).read_text(encoding="utf-8")) | locked(Path(torch_lock).read_text(encoding="utf-8"))
-    mistakes = [f"Python is {sys.version.split()[0]}, not 3.10"] if sys.version_info[:2] != (3, 10) else []
+    folder, flavour, torch_lock, capabilities = arguments
+    env = Path(folder)
+    wanted = settings((env / f"flavours/{flavour}.env").read_text(encoding="utf-8"))
+    locks = [(env / f"pins/{lock}.txt").read_text(encoding="utf-8") for lock in (flavour, torch_lock)]
+    expected = locked(locks[0]) | locked(locks[1])
+    capabilities = wanted["CUDA_ARCHS"] if capabilities == "default" else capabilities
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    mistakes = [f"Python is {python}, not {wanted['PYTHON']}"] if python != wanted["PYTHON"] else []
     mistakes += versions(expected)
-    mistakes += cuda(expected["torch"])
+    mistakes += cuda(torch_lock, wanted["CUDA"])
     mistakes += operators(capabilities.split())
     mistakes += [line for line in _pip_check() if line]
     for mistake in mistakes:

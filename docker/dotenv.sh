@@ -27,3 +27,7 @@ if [ "$(id -u)" = 0 ]; then # the file is that user's, who must be able to read 
 fi
 mv .env.new .env
 cat .env
+if [ -e /proc/driver/nvidia/version ] && ! command -v nvidia-container-runtime-hook >/dev/null && ! command -v nvidia-ctk >/dev/null; then
+    echo "warning: this machine has a GPU, and no NVIDIA Container Toolkit, without which Docker cannot give it to a container:" \
+        "install the package nvidia-container-toolkit, and restart Docker" >&2
+fi

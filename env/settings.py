@@ -24,6 +24,9 @@ else:
 LIMITS = Path(__file__).with_name("limits.toml")
 CARDS = Path(__file__).with_name("cards.toml")
 PROVIDERS = Path(__file__).with_name("providers")
+FLAVOURS = Path(__file__).with_name("flavours")
+FAMILIES = Path(__file__).with_name("families.toml")
+DEFAULT_FLAVOUR = "cu118"
 OUR_FOLDER = "rlhf-box"  # on a box, in a data folder: our code, environments and runs
 
 
@@ -34,6 +37,7 @@ class Settings:
     ci: bool  # RLHF_CI=1: tests may install what they need, and a skipped test is a failed one
     boxes: Path  # RLHF_BOXES: the boxes that `fab` knows; ./boxes.yaml if unset
     state: Path  # what the laptop remembers of its boxes: their host keys, what was fetched
+    flavour: str  # RLHF_FLAVOUR: of the stack, set in the image and on a box; "" elsewhere
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
@@ -45,6 +49,7 @@ class Settings:
             ci=environ.get("RLHF_CI") == "1",
             boxes=Path(environ.get("RLHF_BOXES") or "boxes.yaml"),
             state=_user_folder(environ, "XDG_STATE_HOME", ".local/state") / "rlhf-box",
+            flavour=environ.get("RLHF_FLAVOUR", ""),
         )
 
 
@@ -103,12 +108,6 @@ class PeerAccessLimits(_Table):
     mended_driver: Version
 
 
-class ImageLimits(_Table):
-    cuda: Version
-    python: Version
-    machine: str  # as `uname -m` says it
-
-
 class GpuHealthLimits(_Table):
     ecc_uncorrected_max: Annotated[int, Field(ge=0)]
     xid_unfit: Annotated[tuple[Count, ...], Field(strict=False)]
@@ -134,13 +133,35 @@ class ClockLimits(_Table):
     offset_max_s: Amount
 
 
+class Flavour(_Table):
+    """flavours/NAME.env has what one flavour of the image and of the bare environment is made of.
+
+    Shell scripts read the same file; they need more of it.
+    """
+
+    name: str
+    python: Version
+    cuda: Version
+
+    @classmethod
+    def load(cls, file: Path) -> Flavour:
+        settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", file.read_text(encoding="utf-8"), re.MULTILINE))
+        return cls(name=file.stem, python=settings["PYTHON"], cuda=settings["CUDA"])
+
+    @classmethod
+    def load_all(cls, folder: Path = FLAVOURS) -> dict[str, Flavour]:
+        return {file.stem: cls.load(file) for file in sorted(folder.glob("*.env"))}
+
+
 class Limits(_Table):
     """limits.toml has every threshold that decides whether a machine is fit.
 
-    An unknown or missing key is an error.
+    An unknown or missing key is an error. The flavours are read with it.
     """
 
-    image: ImageLimits
+    flavours: dict[str, Flavour]
+
+    machine: str  # as `uname -m` says it
     cuda: dict[Version, CudaLimits]
     gpu_health: GpuHealthLimits
     cpu: CpuLimits
@@ -156,7 +177,23 @@ class Limits(_Table):
 
     @classmethod
     def load(cls, file: Path = LIMITS) -> Limits:
-        return cls.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        fields = tomllib.loads(file.read_text(encoding="utf-8"))
+        return cls.model_validate({**fields, "flavours": Flavour.load_all()})
+
+
+class Family(_Table):
+    """A family of models, as families.toml lists it."""
+
+    title: str
+    hub: Annotated[tuple[str, ...], Field(strict=False)] = ()  # how names of its models begin on the model hub
+    flavours: Names  # whose transformers has it
+    static: str | None = None  # its description for rollouts: a file of rlhf_train/generation/families
+
+
+def load_families(file: Path = FAMILIES) -> dict[str, Family]:
+    """Load all families, by the `model_type` of their config.json."""
+    found = tomllib.loads(file.read_text(encoding="utf-8"))
+    return {name: Family.model_validate(family) for name, family in found.items()}
 
 
 class MeasuredCard(_Table):

@@ -15,6 +15,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from jobs.errors import ToolkitError
 from jobs.yaml12 import dump_yaml, load_yaml
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+URL = re.compile(r"ssh://(?:([^@/]+)@)?(\[[^\]]+\]|[^:/@]+)(?::([0-9]{1,5}))?/?")
 NAME_RULE = "small letters, digits and dashes, beginning with a letter or a digit"
 MIRRORS = PROVIDERS.with_name("mirrors")
 HEAD = "# The boxes that `fab` knows. Every field stands with its meaning in remote/inventory.py.\n"
@@ -58,7 +60,7 @@ def _absolute(value: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_word)]
-BuildArgument = Literal["BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS", "CA_BUNDLE"]
+BuildArgument = Literal["FLAVOUR", "BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS", "CA_BUNDLE"]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -194,6 +196,9 @@ def find(name: str, boxes: Mapping[str, Box]) -> Box:
         _word(name)
     except ValueError as error:
         raise ToolkitError(f"{name!r} cannot name a box", why=f"it must be {error}", hint=_known(boxes)) from None
+    if URL.fullmatch(name):  # which rsync does not take
+        with suppress(ValidationError):  # no port, or an option: ssh refuses it
+            return Box(name=name, **_address(name, name))
     return Box(name=name, address=name)
 
 
@@ -291,7 +296,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _address(text: str, command: str) -> dict[str, Any]:
     """Parse user@host, or ssh://user@host:port."""
-    url = re.fullmatch(r"ssh://(?:([^@/]+)@)?(\[[^\]]+\]|[^:/@]+)(?::(\d+))?/?", text)
+    url = URL.fullmatch(text)
     user, host, port = url.groups() if url else (*(text.rpartition("@")[::2]), None)
     fields = {"user": user or None, "address": host.strip("[]"), "port": _port(port, command) if port else None}
     return {name: value for name, value in fields.items() if value is not None}

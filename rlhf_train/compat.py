@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,8 +19,21 @@ from torch import Tensor, nn
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+READS_OLD_SPELLINGS = _MAJOR < 5  # of a model's files: rlhf_train/models/spellings.py
 FUSES_ADAMW_ON_CPU = _TORCH >= (2, 4)
 KNOWS_DTYPE_OF_NORMS = _TORCH >= (2, 4)  # torch._foreach_norm(..., dtype=)
+
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "peft")  # whose versions a plan and a checkpoint name
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that train."""
+    found = {"Python": platform.python_version()}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
@@ -131,23 +146,12 @@ def keep_rows(cache: Any, rows: Tensor) -> Any:
     return tuple(tuple(tensor.index_select(0, rows) for tensor in layer) for layer in cache)
 
 
-def takes_own_attention() -> bool:
-    """Return whether transformers lets us register an attention function that gets keywords."""
-    return _MAJOR >= 5
+def hands_keywords_to_layers() -> bool:
+    """Return whether a model of transformers hands unknown keywords of its call to its layers.
 
-
-def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Register an attention function, for which masks are made as for SDPA."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    transformers.AttentionInterface.register(name, function)
-    transformers.AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(*args, **kwargs)
+    Rows are packed only there; what needs PyTorch 2.5 (attention of grouped heads) is there, too.
+    """
+    return _MAJOR >= 5 and _TORCH >= (2, 5)
 
 
 def has_varlen_attention() -> bool:
@@ -162,13 +166,22 @@ def has_varlen_attention() -> bool:
     return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
     """Compute causal attention over packed rows, in 16 bit on a GPU.
 
-    The result is that of `packed_attention.run_by_run`. query, key, value: (N, H, D).
-    ends: int32 (B + 1,), cumulated lengths from 0.
+    The result is that of `packed_attention.run_by_run`. query: (N, H, D); key, value: (N, H or
+    fewer, D). ends: int32 (B + 1,), cumulated lengths from 0. window: as in `within_rows`.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+    more: dict[str, Any] = {}
+    if (repeats := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            more = {"enable_gqa": True}
+        else:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    sides = (-1 if window is None else window - 1, 0)
+    output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=sides, **more)
     return output

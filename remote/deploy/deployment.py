@@ -17,15 +17,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from env.settings import Limits, Provider
+from env.settings import DEFAULT_FLAVOUR, Limits, Provider
 from jobs.errors import ExitCode, ToolkitError
+from jobs.flavours import FlavourChoice, flavours_without
 from jobs.formatting import duration, one_line, size
+from jobs.spec import Job
 from remote.deploy import lock, sync
 from remote.deploy.sync import KEY_DIGITS, Tree
 from remote.output import waiting
 from remote.scripts import script
 from remote.ssh import commands
-from remote.survey.doctor import diagnose, no_access, peer_access_off, python_todo
+from remote.survey.doctor import choose_for, diagnose, needs_gpu, no_access, peer_access_off, python_todo
 from remote.survey.facts import BoxFacts, Python, home_path, place_of, provider_of, route_of, runtime_of
 from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, probe, recall, remember
 
@@ -38,12 +40,12 @@ Name = Literal["probe", "look", "lock", "sync", "environment", "settle"]
 
 # What an environment is made of. If one of these files changes, it is another environment.
 BARE_FILES = (
-    *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/install_locked.sh"),
+    *("env/pins/pip.txt", "env/torch_wheel.sh", "env/install_locked.sh"),
     "remote/on_box/environment.sh",
 )
 IMAGE_FILES = (
     *("docker/Dockerfile", "docker/install.sh", "docker/check_image.py", "docker/entrypoint", "docker/compose.cpu.yml"),
-    *("env/pins/pip.txt", "env/pins/image.txt", "env/torch_wheel.sh", "env/install_locked.sh", "env/cuda.sh"),
+    *("env/pins/pip.txt", "env/torch_wheel.sh", "env/install_locked.sh", "env/cuda.sh"),
 )
 SENDINGS = 3  # attempts, for a checkout that changes while it is sent
 
@@ -65,6 +67,7 @@ class DeployPlan:
     code: str
     runtime: Literal["docker", "bare"]
     environment: str  # its key
+    flavour: str  # a file of env/flavours
     torch: str  # a file of env/pins
     device: Literal["cuda", "cpu"]
     route: str
@@ -102,6 +105,7 @@ class DeployPlan:
             "mirror": self.mirror,
             "p2p": "1" if self.p2p_off else "0",
             "device": self.device,
+            "flavour": self.flavour,
             "torch": self.torch,
             "ca_bundle": self.ca_bundle,
         }
@@ -116,6 +120,7 @@ class DeployPlan:
             "token": token,
             "key": self.environment,
             "runtime": self.runtime,
+            "flavour": self.flavour,
             "torch": self.torch,
             "mirror": self.mirror,
             "device": self.device,
@@ -181,21 +186,22 @@ def deploy(
     say: Say = lambda text: None,
     now: Say = lambda text: None,
     why: str = "fab deploy",
-    needs_gpu: bool = False,
+    job: Job | None = None,
+    flavour: str = "",
     fresh: bool = False,
     rsync: str = "rsync",
 ) -> DeployResult:
     """Put the checkout and an environment for it on the box; do nothing if both are there.
 
     say: gets each line that stays: the begin and end of a stage, and notes. now: gets passing
-    states such as pip's last line, each in place of the one before, and "" at the end. needs_gpu:
-    what is to run there does, so the box will have a GPU by then. fresh: probe the box even if it
-    is known. rsync: the local program, "" for none.
+    states such as pip's last line, each in place of the one before, and "" at the end. job: what is
+    to run there; if it needs a GPU, the box will have one by then. flavour: the one that the user
+    wishes, or "". fresh: probe the box even if it is known. rsync: the local program, "" for none.
 
     Raises ToolkitError: UNFIT if deploy itself cannot work on the box; BUSY; UNREACHABLE; errors of
     git or of the disk here.
     """
-    return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, needs_gpu, rsync).run(fresh)
+    return _Deploy(connection, checkout, box, limits, providers, state, say, now, why, job, flavour, rsync).run(fresh)
 
 
 # --- plan: pure -----------------------------------------------------------------------------------
@@ -209,25 +215,33 @@ def plan_for(
     checkout: Path,
     code: str,
     *,
-    needs_gpu: bool = False,
+    job: Job | None = None,
+    flavour: str = "",
 ) -> DeployPlan:
     """Plan a deploy. Raises ToolkitError: UNFIT, with what deploy needs and the box lacks.
 
-    needs_gpu: plan for a GPU, also on a box that has none yet (a mode without a card costs less).
+    job: that will run, if it is known; if it needs a GPU, so does the plan, also on a box that has
+    none yet (a mode without a card costs less). flavour: the one that the user wishes, or "".
     """
     facts = known.facts
     root = place_of(facts, provider, box.data_folder).root
     runtime = _runtime(facts, box)
-    is_without_card = facts.cards == () and needs_gpu and box.build.get("TORCH") != "torch-cpu"
+    on_cpu = box.build.get("TORCH", "").endswith("-cpu")
+    is_without_card = facts.cards == () and job is not None and needs_gpu(job) and not on_cpu
     device: Literal["cuda", "cpu"] = "cuda" if facts.cards != () or is_without_card else "cpu"
-    torch = box.build.get("TORCH") or ("torch-cu118" if device == "cuda" else "torch-cpu")
+    wish = flavour or box.build.get("FLAVOUR", "")
+    choice = _flavour(facts, limits, device == "cuda", wish, job)
+    made = choice.flavour.name
+    torch = box.build.get("TORCH") or f"torch-{made}{'' if device == 'cuda' else '-cpu'}"
     route = route_of(facts, limits, "mirror" if box.mirror not in ("", "default") else "")
     mirror = box.mirror or (hub_mirror(box) if route and route.name == "mirror" else provider.mirror)
-    build: dict[str, str] = {key: value for key, value in box.build.items() if key not in ("CA_BUNDLE", "TORCH")}
+    elsewhere = ("CA_BUNDLE", "TORCH", "FLAVOUR")  # they are fields of the plan, or sent
+    build: dict[str, str] = {key: value for key, value in box.build.items() if key not in elsewhere}
     if device == "cpu":
         build = {"CUDA_ARCHS": "", **build}
-    python, maker = ("", "") if runtime == "docker" else _python(facts, limits)
-    notes = [] if route else ["the box cannot reach the model hub: send models and data as local folders"]
+    python, maker = ("", "") if runtime == "docker" else _python(facts, choice.flavour.python)
+    notes = [f"flavour {choice}"] if choice.why != "the default" else []
+    notes += [] if route else ["the box cannot reach the model hub: send models and data as local folders"]
     if is_without_card:
         notes.append(
             "the box has no GPU now, and the job needs one: the environment is made for CUDA "
@@ -239,7 +253,8 @@ def plan_for(
         root=root,
         code=code,
         runtime=runtime,
-        environment=environment_key(checkout, runtime, torch, mirror, build, device),
+        environment=environment_key(checkout, runtime, made, torch, mirror, build, device),
+        flavour=made,
         torch=torch,
         device=device,
         route=route.name if route else "direct",
@@ -255,7 +270,7 @@ def plan_for(
 
 
 def environment_key(
-    checkout: Path, runtime: str, torch: str, mirror: str, build: Mapping[str, str], device: str
+    checkout: Path, runtime: str, flavour: str, torch: str, mirror: str, build: Mapping[str, str], device: str
 ) -> str:
     """Return a key that names an environment by what it is made of.
 
@@ -263,7 +278,7 @@ def environment_key(
     bare environment's: the packages are the same from anywhere.
     """
     files = [
-        f"env/pins/{torch}.txt",
+        *(f"env/flavours/{flavour}.env", f"env/pins/{flavour}.txt", f"env/pins/{torch}.txt"),
         *(BARE_FILES if runtime == "bare" else (*IMAGE_FILES, f"env/mirrors/{mirror}.env")),
     ]
     made_of = hashlib.sha256(f"{runtime}\0".encode())
@@ -281,6 +296,20 @@ def environment_key(
     return made_of.hexdigest()[:KEY_DIGITS]
 
 
+def _flavour(facts: BoxFacts, limits: Limits, wants_gpu: bool, wish: str, job: Job | None) -> FlavourChoice:
+    """Choose the flavour. Raises ToolkitError: UNFIT, if the wished one, or none, runs the job.
+
+    Where only cards or driver speak against all, the default is made, as doctor's notes say: files
+    can be moved to that box all the same.
+    """
+    try:
+        return choose_for(facts, limits, wants_gpu=wants_gpu, wish=wish, job=job)
+    except ToolkitError:
+        if wish or (job is not None and flavours_without(job)):
+            raise
+        return FlavourChoice(limits.flavours[DEFAULT_FLAVOUR], "the default")
+
+
 def _runtime(facts: BoxFacts, box: Box) -> Literal["docker", "bare"]:
     found = runtime_of(facts)
     if box.runtime == "docker" and found.name != "docker":
@@ -293,9 +322,9 @@ def _runtime(facts: BoxFacts, box: Box) -> Literal["docker", "bare"]:
     return found.name if box.runtime == "auto" else box.runtime
 
 
-def _python(facts: BoxFacts, limits: Limits) -> tuple[str, str]:
-    """Return (a Python of the right version, "") or ("", the program that makes one)."""
-    wanted = limits.image.python.split(".")
+def _python(facts: BoxFacts, version: str) -> tuple[str, str]:
+    """Return (a Python of this version, "") or ("", the program that makes one)."""
+    wanted = version.split(".")
     right = [python for python in facts.pythons if python.version.split(".")[:2] == wanted and python.makes_venv]
     if right:
         return min(right, key=_is_conda).path, ""
@@ -319,10 +348,10 @@ def check_fit(
     def unfit(why: str, hint: str) -> ToolkitError:
         return ToolkitError(f"cannot deploy to `{box.name}`", why=why, hint=hint, exit_code=ExitCode.UNFIT)
 
-    if facts.machine and facts.machine != limits.image.machine:
+    if facts.machine and facts.machine != limits.machine:
         raise unfit(
             f"its processor is {facts.machine}",
-            f"take a box with {limits.image.machine}: PyTorch {plan.torch} is made for no other",
+            f"take a box with {limits.machine}: PyTorch {plan.torch} is made for no other",
         )
     if contents.root == "strange":
         raise unfit(f"{plan.root} exists, and is not ours", f"move it away, or {other_folder}")
@@ -342,7 +371,7 @@ def check_fit(
         needed = limits.environment.bytes_cpu if plan.device == "cpu" else limits.environment.bytes_cuda
         if not plan.python and not plan.maker:
             seen = ", ".join(dict.fromkeys(python.version for python in facts.pythons)) or "none"
-            wanted = limits.image.python
+            wanted = limits.flavours[plan.flavour].python
             raise unfit(
                 f"no Python {wanted} with venv, and no conda or uv to make it with (Pythons on the box: {seen})",
                 python_todo(wanted),
@@ -422,7 +451,8 @@ class _Deploy:
     say: Say
     now: Say
     why: str
-    needs_gpu: bool
+    job: Job | None
+    flavour: str
     rsync: str
     parts: list[DeployAction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -491,7 +521,9 @@ class _Deploy:
         provider, runtime = self._provider(known), runtime_of(known.facts)
         self._done("probe", f"{provider.title}; {runtime.name} ({runtime.why})", time.monotonic() - began)
         link = self.connection.link
-        found = diagnose(known.facts, None, self.limits, provider, link, data_folder=self.box.data_folder)
+        wish = self.flavour or self.box.build.get("FLAVOUR", "")
+        folder = self.box.data_folder
+        found = diagnose(known.facts, None, self.limits, provider, link, data_folder=folder, flavour=wish)
         for check in found.checks:
             if check.status in ("unfit", "warning"):
                 self._note(f"{check.name}: {check}")
@@ -500,7 +532,8 @@ class _Deploy:
 
     def _plan(self, known: CachedProbe, tree: Tree) -> DeployPlan:
         provider = self._provider(known)
-        return plan_for(known, self.box, self.limits, provider, self.checkout, tree.key, needs_gpu=self.needs_gpu)
+        wish = self.flavour
+        return plan_for(known, self.box, self.limits, provider, self.checkout, tree.key, job=self.job, flavour=wish)
 
     def _look_for(self, tree: Tree, known: CachedProbe) -> tuple[DeployPlan, BoxContents]:
         began = time.monotonic()

@@ -1,4 +1,5 @@
 #!/bin/sh
+# shellcheck disable=SC2153 # variables of the flavour
 # Makes the environment of jobs on the box: a virtual environment from the locks (bare), or the image (docker). Called by
 # remote/deploy/deployment.py. Its words, answers and exit codes: PROTOCOL.md. All output of the programs goes to ROOT/env/KEY.log.
 #
@@ -11,13 +12,14 @@ umask 022
 # shellcheck source=remote/on_box/lib.sh
 . "$(dirname -- "$0")/lib.sh"
 
-root='' token='' key='' runtime='' torch='' mirror=default device=cuda python='' maker='' proxy='' ca_bundle=''
+root='' token='' key='' runtime='' flavour='' torch='' mirror=default device=cuda python='' maker='' proxy='' ca_bundle=''
 build_arguments='' newline='
 '
 for word; do
     value=${word#*=}
     case $word in
-        root=*) root=$value ;; token=*) token=$value ;; key=*) key=$value ;; runtime=*) runtime=$value ;; torch=*) torch=$value ;;
+        root=*) root=$value ;; token=*) token=$value ;; key=*) key=$value ;; runtime=*) runtime=$value ;;
+        flavour=*) flavour=$value ;; torch=*) torch=$value ;;
         mirror=*) mirror=$value ;; device=*) device=$value ;; python=*) python=$value ;; maker=*) maker=$value ;;
         proxy=*) proxy=$value ;; ca_bundle=*) ca_bundle=$value ;; arg=*) build_arguments="$build_arguments$value$newline" ;;
     esac
@@ -85,8 +87,11 @@ stage() { # NAME HINT COMMAND...
 
 # --- where things come from ------------------------------------------------------------------------------------------
 
+[ -r "$code/env/flavours/$flavour.env" ] || refuse "there is no flavour $flavour" "name a file of env/flavours"
 [ -r "$code/env/mirrors/$mirror.env" ] || refuse "there is no mirror $mirror" "name a file of env/mirrors in boxes.yaml"
 unset HF_ENDPOINT PIP_CONSTRAINT PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PYTHONHOME PYTHONPATH PYTHONPYCACHEPREFIX CONDA_CHANNEL
+# shellcheck disable=SC1090
+. "$code/env/flavours/$flavour.env"
 set -a
 # shellcheck disable=SC1090
 . "$code/env/mirrors/$mirror.env"
@@ -114,12 +119,12 @@ make_python() { # ARG...
     [ -n "${MAMBARC:-}" ] || [ ! -r "${HOME:-}/.mambarc" ] || export MAMBARC="$HOME/.mambarc"
     export CONDA_PKGS_DIRS="$cache/conda" MAMBA_ROOT_PREFIX="$cache/mamba" UV_CACHE_DIR="$cache/uv" UV_PYTHON_INSTALL_DIR="$environment/base"
     mkdir -p "$own"
-    stage "Python 3.10, by ${maker##*/}" "$network" env HOME="$own" XDG_CONFIG_HOME="$config" XDG_DATA_HOME="$own/data" UV_PYTHON_BIN_DIR="$own/bin" "$maker" "$@"
+    stage "Python $PYTHON, by ${maker##*/}" "$network" env HOME="$own" XDG_CONFIG_HOME="$config" XDG_DATA_HOME="$own/data" UV_PYTHON_BIN_DIR="$own/bin" "$maker" "$@"
 }
 
 # The provider's image may have the locked PyTorch: 2.3 GB need not be downloaded then.
 take_torch() {
-    for theirs in "$python" /opt/conda/bin/python3.10 /root/miniconda3/bin/python3.10 /venv/main/bin/python3.10 /usr/bin/python3.10; do
+    for theirs in "$python" "/opt/conda/bin/python$PYTHON" "/root/miniconda3/bin/python$PYTHON" "/venv/main/bin/python$PYTHON" "/usr/bin/python$PYTHON"; do
         [ -x "$theirs" ] || continue
         has_torch=$("$theirs" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) || continue
         grep -q "^torch==$has_torch\([ \\]\|$\)" "$pins/$torch.txt" || continue
@@ -137,39 +142,39 @@ bare() {
     if [ -n "$maker" ]; then
         case ${maker##*/} in
             uv)
-                make_python python install 3.10
-                for python in "$environment"/base/*/bin/python3.10; do break; done
+                make_python python install "$PYTHON"
+                for python in "$environment"/base/*/bin/"python$PYTHON"; do break; done
                 ;;
             micromamba)
-                make_python create --yes --prefix "$environment/base" --channel "${CONDA_CHANNEL:-conda-forge}" python=3.10
-                python=$environment/base/bin/python3.10
+                make_python create --yes --prefix "$environment/base" --channel "${CONDA_CHANNEL:-conda-forge}" "python=$PYTHON"
+                python=$environment/base/bin/python$PYTHON
                 ;;
             *)
                 # Without a channel of the mirror, the box's own configuration is used, which providers point at their mirror.
                 if [ -n "${CONDA_CHANNEL:-}" ]; then set -- --override-channels --channel "$CONDA_CHANNEL"; else set --; fi
-                make_python create --yes --quiet --prefix "$environment/base" "$@" python=3.10
-                python=$environment/base/bin/python3.10
+                make_python create --yes --quiet --prefix "$environment/base" "$@" "python=$PYTHON"
+                python=$environment/base/bin/python$PYTHON
                 ;;
         esac
-        [ -x "$python" ] || refuse "${maker##*/} made no Python 3.10" "install python3.10 and python3.10-venv there" "$(tail -n 5 "$log")"
+        [ -x "$python" ] || refuse "${maker##*/} made no Python $PYTHON" "install python$PYTHON and python$PYTHON-venv there" "$(tail -n 5 "$log")"
     fi
-    stage "a virtual environment" "install python3.10-venv there" "$python" -m venv "$environment"
+    stage "a virtual environment" "install python$PYTHON-venv there" "$python" -m venv "$environment"
     stage "pip" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --requirement "$pins/pip.txt"
     export UV_CACHE_DIR="$cache/uv"
     if ! take_torch; then
-        torch_requirement "$pins/$torch.txt" >"$environment/torch.txt"
+        torch_requirement "$pins/$torch.txt" "$WHEEL" >"$environment/torch.txt"
         stage "PyTorch ($torch)" "$network" sh "$code/env/install_locked.sh" "$environment/bin/python" "$environment/torch.txt" --download-first --timeout 60 --retries 5
     fi
     # DeepSpeed is built here, with the lock's setuptools and PyTorch installed, so it comes after all others.
-    sed '/^deepspeed==/,/# via/d' "$pins/image.txt" >"$environment/wheels.txt"
+    sed '/^deepspeed==/,/# via/d' "$pins/$flavour.txt" >"$environment/wheels.txt"
     stage "all else that is locked" "$network" sh "$code/env/install_locked.sh" "$environment/bin/python" "$environment/wheels.txt"
     # No operators are compiled, since a box may have no nvcc: training uses PyTorch's AdamW, and looks for no accelerator.
     export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-    sed -n '/^deepspeed==/,/# via/p' "$pins/image.txt" >"$environment/deepspeed.txt"
+    sed -n '/^deepspeed==/,/# via/p' "$pins/$flavour.txt" >"$environment/deepspeed.txt"
     stage "DeepSpeed" "$network" "$environment/bin/python" -m pip install --no-deps --require-hashes --no-build-isolation --requirement "$environment/deepspeed.txt"
     # shellcheck source=env/cuda.sh
     . "$code/env/cuda.sh"
-    stage "self-check" "the same command makes it again" "$environment/bin/python" "$code/docker/check_image.py" "$pins/image.txt" "$pins/$torch.txt" ""
+    stage "self-check" "the same command makes it again" "$environment/bin/python" "$code/docker/check_image.py" "$code/env" "$flavour" "$torch" ""
     say "note $(tail -n 1 "$log")"
     rm -rf "$environment/uv"
     unset CUDA_VISIBLE_DEVICES DS_ACCELERATOR
@@ -199,7 +204,8 @@ docker_image() {
     done <<END
 $build_arguments
 END
-    export RLHF_TAG="$key" MIRROR="$mirror" TORCH="$torch" ${ca_bundle:+CA_BUNDLE="$ca_bundle"}
+    RLHF_UID=$(id -u) RLHF_GID=$(id -g)
+    export RLHF_UID RLHF_GID RLHF_TAG="$key" FLAVOUR="$flavour" MIRROR="$mirror" TORCH="$torch" ${ca_bundle:+CA_BUNDLE="$ca_bundle"}
     own_docker_config
     export BUILDX_CONFIG="$cache/buildx"
     unset COMPOSE_FILE COMPOSE_PROFILES

@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from env.settings import Limits, Provider
+from env.settings import DEFAULT_FLAVOUR, Flavour, Limits, Provider
+from jobs.errors import ToolkitError
 from jobs.fitness import Finding, FitnessFacts, Folder, Gpu, access, judge, no_peer_access
+from jobs.flavours import FlavourChoice, choose_flavour, flavours_without
 from jobs.formatting import one_line, plural, size
 from jobs.spec import Job, Scratch
 from remote.ssh.link import Link
@@ -32,7 +35,7 @@ from remote.survey.facts import (
 
 NOT_ASKED = "not asked"
 CHECKS_OF_FACTS = (
-    *("provider", "driver", "cards", "capability", "P2P", "/dev/shm", "CPU and memory"),
+    *("provider", "flavour", "driver", "cards", "capability", "P2P", "/dev/shm", "CPU and memory"),
     *("disk", "inodes", "Python", "Docker", "hub", "clock"),
 )
 
@@ -96,18 +99,22 @@ def diagnose(
     offset: ClockOffset | None = None,
     data_folder: str = "",
     prefer_route: str = "",
+    flavour: str = "",
 ) -> Diagnosis:
     """Check a box for a job.
 
-    facts: None if the box was not reached. data_folder, prefer_route: from boxes.yaml.
+    facts: None if the box was not reached. data_folder, prefer_route: from boxes.yaml. flavour: the
+    one that the user wishes, or "".
     """
     checks = [_reachable(link, facts), _host_key(link)]
     if facts is None:
         checks += [Check(name, "unknown", NOT_ASKED) for name in CHECKS_OF_FACTS]
     else:
-        seen = SurveyedBox(facts, job, limits, provider, runtime_of(facts), place_of(facts, provider, data_folder))
+        place = place_of(facts, provider, data_folder)
+        seen = SurveyedBox(facts, job, limits, provider, runtime_of(facts), place, flavour)
         checks += [
             _provider(seen),
+            _flavour(seen),
             _driver(seen),
             *_cards(seen),
             _capability(seen),
@@ -137,6 +144,7 @@ class SurveyedBox:
     provider: Provider
     runtime: Runtime
     place: Place
+    flavour_wish: str = ""  # the flavour that the user named
 
     @property
     def wants_gpu(self) -> bool:
@@ -149,6 +157,15 @@ class SurveyedBox:
             return self.facts.cards != ()
         return needs_gpu(self.job) or (self.job.hardware.device == "auto" and self.facts.cards != ())
 
+    @cached_property
+    def flavour(self) -> Flavour:
+        """The flavour that deploy would make; where none runs, the one that is then spoken of."""
+        try:
+            choice = choose_for(self.facts, self.limits, wants_gpu=self.wants_gpu, wish=self.flavour_wish, job=self.job)
+            return choice.flavour
+        except ToolkitError:
+            return self.limits.flavours.get(self.flavour_wish) or self.limits.flavours[DEFAULT_FLAVOUR]
+
     @property
     def ranks(self) -> int | None:
         wish = self.job.hardware.ranks if self.job else "auto"
@@ -157,7 +174,7 @@ class SurveyedBox:
     def judged(self, **known: Any) -> list[Finding]:
         """Let jobs/fitness.py judge these facts alone."""
         device = self.job.hardware.device if self.job else "auto"
-        cuda = self.limits.image.cuda if self.wants_gpu else None
+        cuda = self.flavour.cuda if self.wants_gpu else None
         pretrained = self.job is not None and is_pretrained(self.job)
         return judge(FitnessFacts(device=device, cuda=cuda, pretrained=pretrained, **known), self.limits)
 
@@ -169,13 +186,13 @@ def needs_gpu(job: Job) -> bool:
 
 
 def is_pretrained(job: Job) -> bool:
-    return any(isinstance(model, str) for model in (job.actor_source, job.critic_source))
+    return any(isinstance(model, str) for model in job.sources)
 
 
 def hub_names(job: Job) -> list[str]:
     """List models and data sets that may have to come from the hub: names that are not paths."""
-    models = [model for model in (job.actor_source, job.critic_source) if not isinstance(model, Scratch)]
-    names = [*dict.fromkeys(models), *job.data.datasets]
+    models = [model for model in job.sources if not isinstance(model, Scratch)]
+    names = [*dict.fromkeys(models), *job.data.names]
     looks_like_hub = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
     return [name for name in names if looks_like_hub.fullmatch(name) and not name.endswith((".jsonl", ".json"))]
 
@@ -225,11 +242,30 @@ def _provider(box: SurveyedBox) -> Check:
         value += f"; deployed: {box.place.deployed.get('code', '?')[:12]}"
     if box.place.slot and box.place.slot_alive:
         value += f"; a job runs: {box.place.slot.get('run', '?')}"
-    if facts.machine and facts.machine != box.limits.image.machine:
-        image = box.limits.image
-        todo = f"take a box with {image.machine}; PyTorch for CUDA {image.cuda} is made for no other"
+    if facts.machine and facts.machine != box.limits.machine:
+        todo = f"take a box with {box.limits.machine}; PyTorch for CUDA {box.flavour.cuda} is made for no other"
         return Check("provider", "unfit", f"{value}; its processor is {facts.machine}", todo)
     return Check("provider", "ok", value)
+
+
+def choose_for(
+    facts: BoxFacts, limits: Limits, *, wants_gpu: bool, wish: str = "", job: Job | None = None
+) -> FlavourChoice:
+    """Choose the flavour for a box; deploy makes what doctor says.
+
+    Raises ToolkitError, as choose_flavour.
+    """
+    cards = [Gpu(card.name, card.capability) for card in facts.cards or ()] if wants_gpu else []
+    cannot = flavours_without(job) if job is not None else {}
+    return choose_flavour(limits, cards, facts.driver, cannot=cannot, wish=wish)
+
+
+def _flavour(box: SurveyedBox) -> Check:
+    try:
+        choice = choose_for(box.facts, box.limits, wants_gpu=box.wants_gpu, wish=box.flavour_wish, job=box.job)
+    except ToolkitError as error:
+        return Check("flavour", "unfit", f"{error.what}: {error.why}" if error.why else error.what, error.hint)
+    return Check("flavour", "ok", str(choice))
 
 
 def _driver(box: SurveyedBox) -> Check:
@@ -241,7 +277,7 @@ def _driver(box: SurveyedBox) -> Check:
         return Check("driver", "unknown", facts.smi_error or "nvidia-smi does not answer", todo)
     if facts.driver is None:
         return Check("driver", "unknown", "none is loaded")  # the check `cards` says what to do
-    wanted = f"{facts.driver}, for CUDA {box.limits.image.cuda}"
+    wanted = f"{facts.driver}, for CUDA {box.flavour.cuda}"
     return _of("driver", wanted, box.judged(driver=facts.driver))
 
 
@@ -299,10 +335,10 @@ def _capability(box: SurveyedBox) -> Check:
     if not cards or not box.wants_gpu:
         is_known = box.facts.cards is not None or not box.wants_gpu
         return Check("capability", "ok" if is_known else "unknown", shown or "no card to look at")
-    wanted = box.limits.cuda[box.limits.image.cuda]
-    value = f"{shown}; CUDA {box.limits.image.cuda} supports {wanted.capability_min} to {wanted.capability_max}"
+    wanted = box.limits.cuda[box.flavour.cuda]
+    value = f"{shown}; CUDA {box.flavour.cuda} supports {wanted.capability_min} to {wanted.capability_max}"
     if all(card.capability is None for card in cards):
-        todo = "look the card up: Volta to Hopper will do, Blackwell (RTX 50, B200) will not"
+        todo = "look the card up: Volta to Hopper run with cu118, Blackwell (RTX 50, B200) with --flavour cu130"
         return Check("capability", "unknown", "nvidia-smi does not say", todo)
     return _of("capability", value, box.judged(cards=cards))
 
@@ -434,7 +470,7 @@ def _inodes(box: SurveyedBox) -> Check:
 
 
 def _python(box: SurveyedBox) -> Check:
-    wanted = box.limits.image.python
+    wanted = box.flavour.python
     right = [python for python in box.facts.pythons if python.version.split(".")[:2] == wanted.split(".")]
     usable = [python for python in right if python.makes_venv]
     if box.runtime.name == "docker":

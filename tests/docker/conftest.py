@@ -1,4 +1,4 @@
-"""Fixtures run `python ...` inside the image, which tests/docker/images.py makes."""
+"""Fixtures run `python ...` inside the images, which tests/docker/images.py makes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from tests.docker.images import CHECKOUT, MIRROR, Box
 
 @pytest.fixture(scope="session")
 def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
-    """Run `python ...` inside the image with the tests and pytest.
+    return with_tests(built, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def in_modern_image(modern: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
+    return with_tests(modern, tmp_path_factory)
+
+
+def with_tests(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess[str]]:
+    """Return what runs `python ...` inside the image with the tests and pytest.
 
     It runs as a user without an entry in /etc/passwd, and without a network.
     """
+    image = f"rlhf-box:{built.variables['RLHF_TAG']}-with-tests"
     clean = tmp_path_factory.mktemp("image") / "rlhf-box"  # without the job files that other tests add
     engine.copy_checkout(CHECKOUT, clean, built.uid)
     (clean / "env/mirrors/tests.env").write_text(MIRROR)
-    names = ("MIRROR", "BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS")
+    names = ("FLAVOUR", "MIRROR", "BASE_IMAGE", "BUILD_IMAGE", "TORCH", "CUDA_ARCHS")
     arguments = [f"--build-arg={name}={value}" for name, value in built.variables.items() if name in names]
     secret = [f"--secret=id=ca_bundle,src={built.variables['CA_BUNDLE']}"]
     built.docker(
@@ -29,7 +39,7 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         *arguments,
         *secret,
         "--target=test",
-        "--tag=rlhf-box:with-tests",
+        f"--tag={image}",
         "--file=docker/Dockerfile",
         ".",
         cwd=clean,
@@ -56,7 +66,7 @@ def in_image(built: Box, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             *variables,
             *entry,
             *options,
-            "rlhf-box:with-tests",
+            image,
             *arguments,
             check=False,
             timeout_s=timeout_s,

@@ -20,15 +20,20 @@ from pathlib import Path
 from tests.apt import apt, apt_turn
 
 BASE, BUILD = "rlhf-box-tests/base", "rlhf-box-tests/build"
-# Shared libraries that a CPython 3.10 of this machine is linked to, and what a base has anyway.
+PYTHONS = ("3.10", "3.12")  # of env/flavours
+# Shared libraries that CPythons of this machine are linked to, and what a base has anyway.
 PACKAGES = "ca-certificates,libssl3,libffi8,libsqlite3-0,zlib1g,libbz2-1.0,liblzma5,libexpat1,libuuid1"
-# CUDA's static libraries are gigabytes that nothing here is linked to.
+# Of CUDA only what compiles DeepSpeed's operators: its libraries are gigabytes more, and nothing is
+# linked to the static ones.
+CUDA = "nvidia-cuda-toolkit nvidia-cuda-dev libcudart11.0 libcurand10 libnvvm4 libthrust-dev libcub-dev libcu++-dev"
 NVCC = """
 FROM {base}
-RUN printf 'force-unsafe-io\\npath-exclude=/usr/lib/x86_64-linux-gnu/lib*_static.a\\n' >/etc/dpkg/dpkg.cfg.d/quick
 RUN sed -i 's/ main$/ main contrib non-free/' /etc/apt/sources.list && apt-get -qq update \
-    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-        nvidia-cuda-toolkit g++-11 >/dev/null && apt-get clean
+    && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends g++-11 >/dev/null \
+    && cd /tmp && apt-get -qq -o APT::Sandbox::User=root download {cuda} \
+    && for package in *.deb; do \
+        dpkg-deb --fsys-tarfile $package | tar -C / -x --keep-directory-symlink --exclude='*_static*.a'; rm $package; \
+    done && apt-get clean && ldconfig
 RUN for tool in gcc g++; do ln -s $tool-11 /usr/bin/$tool; done && ln -s g++-11 /usr/bin/c++ && nvcc --version
 """
 
@@ -150,18 +155,12 @@ def _install_plugins(folder: Path) -> None:
 
 
 def make_base(docker: Docker) -> str:
-    """Debian 12 with Python 3.10, about 260 MB."""
-    python = _python310()
+    """Debian 12 with the Pythons of all flavours, about 400 MB."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         shell("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root), distribution())
-        leave_out = shutil.ignore_patterns("test", "site-packages", "idlelib", "tkinter", "config-3*", "__pycache__")
-        shutil.copytree(python / "lib/python3.10", root / "usr/local/lib/python3.10", ignore=leave_out)
-        (root / "usr/local/lib/python3.10/site-packages").mkdir()
-        shutil.copytree(python / "include/python3.10", root / "usr/local/include/python3.10")
-        shutil.copy(python / "bin/python3.10", root / "usr/local/bin/python3.10")
-        for library in (python / "lib").glob("libpython3.10.so*"):
-            shutil.copy(library, root / "usr/local/lib", follow_symlinks=False)
+        for version in PYTHONS:
+            _copy_python(version, root)
         for cache in [
             *(root / "var/lib/apt/lists").glob("*_*"),
             *(root / "var/cache/apt").rglob("*.deb"),
@@ -169,7 +168,8 @@ def make_base(docker: Docker) -> str:
         ]:
             cache.unlink()
         shell("chroot", str(root), "ldconfig")
-        shell("chroot", str(root), "python3.10", "-c", "import ssl, ctypes, sqlite3, zlib, bz2, lzma")
+        for version in PYTHONS:
+            shell("chroot", str(root), f"python{version}", "-c", "import ssl, ctypes, sqlite3, zlib, bz2, lzma")
         subprocess.run(
             f"tar -C {root} -c . | docker import - {BASE}",
             shell=True,
@@ -180,28 +180,40 @@ def make_base(docker: Docker) -> str:
     return BASE
 
 
-def _python310() -> Path:
-    """The prefix of a CPython 3.10 on this machine."""
+def _copy_python(version: str, root: Path) -> None:
+    """Copy a CPython of this machine, without its tests, to where a base image would have it."""
+    python = _prefix_of(version)
+    leave_out = shutil.ignore_patterns("test", "site-packages", "idlelib", "tkinter", "config-3*", "__pycache__")
+    shutil.copytree(python / f"lib/python{version}", root / f"usr/local/lib/python{version}", ignore=leave_out)
+    (root / f"usr/local/lib/python{version}/site-packages").mkdir()
+    shutil.copytree(python / f"include/python{version}", root / f"usr/local/include/python{version}")
+    shutil.copy(python / f"bin/python{version}", root / f"usr/local/bin/python{version}")
+    for library in (python / "lib").glob(f"libpython{version}.so*"):
+        shutil.copy(library, root / "usr/local/lib", follow_symlinks=False)
+
+
+def _prefix_of(version: str) -> Path:
+    """Find a CPython on this machine; version: 3.10."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     found = [
-        *pyenv.glob("versions/3.10*/bin/python3.10"),
-        *([Path(which)] if (which := shutil.which("python3.10")) else []),
+        *pyenv.glob(f"versions/{version}*/bin/python{version}"),
+        *([Path(which)] if (which := shutil.which(f"python{version}")) else []),
     ]
     for python in [Path(sys.executable), *found]:
         done = subprocess.run(
-            [python, "-c", "import sys; print(*sys.version_info[:2], sys.base_prefix)"],
+            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2], sys.base_prefix)"],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.stdout.startswith("3 10 "):
-            return Path(done.stdout.split(maxsplit=2)[2].strip())
-    raise AssertionError("no Python 3.10 is on this machine, and the base image needs one: install python3.10")
+        if done.stdout.startswith(f"{version} "):
+            return Path(done.stdout.split(maxsplit=1)[1].strip())
+    raise AssertionError(f"no Python {version} is on this machine, and the base image needs one: install it")
 
 
 def make_build(docker: Docker, base: str) -> str | None:
     """Make the base with nvcc 11.8 and its C++ compiler; None if Debian has no package for it."""
-    done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base), check=False)
+    done = docker("build", "--tag", BUILD, "-", stdin=NVCC.format(base=base, cuda=CUDA), check=False)
     return BUILD if done.returncode == 0 else None
 
 

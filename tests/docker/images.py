@@ -8,13 +8,15 @@ import os
 import shutil
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import yaml
 
 from env.settings import Settings
+from tests import tiny
 from tests.docker import engine
 from tests.docker.engine import Docker
 
@@ -24,6 +26,11 @@ MARKER = "a line of the secret of the build, which no layer may hold"
 MIRROR = (
     "HF_ENDPOINT=${HF_ENDPOINT:-http://hub.of.the.tests.invalid}\nPYTORCH_WHEELS=https://download.pytorch.org/whl\n"
 )
+# Where marked tests are, and those that are not for images: the laptop's half is in none, and some
+# data lies next to the checkout.
+PLACES_IN_IMAGES = ("jobs", "rlhf_train", "integration")
+NOT_IN_IMAGES = ("integration/remote/", "test_real_preference_data")
+LEFT_TO_IMAGES = pytest.StashKey[int]()  # how many tests tests/conftest.py has left to them
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +78,18 @@ class Box:
             "--progress", "plain", "run", "--rm", *options, "train", *arguments, check=check, **variables
         )
 
+    def put_job(self, name: str) -> str:
+        """Put a job that trains in seconds where a user puts his: in ./jobs, its rows in ./data."""
+        rows = tiny.write_rows(self.checkout / f"data/{name}-rows")
+        fields = tiny.job(rows) | {"name": name}
+        fields["data"]["datasets"] = [str(rows.relative_to(self.checkout))]
+        (self.checkout / f"jobs/{name}.yaml").write_text(yaml.safe_dump(fields))
+        return name
+
 
 @pytest.fixture(scope="session")
 def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
-    """Not yet built.
+    """Not yet built, with `.env`.
 
     BASE_IMAGE, BUILD_IMAGE and TORCH of the environment are taken if they are there.
     """
@@ -102,16 +117,26 @@ def box(docker: Docker, tmp_path_factory: pytest.TempPathFactory) -> Box:
     (checkout.parent / "ca.pem").write_text(f"# {MARKER}\n{trusted}")
     (checkout / "env/mirrors/tests.env").write_text(MIRROR)
     variables |= {"CA_BUNDLE": str(checkout.parent / "ca.pem"), "MIRROR": "tests"}
+    engine.shell("make", ".env", cwd=checkout)
     return Box(docker, checkout, variables, uid)
 
 
 @pytest.fixture(scope="session")
 def built(box: Box) -> Box:
-    """With `.env` and the image, by the commands of docs/container.md.
-
-    The log of the build is next to the checkout.
-    """
-    engine.shell("make", ".env", cwd=box.checkout)
+    """With the image, by the command of docs/container.md; the log is next to the checkout."""
     done = box.compose("--progress", "plain", "build", timeout_s=5400)
     (box.checkout.parent / "build.log").write_text(done.stdout)
+    return box
+
+
+@pytest.fixture(scope="session")
+def modern(built: Box) -> Box:
+    """The same checkout, with the image of flavour cu130. Its PyTorch is the package index's."""
+    variables = {**built.variables, "FLAVOUR": "cu130", "RLHF_TAG": "tests-cu130", "TORCH": "torch-cu130"}
+    variables["CUDA_ARCHS"] = "default"
+    if "BASE_IMAGE" in built.variables:
+        variables |= {"BUILD_IMAGE": built.variables["BASE_IMAGE"]}
+    box = replace(built, variables=variables)
+    done = box.compose("--progress", "plain", "build", timeout_s=5400)
+    (box.checkout.parent / "build-cu130.log").write_text(done.stdout)
     return box

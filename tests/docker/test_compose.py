@@ -16,6 +16,7 @@ pytestmark = pytest.mark.docker
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
+        ({"FLAVOUR": "nope"}, "/nope."),  # of env/flavours, or of env/pins, whichever is looked for first
         ({"MIRROR": "nope"}, "env/mirrors/nope.env"),
         ({"TORCH": "torch-nope"}, "env/pins/torch-nope.txt"),
         ({"BASE_IMAGE": "no.such.registry.invalid/base:1"}, "no.such.registry.invalid"),
@@ -27,7 +28,7 @@ def test_a_wrong_name_is_named(box: Box, variables: dict[str, str], said: str) -
     done = box.compose("--progress", "plain", "build", check=False, **variables)
     assert done.returncode != 0
     assert said in done.stdout.strip().splitlines()[-1]
-    assert "install_torch" not in done.stdout  # the first step that takes minutes
+    assert "Downloading" not in done.stdout  # nothing that takes minutes had begun
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_a_wrong_name_is_named(box: Box, variables: dict[str, str], said: str) -
             "no apt-get",
             "FROM {base}\nRUN rm /usr/bin/apt-get",
             {},
-            "error: BASE_IMAGE is not Debian or Ubuntu (no apt-get): use nvidia/cuda",
+            "error: BASE_IMAGE is not Debian or Ubuntu (no apt-get): leave BASE_IMAGE out: flavour cu118 has one",
         ),
         (
             "no Python 3.10",
@@ -85,12 +86,18 @@ def test_the_mirror_is_one_word_for_the_build_and_the_run(box: Box) -> None:
 @pytest.mark.parametrize(
     ("mirror", "variables", "said"),
     [
-        ("PIP_INDEX_URL=http://127.0.0.1:9/simple", {}, "Looking in indexes: http://127.0.0.1:9/simple"),
+        (
+            "PIP_INDEX_URL=http://127.0.0.1:9/simple",
+            {},
+            "error: no answer from http://127.0.0.1:9/simple",
+        ),
+        # Nobody has this address (RFC 5737): packets to it are lost.
+        ("PIP_INDEX_URL=http://192.0.2.1/simple", {}, "error: no answer from http://192.0.2.1/simple"),
         ("", {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}, "Cannot connect to proxy"),
     ],
 )
 def test_the_build_asks_the_mirror_and_the_proxy(box: Box, mirror: str, variables: dict[str, str], said: str) -> None:
-    """Nothing answers there: the build stops, and names it."""
+    """Nothing answers there: the build stops, and names it, before pip's retries are through."""
     if "BASE_IMAGE" not in box.variables:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     file = box.checkout / "env/mirrors/dead.env"
@@ -110,8 +117,8 @@ def test_apt_works_behind_the_secret(box: Box) -> None:
         pytest.skip("needs a BASE_IMAGE that is on this machine")
     dockerfile = f"""
 FROM {box.variables["BASE_IMAGE"]}
-ARG MIRROR=tests
-COPY env/mirrors/tests.env docker/install.sh /build/
+ARG MIRROR=tests FLAVOUR=cu118
+COPY env/flavours/cu118.env env/mirrors/tests.env docker/install.sh /build/
 RUN --mount=type=secret,id=ca_bundle set -eu; . /build/install.sh; apt_install tree; tree --version; \
     ! test -e /tmp/apt.conf
 RUN ! sh -c '. /build/install.sh; apt_install no-such-package; echo went on'
@@ -126,9 +133,17 @@ RUN ! sh -c '. /build/install.sh; apt_install no-such-package; echo went on'
     assert "tree v" in done.stdout and "went on" not in re.sub(r"RUN .*", "", done.stdout)
 
 
-def test_a_user_without_an_env_file_is_uid_1000_and_not_root(box: Box) -> None:
+def test_who_has_no_env_file_is_told_before_a_build(box: Box) -> None:
+    (box.checkout / ".env").rename(box.checkout / "other.env")
+    try:
+        done = box.compose("run", "--rm", "train", "--step", "3", check=False)
+    finally:
+        (box.checkout / "other.env").rename(box.checkout / ".env")
+    assert done.returncode != 0
+    assert "run `make .env` first (it writes who you are, and chooses the image for a machine" in done.stdout
+    assert "#1 " not in done.stdout  # no step of a build
     assert json.loads(box.compose("config", "--format", "json").stdout)["services"]["train"]["user"] == (
-        f"{box.uid}:{box.uid}" if (box.checkout / ".env").exists() else "1000:1000"
+        f"{box.uid}:{box.uid}"
     )
 
 
@@ -150,6 +165,22 @@ def test_what_compose_promises(box: Box) -> None:
         "/app/jobs": True, "/app/data": True, "/app/runs": False, "/cache": False, "/run/secrets": True,
     }  # fmt: skip
     assert not any(mount.get("bind", {}).get("create_host_path") for mount in mounts.values())
+
+
+def test_chat_is_train_but_for_what_a_talk_needs(box: Box) -> None:
+    """As `docker compose config` resolves it: the same image, mounts and GPUs, and a terminal."""
+    compose = ("-f", "docker-compose.yml", "--profile", "chat", "config", "--format", "json")
+    services = json.loads(box.compose(*compose).stdout)["services"]
+    changed = {name: value for name, value in services["chat"].items() if services["train"].get(name) != value}
+    assert changed == {
+        "entrypoint": ["/opt/entrypoint", "python", "-m", "rlhf_train", "chat"],
+        "profiles": ["chat"],
+        "stdin_open": True,
+        "tty": True,
+    }
+    assert services["train"].keys() <= services["chat"].keys()
+    without = json.loads(box.compose("-f", "docker-compose.yml", "config", "--format", "json").stdout)["services"]
+    assert [*without] == ["train"]  # `docker compose up` starts neither a chat nor TensorBoard
 
 
 def test_the_cpu_file_asks_for_no_gpu(box: Box) -> None:

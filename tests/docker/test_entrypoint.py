@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,22 @@ def test_secrets_are_for_the_process_and_the_values_are_whole(entrypoint: Path, 
     assert "HF_TOKEN=hf_'a b$(c)\"" in done.stdout.splitlines()
     assert f"REQUESTS_CA_BUNDLE={tmp_path}/secrets/ca_bundle.pem" in done.stdout.splitlines()
     assert done.stderr == ""
+
+
+def test_a_stop_before_training_begins_is_a_preemption(entrypoint: Path, tmp_path: Path) -> None:
+    """`docker stop` in the first moments, when the script itself gets SIGTERM."""
+    text = entrypoint.read_text(encoding="utf-8")
+    assert text.count("\ntrue\n") == 1  # where the CUDA environment is read
+    begun = tmp_path / "begun"
+    entrypoint.write_text(text.replace("\ntrue\n", f"\n: >'{begun}'; sleep 1\n"), encoding="utf-8")
+    tmp_path.chmod(0o777)
+    user = NOBODY if os.getuid() == 0 else None
+    stopped = subprocess.Popen(["/bin/sh", entrypoint, "true"], user=user, env={"PATH": "/usr/bin:/bin"})
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stopped.terminate()
+    assert stopped.wait(60) == 75
 
 
 def test_no_secrets_are_fine(entrypoint: Path, tmp_path: Path) -> None:

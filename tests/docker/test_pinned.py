@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -9,7 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.docker.images import Box
+from rlhf_train.ranks.collectives import World
+from tests import stacks
+from tests.docker.images import NOT_IN_IMAGES, PLACES_IN_IMAGES, Box
 
 pytestmark = pytest.mark.docker
 
@@ -24,7 +27,12 @@ def results(done: CompletedProcess[str]) -> dict[str, int]:
     return {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
 
 
-def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> CompletedProcess[str]:
+def pytest_in(
+    in_image: InImage,
+    marker: str,
+    environment: dict[str, str],
+    options: tuple[str, ...] = (),
+) -> CompletedProcess[str]:
     script = (
         "import pytest, sys; code = pytest.main(sys.argv[1:]); print(open('/tmp/report.xml').read()); sys.exit(code)"
     )
@@ -36,28 +44,56 @@ def pytest_in(in_image: InImage, marker: str, environment: dict[str, str]) -> Co
         "no:cacheprovider",
         "--basetemp=/tmp/pytest",
         "--junit-xml=/tmp/report.xml",
-        # its data is next to the checkout
-        "--deselect=tests/rlhf_train/data/test_dataset.py::test_real_preference_data",
-        "--ignore=tests/integration/remote",  # the laptop's half is not in the image
-        "tests/jobs",
-        "tests/rlhf_train",
-        "tests/integration",
+        *(f"--ignore=tests/{name}" for name in NOT_IN_IMAGES if name.endswith("/")),
+        *("-k", " and ".join(f"not {name}" for name in NOT_IN_IMAGES if not name.endswith("/"))),
+        *(f"tests/{place}" for place in PLACES_IN_IMAGES),
     ]
-    return in_image("-c", script, *arguments, environment=environment)
+    return in_image("-c", script, *arguments, environment=environment, options=options)
 
 
-def test_without_a_shim(in_image: InImage) -> None:
+@pytest.fixture(scope="module")
+def exchange(built: Box, tmp_path_factory: pytest.TempPathFactory, _only_rank: World) -> Path:
+    """A folder with the models that today's stack saves, and one for those of the image."""
+    folder = tmp_path_factory.mktemp("exchange")
+    for name in ("outside", "image"):
+        (folder / name).mkdir()
+    stacks.save_all(_only_rank, folder / "outside")
+    os.chown(folder / "image", built.uid, built.uid)
+    for file in folder.rglob("*.safetensors"):  # made for us alone, and the image's user is another
+        file.chmod(0o644)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_a_shim(in_image: InImage, exchange: Path) -> CompletedProcess[str]:
+    """What is marked `pinned`, run in the image. See tests/integration/test_stacks.py."""
+    mounts = (f"--volume={exchange}/outside:/stacks/outside:ro", f"--volume={exchange}/image:/stacks/image")
+    return pytest_in(in_image, "pinned", {"STACKS": "/stacks"}, mounts)
+
+
+def test_without_a_shim(without_a_shim: CompletedProcess[str]) -> None:
     """Run what needs no shim on the pinned stack.
 
     That is SFT, reward model and PPO in float32 at ZeRO 0 on one rank and two; LoRA; export; the
-    hub; the versions.
+    hub; the versions; the models that today's stack saved.
     """
-    done = pytest_in(in_image, "pinned", {})
-    counts = results(done)
+    done, counts = without_a_shim, results(without_a_shim)
     print(f"pinned stack, no shim: {counts}")
     assert done.returncode == 0, done.stdout[-6000:]
     assert counts["failures"] == counts["errors"] == counts["skipped"] == 0
     assert counts["tests"] > 400
+
+
+@pytest.mark.parametrize("name", stacks.NAMES)
+def test_a_model_of_the_image_is_the_same_outside(
+    without_a_shim: CompletedProcess[str], exchange: Path, name: str
+) -> None:
+    image = exchange / "image"
+    assert (image / name / "expected.json").exists(), without_a_shim.stdout[-3000:]
+    assert stacks.differences(stacks.what_it_is(image / name), stacks.described(image / name)) == []
+    if name in stacks.SIZES:
+        source = image / f"{name}-source"
+        assert stacks.differences(stacks.loaded_by_us(source), stacks.described(source)) == []
 
 
 def test_with_a_shim_for_gloo(in_image: InImage) -> None:

@@ -14,7 +14,10 @@ import yaml
 from env.settings import Settings
 
 PINS = Path(__file__).parents[2] / "env/pins"
-LOCKS = ["cpu.txt", "image.txt", "image-test.txt", "laptop.txt", "pip.txt", "torch-ci.txt", "uv.txt"]
+LOCKS = [
+    *("cpu.txt", "cu118.txt", "cu118-test.txt", "cu130.txt", "cu130-test.txt", "laptop.txt", "pip.txt"),
+    *("torch-ci.txt", "torch-cu130.txt", "uv.txt"),
+]
 
 
 def name(package: str) -> str:
@@ -27,7 +30,7 @@ def requirements(file: str) -> dict[str, str]:
     return {name(package): version for package, version in found}
 
 
-@pytest.mark.parametrize("lock", [*LOCKS, "torch-cu118.txt", "torch-cpu.txt"])
+@pytest.mark.parametrize("lock", [*LOCKS, "torch-cu118.txt", "torch-cu118-cpu.txt", "torch-cu130-cpu.txt"])
 def test_every_line_of_a_lock_has_a_hash(lock: str) -> None:
     text = re.sub(r"^ *#.*\n", "", (PINS / lock).read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip()]
@@ -39,8 +42,10 @@ def test_every_line_of_a_lock_has_a_hash(lock: str) -> None:
     ("written", "lock"),
     [
         ("cpu.in", "cpu.txt"),
-        ("image.in", "image.txt"),
-        ("image-test.in", "image-test.txt"),
+        ("cu118.in", "cu118.txt"),
+        ("cu118-test.in", "cu118-test.txt"),
+        ("cu130.in", "cu130.txt"),
+        ("cu130-test.in", "cu130-test.txt"),
         ("torch-ci.in", "torch-ci.txt"),
         ("uv.in", "uv.txt"),
     ],
@@ -62,15 +67,43 @@ def test_a_pin_has_its_reason_and_its_end_on_its_line(written: str) -> None:
 
 
 def test_the_stack_is_the_one_promised() -> None:
-    pinned = requirements("image.in")
+    pinned = requirements("cu118.in")
     assert pinned["torch"] == "2.0.1" and pinned["fsspec"] == "2023.9.2"
     assert requirements("torch-cu118.txt") == {"torch": "2.0.1+cu118"}
     assert requirements("torch-ci.txt")["torch"] == "2.0.1"
-    assert "torch" not in requirements("image.txt")
+    assert "torch" not in requirements("cu118.txt")
 
 
-def test_the_tests_in_the_image_change_nothing_of_its_lock() -> None:
-    image, more = requirements("image.txt"), requirements("image-test.txt")
+def test_the_modern_stack_is_the_one_that_the_tests_run_with() -> None:
+    """Except where another Python has other versions: cpu.txt has lines for several."""
+    text = (PINS / "cpu.txt").read_text(encoding="utf-8")
+    tested: dict[str, set[str]] = {}
+    for package, version in re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\#]+)", text, re.MULTILINE):
+        tested.setdefault(name(package), set()).add(version)
+    modern = requirements("cu130.txt")
+    assert {
+        package: version for package, version in modern.items() if version not in tested.get(package, {version})
+    } == {}
+    assert modern["fsspec"] == requirements("torch-cu130.txt")["fsspec"]
+    written = {requirements(file)["torch"] for file in ("cpu.in", "cu130.in", "torch-cu130.in", "torch-cu130.txt")}
+    assert written == {"2.13.0"} and requirements("torch-cu130-cpu.txt") == {"torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize("flavour", sorted(file.stem for file in PINS.parent.glob("flavours/*.env")))
+def test_a_flavour_names_what_is_there(flavour: str) -> None:
+    text = (PINS.parent / f"flavours/{flavour}.env").read_text(encoding="utf-8")
+    settings = dict(re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    assert set(settings) == {"PYTHON", "CUDA", "UBUNTU", "CUDA_ARCHS", "WHEEL", "COMPILER"}
+    assert settings["WHEEL"].startswith(f"cp{settings['PYTHON'].replace('.', '')}-")
+    for lock in (flavour, f"{flavour}-test", f"torch-{flavour}", f"torch-{flavour}-cpu"):
+        assert (PINS / f"{lock}.txt").exists()
+    dockerfile = (PINS.parents[1] / "docker/Dockerfile").read_text(encoding="utf-8")
+    assert f" AS base-{flavour}\n" in dockerfile and f" AS build-{flavour}\n" in dockerfile
+
+
+@pytest.mark.parametrize("flavour", ["cu118", "cu130"])
+def test_the_tests_in_the_image_change_nothing_of_its_lock(flavour: str) -> None:
+    image, more = requirements(f"{flavour}.txt"), requirements(f"{flavour}-test.txt")
     assert {package: image[package] for package in more if package in image} == {
         package: more[package] for package in more if package in image
     }
@@ -81,7 +114,7 @@ def test_conda_installs_the_same_locks() -> None:
     *plain, pip = environment["dependencies"]
     assert {"python=3.10", "cuda-toolkit=11.8.0"} <= set(plain)
     files = [line.split()[1] for line in pip["pip"] if line.startswith("--requirement")]
-    assert files == ["pins/torch-cu118.txt", "pins/image.txt"]
+    assert files == ["pins/torch-cu118.txt", "pins/cu118.txt"]
     assert all((PINS.parent / file).exists() for file in files)
 
 
@@ -106,7 +139,7 @@ def python_with_old_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pinned = [
         f"{package}=={version}"
-        for package, version in requirements("image.in").items()
+        for package, version in requirements("cu118.in").items()
         if package in ("numpy", "pandas", "fsspec")
     ]
     install(folder / "bin/python", "datasets==2.14.4", "pyarrow==14.0.2", "setuptools<70", *pinned)

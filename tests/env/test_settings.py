@@ -41,7 +41,7 @@ def test_only_1_is_continuous_integration(environ: dict[str, str], ci: bool) -> 
 
 
 def test_only_the_mapping_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RLHF_CACHE", "RLHF_RUNS", "RLHF_BOXES", "XDG_CACHE_HOME", "XDG_STATE_HOME", "HOME"):
+    for name in ("RLHF_CACHE", "RLHF_RUNS", "RLHF_BOXES", "RLHF_FLAVOUR", "XDG_CACHE_HOME", "XDG_STATE_HOME", "HOME"):
         monkeypatch.setenv(name, "/somewhere/else")
     monkeypatch.setenv("RLHF_CI", "1")
     assert Settings.from_environ(HOME) == Settings(
@@ -50,6 +50,7 @@ def test_only_the_mapping_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ci=False,
         boxes=Path("boxes.yaml"),
         state=Path("/home/lin/.local/state/rlhf-box"),
+        flavour="",
     )
 
 

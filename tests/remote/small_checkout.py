@@ -27,7 +27,7 @@ OURS = (
         "env/caches.sh",
     ),
     *("docker/check_image.py", "docker/Dockerfile", "docker/install.sh", "docker/entrypoint", "docker/compose.cpu.yml"),
-    *("env/mirrors/default.env", ".gitignore"),
+    *("env/mirrors/default.env", "env/flavours/cu118.env", "env/flavours/cu130.env", ".gitignore"),
 )
 # What makes a name hard: a blank, quotes, what a shell would run, a newline, a dash or what rsync
 # takes for a comment in front, and bytes.
@@ -103,11 +103,9 @@ def make_checkout(folder: Path, index: Path, *, with_git: bool = True) -> Path:
     for name in OURS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    own = f"({sys.version_info[0]}, {sys.version_info[1]})"
-    check = folder / "docker/check_image.py"
-    check.write_text(
-        check.read_text(encoding="utf-8").replace("(3, 10)", own), encoding="utf-8"
-    )  # this Python makes the environment
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"  # this Python makes the environment
+    flavour = folder / "env/flavours/cu118.env"
+    flavour.write_text(flavour.read_text(encoding="utf-8").replace("PYTHON=3.10", f"PYTHON={own}"), encoding="utf-8")
     write(
         folder / "env/mirrors/here.env",
         f"HF_ENDPOINT=http://127.0.0.1:9\nPIP_INDEX_URL={index.as_uri()}\nPYTORCH_WHEELS={index.as_uri()}\n",
@@ -116,7 +114,8 @@ def make_checkout(folder: Path, index: Path, *, with_git: bool = True) -> Path:
     write(folder / "rlhf_train/__init__.py", "")
     write(folder / "rlhf_train/main.py", "print('hello')\n")
     write(folder / "tool.sh", "#!/bin/sh\n", 0o755)
-    locks = {"torch-cpu": ["torch"], "torch-cu118": ["torch"], "image": ["alpha", "deepspeed"], "pip": []}
+    locks = {"torch-cu118-cpu": ["torch"], "torch-cu118": ["torch"], "cu118": ["alpha", "deepspeed"], "pip": []}
+    locks |= {name.replace("cu118", "cu130"): packages for name, packages in locks.items()}
     for name, packages in locks.items():
         lines = [
             f"{package}=={WHEELS[package][0]} \\\n    --hash=sha256:{digest(index, package)}\n    # via here\n"

@@ -107,7 +107,8 @@ e: {address: h, name: e}
             "a.data_folder: an absolute path on the box, or one that begins with $HOME, not 'data'",
             "a.mirror: one of cn, default, not 'us'",
             "a.runtime: 'auto', 'docker' or 'bare', not 'podman'",
-            "a.build.TORCHES: 'BASE_IMAGE', 'BUILD_IMAGE', 'TORCH', 'CUDA_ARCHS' or 'CA_BUNDLE', not 'TORCHES'",
+            "a.build.TORCHES: 'FLAVOUR', 'BASE_IMAGE', 'BUILD_IMAGE', 'TORCH', 'CUDA_ARCHS' or 'CA_BUNDLE', not "
+            "'TORCHES'",
             "a.build.TORCH: text, not 2",
             "a.secrets.0: a variable's name, not 'A-B'",
             "a.secrets.1: text, not 3",
@@ -147,6 +148,10 @@ def test_find(tmp_path: Path) -> None:
     known = boxes(tmp_path, WHOLE)
     assert find("gpu-box", known) is known["gpu-box"]
     assert find("me@host.example", known) == Box(name="me@host.example", address="me@host.example")
+    url = "ssh://me@[::1]:8022"
+    assert find(url, known) == Box(name=url, address="::1", user="me", port=8022)
+    for wrong in ("ssh://h:70000", "ssh://-oProxyCommand=x"):  # ssh says why it does not take them
+        assert find(wrong, known).address == wrong
     for name in ("", "-oProxyCommand=x", "a b", "a\nb", "..", "a\x00"):
         with pytest.raises(ToolkitError, match="cannot name a box") as raised:
             find(name, known)

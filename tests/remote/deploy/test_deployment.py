@@ -29,7 +29,6 @@ from remote.deploy.deployment import BoxContents, DeployResult, check_fit, deplo
 from remote.deploy.lock import holder
 from remote.deploy.sync import checkout_tree
 from remote.scripts import script
-from remote.survey.doctor import needs_gpu
 from remote.survey.facts import BoxFacts
 from remote.survey.probe_cache import CachedProbe, arguments, hub_mirror, mirror_values, recall, remember
 from tests.disks import unmount
@@ -98,7 +97,7 @@ class Scene:
 
     def environment_is_there(self) -> str:
         """As if it had been made before."""
-        key = deploying.environment_key(self.checkout, "bare", "torch-cpu", "default", {}, "cpu")
+        key = deploying.environment_key(self.checkout, "bare", "cu118", "torch-cu118-cpu", "default", {}, "cpu")
         write(self.root / f"env/{key}/bin/python", "#!/bin/sh\n", 0o755)
         write(self.root / f"env/{key}/complete", "1\n")
         write(self.root / ".rlhf-box", "")
@@ -244,7 +243,7 @@ def test_a_box_that_has_the_locked_pytorch_need_not_download_it(tmp_path: Path, 
             say=scene.said.append,
         )  # type: ignore[arg-type]
     stages = [text for text in scene.said if "PyTorch" in text]
-    assert stages[0] == "environment: PyTorch (torch-cpu), which this box has ..." and len(stages) == 2
+    assert stages[0] == "environment: PyTorch (torch-cu118-cpu), which this box has ..." and len(stages) == 2
     found = subprocess.run(
         [scene.deployed()["python"], "-c", "import torch; print(torch.__file__)"],
         capture_output=True,
@@ -536,7 +535,7 @@ def test_an_environment_that_fails_leaves_what_was_there(scene: Scene) -> None:
     scene.environment_is_there()
     scene.deploy()
     before = scene.deployed()
-    write(scene.checkout / "env/pins/image.txt", "alpha==3.0 --hash=sha256:00\n")
+    write(scene.checkout / "env/pins/cu118.txt", "alpha==3.0 --hash=sha256:00\n")
     scene.knows(probed(scene.disk, python="/no/such/python"))
     with pytest.raises(ToolkitError) as failed:
         scene.deploy()
@@ -604,21 +603,47 @@ def planned(tmp_path: Path, index: Path, sshd: Any) -> Any:
     checkout = make_checkout(tmp_path / "c", index, with_git=False)
 
     def plan(
-        *more: str, box: dict[str, Any] | None = None, provider: str = "generic", job: Job | None = None, **options: Any
+        *more: str,
+        box: dict[str, Any] | None = None,
+        provider: str = "generic",
+        job: Job | None = None,
+        flavour: str = "",
+        **options: Any,
     ) -> Any:
         made = sshd.box(**{"data_folder": "/data", **(box or {})})
-        found, wish = known(probed(Path("/data"), *more, **options)), job is not None and needs_gpu(job)
-        return plan_for(found, made, LIMITS, PROVIDERS[provider], checkout, "c" * 16, needs_gpu=wish)
+        found = known(probed(Path("/data"), *more, **options))
+        return plan_for(found, made, LIMITS, PROVIDERS[provider], checkout, "c" * 16, job=job, flavour=flavour)
 
     return plan
 
 
 def test_cards_decide_which_pytorch(planned: Any) -> None:
     cpu, cuda, hangs = planned(), planned(GPU), planned("card_file\tnvidia0")
-    assert (cpu.torch, cpu.device) == ("torch-cpu", "cpu")
+    assert (cpu.torch, cpu.device) == ("torch-cu118-cpu", "cpu")
     assert (cuda.torch, cuda.device) == (hangs.torch, hangs.device) == ("torch-cu118", "cuda")
-    assert planned(GPU, box={"build": {"TORCH": "torch-cpu"}}).torch == "torch-cpu"
+    assert planned(GPU, box={"build": {"TORCH": "torch-cu118-cpu"}}).torch == "torch-cu118-cpu"
     assert cpu.environment != cuda.environment
+
+
+def test_cards_decide_which_flavour(planned: Any) -> None:
+    newer_driver = GPU.replace("535.129.03", "580.95.05")
+    blackwell = (newer_driver.replace("RTX 4090", "RTX 5090"), "capability\t0|GPU-0|12.0")
+    old, new = planned(GPU), planned(*blackwell)
+    wished = planned(newer_driver, box={"build": {"FLAVOUR": "cu130"}})
+    assert old.flavour == "cu118" and not any("flavour" in note for note in old.notes)
+    assert (new.flavour, new.torch) == (wished.flavour, wished.torch) == ("cu130", "torch-cu130")
+    assert [note for note in new.notes if note.startswith("flavour cu130: cu118 does not run here, since")]
+    assert planned(flavour="cu130").torch == "torch-cu130-cpu"
+    assert planned(newer_driver, box={"build": {"FLAVOUR": "cu130"}}, flavour="cu118").environment == old.environment
+    assert len({old.environment, new.environment}) == 2
+    assert "flavour cu130" in new.lines() and new.settings("t")["flavour"] == "cu130"
+    with pytest.raises(ToolkitError, match="flavour cu118 does not run here") as refused:
+        planned(*blackwell, flavour="cu118")
+    assert (refused.value.exit_code, refused.value.hint) == (ExitCode.UNFIT, "--flavour cu130 does")
+    named = load_job("opt-1.3b", ["flavours=[cu130]"])
+    assert planned(newer_driver, job=named).flavour == planned(job=named).flavour == "cu130"
+    with pytest.raises(ToolkitError, match="no flavour runs here"):  # the driver of this box is too old for it
+        planned(GPU, job=named)
 
 
 def test_a_job_that_needs_a_gpu_gets_cuda_before_the_box_has_one(planned: Any) -> None:
@@ -628,9 +653,9 @@ def test_a_job_that_needs_a_gpu_gets_cuda_before_the_box_has_one(planned: Any) -
     assert without.environment == later.environment and any("has no GPU now" in note for note in without.notes)
     assert planned(job=load_job("demo", ["hardware.device=cuda"])).torch == "torch-cu118"
     for job in (load_job("demo"), load_job("opt-1.3b", ["hardware.device=cpu"])):
-        assert (planned(job=job).torch, planned(job=job).device) == ("torch-cpu", "cpu")
-    own = planned(job=load_job("opt-1.3b"), box={"build": {"TORCH": "torch-cpu"}})
-    assert (own.torch, own.device) == ("torch-cpu", "cpu")
+        assert (planned(job=job).torch, planned(job=job).device) == ("torch-cu118-cpu", "cpu")
+    own = planned(job=load_job("opt-1.3b"), box={"build": {"TORCH": "torch-cu118-cpu"}})
+    assert (own.torch, own.device) == ("torch-cu118-cpu", "cpu")
 
 
 def test_what_is_measured_decides_the_way(planned: Any) -> None:
@@ -690,7 +715,7 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
     checkout = make_checkout(tmp_path / "c", index, with_git=False)
 
     def key(runtime: str = "bare", mirror: str = "default", **build: str) -> str:
-        return environment_key(checkout, runtime, "torch-cpu", mirror, build, "cpu")
+        return environment_key(checkout, runtime, "cu118", "torch-cu118-cpu", mirror, build, "cpu")
 
     bare, image = key(), key("docker")
     assert bare == key(mirror="here") and image != key(
@@ -699,7 +724,7 @@ def test_an_environment_is_named_by_what_it_is_made_of(tmp_path: Path, index: Pa
     assert bare == key(BASE_IMAGE="x") and image != key("docker", BASE_IMAGE="x")
     write(checkout / "jobs/spec.py", "another")
     assert (key(), key("docker")) == (bare, image)
-    lock = checkout / "env/pins/image.txt"
+    lock = checkout / "env/pins/cu118.txt"
     lock.write_text(lock.read_text() + "\n")
     assert key() != bare and key("docker") != image
 

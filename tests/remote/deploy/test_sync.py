@@ -71,7 +71,7 @@ def test_what_git_ignores_stays_here_and_what_it_would_take_goes(checkout: Path)
     write(checkout / "logs/other.log", "")
     (checkout / ".gitignore").write_text((checkout / ".gitignore").read_text() + "*.log\n!keep.log\n")
     found = names(checkout_tree(checkout))
-    assert {"new.py", "logs/keep.log", "tool.sh", ".gitignore", "env/pins/image.txt"} <= found
+    assert {"new.py", "logs/keep.log", "tool.sh", ".gitignore", "env/pins/cu118.txt"} <= found
     assert not found & {"runs/demo/model.bin", "secrets/HF_TOKEN", "logs/other.log"}
     assert not [name for name in found if name.startswith(".git/")]
 
@@ -84,7 +84,7 @@ def test_our_packages_go_whatever_somebody_ignores(checkout: Path) -> None:
     git(checkout, "config", "core.excludesFile", str(write(checkout.parent / "ignore", "/env/\n")))
     (checkout / ".gitignore").write_text("")
     found = names(checkout_tree(checkout))
-    assert {"env/pins/image.txt", "jobs/own.yaml"} <= found
+    assert {"env/pins/cu118.txt", "jobs/own.yaml"} <= found
     assert not [name for name in found if "__pycache__" in name]
 
 

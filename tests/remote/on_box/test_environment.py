@@ -41,7 +41,8 @@ class OnBox:
             "token": "t",
             "key": KEY,
             "runtime": "bare",
-            "torch": "torch-cpu",
+            "flavour": "cu118",
+            "torch": "torch-cu118-cpu",
             "mirror": "here",
             "device": "cpu",
         }
@@ -112,7 +113,8 @@ def test_the_locks_become_an_environment_that_checked_itself(on_box: OnBox) -> N
     assert code == 0, on_box.log.read_text()
     assert said[-2:] == ["note 3 packages as locked; operators for no card", "made"]
     assert [line.split(" ", 1)[1] for line in said if line.startswith("begin")] == [
-        "a virtual environment", "pip", "PyTorch (torch-cpu)", "all else that is locked", "DeepSpeed", "self-check",
+        *("a virtual environment", "pip", "PyTorch (torch-cu118-cpu)", "all else that is locked", "DeepSpeed"),
+        "self-check",
     ]  # fmt: skip
     assert on_box.is_whole and not (on_box.environment / "lib/left by a killed call").exists()
     imports = subprocess.run(
@@ -160,7 +162,7 @@ def test_the_environment_of_a_live_job_is_not_removed(on_box: OnBox, host: str) 
 
 
 def test_another_wheel_than_the_locked_is_refused(on_box: OnBox, template: Path) -> None:
-    lock = on_box.code / "env/pins/image.txt"
+    lock = on_box.code / "env/pins/cu118.txt"
     lock.write_text(re.sub("sha256:[0-9a-f]{64}", f"sha256:{'0' * 64}", lock.read_text(), count=1))
     code, said = on_box.run(python=on_box.quick_python(template))
     assert (code, on_box.is_whole) == (3, False)
@@ -169,16 +171,16 @@ def test_another_wheel_than_the_locked_is_refused(on_box: OnBox, template: Path)
 
 
 def test_a_package_that_is_not_there_is_named_with_the_last_lines(on_box: OnBox, template: Path) -> None:
-    write(on_box.code / "env/pins/torch-cpu.txt", f"torch==1.9.9 --hash=sha256:{'0' * 64}\n")
+    write(on_box.code / "env/pins/torch-cu118-cpu.txt", f"torch==1.9.9 --hash=sha256:{'0' * 64}\n")
     code, said = on_box.run(python=on_box.quick_python(template))
-    assert code == 3 and "refused cannot make the environment: PyTorch (torch-cpu)" in said
+    assert code == 3 and "refused cannot make the environment: PyTorch (torch-cu118-cpu)" in said
     assert any("torch==1.9.9" in line for line in said if line.startswith("why"))
     assert said[-1].startswith("hint see that the box reaches its package index")
 
 
 def test_what_fails_its_self_check_is_not_whole(on_box: OnBox, template: Path) -> None:
-    check = on_box.code / "docker/check_image.py"
-    check.write_text(check.read_text().replace(f"({sys.version_info[0]}, {sys.version_info[1]})", "(3, 1)"))
+    flavour = on_box.code / "env/flavours/cu118.env"
+    flavour.write_text(flavour.read_text().replace(f"PYTHON={sys.version_info[0]}.{sys.version_info[1]}", "PYTHON=3.1"))
     code, said = on_box.run(python=on_box.quick_python(template))
     assert (code, on_box.is_whole) == (3, False)
     assert "refused cannot make the environment: self-check" in said
@@ -261,29 +263,29 @@ def test_nothing_of_it_lives_on(on_box: OnBox, end: str) -> None:
 @pytest.mark.parametrize(
     ("tool", "asked"),
     [
-        ("conda", "create --yes --quiet --prefix {base} --override-channels --channel https://channel python=3.10"),
-        ("micromamba", "create --yes --prefix {base} --channel https://channel python=3.10"),
-        ("uv", "python install 3.10"),
+        ("conda", "create --yes --quiet --prefix {base} --override-channels --channel https://channel python=3.12"),
+        ("micromamba", "create --yes --prefix {base} --channel https://channel python=3.12"),
+        ("uv", "python install 3.12"),
     ],
 )
 def test_python_is_made_where_there_is_none(on_box: OnBox, tool: str, asked: str) -> None:
     mirror = on_box.code / "env/mirrors/here.env"
     mirror.write_text(mirror.read_text() + "CONDA_CHANNEL=https://channel\n")
     base = on_box.environment / "base"
-    place = base / ("cpython-3.10/bin" if tool == "uv" else "bin")
+    place = base / ("cpython-3.12/bin" if tool == "uv" else "bin")
     write(on_box.home / ".condarc", "channels: [a mirror]\n")
     writes = (
         'mkdir -p "$HOME/.conda" "${CONDA_PKGS_DIRS:-$HOME/pkgs}" "${UV_PYTHON_BIN_DIR:-$HOME/bin}"; cp '
         '"$CONDARC" "$HOME/.conda/seen"'
     )
-    makes = f"mkdir -p '{place}'\nln -s '{on_box.root}/tools/python' '{place}/python3.10'"
+    makes = f"mkdir -p '{place}'\nln -s '{on_box.root}/tools/python' '{place}/python3.12'"
     maker = on_box.stand_in(tool, f"echo \"$*\" >'{on_box.root}/asked'\n{writes}\n{makes}")
     on_box.stand_in("python", f"echo \"$0 $*\" >>'{on_box.root}/asked'\nexit 7")
-    code, said = on_box.run(python="", maker=maker)
-    assert (code, said[0]) == (3, f"begin Python 3.10, by {tool}")
+    code, said = on_box.run(python="", maker=maker, flavour="cu130", torch="torch-cu130-cpu")
+    assert (code, said[0]) == (3, f"begin Python 3.12, by {tool}")
     assert (on_box.root / "asked").read_text().splitlines() == [
         asked.format(base=base),
-        f"{place}/python3.10 -m venv {on_box.environment}",
+        f"{place}/python3.12 -m venv {on_box.environment}",
     ]
     assert [path.name for path in on_box.home.rglob("*")] == [".condarc"]
     assert (on_box.root / "cache/home/.conda/seen").read_text() == "channels: [a mirror]\n"
@@ -322,7 +324,7 @@ def test_docker_builds_with_what_boxes_yaml_says(on_box: OnBox) -> None:
     wanted = {
         "RLHF_TAG": KEY,
         "MIRROR": "here",
-        "TORCH": "torch-cpu",
+        "TORCH": "torch-cu118-cpu",
         "CUDA_ARCHS": "",
         "BASE_IMAGE": "a b",
         "CA_BUNDLE": "/a/ca.pem",

@@ -57,6 +57,7 @@ NAMES = [
     "reachable",
     "host key",
     "provider",
+    "flavour",
     "driver",
     "card 0",
     "capability",
@@ -94,6 +95,7 @@ def test_a_fit_box_line_by_line() -> None:
         "ok       reachable       in 142 ms",
         "ok       host key        SHA256:abc",
         "ok       provider        AutoDL, container; runtime bare (no Docker)",
+        "ok       flavour         cu118: the default",
         "ok       driver          550.54.15, for CUDA 11.8",
         "ok       card 0          NVIDIA H100 80GB HBM3, 80 GB, 0 bytes in use",
         "ok       capability      9.0; CUDA 11.8 supports 7.0 to 9.0",
@@ -119,8 +121,8 @@ def test_a_machine_with_docker() -> None:
 
 
 def test_the_order_is_always_the_same() -> None:
-    assert [each.name for each in examine(BoxFacts()).checks] == [*NAMES[:4], "cards", *NAMES[5:]]
-    assert [each.name for each in examine(None).checks] == [*NAMES[:4], "cards", *NAMES[5:]]
+    assert [each.name for each in examine(BoxFacts()).checks] == [*NAMES[:5], "cards", *NAMES[6:]]
+    assert [each.name for each in examine(None).checks] == [*NAMES[:5], "cards", *NAMES[6:]]
 
 
 def test_of_a_box_of_which_nothing_is_known_nothing_bad_is_said_but_of_its_answer() -> None:
@@ -157,11 +159,34 @@ def test_the_verdict_names_what_makes_it_unfit_and_counts_the_rest() -> None:
     blackwell = replace(
         BARE, cards=(replace(H100, name="NVIDIA GeForce RTX 5090", capability="12.0"),), shm_free_bytes=0
     )
-    assert examine(blackwell).verdict == (
-        "not fit for opt-1.3b: NVIDIA GeForce RTX 5090 (compute capability 12.0) is too new for CUDA 11.8, which "
-        "supports up to 9.0: "
-        "take a box with an older card, or a PyTorch for a newer CUDA without the image"
+    verdict = examine(blackwell).verdict  # each flavour has something against it: its card, or its driver
+    assert verdict.startswith(
+        "not fit for opt-1.3b: no flavour runs here: cu118: NVIDIA GeForce RTX 5090 (compute capability 12.0) is newer "
+        "than the 9.0 that this build for CUDA 11.8 knows; cu130: its driver 550.54.15 is older than the 580.65.06 "
+        "that CUDA 13.0 needs: install a newer driver on the host, or take another box; "
     )
+    checks = {check.name: check for check in examine(replace(blackwell, driver="580.95.05")).checks}
+    assert checks["flavour"].value.startswith("cu130: cu118 does not run here, since NVIDIA GeForce RTX 5090")
+    assert checks["driver"].value == "580.95.05, for CUDA 13.0"
+    assert checks["capability"] == Check("capability", "ok", "12.0; CUDA 13.0 supports 7.5 to 12.1")
+    assert checks["Python"].value == "3.12 will be made by /root/miniconda3/bin/conda"
+
+
+def test_the_flavours_that_the_job_names() -> None:
+    new = replace(BARE, driver="580.95.05")
+    named, unknown_to_old = (
+        load_job("opt-1.3b", ["flavours=[cu130]"]),
+        load_job("opt-1.3b", ["actor.model=Qwen/Qwen3-4B"]),
+    )
+    assert check("flavour", new, named).value == "cu130: cu118 does not run here, since the job names cu130 alone"
+    reason = "cu130: cu118 does not run here, since its transformers has no Qwen 3"
+    assert check("flavour", new, unknown_to_old).value == reason
+    assert check("driver", new, named).value == "580.95.05, for CUDA 13.0"
+    refused = check("flavour", new, named, flavour="cu118")
+    assert refused == Check(
+        "flavour", "unfit", "flavour cu118 does not run here: the job names cu130 alone", "--flavour cu130 does"
+    )
+    assert check("flavour", BARE, named).todo == "install a newer driver on the host, or take another box"
 
 
 def test_json() -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,16 @@ def _too_new(run: RunDir, hint: str) -> ToolkitError:
     )
 
 
-# Fields that runs of format 1 did not have, with the value that they stand for there.
-UNKNOWN_TO_FORMAT_1 = {"sft.eps": 1e-8, "reward.eps": 1e-8, "ppo.eps": 1e-8, "ppo.critic_warmup_updates": 0}
+# Fields that older runs did not have, with the value that they stand for there.
+UNKNOWN_TO_OLDER = {
+    "sft.eps": 1e-8,
+    "reward.eps": 1e-8,
+    "ppo.eps": 1e-8,
+    "ppo.critic_warmup_updates": 0,
+    "ppo.advantage": "gae",
+    "ppo.samples_per_prompt": 1,
+    "ppo.loss_mean": "token",
+}
 
 
 def _half_done_by_format_1(run: RunDir, steps: Sequence[int]) -> list[int]:
@@ -173,7 +182,7 @@ def _changed(job: Job, run: RunDir, step: int, *, as_input: bool = False) -> lis
 
 
 def _difference(started_with: dict[str, Any], fields: dict[str, Any]) -> list[str]:
-    known = {name: value for name, value in UNKNOWN_TO_FORMAT_1.items() if name in fields}
+    known = {name: value for name, value in UNKNOWN_TO_OLDER.items() if name in fields}
     return difference(known | started_with, fields)
 
 
@@ -280,8 +289,9 @@ def take_over(source: RunDir, run: RunDir, steps: Sequence[int]) -> None:
     write = EventWriter(run.events)
     for line in effective(read_events(source.events)[0]):
         if line.get("step") in steps and line["kind"] in ("end", "sample"):
-            event = parse(line)
-            write(replace(event, model=str(run.step(event.step).model)) if isinstance(event, End) else event)
+            with suppress(TypeError):  # a damaged line lacks fields
+                event = parse(line)
+                write(replace(event, model=str(run.step(event.step).model)) if isinstance(event, End) else event)
 
 
 def _take_folder(source: Path, target: Path) -> None:

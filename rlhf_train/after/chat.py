@@ -104,11 +104,12 @@ def chat(argv: Sequence[str], default_runs: Path) -> int:
 
 
 def _chat(args: argparse.Namespace, default_runs: Path, text: str | None) -> int:
-    from rlhf_train.after.sources import find_source, find_sources
+    from rlhf_train.after.sources import find_source, find_sources, names_a_step
 
     # 1. Which models? Mistakes are said before anything is loaded.
     runs = args.output_dir or default_runs
-    base = None if args.model is None and args.compare and "step" not in args.compare else find_source(args.model, runs)
+    is_run_needed = args.model is not None or not args.compare or names_a_step(args.compare)
+    base = find_source(args.model, runs) if is_run_needed else None
     sources = find_sources(args.compare, base, runs) if args.compare else [base] if base else []
 
     # 2. Load them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from rlhf_train.after.answer_text import AnswerText
 from rlhf_train.after.room import Room
 from rlhf_train.after.sources import Source
-from rlhf_train.after.template import Message, Template, fitted, template_of
+from rlhf_train.after.template import fitted, stop_texts, template_of
+from rlhf_train.data.chat import Message, stop_ids
 from rlhf_train.generation.decoder import Sampling
 from rlhf_train.generation.rollout import draw_uniforms
 from rlhf_train.generation.token_stream import TokenStream
@@ -69,10 +70,10 @@ class ChatModel:
     def __init__(self, source: Source, model: Any, tokenizer: Any, wishes: Wishes) -> None:
         self.source, self.model, self.tokenizer, self._wishes = source, model, tokenizer, wishes
         config = model.generation_config
-        self.template: Template = template_of(tokenizer, wishes.template)
+        self.template = template_of(tokenizer, wishes.template)
         self.sampling = sampling_of(config, wishes)
-        self.stop_ids = stop_ids_of(config, tokenizer)
-        self.stop_texts = (*self.template.stop_texts, *stop_texts_of(config))
+        self.stop_ids = {*stop_ids(tokenizer, config)}
+        self.stop_texts = (*stop_texts(self.template), *stop_texts_of(config))
         self.limit: int = wishes.max_tokens or config.max_new_tokens or DEFAULT_TOKENS
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._stream = TokenStream(model, self.sampling)
@@ -92,9 +93,10 @@ class ChatModel:
     def device(self) -> torch.device:
         return self._stream.device
 
-    def reply(self, messages: Sequence[Message]) -> Reply:
+    def reply(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """Begin an answer to the last message. Raises ToolkitError: it is too long, or refused."""
-        prompt, dropped = fitted(self.template, messages, positions=self.positions, answer=self.limit)
+        turns = [Message(message["role"], message["content"]) for message in messages]
+        prompt, dropped = fitted(self.template, turns, positions=self.positions, answer=self.limit)
         limit = self.limit if self.positions is None else min(self.limit, self.positions - len(prompt))
         # Without a seed, each answer is another one; with it, a conversation can be had again.
         seed = self._wishes.seed if self._wishes.seed is not None else int(torch.seed() % 2**63)
@@ -125,13 +127,6 @@ def sampling_of(config: Any, wishes: Wishes) -> Sampling:
     top_k = int(chosen("top_k", DEFAULT_TOP_K if config.do_sample else 0))
     top_p = chosen("top_p", 1.0)
     return Sampling(chosen("temperature", 1.0), top_k or None, top_p if top_p < 1 else None)
-
-
-def stop_ids_of(config: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's EOS, and all of the config."""
-    named = config.eos_token_id
-    others = named if isinstance(named, list) else [] if named is None else [named]
-    return {tokenizer.eos_token_id, *others}
 
 
 def stop_texts_of(config: Any) -> tuple[str, ...]:

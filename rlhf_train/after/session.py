@@ -16,6 +16,7 @@ from jobs.formatting import plural
 from rlhf_train.after.chat_model import ChatModel, Reply
 from rlhf_train.after.judge import Judge
 from rlhf_train.after.screen import Screen
+from rlhf_train.after.template import label
 
 HELP = """/reset          begin a new conversation
 /system TEXT    say what the model shall be; without TEXT: nothing again
@@ -142,7 +143,7 @@ class Session:
         self._screen.begin()
         self._finish(talk, reply, self._screen.piece)
         self._screen.end()
-        self._say_dropped(reply)
+        self._say_of(talk, reply)
         if len(self._talks) > 1:
             if reward := self._reward(talk, reply):
                 self._screen.line(reward)
@@ -180,7 +181,7 @@ class Session:
         if any(rewards):
             columns.row(rewards)
         for (talk, reply), reward in zip(asked, rewards, strict=True):
-            self._say_dropped(reply)
+            self._say_of(talk, reply)
             if not reward:
                 self._say_why_no_reward(talk, reply)
 
@@ -218,7 +219,11 @@ class Session:
             self._noted.add(text)
             self._screen.note(text)
 
-    def _say_dropped(self, reply: Reply) -> None:
+    def _say_of(self, talk: Talk, reply: Reply) -> None:
+        """Say what an answer does not show by itself."""
+        if not reply.text.strip() and not self._interrupt.is_asked:
+            model = "the model" if len(self._talks) == 1 else talk.model.source.title
+            self._screen.note(f"note: {model} ended its answer immediately")
         if reply.dropped:
             turns = plural(reply.dropped, "oldest turns" if reply.dropped > 1 else "oldest turn")
             self._screen.note(f"note: the {turns} no longer fit into the model and were left out")
@@ -284,4 +289,4 @@ def hello(models: Sequence[ChatModel], device: str) -> str:
     how = "always the likeliest token" if first.sampling.is_greedy else f"temperature {first.sampling.temperature:g}"
     limits = [f"top_k {first.sampling.top_k}"] if first.sampling.top_k and not first.sampling.is_greedy else []
     limits += [f"top_p {first.sampling.top_p:g}"] if first.sampling.top_p else []
-    return "\n".join([*lines, ", ".join([f"on {device}", f"template {first.template.name}", how, *limits])])
+    return "\n".join([*lines, ", ".join([f"on {device}", f"template {label(first.template)}", how, *limits])])

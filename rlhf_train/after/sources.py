@@ -36,6 +36,8 @@ def find_source(word: str | None, runs: Path) -> Source:
     """
     if word is None:
         return newest_of(_newest_run(runs))
+    if not word.strip():  # else it would be the working directory
+        raise ToolkitError("the model has no name", hint="leave the word out for the newest model of your runs")
     for run in (RunDir(runs / word), RunDir(Path(word).expanduser())):
         if _is_run(run):
             return newest_of(run)
@@ -54,10 +56,19 @@ def find_source(word: str | None, runs: Path) -> Source:
 
 def find_sources(words: str, base: Source | None, runs: Path) -> list[Source]:
     """Return the two models of `--compare A,B`. A step (step1) is one of the run of `base`."""
-    names = [word.strip() for word in words.split(",") if word.strip()]
+    names = _names(words)
     if len(names) != 2:
         raise ToolkitError(f"two models can be compared, not {len(names)}", hint="e.g. --compare step1,step3")
     return [_step_of(name, base) if STEP.fullmatch(name) else find_source(name, runs) for name in names]
+
+
+def names_a_step(words: str) -> bool:
+    """Tell whether one of `A,B` is a step, which needs a run; a path may have `step3` within it."""
+    return any(STEP.fullmatch(name) for name in _names(words))
+
+
+def _names(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def newest_of(run: RunDir) -> Source:

@@ -1,104 +1,51 @@
-"""Read data sets by name; tokenise, cache and split their rows.
+"""Split the rows of the job's data sets among the steps, cut them, and count what becomes of them.
 
-`read_rows` turns a name into rows of text. `_tokenise` and `_load` turn these into token ids in a
-cache by content; all ranks share the work. `_table` splits, cuts and counts at each load. The split
-is DeepSpeed-Chat's arithmetic. Where we differ from it:
+`prepare` reads rows (rlhf_train/data/reading.py) in any form (rlhf_train/data/forms.py), has them
+turned into token ids (rlhf_train/data/tokens.py), and splits, cuts and counts at each load. The
+split is DeepSpeed-Chat's arithmetic. Where we differ from it:
 
 - rows are split before any is left out, so the limits do not decide which row serves which step;
 - every step is measured on the same held-out split; if a data set has none, 5 % of its rows are
   held out before the split;
 - rows with the same prompt stay together: held out together, or in the share of one step;
-- text that looks like a control token (`</s>` typed by a user) stays text;
-- an answer's ids are those that follow its prompt's ids in the text of both.
+- a data set serves the steps that its rows have columns for; the shares are those of these steps.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
-import io
 import json
-import os
 import re
-import secrets
-import tempfile
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
-import jobs.errors
-from jobs.errors import ExitCode, ToolkitError
-from jobs.formatting import plural
-from jobs.spec import Data
+from jobs.errors import ToolkitError
+from jobs.formatting import data_row_counts, plural
+from jobs.spec import Data, DataSet
 from jobs.steps import STEPS
+from rlhf_train.data.chat import ChatTemplate, own_template
+from rlhf_train.data.encoder import encoder_of
+from rlhf_train.data.forms import Form, Row, is_blank, texts_of
+from rlhf_train.data.ragged import Order, Ragged, starts
+from rlhf_train.data.reading import SourceRows, read, search_folders
+from rlhf_train.data.row_store import Keys, StoredRows
+from rlhf_train.data.tokens import Chunk, Columns, Say, chunks_of, load, tokenise
 
-REQUIRED = ("prompt", "chosen", "rejected")
 ANSWERS = ("response", "chosen", "rejected")
-HELD_OUT_NAMES = ("test", "validation", "eval")  # the first that a data set has
-HELD_OUT_SHARE = 0.05  # of the rows, where it has none
-MISTAKES_SHOWN, ROWS_SHOWN = 10, 3  # for one file; of one mistake
-NEUTRAL = ("\n", "a", ".", "1", "é")  # texts to put before another; one of them merges with none of its tokens
-CHUNK_ROWS = 4096  # rows in a file of the cache; a rank's unit of work
-CACHE_VERSION = 2  # raise it when the same text gets other ids
-POLL_S, SAY_EVERY_S = 0.1, 5.0
-
-Say = Callable[[str], None]
-Order = npt.NDArray[np.int64]  # row numbers
+HELD_OUT_SHARE = 0.05  # of the rows, where a data set has no split for them
 
 
-class Row(NamedTuple):
+class Example(NamedTuple):
     prompt: str
-    response: str  # what step 1 learns; `chosen`, where there is no such column
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """Token lists of many lengths in two flat arrays."""
-
-    values: npt.NDArray[np.int32]  # (N,)
-    offsets: npt.NDArray[np.int64]  # (n+1,)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        row = range(len(self))[index]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
-        return cls(np.fromiter(chain.from_iterable(lists), dtype=np.int32), _starts([len(tokens) for tokens in lists]))
-
-    @classmethod
-    def join(cls, parts: Sequence[Ragged]) -> Ragged:
-        lengths = np.concatenate([part.lengths for part in parts])
-        return cls(np.concatenate([part.values for part in parts]), _starts(lengths))
-
-    def pick(self, rows: Order, max_tokens: int) -> Ragged:
-        """Return these rows in this order, each cut after `max_tokens`."""
-        offsets = _starts(np.minimum(self.lengths[rows], max_tokens))
-        shift = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets))
-        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
-
-
-def _starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Return where each of n parts starts, and the end: (n+1,)."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    answer: str
+    is_chat: bool = False  # the texts are as the chat template writes them, with their control tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,30 +60,48 @@ class Table:
     response: Ragged  # answers end with EOS, unless they were cut
     chosen: Ragged
     rejected: Ragged
-    step_rows: dict[int, Order]  # step 1|2|3 -> row numbers in the step's own order; empty only for a share of 0
+    # Step 1|2|3 -> row numbers in the step's own order; empty for a share of 0, and where no data
+    # set serves the step. The weight of a data set may repeat its rows.
+    step_rows: dict[int, Order]
     # `rows`: those read. Left out for the first reason that holds: `empty_prompt`, `empty_answer`,
     # `prompt_too_long`. Of the rest: `identical_answers` (left out in step 2 only), `answer_cut`.
     # Of all: `duplicate` (equal to an earlier row), `prompt_held_out` (of a row that is measured,
-    # too), `control_token` (its text stays text).
+    # too), `control_token` (its text stays text). Then what forms.py counts, if there is any.
     row_counts: dict[str, int]
+    # Where some rows are messages: what stands before the response as step 1 reads it, and which of
+    # its tokens are learned (0 or 1). None: the prompt, and none of it.
+    context: Ragged | None = None
+    learned: Ragged | None = None
+    # Where some rows lack a chosen answer: text of theirs that can stand in an answer's place.
+    answer: Ragged | None = None
 
-    def example(self, step: int, tokenizer: Any) -> tuple[str, str]:
+    @property
+    def before_response(self) -> Ragged:
+        """What stands before the response as step 1 reads it."""
+        return self.prompt if self.context is None else self.context
+
+    @property
+    def some_answer(self) -> Ragged:
+        """An answer of each row; the prompt again for a row that has none."""
+        return self.chosen if self.answer is None else self.answer
+
+    def example(self, step: int, tokenizer: Any) -> Example:
         """Return the texts of the step's row with the shortest prompt: the prompt and an answer."""
         rows = self.step_rows[step]
         row = int(rows[self.prompt.lengths[rows].argmin()])
-        whole = np.concatenate([self.prompt[row], self.chosen[row]])
+        whole = np.concatenate([self.prompt[row], self.some_answer[row]])
         # The answer behind its prompt: by itself, some tokenizers drop its first space.
-        prompt, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (self.prompt[row], whole))
-        return prompt, both.removeprefix(prompt)
+        is_chat = self.context is not None
+        prompt, both = (tokenizer.decode(ids, skip_special_tokens=not is_chat) for ids in (self.prompt[row], whole))
+        return Example(prompt, both.removeprefix(prompt), is_chat)
 
     def digest(self, step: int) -> str:
         """Return the sha256 of the tokens that the step learns from, in its order."""
         digest = hashlib.sha256()
-        for column in STEPS[step].columns:
-            tokens: Ragged = getattr(self, column)
-            picked = tokens.pick(self.step_rows[step], np.iinfo(np.int64).max)
-            digest.update(picked.offsets.tobytes())
-            digest.update(picked.values.tobytes())
+        of_dialogue = [self.context, self.learned] if step == 1 else []  # where some rows are messages
+        columns = [*(getattr(self, column) for column in STEPS[step].columns), *filter(None, of_dialogue)]
+        for tokens in columns:
+            tokens.pick(self.step_rows[step]).hash_into(digest)
         return digest.hexdigest()
 
 
@@ -147,489 +112,200 @@ class Corpus:
     digest: str  # sha256 of all rows' texts, in their order
 
 
-def prepare(spec: Data, tokenizer: Any, *, cache: Path, rank: int = 0, world_size: int = 1, say: Say) -> Corpus:
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one data set."""
+
+    entry: DataSet
+    train: SourceRows
+    held_out: SourceRows
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        entry: DataSet = self.entry
+        return entry.steps or self.train.form.steps
+
+    @property
+    def recognised(self) -> str:
+        """Say in a line what the rows are, how many there are, and what was left out or changed."""
+        learned, held_out = len(self.train.rows), len(self.held_out.rows)
+        counted = data_row_counts(self.train.counted + self.held_out.counted, 0)
+        line = f"{self.entry.name}: {self.train.form.title}, {learned} to learn from, {held_out} held out"
+        return f"{line}; {counted}" if counted else line
+
+    def shares(self, split: Sequence[float]) -> list[float]:
+        """Return the shares of its rows that each step gets."""
+        return [share if step in self.steps else 0 for step, share in zip(STEPS, split, strict=True)]
+
+
+def prepare(
+    spec: Data,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Say,
+    steps: Collection[int] = tuple(STEPS),
+) -> Corpus:
     """Read the data sets, tokenise what the cache lacks, and split the rows.
 
-    Every rank calls it, with the same cache folder.
+    Every rank calls it, with the same cache folder. steps: those that are asked for; one of them
+    without rows is refused. A tokenizer without a chat template gets the one that messages are
+    rendered by, so that it is saved with the model.
     """
-    encoder = _encoder(tokenizer)
-    train, held_out = zip(*(_read(name, spec.seed, say) for name in spec.datasets), strict=True)
-    train_chunks, held_out_chunks = (
-        [chunk for rows in part for chunk in _chunks(rows, encoder, cache)] for part in (train, held_out)
-    )
-    _tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
-    train_orders = _split(train, spec)
-    held_out_orders = dict.fromkeys((1, 2, 3), _shuffled(sum(map(len, held_out)), spec.seed))
+    parts = _parts(spec, say)
+    check_steps(parts, spec, steps)
+    encoder = encoder_of(tokenizer)
+    has_messages = any(not part.train.form.is_text for part in parts)
+    template = None
+    if has_messages:
+        template = ChatTemplate.of(tokenizer, system=spec.system, arguments=spec.chat_template_kwargs)
+        if own_template(tokenizer) is None:
+            tokenizer.chat_template = template.source  # which a model is saved with
+        if not template.keeps_turns:
+            say(f"{template.name} writes earlier turns otherwise once others follow: dialogues teach their last answer")
+
+    def chunks(rows: SourceRows) -> list[Chunk]:
+        return chunks_of(rows.rows, encoder, None if rows.form.is_text else template, cache)
+
+    train_chunks = [chunk for part in parts for chunk in chunks(part.train)]
+    held_out_chunks = [chunk for part in parts for chunk in chunks(part.held_out)]
+    tokenise([*train_chunks, *held_out_chunks][rank::world_size], encoder, say)
     control = re.compile("|".join(map(re.escape, encoder.control.values())))
-    prompts = {row.prompt for rows in held_out for row in rows}
+    prompts = np.concatenate([part.held_out.rows.prompt_keys for part in parts])
+    train, held_out = ([getattr(part, side) for part in parts] for side in ("train", "held_out"))
+    orders = _split(parts, spec)
     return Corpus(
-        train=_table("training", train, _load(train_chunks, say), train_orders, spec, control, prompts),
+        train=_table("training", train, load(train_chunks, say), orders, spec, control, steps, held_out=prompts),
         held_out=_table(
-            "held-out", held_out, _load(held_out_chunks, say), held_out_orders, spec, control, max_rows=spec.eval_rows
+            "held-out",
+            held_out,
+            load(held_out_chunks, say),
+            _held_out_orders(parts, spec),
+            spec,
+            control,
+            steps,
+            max_rows=spec.eval_rows,
         ),
         digest=_digest([*train, *held_out]),
     )
 
 
-def _digest(parts: Iterable[list[Row]]) -> str:
+def _parts(spec: Data, say: Say) -> list[_Part]:
+    parts = []
+    for entry in spec.entries:
+        say(f"reading {entry.name}")
+        parts.append(_Part(entry, *_read(entry, spec.seed)))
+        say(parts[-1].recognised)
+    return parts
+
+
+def _digest(parts: Iterable[SourceRows]) -> str:
     """Return the sha256 of the texts of all rows."""
     digest = hashlib.sha256()
-    for rows in parts:
-        for row in rows:
+    for part in parts:
+        for row in part.rows:
             digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 
 
 def texts(spec: Data) -> Iterator[str]:
     """Yield every training text, for training a tokenizer from scratch."""
-    for name in spec.datasets:
-        for row in _read(name, spec.seed, lambda line: None)[0]:
-            yield from dict.fromkeys(row)  # a response that is the chosen answer counts once
+    for part in _parts(spec, lambda line: None):
+        for row in part.train.rows:
+            # A response that is the chosen answer counts once.
+            yield from dict.fromkeys(text for cell in row for text in texts_of(cell))
 
 
-def rows_of_steps(spec: Data) -> dict[int, list[Row]]:
-    """Return the texts of each step's training rows, those included that tokens will leave out."""
-    train = [_read(name, spec.seed, lambda line: None)[0] for name in spec.datasets]
-    rows = list(chain.from_iterable(train))
-    return {step: [rows[i] for i in order] for step, order in _split(train, spec).items()}
+def rows_of_steps(spec: Data, steps: Collection[int] = ()) -> tuple[Iterator[Row], dict[int, Order], list[str]]:
+    """Return all training rows, which of them each step gets, in order, and what was recognised.
+
+    Those that tokens will leave out are included. steps: those that are asked for. The last are
+    lines, one for each data set. Raises ToolkitError: no data set serves one of the steps.
+    """
+    parts = _parts(spec, lambda line: None)
+    check_steps(parts, spec, steps)
+    rows = chain.from_iterable(part.train.rows for part in parts)
+    return rows, _split(parts, spec), [part.recognised for part in parts]
 
 
-# --- reading ------------------------------------------------------------------------------------
+def check_steps(parts: Sequence[_Part], spec: Data, steps: Collection[int]) -> None:
+    """Raise ToolkitError if a data set is to serve a step that it lacks columns for.
+
+    Or if no data set serves a step that is asked for.
+    """
+    for part in parts:
+        for number in part.entry.steps or ():
+            if lacks := _lacks(part.train.form, number):
+                raise ToolkitError(
+                    f"data set `{part.entry.name}` cannot serve step {number}",
+                    why=f"its rows are {part.train.form.title}; step {number} needs {lacks}, too",
+                    hint=f"take {number} out of its `steps`",
+                )
+    for step in steps:
+        if spec.split[step - 1] > 0 and not any(step in part.steps for part in parts):
+            why = [
+                f"`{part.entry.name}`: {part.train.form.title}; "
+                + (f"step {step} needs {lacks}, too" if lacks else f"`steps: [{step}]` in its entry lets it serve")
+                for part in parts
+                for lacks in [_lacks(part.train.form, step)]
+            ]
+            served = [str(number) for number in STEPS if any(number in part.steps for part in parts)]
+            raise ToolkitError(
+                f"step {step} has no rows: no data set serves it",
+                why="\n".join(why),
+                hint=f"name a data set that has them, or ask for step {' and '.join(served)} alone",
+            )
 
 
-def _read(name: str, seed: int, say: Say) -> tuple[list[Row], list[Row]]:
+def _lacks(form: Form, step: int) -> str:
+    """Return the columns that a step needs and rows of this form lack."""
+    return " and ".join(column for column in STEPS[step].columns if column not in form.columns)
+
+
+def _read(entry: DataSet, seed: int) -> tuple[SourceRows, SourceRows]:
     """Read a data set's training and held-out rows.
 
     Without a held-out split, 5 % of the rows are held out: all rows of the first prompts of
     RandomState(seed)'s shuffle.
     """
-    say(f"reading {name}")
-    train, held_out = read_rows(name, search_folders())
-    if not held_out:
-        if len(train) < 2:
-            raise ToolkitError(
-                f"data set `{name}` is too small",
-                why="it has one row and no held-out split",
-                hint="add rows, or a test split",
-            )
-        groups = _by_prompt(train)
-        order, count = _shuffled(len(groups), seed), max(1, round(HELD_OUT_SHARE * len(train)))
-        sizes = np.cumsum([len(groups[i]) for i in order])
-        first = int(np.searchsorted(sizes, count)) + 1
-        if first == len(groups):
-            raise ToolkitError(
-                f"nothing of data set `{name}` can be held out",
-                why=f"its {len(train)} rows have {plural(len(groups), 'prompts')}, and those of one stay together",
-                hint="add rows with other prompts, or a test split",
-            )
-        parts = (order[:first], order[first:])
-        held_out, train = ([train[i] for i in sorted(chain.from_iterable(groups[g] for g in part))] for part in parts)
-    return train, held_out
+    train, held_out = read(entry, search_folders())
+    return _hold_out(train, entry.name, seed) if held_out is None else (train, held_out)
 
 
-def search_folders() -> tuple[Path, Path]:
-    """Return where a data set's path may begin: this folder, and the folder of our code."""
-    return Path.cwd(), Path(jobs.errors.__file__).parents[1]
-
-
-def find_data_set(name: str, search: Sequence[Path]) -> Path | None:
-    """Return the file or folder that a data set's name means; None if it is a hub name.
-
-    Raises ToolkitError: it is a path, and nothing is there.
-    """
-    places = [folder / Path(name).expanduser() for folder in search]
-    found = next((place for place in places if os.access(place, os.F_OK)), None)
-    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _is_file_name(name)):
-        looked_for = "\n".join(dict.fromkeys(f"no {place}" for place in places))
+def _hold_out(train: SourceRows, name: str, seed: int) -> tuple[SourceRows, SourceRows]:
+    """Hold out 5 % of the rows."""
+    rows = train.rows
+    if len(rows) < 2:
         raise ToolkitError(
-            f"there is no data set `{name}`",
-            why=looked_for,
-            hint="data.datasets takes files (.jsonl, .json, .csv, .parquet), folders and hub names",
+            f"data set `{name}` is too small",
+            why="it has one row and no held-out split",
+            hint="add rows, or a test split",
         )
-    return found
-
-
-def read_rows(name: str, search: Sequence[Path]) -> tuple[list[Row], list[Row]]:
-    """Read training rows and held-out rows; none are held out if the data set has no such split.
-
-    `name` is a path in a folder of `search`, to a .jsonl file or a folder, or else a hub name.
-    Raises ToolkitError.
-    """
-    found = find_data_set(name, search)
-    if found is not None and found.is_file() and found.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl([found]), []
-    if found is None or _builder(found) or (found.is_dir() and not any(found.glob("*.jsonl"))):
-        return _read_by_datasets(name, found)
-    train = sorted(found.glob("train*.jsonl"))
-    held_out = next(filter(None, (sorted(found.glob(f"{word}*.jsonl")) for word in HELD_OUT_NAMES)), [])
-    if not train:
-        kinds = ".jsonl, .json, .csv or .parquet file (.gz, too)"
-        why = f"there is no train*.jsonl in {found}" if found.is_dir() else f"{found} is no {kinds}"
-        hint = f"name a {kinds}, or a folder with train*.jsonl and, if there is one, test*.jsonl"
-        raise ToolkitError(f"no training rows in `{name}`", why=why, hint=hint)
-    return _read_jsonl(train), _read_jsonl(held_out)
-
-
-def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
-    """Return the row numbers of each prompt, in the order in which prompts appear."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(row.prompt, []).append(number)
-    return list(groups.values())
-
-
-def _is_file_name(name: str) -> bool:
-    return name.removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".parquet"))
-
-
-def _builder(file: Path) -> str:
-    """Return the word that `datasets` has for a file of rows; "" for a folder or another file."""
-    kind = file.name.removesuffix(".gz").rpartition(".")[2]
-    return kind if kind in ("json", "csv", "parquet") and file.is_file() else ""
-
-
-class _BadRow(Exception):
-    """Raised for a bad row; its arguments are the mistakes."""
-
-
-def _row(value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise _BadRow(f"column 1: a row is an object with {', '.join(REQUIRED)}, not {_shown(value)}")
-    mistakes = []
-    for column in (column for column in Row._fields if column in REQUIRED or column in value):
-        if column not in value:
-            mistakes.append(f"column `{column}`: missing; the row has {', '.join(value) or 'none'}")
-        elif not isinstance(value[column], str):
-            mistakes.append(f"column `{column}`: text is wanted, not {_shown(value[column])}")
-        elif half := re.search("[\ud800-\udfff]", value[column]):
-            mistakes.append(f"column `{column}`: {_shown(half[0])} is half a character (a lone surrogate)")
-    if mistakes:
-        raise _BadRow(*mistakes)
-    columns = {"response": value["chosen"], **value}
-    return Row(*(columns[column] for column in Row._fields))
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _parsed(line: bytes) -> Row:
-    try:
-        return _row(json.loads(line.decode()))
-    except UnicodeDecodeError as error:
-        raise _BadRow(f"column {error.start + 1} (in bytes): not UTF-8: byte 0x{line[error.start]:02x}") from None
-    except json.JSONDecodeError as error:
-        raise _BadRow(f"column {error.colno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits; 5000 open brackets
-        raise _BadRow(f"column 1: no JSON that can be read: {error}") from None
-
-
-def _collect(items: Iterable[tuple[int, Any]], parse: Callable[[Any], Row], *, source: str, unit: str) -> list[Row]:
-    """Return all rows of a file or split, or raise one error with its mistakes.
-
-    items: the number of a line or row, and what stands there.
-    """
-    rows: list[Row] = []
-    places: dict[str, list[int]] = {}  # of each mistake
-    for number, item in items:
-        try:
-            rows.append(parse(item))
-        except _BadRow as bad:
-            for mistake in bad.args:
-                places.setdefault(mistake, []).append(number)
-    if places:
-        mistakes = [_places(unit, numbers) + f", {mistake}" for mistake, numbers in places.items()]
-        if len(mistakes) > MISTAKES_SHOWN:
-            mistakes = [*mistakes[:MISTAKES_SHOWN], f"(no more than {MISTAKES_SHOWN} are shown)"]
-        hint = "every row needs the texts prompt, chosen and rejected, and may have response"
-        raise ToolkitError(f"bad rows in {source}", why="\n".join(mistakes), hint=hint)
-    if not rows:
-        raise ToolkitError(f"no rows in {source}")
-    return rows
-
-
-def _places(unit: str, numbers: Sequence[int]) -> str:
-    """`line 4`; `lines 4 and 7`; `lines 4, 7, 9 and 30 more`."""
-    shown = ", ".join(map(str, numbers[:ROWS_SHOWN]))
-    if len(numbers) == 1:
-        return f"{unit} {shown}"
-    more = len(numbers) - ROWS_SHOWN
-    if more > 0:
-        return f"{unit}s {shown} and {more} more"
-    return f"{unit}s {' and '.join(shown.rsplit(', ', 1))}"
-
-
-def _read_jsonl(files: Sequence[Path]) -> list[Row]:
-    rows: list[Row] = []
-    for file in files:
-        try:
-            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        except (OSError, EOFError, zlib.error) as error:
-            raise ToolkitError(f"cannot read {file}", why=str(error)) from None
-        lines = enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1)
-        rows += _collect([pair for pair in lines if pair[1].strip()], _parsed, source=str(file), unit="line")
-    return rows
-
-
-def _read_by_datasets(name: str, found_at: Path | None) -> tuple[list[Row], list[Row]]:
-    """Read a hub name, a parquet, csv or json file, a folder of them, or what `save_to_disk` wrote.
-
-    found_at: the file or folder; None: a hub name.
-    """
-    import datasets  # takes seconds, and JSONL does not need it
-    from datasets.builder import DatasetGenerationError
-
-    from rlhf_train.data import hub
-
-    datasets.disable_progress_bar()
-    place = found_at or hub.data_set(name)
-    # Words such as None and N/A are text: csv has no other way to write them.
-    more = (
-        {"keep_default_na": False} if place.name.endswith((".csv", ".csv.gz")) or any(place.glob("**/*.csv*")) else {}
+    flat, ends = rows.by_prompt()
+    groups = len(ends) - 1
+    order, count = _shuffled(groups, seed), max(1, round(HELD_OUT_SHARE * len(rows)))
+    sizes = np.cumsum(np.diff(ends)[order])
+    first = int(np.searchsorted(sizes, count)) + 1
+    if first == groups:
+        raise ToolkitError(
+            f"nothing of data set `{name}` can be held out",
+            why=f"its {len(rows)} rows have {plural(groups, 'prompts')}, and those of one stay together",
+            hint="add rows with other prompts, or a test split",
+        )
+    held_out, left = (rows.pick(np.sort(_of_groups(part, flat, ends))) for part in (order[:first], order[first:]))
+    return (
+        replace(train, rows=left, read=train.read - len(held_out)),
+        SourceRows(train.form, held_out, read=len(held_out)),
     )
-    try:
-        saved = any((place / file).exists() for file in ("dataset_dict.json", "state.json"))
-        if saved:
-            found = datasets.load_from_disk(str(place))
-        elif builder := _builder(place):
-            found = datasets.load_dataset(builder, data_files={"train": str(place)}, **more)
-        else:
-            found = datasets.load_dataset(str(place), **more)
-    except (OSError, ValueError, TypeError, RuntimeError, DatasetGenerationError) as error:
-        why = "\n".join(f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each)
-        hint = (
-            "wanted: train*.jsonl; or parquet, csv or json files; "
-            "or what `save_to_disk` of the same datasets version wrote"
-        )
-        downloaded = f"cannot load the data set `{name}`, although its download is complete"
-        what = f"cannot load the data set in {found_at}" if found_at else downloaded
-        raise ToolkitError(what, why=why, hint=hint) from None
-    splits = found if isinstance(found, dict) else {"train": found}
-    if "train" not in splits:
-        raise ToolkitError(f"data set `{name}` has no split `train`", why=f"its splits: {', '.join(splits)}")
-    held_out = [word for word in HELD_OUT_NAMES if word in splits][:1]
-    train, *rest = (_rows_of(splits[word], f"data set `{name}`, split `{word}`") for word in ("train", *held_out))
-    return train, rest[0] if rest else []
 
 
-def _rows_of(split: Any, source: str) -> list[Row]:
-    missing = [f"`{column}`" for column in REQUIRED if column not in split.column_names]
-    if missing:
-        why = f"its columns: {', '.join(split.column_names)}"
-        raise ToolkitError(f"{source}: no column {', '.join(missing)}", why=why)
-    columns = [column for column in Row._fields if column in split.column_names]
-    values = split.select_columns(columns)[:]
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*(values[column] for column in columns), strict=True))
-    return _collect(enumerate(rows), _row, source=source, unit="row")
-
-
-# --- tokenising, with a cache by content --------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """A tokenizer that never makes control tokens of text; the caller adds `front` and `eos`."""
-
-    encode: Callable[[list[str]], list[list[int]]]  # without special tokens
-    front: list[int]  # special tokens before every prompt, e.g. BOS
-    eos: int
-    control: dict[int, str]  # tokens that text must not become
-    identity: bytes  # same bytes, same ids
-
-    def ids(self, lines: list[str]) -> list[list[int]]:
-        """Encode texts, and split a control token that a user typed, e.g. into `<` and `/s>`.
-
-        Not by split_special_tokens: transformers 4.35 refuses it for fast tokenizers, 4.46 ignores
-        it for slow ones.
-        """
-        return self._as_text(lines, self.encode)
-
-    def _as_text(self, lines: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
-        found, control = encode(lines), self.control.values()
-        for i in (i for i, ids in enumerate(found) if not self.control.keys().isdisjoint(ids)):
-            inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control)
-            first, *others = re.split(inside, lines[i])
-            found[i] = list(chain.from_iterable([*encode([first]), *self._behind(others)]))
-            if left := self.control.keys() & found[i]:
-                raise ToolkitError(
-                    "the tokenizer makes control tokens of plain text",
-                    why=f"{', '.join(self.control[token] for token in left)} in {_shown(lines[i])}",
-                    hint="take that text out of the data set",
-                )
-        return found
-
-    def answers(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
-        """Encode answers as they follow their prompts, (prompt, answer) each.
-
-        Prompt and answer are encoded as one text, and cut where the prompt's own ids end. A
-        tokenizer that puts a space in front of every text (LLaMA 2) so puts none in between.
-        Where a token crosses the border, the answer is encoded behind a neutral text instead.
-        """
-        prompts = dict.fromkeys(prompt for prompt, _ in pairs)
-        starts = dict(zip(prompts, self.ids(list(prompts)), strict=True))
-        found = self.ids([prompt + answer for prompt, answer in pairs])
-        crossed = []
-        for i, (prompt, _) in enumerate(pairs):
-            start = starts[prompt]
-            if found[i][: len(start)] == start:
-                found[i] = found[i][len(start) :]
-            else:
-                crossed.append(i)
-        for i, ids in zip(crossed, self._as_text([pairs[i][1] for i in crossed], self._behind), strict=True):
-            found[i] = ids
-        return found
-
-    def _behind(self, lines: list[str]) -> list[list[int]]:
-        """Encode texts as they stand behind other text, with whose end they share no token."""
-        found: dict[int, list[int]] = {}
-        for neutral in NEUTRAL:
-            left = [i for i in range(len(lines)) if i not in found]
-            if not left:
-                break
-            [start] = self.encode([neutral])
-            for i, ids in zip(left, self.encode([neutral + lines[i] for i in left]), strict=True):
-                if ids[: len(start)] == start:
-                    found[i] = ids[len(start) :]
-        if left := [i for i in range(len(lines)) if i not in found]:
-            found |= dict(zip(left, self.encode([lines[i] for i in left]), strict=True))
-        return [found[i] for i in range(len(lines))]
-
-
-def _encoder(tokenizer: Any) -> _Encoder:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        hint = "give the tokenizer an eos_token"
-        raise ToolkitError("the tokenizer has no EOS token", why="answers end with it", hint=hint)
-    if tokenizer.is_fast:
-        # A copy: the caller's truncation and padding stay as they are, and no long text warns.
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # from tokenizers 0.20 on
-        identity = backend.to_str().encode()
-
-        def call(lines: list[str], special: bool) -> list[list[int]]:
-            return [encoding.ids for encoding in batch(lines, add_special_tokens=special)]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            identity = b"".join(file.name.encode() + file.read_bytes() for file in sorted(Path(folder).iterdir()))
-
-        def call(lines: list[str], special: bool) -> list[list[int]]:
-            ids: list[list[int]] = tokenizer(
-                lines, add_special_tokens=special, truncation=False, padding=False, verbose=False
-            )["input_ids"]
-            return ids
-
-    # `front` is what stands before the text. What stands behind the text, e.g. EOS, is dropped.
-    [bare], [framed] = call(["a"], False), call(["a"], True)
-    front = next(framed[:i] for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
-    control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control.pop(tokenizer.unk_token_id, None)  # unknown text may become that
-    return _Encoder(lambda lines: call(lines, False), front, eos, {**control, eos: tokenizer.eos_token}, identity)
-
-
-class _Chunk(NamedTuple):
-    file: Path
-    rows: list[Row]
-
-
-def _chunks(rows: list[Row], encoder: _Encoder, cache: Path) -> list[_Chunk]:
-    """Cut rows into chunks, each with its file in the cache.
-
-    The cache key hashes exactly what the ids depend on: the text and the tokenizer. Limits, seed
-    and shares are applied later.
-    """
-    settings = [CACHE_VERSION, CHUNK_ROWS, encoder.front, encoder.eos, len(encoder.identity)]
-    key = hashlib.sha256(json.dumps(settings).encode() + encoder.identity)
-    for column in zip(*rows, strict=True):
-        key.update(np.array([len(text) for text in column], dtype="<i8").tobytes())
-        key.update("".join(column).encode())
-    folder = cache / "tokens" / key.hexdigest()
-    return [
-        _Chunk(folder / f"chunk-{i // CHUNK_ROWS:05d}", rows[i : i + CHUNK_ROWS])
-        for i in range(0, len(rows), CHUNK_ROWS)
-    ]
-
-
-def _tokenise(chunks: Sequence[_Chunk], encoder: _Encoder, say: Say) -> None:
-    """Write the chunks that the cache lacks or that are damaged."""
-    last_said = -SAY_EVERY_S
-    for number, chunk in enumerate(chunks, 1):
-        if _read_chunk(chunk.file) is None:
-            if time.monotonic() - last_said >= SAY_EVERY_S:
-                last_said = time.monotonic()
-                say(f"tokenising: part {number} of {len(chunks)}, {len(chunk.rows)} rows")
-            _write_chunk(chunk.file, _token_columns(chunk.rows, encoder))
-
-
-def _token_columns(rows: list[Row], encoder: _Encoder) -> dict[str, Ragged]:
-    """Return the four columns, uncut; a response that is the chosen answer has length 0."""
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    of_prompt = dict(zip(prompts, encoder.ids(prompts), strict=True))
-    pairs = list(dict.fromkeys((row.prompt, answer) for row in rows for answer in row[1:]))
-    of_answer = dict(zip(pairs, encoder.answers(pairs), strict=True))
-
-    def column(name: str) -> Ragged:
-        return Ragged.of([[*of_answer[row.prompt, getattr(row, name)], encoder.eos] for row in rows])
-
-    return {
-        "prompt": Ragged.of([[*encoder.front, *of_prompt[row.prompt]] for row in rows]),
-        "response": Ragged.of(
-            [[] if row.response == row.chosen else [*of_answer[row.prompt, row.response], encoder.eos] for row in rows]
-        ),
-        "chosen": column("chosen"),
-        "rejected": column("rejected"),
-    }
-
-
-def _write_chunk(file: Path, columns: dict[str, Ragged]) -> None:
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {
-        f"{name}_{part}": getattr(columns[name], part) for name in columns for part in ("values", "offsets")
-    }
-    np.savez(buffer, **arrays)
-    content, partial = buffer.getvalue(), file.with_name(f"{file.name}.{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(hashlib.sha256(content).digest() + content)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        hint = "free some disk space, or put the cache into a folder that you may write to"
-        raise ToolkitError(
-            f"cannot write the token cache {file}", why=str(error), hint=hint, exit_code=ExitCode.UNFIT
-        ) from None
-
-
-def _read_chunk(file: Path) -> dict[str, Ragged] | None:
-    """Read a chunk's columns; None if the file is missing or damaged."""
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ToolkitError(f"cannot read the token cache {file}", why=str(error), exit_code=ExitCode.UNFIT) from None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
-    arrays = np.load(io.BytesIO(content[32:]))
-    return {name: Ragged(arrays[f"{name}_values"], arrays[f"{name}_offsets"]) for name in Row._fields}
-
-
-def _load(chunks: Sequence[_Chunk], say: Say) -> dict[str, Ragged]:
-    """Read the columns of all chunks, and wait for those that other ranks still make."""
-    parts, last_said = [], time.monotonic()
-    for number, chunk in enumerate(chunks, 1):
-        while (part := _read_chunk(chunk.file)) is None:
-            if time.monotonic() - last_said >= SAY_EVERY_S:
-                last_said = time.monotonic()
-                say(f"waiting for another rank to tokenise part {number} of {len(chunks)}: {chunk.file}")
-            time.sleep(POLL_S)
-        parts.append(part)
-    return {name: Ragged.join([part[name] for part in parts]) for name in Row._fields}
+def _of_groups(groups: Order, flat: Order, ends: Order) -> Order:
+    """Return the rows of groups, in their order. flat, ends: as `by_prompt` returns them."""
+    sizes = np.diff(ends)[groups]
+    shift = np.repeat(ends[groups] - starts(sizes)[:-1], sizes)
+    return flat[np.arange(sizes.sum()) + shift]
 
 
 # --- splitting, cutting, counting ---------------------------------------------------------------
@@ -654,66 +330,130 @@ def _shares(n: int, split: Sequence[float], seed: int) -> list[Order]:
     return [order[start:end] for start, end in pairwise(points)]
 
 
-def _split(train: Sequence[list[Row]], spec: Data) -> dict[int, Order]:
+def _split(parts: Sequence[_Part], spec: Data) -> dict[int, Order]:
     """Split each data set by itself; join the parts of each step, and shuffle them again.
 
-    Prompts are dealt to the steps, each with all its rows.
+    Prompts are dealt to the steps that the data set serves, each with all its rows.
     """
-    parts = []
-    for start, rows in zip(_starts([len(rows) for rows in train]), train, strict=False):
-        groups = _by_prompt(rows)
-        shares = _shares(len(groups), spec.split, spec.seed)
-        parts.append([start + np.array([i for g in share for i in groups[g]], dtype=np.int64) for share in shares])
-    steps = {step: np.concatenate([part[step - 1] for part in parts]) for step in (1, 2, 3)}
-    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()} if len(train) > 1 else steps
+    of_parts = []
+    for start, part in zip(starts([len(part.train.rows) for part in parts]), parts, strict=False):
+        flat, ends = part.train.rows.by_prompt()
+        shares = part.shares(spec.split)
+        count = len(ends) - 1 if any(shares) else 0
+        orders = [_of_groups(share, flat, ends) for share in _shares(count, shares if count else spec.split, spec.seed)]
+        of_parts.append([start + _weighted(order, part.entry) for order in orders])
+    steps = {step: np.concatenate([part[step - 1] for part in of_parts]) for step in STEPS}
+    if len(parts) == 1 and all(len(np.unique(order)) == len(order) for order in steps.values()):
+        return steps  # no weight repeats rows, which would stand in groups
+    return {step: order[_shuffled(len(order), spec.seed)] for step, order in steps.items()}
+
+
+def _weighted(order: Order, entry: DataSet) -> Order:
+    """Repeat rows `weight` times; of a fraction, take the first rows of this random order."""
+    if entry.weight == 1 or not len(order):
+        return order
+    whole = int(entry.weight)
+    count = round((entry.weight - whole) * len(order)) or (0 if whole else 1)
+    return np.concatenate([*[order] * whole, order[:count]])
+
+
+def _held_out_orders(parts: Sequence[_Part], spec: Data) -> dict[int, Order]:
+    """Return the held-out rows of each step: of the data sets that serve it."""
+    sizes = [len(part.held_out.rows) for part in parts]
+    part_of_row = np.repeat(np.arange(len(parts)), sizes)
+    order = _shuffled(sum(sizes), spec.seed)
+    serves = {step: np.array([step in part.steps for part in parts]) for step in STEPS}
+    return {step: order[serves[step][part_of_row[order]]] for step in STEPS}
 
 
 def _table(
     kind: str,
-    parts: Sequence[list[Row]],
-    uncut: dict[str, Ragged],
+    parts: Sequence[SourceRows],
+    uncut: Columns,
     orders: dict[int, Order],
     spec: Data,
     control: re.Pattern[str],
-    held_out: Set[str] = frozenset(),
+    steps: Collection[int],
+    *,
+    held_out: Keys | None = None,
     max_rows: int | None = None,
 ) -> Table:
     """Cut the answers, count the rows by what becomes of them, and drop unusable rows.
 
-    control: finds the text of a control token; held_out: the prompts of the other table.
+    control: finds the text of a control token; steps: those that are asked for; held_out: the
+    keys of the other table's prompts.
     """
-    rows = list(chain.from_iterable(parts))
-    empty_prompt = np.array([not row.prompt.strip() for row in rows], dtype=bool)
-    empty_answer = np.array([not all(answer.strip() for answer in row[1:]) for row in rows], dtype=bool) & ~empty_prompt
-    too_long = (uncut["prompt"].lengths > spec.max_prompt_tokens) & ~empty_prompt & ~empty_answer
+    facts = _facts([part.rows for part in parts], control)
+    rows = len(facts)
+    limit = spec.max_response_tokens
+    # What stands before a dialogue's last answer is cut nowhere, so it keeps the prompt's limit.
+    before = np.maximum(uncut["prompt"].lengths, uncut.get("context", uncut["prompt"]).lengths)
+    empty_prompt = facts["blank_prompt"]
+    empty_answer = facts["blank_answer"] & ~empty_prompt
+    too_long = (before > spec.max_prompt_tokens) & ~empty_prompt & ~empty_answer
     kept = ~(empty_prompt | empty_answer | too_long)
-    cut = kept & np.any([uncut[name].lengths > spec.max_response_tokens for name in ANSWERS], axis=0)
+    cut = kept & np.any([uncut[name].lengths > limit for name in ANSWERS], axis=0)
 
-    all_rows = np.arange(len(rows))
-    response, chosen, rejected = (uncut[name].pick(all_rows, spec.max_response_tokens) for name in ANSWERS)
+    all_rows = np.arange(rows)
+    response, chosen, rejected = (uncut[name].pick(all_rows, limit) for name in ANSWERS)
     as_chosen = response.lengths == 0
-    if as_chosen.all():
-        response = chosen
-    else:
-        sources = all_rows + len(rows) * ~as_chosen  # in the chosen answers, or behind them in the responses
-        response = Ragged.join([chosen, response]).pick(sources, spec.max_response_tokens)
-    identical = kept & (chosen.lengths == rejected.lengths)
+    response = chosen if as_chosen.all() else _either(chosen, response, ~as_chosen)
+    identical = kept & facts["has_pair"] & (chosen.lengths == rejected.lengths)
     identical[identical] = [np.array_equal(chosen[i], rejected[i]) for i in np.flatnonzero(identical).tolist()]
 
     masks = {"empty_prompt": empty_prompt, "empty_answer": empty_answer, "prompt_too_long": too_long}
     masks |= {"identical_answers": identical, "answer_cut": cut}
-    row_counts = {"rows": len(rows), **{name: int(mask.sum()) for name, mask in masks.items()}}
-    row_counts["duplicate"] = len(rows) - len(set(rows))
-    row_counts["prompt_held_out"] = sum(row.prompt in held_out for row in rows)
-    row_counts["control_token"] = sum(control.search("\0".join(row)) is not None for row in rows)
+    row_counts = {"rows": sum(part.read for part in parts), **{name: int(mask.sum()) for name, mask in masks.items()}}
+    row_keys, prompt_keys = (
+        np.concatenate([getattr(part.rows, name) for part in parts]) for name in ("row_keys", "prompt_keys")
+    )
+    row_counts["duplicate"] = rows - len(np.unique(row_keys))
+    row_counts["prompt_held_out"] = 0 if held_out is None else int(np.isin(prompt_keys, held_out).sum())
+    row_counts["control_token"] = int(facts["has_control"].sum())
+    row_counts |= sum((part.counted for part in parts), Counter())
     # Step 2 learns nothing from a pair of identical answers.
     usable = {step: kept & ~identical if step == 2 else kept for step in orders}
     step_rows = {step: order[usable[step][order]][:max_rows] for step, order in orders.items()}
     for step in (step for step, order in step_rows.items() if not len(order) and spec.split[step - 1] > 0):
+        if step not in steps and not len(orders[step]):
+            continue  # no data set serves it, and it is not asked for
         counts = ", ".join(f"{name} {count}" for name, count in row_counts.items())
         raise ToolkitError(
             f"step {step} has no {kind} rows left",
             why=f"its share of the {kind} data: {len(orders[step])} rows; all {kind} data: {counts}",
             hint="add rows, raise data.max_prompt_tokens, or change data.split",
         )
-    return Table(uncut["prompt"], response, chosen, rejected, step_rows, row_counts)
+    answer = None
+    if not chosen.lengths.all():
+        answer = _either(uncut["prompt"].pick(all_rows, limit), response, response.lengths > 0)
+    return Table(
+        uncut["prompt"],
+        response,
+        chosen,
+        rejected,
+        step_rows,
+        row_counts,
+        uncut.get("context"),
+        uncut.get("learned"),
+        answer,
+    )
+
+
+def _facts(parts: Sequence[StoredRows], control: re.Pattern[str]) -> npt.NDArray[np.void]:
+    """Return what is counted of each row, (n,), with a field for each fact."""
+    kinds = [(name, bool) for name in ("blank_prompt", "blank_answer", "has_pair", "has_control")]
+    facts = np.zeros(sum(map(len, parts)), kinds)
+    for number, row in enumerate(chain.from_iterable(parts)):
+        facts[number] = (
+            is_blank(row.prompt),
+            any(answer is not None and is_blank(answer) for answer in row[1:]),
+            row.rejected is not None,
+            control.search("\0".join(text for cell in row for text in texts_of(cell))) is not None,
+        )
+    return facts
+
+
+def _either(first: Ragged, second: Ragged, takes_second: npt.NDArray[np.bool_]) -> Ragged:
+    """Return, for each row, its tokens in the second or in the first."""
+    sources = np.arange(len(first)) + len(first) * takes_second
+    return Ragged.join([first, second]).pick(sources)

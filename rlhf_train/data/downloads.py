@@ -18,10 +18,13 @@ from typing import TextIO
 import huggingface_hub
 
 from jobs.errors import ExitCode, ToolkitError
+from jobs.flavours import refuse_family
 from jobs.formatting import duration, size
 from jobs.spec import Job
 from jobs.views.console import console_on
-from rlhf_train.data import dataset, hub
+from rlhf_train.data import hub
+from rlhf_train.data.reading import find_data_set, search_folders
+from rlhf_train.disk import read_json
 
 SHOW_S, LINE_S = 0.5, 5.0  # between two states of a download: on a terminal, elsewhere
 ERASE = "\r\x1b[K"  # the terminal's line
@@ -37,6 +40,7 @@ class Download:
     kind: hub.Kind
     wanted: hub.Wanted
     listed: hub.Repository = field(default_factory=hub.Repository)  # the wanted files; empty: the hub did not say
+    config: str | None = None  # of a data set; None: the default
 
     def received_bytes(self) -> int:
         return hub.received_bytes(self.name, self.kind, self.listed)
@@ -80,8 +84,9 @@ def downloads_of(job: Job, steps: Collection[int]) -> list[Download]:
     for name, wanted in models:
         if hub.local(name):
             hub.model(name, wanted)
-    names = [name for name in job.data.datasets if dataset.find_data_set(name, dataset.search_folders()) is None]
-    return found + [Download(name, "dataset", hub.data_files) for name in names]
+    sources = dict.fromkeys((entry.name, entry.config) for entry in job.data.entries)
+    of_hub = [source for source in sources if find_data_set(source[0], search_folders()) is None]
+    return found + [Download(name, "dataset", hub.data_files, config=config) for name, config in of_hub]
 
 
 def describe(downloads: Sequence[Download]) -> list[str]:
@@ -98,12 +103,16 @@ def describe(downloads: Sequence[Download]) -> list[str]:
 NOTHING = "nothing to fetch: the job names no model or data set of a hub"
 
 
-def fetch_all(downloads: Sequence[Download], screen: DownloadScreen) -> None:
+def fetch_all(downloads: Sequence[Download], screen: DownloadScreen, flavour: str = "") -> None:
     """Fetch and verify all, and show it. Raises ToolkitError and OSError as a run would.
 
-    What an earlier call has fetched is kept, so the same call resumes.
+    What an earlier call has fetched is kept, so the same call resumes. flavour: of this stack, if
+    it is known; a model that it lacks is refused after its config.json has come, before all else.
     """
     huggingface_hub.utils.disable_progress_bars()
+    for model in [each.name for each in downloads if each.kind == "model" and flavour]:
+        config = read_json(Path(hub.model(model, hub.config_files)) / "config.json")
+        refuse_family(model, config if isinstance(config, dict) else {}, flavour)
     listed = [_asked(_with_card(each)) for each in downloads]
     _check_room(listed)
     for each in listed:
@@ -113,7 +122,9 @@ def fetch_all(downloads: Sequence[Download], screen: DownloadScreen) -> None:
 
 def _with_card(download: Download) -> Download:
     """Fetch a data set's card, which says what of it is wanted."""
-    return replace(download, wanted=hub.rows_wanted(download.name)) if download.kind == "dataset" else download
+    if download.kind != "dataset":
+        return download
+    return replace(download, wanted=hub.rows_wanted(download.name, download.config))
 
 
 def _asked(download: Download) -> Download:
@@ -139,7 +150,7 @@ def _fetch(download: Download, screen: DownloadScreen) -> None:
         if download.kind == "model":
             folder = Path(hub.model(download.name, download.wanted))
         else:
-            folder = hub.data_set(download.name)
+            folder = hub.data_set(download.name, download.config)
     if download.listed.files:
         took = f"fetched and verified ({duration(time.monotonic() - began)})" if missing else "all there, verified"
         screen.say(f"{download.name}: {size(download.listed.size_bytes)}, {took}")

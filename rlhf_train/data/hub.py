@@ -157,13 +157,26 @@ def _configurations(card: Path) -> list[dict[str, Any]]:
     return ((metadata_load(card) or {}).get("configs") if card.is_file() else None) or []
 
 
-def _default(name: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
-    named = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
-    if not named and len(configs) > 1:
-        hint = "download the files of one, and name their folder in data.datasets"
-        why = f"they are {', '.join(str(config.get('config_name')) for config in configs)}"
-        raise ToolkitError(f"data set `{name}` has several configurations, and none is the default", why=why, hint=hint)
+def _chosen(name: str, configs: list[dict[str, Any]], wanted: str | None) -> dict[str, Any]:
+    """Return the configuration that is wanted; None: the default. Raises ToolkitError."""
+    if wanted is None:
+        named = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
+    else:
+        named = [config for config in configs if config.get("config_name") == wanted]
+    if not named and (wanted is not None or len(configs) > 1):
+        raise no_configuration(name, wanted, [str(config.get("config_name")) for config in configs])
     return (named or configs or [{}])[0]
+
+
+def no_configuration(name: str, wanted: str | None, known: Sequence[str]) -> ToolkitError:
+    """Make the error for a configuration that a data set lacks. wanted: None if none was named."""
+    if wanted is None:
+        what = f"data set `{name}` has several configurations, and none is the default"
+    else:
+        what = f"data set `{name}` has no configuration `{wanted}`"
+    why = f"they are {', '.join(known)}" if known else "it has no configurations"
+    entry = f"{{name: {name}, config: {known[0]}}}" if known else f"{{name: {name}}}"
+    return ToolkitError(what, why=why, hint=f"name one in data.datasets: {entry}" if known else "leave `config` out")
 
 
 def _patterns(config: dict[str, Any]) -> list[str]:
@@ -273,31 +286,32 @@ def front_matter(card: Path) -> dict[str, Any]:
     return {}
 
 
-def data_set(name: str) -> Path:
+def data_set(name: str, config: str | None = None) -> Path:
     """Return a folder that `datasets.load_dataset` reads as it reads the hub name.
 
     Raises ToolkitError. Not load_dataset(name): it does not check hashes, keeps downloads under
     names that say nothing about the content, and each of its versions retries in another way. Only
-    the default configuration's files are fetched, as the card names them; if the card names none,
-    all files that can be read as rows: no pictures, models or scripts.
+    one configuration's files are fetched, as the card names them (config: None for the default); if
+    the card names none, all files that can be read as rows: no pictures, models or scripts.
     """
     configs = _configurations_of(name)
-    default = _default(name, configs)
-    wanted = partial(data_files, patterns=_patterns(default))
+    chosen = _chosen(name, configs, config)
+    wanted = partial(data_files, patterns=_patterns(chosen))
     snapshot = fetch(name, wanted, kind="dataset")
     files = wanted(_recall(snapshot.parents[1]).files)
-    plain = snapshot.parents[1] / "rlhf-box" / snapshot.name
+    # A folder for each configuration that is named: the cards in them differ.
+    plain = snapshot.parents[1] / "rlhf-box" / (snapshot.name if config is None else f"{snapshot.name}-{config}")
     # If a card has several configurations, datasets wants the files of all: it gets another card.
     own_card = len(configs) > 1
     _link(snapshot, plain, [file for file in files if not (own_card and file in card_files(files))])
     if own_card:
-        _replace(plain / "README.md", f"---\nconfigs: {json.dumps([default])}\n---\n")
+        _replace(plain / "README.md", f"---\nconfigs: {json.dumps([chosen])}\n---\n")
     return plain
 
 
-def rows_wanted(name: str) -> Wanted:
+def rows_wanted(name: str, config: str | None = None) -> Wanted:
     """Return which files of a data set `data_set` fetches; its card, which says so, is fetched."""
-    return partial(data_files, patterns=_patterns(_default(name, _configurations_of(name))))
+    return partial(data_files, patterns=_patterns(_chosen(name, _configurations_of(name), config)))
 
 
 def _configurations_of(name: str) -> list[dict[str, Any]]:

@@ -143,19 +143,30 @@ class Sequences:
     input_ids: (B, T), or packed (1, N). Hidden states and scores of its tokens are addressed flat:
     (S,), S = B T or N. host_prompt_lengths, host_response_lengths: (B,), in tokens, in the host's
     memory: indexes are computed there, so that nothing waits for a GPU. prompt_lengths and
-    response_lengths are the same on the device.
+    response_lengths are the same on the device. learned: for each row the places in its prompt of
+    tokens that are learned, too, as earlier answers of a dialogue are; none of them is 0. None: no
+    row has any.
     """
 
     input_ids: Tensor
     host_prompt_lengths: np.ndarray
     host_response_lengths: np.ndarray
     is_packed: bool = False
+    learned: tuple[np.ndarray, ...] | None = None
 
     @classmethod
     def of(
-        cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], pad_id: int | None, device: torch.device
+        cls,
+        prompts: Sequence[np.ndarray],
+        responses: Sequence[np.ndarray],
+        pad_id: int | None,
+        device: torch.device,
+        learned: Sequence[np.ndarray] | None = None,
     ) -> Sequences:
-        """Pack the rows, or pad them with `pad_id` if it is not None."""
+        """Pack the rows, or pad them with `pad_id` if it is not None.
+
+        learned: for each row, which tokens of its prompt are learned (0 or 1); None: none.
+        """
         prompt_lengths = np.array([len(p) for p in prompts])
         response_lengths = np.array([len(r) for r in responses])
         if pad_id is None:
@@ -166,7 +177,8 @@ class Sequences:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
                 ids[row, : len(prompt)] = prompt
                 ids[row, len(prompt) : len(prompt) + len(response)] = response
-        return cls(sent(torch.from_numpy(ids), device), prompt_lengths, response_lengths, pad_id is None)
+        places = None if learned is None else tuple(map(np.flatnonzero, learned))
+        return cls(sent(torch.from_numpy(ids), device), prompt_lengths, response_lengths, pad_id is None, places)
 
     @property
     def host_lengths(self) -> np.ndarray:
@@ -197,11 +209,17 @@ class Sequences:
     def predicted(self, *, from_prompt: bool = False) -> tuple[Tensor, Tensor]:
         """Return which hidden states predict which tokens: (index into S, label), both (N,).
 
-        Row by row. A response token is predicted by the state before it. `from_prompt` adds the
-        prompt's tokens after its first.
+        Row by row. A response token is predicted by the state before it, and so are `learned`
+        tokens of the prompt. `from_prompt` adds the prompt's tokens after its first.
         """
         first = self._starts if from_prompt else self._starts + self.host_prompt_lengths - 1
-        index = self._on_device(_ranges(first, self._ends - 1))
+        if from_prompt or self.learned is None:
+            states = _ranges(first, self._ends - 1)
+        else:
+            in_prompts = (start + places - 1 for start, places in zip(self._starts, self.learned, strict=True))
+            in_responses = map(np.arange, first, self._ends - 1)
+            states = np.concatenate([part for row in zip(in_prompts, in_responses, strict=True) for part in row])
+        index = self._on_device(states)
         return index, self.input_ids.flatten()[index + 1]
 
     def last(self) -> Tensor:

@@ -107,10 +107,21 @@ def test_an_answer_knows_what_was_said_before(talk: tuple[Session, Notes, Notes]
     [said] = session.record()
     answer = said["messages"][1]["content"]  # type: ignore[index]
     assert first == expected(folder, "red") == answer.lstrip() + "\n"
-    assert out.getvalue() == first + expected(folder, f"red\n\nAssistant:{answer}\n\nHuman: cat")
+    assert out.getvalue() == first + expected(folder, f"red\n\nAssistant: {answer.strip()}\n\nHuman: cat")
     session.line("/reset")
     session.line("red")
     assert out.getvalue().endswith(first) and len(session.record()[0]["messages"]) == 2  # type: ignore[arg-type]
+
+
+def test_an_answer_that_is_empty_says_why(talk: tuple[Session, Notes, Notes]) -> None:
+    session, out, notes = talk
+    [model] = [each.model for each in session._talks]
+    model.stop_ids = {*range(len(model.tokenizer))}  # whatever comes first ends the answer
+    session.line("red")
+    assert out.getvalue() == "\n" and notes.getvalue() == "note: the model ended its answer immediately\n"
+    session._interrupt.is_asked = True
+    session._ask_one(session._talks[0], "red")  # Ctrl-C has ended it, and `ask` says so
+    assert notes.getvalue().count("note:") == 1
 
 
 def test_the_system_text_stands_first(talk: tuple[Session, Notes, Notes]) -> None:
@@ -257,12 +268,14 @@ def test_a_comparison_without_a_reward_says_why_once(
     shutil.copytree(compared.step(1).model, "other")
     RunDir(Path("young")).events.touch()
     first, other = "./young/step1/model", "./other"
-    assert chat.chat(["--compare", f"{first},{other}", "--once", "red"], tmp_path) == ExitCode.OK
+    assert chat.chat(["--compare", f"{first},{other}", "--once", "red"], tmp_path / "no runs") == ExitCode.OK
     answer = expected(compared.step(1).model, "red")
     out, err = capsys.readouterr()
     assert out == f"{first}\n{answer}\n{other}\n{answer}"
     assert err.count("note: no reward") == 1
     assert f"note: no rewards for {first} and {other}: run `young` has no reward model\n" in err
+    with pytest.raises(ToolkitError, match="there is no model to talk to"):  # a step by itself needs a run
+        chat.chat(["--compare", f"{first},step3", "--once", "red"], tmp_path / "no runs")
 
     out, notes = Notes(), Notes()
     screen = Screen(out, notes)

@@ -95,6 +95,14 @@ def test_no_run_and_no_model(tmp_path: Path) -> None:
     assert "make demo" in caught.value.hint
 
 
+@pytest.mark.parametrize("word", ["", " "])
+def test_an_empty_word_is_not_the_working_directory(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, "demo", 1)
+    monkeypatch.chdir(tmp_path / "demo")
+    with pytest.raises(ToolkitError, match="the model has no name"):
+        find_source(word, tmp_path)
+
+
 def test_folders_and_names_of_the_hub(tmp_path: Path) -> None:
     run = make_run(tmp_path, "demo", 1, 2, 3)
     inside = find_source(str(run.step(1).model), tmp_path)

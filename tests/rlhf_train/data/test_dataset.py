@@ -20,9 +20,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.spec import Data
-from rlhf_train.data import dataset
-from rlhf_train.data.dataset import Row
+from jobs.spec import Data, DataSet
+from rlhf_train.data import dataset, encoder, reading, tokens
+from rlhf_train.data.forms import Row
+from rlhf_train.data.ragged import Ragged
 from tests.hub import TOKEN, Hub
 
 pytestmark = pytest.mark.pinned
@@ -65,10 +66,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def letters(text: str) -> list[int]:
     """Look up the ids of printable ASCII one by one.
 
-    Byte-level BPE writes a byte of ASCII as itself, and a space as Ġ.
+    Byte-level BPE writes a byte of ASCII as itself, a space as Ġ and a line break as Ċ.
     """
     vocabulary = bytes_tokenizer().get_vocab()
-    return [vocabulary["Ġ" if letter == " " else letter] for letter in text]
+    return [vocabulary[{" ": "Ġ", "\n": "Ċ"}.get(letter, letter)] for letter in text]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -97,7 +98,12 @@ def prepared(
     return dataset.prepare(spec, tokenizer, cache=tmp_path / "cache", say=say)
 
 
-def rows(ragged: dataset.Ragged) -> list[list[int]]:
+def read_rows(name: str, search: list[Path], **entry: Any) -> tuple[list[Row], list[Row]]:
+    train, held_out = reading.read(DataSet(name=name, **entry), search)
+    return [*train.rows], [*held_out.rows] if held_out else []
+
+
+def rows(ragged: Ragged) -> list[list[int]]:
     return [ragged[i].tolist() for i in range(len(ragged))]
 
 
@@ -109,14 +115,14 @@ def chunk_files(tmp_path: Path) -> list[Path]:
 
 
 def test_ragged_is_a_list_of_lists() -> None:
-    ragged = dataset.Ragged.of([[1, 2], [], [3, 4, 5]])
+    ragged = Ragged.of([[1, 2], [], [3, 4, 5]])
     assert (str(ragged.values.dtype), str(ragged.offsets.dtype)) == ("int32", "int64")
     assert (len(ragged), ragged.offsets.tolist(), ragged.lengths.tolist()) == (3, [0, 2, 2, 5], [2, 0, 3])
     assert ragged[-1].tolist() == [3, 4, 5]
     with pytest.raises(IndexError):
         ragged[3]
     assert rows(ragged.pick(np.array([2, 0, 1, 2]), 2)) == [[3, 4], [1, 2], [], [3, 4]]
-    assert rows(dataset.Ragged.join([ragged, ragged])) == 2 * rows(ragged)
+    assert rows(Ragged.join([ragged, ragged])) == 2 * rows(ragged)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -126,13 +132,13 @@ def test_response_defaults_to_chosen_and_other_columns_are_ignored(tmp_path: Pat
     write(
         tmp_path / "a.jsonl", [*ONE_ROW, {"prompt": "p", "response": "s", "chosen": "c", "rejected": "r", "score": 1}]
     )
-    assert dataset.read_rows("a.jsonl", [tmp_path]) == ([("p", "c", "c", "r"), ("p", "s", "c", "r")], [])
+    assert read_rows("a.jsonl", [tmp_path]) == ([("p", "c", "c", "r"), ("p", "s", "c", "r")], [])
 
 
 def test_lines_end_at_newlines_only_and_may_be_blank_at_the_end(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "a\u2028b\u0085c", "chosen": "c", "rejected": "r"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n\r{line}\n\n \n".encode())
-    train, _ = dataset.read_rows("a.jsonl", [tmp_path])
+    train, _ = read_rows("a.jsonl", [tmp_path])
     assert [row.prompt for row in train] == ["a\u2028b\u0085c"] * 2
 
 
@@ -170,7 +176,7 @@ def test_a_bad_line_is_named_by_file_line_and_column(tmp_path: Path, line: bytes
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\n".join([GOOD, GOOD, line, GOOD]))
     with pytest.raises(ToolkitError) as caught:
-        dataset.read_rows("a.jsonl", [tmp_path])
+        read_rows("a.jsonl", [tmp_path])
     assert (caught.value.what, caught.value.exit_code) == (f"bad rows in {file}", ExitCode.USAGE)
     assert [_without_recursion(line) for line in caught.value.why.splitlines()] == [
         f"line 3, {_without_recursion(mistake)}" for mistake in mistakes
@@ -183,23 +189,23 @@ def _without_recursion(line: str) -> str:
 
 def test_an_error_as_it_is_printed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"prompt": "p"}\n{"prompt"}\n')
+    file.write_bytes(b'{"prompt": "p", "chosen": null, "rejected": 7}\n{"prompt"}\n')
     with pytest.raises(ToolkitError) as caught:
-        dataset.read_rows("a.jsonl", [tmp_path])
+        read_rows("a.jsonl", [tmp_path])
     assert str(caught.value).splitlines() == [
         f"error: bad rows in {file}",
-        "  why: line 1, column `chosen`: missing; the row has prompt",
-        "       line 1, column `rejected`: missing; the row has prompt",
+        "  why: line 1, column `chosen`: text is wanted, not null",
+        "       line 1, column `rejected`: text is wanted, not 7",
         "       line 2, column 10: not JSON: Expecting ':' delimiter",
         "",
-        "hint: every row needs the texts prompt, chosen and rejected, and may have response",
+        "hint: pairs of text: every row needs prompt, chosen, rejected; docs/models-and-data.md shows each form",
     ]
 
 
 def test_ten_mistakes_of_a_file_are_shown(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(str(number).encode() for number in range(12)))
     with pytest.raises(ToolkitError) as caught:
-        dataset.read_rows("a.jsonl", [tmp_path])
+        read_rows("a.jsonl", [tmp_path])
     shown = caught.value.why.splitlines()
     assert len(shown) == 11
     assert shown[0].startswith("line 1, column 1: a row is an object") and shown[0].endswith("not 0")
@@ -213,20 +219,20 @@ def test_ten_mistakes_of_a_file_are_shown(tmp_path: Path) -> None:
 def test_the_same_mistake_of_many_lines_is_one_line(tmp_path: Path, count: int, places: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, *[b'{"prompt": "p", "chosen": "c"}'] * count]))
     with pytest.raises(ToolkitError) as caught:
-        dataset.read_rows("a.jsonl", [tmp_path])
+        read_rows("a.jsonl", [tmp_path])
     assert caught.value.why == f"{places}, column `rejected`: missing; the row has prompt, chosen"
 
 
 def test_a_mark_of_byte_order_blank_lines_and_gz_are_read(tmp_path: Path) -> None:
     """pandas, datasets and jq read all of them."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n\n  \r\n" + GOOD + b"\r\n\n")
-    expected, _ = dataset.read_rows("a.jsonl", [tmp_path])
+    expected, _ = read_rows("a.jsonl", [tmp_path])
     assert len(expected) == 2
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert dataset.read_rows("b.jsonl.gz", [tmp_path]) == (expected, [])
+    assert read_rows("b.jsonl.gz", [tmp_path]) == (expected, [])
     (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(ToolkitError, match="cannot read "):
-        dataset.read_rows("c.jsonl.gz", [tmp_path])
+        read_rows("c.jsonl.gz", [tmp_path])
 
 
 def test_single_files_of_other_kinds_hold_the_same_rows(tmp_path: Path) -> None:
@@ -240,25 +246,25 @@ def test_single_files_of_other_kinds_hold_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     expected = [Row("p", "None", "None", "N/A"), Row("q", "c", "c", "d")]
     for name in ("a.csv", "a.csv.gz", "a.parquet", "a.json"):
-        assert dataset.read_rows(name, [tmp_path]) == (expected, []), name
+        assert read_rows(name, [tmp_path]) == (expected, []), name
 
 
 def test_a_folder_gives_train_files_in_order_and_the_first_kind_of_held_out_files(tmp_path: Path) -> None:
     for i, name in enumerate(["train-1", "train-0", "validation", "eval", "other"]):
         write(tmp_path / "d" / f"{name}.jsonl", numbered(1, start=i))
-    train, held_out = dataset.read_rows("d", [tmp_path])
+    train, held_out = read_rows("d", [tmp_path])
     assert ([row.prompt for row in train], [row.prompt for row in held_out]) == (["q1", "q0"], ["q2"])
     write(tmp_path / "d/test.jsonl", numbered(1, start=9))
-    assert [row.prompt for row in dataset.read_rows("d", [tmp_path])[1]] == ["q9"]
+    assert [row.prompt for row in read_rows("d", [tmp_path])[1]] == ["q9"]
 
 
 def test_a_path_is_looked_for_in_each_folder_in_order(tmp_path: Path) -> None:
     write(tmp_path / "2/a.jsonl", numbered(1, start=2))
     search = [tmp_path / "1", tmp_path / "2"]
-    assert dataset.read_rows("a.jsonl", search)[0][0].prompt == "q2"
+    assert read_rows("a.jsonl", search)[0][0].prompt == "q2"
     write(tmp_path / "1/a.jsonl", numbered(1, start=1))
-    assert dataset.read_rows("a.jsonl", search)[0][0].prompt == "q1"
-    assert dataset.read_rows(str(tmp_path / "2/a.jsonl"), search)[0][0].prompt == "q2"
+    assert read_rows("a.jsonl", search)[0][0].prompt == "q1"
+    assert read_rows(str(tmp_path / "2/a.jsonl"), search)[0][0].prompt == "q2"
 
 
 @pytest.mark.parametrize("name", ["./here", "../here", "/here/and/there", "a/b/c", "a/b.jsonl", "~/rows"])
@@ -284,7 +290,7 @@ def test_files_that_give_no_rows(tmp_path: Path) -> None:
     }
     for name, what_and_why in expected.items():
         with pytest.raises(ToolkitError) as caught:
-            dataset.read_rows(name, [tmp_path])
+            read_rows(name, [tmp_path])
         assert (caught.value.what, caught.value.why) == what_and_why
 
 
@@ -304,8 +310,8 @@ def test_without_a_held_out_split_five_percent_of_the_rows_are_held_out_by_the_s
     write(tmp_path / "a.jsonl", numbered(60))
 
     def split(seed: int) -> tuple[list[str], list[str]]:
-        train, held_out = dataset._read(str(tmp_path / "a.jsonl"), seed, lambda line: None)
-        return [row.prompt for row in train], [row.prompt for row in held_out]
+        train, held_out = dataset._read(DataSet(name=str(tmp_path / "a.jsonl")), seed)
+        return [str(row.prompt) for row in train.rows], [str(row.prompt) for row in held_out.rows]
 
     train, held_out = split(1)
     assert len(held_out) == 3
@@ -573,8 +579,8 @@ def like_llama_2() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("make", [like_llama_2, lambda: wrapped(bytes_tokenizer())], ids=["llama 2", "bytes"])
 def test_an_answer_has_the_ids_that_follow_its_prompt(make: Callable[[], Any], prompt: str, answer: str) -> None:
     tokenizer = make()
-    encoder = dataset._encoder(tokenizer)
-    [before], [after] = encoder.ids([prompt]), encoder.answers([(prompt, answer)])
+    ours = encoder.encoder_of(tokenizer)
+    [before], [after] = ours.ids([prompt]), ours.answers([(prompt, answer)])
     whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     decoded = tokenizer.backend_tokenizer.decode([*before, *after], skip_special_tokens=False)
     assert decoded == prompt + answer  # no space that is not in the text
@@ -584,7 +590,7 @@ def test_an_answer_has_the_ids_that_follow_its_prompt(make: Callable[[], Any], p
 
 def test_pieces_around_a_typed_control_token_get_no_space_of_their_own() -> None:
     tokenizer = like_llama_2()
-    [ids] = dataset._encoder(tokenizer).ids(["the </s> cat"])
+    [ids] = encoder.encoder_of(tokenizer).ids(["the </s> cat"])
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == "the </s> cat"
 
@@ -676,6 +682,200 @@ def test_nothing_is_printed_and_the_callers_tokenizer_is_left_alone(
     assert (transformers_log, capfd.readouterr()) == ([], ("", ""))
 
 
+# --- messages -----------------------------------------------------------------------------------
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CHAT = [turn("user", "Hi"), turn("assistant", "Yes."), turn("user", "Why?")]
+FIRST, SECOND = "\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Why?\n\nAssistant:"
+
+
+def test_messages_are_learned_in_each_step(tmp_path: Path, tokenizer: Any) -> None:
+    """By the Human/Assistant template of a tokenizer without one: EOS in front, EOS ends a turn."""
+    row = {"prompt": CHAT, "chosen": [turn("assistant", "So.")], "rejected": [turn("assistant", "No")]}
+    other = {**row, "prompt": [turn("user", "Ho")]}
+    folder = folder_of(tmp_path / "d", [row, other], [other])
+    table = prepared(spec_for(folder, split=(1.0, 0.0, 0.0)), tokenizer, tmp_path).train
+    assert tokenizer.chat_template  # it is saved with the model, which is asked by it
+    asked = [EOS, *letters(FIRST), *letters(" Yes."), EOS, *letters(SECOND)]
+    assert table.prompt[0].tolist() == table.before_response[0].tolist() == asked
+    # Step 1 learns the first answer, too, with the EOS behind it.
+    learned = [0] * (1 + len(FIRST)) + [1] * len(" Yes.") + [1] + [0] * len(SECOND)
+    assert table.learned is not None and table.learned[0].tolist() == learned
+    assert rows(table.chosen)[0] == rows(table.response)[0] == [*letters(" So."), EOS]
+    assert rows(table.rejected)[0] == [*letters(" No"), EOS]
+    assert not table.learned[1].any()
+    assert table.row_counts["prompt_held_out"] == 1
+    changed = {**row, "prompt": [CHAT[0], turn("assistant", "Yes!"), CHAT[2]]}
+    assert table.digest(1) != prepared(
+        spec_for(folder_of(tmp_path / "d", [changed, other], [other]), split=(1.0, 0.0, 0.0)), tokenizer, tmp_path
+    ).train.digest(1)
+
+
+def test_the_digest_of_step_1_holds_which_tokens_are_learned() -> None:
+    def digests(learned: list[int] | None, before: list[int]) -> list[str]:
+        ids, answer = Ragged.of([[5, 6, 7]]), Ragged.of([[8]])
+        more = (None, None) if learned is None else (Ragged.of([before]), Ragged.of([learned]))
+        orders = dict.fromkeys((1, 2, 3), np.array([0]))
+        table = dataset.Table(ids, answer, answer, answer, orders, {}, *more)
+        return [table.digest(step) for step in (1, 2, 3)]
+
+    plain, none, one, other = (
+        digests(None, []),
+        digests([0, 0, 0], [5, 6, 7]),
+        digests([0, 1, 0], [5, 6, 7]),
+        digests([0, 1, 0], [5, 6, 9]),
+    )
+    assert len({each[0] for each in (plain, none, one, other)}) == 4
+    assert plain[1:] == none[1:] == one[1:] == other[1:]
+
+
+def test_a_long_dialogue_is_left_out_and_a_long_answer_is_cut(tmp_path: Path, tokenizer: Any) -> None:
+    long, short = ([turn("user", "Hi"), turn("assistant", text)] for text in ("a" * 9, "b"))
+    train = [{"messages": each} for each in (long, short, [*CHAT, turn("assistant", "So.")])]
+    spec = spec_for(
+        folder_of(tmp_path / "d", train, [{"messages": short}]),
+        split=(1.0, 0.0, 0.0),
+        max_prompt_tokens=len(FIRST) + 1,
+        max_response_tokens=4,
+    )
+    table = prepared(spec, tokenizer, tmp_path).train
+    assert sorted(table.step_rows[1].tolist()) == [0, 1]
+    assert {name: table.row_counts[name] for name in ("prompt_too_long", "answer_cut", "rows")} == {
+        "prompt_too_long": 1,
+        "answer_cut": 1,
+        "rows": 3,
+    }
+    assert rows(table.response)[:2] == [letters(" aaa"), [*letters(" b"), EOS]]
+
+
+def test_text_and_messages_are_mixed_and_cached_apart(tmp_path: Path, tokenizer: Any) -> None:
+    chat = [{"messages": [turn("user", f"q{i}"), turn("assistant", "So.")]} for i in range(3)]
+    said: list[str] = []
+    first, second = (
+        folder_of(tmp_path / "text", numbered(3), ONE_ROW),
+        folder_of(tmp_path / "chat", [*chat, {"messages": []}, {"messages": []}], chat[:1]),
+    )
+    spec = spec_for(first, second, split=(1.0, 0.0, 0.0))
+    table = prepared(spec, tokenizer, tmp_path, said.append).train
+    assert f"{second}: dialogues of messages, 3 to learn from, 1 held out; left out: 2 missing answers" in said
+    assert (table.row_counts["rows"], table.row_counts["no_answer"]) == (8, 2)
+    assert len(chunk_files(tmp_path)) == 4
+    assert table.before_response[0].tolist() == [EOS, *letters("q0")] and not table.learned[0].any()  # type: ignore[index]
+    assert table.prompt[3].tolist() == [EOS, *letters("\n\nHuman: q0\n\nAssistant:")]
+    assert len(table.step_rows[1]) == 6
+    before = stamps(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    again = prepared(spec, tokenizer, tmp_path).train  # another template: other ids of the messages alone
+    assert before.items() < stamps(tmp_path).items() and len(stamps(tmp_path)) == 6
+    assert again.prompt[3].tolist() == [*letters("q0"), EOS]
+
+
+# --- which data set serves which step ------------------------------------------------------------
+
+
+def test_each_step_gets_the_rows_that_have_its_columns(tmp_path: Path, tokenizer: Any) -> None:
+    learn = [{"prompt": f"a{i}", "response": "s"} for i in range(4)]
+    ask = [{"prompt": f"b{i}"} for i in range(6)]
+    folders = [
+        folder_of(tmp_path / "1", learn, learn[:1]),
+        folder_of(tmp_path / "2", ask, ask[:2]),
+        folder_of(tmp_path / "3", numbered(3), ONE_ROW),
+    ]
+    corpus = prepared(spec_for(*folders), tokenizer, tmp_path)
+    served = {step: sorted(corpus.train.step_rows[step].tolist()) for step in (1, 2, 3)}
+    assert [len(served[step]) for step in (1, 2, 3)] == [4 + 1, 1, 6 + 1]
+    assert served[1][:4] == [0, 1, 2, 3] and served[3][:6] == [4, 5, 6, 7, 8, 9]
+    assert corpus.train.row_counts["identical_answers"] == 0
+    assert {step: len(corpus.held_out.step_rows[step]) for step in (1, 2, 3)} == {1: 2, 2: 1, 3: 3}
+    # What stands in an answer's place where there is none: the prompt, else the response.
+    assert corpus.train.some_answer[0].tolist() == [*letters("s"), EOS]
+    assert corpus.train.some_answer[4].tolist() == [EOS, *letters("b0")]
+    assert corpus.train.some_answer[10].tolist() == [*letters("yes0"), EOS]
+
+
+def test_a_step_that_is_asked_for_and_has_no_rows_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "response": "s"} for i in range(40)])
+    alone = dataset.prepare(spec_for(file), tokenizer, cache=tmp_path / "cache", say=print, steps=[1])
+    assert [len(order) for order in alone.train.step_rows.values()] == [38, 0, 0]
+    with pytest.raises(ToolkitError) as caught:
+        prepared(spec_for(file), tokenizer, tmp_path)
+    assert (caught.value.what, caught.value.why, caught.value.hint) == (
+        "step 2 has no rows: no data set serves it",
+        f"`{file}`: responses as text; step 2 needs chosen and rejected, too",
+        "name a data set that has them, or ask for step 1 alone",
+    )
+    with pytest.raises(ToolkitError) as caught:
+        dataset.prepare(spec_for(file), tokenizer, cache=tmp_path / "cache", say=print, steps=[1, 3])
+    assert caught.value.why == f"`{file}`: responses as text; `steps: [3]` in its entry lets it serve"
+
+
+def entries(*fields: dict[str, Any], **more: Any) -> Data:
+    return Data.model_validate({"datasets": list(fields), "split": [1.0, 1.0, 1.0], **more})
+
+
+def test_an_entry_names_the_steps_that_it_serves(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}", "response": "s"} for i in range(40)])
+    corpus = dataset.prepare(
+        entries({"name": str(file), "steps": [1, 3]}), tokenizer, cache=tmp_path / "cache", say=print, steps=[1, 3]
+    )
+    assert [len(order) for order in corpus.train.step_rows.values()] == [19, 0, 19]
+    with pytest.raises(ToolkitError) as caught:
+        prepared(entries({"name": str(file), "steps": [2]}), tokenizer, tmp_path)
+    assert (caught.value.what, caught.value.why) == (
+        f"data set `{file}` cannot serve step 2",
+        "its rows are responses as text; step 2 needs chosen and rejected, too",
+    )
+
+
+def test_weights_repeat_and_thin_out_rows_by_the_seed(tmp_path: Path, tokenizer: Any) -> None:
+    first, second = (
+        folder_of(tmp_path / "1", numbered(8), ONE_ROW),
+        folder_of(tmp_path / "2", numbered(8, start=8), ONE_ROW),
+    )
+
+    def drawn(seed: int, **weights: float) -> list[int]:
+        spec = entries(
+            {"name": str(first), "weight": weights.get("first", 1.0)},
+            {"name": str(second), "weight": weights.get("second", 1.0)},
+            split=[1.0, 0.0, 0.0],
+            seed=seed,
+        )
+        found: list[int] = prepared(spec, tokenizer, tmp_path).train.step_rows[1].tolist()
+        return found
+
+    counts = Counter(drawn(3, first=2.5, second=0.25))
+    assert sorted(counts[row] for row in range(8)) == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert sorted(counts[row] for row in range(8, 16)) == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert drawn(3, first=2.5, second=0.25) == drawn(3, first=2.5, second=0.25)
+    assert drawn(4, second=0.25) != drawn(3, second=0.25)
+    plain = prepared(spec_for(first, second, split=(1.0, 0.0, 0.0), seed=3), tokenizer, tmp_path).train
+    assert drawn(3) == plain.step_rows[1].tolist()
+    assert len(set(drawn(3, second=0.01)) & {*range(8, 16)}) == 1  # a data set that is named is used
+
+
+def test_tables_of_text_are_those_of_older_versions(tmp_path: Path, tokenizer: Any) -> None:
+    """A run of another version resumes. The digests are those that commit 401fdae prints."""
+    names = ["prompt", "chosen", "rejected", "response"]
+    made = [(f"q{i % 30} é</s>", f"yes{i}", f"no{i}", "said") for i in range(40)]
+    lines = [dict(zip(names[: 4 if i % 3 else 3], row, strict=False)) for i, row in enumerate(made)]
+    spec = spec_for(write(tmp_path / "rows.jsonl", lines), split=(1.0, 2.0, 1.0), max_response_tokens=5)
+    corpus = prepared(spec, tokenizer, tmp_path)
+    assert corpus.digest == "8d23e325708099a5c879173026c497f79a4f3d09e7ffe08a089f4b7d942aaaf1"
+    digests = [table.digest(step)[:16] for table in (corpus.train, corpus.held_out) for step in (1, 2, 3)]
+    assert digests == [
+        "f41da9aedaf6a011",
+        "2e38839603e956e2",
+        "6a4f2c1f5a6ca5c3",
+        "5204e6904ad3a204",
+        "47d26d615f778e36",
+        "305004808f84fe52",
+    ]
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 
@@ -688,7 +888,8 @@ def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> No
     messages: list[str] = []
     first = prepared(spec_for(folder), tokenizer, tmp_path, messages.append)
     before = stamps(tmp_path)
-    assert messages == [f"reading {folder}", "tokenising: part 1 of 2, 9 rows"]
+    read = [f"reading {folder}", f"{folder}: pairs of text, 9 to learn from, 3 held out"]
+    assert messages == [*read, "tokenising: part 1 of 2, 9 rows"]
     messages.clear()
     # This call changes the settings of a fast tokenizer, which must not matter here.
     tokenizer(["abc", "d"], truncation=True, max_length=2, padding=True)
@@ -699,8 +900,35 @@ def test_the_second_call_tokenises_nothing(tmp_path: Path, tokenizer: Any) -> No
         messages.append,
     )
     assert stamps(tmp_path) == before
-    assert messages == [f"reading {folder}"]
+    assert messages == read
     assert rows(first.train.chosen) == rows(second.train.chosen) == [[*letters(f"yes{i}"), EOS] for i in range(9)]
+
+
+def test_what_the_cache_holds_is_mapped_and_not_copied(tmp_path: Path, tokenizer: Any) -> None:
+    """Ranks of a machine then share it; lists that are cut or picked are no copies either."""
+    folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
+    table = prepared(spec_for(folder, max_response_tokens=3), tokenizer, tmp_path).train
+    for column in (table.prompt, table.response, table.chosen, table.rejected, table.chosen.pick(np.array([5, 2]), 2)):
+        base: Any = column[1]
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        assert isinstance(base, np.memmap)
+    assert table.chosen.pick(np.array([5, 2]), 2)[0].tolist() == letters("ye")
+
+
+def test_progress_says_how_long_it_will_take(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tokens, "SAY_EVERY_S", 0)
+    said: list[str] = []
+    prepared(spec_for(folder_of(tmp_path / "d", numbered(9), numbered(3))), tokenizer, tmp_path, said.append)
+    told = [line for line in said if line.startswith("tokenising")]
+    assert [line.partition(", about")[0] for line in told] == [
+        "tokenising: part 1 of 4, 4 rows",
+        "tokenising: part 2 of 4, 4 rows",
+        "tokenising: part 3 of 4, 1 row",
+        "tokenising: part 4 of 4, 3 rows",
+    ]
+    assert [line.endswith(" left") for line in told] == [False, True, True, True]
 
 
 def test_other_text_or_another_tokenizer_is_another_key(tmp_path: Path, tokenizer: Any) -> None:
@@ -730,10 +958,10 @@ def test_many_chunks_make_the_same_table(tmp_path: Path, tokenizer: Any, monkeyp
     mixed = [{**row, "response": "other"} if i % 3 else row for i, row in enumerate(numbered(11))]
     folder = folder_of(tmp_path / "d", mixed, numbered(3))
     whole = prepared(spec_for(folder), tokenizer, tmp_path).train
-    monkeypatch.setattr(dataset, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tokens, "CHUNK_ROWS", 4)
     parts = prepared(spec_for(folder), tokenizer, tmp_path).train
     assert len(chunk_files(tmp_path)) == 2 + 3 + 1
-    for column in dataset.Row._fields:
+    for column in Row._fields:
         assert rows(getattr(parts, column)) == rows(getattr(whole, column))
     assert rows(whole.response)[:2] == [[*letters("yes0"), EOS], [*letters("other"), EOS]]
 
@@ -743,12 +971,12 @@ def test_many_chunks_make_the_same_table(tmp_path: Path, tokenizer: Any, monkeyp
 )
 def test_a_torn_chunk_is_made_again(tmp_path: Path, tokenizer: Any, damage: Callable[[bytes], bytes]) -> None:
     folder = folder_of(tmp_path / "d", numbered(9), numbered(3))
-    whole = prepared(spec_for(folder), tokenizer, tmp_path).train
+    whole = rows(prepared(spec_for(folder), tokenizer, tmp_path).train.chosen)
     good = {path: path.read_bytes() for path in chunk_files(tmp_path)}
     for path, content in good.items():
         path.write_bytes(damage(content))
     again = prepared(spec_for(folder), tokenizer, tmp_path).train
-    assert rows(again.chosen) == rows(whole.chosen)
+    assert rows(again.chosen) == whole
     assert [hash(path.read_bytes()[:32]) for path in chunk_files(tmp_path)] == [
         hash(content[:32]) for content in good.values()
     ]
@@ -775,17 +1003,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from jobs.errors import ToolkitError
 from jobs.spec import Data
-from rlhf_train.data import dataset
+from rlhf_train.data import dataset, tokens
 
 rank, world_size, sign, largest_file, folder, cache, tokenizer_file = json.loads(sys.argv[1])
-dataset.CHUNK_ROWS, dataset.SAY_EVERY_S, written, messages = 10, 0.2, [], []
-columns_of, write = dataset._token_columns, dataset._write_chunk
+tokens.CHUNK_ROWS, tokens.SAY_EVERY_S, written, messages = 10, 0.2, [], []
+columns_of, write = tokens.token_columns, tokens._write_chunk
 def columns(*args):
     while sign and not Path(sign).exists():  # the slow rank begins when the test says so
         time.sleep(0.01)
     return columns_of(*args)
-dataset._token_columns = columns
-dataset._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
+tokens.token_columns = columns
+tokens._write_chunk = lambda file, columns: (written.append(file.name), write(file, columns))[1]
 if largest_file:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # as good as a full disk
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="</s>")
@@ -848,7 +1076,8 @@ import json, sys
 from pathlib import Path
 import pandas
 from jobs.errors import ToolkitError
-from rlhf_train.data import dataset
+from rlhf_train.data import reading
+from jobs.spec import DataSet
 
 names, parquet, saved = json.loads(sys.argv[1])
 for file, rows in parquet.items():
@@ -858,10 +1087,12 @@ import datasets
 for folder, splits in saved.items():
     datasets.disable_progress_bar()
     made = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
-    (datasets.DatasetDict(made) if len(made) > 1 else made["train"]).save_to_disk(folder)
+    (datasets.DatasetDict(made) if len(made) > 1 else next(iter(made.values()))).save_to_disk(folder)
 for name in names:
     try:
-        print(json.dumps([[list(row) for row in part] for part in dataset.read_rows(name, [Path.cwd()])]))
+        entry = DataSet(**(name if isinstance(name, dict) else {"name": name}))
+        parts = reading.read(entry, [Path.cwd()])
+        print(json.dumps([[list(row) for row in part.rows] if part else [] for part in parts]))
     except ToolkitError as error:
         print(json.dumps([error.what, error.why, error.hint, error.exit_code]))
 """
@@ -875,7 +1106,7 @@ class Reader:
 
     def __call__(
         self,
-        *names: str,
+        *names: str | dict[str, Any],
         parquet: dict[str, Any] | None = None,
         saved: dict[str, Any] | None = None,
         **environment: str,
@@ -918,10 +1149,17 @@ def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> Non
         "datasets/some/gated/train.parquet": texts_of(0, 2),
         "datasets/some/renamed/train.parquet": [{"question": "q", "chosen": "c", "rejected": "r"}],
         "datasets/some/nulls/train.parquet": [*texts_of(0, 1), {"prompt": None, "chosen": "c", "rejected": None}],
+        "here/chat/train.parquet": [{"messages": CHAT[:2], "source": "x"}],
         "here/local/train.parquet": texts_of(0, 2),
         "here/local/validation.parquet": texts_of(2, 1),
     }
-    saved = {"saved": {"train": texts_of(0, 2), "test": texts_of(2, 1)}, "saved one": {"train": texts_of(0, 2)}}
+    saved = {
+        "saved": {"train": texts_of(0, 2), "test": texts_of(2, 1)},
+        "saved one": {"train": texts_of(0, 2)},
+        "saved chat": {
+            "train_sft": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]}]
+        },
+    }
     names = [
         "Dahoas/rm-static",
         "no/such",
@@ -932,9 +1170,14 @@ def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> Non
         "saved",
         "saved one",
         str(here / "empty"),
+        "chat",
+        {"name": "saved chat"},
+        {"name": "saved", "split": "train_sft"},
+        {"name": "local", "config": "en"},
+        {"name": "some/renamed", "columns": {"prompt": "question"}},
     ]
     (here / "empty").mkdir(parents=True)
-    static, absent, gated, renamed, nulls, local, both, one, empty = reader(*names, parquet=parquet, saved=saved)
+    static, absent, gated, renamed, nulls, local, both, one, empty, *more = reader(*names, parquet=parquet, saved=saved)
 
     assert static == [[[f"q{i}", "said", f"yes{i}", f"no{i}"] for i in range(3)], [["q3", "said", "yes3", "no3"]]]
     assert any(line.startswith(f"GET /{hub.replace('/data', '')}/resolve/") for line in reader.hub.requests)
@@ -961,6 +1204,13 @@ def test_data_sets_of_the_hub_and_of_the_datasets_library(reader: Reader) -> Non
     assert (nulls[0], nulls[1].splitlines()) == ("bad rows in data set `some/nulls`, split `train`", nulls_found)
     assert empty[0] == f"cannot load the data set in {here}/empty"
 
+    said = [[[["user", "Hi", None]], ["assistant", "Yes.", None], None, None]]
+    chat, saved_chat, no_split, no_config, named = more
+    assert chat == saved_chat == [said, []]
+    assert no_split[:2] == ["data set `saved` has no split `train_sft`", "its splits: train, test"]
+    assert no_config[0] == "data set `local` has no configuration `en`"
+    assert named == [[["q", "c", "c", "r"]], []]
+
     assert reader("some/gated", HF_TOKEN=TOKEN) == [[local_rows[:2], []]]
 
 
@@ -982,7 +1232,7 @@ def test_real_preference_data(tmp_path: Path, tokenizer: Any) -> None:
     lines = [json.loads(line) for line in (HH_RM_MINI / "train.jsonl").read_bytes().splitlines()]
     assert corpus.train.row_counts["rows"] == len(lines) == 1500
     # Bytes are tokens here, so the lengths can be counted without the tokenizer.
-    blank = [not all(line[column].strip() for column in dataset.Row._fields) for line in lines]
+    blank = [not all(line[column].strip() for column in Row._fields) for line in lines]
     assert corpus.train.row_counts["prompt_too_long"] == sum(
         len(line["prompt"].encode()) + 1 > 2000 for line, none in zip(lines, blank, strict=True) if not none
     )

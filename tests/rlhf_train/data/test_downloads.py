@@ -37,7 +37,7 @@ from rlhf_train.__main__ import main
 from rlhf_train.data import hub
 hub.WAITS_S = (0.01, 0.02)
 for line in sys.stdin:
-    words, os.environ["HF_TOKEN"] = json.loads(line)
+    words, os.environ["HF_TOKEN"], os.environ["RLHF_FLAVOUR"] = json.loads(line)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
@@ -57,6 +57,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "models/some/critic/pytorch_model.bin": WEIGHTS[:1000],
         "models/some/critic/config.json": b"{}",
         "models/some/unneeded/config.json": b"{}",
+        "models/some/newer/model.safetensors": WEIGHTS,
+        "models/some/newer/config.json": b'{"model_type": "qwen3"}',
         "models/some/gated/config.json": b"{}",
         "datasets/some/rows/train.jsonl": ROW * 40,
         "datasets/some/rows/picture.png": b"not wanted",
@@ -94,11 +96,11 @@ class Place:
         self.processes.append(process)
         return process
 
-    def send(self, *settings: str, token: str = "", words: Sequence[str] = (), to: int = 0) -> None:
+    def send(self, *settings: str, token: str = "", flavour: str = "", words: Sequence[str] = (), to: int = 0) -> None:
         sets = [word for each in settings for word in ("--set", each)]
         stdin = self.processes[to].stdin
         assert stdin is not None
-        stdin.write(json.dumps([["--download", "--job", "job.yaml", *sets, *words], token]) + "\n")
+        stdin.write(json.dumps([["--download", "--job", "job.yaml", *sets, *words], token, flavour]) + "\n")
         stdin.flush()
 
     def call(self, *settings: str, **more: Any) -> tuple[int, str, str]:
@@ -205,6 +207,16 @@ def test_the_errors_are_those_of_a_run(server: Hub, place: Place) -> None:
     assert code == ExitCode.USAGE and "error: there is no folder ./no" in err
     code, _, err = place.call("actor.sft_model=./own rows", "critic.model=actor", "data.datasets=[./own rows]")
     assert (code, err) == (0, "nothing to fetch: the job names no model or data set of a hub\n")
+
+
+def test_a_model_that_the_stack_lacks_is_refused_by_its_config(server: Hub, place: Place) -> None:
+    server.requests.clear()
+    code, _, err = place.call("actor.sft_model=some/newer", flavour="cu118")
+    assert code == ExitCode.UNFIT and fetched(server) == ["some/newer/config.json"]
+    assert "error: some/newer does not run in flavour cu118, which this stack has\n" in err
+    assert "its transformers has no Qwen 3" in err and "`FLAVOUR=cu130 docker compose run --rm train ...`" in err
+    assert place.call("actor.sft_model=some/newer", flavour="cu130")[0] == 0
+    assert "some/newer/model.safetensors" in fetched(server)
 
 
 def test_without_the_hub_what_is_here_is_enough(server: Hub, place: Place) -> None:

@@ -37,15 +37,17 @@ CLIENT = """
 import hashlib, json, sys
 from pathlib import Path
 from jobs.errors import ToolkitError
-from rlhf_train.data import dataset, hub
+from jobs.spec import DataSet
+from rlhf_train.data import hub, reading
 hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # instead of 10 MB
 hub.WAITS_S = tuple(wait_s / 100 for wait_s in hub.WAITS_S)
 def fetched(name, kind="model", wanted=hub.model_files):
     folder = hub.fetch(name, wanted, kind=kind)
     files = wanted(hub._recall(folder.parents[1]).files)
     return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
-def rows(name):
-    return dataset.read_rows(name, [Path.cwd()])
+def rows(name, **entry):
+    parts = reading.read(DataSet(name=name, **entry), [Path.cwd()])
+    return [[*part.rows] if part else [] for part in parts]
 for line in sys.stdin:
     try:
         answer = eval(line)
@@ -347,6 +349,20 @@ def test_data_sets_of_several_files_and_configurations(server: Hub, clients: Any
     assert (answer["what"], answer["why"]) == (
         "data set `some/undecided` has several configurations, and none is the default",
         "they are one, two",
+    )
+    # A configuration or a split that is named; where there is none of that name, those that are.
+    assert client.ask("rows('some/several', config='one')")[0] == [as_rows(ROWS[:5]), []]
+    answer, _ = client.ask("rows('some/undecided', config='three')")
+    assert (answer["what"], answer["why"], answer["hint"]) == (
+        "data set `some/undecided` has no configuration `three`",
+        "they are one, two",
+        "name one in data.datasets: {name: some/undecided, config: one}",
+    )
+    assert client.ask("rows('some/set', split='test')")[0] == [as_rows(ROWS[30:]), []]
+    answer, _ = client.ask("rows('some/set', split='train_sft')")
+    assert (answer["what"], answer["why"]) == (
+        "data set `some/set` has no split `train_sft`",
+        "its splits: train, test",
     )
 
     # The next version of the data set, and a file of the cache that went bad.

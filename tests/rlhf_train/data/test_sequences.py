@@ -158,6 +158,19 @@ def test_predicted_names_the_state_before_each_token():
     assert labels.tolist() == [5, 6, 7, 3, 8, 9, 4, 3]
 
 
+def test_learned_tokens_of_a_prompt_are_predicted_too():
+    prompts = [np.array([2, 5, 6, 9]), np.array([2])]
+    responses = [np.array([3]), np.array([7, 8, 3])]
+    learned = [np.array([0, 0, 1, 1]), np.array([0])]
+    padded = Sequences.of(prompts, responses, 1, CPU, learned)  # 5 columns
+    index, labels = padded.predicted()
+    assert (index.tolist(), labels.tolist()) == ([1, 2, 3, 5, 6, 7], [6, 9, 3, 7, 8, 3])
+    assert padded.predicted(from_prompt=True)[1].tolist() == [5, 6, 9, 3, 7, 8, 3]
+    packed = Sequences.of(prompts, responses, None, CPU, learned)
+    index, labels = packed.predicted()
+    assert (index.tolist(), labels.tolist()) == ([1, 2, 3, 5, 6, 7], [6, 9, 3, 7, 8, 3])
+
+
 def test_spread_puts_flat_numbers_back_and_keeps_their_gradient():
     flat = torch.arange(1.0, 7.0, requires_grad=True)
     grid = sequences().spread(flat)

@@ -28,16 +28,25 @@ HUNG = "the tests did not end by themselves"
 
 STEPS, UNITS = "rlhf_train/steps", "tests/rlhf_train/steps"
 TWINS = "tests/integration/test_twins.py"
+GROUPS = f"{TWINS}::test_step_3_without_a_critic_learns_what_its_twin_learns"
 STEP_1, STEP_2, STEP_3 = (f"{TWINS}::test_step_{step}_learns_what_its_twin_learns" for step in (1, 2, 3))
 
 # The tests that a file is held to, quickest first: the run ends with the first that fails.
 TESTS: dict[str, tuple[str, ...]] = {
-    f"{STEPS}/losses.py": (f"{UNITS}/test_losses.py", f"{UNITS}/test_experience.py", STEP_2, STEP_3),
+    f"{STEPS}/losses.py": (
+        f"{UNITS}/test_losses.py",
+        f"{UNITS}/test_experience.py",
+        f"{UNITS}/test_advantages.py",
+        STEP_2,
+        STEP_3,
+    ),
+    f"{STEPS}/advantages.py": (f"{UNITS}/test_advantages.py", GROUPS),
     f"{STEPS}/experience.py": (f"{UNITS}/test_experience.py", STEP_3, f"{UNITS}/test_ppo.py"),
     f"{STEPS}/scoring.py": (f"{UNITS}/test_scoring.py", STEP_3),
-    f"{STEPS}/ppo.py": (f"{UNITS}/test_ppo.py::test_kl_coefficient_by_hand", STEP_3, f"{UNITS}/test_ppo.py"),
+    f"{STEPS}/ppo.py": (f"{UNITS}/test_ppo.py::test_kl_coefficient_by_hand", STEP_3, GROUPS, f"{UNITS}/test_ppo.py"),
     f"{STEPS}/ppo_setup.py": (STEP_3, f"{UNITS}/test_ppo.py"),
     f"{STEPS}/ppo_state.py": (f"{UNITS}/test_ppo_state.py", STEP_3),
+    f"{STEPS}/change.py": (f"{UNITS}/test_change.py",),
     f"{STEPS}/held_out.py": (f"{UNITS}/test_held_out.py", STEP_3),
     f"{STEPS}/reward.py": (f"{UNITS}/test_held_out.py", STEP_2),
     f"{STEPS}/sft.py": (STEP_1,),
@@ -65,10 +74,14 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         f"{STEPS}/ppo_setup.py",
         ("actor-has-the-critics-rate", "        spec.actor_learning_rate,\n", "        spec.critic_learning_rate,\n"),
-        ("critic-has-the-actors-rate", "        spec.critic_learning_rate,\n", "        spec.actor_learning_rate,\n"),
+        (
+            "critic-has-the-actors-rate",
+            "            spec.critic_learning_rate,\n",
+            "            spec.actor_learning_rate,\n",
+        ),
         (
             "critic-without-shift-and-scale",
-            "for network in (setup.reward_model, setup.critic.module):",
+            "for network in (setup.reward_model, *(critic.module for critic in setup.engines[1:])):",
             "for network in (setup.reward_model,):",
         ),
         ("scale-is-the-variance", "max(float(scores.std()), LEAST_SCALE)", "max(float(scores.var()), LEAST_SCALE)"),
@@ -100,8 +113,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (
             "policy-loss-with-the-values-clip",
-            "advantages, mask, clip_range=spec.clip_range",
-            "advantages, mask, clip_range=spec.value_clip_range",
+            "            clip_range=spec.clip_range,\n",
+            "            clip_range=spec.value_clip_range,\n",
         ),
         (
             "no-temperature-in-training",
@@ -125,11 +138,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "log_probs.detach() if on_policy else micro.old_log_probs",
             "log_probs if on_policy else micro.old_log_probs",
         ),
-        ("advantages-stay-unwhitened-on-policy", "if on_policy and spec.whiten_advantages:", "if not on_policy:"),
+        ("advantages-stay-unwhitened-on-policy", "if on_policy and spec.whiten_advantages and", "if not on_policy and"),
         (
             "clip-fraction-of-the-values-clip",
-            "(ratio - 1).abs() > spec.clip_range",
-            "(ratio - 1).abs() > spec.value_clip_range",
+            "1 - ratio > spec.clip_range",
+            "1 - ratio > spec.value_clip_range",
         ),
         ("kl-control-backwards", "kl / spec.kl_target - 1", "1 - kl / spec.kl_target"),
         ("kl-control-by-updates", "error * spec.rollout_batch", "error * spec.global_batch"),
@@ -137,6 +150,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("kl-coefficient-never-adapts", "state.kl_coef = next_kl_coef(", "next_kl_coef("),
         ("same-uniforms-in-each-rollout", "[rollout * spec.rollout_batch + int(i)", "[int(i)"),
         ("prompts-of-the-update", "rows_of_update(rollout, len(rows)", "rows_of_update(update, len(rows)"),
+        ("as-many-prompts-as-answers", "len(rows), spec.prompts_per_rollout,", "len(rows), spec.rollout_batch,"),
+        ("prompts-in-turn", "np.repeat(chosen, spec.samples_per_prompt)", "np.tile(chosen, spec.samples_per_prompt)"),
+        ("kl-without-its-weight", "loss = loss + kl_coef * losses.kl_loss(", "loss = loss + losses.kl_loss("),
+        ("kl-in-no-loss", "if spec.kl_in_loss:", "if False:"),
+        ("clip-higher-is-not-read", "clip_range_high=spec.clip_range_high,", "clip_range_high=None,"),
+        ("constant-is-the-batch", "limit=context.job.data.max_response_tokens,", "limit=spec.global_batch,"),
         ("first-minibatch-each-time", "spec.global_batch)[number]", "spec.global_batch)[0]"),
         (
             "critic-warms-up-too-long",
@@ -160,8 +179,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("score-is-clipped-above-only", "scores.clamp(-reward_clip, reward_clip)", "scores.clamp(max=reward_clip)"),
         ("delta-without-gamma", "deltas[:, :-1] += gamma * values[:, 1:]", "deltas[:, :-1] += values[:, 1:]"),
         ("delta-with-the-value-itself", "gamma * values[:, 1:]", "gamma * values[:, :-1]"),
-        ("gae-without-gamma", "((gamma * lam) **", "(lam **"),
-        ("gae-without-lambda", "((gamma * lam) **", "(gamma **"),
+        ("gae-without-gamma", "_discounted_sums(deltas, gamma * lam)", "_discounted_sums(deltas, lam)"),
+        ("gae-without-lambda", "_discounted_sums(deltas, gamma * lam)", "_discounted_sums(deltas, gamma)"),
+        ("gae-in-separate-pieces", "discount ** (count - time[:count])", "0.0 ** (count - time[:count])"),
         ("gae-forwards", "(time[:, None] - time)).tril()", "(time - time[:, None])).triu()"),
         ("returns-are-advantages", "return advantages, advantages + values", "return advantages, advantages"),
         ("whitening-keeps-the-other-mean", "(mean if keep_mean else 0.0)", "(0.0 if keep_mean else mean)"),
@@ -184,13 +204,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("policy-takes-the-better", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio"),
         (
             "ratio-is-clipped-above-only",
-            "ratio.clamp(1 - clip_range, 1 + clip_range)",
-            "ratio.clamp(max=1 + clip_range)",
+            "ratio.clamp(1 - clip_range, 1 + high)",
+            "ratio.clamp(max=1 + high)",
         ),
         (
             "policy-loss-of-the-pass",
-            "return (loss * mask).sum() / (mask.sum() if normalizer is None else normalizer)",
-            "return (loss * mask).sum() / mask.sum()",
+            "else weights)).sum() / (mask.sum() if normalizer is None else normalizer)",
+            "else weights)).sum() / mask.sum()",
         ),
         (
             "value-loss-of-the-pass",
@@ -200,7 +220,25 @@ MUTANTS: tuple[Mutant, ...] = (
         ("value-loss-without-its-half", "return 0.5 * (loss", "return 1.0 * (loss"),
         ("value-takes-the-better", "torch.maximum((values - returns)", "torch.minimum((values - returns)"),
         ("value-is-clipped-around-0", "old_values + (values - old_values).clamp(", "values.clamp("),
-        ("k3-of-the-other-sign", "(log_ratio.expm1() - log_ratio)", "(log_ratio.expm1() + log_ratio)"),
+        ("k3-of-the-other-sign", "(log_ratio.expm1() - log_ratio).sum(1)", "(log_ratio.expm1() + log_ratio).sum(1)"),
+        ("k3-of-the-loss-of-k1", "((log_ratio.expm1() - log_ratio) * weights)", "(-log_ratio * weights)"),
+        ("high-clip-is-the-low-one", "high = clip_range if clip_range_high is None", "high = clip_range if True"),
+        ("answers-weigh-by-their-tokens", 'if loss_mean == "sequence" else mask', "if False else mask"),
+        ("constant-over-tokens", '"constant": answers * limit}', '"constant": tokens * limit}'),
+        ("sequences-over-tokens", '"sequence": answers,', '"sequence": tokens,'),
+    ),
+    *_of(
+        f"{STEPS}/advantages.py",
+        ("the-answer-is-in-its-own-baseline", "- groups) / (k - 1)).flatten()", ") / k).flatten()"),
+        ("rloo-without-the-kl", "leave_one_out(rewards.sum(1), k)", "leave_one_out(outcomes, k)"),
+        ("grpo-with-the-kl", "grouped(outcomes, k,", "grouped(rewards.sum(1), k,"),
+        ("deviation-of-all-answers", "groups.std(1, keepdim=True)", "groups.std()"),
+        ("deviation-is-biased", "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, unbiased=False)"),
+        ("mean-of-all-answers", "centred = groups - groups.mean(1, keepdim=True)", "centred = groups - groups.mean()"),
+        ("deviation-always", "    if deviation:\n", "    if True:\n"),
+        ("baseline-of-the-next-group", "mean(1).repeat_interleave(k)", "mean(1).repeat(k)"),
+        ("returns-without-gamma", "rewards - at_end, mask, gamma=gamma)", "rewards - at_end, mask, gamma=1.0)"),
+        ("never-whitened", "keep_mean=False) if spec.whiten_advantages else", "keep_mean=False) if False else"),
     ),
     *_of(
         f"{STEPS}/experience.py",
@@ -230,7 +268,8 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         f"{STEPS}/scoring.py",
         ("reference-without-temperature", "reference(batch, temperature=temperature)", "reference(batch)"),
-        ("score-before-the-end", "reward_model(batch, batch.last())", "reward_model(batch, batch.last() - 1)"),
+        ("score-before-the-end", "reward_model(read, read.last())", "reward_model(read, read.last() - 1)"),
+        ("judged-before-the-end", "judge(batch, batch.last())", "judge(batch, batch.last() - 1)"),
         (
             "old-log-probs-without-temperature",
             "actor(batch, temperature=temperature, with_entropy=True)",
@@ -250,9 +289,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("policy-loss-is-a-sum", 'sums["policy_loss"] / count', 'sums["policy_loss"]'),
         (
             "norms-change-places",
-            "np.mean([actor for actor, _ in self.norms])",
-            "np.mean([norm for _, norm in self.norms])",
+            "np.mean([norms[0] for norms in self.norms])",
+            "np.mean([norms[-1] for norms in self.norms])",
         ),
+    ),
+    *_of(
+        f"{STEPS}/change.py",
+        ("error-of-one-sample", "dtype=float) - np.asarray(before, dtype=float))", "dtype=float))"),
+        ("perplexities-apart", "((parts[0] - parts[1]) ** 2)", "(parts[0] ** 2 + parts[1] ** 2)"),
     ),
     *_of(
         f"{STEPS}/held_out.py",
@@ -283,11 +327,12 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{STEPS}/sft.py",
         ("loss-of-the-pass", "-log_probs.sum() / counted", "-log_probs.mean() / len(passes)"),
         ("loss-on-the-answer-alone", "engine(batch, from_prompt=spec.loss_on_prompt)", "engine(batch)"),
-        ("first-token-is-counted", "table.prompt.lengths[rows] - 1 if", "table.prompt.lengths[rows] if"),
+        ("first-token-is-counted", "table.before_response.lengths[rows] - 1", "table.before_response.lengths[rows]"),
         (
             "perplexity-of-repeated-rows",
             "nll[real]",
             "nll",
+            "on two ranks the one repeated row is the last of all, which is not picked; it takes three ranks",
         ),
     ),
     *_of(

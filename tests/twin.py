@@ -247,7 +247,7 @@ class TwinPpo:
 
         The critic's values get the same shift and scale.
         """
-        scores = [float(scores_of(self.reward_model, row)[-1]) for row in rows]
+        scores = [self.score(row) for row in rows]  # the shift is 0 and the scale 1 still
         self.shift = sum(scores) / len(scores)
         self.scale = math.sqrt(sum((score - self.shift) ** 2 for score in scores) / len(scores))
 
@@ -369,5 +369,133 @@ class TwinPpo:
                 "entropy": sum(one.entropy for one in rows) / count,
                 "response_length": sum(len(one.row[1]) for one in rows) / count,
                 "eos_share": sum(one.row[1][-1] == self.eos for one in rows) / count,
+            }
+        )
+
+
+# --- step 3 without a critic ---
+
+
+@dataclass
+class TwinGroups(TwinPpo):
+    """Step 3 with several answers a prompt, which are compared with each other.
+
+    The critic is never asked.
+    """
+
+    limit: int = 0  # of an answer, in tokens
+    tokenizers: tuple[Any, Any] | None = None  # of actor and reward model, if the latter reads text
+
+    @torch.no_grad()
+    def score(self, row: Row) -> float:
+        if self.tokenizers is None:
+            return super().score(row)
+        actor, own = self.tokenizers
+        text = actor.decode([*row[0], *row[1]], skip_special_tokens=True)
+        ids = own(text)["input_ids"] + ([own.eos_token_id] if row[1][-1] == self.eos else [])
+        logit = self.reward_model.score(self.reward_model.base_model(input_ids=torch.tensor([ids])).last_hidden_state)
+        return (float(logit[0, -1, 0]) - self.shift) / self.scale
+
+    @torch.no_grad()
+    def group_experience(self, rows: Sequence[Row]) -> dict[Row, TwinRow]:
+        """Return each answer with its advantages. Two like answers to a prompt have the same."""
+        settings, method = self.settings, self.settings["advantage"]
+        made = list(self.experience(rows).values())
+        by_row = {one.row: one for one in made}
+        of_prompt: dict[Ids, list[TwinRow]] = {}
+        for row in rows:
+            of_prompt.setdefault(row[0], []).append(by_row[row])
+        outcomes = {one.row: one.objective + self.kl_coef * one.kl for one in made}  # the clipped scores
+        for one in made:
+            group = of_prompt[one.row[0]]
+            assert len(group) == settings["samples_per_prompt"]
+            scores = [outcomes[other.row] for other in group]
+            mean, length = sum(scores) / len(scores), len(one.row[1])
+            if method == "grpo":
+                squares = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+                deviation = math.sqrt(squares) + 1e-4 if settings["whiten_advantages"] else 1.0
+                one.advantages = [(outcomes[one.row] - mean) / deviation] * length
+            elif method == "rloo":
+                others = sum(other.objective for other in group) - one.objective
+                one.advantages = [one.objective - others / (len(group) - 1)] * length
+            else:
+                later, one.advantages = 0.0, []
+                for t in reversed(range(length)):
+                    later = one.rewards[t] - (mean if t == length - 1 else 0.0) + settings["gamma"] * later
+                    one.advantages.insert(0, later)
+        if settings["whiten_advantages"] and method != "grpo":
+            every = [by_row[row] for row in rows]
+            white = whitened([one.advantages for one in every], keep_mean=False)
+            for row, advantages in zip(rows, white, strict=True):
+                by_row[row].advantages = advantages
+        return by_row
+
+    def group_loss(self, rows: Sequence[TwinRow]) -> tuple[Tensor, dict[str, float]]:
+        settings, counted = self.settings, dict.fromkeys(("ratio", "clip_fraction", "tokens"), 0.0)
+        low = settings["clip_range"]
+        high = settings.get("clip_range_high") or low
+        terms = []
+        for one in rows:
+            log_probs = self.log_probs(self.actor, one.row)[0]
+            with torch.no_grad():
+                ref = self.log_probs(self.reference, one.row)[0]
+            losses = []
+            for t in range(len(one.row[1])):
+                ratio = torch.exp(log_probs[t] - one.old[t])
+                bounded = torch.clamp(ratio, 1 - low, 1 + high)
+                loss = torch.maximum(-one.advantages[t] * ratio, -one.advantages[t] * bounded)
+                if settings["advantage"] == "grpo":
+                    away = ref[t] - log_probs[t]
+                    loss = loss + self.kl_coef * (torch.exp(away) - away - 1)
+                losses.append(loss)
+                counted["tokens"] += 1
+                counted["ratio"] += ratio.item()
+                counted["clip_fraction"] += ratio.item() > 1 + high or ratio.item() < 1 - low
+            terms.append(torch.stack(losses))
+        if settings["loss_mean"] == "sequence":
+            loss = torch.stack([term.mean() for term in terms]).mean()
+        elif settings["loss_mean"] == "constant":
+            loss = torch.stack([term.sum() for term in terms]).mean() / self.limit
+        else:
+            loss = torch.cat(terms).mean()
+        return loss, counted
+
+    def learn_groups(
+        self, rollout: Sequence[Row], updates: Sequence[Sequence[Row]], actor: TwinAdamW
+    ) -> dict[str, float]:
+        """Make the updates of one rollout, and return its numbers as means."""
+        experience, kl_coef = self.group_experience(rollout), self.kl_coef
+        every = [experience[row] for row in rollout]
+        found, counted = (
+            {"policy_loss": 0.0, "grad_norm": 0.0},
+            dict.fromkeys(("ratio", "clip_fraction", "tokens"), 0.0),
+        )
+        for rows in updates:
+            loss, numbers = self.group_loss([experience[row] for row in rows])
+            rate, norm = actor.rate(), actor.step(loss)
+            found = {
+                "policy_loss": found["policy_loss"] + loss.item() / len(updates),
+                "grad_norm": found["grad_norm"] + norm / len(updates),
+            }
+            counted = {name: counted[name] + number for name, number in numbers.items()}
+        count = len(every)
+        kl = sum(one.kl for one in every) / count
+        if self.settings["kl_target"] is not None:
+            error = max(-0.2, min(kl / self.settings["kl_target"] - 1, 0.2))
+            self.kl_coef *= 1 + error * count / self.settings["kl_horizon"]
+        of_tokens = {name: number / counted["tokens"] for name, number in counted.items() if name != "tokens"}
+        return (
+            found
+            | of_tokens
+            | {
+                "learning_rate": rate,
+                "kl": kl,
+                "kl_k3": sum(one.kl_k3 for one in every) / count,
+                "objective": sum(one.objective for one in every) / count,
+                "kl_coef": kl_coef,
+                "mean_reward": sum(one.score for one in every) / count,
+                "entropy": sum(one.entropy for one in every) / count,
+                "response_length": sum(len(one.row[1]) for one in every) / count,
+                "eos_share": sum(one.row[1][-1] == self.eos for one in every) / count,
             }
         )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from jobs.events import Event, Plan, Progress, Warning
 from jobs.formatting import plural
 from jobs.run_dir import RunDir
 from jobs.spec import Data, Job, Scratch
+from rlhf_train import compat
 from rlhf_train.data import dataset
 from rlhf_train.data.sequences import BatchPlan
 from rlhf_train.disk import read_json, rename, sync_files, write_json
@@ -26,14 +24,13 @@ from rlhf_train.engine.checkpointer import Checkpointer, RunSurroundings, Statef
 from rlhf_train.engine.deepspeed_engine import DTYPES
 from rlhf_train.engine.divergence import Divergence
 from rlhf_train.host import cpu_text, processor_name
+from rlhf_train.models import spellings
 from rlhf_train.models.networks import load_tokenizer, train_tokenizer
 from rlhf_train.plan.estimate import expected_times
-from rlhf_train.plan.few_rows import too_few_to_measure, too_few_to_train
+from rlhf_train.plan.few_rows import MESSAGES_INSTEAD, rendered_before, too_few_to_measure, too_few_to_train
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.ranks.heartbeat import Heartbeat
-
-LIBRARIES = ("torch", "transformers", "deepspeed", "peft")  # whose versions a plan names
 
 
 class Stopped(Exception):
@@ -132,7 +129,7 @@ class StepContext:
                 expected=expected_times(self.job, [n for n in self.left if n >= step], where, table),
                 own_models=self.job.own_models_of(step) or None,
                 hardware=hardware(where),
-                versions=versions(),
+                versions=compat.versions(),
             )
         )
 
@@ -142,15 +139,6 @@ def hardware(where: Placement) -> str:
     if where.device == "cuda":
         return f"{where.ranks} x {torch.cuda.get_device_name()}"
     return f"{processor_name(cpu_text()) or 'CPU'}, {plural(where.ranks * where.cpu_threads, 'threads')}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that train."""
-    found = {"Python": platform.python_version()}
-    for library in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found
 
 
 def actor_tokenizer(context: StepContext) -> Any:
@@ -167,6 +155,7 @@ def actor_tokenizer(context: StepContext) -> Any:
         partial = folder.with_name("tokenizer.partial")
         tokenizer = train_tokenizer(dataset.texts(context.job.data), context.job.actor.tokenizer_vocabulary)
         tokenizer.save_pretrained(str(partial))
+        spellings.write_both(partial)
         sync_files(partial)
         rename(partial, folder)
     context.world.barrier()
@@ -186,13 +175,14 @@ def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> datas
         rank=context.world.rank,
         world_size=context.world.size,
         say=lambda what: context.doing(step, what),
+        steps={step, *context.left},
     )
     for earlier in sorted({*range(1, step)} - {*context.job.own_models}):
         folder = context.run.step(earlier)
         if folder.complete.exists() and read_json(folder.rows) not in (None, tokens.digest):
             raise ToolkitError(
                 f"run `{context.run.name}` did step {earlier} with other rows",
-                why=f"the rows of {', '.join(spec.datasets)} have changed since",
+                why=f"the rows of {', '.join(spec.names)} have changed since",
                 hint=f"bring the rows back, or `--redo --step {','.join(map(str, range(earlier, step + 1)))}` "
                 "to do it again with these",
             )
@@ -202,6 +192,7 @@ def corpus(context: StepContext, step: int, spec: Data, tokenizer: Any) -> datas
     for message, hint in (
         (too_few_to_train(context.job, step, trained), "lower it, or give the step more rows"),
         (too_few_to_measure(step, held_out), "give the job more rows, or a test split"),
+        (rendered_before(tokens.train.row_counts), MESSAGES_INSTEAD),
     ):
         if message:
             context.emit(Warning(step=step, message=message, hint=hint))

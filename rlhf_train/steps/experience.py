@@ -21,6 +21,7 @@ from torch import Tensor
 from jobs.spec import Ppo
 from rlhf_train.data.sequences import Sequences, sent
 from rlhf_train.ranks.collectives import World
+from rlhf_train.steps.advantages import group_advantages
 from rlhf_train.steps.losses import gae, kl_penalised_rewards, moments, rewards_to_go, whiten
 
 RAGGED = ("prompts", "responses")
@@ -43,6 +44,7 @@ class Scored:
     ref_log_probs: np.ndarray
     score: float  # the reward model's, normalised
     trainer: TrainerView | None = None  # None if the networks in training did not score it
+    judge_score: float | None = None  # the judge's own number; None: there is no judge
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class TrainerView:
     """The numbers of actor and critic for one response. Arrays: (tokens,)."""
 
     log_probs: np.ndarray  # as the trainer's forward computes them
-    values: np.ndarray
+    values: np.ndarray | None  # None: there is no critic
     entropy: float  # mean over tokens
 
 
@@ -69,7 +71,9 @@ class Experience:
     scores: Tensor  # (B,)
     objectives: Tensor  # (B,), the sum of a response's rewards, before whitening
     ended: Tensor  # (B,)
-    targets: dict[str, Tensor]  # TARGETS; on-policy `rewards`: each pass makes TARGETS from them and its values
+    # TARGETS; on-policy `rewards`: each pass makes TARGETS from them and its values; with no critic
+    # `advantages` alone.
+    targets: dict[str, Tensor]
 
     @classmethod
     def of(cls, rows: Sequence[Scored], spec: Ppo, kl_coef: float, *, on_policy: bool) -> Experience:
@@ -87,10 +91,13 @@ class Experience:
         objectives = rewards.sum(1)
         if spec.whiten_rewards:
             rewards = whiten(rewards, mask, keep_mean=True)
-        if on_policy:
+        if not spec.has_critic:
+            outcomes = rewards_of(old, ref, scores, ended, mask, spec, kl_coef=0.0).sum(1)
+            targets = {"advantages": group_advantages(rewards, outcomes, mask, spec)}
+        elif on_policy:
             targets = {"rewards": rewards}
         else:
-            targets = targets_of(rewards, _padded([_trainer(row).values for row in rows]), mask, spec)
+            targets = targets_of(rewards, _padded([_values(row) for row in rows]), mask, spec)
             if spec.whiten_advantages:
                 targets["advantages"] = whiten(targets["advantages"], mask, keep_mean=False)
         prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
@@ -111,7 +118,10 @@ class Experience:
         rows: dict[str, Any] = {
             name: np.split(tensors[name].numpy(), np.cumsum(tensors[f"{name}_lengths"].numpy())[:-1]) for name in RAGGED
         }
-        return cls(**rows | {name: tensors[name] for name in PLAIN}, targets={name: tensors[name] for name in TARGETS})
+        return cls(
+            **rows | {name: tensors[name] for name in PLAIN},
+            targets={name: tensors[name] for name in TARGETS if name in tensors},
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -136,7 +146,7 @@ class Experience:
             return sent(numbers[chosen, : mask.shape[1]], device)
 
         targets = {name: trimmed(numbers) for name, numbers in self.targets.items()}
-        return Pass(batch, mask, trimmed(self.old_log_probs), targets)
+        return Pass(batch, mask, trimmed(self.old_log_probs), trimmed(self.ref_log_probs), targets)
 
 
 @dataclass
@@ -146,6 +156,7 @@ class Pass:
     batch: Sequences
     mask: Tensor
     old_log_probs: Tensor
+    ref_log_probs: Tensor
     targets: dict[str, Tensor]  # as Experience has them
 
 
@@ -183,6 +194,12 @@ def whiten_update(passes: Sequence[Pass], world: World) -> None:
 def _trainer(row: Scored) -> TrainerView:
     assert row.trainer is not None, "with several updates a rollout, actor and critic score it before the first"
     return row.trainer
+
+
+def _values(row: Scored) -> np.ndarray:
+    values = _trainer(row).values
+    assert values is not None, "PPO has a critic"
+    return values
 
 
 def _padded(rows: Sequence[np.ndarray]) -> Tensor:

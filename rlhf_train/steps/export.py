@@ -12,14 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationConfig
 
 from jobs.events import Checkpoint, End
 from jobs.spec import Job, Lora
+from rlhf_train.data.chat import saved_template, stop_ids
+from rlhf_train.data.dataset import Example
 from rlhf_train.disk import read_json, rename, size_of, sync_files, write_json
 from rlhf_train.engine.deepspeed_engine import Engine, full_state
+from rlhf_train.models import spellings
 from rlhf_train.models.adapters import merge_lora, save_adapter
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.model_card import model_card
@@ -37,7 +39,7 @@ def save_model(
     *,
     lora: Lora | None,
     scores: Mapping[str, float],
-    example: tuple[str, str],
+    example: Example,
     best: tuple[str, float] | None = None,
 ) -> None:
     """Save an engine's model in `folder`; all ranks take part, and rank 0 writes.
@@ -65,17 +67,18 @@ def save_model(
         # point.
         partial.mkdir()
         model.save_pretrained(str(partial), state_dict=state, safe_serialization=True)
-        if lora is not None:
-            _state_dtype(partial / "config.json", dtype)
+        tokenizer.chat_template = saved_template(tokenizer, context.job.data)
         tokenizer.save_pretrained(str(partial))
+        # The dtype of the file, which may be float32 after a merge; transformers wrote that of the
+        # model in memory.
+        spellings.write_both(partial, dtype=str(dtype).removeprefix("torch."), padding_side=tokenizer.padding_side)
         if lora is not None:
             save_adapter(adapted_state, model, lora, origin(context.job, model), partial / ADAPTER)
             sync_files(partial / ADAPTER)
-        generation_config(context.job, tokenizer, getattr(model, "generation_config", None)).save_pretrained(
-            str(partial)
-        )
-        prompt, answer = example
-        card = model_card(context.job, step, tokenizer, prompt=prompt, answer=answer, scores=scores)
+        sampling = generation_config(context.job, tokenizer, getattr(model, "generation_config", None))
+        sampling.save_pretrained(str(partial))
+        _write_out(sampling, partial / "generation_config.json")
+        card = model_card(context.job, step, tokenizer, example=example, scores=scores)
         (partial / "README.md").write_text(card, encoding="utf-8")
         _share_as_umask_says(partial)
         sync_files(partial)
@@ -104,16 +107,13 @@ def _share_as_umask_says(folder: Path) -> None:
         file.chmod(mode)
 
 
-def _state_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Write the dtype of the saved weights, which may be float32 after a merge, into config.json.
+def _write_out(sampling: GenerationConfig, file: Path) -> None:
+    """Write out how answers are sampled and where they end, where a default was left out.
 
-    transformers wrote that of the model in memory.
+    Each version of transformers leaves out its own defaults.
     """
-    fields = read_json(config)
-    for name in ("dtype", "torch_dtype"):
-        if name in fields:
-            fields[name] = str(dtype).removeprefix("torch.")
-    write_json(config, fields)
+    names = ("do_sample", "temperature", "top_k", "top_p", "bos_token_id", "eos_token_id", "pad_token_id")
+    write_json(file, read_json(file) | {name: getattr(sampling, name) for name in names})
 
 
 def origin(job: Job, model: Any) -> str:
@@ -124,10 +124,10 @@ def origin(job: Job, model: Any) -> str:
 def generation_config(job: Job, tokenizer: Any, source: GenerationConfig | None = None) -> GenerationConfig:
     """Return the generation config that samples as the rollouts did.
 
-    source: that of the model that training started from. Its EOS tokens end an answer here, too.
+    source: that of the model that training started from. Its EOS tokens end an answer here, too,
+    and so does what closes a turn in the chat template.
     """
-    others = getattr(source, "eos_token_id", None) or []
-    ends = {tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])}
+    ends = stop_ids(tokenizer, source)
     return GenerationConfig(
         do_sample=True,
         temperature=job.ppo.temperature,
@@ -135,7 +135,7 @@ def generation_config(job: Job, tokenizer: Any, source: GenerationConfig | None 
         top_p=job.ppo.top_p or 1.0,
         max_new_tokens=job.data.max_response_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,
+        eos_token_id=list(ends) if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -146,7 +146,7 @@ def scores_of(end: End) -> dict[str, float]:
     return {
         name: value
         for name, value in numbers.items()
-        if name not in {"step", "updates", "seconds", "held_out_rows"} and "_error_" not in name
+        if name not in {"step", "updates", "seconds", "held_out_rows"} and not {"error", "both"} & {*name.split("_")}
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from jobs.events import Sample
 from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.models.float32 import in_float32
+from rlhf_train.steps.change import standard_error
 from rlhf_train.steps.context import StepContext
 from rlhf_train.steps.experience import rewards_of
 from rlhf_train.steps.losses import kl_k3
@@ -34,6 +35,7 @@ class Answer:
     kl_k3: float  # the same by the estimate that is never negative
     objective: float  # what PPO maximises, with the job's `kl_coef`
     good: bool | None
+    judge_score: float | None = None  # None: there is no judge
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Summary:
     ended: float
     good: float | None
     reward_error: float | None = None  # standard error of the mean reward; None: not known
+    judge_score: float | None = None
+    judge_error: float | None = None
+    # Of each answer, in the prompts' order, to be compared with the same prompts' later.
+    rewards: list[float] | None = None
+    goods: list[bool] | None = None
+    judge_scores: list[float] | None = None
 
 
 class HeldOut:
@@ -93,6 +101,7 @@ class HeldOut:
                 kl_k3=float(kl_k3(log_probs, ref, mask)),
                 objective=float(rewards.sum()),
                 good=good,
+                judge_score=numbers.get("judge_score"),
             )
             answers.append((int(places[row]), answer))
         of_all_ranks = sorted((pair for part in world.gather(answers) for pair in part), key=lambda pair: pair[0])
@@ -110,6 +119,7 @@ class HeldOut:
                     response=answer.response,
                     reward=answer.score,
                     good=answer.good,
+                    judge_score=answer.judge_score,
                 )
             )
 
@@ -117,7 +127,8 @@ class HeldOut:
         def mean(numbers: Sequence[float]) -> float:
             return float(np.mean(numbers))
 
-        good = mean([bool(a.good) for a in answers]) if self.rule is not None else None
+        goods = [bool(a.good) for a in answers] if self.rule is not None else None
+        judged = [a.judge_score for a in answers if a.judge_score is not None] or None
         return Summary(
             reward=mean([a.score for a in answers]),
             kl=mean([a.kl for a in answers]),
@@ -125,11 +136,11 @@ class HeldOut:
             objective=mean([a.objective for a in answers]),
             length=mean([a.tokens for a in answers]),
             ended=mean([a.ended for a in answers]),
-            good=good,
+            good=mean(goods) if goods is not None else None,
             reward_error=standard_error([a.score for a in answers]),
+            judge_score=mean(judged) if judged else None,
+            judge_error=standard_error(judged) if judged else None,
+            rewards=[a.score for a in answers],
+            goods=goods,
+            judge_scores=judged,
         )
-
-
-def standard_error(numbers: Sequence[float]) -> float | None:
-    """Return the standard error of their mean, s/√n with s over n − 1; None for fewer than two."""
-    return float(np.std(numbers, ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else None

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GAE_PIECE = 512  # response tokens of one product
+
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """Set x to zero where the mask is false, also an inf: inf times 0 would be NaN."""
@@ -73,11 +75,27 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     rewards, values = _kept(rewards, mask), _kept(values, mask)
     deltas = rewards - values  # d_t = r_t + gamma V_{t+1} - V_t
     deltas[:, :-1] += gamma * values[:, 1:]
-    # A_t = sum over k >= t of (gamma lam)^(k - t) d_k, as one product: a loop over tokens would
-    # start hundreds of tiny kernels on a GPU.
-    time = torch.arange(mask.shape[1], dtype=deltas.dtype, device=mask.device)
-    advantages = _kept(deltas @ ((gamma * lam) ** (time[:, None] - time)).tril(), mask)
+    advantages = _kept(_discounted_sums(deltas, gamma * lam), mask)
     return advantages, advantages + values
+
+
+def _discounted_sums(x: Tensor, discount: float) -> Tensor:
+    """Return the sum over k >= t of discount^(k - t) x_k. x: (B, R). Returns (B, R).
+
+    It is a product for each piece of tokens, from the last to the first, and what a piece's first
+    token has goes to the piece before it, discounted. A loop over tokens would start thousands of
+    tiny kernels on a GPU, and one product of 32,768 tokens needs a matrix of 4 GiB.
+    """
+    time = torch.arange(min(x.shape[1], GAE_PIECE), dtype=x.dtype, device=x.device)
+    powers = (discount ** (time[:, None] - time)).tril()
+    sums: list[Tensor] = []
+    for piece in reversed(x.split(GAE_PIECE, dim=1)):
+        count = piece.shape[1]
+        inside = piece @ powers[:count, :count]
+        if sums:
+            inside += sums[-1][:, :1] * discount ** (count - time[:count])
+        sums.append(inside)
+    return torch.cat(sums[::-1], dim=1) if sums else x
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -120,17 +138,53 @@ def policy_loss(
     mask: Tensor,
     *,
     clip_range: float,
+    clip_range_high: float | None = None,
+    weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
     """Return PPO's clipped objective, negated. Schulman et al. 2017, arXiv:1707.06347, eq. 7.
 
-    All (B, R). normalizer: the number of valid tokens of the whole update; default: those of the
-    mask. Returns a scalar.
+    All (B, R). clip_range_high: above 1, if it is another than below: DAPO's clip-higher, Yu et al.
+    2025, arXiv:2503.14476, section 3.1. weights: (B, R), of tokens, 0 outside the mask; default: 1.
+    normalizer: of the whole update, what `loss_normalizer` returns; default: the number of valid
+    tokens of the mask. Returns a scalar.
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     ratio = (_kept(log_probs, mask) - _kept(old_log_probs, mask)).exp()
     advantages = _kept(advantages, mask)
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-    return (loss * mask).sum() / (mask.sum() if normalizer is None else normalizer)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + high))
+    return (loss * (mask if weights is None else weights)).sum() / (mask.sum() if normalizer is None else normalizer)
+
+
+def kl_loss(
+    log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, *, weights: Tensor, normalizer: Tensor | float
+) -> Tensor:
+    """Return the KL to the reference as a term of the loss, by the estimate k3.
+
+    Shao et al. 2024 (GRPO), arXiv:2402.03300, eq. 4: pi_ref / pi - log (pi_ref / pi) - 1 at each
+    token. All (B, R); weights and normalizer as in `policy_loss`. Returns a scalar.
+    """
+    log_ratio = _kept(ref_log_probs, mask) - _kept(log_probs, mask)
+    return ((log_ratio.expm1() - log_ratio) * weights).sum() / normalizer
+
+
+def token_weights(mask: Tensor, loss_mean: str) -> Tensor:
+    """Return how much each token counts in the policy loss, (B, R).
+
+    loss_mean, as `ppo.loss_mean`: with `sequence`, 1 / the tokens of its answer; else 1.
+    """
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) if loss_mean == "sequence" else mask
+
+
+def loss_normalizer(loss_mean: str, *, tokens: int, answers: int, limit: int) -> float:
+    """Return what the weighted sum of an update's token losses is divided by.
+
+    tokens, answers: of the whole update, over all ranks; limit: the longest answer allowed.
+    `token`: DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.3. `sequence`: GRPO, Shao et al.
+    2024, arXiv:2402.03300, eq. 3. `constant`: Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section
+    3.2: by a constant instead of each answer's own length.
+    """
+    return {"token": tokens, "sequence": answers, "constant": answers * limit}[loss_mean]
 
 
 def value_loss(

@@ -12,6 +12,8 @@ import yaml
 from jobs.spec import Job, Scratch
 from jobs.steps import STEPS
 from rlhf_train.data import hub
+from rlhf_train.data.chat import is_human_assistant, own_template
+from rlhf_train.data.dataset import Example
 from rlhf_train.disk import read_json
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 
 prompt = {prompt}
-ids = tokenizer(prompt, return_tensors="pt").input_ids
+ids = tokenizer(prompt, {plainly}return_tensors="pt").input_ids
 answer = model.generate(ids)[0, ids.shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 """
@@ -38,26 +40,44 @@ model = AutoModelForSequenceClassification.from_pretrained(folder)
 
 prompt = {prompt}
 answer = {answer}
-ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt").input_ids
+ids = tokenizer(prompt + answer{closing}, {plainly}return_tensors="pt").input_ids
 print(model(ids).logits.item())
 """
 
 
-def model_card(job: Job, step: int, tokenizer: Any, *, prompt: str, answer: str, scores: Mapping[str, float]) -> str:
+TEXT_FORM = """\
+Plain text in the form of the prompt above, which is of the data. The answer follows, and ends with
+`{eos}`.{chat}"""
+
+CHAT_FORM = """\
+The tokenizer's chat template writes it: `tokenizer.apply_chat_template(messages, tokenize=False,
+add_generation_prompt=True)` gives the prompt above, which is of the data, from its messages. The
+answer follows, and ends with the token that closes the assistant's turn."""
+
+
+def model_card(job: Job, step: int, tokenizer: Any, *, example: Example, scores: Mapping[str, float]) -> str:
     """Return a model's card: how to use it, its origin, its held-out scores, the step's job fields.
 
-    The snippet names no path, since the folder may be moved. prompt, answer: of the data.
+    The snippet names no path, since the folder may be moved. example: of the data.
     """
-    snippet = (SCORE if step == 2 else ANSWER).format(prompt=json.dumps(prompt), answer=json.dumps(answer))
+    snippet = (SCORE if step == 2 else ANSWER).format(
+        prompt=json.dumps(example.prompt),
+        answer=json.dumps(example.answer),
+        plainly="add_special_tokens=False, " if example.is_chat else "",
+        closing="" if example.is_chat else " + tokenizer.eos_token",
+    )
     score = "The logit is the score of prompt and answer together; only differences count.\n\n" if step == 2 else ""
-    chat = " The tokenizer's chat template was not used." if getattr(tokenizer, "chat_template", None) else ""
+    template = own_template(tokenizer)
+    is_other = template is not None and not is_human_assistant(template)
+    chat = " The tokenizer's chat template was not used." if is_other else ""
+    form = CHAT_FORM if example.is_chat else TEXT_FORM.format(eos=tokenizer.eos_token, chat=chat)
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in scores.items())
     table = f"| on held-out data | |\n| --- | --- |\n{rows}\n" if scores else ""
     return f"""---
 {_yaml(front_matter(job, step))}---
 # {job.name}: {STEPS[step].title} (step {step})
 
-Made by rlhf-box from {made_from(job, step)}, on {", ".join(job.data.datasets)}.
+Made by rlhf-box from {made_from(job, step)}, on {", ".join(job.data.names)}.
 
 ## Use
 
@@ -66,8 +86,7 @@ Made by rlhf-box from {made_from(job, step)}, on {", ".join(job.data.datasets)}.
 
 {score}## Prompt format
 
-Plain text in the form of the prompt above, which is of the data. The answer follows, and ends with
-`{tokenizer.eos_token}`.{chat}
+{form}
 
 ## How it was made
 

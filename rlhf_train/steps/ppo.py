@@ -28,6 +28,7 @@ from rlhf_train.generation.rollout import Rollouts
 from rlhf_train.plan import memory_fit
 from rlhf_train.steps import losses
 from rlhf_train.steps.chance import warning_of_chance
+from rlhf_train.steps.change import mean_change_error, share_of_both
 from rlhf_train.steps.context import Clock, StepContext, start_checkpoints
 from rlhf_train.steps.experience import Experience, Pass, response_values, targets_of, whiten_update
 from rlhf_train.steps.export import save_model, scores_of
@@ -39,10 +40,10 @@ from rlhf_train.steps.self_test import check_frozen, self_test
 
 
 def run(context: StepContext) -> End:
-    """Train the actor and the critic, and save the actor."""
+    """Train the actor, and the critic if the method has one, and save the actor."""
     spec = context.job.ppo
 
-    # 1. Load the four networks, and what samples, scores and measures with them.
+    # 1. Load the networks, and what samples, scores and measures with them.
     clock = Clock()
     setup = set_up(context)
     actor, updates = setup.actor, setup.updates
@@ -73,7 +74,7 @@ def run(context: StepContext) -> End:
             collect(context, setup, state, update)
             end_if_exploded(context, setup, state, checkpointer, update)
 
-        # 5. Learn from a part of the rollout: one update of actor and critic.
+        # 5. Learn from a part of the rollout: one update.
         learn(context, setup, state, divergence, update)
 
         # 6. After the rollout's last update, emit its numbers and adapt the KL coefficient.
@@ -196,11 +197,12 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     """
     spec, world, rows, tally = context.job.ppo, context.world, setup.rows, state.tally
 
-    # 1. Sample a response to each prompt of this rank.
+    # 1. Sample a response to each prompt of this rank; one of k answers stands there k times.
     rollout_clock = Clock()
     context.heartbeat.beat(f"update {update + 1}, rollout")
     rollout = update // setup.updates_per_rollout
-    chosen = rows[rows_of_update(rollout, len(rows), spec.rollout_batch, (context.job.seed, 3))]
+    chosen = rows[rows_of_update(rollout, len(rows), spec.prompts_per_rollout, (context.job.seed, 3))]
+    chosen = np.repeat(chosen, spec.samples_per_prompt)
     prompts = [setup.tokens.train.prompt[i] for i in chosen]
     places = np.argsort([len(p) for p in prompts], kind="stable")[world.rank :: world.size]
     own_prompts = [prompts[i] for i in places]
@@ -226,6 +228,8 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
     tally.scored_computed = sum(count for _, count in shares)
     if not setup.on_policy:
         tally.entropy = float(np.mean([row.trainer.entropy for row in scored if row.trainer is not None]))
+    judged = [row.judge_score for row in scored if row.judge_score is not None]
+    tally.judge_score = float(np.mean(judged)) if judged else None
     tally.score_s = score_clock()
     state.experience = experience
 
@@ -238,7 +242,7 @@ def collect(context: StepContext, setup: Setup, state: LoopState, update: int) -
 
 def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Divergence, update: int) -> None:
     """Make one update of actor and critic, on one minibatch of the rollout."""
-    spec, world, actor, critic = context.job.ppo, context.world, setup.actor, setup.critic
+    spec, world, actor = context.job.ppo, context.world, setup.actor
     experience, tally = state.experience, state.tally
     assert experience is not None, "a rollout is collected before anything is learned from it"
 
@@ -256,30 +260,31 @@ def learn(context: StepContext, setup: Setup, state: LoopState, divergence: Dive
     passes = [experience.make_pass(minibatch[micro], setup.pad_id, world.device) for micro in assigned]
     response_tokens = int(experience.mask[torch.from_numpy(minibatch)].sum())  # of the whole update, all ranks
 
-    # 3. Run forward and backward through both networks.
+    # 3. Run forward and backward through the networks.
     total = accumulate_gradients(
         context,
         passes,
         response_tokens,
         on_policy=setup.on_policy,
         actor=actor,
-        critic=critic,
+        critic=setup.critic,
+        kl_coef=state.kl_coef,
         actor_learns=update >= spec.critic_warmup_updates,
     )
 
     # 4. Apply the update, or skip it if its losses are not finite.
     if math.isfinite(total["policy_loss"] + total["value_loss"]):
         if update >= spec.critic_warmup_updates:
-            norms = divergence.apply(actor, critic)
+            norms = divergence.apply(*setup.engines)
         else:
-            norms = [0.0, *divergence.apply(critic)]
+            norms = [0.0, *divergence.apply(*setup.engines[1:])]
             actor.skip()
         if setup.ema is not None:
             setup.ema.update()
         if divergence.skips.in_a_row == 0:
             tally.add(total, norms)
     else:
-        divergence.skip(update + 1, "its loss is not finite", actor, critic)
+        divergence.skip(update + 1, "its loss is not finite", *setup.engines)
     tally.updates += 1
     tally.train_s += train_clock()
 
@@ -336,8 +341,15 @@ def result(context: StepContext, setup: Setup, state: LoopState, after: Summary)
         mean_reward_after=after.reward,
         mean_reward_error_before=before.reward_error,
         mean_reward_error_after=after.reward_error,
+        mean_reward_change_error=mean_change_error(before.rewards, after.rewards),
+        judge_score_before=before.judge_score,
+        judge_score_after=after.judge_score,
+        judge_score_error_before=before.judge_error,
+        judge_score_error_after=after.judge_error,
+        judge_score_change_error=mean_change_error(before.judge_scores, after.judge_scores),
         good_share_before=before.good,
         good_share_after=after.good,
+        good_share_both=share_of_both(before.goods, after.goods),
         objective_before=before.objective,
         objective_after=after.objective,
         kl_before=before.kl,
@@ -419,24 +431,34 @@ def accumulate_gradients(
     *,
     on_policy: bool,
     actor: Engine,
-    critic: Engine,
+    critic: Engine | None,
+    kl_coef: float,
     actor_learns: bool = True,
 ) -> dict[str, float]:
     """Run forward and backward over one update's passes; return SUMS over passes and ranks.
 
-    actor_learns: whether the actor gets gradients; its numbers are computed anyway.
+    critic: None if the method has none. kl_coef: of the KL in the loss, where the method has it
+    there. actor_learns: whether the actor gets gradients; its numbers are computed anyway.
 
     The critic runs first: on-policy the advantages come from its values, and are whitened over all
     passes before the actor's first pass.
     """
     spec = context.job.ppo
+    high = spec.clip_range if spec.clip_range_high is None else spec.clip_range_high
+    normalizer = losses.loss_normalizer(
+        spec.loss_mean,
+        tokens=response_tokens,
+        answers=spec.global_batch,
+        limit=context.job.data.max_response_tokens,
+    )
     sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUMS, 0.0)
 
     def add(**numbers: torch.Tensor | float) -> None:
         for name, value in numbers.items():
             sums[name] = sums[name] + value
 
-    for micro in passes:
+    for micro in passes if critic is not None else ():
+        assert critic is not None
         context.heartbeat.beat()
         batch, mask = micro.batch, micro.mask
         values = response_values(critic, batch)
@@ -457,7 +479,7 @@ def accumulate_gradients(
             to_go_squared=(to_go * mask).square().sum(),
         )
 
-    if on_policy and spec.whiten_advantages:
+    if on_policy and spec.whiten_advantages and critic is not None:  # else experience.py has done it
         whiten_update(passes, context.world)
 
     for micro in passes:
@@ -467,9 +489,21 @@ def accumulate_gradients(
             flat, entropies = actor(batch, temperature=spec.temperature, with_entropy=on_policy)
         log_probs = batch.spread(flat)
         old_log_probs = log_probs.detach() if on_policy else micro.old_log_probs
+        weights = losses.token_weights(mask, spec.loss_mean)
         loss = losses.policy_loss(
-            log_probs, old_log_probs, advantages, mask, clip_range=spec.clip_range, normalizer=response_tokens
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            clip_range=spec.clip_range,
+            clip_range_high=spec.clip_range_high,
+            weights=weights,
+            normalizer=normalizer,
         )
+        if spec.kl_in_loss:
+            loss = loss + kl_coef * losses.kl_loss(
+                log_probs, micro.ref_log_probs, mask, weights=weights, normalizer=normalizer
+            )
         if actor_learns:
             actor.backward(loss, last=micro is passes[-1])
         # Against the policy that sampled; on-policy against the rollout's own log-probs, so that a
@@ -478,7 +512,7 @@ def accumulate_gradients(
         add(
             policy_loss=loss.detach(),
             ratio=(ratio * mask).sum(),
-            clipped=(((ratio - 1).abs() > spec.clip_range) & mask).sum(),
+            clipped=(((ratio - 1 > high) | (1 - ratio > spec.clip_range)) & mask).sum(),
         )
         if entropies is not None:
             add(entropy=mean_entropies(entropies, batch).sum())

@@ -1,4 +1,4 @@
-"""Set up step 3: load its four networks, and build what trains, samples, scores and measures."""
+"""Set up step 3: load its networks, and build what trains, samples, scores and measures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jobs.events import Warning
-from jobs.spec import Lora
+from jobs.spec import Lora, Ppo
 from rlhf_train.data import hub
+from rlhf_train.data.chat import stop_ids
 from rlhf_train.data.dataset import Corpus
 from rlhf_train.data.sequences import BatchPlan, Sequences, count_updates
 from rlhf_train.disk import write_json
@@ -28,6 +29,7 @@ from rlhf_train.models.networks import (
     load_scorer,
     load_tokenizer,
     padding,
+    reads_alike,
 )
 from rlhf_train.plan.few_rows import check_critic_warmup
 from rlhf_train.steps.context import StepContext, corpus
@@ -35,8 +37,9 @@ from rlhf_train.steps.export import eval_model
 from rlhf_train.steps.held_out import SAMPLES, Answer, HeldOut
 from rlhf_train.steps.own_forward import check_scores, example_rows, try_float32
 from rlhf_train.steps.rule import load_rule
-from rlhf_train.steps.scoring import Scorer, WithoutAdapters
+from rlhf_train.steps.scoring import Scorer, TextScoring, WithoutAdapters
 from rlhf_train.steps.self_test import weights_digest
+from rlhf_train.steps.text_reading import TextReader
 
 LEAST_SCALE = 1e-6  # a reward model that scores all answers alike must not divide by 0
 NORMALIZATION_PROMPTS = 256  # answers of the reference that set the scale of the rewards
@@ -57,7 +60,7 @@ class Setup:
     pad_id: int | None  # None: rows are packed
     pass_tokens: int  # computed by a training pass, at most
     actor: Engine
-    critic: Engine
+    critic: Engine | None  # None: the answers to a prompt are compared with each other
     reference: ActorForward | WithoutAdapters
     reward_model: ScoreForward
     ema: Ema | None  # of the actor's weights
@@ -66,7 +69,7 @@ class Setup:
     scorer: Scorer
     held_out: HeldOut
     longest: Sequences  # one micro batch
-    frozen_folders: tuple[str, ...]  # the reference's, and the reward model's if no step of this run made it
+    frozen_folders: tuple[str, ...]  # of the frozen networks: the reward model's only if no step of this run made it
     frozen_digest: str  # sha256 of the weights in them
 
     @property
@@ -83,9 +86,15 @@ class Setup:
         return self.updates_per_rollout == 1
 
     @property
+    def engines(self) -> list[Engine]:
+        return [self.actor] if self.critic is None else [self.actor, self.critic]
+
+    @property
     def parts(self) -> dict[str, Stateful]:
         """Return the objects whose state a checkpoint must hold."""
-        parts: dict[str, Stateful] = {"actor": self.actor, "critic": self.critic}
+        parts: dict[str, Stateful] = {"actor": self.actor}
+        if self.critic is not None:
+            parts["critic"] = self.critic
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
@@ -121,24 +130,34 @@ def set_up(context: StepContext) -> Setup:
     # 1. Read the prompts, and count the updates.
     actor_source, critic_source = context.model_of(1), context.model_of(2)
     tokenizer = load_tokenizer(actor_source)
-    check_same_tokenizer(tokenizer, load_tokenizer(critic_source))
+    scorer_tokenizer = load_tokenizer(critic_source)
+    is_text = job.may_score_text and not reads_alike(tokenizer, scorer_tokenizer)
+    if is_text:
+        context.doing(3, f"{critic_source} has another tokenizer than the actor, and reads the answers as text")
+    else:
+        check_same_tokenizer(tokenizer, scorer_tokenizer)
+        scorer_tokenizer = tokenizer
     tokens = corpus(context, 3, job.data, tokenizer)
     rows = tokens.train.step_rows[3]
     plan = where.batch_plan(job, 3)
     updates_per_rollout = spec.ppo_epochs * spec.rollout_batch // spec.global_batch
-    possible = count_updates(len(rows), spec.rollout_batch, spec.epochs, None) * updates_per_rollout
+    possible = count_updates(len(rows), spec.prompts_per_rollout, spec.epochs, None) * updates_per_rollout
     updates = min(possible, spec.max_updates or possible)
     check_critic_warmup(spec, updates)
     context.plan(3, plan, updates=updates, zero_stage=where.actor_zero_stage, table=tokens.train)
 
-    # 2. Load the four networks: the actor and its frozen copies, the critic and the reward model.
-    context.doing(3, "loading actor, reference, critic and reward model")
-    scorer_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed, needs_head=True).to(world.device)
-    reward_model = ScoreForward(eval_model(scorer_model))
+    # 2. Load the networks: actor and its frozen copies, critic, reward model, judge.
+    if not spec.has_critic:
+        context.doing(3, without_critic(spec))
+    context.doing(3, f"loading actor, reference, {'critic and ' if spec.has_critic else ''}reward model")
+    scorer_model = load_scorer(critic_source, scorer_tokenizer, context.dtype, job.seed, needs_head=True)
+    reward_model = ScoreForward(eval_model(scorer_model.to(world.device)))
     actor_model = load_causal(actor_source, tokenizer, context.dtype, job.seed).to(world.device)
     # The policy is one over the tokenizer's ids. Step 1 learns, as the saved model, over all rows.
     actor_model.logit_transform = replace(actor_model.logit_transform, tokens=len(tokenizer))
-    for model in (actor_model, reward_model.model):
+    judge = load_judge(context, tokenizer, spec.judge_model) if spec.judge_model is not None else None
+    judges = [judge.model] if judge is not None else []
+    for model in (actor_model, *([] if is_text else [reward_model.model]), *judges):
         check_lengths(model, job.data.max_prompt_tokens, job.data.max_response_tokens)
     reference, rollout_copy = frozen_copies(actor_model, job.actor.lora, where.actor_zero_stage, job.seed)
     if job.actor.lora is not None and isinstance(reference, ActorForward):
@@ -149,14 +168,28 @@ def set_up(context: StepContext) -> Setup:
     if job.actor.lora is not None:
         add_lora(actor_model, job.actor.lora, job.seed)
         context.doing(3, f"LoRA adapts {describe(actor_model)}")
-    critic_model = load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device)
-    if job.hardware.gradient_checkpointing:
-        checkpoint_activations(critic_model)
-    pad_id = padding(tokenizer, actor_model, critic_model, reference.model, reward_model.model)
+    critics = []
+    if spec.has_critic:
+        critics.append(load_scorer(critic_source, tokenizer, context.dtype, job.seed).to(world.device))
+        if job.hardware.gradient_checkpointing:
+            checkpoint_activations(critics[0])
+    of_actor = [actor_model, *critics, reference.model, *judges]
+    pad_id = padding(tokenizer, *of_actor, *([] if is_text else [reward_model.model]))
+    text_scoring = None
+    if is_text:
+        positions = getattr(reward_model.model.config, "max_position_embeddings", None)
+        reader = TextReader(tokenizer, scorer_tokenizer, positions)
+        text_scoring = TextScoring(reader, padding(scorer_tokenizer, reward_model.model))
 
     # The actor's log-probs are checked by the self-test, on the first rollout.
-    examples = example_rows(context, 3, tokens.train, tokens.train.chosen)
-    check_scores(context, reward_model, examples, pad_id)
+    examples = example_rows(context, 3, tokens.train, tokens.train.some_answer)
+    if text_scoring is None:
+        check_scores(context, reward_model, examples, pad_id)
+    else:
+        read = text_scoring.read(*zip(*examples, strict=True))
+        check_scores(context, reward_model, list(zip(*read, strict=True)), text_scoring.pad_id)
+    if judge is not None:
+        check_scores(context, judge, examples, pad_id)
     try_float32(context, ActorForward(actor_model), examples, pad_id)
 
     # 3. Give actor and critic an engine each.
@@ -171,22 +204,24 @@ def set_up(context: StepContext) -> Setup:
         world=world,
         first_update=spec.critic_warmup_updates,
     )
-    critic = Engine(
-        ScoreForward(critic_model),
-        spec,
-        spec.critic_learning_rate,
-        updates,
-        plan,
-        precision=where.precision,
-        zero_stage=where.critic_zero_stage,
-        world=world,
-    )
+    critic = None
+    if spec.critic_learning_rate is not None and critics:
+        critic = Engine(
+            ScoreForward(critics[0]),
+            spec,
+            spec.critic_learning_rate,
+            updates,
+            plan,
+            precision=where.precision,
+            zero_stage=where.critic_zero_stage,
+            world=world,
+        )
     ema = Ema(actor.module, spec.ema_decay) if spec.ema_decay else None
 
     # 4. Sample with the actor, or with its copy.
     rollouts = Rollouts(
         rollout_copy.model if rollout_copy is not None else actor_model,
-        eos_id=tokenizer.eos_token_id,
+        stop_ids=stop_ids(tokenizer, getattr(actor_model, "generation_config", None)),
         pad_id=tokenizer.pad_token_id,
         max_tokens=job.data.max_response_tokens,
         max_prompt_tokens=job.data.max_prompt_tokens,
@@ -205,12 +240,12 @@ def set_up(context: StepContext) -> Setup:
     response = np.full(job.data.max_response_tokens, tokenizer.eos_token_id)
     longest = Sequences.of([prompt] * plan.micro_batch, [response] * plan.micro_batch, pad_id, world.device)
     pass_tokens = plan.micro_batch * (len(prompt) + len(response))
-    scorer = Scorer(context, reference, reward_model, pad_id, pass_tokens)
+    scorer = Scorer(context, reference, reward_model, pad_id, pass_tokens, judge, text_scoring)
 
     # 6. Measure on prompts that are not trained on.
     prompts = [tokens.held_out.prompt[i] for i in tokens.held_out.step_rows[3]]
     held_out = HeldOut(context, prompts, tokenizer, load_rule(spec.rule), seed=job.seed + EVALUATION_SEED)
-    frozen = [actor_source, *([critic_source] if job.critic.reward_model is not None else [])]
+    frozen = [actor_source, *filter(None, (job.critic.reward_model, spec.judge_model))]
     folders = tuple(hub.model(source, hub.model_files) for source in frozen)
     return Setup(
         tokenizer=tokenizer,
@@ -234,6 +269,22 @@ def set_up(context: StepContext) -> Setup:
         frozen_folders=folders,
         frozen_digest=weights_digest(folders),
     )
+
+
+def without_critic(spec: Ppo) -> str:
+    """Say what takes the critic's place, where the KL is paid for, and what is not read."""
+    compared = f"{spec.advantage}: {spec.samples_per_prompt} answers to each prompt are compared, without a critic"
+    kl = "the KL penalty is a term of the loss (k3)" if spec.kl_in_loss else "the KL penalty is in the rewards (k1)"
+    fields = ", ".join(f"ppo.{name}" for name in spec.unread)
+    return f"{compared}; {kl}" + (f"; not read: {fields}" if fields else "")
+
+
+def load_judge(context: StepContext, tokenizer: Any, source: str) -> ScoreForward:
+    """Load `ppo.judge_model`. Raises ToolkitError if it does not read the actor's tokens."""
+    context.doing(3, "loading the judge")
+    check_same_tokenizer(tokenizer, load_tokenizer(source), "judge")
+    model = load_scorer(source, tokenizer, context.dtype, context.job.seed, needs_head=True)
+    return ScoreForward(eval_model(model.to(context.world.device)))
 
 
 def frozen_copies(
@@ -261,12 +312,12 @@ def frozen_copies(
 
 def try_the_longest(context: StepContext, setup: Setup) -> None:
     """Make trial updates on the longest sequences, which prove that training fits into memory."""
-    actor, critic, temperature = setup.actor, setup.critic, context.job.ppo.temperature
+    actor, temperature = setup.actor, context.job.ppo.temperature
     context.doing(3, f"trial update on the longest sequences, {setup.plan.micro_batch} in a pass")
     trial_update(
         # With the prompts' tokens: with short prompts a pass holds nearly as many response tokens.
         (actor, lambda: actor(setup.longest, from_prompt=True, temperature=temperature)[0].sum()),
-        (critic, lambda: critic(setup.longest)[0].sum()),
+        *((critic, lambda critic=critic: critic(setup.longest)[0].sum()) for critic in setup.engines[1:]),
     )
 
 
@@ -286,7 +337,7 @@ def measure_reward_scale(context: StepContext, setup: Setup) -> tuple[float, flo
 
 def set_reward_scale(context: StepContext, setup: Setup, shift: float, scale: float) -> None:
     """Make every reward of this run (logit - shift) / scale. The critic learns to predict these."""
-    for network in (setup.reward_model, setup.critic.module):
+    for network in (setup.reward_model, *(critic.module for critic in setup.engines[1:])):
         network.shift, network.scale = shift, scale  # type: ignore[assignment]
     # The scale belongs to the reward model. The folder of one's own model stays as it is.
     is_own = context.job.critic.reward_model is not None

@@ -42,8 +42,9 @@ class Tally:
 
     updates: int = 0  # also the skipped ones
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
-    norms: list[list[float]] = field(default_factory=list)  # of actor and critic, an update each
+    norms: list[list[float]] = field(default_factory=list)  # of actor and, if there is one, critic, an update each
     entropy: float | None = None  # mean over responses; None on-policy: it comes from the training passes
+    judge_score: float | None = None  # mean over responses; None: there is no judge
     scored: int = 0  # real tokens of the scoring passes
     scored_computed: int = 0  # their tokens with padding
     rollout_s: float = 0.0
@@ -76,9 +77,12 @@ class Tally:
         elapsed_s: float,
         kl_coef: float,
         actor: Engine,
-        critic: Engine,
+        critic: Engine | None,
     ) -> Metrics:
-        """Return the rollout's numbers, and its training's numbers if any update was applied."""
+        """Return the rollout's numbers, and its training's numbers if any update was applied.
+
+        Without a critic there are no numbers of it.
+        """
         rollout = Metrics(
             step=3,
             update=update,
@@ -94,8 +98,9 @@ class Tally:
             kl=float(experience.kl.mean()),
             kl_k3=float(kl_k3(experience.old_log_probs, experience.ref_log_probs, experience.mask).mean()),
             kl_coef=kl_coef,
-            critic_learning_rate=critic.current_learning_rate,
+            critic_learning_rate=critic.current_learning_rate if critic is not None else None,
             entropy=self.entropy,
+            judge_score=self.judge_score,
             response_length=float(experience.mask.sum(1).float().mean()),
             eos_share=float(experience.ended.float().mean()),
             rollout_s=self.rollout_s,
@@ -104,18 +109,22 @@ class Tally:
         count, sums = self.trained_updates, self.sums
         if not count:
             return rollout
+        if critic is not None:
+            rollout = replace(
+                rollout,
+                critic_grad_norm=float(np.mean([norms[1] for norms in self.norms])),
+                value_loss=sums["value_loss"] / count,
+                value_clip_fraction=sums["value_clipped"] / sums["tokens"],
+                explained_variance=explained_variance(sums),
+            )
         return replace(
             rollout,
             tokens_per_s=sums["trained"] / (self.rollout_s + self.score_s + self.train_s),
             real_token_share=(sums["trained"] + self.scored) / (sums["computed"] + self.scored_computed),
-            grad_norm=float(np.mean([actor for actor, _ in self.norms])),
-            critic_grad_norm=float(np.mean([critic for _, critic in self.norms])),
+            grad_norm=float(np.mean([norms[0] for norms in self.norms])),
             policy_loss=sums["policy_loss"] / count,
-            value_loss=sums["value_loss"] / count,
             ratio=sums["ratio"] / sums["tokens"],
             clip_fraction=sums["clipped"] / sums["tokens"],
-            value_clip_fraction=sums["value_clipped"] / sums["tokens"],
-            explained_variance=explained_variance(sums),
             entropy=self.entropy if self.entropy is not None else sums["entropy"] / len(experience.prompts),
             train_s=self.train_s,
         )

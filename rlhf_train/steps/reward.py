@@ -37,6 +37,7 @@ from rlhf_train.models.networks import (
     padding,
 )
 from rlhf_train.steps.chance import warning_of_chance
+from rlhf_train.steps.change import share_of_both
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.losses import preference_loss, preference_loss_per_token
@@ -104,13 +105,19 @@ def run(context: StepContext) -> End:
 
     trial_update((engine, longest_pass))
     saved = checkpointer.resume()
+    start: dict[str, Any]  # what was measured before training, as a checkpoint holds it
     if saved is None:
         context.doing(2, f"accuracy on {len(held_out)} held-out pairs, before")
         margins_before = held_out_margins(context, engine, tokens.held_out, held_out, pad_id)
-        before, bars_before = accuracy(margins_before), histogram(margins_before)
+        start = {
+            "before": accuracy(margins_before),
+            "margins_before": histogram(margins_before),
+            "right_before": (margins_before > 0).tolist(),
+        }
     else:
-        before, clock = saved["before"], Clock(saved["seconds"])
-        bars_before = saved.get("margins_before")  # None: a checkpoint of an older version
+        clock = Clock(saved["seconds"])
+        # A checkpoint of an older version has the accuracy alone.
+        start = {name: saved.get(name) for name in ("before", "margins_before", "right_before")}
 
     def offer(update: int, measured: float) -> None:
         best = ("reward_accuracy", measured)
@@ -182,7 +189,7 @@ def run(context: StepContext) -> End:
         # 8. Save a checkpoint, if one is due.
         checkpointer.after(
             update + 1,
-            {"before": before, "margins_before": bars_before, "elapsed_s": training(), "seconds": clock()},
+            {**start, "elapsed_s": training(), "seconds": clock()},
         )
 
     # 9. Measure again, and save the reward model.
@@ -203,9 +210,10 @@ def run(context: StepContext) -> End:
         model=str(folder),
         own_models=job.own_models_of(2) or None,
         held_out_rows=len(held_out),
-        reward_accuracy_before=before,
+        reward_accuracy_before=start["before"],
         reward_accuracy=after,
-        margins_before=bars_before,
+        reward_accuracy_both=share_of_both(start["right_before"], (margins > 0).tolist()),
+        margins_before=start["margins_before"],
         margins=histogram(margins),
     )
     save_model(context, 2, updates, engine, tokenizer, folder, lora=None, scores=scores_of(end), example=example)
@@ -263,11 +271,11 @@ def divergence_mask(batch: Sequences) -> Tensor:
 def held_out_margins(
     context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None
 ) -> np.ndarray:
-    """Return the margin of each pair, on all ranks: chosen score - rejected score, in no order.
+    """Return the margin of each of `rows`, in order, on all ranks: chosen score - rejected score.
 
     The scores are those at the last token. It is NaN where a score is not finite.
     """
-    found: list[float] = []
+    found: list[tuple[int, float]] = []
     share = (context.placement.micro_batches[1], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(pair_lengths(table)[rows], *share, packed=pad_id is None):
         context.heartbeat.beat()
@@ -277,8 +285,9 @@ def held_out_margins(
         chosen, rejected = scores.double().chunk(2)
         is_finite = torch.isfinite(chosen) & torch.isfinite(rejected)
         margins = torch.where(is_finite, chosen - rejected, math.nan)
-        found += margins.cpu().numpy()[real].tolist()
-    return np.array([margin for of_rank in context.world.gather(found) for margin in of_rank])
+        found += zip(micro[real].tolist(), margins.cpu().numpy()[real].tolist(), strict=True)
+    of_all_ranks = sorted(pair for of_rank in context.world.gather(found) for pair in of_rank)
+    return np.array([margin for _, margin in of_all_ranks])
 
 
 def accuracy(margins: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from rlhf_train.steps.own_forward import (
     ROWS,
     allowed_difference,
     our_log_probs,
+    ours_of,
     own_log_probs,
 )
 
@@ -112,7 +113,7 @@ def self_test(
         (difference, place), allowed = check.worst(), check.limit
         if check.limit > SAME_BATCH_LIMIT:
             worst = (rows[place].prompt, rows[place].response)
-            allowed = allowed_difference(context, actor.module.model, worst, old[place], ours, difference)
+            allowed = allowed_difference(context, actor.module.model, [(old[place], ours_of(worst, ours))], difference)
         if not difference <= allowed:
             raise ToolkitError(
                 f"step 3's self-test failed {when(with_reference)}: {check.what}",
@@ -129,7 +130,7 @@ def self_test(
 def check_frozen(saved: str, found: str, folders: Sequence[str]) -> None:
     """Raise ToolkitError if a resumed run would have other frozen networks. "": of an older run."""
     if saved and saved != found:
-        what = "the reference is" if len(folders) == 1 else "the reference or the reward model is"
+        what = "the reference is" if len(folders) == 1 else "the reference, the reward model or the judge is"
         raise ToolkitError(
             f"{what} not the one that step 3 began with",
             why=f"the weights in {' or '.join(folders)} have changed since",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from rlhf_train.models.networks import (
     load_tokenizer,
     padding,
 )
+from rlhf_train.steps.change import perplexity_change_error
 from rlhf_train.steps.context import Clock, StepContext, actor_tokenizer, corpus, start_checkpoints
 from rlhf_train.steps.export import save_model, scores_of
 from rlhf_train.steps.merged import merged
@@ -58,7 +60,9 @@ def run(context: StepContext) -> End:
         table=tokens.train,
     )
 
-    if isinstance(job.critic_source, str):  # now, and not after hours of training: see model_checks.py
+    if (
+        isinstance(job.critic_source, str) and not job.may_score_text
+    ):  # now, and not after hours of training: see model_checks.py
         check_same_tokenizer(tokenizer, load_tokenizer(job.critic_source))
 
     # 2. Load the actor, and give it an engine.
@@ -89,7 +93,7 @@ def run(context: StepContext) -> End:
     # 3. Show that the longest update fits. Resume from the last checkpoint, or measure the start.
     held_out = tokens.held_out.step_rows[1]
     example = tokens.held_out.example(1, tokenizer)
-    row_lengths = tokens.train.prompt.lengths + tokens.train.response.lengths
+    row_lengths = tokens.train.before_response.lengths + tokens.train.response.lengths
     pass_tokens = plan.micro_batch * int(row_lengths[rows].max())
     checkpointer, divergence = start_checkpoints(
         context, 1, updates, {"actor": engine}, rows=tokens.train.digest(1), model_bytes=engine.model_bytes()
@@ -99,12 +103,16 @@ def run(context: StepContext) -> End:
     # With the prompt's tokens: with short prompts a pass holds nearly as many response tokens.
     trial_update((engine, lambda: engine(longest, from_prompt=True)[0].sum()))
     saved = checkpointer.resume()
+    start: dict[str, Any]  # what was measured before training, as a checkpoint holds it
     if saved is None:
         context.doing(1, f"perplexity of {len(held_out)} held-out responses, before")
-        before, error_before = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+        nll_before, counts = held_out_nll(context, engine, tokens.held_out, held_out, pad_id)
+        before, error_before = perplexity_of(nll_before, counts)
+        start = {"before": before, "error_before": error_before, "before_nll": nll_before.tolist()}
     else:
-        before, clock = saved["before"], Clock(saved["seconds"])
-        error_before = saved.get("error_before")  # None: a checkpoint of an older version
+        clock = Clock(saved["seconds"])
+        # A checkpoint of an older version has the perplexity alone.
+        start = {name: saved.get(name) for name in ("before", "error_before", "before_nll")}
 
     def offer(update: int, measured: float) -> None:
         best, lora = ("perplexity", measured), job.actor.lora
@@ -119,7 +127,7 @@ def run(context: StepContext) -> End:
         # 4. Keep the weights that are best on held-out rows.
         if checkpointer.wants_best(update):
             with merged(model, engine.settle):
-                measured, _ = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+                measured, _ = perplexity_of(*held_out_nll(context, engine, tokens.held_out, held_out, pad_id))
             offer(update, measured)
 
         # 5. Draw the rows of the update, and assign them to ranks and passes.
@@ -163,13 +171,14 @@ def run(context: StepContext) -> End:
         # 8. Save a checkpoint, if one is due.
         checkpointer.after(
             update + 1,
-            {"before": before, "error_before": error_before, "elapsed_s": training(), "seconds": clock()},
+            {**start, "elapsed_s": training(), "seconds": clock()},
         )
 
     # 9. Measure again, and save the actor.
     context.doing(1, f"perplexity of {len(held_out)} held-out responses, after")
     with merged(model, engine.settle):
-        after, error_after = perplexity(context, engine, tokens.held_out, held_out, pad_id)
+        nll, counts = held_out_nll(context, engine, tokens.held_out, held_out, pad_id)
+    after, error_after = perplexity_of(nll, counts)
     divergence.check({"perplexity": after})
     if checkpointer.keeps_best:
         offer(updates, after)
@@ -180,10 +189,11 @@ def run(context: StepContext) -> End:
         seconds=clock(),
         model=str(folder),
         held_out_rows=len(held_out),
-        perplexity_before=before,
+        perplexity_before=start["before"],
         perplexity_after=after,
-        perplexity_error_before=error_before,
+        perplexity_error_before=start["error_before"],
         perplexity_error_after=error_after,
+        perplexity_change_error=perplexity_change_error(start["before_nll"], nll, counts),
     )
     save_model(
         context, 1, updates, engine, tokenizer, folder, lora=job.actor.lora, scores=scores_of(end), example=example
@@ -193,22 +203,27 @@ def run(context: StepContext) -> End:
 
 
 def sequences(table: Table, rows: np.ndarray, pad_id: int | None, device: torch.device) -> Sequences:
-    return Sequences.of([table.prompt[i] for i in rows], [table.response[i] for i in rows], pad_id, device)
+    learned = None if table.learned is None else [table.learned[i] for i in rows]
+    before = [table.before_response[i] for i in rows]
+    return Sequences.of(before, [table.response[i] for i in rows], pad_id, device, learned)
 
 
 def loss_tokens(job: Job, table: Table, rows: np.ndarray) -> np.ndarray:
     """Count the tokens of each row that are in the loss."""
-    from_prompt = table.prompt.lengths[rows] - 1 if job.sft.loss_on_prompt else 0
-    return table.response.lengths[rows] + from_prompt
+    if job.sft.loss_on_prompt:
+        return table.response.lengths[rows] + table.before_response.lengths[rows] - 1
+    if table.learned is None:
+        return table.response.lengths[rows]
+    return table.response.lengths[rows] + np.array([table.learned[i].sum() for i in rows], dtype=np.int64)
 
 
 @torch.no_grad()
-def perplexity(
+def held_out_nll(
     context: StepContext, engine: Engine, table: Table, rows: np.ndarray, pad_id: int | None
-) -> tuple[float, float | None]:
-    """Measure the perplexity of `rows` on the tokens in the loss, and its standard error."""
-    lengths = table.prompt.lengths[rows] + table.response.lengths[rows]
-    nlls, counts = [], []
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the negative log-likelihood in nats of each of `rows`, and its tokens in the loss."""
+    lengths = table.before_response.lengths[rows] + table.response.lengths[rows]
+    nlls, counts, places = [], [], []
     share = (context.placement.micro_batches[0], context.world.size, context.world.rank)
     for micro, real in evaluation_batches(lengths, *share, packed=pad_id is None):
         context.heartbeat.beat()
@@ -220,8 +235,11 @@ def perplexity(
         nll = np.bincount(row_of_token, weights=-log_probs.double().cpu().numpy(), minlength=len(micro))
         nlls.append(nll[real])
         counts.append(tokens[real])
-    of_all_ranks = context.world.gather((np.concatenate(nlls), np.concatenate(counts)))
-    return perplexity_of(*(np.concatenate(parts) for parts in zip(*of_all_ranks, strict=True)))
+        places.append(micro[real])
+    of_all_ranks = context.world.gather(tuple(map(np.concatenate, (nlls, counts, places))))
+    of_rows, tokens, place = (np.concatenate(parts) for parts in zip(*of_all_ranks, strict=True))
+    order = np.argsort(place)  # the same on any number of ranks
+    return of_rows[order], tokens[order]
 
 
 def perplexity_of(nll: np.ndarray, tokens: np.ndarray) -> tuple[float, float | None]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from jobs.run_dir import RunDir
-from tests import tiny
+from tests import launcher, tiny
 
 WILD = {
     1: ["sft.learning_rate=1e30", "sft.max_grad_norm=1e30"],
@@ -28,19 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_diverged_step_stops_with_the_update_and_the_knobs_and_leaves_no_model(folder: Path, step: int) -> None:
-    command = [sys.executable, "-m", "rlhf_train", "--job", str(folder / "job.yaml")]
-    command += ["--output-dir", str(folder / "runs"), "--step", str(step)]
-    command += ["--run", f"wild-{step}", *(["--from", "well"] if step > 1 else [])]
-    for setting in WILD[step]:
-        command += ["--set", setting]
-    environment = os.environ | {"RLHF_CACHE": str(folder / "cache")}
-    done = subprocess.run(
-        command, cwd=tiny.CHECKOUT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 4, done.stderr
-    assert f"step {step} diverged at update " in done.stderr
-    assert "learning rate" in done.stderr
+def test_a_diverged_step_stops_with_the_update_and_the_knobs_and_leaves_no_model(
+    folder: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--job", str(folder / "job.yaml"), "--step", str(step), "--run", f"wild-{step}"]
+    words += ["--from", "well"] if step > 1 else []
+    assert launcher.train(tiny.words_of(folder, words, WILD[step]), folder / "cache") == 4
+    error = capsys.readouterr().err
+    assert f"step {step} diverged at update " in error
+    assert "learning rate" in error
     run = RunDir(folder / "runs" / f"wild-{step}")
     assert not run.step(step).model.exists()
     assert not run.step(step).complete.exists()

@@ -89,9 +89,12 @@ def missing(run: Trained, kind: type[Event]) -> set[str]:
 def test_every_number_is_there_and_finite(lora: Trained, everything: Trained) -> None:
     for run in (lora, everything):
         check_finite(run)
-    assert missing(everything, End) == {"own_models"} and missing(everything, Metrics) == set()
-    assert missing(lora, End) == {"own_models", "good_share_before", "good_share_after"}  # without a rule
-    assert missing(lora, Metrics) == {"lm_loss"}
+    parts = ("before", "after", "error_before", "error_after", "change_error")
+    no_judge = {f"judge_score_{part}" for part in parts}  # the run with models of one's own has one
+    assert missing(everything, End) == {"own_models"} | no_judge and missing(everything, Metrics) == {"judge_score"}
+    no_rule = {f"good_share_{part}" for part in ("before", "after", "both")}
+    assert missing(lora, End) == {"own_models"} | no_judge | no_rule
+    assert missing(lora, Metrics) == {"lm_loss", "judge_score"}
 
 
 def test_before_the_first_update_ratio_is_1_and_kl_is_0(lora: Trained, everything: Trained) -> None:
@@ -131,12 +134,20 @@ def test_models_of_ones_own_give_step_3_what_the_steps_before_give_it(folder: Pa
     sft, reward_model = (str(lora.dir.step(step).model) for step in (1, 2))
     flags = ["--actor-model", sft, "--reward-model", reward_model]
     words = ["--job", str(folder / "job.yaml"), "--run", "own", "--step", "3", *flags]
-    own = tiny.run(folder, words, LORA_JOB)
+    # The reward model is the judge, too: nothing learns from that, and the scores are the same.
+    own = tiny.run(folder, words, [*LORA_JOB, f"ppo.judge_model={reward_model}"])
     assert own.weights(3).keys() == lora.weights(3).keys()
     assert all(value.equal(lora.weights(3)[name]) for name, value in own.weights(3).items())
     named = {"actor.sft_model": sft, "critic.reward_model": reward_model}
     assert own.end(3)["own_models"] == own.events("plan", 3)[0]["own_models"] == named
     assert not own.dir.step(1).path.exists() and not own.dir.step(2).path.exists()
+    end, rollouts, samples = own.end(3), own.events("metrics", 3), own.events("sample", 3)
+    for part in ("before", "after", "error_before", "error_after", "change_error"):
+        assert end[f"judge_score_{part}"] == pytest.approx(end[f"mean_reward_{part}"], rel=1e-5)
+    assert [line["judge_score"] for line in rollouts] == pytest.approx([line["mean_reward"] for line in rollouts])
+    assert [each["judge_score"] for each in samples] == pytest.approx([each["reward"] for each in samples])
+    assert {each["when"] for each in samples} == {"before", "during", "after"}
+    assert "judge_score" not in lora.events("metrics", 3)[0] and "judge_score_before" not in lora.end(3)
     assert f"Made by rlhf-box from {sft}, " in (own.dir.step(3).model / "README.md").read_text(encoding="utf-8")
 
 

@@ -35,6 +35,7 @@ from tests.twin import (
     Ids,
     Row,
     TwinAdamW,
+    TwinGroups,
     TwinPair,
     TwinPpo,
     text_perplexity,
@@ -49,7 +50,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "actor": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocabulary": 5},
     "critic": {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "vocabulary": 0},
 }
-MORE = {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.25}
+MORE = {
+    "num_hidden_layers": 2,
+    "head_dim": 12,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+}
 OPTIMIZER = {
     "schedule": "linear",
     "warmup_updates": 2,
@@ -68,6 +75,7 @@ class Recorder:
     rollouts: list[tuple[int, list[Row]]] = field(default_factory=list)  # with their seeds
     row_ids: list[tuple[int, int]] = field(default_factory=list)  # with their seeds: what a row's random numbers are of
     engines: dict[str, Engine] = field(default_factory=dict)
+    pass_sizes: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # rows, by the engine's network
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         call, backward, step, generate = Engine.__call__, Engine.backward, Engine.step, Rollouts.generate
@@ -83,6 +91,7 @@ class Recorder:
             name = type(engine.module).__name__
             passes[name] = latest[name] if is_closed.get(name) else passes[name] + latest[name]
             is_closed[name], self.engines[name] = last, engine
+            self.pass_sizes[name].add(len(latest[name]))
             backward(engine, loss, last=last)
 
         def watched_step(engine: Engine) -> float:
@@ -127,12 +136,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     for place, (name, family, auto) in enumerate(
         (
-            ("actor", "llama", AutoModelForCausalLM),
-            ("critic", "llama", AutoModelForSequenceClassification),
-            ("padded", "qwen2", AutoModelForSequenceClassification),  # a family whose rows are padded
+            ("actor", "qwen3", AutoModelForCausalLM),
+            ("critic", "qwen2", AutoModelForSequenceClassification),
+            ("padded", "gemma", AutoModelForSequenceClassification),  # a family whose rows are padded
         )
     ):
-        torch.manual_seed(place)
+        torch.manual_seed(place + 6)
         sizes = dict(SIZES["actor" if name == "actor" else "critic"])
         vocabulary = len(tokenizer) + sizes.pop("vocabulary")
         tied = {"tie_word_embeddings": name != "actor", "attention_dropout": 0.1, "num_labels": 1}
@@ -145,6 +154,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model.score.weight *= 3  # scores have another standard deviation than 1
         model.save_pretrained(str(folder / name))
         tokenizer.save_pretrained(str(folder / name))
+        if name == "critic":  # the same network over another tokenizer's ids, for texts
+            other = train_tokenizer(tiny.WORDS, 270)
+            model.resize_token_embeddings(len(other))
+            model.save_pretrained(str(folder / "text"))
+            other.save_pretrained(str(folder / "text"))
     write_rows(folder / "rows")
     return folder
 
@@ -276,7 +290,10 @@ def test_step_2_learns_what_its_twin_learns(
     world: World, folder: Path, tmp_path: Path, critic: str, fields: dict[str, Any]
 ) -> None:
     tree = job(folder, critic, "reward", REWARD | fields)
+    tree["hardware"]["micro_batch"] = 3
     recorder, _, events = watched(world, tmp_path / "run", tree, 2)
+    if critic == "critic":  # else all have three pairs
+        assert len(recorder.pass_sizes["ScoreForward"]) > 1, "passes of one size weigh alike"
     pairs, updates = pairs_of(folder), []
     for rows in recorder.updates["ScoreForward"]:
         updates.append([pairs[row] for row in rows if row in pairs])
@@ -419,3 +436,95 @@ def check_orders(rollout: Sequence[Row], parts: Sequence[Sequence[Row]], size: i
         assert all(len(part) == size for part in epoch)
     if size < 8 and len(epochs) > 1:
         assert epochs[0] != epochs[1]
+
+
+# --- step 3 without a critic ---
+
+GROUPS: dict[str, Any] = {
+    **{name: value for name, value in PPO.items() if not name.startswith(("critic_", "value_", "lam", "ema_"))},
+    "samples_per_prompt": 4,
+    "max_updates": 3,
+    "clip_range_high": 0.09,
+}
+SEVERAL = {"global_batch": 4, "ppo_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("critic", "fields"),
+    [
+        (
+            "critic",
+            {"advantage": "rloo", **SEVERAL, "max_updates": 6, "loss_mean": "sequence", "whiten_advantages": False},
+        ),
+        (
+            "text",
+            {"advantage": "grpo", **SEVERAL, "max_updates": 6, "loss_mean": "constant", "whiten_advantages": True},
+        ),
+        (
+            "critic",
+            {
+                "advantage": "reinforce_baseline",
+                "global_batch": 8,
+                "max_updates": 5,
+                "loss_mean": "token",
+                "whiten_advantages": True,
+            },
+        ),
+    ],
+    ids=["rloo", "grpo, scored on text", "reinforce_baseline"],
+)
+def test_step_3_without_a_critic_learns_what_its_twin_learns(
+    world: World, folder: Path, tmp_path: Path, critic: str, fields: dict[str, Any]
+) -> None:
+    settings = GROUPS | fields
+    tree = job(folder, critic, "ppo", settings)
+    recorder, _, events = watched(world, tmp_path / "run", tree, 3)
+    updates = recorder.updates["ActorForward"]
+    assert recorder.updates["ScoreForward"] == []  # no critic learns
+    assert len(updates) == settings["max_updates"]
+    rollouts = [rows for seed, rows in recorder.rollouts if seed == SEED]
+    (reference_answers,) = (rows for seed, rows in recorder.rollouts if seed == SEED + 2**33)
+    ids = [row for seed, row in recorder.row_ids if seed == SEED]
+    assert len(set(ids)) == len(ids) == 8 * len(rollouts)  # each answer has random numbers of its own
+    prompts = [prompt for rows in rollouts for prompt, _ in rows]
+    assert len(set(prompts)) == len(prompts) / 4
+    per_rollout = settings.get("ppo_epochs", 1) * 8 // settings["global_batch"]
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "actor"))
+    causal, classifier = (
+        (AutoModelForCausalLM, folder / "actor"),
+        (
+            AutoModelForSequenceClassification,
+            folder / critic,
+        ),
+    )
+    twin = TwinGroups(
+        load(*causal),
+        load(*causal),
+        load(AutoModelForSequenceClassification, folder / "critic"),  # never learns
+        load(*classifier),
+        settings | {"whiten_rewards": False, "lam": 1.0},
+        tokens=len(tokenizer),
+        eos=tokenizer.eos_token_id,
+        limit=MAX_RESPONSE,
+        tokenizers=(tokenizer, AutoTokenizer.from_pretrained(str(folder / critic))) if critic == "text" else None,
+    )
+    twin.normalise(reference_answers)
+    actor = adamw(twin.actor, settings["actor_learning_rate"], settings, len(updates))
+    expected = []
+    for place, rollout in enumerate(rollouts):
+        parts = updates[place * per_rollout : (place + 1) * per_rollout]
+        expected.append(twin.learn_groups(rollout, parts, actor))
+    check_metrics(events, expected)
+    assert all(event.value_loss is None for event in events if isinstance(event, Metrics))
+    assert expected[-1]["kl"] > 0.1 and expected[0]["kl_coef"] != expected[-1]["kl_coef"]
+    if per_rollout > 1:
+        assert all(numbers["clip_fraction"] > 0.02 for numbers in expected)
+    check_weights(
+        recorder.engines["ActorForward"].module.model.state_dict(),
+        twin.actor,
+        load(*causal),
+        settings["actor_learning_rate"],
+    )
+    saved = load(AutoModelForCausalLM, tmp_path / "run/step3/model")
+    check_weights(saved.state_dict(), twin.actor, load(*causal), settings["actor_learning_rate"])

@@ -20,13 +20,13 @@ from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext, Stopped, corpus
 from rlhf_train.steps.reward import held_out_margins
-from rlhf_train.steps.sft import perplexity
+from rlhf_train.steps.sft import held_out_nll
 from tests import tiny
 
 ROWS = 20
 
 
-@pytest.mark.parametrize("measure", [perplexity, held_out_margins])
+@pytest.mark.parametrize("measure", [held_out_nll, held_out_margins])
 @pytest.mark.parametrize(("asked_in", "batches"), [(1, 1), (3, 3), (99, 5)])
 def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(
     measure: Callable[..., object], asked_in: int, batches: int
@@ -51,6 +51,25 @@ def test_an_evaluation_is_left_after_the_batch_in_which_it_is_asked(
         with pytest.raises(Stopped):
             measure(context, engine, table, np.arange(ROWS), 0)
     assert len(seen) == batches
+
+
+def test_the_numbers_of_rows_come_in_the_order_of_the_rows() -> None:
+    """Though passes take the longest rows first: each row is compared with itself later."""
+    job, place = Job.model_validate(tiny.job(Path("rows"))), Placement("cpu", "", 1, "float32", 0, 0, (2, 2, 2), 64, 1)
+    world = World(0, 1, torch.device("cpu"))
+    context = StepContext(job, RunDir(Path("run")), world, place, Path("cache"), lambda event: None)
+    answers = [[11], [12] * 3, [13] * 2, [14] * 5, [15]]
+    chosen, ones = Ragged.of(answers), Ragged.of([[10]] * len(answers))
+    table = Table(ones, chosen, chosen, ones, {}, {})
+
+    def engine(batch: Sequences, at: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
+        _, labels = batch.predicted()
+        return (-labels.float() if at is None else batch.input_ids.flatten()[at].float()), None
+
+    rows = np.array([3, 0, 2, 1])
+    nll, counts = held_out_nll(context, engine, table, rows, 0)
+    assert nll.tolist() == [70.0, 11.0, 26.0, 36.0] and counts.tolist() == [5, 1, 2, 3]
+    assert held_out_margins(context, engine, table, rows, 0).tolist() == [4, 1, 3, 2]
 
 
 def read_in(step: int, folder: Path, *, sft_model: str | None = None, eval_rows: int = 21) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from jobs.events import Checkpoint, Event
+from jobs.events import Checkpoint, End, Event
 from jobs.run_dir import RunDir
 from jobs.spec import Job, Lora, Scratch
+from rlhf_train.data.dataset import Example
 from rlhf_train.data.sequences import BatchPlan, Sequences
 from rlhf_train.engine.deepspeed_engine import DTYPES, Ema, Engine, full_state
 from rlhf_train.models.adapters import ADAPTER_FILES, add_lora
@@ -33,7 +34,7 @@ from rlhf_train.models.networks import (
 from rlhf_train.plan.placement import Placement
 from rlhf_train.ranks.collectives import World
 from rlhf_train.steps.context import StepContext
-from rlhf_train.steps.export import generation_config, save_model
+from rlhf_train.steps.export import generation_config, save_model, scores_of
 from tests import tiny
 from tests.ranks import on_ranks
 
@@ -69,7 +70,7 @@ KINDS = {
 LORA = Lora(rank=4, alpha=8.0)
 DECAY, UPDATES = 0.6, 3
 NUMBERS = {"perplexity_after": 12.345678}
-EXAMPLE = ('\n\nHuman: say "cat"\\ Grüße\n\nAssistant:', " cat")
+EXAMPLE = Example('\n\nHuman: say "cat"\\ Grüße\n\nAssistant:', " cat")
 
 
 # --- the trainer's side, on two ranks -----------------------------------------------------------
@@ -275,6 +276,7 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "generation_config.json",
         "README.md",
     }
@@ -288,7 +290,7 @@ def test_the_folder_holds_a_model_and_nothing_else(folder: Path, name: str) -> N
     assert {key: value for key, value in config.items() if "drop" in key and value} == {}
     dtype = DTYPES[kind.precision]
     assert {value.dtype for value in load(folder / name).values()} == {dtype}
-    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
     found = seen(folder, f"{name}-loaded")
     assert found["tokens"] == {"bos": 2, "eos": 2, "pad": 1, "count": found["config"]["vocab_size"]}
     assert (found["config"]["pad_token_id"], found["config"]["eos_token_id"]) == (1, 2)
@@ -344,7 +346,7 @@ def test_the_reward_models_card_has_a_snippet_that_runs_as_printed(folder: Path)
     tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
     # As step 2 reads it: the tokens in front, prompt, answer, EOS.
-    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in EXAMPLE]
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in EXAMPLE[:2]]
     ids = [2, *parts[0], *parts[1], 2]
     expected = float(model(torch.tensor([ids])).logits)
     assert float(snippet(folder, "reward")) == pytest.approx(expected, abs=1e-6)
@@ -377,6 +379,8 @@ def test_generate_samples_and_stops(folder: Path, name: str) -> None:
         2,
         1,
     )
+    # Written out, since the two transformers leave out other defaults.
+    assert (config["temperature"], config["top_k"], config["top_p"]) == (1.0, 0, 1.0)
     found = seen(folder, f"{name}-loaded")
     prompt, new = found["prompt"].shape[1], found["generated"][:, found["prompt"].shape[1] :]
     assert found["generated"][:, :prompt].equal(found["prompt"])
@@ -384,3 +388,12 @@ def test_generate_samples_and_stops(folder: Path, name: str) -> None:
     for row in new.tolist():
         assert 2 in row or len(row) == 12
         assert set(row[row.index(2) + 1 :]) <= {1} if 2 in row else True
+
+
+def test_a_card_has_the_numbers_and_not_their_errors() -> None:
+    """Nor the share of rows that are right twice, which only an interval needs."""
+    errors = {"mean_reward_error_before": 0.1, "mean_reward_error_after": 0.1, "mean_reward_change_error": 0.1}
+    measured = {"mean_reward_before": 0.0, "mean_reward_after": 1.0, "good_share_after": 0.5, "reward_accuracy": 0.9}
+    shares = {"good_share_both": 0.4, "reward_accuracy_both": 0.4}
+    end = End(step=3, updates=4, seconds=9.0, model="m", held_out_rows=8, **measured, **errors, **shares)
+    assert scores_of(end) == measured

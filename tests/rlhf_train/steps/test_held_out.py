@@ -3,15 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_train.steps.held_out import standard_error
 from rlhf_train.steps.ppo import sampled_updates
 from rlhf_train.steps.reward import accuracy, histogram
-
-
-def test_standard_error() -> None:
-    # Mean 3, squares 4 + 1 + 0 + 1 + 4 = 10, s² = 10/4, s/√5 = √0.5.
-    assert standard_error([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(math.sqrt(0.5))
-    assert standard_error([1.0]) is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_train.models.log_probs import entropy, token_log_probs
+from rlhf_train.steps import losses
 from rlhf_train.steps.losses import (
     gae,
     kl_penalised_rewards,
@@ -50,8 +51,10 @@ def test_gae_by_hand():
     close(returns, [[2.5, 2.0]])
 
 
+@pytest.mark.parametrize("piece", [losses.GAE_PIECE, 3])
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_gae_is_the_discounted_sum_of_deltas(numbers, gamma, lam):
+def test_gae_is_the_discounted_sum_of_deltas(numbers, gamma, lam, piece, monkeypatch):
+    monkeypatch.setattr(losses, "GAE_PIECE", piece)
     mask, draw = numbers
     rewards, values = draw(), draw()
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)

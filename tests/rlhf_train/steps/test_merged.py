@@ -103,7 +103,7 @@ def test_rollouts_inside_the_block_are_the_saved_models(world: World, is_static:
 
     def sample(model: Any) -> tuple[list[int], np.ndarray]:
         how: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "batch": 4, "is_static": is_static}
-        made = Rollouts(model, eos_id=EOS, pad_id=PAD, device=world.device, **how).generate(
+        made = Rollouts(model, stop_ids=[EOS], pad_id=PAD, device=world.device, **how).generate(
             PROMPTS, seed=0, row_ids=range(4)
         )
         return np.concatenate(made.tokens).tolist(), np.concatenate(made.log_probs)
@@ -121,7 +121,7 @@ def test_rollouts_in_float32_are_the_saved_models(world: World) -> None:
 
     def rollouts(model: Any) -> Rollouts:
         how: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "batch": 4}
-        return Rollouts(model, eos_id=EOS, pad_id=PAD, device=world.device, **how)
+        return Rollouts(model, stop_ids=[EOS], pad_id=PAD, device=world.device, **how)
 
     own, which = rollouts(engine.module.model), {"seed": 0, "row_ids": range(4)}
     rounded = own.generate(PROMPTS, **which)

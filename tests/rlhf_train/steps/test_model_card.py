@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.spec import Job
+from rlhf_train.data.dataset import Example
 from rlhf_train.steps.model_card import model_card
 from tests import tiny
 
@@ -28,20 +29,23 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+PLAIN = Example("Human: hi\n\nAssistant:", " Hello.")
+
+
 def card(
     step: int,
     actor: object = "./mine",
     critic: object = "actor",
     template: str | None = "{{ messages }}",
     scores: Mapping[str, float] = MappingProxyType({}),
+    example: Example = PLAIN,
     **more: Any,
 ) -> ModelCard:
     """Make a card, read as the hub's own library reads it."""
     fields = tiny.job(Path("rows")) | {"actor": {"model": actor} | more, "critic": {"model": critic}}
     tokenizer = SimpleNamespace(eos_token="</s>", chat_template=template)
-    texts = {"prompt": "Human: hi\n\nAssistant:", "answer": " Hello."}
     job = Job.model_validate(fields)
-    return ModelCard(model_card(job, step, tokenizer, scores=scores, **texts))
+    return ModelCard(model_card(job, step, tokenizer, scores=scores, example=example))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -109,6 +113,15 @@ def test_the_prompt_format_is_that_of_the_data(source: Path) -> None:
     assert 'prompt = "Human: hi\\n\\nAssistant:"\n' in text and "ends with\n`</s>`." in text
     assert "The tokenizer's chat template was not used." in text
     assert "chat template" not in card(1, template=None).text
+
+
+def test_the_prompt_format_of_messages_is_that_of_the_template(source: Path) -> None:
+    example = Example("<s>[INST] hi [/INST]", " Hello.</s>", is_chat=True)
+    actor, reward = (card(step, example=example).text for step in (1, 2))
+    assert "apply_chat_template" in actor and "template was not used" not in actor
+    # The texts hold all control tokens.
+    assert 'ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids' in actor
+    assert 'ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt").input_ids' in reward
 
 
 def test_a_card_shows_how_to_use_what_was_trained(source: Path) -> None:

@@ -119,7 +119,7 @@ def make_start(
         Scorer(context, reference, reward_model, pad_id, pass_tokens=plan.micro_batch * 22),
         Rollouts(
             actor_model,
-            eos_id=EOS,
+            stop_ids=[EOS],
             pad_id=PAD,
             max_tokens=12,
             temperature=job.ppo.temperature,
@@ -331,6 +331,7 @@ def three_updates(
             on_policy=on_policy,
             actor=begun.actor,
             critic=begun.critic,
+            kl_coef=0.5,
         )
         for engine in trained:
             engine.step()

@@ -34,7 +34,7 @@ def test_weights_that_changed_since_are_refused(folders: tuple[str, str]) -> Non
     check_frozen(before, before, folders)
     check_frozen("", before, folders)  # of a run that began before there was a digest
     Path(folders[1], "pytorch_model.bin").write_bytes(b"four")
-    with pytest.raises(ToolkitError, match="the reference or the reward model is not the one") as caught:
+    with pytest.raises(ToolkitError, match="the reference, the reward model or the judge is not the one") as caught:
         check_frozen(before, weights_digest(folders), folders)
     assert caught.value.why == f"the weights in {folders[0]} or {folders[1]} have changed since"
     assert caught.value.exit_code == ExitCode.USAGE

@@ -47,8 +47,8 @@ LOCAL_INDEX = """
 set -eu
 cd "$(ls -dt "$1"/code/*/ | head -n 1)"
 python=$(echo "$1"/env/*/bin/python)
-sed '/^deepspeed==/,/# via/d' env/pins/image.txt >/tmp/wheels.txt
-sed -n '/^deepspeed==/,/# via/p' env/pins/image.txt >/tmp/deepspeed.txt
+sed '/^deepspeed==/,/# via/d' env/pins/cu118.txt >/tmp/wheels.txt
+sed -n '/^deepspeed==/,/# via/p' env/pins/cu118.txt >/tmp/deepspeed.txt
 for lock in env/pins/pip.txt env/pins/uv.txt /tmp/wheels.txt; do
     "$python" -m pip download --quiet --no-deps --require-hashes --dest /tmp/packages --requirement "$lock"
 done
@@ -225,18 +225,18 @@ def measure(
         return measured
 
     rows = [
-        row("deploy, nothing changed", 3, bench.deploy_unchanged),
-        row("deploy, one file changed (by tar)", 5, bench.deploy_changed),
+        row("deploy, nothing changed", 1.5, bench.deploy_unchanged),
+        row("deploy, one file changed (by tar)", 3, bench.deploy_changed),
     ]
     bench.box.sh(RSYNC)
     bench.laptop.fab("doctor", *bench.host, code=None)
-    rows.append(row("deploy, one file changed (by rsync)", 5, bench.deploy_changed))
+    rows.append(row("deploy, one file changed (by rsync)", 3, bench.deploy_changed))
     with bench.training():
         rows.append(row("attach to a log", 1.5, bench.attach))
         rows.append(row("re-attach after a break, by itself", 1.5, bench.attach_again))
-        rows.append(row("Ctrl-C detaches", 0.3, bench.detach))
-    rows.append(row("cancel, verified", GRACE_S + 5, bench.cancel, 2))
-    rows.append(row("cancel of a job that does not react, verified", GRACE_S + 5, bench.cancel_deaf, 2))
+        rows.append(row("Ctrl-C detaches", 0.2, bench.detach))
+    rows.append(row("cancel, verified", GRACE_S + 2, bench.cancel, 2))
+    rows.append(row("cancel of a job that does not react, verified", GRACE_S + 2, bench.cancel_deaf, 2))
     say("a package index on the box: some minutes")
     bench.has_its_own_index(trusted)
     rows.append(row("first deploy, PyTorch there, local index", 90, bench.first_deploy, 1))

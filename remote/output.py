@@ -141,6 +141,8 @@ class Sayer:
         from jobs.views.console import console_on  # imports the panel, which most messages do not need
 
         stream = self._err or sys.stderr
+        if stream is None:
+            return
         console = console_on(stream)
         if self._host or not console.is_terminal or console.is_dumb_terminal:
             self._now_and_then(text)
@@ -179,7 +181,9 @@ class Sayer:
         """Print to standard output, where a program may read it."""
         self._print(text, self._out or sys.stdout, "")
 
-    def _print(self, text: object, stream: TextIO, prefix: str) -> None:
+    def _print(self, text: object, stream: TextIO | None, prefix: str) -> None:
+        if stream is None:  # as Python has it where it was closed before: `>&-`
+            return
         shown = encodable(visible(self.redacted(text)), getattr(stream, "encoding", None) or "utf-8")
         lines = "".join(f"{prefix}{line}\n" for line in shown.split("\n"))
         with self._lock:

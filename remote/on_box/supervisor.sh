@@ -216,10 +216,10 @@ receive() { # read standard input to its end; secrets stay in variables until it
 }
 
 read_deployed() { # FILE   sets d_*
-    d_code='' d_runtime='' d_environment='' d_python='' d_image='' d_route='' d_mirror='' d_p2p='' d_env_files='' d_proxy_files=''
+    d_code='' d_runtime='' d_environment='' d_python='' d_image='' d_route='' d_mirror='' d_flavour='' d_p2p='' d_env_files='' d_proxy_files=''
     while read -r key value; do
         case $key in
-            code | runtime | environment | python | image | route | mirror | p2p) eval "d_$key=\$value" ;;
+            code | runtime | environment | python | image | route | mirror | flavour | p2p) eval "d_$key=\$value" ;;
             env_file) d_env_files="$d_env_files$value$newline" ;;
             proxy_file) d_proxy_files="$d_proxy_files$value$newline" ;;
         esac
@@ -547,8 +547,8 @@ END
     set +a
     # PYTHONDONTWRITEBYTECODE: the folder of the code stays as it was sent; compiling it each time takes 0.1 s. PYTHONPYCACHEPREFIX would
     # also hide what pip has compiled: PyTorch and transformers then cost each process 8 s more at a box's first start.
-    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONDONTWRITEBYTECODE=1
-    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONDONTWRITEBYTECODE
+    PATH=${d_python%/*}:$PATH PYTHONPATH=$code PYTHONUNBUFFERED=1 RLHF_RUNS=$root/runs PYTHONDONTWRITEBYTECODE=1 RLHF_FLAVOUR=$d_flavour
+    export PATH PYTHONPATH PYTHONUNBUFFERED RLHF_RUNS PYTHONDONTWRITEBYTECODE RLHF_FLAVOUR
     # shellcheck source=env/caches.sh
     . "$code/env/caches.sh"
     [ "$d_p2p" != 1 ] || export NCCL_P2P_DISABLE=1

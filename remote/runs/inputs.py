@@ -18,6 +18,9 @@ from jobs.yaml12 import dump_yaml
 from remote.deploy.sync import ALWAYS, Tree, tree_of
 
 READS_INPUTS = "reading the job's data sets and models"  # while `pack` runs: some GB take a while
+MODEL_FIELDS = (
+    ("actor", "model"), ("actor", "sft_model"), ("critic", "model"), ("critic", "reward_model"), ("ppo", "judge_model"),
+)  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"  # how the text begins that Git has in place of a large file
 
 
@@ -43,8 +46,8 @@ def pack(job: Job, here: Path, checkout: Path) -> list[JobInput]:
     Names are looked up as training looks them up: in this folder, then in the checkout. Raises
     ToolkitError: a path does not exist or cannot be read, or a file is only Git LFS's pointer.
     """
-    models = [model for model in (job.actor_source, job.critic_source) if isinstance(model, str)]
-    names = [*dict.fromkeys((*job.data.datasets, *models))]
+    models = [model for model in job.sources if isinstance(model, str)]
+    names = [*dict.fromkeys((*job.data.names, *models))]
     return [job_input for name in names if (job_input := _job_input(name, here, checkout))]
 
 
@@ -110,8 +113,13 @@ def job_on_box(job: Job, inputs: Sequence[JobInput], root: str) -> bytes:
     """Write the job file for the box: `--set` applied, and local paths replaced by those there."""
     paths = {each.name: each.on_box(root) for each in inputs}
     tree = job.dump()
-    tree["data"]["datasets"] = [paths.get(name, name) for name in tree["data"]["datasets"]]
-    for part, field in (("actor", "model"), ("actor", "sft_model"), ("critic", "model"), ("critic", "reward_model")):
+    tree["data"]["datasets"] = [
+        paths.get(each, each)
+        if isinstance(each, str)
+        else each.model_dump(mode="json") | {"name": paths.get(each.name, each.name)}
+        for each in job.data.datasets
+    ]
+    for part, field in MODEL_FIELDS:
         model = tree[part][field]
         if isinstance(model, str):
             tree[part][field] = paths.get(model, model)

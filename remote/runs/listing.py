@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len
 
-from jobs.events import RawEvent, parsed
-from jobs.formatting import duration, fold, money, one_line, own_models, size
+from env.settings import Provider
+from jobs.events import RawEvent, parsed, time_of
+from jobs.formatting import duration, fold, money, one_line, own_models, progress_text, size
 from jobs.state import State, state_of
 from jobs.steps import STEPS
-from jobs.views.panel import GpuUsage, cards_text
-from jobs.views.plain import progress_text, time_of
+from jobs.views.gpus import GpuUsage, cards_text
+from remote.runs.deployed import check, dispatch
 from remote.runs.job_state import JobState
+from remote.ssh.connection import BoxConnection
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class Listing:
     def newest(self) -> RemoteRun | None:
         """Return the running run, else the one that was started last."""
         return self.running or max(self.runs, key=lambda run: (run.job.started or -math.inf, run.name), default=None)
+
+
+def read_listing(connection: BoxConnection, providers: Mapping[str, Provider]) -> Listing:
+    """Ask the box for its runs. Raises ToolkitError: nothing is deployed there."""
+    answer = connection.query(dispatch(connection.box, providers, "list"), check=False)
+    check(connection.box, answer)
+    return parse(answer.out)
 
 
 def parse(text: str) -> Listing:

@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
 
 from jobs.errors import ToolkitError
-from jobs.events import RawEvent, parsed
+from jobs.events import RawEvent, parsed, time_of
 from jobs.formatting import encodable, one_line, visible
 from jobs.views import console
-from jobs.views.panel import BoxView, GpuUsage, Live
-from jobs.views.plain import Plain, time_of
+from jobs.views.gpus import GpuUsage
+from jobs.views.panel import BoxView, Live
+from jobs.views.plain import Plain
 from remote.runs.frames import lines_of
 from remote.runs.job_state import JobState, state_text
 

@@ -24,7 +24,7 @@ from typing import TextIO
 from jobs.errors import ExitCode, ToolkitError
 from jobs.events import RawEvent, parsed
 from jobs.formatting import duration, plural, size, visible
-from jobs.views.panel import GpuUsage
+from jobs.views.gpus import GpuUsage
 from remote.runs.frames import ConnectionLost, FrameStream, Reread, StreamTimeouts, Tail, counts, lines_of
 from remote.runs.job_state import JobState, number_of
 from remote.runs.views import View, WatchedRun, named, note

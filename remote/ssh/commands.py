@@ -26,7 +26,9 @@ def by_input(argv: Sequence[str]) -> tuple[str, bytes]:
     """Return a login shell's line and the standard input for a command that itself reads no input.
 
     All words travel in the input, as one command of a POSIX shell. A command that did read its
-    input would find none there, so it never takes a part of a script for data, or the reverse.
+    input would find none there, so it never takes a part of a script for data, or the reverse. It
+    takes three round trips, of which a line alone would save one: sshd takes no input before the
+    command runs.
 
     The variable shows that the line was run. Where a login file says `exec fish`, that shell reads
     the input, and nothing may be done: it would take data for commands next.

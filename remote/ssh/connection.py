@@ -21,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from remote.output import EACH_S, Sayer, waiting
 from remote.ssh import commands
 from remote.ssh.host_keys import HostKey, KnownHosts, NoSuchHost, changed, unreachable
 from remote.ssh.link import Link
-from remote.ssh.local import LAST_LINES, CommandResult, exchange, run_here, short
+from remote.ssh.local import LAST_LINES, CommandResult, NotingSsh, exchange, run_here, short
 from remote.ssh.login import LoginNotes, key_state, refused
 from remote.ssh.openssh import BY_A_PERSON_S, CONNECT_S, OpenSSH, Resolved, Target, over
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 # (MaxStartups).
 RETRY_PAUSE_S = 0.5
 CLOSE_S = 2.0
+PAUSE_S = 0.01  # between two looks at a login that is under way, at its exit code
+LOOK_S = 0.1  # and at its notes
 NOTICE_S = 0.5  # for the local client to notice that a connection ended, after a command was cut off
 COMMAND = ("-T", "-e", "none", "-o", "ClearAllForwardings=yes")  # options for one that needs no terminal
 # Of several threads with a box each, one asks on the terminal.
@@ -87,6 +90,7 @@ class BoxConnection:
         self.openssh = OpenSSH(state, ssh_config, connect_s)
         self._address = Target(box.name, box.address, box.user, box.port, box.key)
         self._folder: Path | None = None  # with the socket of the connection that is kept
+        self._login: _Login | None = None  # that was begun, and not waited for yet
         self._seconds: float | None = None  # of the last connection
         self.was_asked = False  # a person had to help the last login, at the terminal
         self._key_was: str = "unknown"
@@ -389,46 +393,70 @@ class BoxConnection:
             return True
         return False
 
+    def begin(self) -> None:
+        """Begin to log in, if the connection is not open; `connect` waits for the end of it.
+
+        A verb may do something else meanwhile. Raises ToolkitError: ssh does not take the address.
+        """
+        if self._login is not None or self.is_open:
+            return
+        self.close()
+        started = time.monotonic()
+        chain = self.openssh.chain(self._address)
+        keys = {jump: self.openssh.known_hosts(jump.name).keys for jump in chain}
+        keys[self._address] = self.known_hosts.keys
+        self._key_was = "known" if keys[self._address] else "new"
+        self.known_hosts.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Of mode 0700. A socket's path may have some 100 bytes, and ssh first makes a longer one; a
+        # space, a quote or a dollar sign would end it, or mean something else.
+        base = tempfile.gettempdir()
+        is_plain = len(base) <= 60 and re.fullmatch(r"[A-Za-z0-9/._+-]*", base)
+        self._folder = Path(tempfile.mkdtemp(prefix="rlhf-", dir=base if is_plain else "/tmp"))
+        try:
+            self._login = _Login(self._start_login(batch=True), keys, started)
+        except BaseException:
+            self.close()
+            raise
+
     def connect(self, *, ask: bool = True) -> None:
         """Open the connection, if it is not open.
 
         ask: if the box wants a password or a code, and there is a terminal, ssh asks for it there.
         Raises ToolkitError: no such host, no answer, another host key, a refused key.
         """
-        if self.is_open:
+        self.begin()
+        login = self._login
+        if login is None:
             return
-        self.close()
-        started = time.monotonic()
-        chain = self.openssh.chain(self._address)
-        jumps = {jump: self.openssh.known_hosts(jump.name).keys for jump in chain}
-        known = self.known_hosts.keys
-        self._key_was = "known" if known else "new"
-        self.known_hosts.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Of mode 0700. A socket's path may have some 100 bytes, and ssh first makes a longer one.
-        base = tempfile.gettempdir()
-        self._folder = Path(tempfile.mkdtemp(prefix="rlhf-", dir=base if len(base) <= 60 else "/tmp"))
         try:
-            self._open(ask)
+            self._open(login.ssh, ask)
         except BaseException:
             self.close()
             raise
         finally:
-            for jump, before in jumps.items():
-                for key in self.openssh.known_hosts(jump.name).keys:
-                    if key not in before:
-                        self.say(f"{jump.name}, on the way to {self.box.name}: {_new_key(key)}")
-            for key in () if known else self.known_hosts.keys:
-                self.say(f"{self.box.name}: {_new_key(key)}")
-        self._seconds = time.monotonic() - started
+            self._login = None
+            self._tell_new_keys(login.keys)
+        self._seconds = time.monotonic() - login.started
 
-    def _open(self, ask: bool) -> None:
+    def _tell_new_keys(self, before: Mapping[Target, Sequence[HostKey]]) -> None:
+        """Show the host keys that were accepted. before: those of the box and of each jump host."""
+        for target, keys in before.items():
+            is_box = target == self._address
+            for key in self.openssh.known_hosts(target.name).keys:
+                if key not in keys and not (is_box and keys):
+                    where = self.box.name if is_box else f"{target.name}, on the way to {self.box.name}"
+                    self.say(f"{where}: {_new_key(key)}")
+
+    def _open(self, ssh: NotingSsh, ask: bool) -> None:
         for is_last in (False, True):
-            started = time.monotonic()
-            code, notes = self._log_in(batch=True)
+            ssh = self._start_login(batch=True) if is_last else ssh
+            started = ssh.started
+            code, notes = self._watched(ssh, self._login_limit_s)
             self.was_asked = bool(code) and ask and self._may_ask(notes)
             if self.was_asked:
                 with TERMINAL:
-                    code, notes = self._log_in(batch=False)
+                    asking = self._start_login(batch=False)
+                    code, notes = self._watched(asking, self._login_limit_s + BY_A_PERSON_S)
             self._fingerprint = notes.host_key or self._fingerprint
             if code == 0:
                 return
@@ -449,48 +477,34 @@ class BoxConnection:
         at_a_jump = not notes.spoke and bool(self.openssh.chain(self._address))
         return notes.can_be_asked_for or at_a_jump or (is_locked and notes.methods is not None)
 
-    def _log_in(self, *, batch: bool) -> tuple[int | None, LoginNotes]:
-        """Let ssh log in, and return its exit code and notes; None: it took too long."""
-        known = self.known_hosts
-        argv = self.openssh.log_in(self._address, self._socket, first_contact=not known.keys, batch=batch)
-        limit_s = self.openssh.connect_s * (2.0 + len(self.openssh.chain(self._address)))
-        limit_s += 0 if batch else BY_A_PERSON_S
-        return self._watched(argv, limit_s, own_session=batch)
+    def _start_login(self, *, batch: bool) -> NotingSsh:
+        first_contact = not self.known_hosts.keys
+        argv = self.openssh.log_in(self._address, self._socket, first_contact=first_contact, batch=batch)
+        return NotingSsh(argv, has_terminal=not batch)
 
-    def _watched(
-        self, argv: Sequence[str], limit_s: float, *, own_session: bool = True
-    ) -> tuple[int | None, LoginNotes]:
-        """Run a local ssh that writes notes until it ends, or time is over."""
-        has_told, started, pause_s = False, time.monotonic(), 0.002
-        shown = 0
-        with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
-            file = Path(folder) / "notes"
-            with file.open("wb") as log:
-                process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=own_session,
-                )
-            try:
-                while (code := process.poll()) is None and time.monotonic() < started + limit_s:
-                    time.sleep(pause_s)
-                    pause_s = min(pause_s * 1.5, 0.05)
-                    seconds = time.monotonic() - started
-                    if own_session and seconds > (shown + 1) * EACH_S:  # else ssh may ask on the terminal
-                        shown += 1
-                        self.say.now(waiting(f"reaching {self.box.name}", seconds))
-                    if not has_told and pause_s >= 0.05 and _notes(file).wants_touch:
+    @property
+    def _login_limit_s(self) -> float:
+        return self.openssh.connect_s * (2.0 + len(self.openssh.chain(self._address)))
+
+    def _watched(self, ssh: NotingSsh, limit_s: float) -> tuple[int | None, LoginNotes]:
+        """Wait until ssh ends; return its exit code and notes. None: it took too long."""
+        has_told, shown, looked = False, 0, time.monotonic()
+        try:
+            while (code := ssh.ended_within(PAUSE_S)) is None and time.monotonic() < ssh.started + limit_s:
+                seconds = time.monotonic() - ssh.started
+                if not ssh.has_terminal and seconds > (shown + 1) * EACH_S:  # else ssh may ask there
+                    shown += 1
+                    self.say.now(waiting(f"reaching {self.box.name}", seconds))
+                if not has_told and time.monotonic() - looked > LOOK_S:
+                    looked = time.monotonic()
+                    if LoginNotes.of(ssh.notes).wants_touch:
                         has_told, limit_s = True, limit_s + BY_A_PERSON_S
                         self.say(f"{self.box.name}: touch your security key")
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-                if shown:
-                    self.say.now("")
-            return code, _notes(file)
+            return code, LoginNotes.of(ssh.notes)
+        finally:
+            ssh.close()
+            if shown:
+                self.say.now("")
 
     def _check_host_key(self, notes: LoginNotes) -> None:
         """Raise ToolkitError if the box showed another key than the known ones."""
@@ -501,6 +515,9 @@ class BoxConnection:
 
     def close(self) -> None:
         """Close the connection, if it is open."""
+        if self._login is not None:
+            self._login.ssh.close()
+            self._login = None
         if self._folder is None:
             return
         if self._socket.exists():
@@ -534,7 +551,7 @@ class BoxConnection:
 
     def _look(self, known: KnownHosts, *, first_contact: bool) -> LoginNotes:
         argv = self.openssh.look(self._address, known, first_contact=first_contact)
-        return self._watched(argv, self.openssh.connect_s * (2.0 + len(self.openssh.chain(self._address))))[1]
+        return self._watched(NotingSsh(argv), self._login_limit_s)[1]
 
     def _accept(self, key: HostKey) -> None:
         known = self.known_hosts.keys
@@ -629,6 +646,15 @@ class BoxConnection:
                 connection.connect()
 
 
+@dataclass(frozen=True)
+class _Login:
+    """A login that was begun."""
+
+    ssh: NotingSsh
+    keys: Mapping[Target, Sequence[HostKey]]  # that were known before it, of the box and the jump hosts
+    started: float
+
+
 class _Broke(ToolkitError):
     """The connection broke during a command."""
 
@@ -664,10 +690,6 @@ def no_shell(name: str, code: int | None, out: bytes, err: bytes) -> ToolkitErro
         f"`ssh {host} /bin/true` must end with 0",
         exit_code=ExitCode.UNFIT,
     )
-
-
-def _notes(file: Path) -> LoginNotes:
-    return LoginNotes.of(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _new_key(key: HostKey) -> str:

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from subprocess import PIPE, Popen
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import IO
 
 from jobs.errors import ToolkitError
@@ -120,6 +121,34 @@ def start(argv: Sequence[str], stdin: bytes) -> Popen[bytes]:
         file.write(stdin)
         file.seek(0)
         return Popen(argv, stdin=file, stdout=PIPE, stderr=PIPE, start_new_session=True)
+
+
+class NotingSsh:
+    """A local ssh that writes notes on standard error, as it logs in."""
+
+    def __init__(self, argv: Sequence[str], *, has_terminal: bool = False) -> None:
+        """Start it. has_terminal: it may ask there, so it stays in our session."""
+        self.has_terminal, self.started = has_terminal, time.monotonic()
+        with tempfile.NamedTemporaryFile(prefix="rlhf-", delete=False) as file:
+            self._file = Path(file.name)
+            self._process = Popen(argv, stdin=DEVNULL, stdout=DEVNULL, stderr=file, start_new_session=not has_terminal)
+
+    def ended_within(self, seconds: float) -> int | None:
+        """Return its exit code, for which it is waited so long; None: it has not ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds)
+        return None
+
+    @property
+    def notes(self) -> str:
+        return self._file.read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        """End it, if it has not ended, and remove its notes."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ CONNECT_S = 10
 LONGEST_CHAIN = 5  # jump hosts in a row; more than that is taken for a circle
 RESOLVE_S = 20.0  # `Match exec` runs the user's own commands
 BY_A_PERSON_S = 120  # to type a password or a code, or to touch a key
+# Options that an older OpenSSH does not know. Each is set where `ssh -G` names it. The user's own
+# word for it may take the input of our commands, send them to the background, or keep them from
+# being run. A host key is known from our file alone.
+FOR_KEYS = {"knownhostscommand": "none"}
+FOR_INPUT = {"stdinnull": "no", "forkafterauthentication": "no"}
+FOR_COMMANDS = {"sessiontype": "default"}
 KEPT_S = 600  # a connection that is kept ends by itself after this time without a command
 
 
@@ -63,6 +69,7 @@ class Resolved:
     keys: tuple[Path, ...]  # private keys that it would try; they need not be there
     proxy: str  # ProxyCommand for a shell, with %h and %p; ""
     jumps: tuple[Target, ...]  # ProxyJump, in the order of connecting
+    options: frozenset[str]  # all that ssh named
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class OpenSSH:
         Raises ToolkitError: there is no ssh; ssh refuses the name or its own configuration; the key
         file does not exist.
         """
+        if target.key and "${" in target.key:  # where ssh puts in a variable, and nothing can prevent that
+            what = f"ssh cannot read a key file at {target.key}"
+            raise ToolkitError(what, hint="give it a plain name, and mend `key` in boxes.yaml")
         if target.key and not Path(target.key).is_file():  # ssh would only warn, and try other keys
             what = f"the key file of `{target.name}` does not exist"
             raise ToolkitError(what, why=target.key, hint="mend `key` in boxes.yaml")
@@ -94,7 +104,8 @@ class OpenSSH:
         return self._seen[target]
 
     def _ask(self, target: Target) -> Resolved:
-        argv = ["ssh", "-G", *self._own_config(), *_named(target), "--", target.address]
+        # -N: with ForkAfterAuthentication, ssh wants to hear what it shall do.
+        argv = ["ssh", "-G", "-N", *self._own_config(), *_named(target), "--", target.address]
         try:
             ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=RESOLVE_S, check=False)
         except FileNotFoundError:
@@ -105,7 +116,7 @@ class OpenSSH:
         if ended.returncode:
             why = ended.stderr.decode(errors="replace").strip()
             raise ToolkitError(f"ssh does not take `{target.address}`", why=why, hint="mend ~/.ssh/config, or the name")
-        return _resolved(os.fsdecode(ended.stdout))  # a path may hold bytes of any encoding
+        return _resolved(os.fsdecode(ended.stdout), target.address)  # a path may hold bytes of any encoding
 
     def chain(self, target: Target) -> tuple[Target, ...]:
         """Return all jump hosts on the way, in the order of connecting.
@@ -142,8 +153,8 @@ class OpenSSH:
                 "ssh",
                 *self._own_config(),
                 *_checked(known_hosts, first_contact=not known_hosts.keys),
-                *_set(self._settings(batch)),
-                *_proxied(self.proxy(last, batch=batch)),
+                *_set(self._settings(batch) | self._newer(last, FOR_KEYS, FOR_INPUT)),
+                *self._through(last, batch=batch),
                 *_named(last),
             ]
             command, address = (text.replace("%", "%%") for text in (shlex.join(argv), shlex.quote(last.address)))
@@ -156,12 +167,13 @@ class OpenSSH:
         batch: ssh asks nothing on the terminal. control: the socket of a connection that is kept,
         which the command uses if it is open.
         """
+        newer = self._newer(target, FOR_KEYS, FOR_INPUT, {} if "-N" in options else FOR_COMMANDS)
         return [
             "ssh",
             *self._own_config(),
             *_checked(self.known_hosts(target.name)),
-            *_set(self._settings(batch, control)),
-            *_proxied(self.proxy(target, batch=batch)),
+            *_set(self._settings(batch, control) | newer),
+            *self._through(target, batch=batch),
             *options,
             *_named(target),
         ]
@@ -173,20 +185,35 @@ class OpenSSH:
         on standard error. The connection stays, in a process of its own.
         """
         settings = {**self._settings(batch, control), "ControlMaster": "yes", "ControlPersist": str(KEPT_S)}
-        settings |= {"LogLevel": "DEBUG1", "ClearAllForwardings": "yes"}
+        settings |= {"LogLevel": "DEBUG1", "ClearAllForwardings": "yes", **self._newer(target, FOR_KEYS)}
         return [
             *("ssh", *self._own_config(), *_checked(self.known_hosts(target.name), first_contact=first_contact)),
-            *(*_set(settings), *_proxied(self.proxy(target, batch=batch)), "-N", "-f", "-T", *_named(target)),
+            *(*_set(settings), *self._through(target, batch=batch), "-N", "-f", "-T", *_named(target)),
             *("--", target.address),
         ]
 
     def look(self, target: Target, known_hosts: KnownHosts, *, first_contact: bool) -> list[str]:
         """Return the argv that shows the box's host key and does not log in, so it always fails."""
         settings = {**self._settings(batch=True), "LogLevel": "DEBUG1", "PreferredAuthentications": "none"}
+        settings |= self._newer(target, FOR_KEYS)
         return [
             *("ssh", *self._own_config(), *_checked(known_hosts, first_contact=first_contact), *_set(settings)),
-            *(*_proxied(self.proxy(target)), "-T", *_named(target), "--", target.address, "exit"),
+            *(*self._through(target), "-T", *_named(target), "--", target.address, "exit"),
         ]
+
+    def _through(self, target: Target, *, batch: bool = True) -> list[str]:
+        """Return the options that say how a target is reached.
+
+        A ProxyCommand, or `none`, since otherwise ssh would use the configuration's ProxyJump. For
+        jump hosts ssh itself takes no notice of ProxyUseFdpass, which is for a ProxyCommand.
+        """
+        command = {"ProxyCommand": self.proxy(target, batch=batch) or "none"}
+        return _set(command | ({"ProxyUseFdpass": "no"} if self.chain(target) else {}))
+
+    def _newer(self, target: Target, *settings: Mapping[str, str]) -> dict[str, str]:
+        """Return those settings that this ssh knows."""
+        known = self.resolve(target).options
+        return {key: value for each in settings for key, value in each.items() if key in known}
 
     def _settings(self, batch: bool, control: Path | None = None) -> dict[str, str]:
         return {
@@ -252,34 +279,36 @@ def _set(settings: Mapping[str, str]) -> list[str]:
     return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
 
-def _proxied(command: str) -> list[str]:
-    """Set the ProxyCommand; `none`, since otherwise ssh would use the configuration's ProxyJump."""
-    return ["-o", f"ProxyCommand={command or 'none'}"]
-
-
 def _named(target: Target) -> list[str]:
     return [
         *(["-p", str(target.port)] if target.port else []),
         *(["-l", target.user] if target.user else []),
-        *(["-i", target.key, "-o", "IdentitiesOnly=yes"] if target.key else []),
+        *([*_key(target.key), "-o", "IdentitiesOnly=yes"] if target.key else []),
     ]
 
 
-def _resolved(text: str) -> Resolved:
-    """Parse the output of `ssh -G`, a keyword and its value on each line."""
+def _key(file: str) -> list[str]:
+    """Return the option for a private key's file. ssh sees `%` as a token, and -i takes no `%%`."""
+    return ["-o", f'IdentityFile="{file.replace("%", "%%")}"'] if "%" in file else ["-i", file]
+
+
+def _resolved(text: str, address: str) -> Resolved:
+    """Parse the output of `ssh -G`, a keyword and its value on each line. address: that ssh got."""
     lines = [line.partition(" ") for line in text.splitlines()]
     values = {key.lower(): value for key, _, value in reversed(lines)}
     user, host = values.get("user", ""), values.get("hostname", "")
-    jumps = values.get("proxyjump", "none")
+    tokens = {"%": "%", "h": host, "n": address, "p": values.get("port", "22"), "r": user}
+    jumps = _filled(values.get("proxyjump", "none"), tokens)
     proxy = values.get("proxycommand", "none")
     files = [value for key, _, value in lines if key == "identityfile" and value != "none"]
     return Resolved(
         host=host,
         port=int(values.get("port", 22)),
         user=user,
-        keys=tuple(_expanded(file, host, user) for file in files),
+        keys=tuple(Path(_filled(file, {**tokens, "d": str(Path.home())})).expanduser() for file in files),
         proxy="" if proxy == "none" else proxy,
         jumps=() if jumps == "none" else _jumps(jumps.split(",")),
+        options=frozenset(values),
     )
 
 
@@ -294,6 +323,6 @@ def _jumps(texts: Sequence[str]) -> tuple[Target, ...]:
     return jumps
 
 
-def _expanded(text: str, host: str, user: str) -> Path:
-    values = {"%": "%", "d": str(Path.home()), "h": host, "r": user, "n": host}
-    return Path(re.sub("%(.)", lambda token: values.get(token[1], token[0]), text)).expanduser()
+def _filled(text: str, tokens: Mapping[str, str]) -> str:
+    """Put the values of tokens, such as `%h`, into a text of the configuration."""
+    return re.sub("%(.)", lambda token: tokens.get(token[1], token[0]), text)

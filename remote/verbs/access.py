@@ -121,8 +121,8 @@ def chat(
     words = [*([run] if run else []), *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
     with context.connection(context.box(one_host(c, host)), say) as connection:
         deployed = find_deployment(connection, context.providers)
-        # A terminal there would put both outputs into one.
-        argv = connection.stream(deployed.supervisor("chat", *words), tty=once is None)
+        # A terminal there puts both outputs into one, and does not hear that a pipe has ended.
+        argv = connection.stream(deployed.supervisor("chat", *words), tty=once is None and sys.stdin.isatty())
         if dry_run:
             say.command("here", argv)
             return ExitCode.OK

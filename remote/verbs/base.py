@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabric import Connection, task
 from fabric.main import program
@@ -24,14 +24,14 @@ from invoke import Context, Exit
 
 from env.settings import Provider, Settings
 from jobs.errors import ExitCode, ToolkitError, system_error
-from jobs.spec import Job
 from remote import inventory
 from remote.inventory import Box
 from remote.output import Sayer
-from remote.runs import listing
-from remote.runs.deployed import check, dispatch
 from remote.ssh.connection import BoxConnection
 from remote.ssh.host_keys import NoSuchHost
+
+if TYPE_CHECKING:
+    from jobs.spec import Job
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -39,6 +39,7 @@ HOST = "a name in boxes.yaml, or anything that ssh understands"
 HOSTS = f"{HOST}; several with commas"
 RUN = "the run (default: the running one, else the last)"
 JSON = "for programs: JSON on standard output"
+FLAVOUR = "the stack, a file of env/flavours: cu118 or cu130 (default: the first that drives the box's cards)"
 DRY_RUN = "show the commands that would change something, and run none of them"
 
 
@@ -218,9 +219,3 @@ def is_number(text: str) -> bool:
         return float(text) >= 0
     except ValueError:
         return False
-
-
-def list_jobs(context: VerbContext, connection: BoxConnection) -> listing.Listing:
-    answer = connection.query(dispatch(connection.box, context.providers, "list"), check=False)
-    check(connection.box, answer)
-    return listing.parse(answer.out)

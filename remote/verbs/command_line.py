@@ -9,7 +9,7 @@ import copy
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,21 @@ from remote.output import Sayer
 
 SHORT = {"logs": {"-f": "--follow", "-n": "--tail"}}  # as `tail` and other tools have them
 STEPS = re.compile(r"[1-3](,[1-3])*,?")
+# The flag that a second word of a verb is most likely meant for; else its run, or a second box.
+SECOND = {"tunnel": "--port", "exec": "--command", "train": "--job", "doctor": "--job", "deploy": "--job"}
+ADD = "fab add gpu-box 'ssh -p 41022 root@host'"
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of one verb: whether each takes a value. `positional`: words that need no flag."""
+    """The flags of one verb: whether each takes a value. `positional`: words that need no flag.
+
+    numbers: the flags whose value is a whole number.
+    """
 
     takes_value: Mapping[str, bool]
     positional: int = 0
+    numbers: frozenset[str] = frozenset()
 
 
 def mended(words: Sequence[str], verbs: Mapping[str, Flags], core: Mapping[str, bool]) -> list[str]:
@@ -44,7 +51,8 @@ def mended(words: Sequence[str], verbs: Mapping[str, Flags], core: Mapping[str, 
         elif word == "--host" and rest:
             before = ["--host", rest.pop(0)]
         elif word.startswith("-"):
-            return list(words)  # Invoke knows what to say
+            flag = word.partition("=")[0]
+            raise ToolkitError(f"fab itself has no flag {flag}", hint=f"a verb's flags follow it: fab VERB {flag} ...")
         elif rest and rest[0] in verbs and not before:
             before = ["--host", word]
         else:
@@ -71,34 +79,52 @@ def _of_verb(
         flag = SHORT.get(verb, {}).get(flag, flag)
         takes_value = known.takes_value.get(flag.replace("_", "-"), core.get(flag))
         if takes_value is not None:
-            found.append(f"{flag}={value}" if value or word.endswith("=") else flag)
-            if takes_value and "=" not in word and rest:
-                found.append(rest.pop(0))
-                while flag == "--step" and rest and STEPS.fullmatch(rest[0]) and STEPS.fullmatch(found[-1]):
-                    found[-1] = f"{found[-1].rstrip(',')},{rest.pop(0)}"
+            if takes_value and "=" not in word:
+                if not rest or rest[0] in known.takes_value:
+                    raise ToolkitError(f"`fab {verb}` lacks the value of {flag}", hint=f"see `fab --help {verb}`")
+                value = rest.pop(0)
+                while flag == "--step" and rest and STEPS.fullmatch(rest[0]) and STEPS.fullmatch(value):
+                    value = f"{value.rstrip(',')},{rest.pop(0)}"
+                found += [flag, value]
+            else:
+                found.append(word.replace(word.partition("=")[0], flag, 1))
+            if flag in known.numbers and not re.fullmatch(r"-?[0-9]+", value):
+                raise ToolkitError(f"{flag} {value} is not a whole number")
         elif word.startswith("--"):
             raise _no_flag(verb, flag, known)
         elif word.startswith("-") and word != "-":
             found.append(word)  # Fabric's short flags may be joined to their values
         elif positional:
             positional -= 1
+            if verb == "add" and word == "ssh":  # pasted without quotes
+                while rest and not rest[0].startswith("--"):
+                    word += f" {shlex.quote(rest.pop(0))}"
             found.append(word)
         elif "--host" in known.takes_value and not {"--host", "-H", "--hosts"} & {
             each.partition("=")[0] for each in found
         }:
             found += ["--host", word]
         else:
-            raise ToolkitError(
-                f"`fab {verb}` does not know what `{word}` is",
-                hint=f"each value follows its flag; `fab --help {verb}` lists them",
-            )
+            raise ToolkitError(f"`fab {verb}` does not know what `{word}` is", hint=_second(verb, word, found, known))
+    if positional and not {"--help", "-h"} & {*found}:
+        raise ToolkitError(f"`fab {verb}` lacks a name, or what the rental page shows", hint=ADD)
     return found
 
 
+def _second(verb: str, word: str, found: list[str], known: Flags) -> str:
+    flag = SECOND.get(verb, "--run" if "--run" in known.takes_value else "--host")
+    if flag == "--host" and flag in found:
+        word = f"{found[found.index(flag) + 1]},{word}"
+    meant = f"{flag} {shlex.quote(word)}" if flag in known.takes_value else ""
+    guess = f"did you mean {meant}? " if meant and not (flag in known.numbers and not word.isdigit()) else ""
+    return f"{guess}each value follows its flag; `fab --help {verb}` lists them"
+
+
 def _no_verb(word: str, verbs: Mapping[str, Flags]) -> ToolkitError:
-    near = difflib.get_close_matches(word, verbs, n=1)
+    near = difflib.get_close_matches(word, verbs, n=1, cutoff=0.7)
     guess = f"did you mean `fab {near[0]}`? " if near else ""
-    return ToolkitError(f"there is no verb `{word}`", hint=f"{guess}the verbs are {', '.join(verbs)}")
+    hint = f"{guess}the verbs are {', '.join(verbs)}; `fab --help VERB` explains one"
+    return ToolkitError(f"there is no verb `{word}`", hint=hint)
 
 
 def _no_flag(verb: str, flag: str, known: Flags) -> ToolkitError:
@@ -116,25 +142,40 @@ def arguments_of(task: Any) -> list[Any]:
 
 def flags_of(arguments: Sequence[Any]) -> Flags:
     """Read the flags of a task, or of Fabric itself, from Invoke's own arguments."""
-    takes_value = {
-        ("--" if len(name) > 1 else "-") + name.replace("_", "-"): argument.takes_value
+    named = {
+        ("--" if len(name) > 1 else "-") + name.replace("_", "-"): argument
         for argument in arguments
         for name in argument.names
     }
-    return Flags(takes_value, sum(bool(argument.positional) for argument in arguments))
+    return Flags(
+        {flag: argument.takes_value and not argument.optional for flag, argument in named.items()},
+        sum(bool(argument.positional) for argument in arguments),
+        frozenset(flag for flag, argument in named.items() if argument.kind is int),
+    )
 
 
-def mend_call(program: Any, verbs: Collection) -> None:
-    """Mend the words of this call, before Invoke parses them; it has read its own flags by now.
+def words_of(program: Any) -> list[str]:
+    """Return the words of this call but Fabric's own flags, as the list that Invoke parses next.
 
-    Ends the call with our own words if there is a mistake.
+    Empty if there is no call, or if it only asks for a list or for help.
     """
     core = getattr(program, "core", None)
-    if core is None or not core.unparsed:
+    return core.unparsed if core is not None else []
+
+
+def mend_call(program: Any, verbs: Collection, names: Iterable[str]) -> None:
+    """Mend the words of this call, before Invoke parses them.
+
+    verbs: those that the call names. names: of all verbs. Ends the call with our own words if there
+    is a mistake.
+    """
+    words = words_of(program)
+    if not words:
         return
-    known = {name: flags_of(arguments_of(task)) for name, task in verbs.tasks.items()}
+    flags = {name: flags_of(arguments_of(task)) for name, task in verbs.tasks.items()}
+    known = {name: flags.get(name, Flags({})) for name in names}
     try:
-        core.unparsed[:] = mended(core.unparsed, known, flags_of(program.core_args()).takes_value)
+        words[:] = mended(words, known, flags_of(program.core_args()).takes_value)
     except ToolkitError as error:
         Sayer()(error)
         raise Exit(code=int(ExitCode.USAGE)) from None

@@ -17,10 +17,10 @@ from remote.output import Sayer, ticking
 from remote.runs.deployed import Deployment, find_deployment, our_root
 from remote.runs.inputs import READS_INPUTS, pack
 from remote.runs.prefetch import prefetch
-from remote.survey.doctor import needs_gpu
 from remote.verbs.base import (
     CHECKOUT,
     DRY_RUN,
+    FLAVOUR,
     HOST,
     HOSTS,
     JSON,
@@ -40,6 +40,7 @@ def _say_nothing(text: object) -> None:
 @verb(
     host=HOSTS,
     job="also fetch what this job needs: its models and data sets, into the box's cache, verified; needs no GPU",
+    flavour=FLAVOUR,
     set_="with --job: change a field of the job: --set actor.model=facebook/opt-350m; repeatable",
     json_=JSON,
     dry_run=DRY_RUN,
@@ -49,6 +50,7 @@ def deploy(
     c: Context,
     host: str = "",
     job: str = "",
+    flavour: str = "",
     set_: list[str] | None = None,
     json_: bool = False,
     dry_run: bool = False,
@@ -82,7 +84,8 @@ def deploy(
                 state=context.settings.state,
                 say=tell,
                 now=show,
-                needs_gpu=wanted is not None and needs_gpu(wanted),
+                job=wanted,
+                flavour=flavour,
             )
             if not json_:
                 what = ("would be deployed" if dry_run else "deployed") if done.changed else "already up to date"

@@ -1,4 +1,4 @@
-"""The verbs that bring results home: fetch, and report, which needs the events alone."""
+"""The verb that brings results home: fetch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from invoke import Context
 
 from jobs.errors import ExitCode, ToolkitError
 from jobs.formatting import duration, size
-from jobs.run_dir import RunDir
-from jobs.spec import NAME
-from jobs.views.report.report_file import write_page
-from jobs.views.report.run_page import Price, read_run
-from jobs.views.report.verdict import verdict_of_run
+from jobs.run_dir import RUN_NAME
 from remote.output import Sayer
 from remote.results import run_contents, transfer
 from remote.runs.deployed import find_deployment
-from remote.runs.listing import Listing
+from remote.runs.listing import Listing, read_listing
 from remote.ssh.connection import BoxConnection
-from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, error_as_json, list_jobs, one_host, to_json, verb
+from remote.verbs.base import DRY_RUN, HOST, JSON, RUN, VerbContext, error_as_json, one_host, to_json, verb
 
 DRAWN_EACH_S = 0.2
 
@@ -60,15 +56,15 @@ def fetch(
         if all_:
             names = _all_runs(connection, deployed.root)
         else:
-            names = [run or _newest(list_jobs(context, connection), connection)]
+            names = [run or newest_run(read_listing(connection, context.providers), connection)]
         folder = Path(to).expanduser() if to else context.settings.runs / connection.box.name
         for name in names:
-            if not NAME.fullmatch(name):
+            if not RUN_NAME.fullmatch(name):
                 raise ToolkitError(f"`{name}` cannot name a run")
             target = Path(to).expanduser() if to and not all_ else folder / name
             try:
                 what = transfer.FetchSelection(checkpoints=checkpoints)
-                fetched = _fetched(context, connection, deployed.root, name, target, what, say)
+                fetched = fetch_run(context, connection, deployed.root, name, target, what, say)
             except ToolkitError as error:
                 # The next one may do; but not if the box is gone.
                 if len(names) == 1 or error.exit_code == ExitCode.UNREACHABLE:
@@ -82,7 +78,7 @@ def fetch(
     return code
 
 
-def _fetched(
+def fetch_run(
     context: VerbContext,
     connection: BoxConnection,
     root: str,
@@ -117,47 +113,6 @@ def _show(fetched: transfer.Fetched, host: str, say: Sayer, *, as_json: bool, dr
         say(f"{came}; {size(fetched.total_bytes)} of run `{fetched.run}` are here, verified: {fetched.folder}")
 
 
-@verb(
-    host=HOST,
-    run=RUN,
-    to="the folder for the events and the page (default: runs/BOX/RUN)",
-    json_=JSON,
-    dry_run=DRY_RUN,
-)
-def report(c: Context, host: str = "", run: str = "", to: str = "", json_: bool = False, dry_run: bool = False) -> None:
-    """Write a page that says whether a run worked, also while it trains.
-
-    It brings the events home, not the models, and makes the page here: curves, answers, alarms, and
-    the cost by the price of boxes.yaml.
-
-    fab report --host gpu-box
-    """
-    context, say = VerbContext.open(dry_run=dry_run), Sayer()
-    box = context.box(one_host(c, host))
-    if run and not NAME.fullmatch(run):
-        raise ToolkitError(f"`{run}` cannot name a run")
-    with context.connection(box, say) as connection:
-        deployed, found = find_deployment(connection, context.providers), list_jobs(context, connection)
-        name = run or _newest(found, connection)
-        target = Path(to).expanduser() if to else context.settings.runs / box.name / name
-        what = transfer.FetchSelection(models=False)
-        fetched = _fetched(context, connection, deployed.root, name, target, what, say)
-    if dry_run:
-        for path in fetched.would:
-            say.data(f"would fetch {path}")
-        return
-    at_home, remote_run = RunDir(target), found.run(name)
-    price = Price(box.price_per_hour, box.currency)
-    page = read_run(at_home, state=remote_run.state if remote_run else None, price=price)
-    write_page([page], at_home.report)
-    if json_:
-        verdict = verdict_of_run(page.history, page.state)
-        fields = {"verdict": verdict.tone, "sentence": verdict.sentence, "page": str(at_home.report)}
-        say.data(to_json({"host": box.name, "run": name, "state": page.state, **fields}))
-    else:
-        say.data(str(at_home.report))
-
-
 class TransferProgress:
     """Shows how far a transfer is."""
 
@@ -180,7 +135,7 @@ def _all_runs(connection: BoxConnection, root: str) -> list[str]:
     return names
 
 
-def _newest(found: Listing, connection: BoxConnection) -> str:
+def newest_run(found: Listing, connection: BoxConnection) -> str:
     newest = found.newest()
     if newest is None:
         raise _no_run(connection.box.name)

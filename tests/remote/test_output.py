@@ -199,6 +199,16 @@ def test_a_stream_that_cannot_say_all() -> None:
     assert raw.getvalue() == b"gr\\xf6\\xdfe \\udce9\n"
 
 
+def test_streams_that_are_closed_take_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has None for what the shell closed: `fab ps >&-`."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    say = Sayer()
+    say("one")
+    say.now("two")
+    say.data("three")
+
+
 def test_lines_of_several_threads_stay_whole() -> None:
     err = io.StringIO()
     say = Sayer(err=err)

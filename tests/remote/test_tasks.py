@@ -128,7 +128,7 @@ def lay_out(root: Path) -> None:
     (root / ".rlhf-box").touch()
     lines = {
         "code": code, "runtime": "bare", "environment": "0" * 16, "python": sys.executable, "route": "direct",
-        "mirror": "default", "p2p": "0", "device": "cpu", "torch": "torch-cpu", "time": "0",
+        "mirror": "default", "p2p": "0", "device": "cpu", "torch": "torch-cu118-cpu", "time": "0",
     }  # fmt: skip
     (root / "deployed").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
 
@@ -167,7 +167,7 @@ def wait_until(what: Callable[[], object], text: str) -> None:
 # --- help and flags -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", tasks.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", tasks.verbs().tasks.values(), ids=lambda verb: verb.name)
 def test_each_verb_explains_itself(verb: Any) -> None:
     """With an example; and every flag has a word of explanation."""
     assert re.search(rf"^ +fab {verb.name} ", verb.__doc__, re.MULTILINE)
@@ -186,7 +186,46 @@ def test_help_is_shown_by_fab(tmp_path: Path) -> None:
     shown = laptop.fab("--help", "train").stdout
     assert "fab train --host gpu-box --job opt-1.3b --step all" in shown
     assert re.search(r"--detach +start the job and return immediately", shown)
-    assert all(verb.name in laptop.fab("--list").stdout for verb in tasks.VERBS[:3])
+    listed = laptop.fab("--list").stdout.split()
+    assert [name for name in tasks.FILES if name not in listed] == []
+
+
+PANEL, PAGE = {"rich.console", "rich.live", "jobs.views.panel"}, {"jobs.views.report.page"}
+SURVEY, TRANSFER = {"remote.survey.facts", "jobs.fitness"}, {"remote.deploy.sync", "remote.results.transfer"}
+JOB_FILE = {"jobs.spec", "jobs.estimate"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "without"),
+    [
+        ("logs", PANEL | PAGE | SURVEY | TRANSFER | JOB_FILE),  # the panel only while ssh logs in
+        ("ps", PANEL | PAGE | SURVEY | TRANSFER | JOB_FILE),
+        ("fetch", PANEL | PAGE | SURVEY | JOB_FILE | {"remote.deploy.sync"}),
+    ],
+)
+def test_a_verb_imports_little_before_it_speaks_with_a_box(tmp_path: Path, verb: str, without: set[str]) -> None:
+    """Importing all that the verbs need takes longer than most of them take on the box."""
+    laptop = Laptop(tmp_path / "laptop")
+    command = [sys.executable, "-X", "importtime", *laptop.command(verb)]
+    said = subprocess.run(
+        command, cwd=laptop.folder, env=laptop.environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert said.returncode == 2 and "which box?" in said.stderr
+    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines() if line.startswith("import time")}
+    assert "remote.ssh.connection" in imported and imported & without == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["ps", "--host", "gpu-box"], ["ps"]),
+        (["deploy", "a", "train", "a"], ["deploy", "train"]),
+        ([], [*tasks.FILES]),  # --list, --help VERB, --complete
+        (["trian", "gpu-box"], [*tasks.FILES]),  # a slip, for which all are named
+    ],
+)
+def test_the_verbs_of_a_call(words: list[str], names: list[str]) -> None:
+    assert sorted(tasks.verbs(words).tasks) == sorted(names)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ FROM {base}
 RUN apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 apt-get -qq install -y --no-install-recommends openssh-server libfaketime >/dev/null
 RUN rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /rig \
-&& python3.10 -m compileall -q -x lib2to3/tests /usr/local/lib/python3.10
+&& for version in 3.10 3.12; do python$version -m compileall -q -x lib2to3/tests /usr/local/lib/python$version; done
 """
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 FAB_S = 300.0
@@ -196,10 +196,14 @@ class Laptop:
         return done
 
     def _environment(self) -> dict[str, str]:
+        """Return the variables of this process that a person's machine may have.
+
+        Without PYTHONDONTWRITEBYTECODE: there, Python compiles our files once.
+        """
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("RLHF_", "HF_", "SSH_", "DOCKER_", "XDG_", "PYTEST_"))
+            if not name.startswith(("RLHF_", "HF_", "SSH_", "DOCKER_", "XDG_", "PYTEST_", "PYTHON"))
         }
         ours = {"HOME": "home", "XDG_STATE_HOME": "state", "RLHF_BOXES": "boxes.yaml", "RLHF_RUNS": "runs"}
         return kept | {name: str(self.folder / value) for name, value in ours.items()}
@@ -461,7 +465,7 @@ def bare_box(
     network: Network,
     ca_bundle: Path,
     *,
-    small: str = "size=8g,nr_inodes=2300",
+    small: str = "size=8g,nr_inodes=2400",
 ) -> Iterator[BareBox]:
     """small: of a disk of its own at /small, with room for few files."""
     docker("build", "--tag", BARE_IMAGE, "-", stdin=BARE.format(base=base))

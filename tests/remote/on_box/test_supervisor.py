@@ -29,7 +29,7 @@ import yaml
 from jobs.events import read_events
 from jobs.run_dir import RunDir
 from jobs.state import state_of
-from jobs.views.panel import GpuUsage
+from jobs.views.gpus import GpuUsage
 from remote.results.run_contents import parse_look
 from remote.runs.frames import Framing, StreamTimeouts
 from remote.runs.job_state import JobState
@@ -354,12 +354,13 @@ def test_route_peer_access_and_the_providers_files(box: Box, tmp_path: Path) -> 
     (tmp_path / "broken").write_text("if [ ; then (\n")
     (tmp_path / "turbo").write_text("export http_proxy=http://proxy:1 https_proxy=http://proxy:1\n")
     box.scenario(
-        'echo "$GIVEN|$HF_ENDPOINT|$HF_HUB_DISABLE_XET|$https_proxy|$NCCL_P2P_DISABLE|$HF_HOME|$PATH"; echo begun'
+        'echo "$GIVEN|$HF_ENDPOINT|$HF_HUB_DISABLE_XET|$https_proxy|$NCCL_P2P_DISABLE|$HF_HOME|$PATH|$RLHF_FLAVOUR"; '
+        "echo begun"
     )
     files = [f"env_file {tmp_path / name}" for name in ("gone", "broken", "rp")]
     said = {}
     for route in ("direct", "mirror", "proxy"):
-        box.deployed(*files, f"proxy_file {tmp_path}/turbo", route=route, mirror="cn", p2p="1")
+        box.deployed(*files, f"proxy_file {tmp_path}/turbo", route=route, mirror="cn", p2p="1", flavour="cu130")
         box.started("run-1", route)
         said[route] = box.output().splitlines()[0].split("|")
         box.ended()
@@ -369,7 +370,7 @@ def test_route_peer_access_and_the_providers_files(box: Box, tmp_path: Path) -> 
     assert said["direct"][1:4] == ["https://huggingface.co", "", ""]
     assert said["mirror"][1:4] == ["https://hf-mirror.com", "1", ""]
     assert said["proxy"][1:4] == ["https://huggingface.co", "", "http://proxy:1"]
-    assert "/given:" in said["direct"][6]
+    assert "/given:" in said["direct"][6] and said["direct"][7] == "cu130"
 
 
 @every_shell
@@ -1204,7 +1205,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if (
         os.getuid() != 0
         or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(place)], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "small", str(place)], capture_output=True, check=False
         ).returncode
     ):
         pytest.skip("needs the right to mount a file system")
@@ -1596,6 +1597,8 @@ def test_compose_takes_the_boxs_file(tmp_path: Path) -> None:
         for word in ("-f", str(CHECKOUT / name))
     ]
     variables = {
+        "RLHF_UID": "1000",
+        "RLHF_GID": "1000",
         "RLHF_INPUTS": "/data/box/inputs",
         "RLHF_TAG": KEY,
         "RLHF_REQUEST": "req-1",

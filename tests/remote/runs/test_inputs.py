@@ -63,15 +63,29 @@ def test_a_file_and_a_local_model_travel(here: Path) -> None:
     assert there.critic.model == f"{inputs}/{packed[1].tree.key}/model"
 
 
+def test_a_data_set_in_full_travels_by_its_name(here: Path) -> None:
+    asked = job("data.datasets=[{name: my data, steps: [1], weight: 2}, {name: a/b, split: train_sft}, my data]")
+    (luggage,) = packed = pack(asked, here, CHECKOUT)
+    there = parse_job(job_on_box(asked, packed, "/root/rlhf").decode(), "job.yaml").data.entries
+    on_box = luggage.on_box("/root/rlhf")
+    assert [(entry.name, entry.split, entry.steps, entry.weight) for entry in there] == [
+        (on_box, None, (1,), 2.0),
+        ("a/b", "train_sft", None, 1.0),
+        (on_box, None, None, 1.0),
+    ]
+
+
 def test_models_of_ones_own_travel_in_place_of_those_of_the_steps(here: Path) -> None:
-    for name in ("base", "sft", "rm"):
+    for name in ("base", "sft", "rm", "judge"):
         (here / name).mkdir()
         (here / name / "config.json").write_text(f'{{"name": "{name}"}}')
-    own = job("actor.model=./base", "actor.sft_model=./sft", "critic.model=actor", "critic.reward_model=./rm")
+    own = job("actor.model=./base", "actor.sft_model=./sft", "critic.model=actor", "critic.reward_model=./rm",
+              "ppo.judge_model=./judge")  # fmt: skip
     packed = pack(own, here, CHECKOUT)
-    assert [luggage.path.name for luggage in packed] == ["sft", "rm"]
+    assert [luggage.path.name for luggage in packed] == ["sft", "rm", "judge"]
     there = parse_job(job_on_box(own, packed, "/data").decode(), "job.yaml")
-    assert (there.actor.sft_model, there.critic.reward_model) == tuple(each.on_box("/data") for each in packed)
+    named = (there.actor.sft_model, there.critic.reward_model, there.ppo.judge_model)
+    assert named == tuple(each.on_box("/data") for each in packed)
 
 
 def test_settings_are_in_the_job_that_travels() -> None:

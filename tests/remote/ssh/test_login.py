@@ -8,6 +8,7 @@ import pty
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,62 @@ def test_a_configuration_that_only_ssh_can_read(sshd: Sshd, tmp_path: Path) -> N
         assert both_ways(connection) == ["$HOME a\n"] * 2
         assert os.fsencode(connection.resolved.keys[-1]) == key
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_configuration_that_would_keep_commands_from_running(sshd: Sshd, tmp_path: Path) -> None:
+    """Or send them to the background, or without their input. OpenSSH 8.7 has these options."""
+    config = tmp_path / "config"
+    config.write_text(
+        "Host *\n  IdentityAgent none\n  SessionType none\n  StdinNull yes\n  ForkAfterAuthentication yes\n"
+    )
+    with sshd.connection(tmp_path / "state", ssh_config=config) as connection:
+        assert both_ways(connection) == ["$HOME a\n"] * 2
+        for is_kept in (True, False):  # else it logs in by itself
+            assert connection.is_open is is_kept
+            sent = connection.local(connection.stream(["cat"]), changes=False, stdin=b"data", timeout_s=60)
+            assert sent.out == "data"
+            connection.close()
+
+
+def test_a_jump_host_as_ssh_itself_takes_it(sshd: Sshd, hop: Sshd, tmp_path: Path) -> None:
+    """Its name has tokens; and what is meant for a ProxyCommand is not for it."""
+    config = tmp_path / "config"
+    config.write_text(
+        f"Host far\n  HostName 127.0.0.1\n  Port {sshd.port}\n  ProxyJump %r@%h:{hop.port}\n"
+        f'Host *\n  IdentityAgent none\n  ProxyUseFdpass yes\n  IdentityFile "{sshd.key}"\n  IdentityFile "{hop.key}"\n'
+    )
+    with sshd.connection(tmp_path / "state", box=find("far", {}), ssh_config=config) as connection:
+        assert both_ways(connection) == ["$HOME a\n"] * 2
+    assert accepted(hop)
+
+
+def test_a_key_whose_path_has_a_token(sshd: Sshd, tmp_path: Path) -> None:
+    file = tmp_path / "100%d sure" / "key"
+    file.parent.mkdir()
+    file.write_bytes(sshd.key.read_bytes())
+    file.chmod(0o600)
+    with sshd.connection(tmp_path / "state", box=sshd.box(key=str(file))) as connection:
+        assert both_ways(connection) == ["$HOME a\n"] * 2
+    variable = file.rename(tmp_path / "${HOME} key")
+    with (
+        sshd.connection(tmp_path / "state", box=sshd.box(key=str(variable))) as connection,
+        pytest.raises(ToolkitError, match=r"ssh cannot read a key file at .*HOME. key"),
+    ):
+        connection.query(["true"])
+
+
+def test_a_temporary_folder_that_no_socket_can_be_in(
+    sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(tempfile.gettempdir()) / f"it's ${{a}} 100%d {os.getpid()}"
+    folder.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with sshd.connection(tmp_path) as connection:
+            assert both_ways(connection) == ["$HOME a\n"] * 2
+        assert [*folder.iterdir()] == []
+    finally:
+        folder.rmdir()
 
 
 def test_a_certificate(make_sshd: MakeSshd, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Scene:
 
     def __init__(self, folder: Path, server: Any, hub: Hub) -> None:
         self.laptop, self.server, self.hub = Laptop(folder / "laptop"), server, hub
-        key = environment_key(CHECKOUT, "bare", "torch-cpu", "default", {}, "cpu")
+        key = environment_key(CHECKOUT, "bare", "cu118", "torch-cu118-cpu", "default", {}, "cpu")
         boxes, self.roots = {}, {}
         for name in ("one", "two"):
             root = self.roots[name] = folder / name / "rlhf-box"
@@ -64,7 +64,7 @@ class Scene:
             (environment / "complete").write_text("1\n")
             mirror = root / "code" / checkout_tree(CHECKOUT).key / "env/mirrors/default.env"
             mirror.write_text(f"HF_ENDPOINT={hub.url}\n")
-            more = {"runtime": "bare", "build": {"TORCH": "torch-cpu"}, "secrets": ["HF_TOKEN"]}
+            more = {"runtime": "bare", "build": {"TORCH": "torch-cu118-cpu"}, "secrets": ["HF_TOKEN"]}
             boxes[name] = entry(server, root.parent) | more
         boxes["gone"] = boxes["one"] | {"port": 1}
         (self.laptop.folder / "boxes.yaml").write_text(yaml.safe_dump(boxes))

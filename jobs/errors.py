@@ -75,7 +75,10 @@ def together(mistakes: Sequence[ToolkitError]) -> ToolkitError:
     return error
 
 
-def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
+TO_RESUME = "make room or mend the path, then the same command resumes"
+
+
+def system_error(error: OSError, exit_code: ExitCode, hint: str = TO_RESUME) -> ToolkitError:
     """Make the error for a system call that failed: no space, no permission, not a folder."""
     if error.errno == errno.ENOSPC:
         what = f"the disk is full: {error.filename}" if error.filename else "the disk is full"
@@ -84,7 +87,7 @@ def system_error(error: OSError, exit_code: ExitCode) -> ToolkitError:
     return ToolkitError(
         what,
         why=error.strerror or str(error),
-        hint="make room or mend the path, then the same command resumes",
+        hint=hint,
         exit_code=exit_code,
     )
 

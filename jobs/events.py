@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -147,6 +148,8 @@ class Metrics(Measured):
     mean_reward: float | None = field(default=None, metadata=metric(".2f", "mean reward", Curve("green")))
     # What PPO maximises: the clipped score less the KL's cost, mean over responses.
     objective: float | None = field(default=None, metadata=metric(".2f", "objective", NUMBER))
+    # Score of ppo.judge_model, as it gives it: neither shifted nor scaled.
+    judge_score: float | None = field(default=None, metadata=metric(".2f", "judge score", NUMBER))
     # To the reference: sum over a response's tokens, mean over responses. k1 is what the rewards
     # pay for, and may be negative by chance; k3 is never negative. Both: experience.py.
     kl: float | None = field(default=None, metadata=NOT_SHOWN)
@@ -186,6 +189,7 @@ class Sample(Event):
     response: str
     reward: float
     good: bool | None = None  # by `ppo.rule`
+    judge_score: float | None = None  # by `ppo.judge_model`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,16 +250,25 @@ class End(Event):
     perplexity_after: float | None = None
     perplexity_error_before: float | None = None  # standard error, as rlhf_train/steps/sft.py computes it
     perplexity_error_after: float | None = None
+    perplexity_change_error: float | None = None  # standard error of after - before, since both are of the same rows
     reward_accuracy_before: float | None = None
     reward_accuracy: float | None = None
+    reward_accuracy_both: float | None = None  # the share of the pairs that is ranked right before and after
     margins_before: dict[str, Any] | None = None  # on the held-out pairs, as `histogram` makes it
     margins: dict[str, Any] | None = None
     mean_reward_before: float | None = None
     mean_reward_after: float | None = None
     mean_reward_error_before: float | None = None  # standard error of the mean
     mean_reward_error_after: float | None = None
+    mean_reward_change_error: float | None = None  # as perplexity_change_error
+    judge_score_before: float | None = None  # of ppo.judge_model
+    judge_score_after: float | None = None
+    judge_score_error_before: float | None = None
+    judge_score_error_after: float | None = None
+    judge_score_change_error: float | None = None
     good_share_before: float | None = None
     good_share_after: float | None = None
+    good_share_both: float | None = None  # the share of the prompts whose answers are good before and after
     objective_before: float | None = None
     objective_after: float | None = None
     kl_before: float | None = None  # k1
@@ -272,6 +285,13 @@ class End(Event):
 
 KINDS: dict[str, type[Event]] = {
     cls.kind: cls for cls in (Plan, Progress, Metrics, Sample, Checkpoint, Warning, Error, Resumed, End)
+}
+
+
+_WORDS = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict}
+# By kind: what each field holds. `float | None`, `dict[str, int]`: the first word says it.
+_TYPES = {
+    kind: {each.name: _WORDS[re.split(r"\W", str(each.type))[0]] for each in fields(cls)} for kind, cls in KINDS.items()
 }
 
 
@@ -335,11 +355,41 @@ def parsed(line: bytes) -> RawEvent | None:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or "kind" not in event:
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
     if event["kind"] == "error" and "message" in event and "what" not in event:
         event["what"] = event.pop("message")
+    return without_damage(event)
+
+
+def without_damage(event: RawEvent) -> RawEvent:
+    """Drop the fields that do not hold what their kind's do, such as text in place of a number.
+
+    What a newer writer has added stays. Every view can show an event that lacks fields.
+    """
+    types = _TYPES.get(event["kind"], {})
+    unsure = [name for name, value in event.items() if type(value) is not float or types.get(name) is not float]
+    damaged = [name for name in unsure if name in types and not _is_of(types[name], event[name])]
+    for name in damaged:
+        del event[name]
     return event
+
+
+def _is_of(wanted: type, value: Any) -> bool:
+    if wanted is float:
+        is_word = isinstance(value, str) and value in ("nan", "inf", "-inf")
+        return type(value) is float or is_word or _is_of(int, value)
+    if wanted is int:
+        return type(value) is int and abs(value) < 2**63
+    return type(value) is wanted
+
+
+def time_of(event: RawEvent) -> float:
+    """Return the event's time in seconds; NaN if it has no readable time."""
+    try:
+        return datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def parse(line: RawEvent) -> Event:
@@ -354,7 +404,8 @@ def effective(events: Iterable[RawEvent]) -> list[RawEvent]:
     kept: list[RawEvent] = []
     for event in events:
         if event["kind"] == "resumed":
-            kept = [e for e in kept if e.get("step") != event["step"] or _precedes(e, event["from_update"])]
+            update = event.get("from_update", 0)
+            kept = [e for e in kept if e.get("step") != event.get("step") or _precedes(e, update)]
         kept.append(event)
     return kept
 

@@ -6,11 +6,11 @@ Control characters in a model's text are made visible, so that a terminal does n
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
-from rich.cells import cell_len, chop_cells
-from rich.text import Text
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from jobs.events import RawEvent
 from jobs.steps import STEPS, Outcome
@@ -28,6 +28,13 @@ ROW_COUNTS = {
     "duplicate": ("kept", "duplicate rows"),
     "prompt_held_out": ("kept", "held-out prompts"),
     "control_token": ("as text", "typed control tokens"),
+    "rendered_template": ("as text", "rendered templates"),
+    "no_answer": ("left out", "missing answers"),
+    "different_prompts": ("left out", "differing prompts"),
+    "label_is_false": ("left out", "answers labelled false"),
+    "turns_joined": ("changed", "joined turns"),
+    "assistant_first": ("changed", "dropped opening answers"),
+    "unanswered_end": ("changed", "dropped last questions"),
 }
 
 # Control characters (C0, C1, DEL), line separators, and marks that change the text direction.
@@ -42,6 +49,12 @@ def visible(text: object) -> str:
 
 def one_line(text: object) -> str:
     return " ".join(visible(text).split())
+
+
+def shown(value: object) -> str:
+    """Write a value of somebody's data for an error: as JSON, cut after 60 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def encodable(text: str, encoding: str) -> str:
@@ -119,9 +132,8 @@ def fold(text: str, cells: int, most: int) -> list[str]:
         else:
             lines += chop_cells(word, cells) or [""]
     if len(lines) > most:
-        last = Text(f"{lines[most - 1]} …")
-        last.truncate(cells, overflow="ellipsis")
-        lines[most - 1] = last.plain
+        last = f"{lines[most - 1]} …"
+        lines[most - 1] = last if cell_len(last) <= cells else f"{set_cell_size(last, cells - 1)}…"
     return lines[:most]
 
 
@@ -172,6 +184,20 @@ def before_and_after(outcome: Outcome, end: RawEvent, plus_minus: str = "±") ->
     )
 
 
+def progress_text(last: RawEvent | None) -> str:
+    """Say how far a run is, by its last event: `step 3, update 12/400`."""
+    if last is None:
+        return ""
+    words = [f"step {last['step']}"] if "step" in last else []
+    if "update" in last:
+        words.append(f"update {last['update']}" + (f"/{last['updates']}" if "updates" in last else ""))
+    elif last["kind"] == "end":
+        words.append("complete")
+    elif doing := last.get("doing"):
+        words.append(one_line(doing))
+    return ", ".join(words)
+
+
 def own_models(event: RawEvent) -> str:
     """Name the models of one's own that a step started from: `actor.sft_model my/sft`."""
     models = event.get("own_models")
@@ -186,4 +212,5 @@ def is_for_terminal(sample: RawEvent) -> bool:
 
 def verdict_of(sample: RawEvent) -> str:
     good = {True: "good  ", False: "bad  "}.get(sample.get("good"), "")  # type: ignore[arg-type]
-    return f"reward {number(sample.get('reward'), '.2f')}  {good}"
+    judge = f"judge {number(sample['judge_score'], '.2f')}  " if sample.get("judge_score") is not None else ""
+    return f"reward {number(sample.get('reward'), '.2f')}  {judge}{good}"

@@ -34,8 +34,8 @@ does not change learning.
 field.
 
 If a field that decides what a step learns has changed since that step began, the same command
-refuses to resume and shows the difference. `name`, `track`, `checkpoint` and all of `hardware` but
-`precision` may change at any time.
+refuses to resume and shows the difference. `name`, `flavours`, `track`, `checkpoint` and all of
+`hardware` but `precision` may change at any time.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pathlib import Path
 # newer code would go on otherwise. In 1, rows of like length shared an update of steps 1 and 2, and
 # a rollout was kept without its objectives.
 FORMAT = 2
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also of a job, which names its run
 
 
 @dataclass(frozen=True)

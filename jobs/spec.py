@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from env.settings import Flavour
 from jobs.errors import ToolkitError
+from jobs.run_dir import RUN_NAME
 from jobs.steps import STEPS
 from jobs.yaml12 import dump_yaml, load_yaml
 
 JOBS_FOLDER = Path(__file__).parent
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a job or a run: it becomes a folder's name
 
 
 def _wants(wanted: str, is_right: Callable[[Any], object]) -> BeforeValidator:
@@ -59,11 +60,6 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Names = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
-    Field(strict=False),
-    _wants("a list of at least one name", _is_list),
-]
 Targets = Annotated[
     Literal["all-linear"] | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)],
     _wants("'all-linear' or a list of at least one name", lambda value: value == "all-linear" or _is_list(value)),
@@ -77,6 +73,18 @@ Trackers = Annotated[
         lambda value: isinstance(value, list | tuple) and len({*map(str, value)}) == len(value),
     ),
 ]
+
+
+def _each_a_flavour(value: Any) -> Any:
+    known = Flavour.load_all()
+    named = {*map(str, value)} if isinstance(value, list | tuple) else {""}
+    if not named <= known.keys() or len(named) < len(value):
+        wanted = f"a list, of {' and '.join(known)}, each once"
+        raise PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
+    return value
+
+
+Flavours = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_each_a_flavour)]
 AutoCount = Annotated[
     Literal["auto"] | int,
     _wants("'auto' or an integer above 0", lambda value: value == "auto" or (_is_integer(value) and value > 0)),
@@ -168,15 +176,64 @@ class Critic(_Strict):
     )
     reward_model: OwnModel | None = _field(
         None,
-        "set: hub name or local folder of a reward model of your own, in place of step 2, which is left out",
+        "set: hub name or local folder of a reward model of your own, in place of step 2, which is left out. Where "
+        "`ppo.advantage` has no critic it may have another tokenizer than the actor, and reads the answers as text",
         steps=(3,),
     )
+
+
+# Our names of columns, which an entry of `datasets` may rename; rlhf_train/data/forms.py reads them
+DATA_COLUMNS = (
+    "prompt", "chosen", "rejected", "response", "completion", "messages", "conversations", "conversation",
+    "instruction", "input", "output", "system", "history", "label",
+)  # fmt: skip
+
+
+class DataSet(_Strict):
+    """Where rows come from, in full. A name alone stands for `{name: NAME}`."""
+
+    name: Annotated[str, Field(min_length=1)] = _field(..., "hub name, local folder or file")
+    split: Annotated[str, Field(min_length=1)] | None = _field(
+        None, "the split of its training rows, e.g. `train_prefs`; not set: `train`"
+    )
+    config: Annotated[str, Field(min_length=1)] | None = _field(
+        None, "its configuration; not set: the only one, or the default"
+    )
+    columns: dict[Literal[DATA_COLUMNS], Annotated[str, Field(min_length=1)]] | None = _field(  # type: ignore[valid-type]
+        None, "what its columns are called, if otherwise: `{prompt: question, response: answer}`"
+    )
+    steps: (
+        Annotated[
+            tuple[Literal[1, 2, 3], ...],
+            Field(strict=False),
+            _wants(
+                "a list of steps, of 1, 2 and 3, each once",
+                lambda value: _is_list(value) and len({*map(str, value)}) == len(value) and {*value} <= {1, 2, 3},
+            ),
+        ]
+        | None
+    ) = _field(None, "the steps that learn from it; not set: all that can learn from rows of its form")
+    weight: Rate = _field(
+        1.0, "how often a step takes each of its rows in a pass; 0.5: half of them, chosen by `data.seed`"
+    )
+
+
+# A name, or all that can be said of a data set.
+DataSource = Annotated[
+    Annotated[str, _wants("text that is not empty", lambda value: value), Tag(KINDS_OF_MODEL[0])]
+    | Annotated[DataSet, Tag(KINDS_OF_MODEL[1])],
+    Discriminator(lambda value: KINDS_OF_MODEL[isinstance(value, dict | DataSet)]),
+]
 
 
 class Data(_Strict):
     """The rows that all three steps learn from."""
 
-    datasets: Names = _field(..., "hub names, local folders, JSONL files")
+    datasets: Annotated[
+        tuple[DataSource, ...],
+        Field(strict=False),
+        _wants("a list of at least one name", _is_list),
+    ] = _field(..., "hub names, local folders, files; or fields that say more of one")
     split: Annotated[
         tuple[NonNegative, NonNegative, NonNegative],
         Field(strict=False),
@@ -187,7 +244,25 @@ class Data(_Strict):
     max_response_tokens: Positive = _field(
         256, "longer answers are cut, and counted; also the longest rollout", unit="tokens"
     )
+    system: Literal["merge", "drop"] | None = _field(
+        None,
+        "what becomes of a system turn where the chat template refuses one: `merge` puts it in front of the first "
+        "user turn, `drop` leaves it out; not set: such rows are refused",
+    )
+    chat_template_kwargs: dict[str, Any] = _field(
+        {}, "what else the chat template reads, e.g. `{enable_thinking: false}`"
+    )
     eval_rows: Positive = _field(512, "held-out rows that each evaluation uses, at most", unit="rows")
+
+    @property
+    def entries(self) -> tuple[DataSet, ...]:
+        """Return the data sets, each in full."""
+        return tuple(DataSet(name=each) if isinstance(each, str) else each for each in self.datasets)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the data sets, each once."""
+        return [*dict.fromkeys(entry.name for entry in self.entries)]
 
     @model_validator(mode="after")
     def _some_share(self) -> Data:
@@ -238,15 +313,28 @@ class Reward(Optimization):
 
 
 class Ppo(Optimization):
-    """Step 3, PPO. `epochs` counts passes over the prompts."""
+    """Step 3, PPO or a method without a critic. `epochs` counts passes over the prompts."""
 
+    advantage: Literal["gae", "rloo", "grpo", "reinforce_baseline"] = _field(
+        "gae",
+        "what an answer is compared with. `gae`: with a critic's values, as in PPO; the others: with the other answers "
+        "to its prompt, without a critic. `rloo` and `reinforce_baseline` pay for the KL in the rewards, `grpo` in the "
+        "loss: docs/which-method.md",
+    )
+    samples_per_prompt: Positive = _field(
+        1, "answers of a rollout to each of its prompts; without a critic 2 or more", unit="answers"
+    )
     rollout_batch: Positive = _field(
-        ..., "prompts of one rollout, over all ranks; a multiple of `global_batch`", unit="prompts"
+        ...,
+        "answers of one rollout, over all ranks, one a prompt or `samples_per_prompt`; a multiple of `global_batch`",
+        unit="answers",
     )
     global_batch: Positive = _field(..., "batch of one update, over all ranks", unit="sequences")
     ppo_epochs: Positive = _field(1, "passes over each rollout", unit="passes")
     actor_learning_rate: Rate = _field(..., "the actor's highest learning rate")
-    critic_learning_rate: Rate = _field(..., "the critic's highest learning rate")
+    critic_learning_rate: Rate | None = _field(
+        None, "the critic's highest learning rate; `gae` must have it, and no other method reads it"
+    )
     # Larger than the other steps': early updates of PPO are smaller and steadier for it. Huang et
     # al. 2023, https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo
     eps: Rate = _field(1e-5, "AdamW's ε, of actor and critic, added to the root of its second average")
@@ -257,14 +345,24 @@ class Ppo(Optimization):
     )
     kl_coef: NonNegative = _field(
         0.1,
-        "weight of the KL penalty in the rewards. With `normalize_rewards` a score of 1 is one standard deviation of "
-        "the reward model's; a weight b for raw scores (as in DeepSpeed-Chat) is b / reward_scale here",
+        "weight of the KL penalty in the rewards (`grpo`: in the loss). With `normalize_rewards` a score of 1 is one "
+        "standard deviation of the reward model's; a weight b for raw scores (as in DeepSpeed-Chat) is "
+        "b / reward_scale here",
     )
     kl_target: Rate | None = _field(
         None, "set: `kl_coef` adapts, so that the KL to the reference comes near this", unit="nats a response"
     )
     kl_horizon: Rate = _field(10_000.0, "how slowly `kl_coef` adapts", unit="samples")
     clip_range: Rate = _field(0.2, "the policy loss clips the ratio to 1 plus or minus this")
+    clip_range_high: Rate | None = _field(
+        None, "set: the ratio is clipped to 1 plus this above, and to 1 minus `clip_range` below (DAPO's clip-higher)"
+    )
+    loss_mean: Literal["token", "sequence", "constant"] = _field(
+        "token",
+        "the policy loss is a mean over the update's tokens (`token`); over its answers, of which each is the mean of "
+        "its tokens (`sequence`, as in GRPO's paper); or over its answers, of which each is the sum of its tokens "
+        "divided by `data.max_response_tokens` (`constant`, as in Dr. GRPO)",
+    )
     value_clip_range: Rate = _field(0.2, "the value loss clips the change of a value to this")
     gamma: Share = _field(1.0, "discount of later rewards")
     lam: Share = _field(0.95, "GAE's λ: 1 trusts the rewards, 0 the critic")
@@ -294,7 +392,9 @@ class Ppo(Optimization):
     )
     whiten_rewards: bool = _field(False, "scale rewards to standard deviation 1 over all ranks; their mean stays")
     whiten_advantages: bool = _field(
-        True, "shift and scale advantages to mean 0 and standard deviation 1 over all ranks"
+        True,
+        "shift and scale advantages to mean 0 and standard deviation 1 over all ranks; with `grpo` they are divided by "
+        "the standard deviation of their prompt's answers instead",
     )
     samples_every_updates: Positive | None = _field(
         None,
@@ -318,14 +418,59 @@ class Ppo(Optimization):
         "`module:function`; `function(prompt, response, ended)` says whether an answer is good. "
         "Only reported: nothing learns from it",
     )
+    judge_model: OwnModel | None = _field(
+        None,
+        "set: hub name or local folder of a second reward model, of the actor's tokenizer, which scores the answers, "
+        "too; an alarm says if the reward rises while these scores fall. Only reported: nothing learns from it",
+    )
 
     @model_validator(mode="after")
     def _whole_updates(self) -> Ppo:
-        if self.rollout_batch % self.global_batch:
-            raise ValueError(
-                f"rollout_batch {self.rollout_batch} is not a multiple of global_batch {self.global_batch}"
-            )
+        if text := _not_whole(self.rollout_batch, self.global_batch):
+            raise ValueError(text)
         return self
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Ppo:
+        if self.has_critic and self.critic_learning_rate is None:
+            raise ValueError("critic_learning_rate: this field is required with advantage: gae")
+        if self.rollout_batch % self.samples_per_prompt:
+            raise ValueError(
+                f"rollout_batch {self.rollout_batch} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        if self.has_critic:
+            return self
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt: 2 or more with advantage: {self.advantage}, which compares a prompt's answers"
+            )
+        if self.critic_warmup_updates:
+            raise ValueError(f"critic_warmup_updates: advantage: {self.advantage} has no critic; leave the field out")
+        if self.whiten_rewards:
+            raise ValueError(f"whiten_rewards: only with advantage: gae, not {self.advantage}")
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Return whether the KL penalty is a term of the loss (k3), not of the rewards (k1)."""
+        return self.advantage == "grpo"
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        return self.rollout_batch // self.samples_per_prompt
+
+    @property
+    def unread(self) -> list[str]:
+        """List the fields that are set, and that this method does not read."""
+        if self.has_critic:
+            return []
+        names = ["critic_learning_rate", "value_clip_range", "lam"]
+        names += [] if self.advantage == "reinforce_baseline" else ["gamma"]
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
 
 class Hardware(_Strict):
@@ -359,7 +504,7 @@ class Hardware(_Strict):
         False, "compute activations again in the backward pass: less memory, more time"
     )
     cpu_threads: AutoCount = _field(
-        "auto", "threads of one rank, on the CPU; `auto`: its share of the cores", unit="threads"
+        "auto", "threads of one rank, on the CPU, at most one a core; `auto`: its share of the cores", unit="threads"
     )
 
 
@@ -390,9 +535,15 @@ class Job(_Strict):
         str,
         _wants(
             "letters, digits, dots, dashes and underscores, 64 at most",
-            lambda value: isinstance(value, str) and NAME.fullmatch(value),
+            lambda value: isinstance(value, str) and RUN_NAME.fullmatch(value),
         ),
     ] = _field(..., "names the run's folder, unless `--run` does", steps=(1, 2, 3))
+    flavours: Flavours = _field(
+        (),
+        "the flavours of the stack that run it, e.g. `[cu118, cu130]`; others refuse it. "
+        "`[]`: all that have its models (see models-and-data.md)",
+        steps=(1, 2, 3),
+    )
     seed: Seed = _field(1234, "of weights from a config, of the order of rows, of sampling", steps=(1, 2, 3))
     actor: Actor = _field(..., steps=(1, 3))
     critic: Critic = _field(..., steps=(2, 3))
@@ -443,6 +594,24 @@ class Job(_Strict):
         """Return the model that the run's first critic is loaded from, or has the shape of."""
         return self.own_models.get(2) or (self.actor_source if self.critic.model == "actor" else self.critic.model)
 
+    @property
+    def sources(self) -> list[str | Scratch]:
+        """Return all models that the run loads and that its own steps do not make."""
+        return [self.actor_source, self.critic_source, *([self.ppo.judge_model] if self.ppo.judge_model else [])]
+
+    @property
+    def may_score_text(self) -> bool:
+        """Return whether the reward model may have another tokenizer than the actor.
+
+        A critic predicts the rewards from the actor's own tokens, so there is none then.
+        """
+        return self.critic.reward_model is not None and not self.ppo.has_critic
+
+    def networks_of(self, step: int) -> tuple[str, ...]:
+        """Return the networks that `step` trains."""
+        has_critic = step != 3 or self.ppo.has_critic
+        return tuple(network for network in STEPS[step].networks if network != "critic" or has_critic)
+
     def models_read(self, steps: Collection[int]) -> tuple[list[str], list[str]]:
         """List the models that `steps` load whole, and those of which they read the tokenizer only.
 
@@ -455,6 +624,7 @@ class Job(_Strict):
         whole = [
             actor if 1 in left or (1 in own and 1 in starts) else None,
             critic if 2 in left or (2 in own and 2 in starts) else None,
+            self.ppo.judge_model if 3 in left else None,
         ]
         tokenizers = [
             critic if 1 in left else None,  # step 1 compares it with the actor's
@@ -517,7 +687,7 @@ def find_job(name_or_file: str) -> Path:
     raise ToolkitError(
         f"there is no job `{name_or_file}`",
         why=f"neither a file of that name nor one of: {known}",
-        hint="name one of these, or give the path of a .yaml file",
+        hint="name one of these, or give the path of a .yaml file (a container sees those in ./jobs alone)",
     )
 
 
@@ -546,12 +716,28 @@ def parse_job(text: str, source: str, settings: Sequence[str] = ()) -> Job:
         return Job.model_validate(tree)
     except ValidationError as error:
         mistakes = [_explain(mistake) for mistake in error.errors()]
+        mistakes += [mistake for mistake in _partial_updates(tree) if mistake not in mistakes]
         count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise ToolkitError(
             f"{count} in {source}{' with --set' if settings else ''}",
             why="\n".join(mistakes),
             hint="docs/job-file.md explains every field",
         ) from None
+
+
+def _partial_updates(tree: dict[str, Any]) -> list[str]:
+    """Return what `Ppo` says of its batches; pydantic leaves it out if another field is wrong."""
+    ppo = tree.get("ppo")
+    match (ppo.get("rollout_batch"), ppo.get("global_batch")) if isinstance(ppo, dict) else ():
+        case (int(rollout), int(update)) if rollout > 0 and update > 0 and (text := _not_whole(rollout, update)):
+            return [f"ppo: {text}"]
+    return []
+
+
+def _not_whole(rollout_batch: int, global_batch: int) -> str:
+    if rollout_batch % global_batch == 0:
+        return ""
+    return f"rollout_batch {rollout_batch} is not a multiple of global_batch {global_batch}"
 
 
 def _apply(tree: dict[str, Any], setting: str) -> None:
@@ -590,7 +776,7 @@ WANTED = {
 
 def _explain(mistake: ErrorDetails) -> str:
     """Describe a mistake on one line: path, what is wrong, the valid choices, the value seen."""
-    location = [str(part) for part in mistake["loc"] if part not in KINDS_OF_MODEL]
+    location = [str(part) for part in mistake["loc"] if part not in (*KINDS_OF_MODEL, "[key]")]
     path, kind = ".".join(location), mistake["type"]
     if kind == "extra_forbidden":
         valid = _fields_at(location[:-1])
@@ -626,6 +812,7 @@ SYNONYMS = {
     "tokenizer": ("actor.model",),
     "sft_model": ("actor.sft_model",),
     "reward_model": ("critic.reward_model",),
+    "judge": ("judge_model", "ppo.judge_model"),
     "beta": ("kl_coef",),
     "cliprange": ("clip_range",),
 }
@@ -645,7 +832,7 @@ def _shown(value: Any) -> str:
 
 def _fields_at(location: Sequence[str]) -> list[str]:
     model: Any = Job
-    for part in location:
+    for part in (part for part in location if not part.isdigit()):
         inner = models_in(model.model_fields[part].annotation)
         if not inner:
             return []

@@ -114,8 +114,8 @@ PPO = Step(
     depends_on=("seed", "actor", "critic", "data", "sft", "reward", "ppo"),
     line=("policy_loss", "value_loss", "kl_k3", "mean_reward"),
     panel=(
-        "mean_reward", "kl_k3", "policy_loss", "value_loss", "objective", "explained_variance", "entropy",
-        "clip_fraction", "response_length", "eos_share", "grad_norm", "learning_rate", "tokens_per_s",
+        "mean_reward", "kl_k3", "policy_loss", "value_loss", "objective", "judge_score", "explained_variance",
+        "entropy", "clip_fraction", "response_length", "eos_share", "grad_norm", "learning_rate", "tokens_per_s",
     ),
     outcomes=(
         Outcome(
@@ -130,8 +130,14 @@ PPO = Step(
             "mean_reward_error_before", "mean_reward_error_after",
         ),
         Outcome.of(
+            "judge_score", "judge_score_before", "judge_score_after",
+            "the mean score of a second reward model, from which nothing learns",
+            "higher is better; falling while the mean reward rises, the reward model is being exploited",
+            "judge_score_error_before", "judge_score_error_after",
+        ),
+        Outcome.of(
             "objective", "objective_before", "objective_after",
-            "what PPO maximises: the clipped reward less `ppo.kl_coef` times the KL",
+            "what step 3 maximises: the clipped reward less `ppo.kl_coef` times the KL",
             "higher is better",
         ),
         Outcome.of(

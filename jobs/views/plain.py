@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.errors import ToolkitError
-from jobs.events import SHOWN, RawEvent
+from jobs.events import SHOWN, RawEvent, time_of
 from jobs.formatting import (
     data_row_counts,
     duration,
@@ -116,20 +115,6 @@ def all_steps_text(left_s: float) -> str:
     return f"all steps: eta {duration(left_s)}"
 
 
-def progress_text(last: RawEvent | None) -> str:
-    """Say how far a run is, by its last event: `step 3, update 12/400`."""
-    if last is None:
-        return ""
-    words = [f"step {last['step']}"] if "step" in last else []
-    if "update" in last:
-        words.append(f"update {last['update']}" + (f"/{last['updates']}" if "updates" in last else ""))
-    elif last["kind"] == "end":
-        words.append("complete")
-    elif doing := last.get("doing"):
-        words.append(one_line(doing))
-    return ", ".join(words)
-
-
 def end_line(event: RawEvent) -> str:
     parts = [f"done in {duration(event.get('seconds'))}", *facts(event, "->"), f"model {one_line(event.get('model'))}"]
     return head(event) + "  ".join(parts)
@@ -145,14 +130,6 @@ LINES: dict[str, Callable[[RawEvent], list[str]]] = {
     "resumed": lambda event: [head(event) + resumed_text(event)],
     "end": lambda event: [end_line(event)],
 }
-
-
-def time_of(event: RawEvent) -> float:
-    """Return the event's time in seconds; NaN if it has no readable time."""
-    try:
-        return datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return math.nan
 
 
 def marked(text: str) -> Text:

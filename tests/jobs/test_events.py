@@ -125,6 +125,19 @@ def test_an_error_of_an_older_run_is_read_with_the_names_of_today(path: Path) ->
     assert parsed(json.dumps(warning).encode()) == warning
 
 
+def test_a_field_with_something_else_than_its_kind_s_is_left_out() -> None:
+    """Numbers written as words stay, and so does what a newer writer has added."""
+    sound = {"kind": "sample", "step": 3, "reward": "-inf", "judge_score": 2, "good": False, "prompt": "x", "new": []}
+    assert parsed(json.dumps(sound).encode()) == sound
+    damaged = {"step": "3", "update": 2.5, "reward": "much", "judge_score": True, "good": "yes", "prompt": ["x"]}
+    assert parsed(json.dumps(sound | damaged).encode()) == {"kind": "sample", "new": []}
+    assert parsed(json.dumps({"kind": "plan", "data": [1], "updates": 2**63, "own_models": {}}).encode()) == {
+        "kind": "plan",
+        "own_models": {},
+    }
+    assert parsed(b'{"kind": ["plan"]}') is None
+
+
 def test_a_path_that_is_not_utf8_can_be_reported(path: Path) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")  # as os.listdir gives it
     write(path, Error(rank=0, what=name, exit_code=2))

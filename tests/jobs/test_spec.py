@@ -33,6 +33,10 @@ def small(*settings: str) -> Job:
     return parse_job(SMALL, "small.yaml", settings)
 
 
+CHAT_MODELS = ("llama-3.2-1b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-1.7b", "smollm2-135m")
+SHIPPED = sorted(["demo", *(name + ending for name in ("opt-1.3b", *CHAT_MODELS) for ending in ("", "-lora"))])
+
+
 def mistakes(*settings: str, text: str = SMALL) -> list[str]:
     with pytest.raises(ToolkitError) as caught:
         parse_job(text, "small.yaml", settings)
@@ -91,8 +95,21 @@ def test_demo_needs_no_hub_and_no_gpu() -> None:
 
 
 def test_every_shipped_job_is_named_as_its_file() -> None:
-    found = sorted(path.stem for path in JOBS_FOLDER.glob("*.yaml"))
-    assert found == ["demo", "opt-1.3b", "opt-1.3b-lora"] == [load_job(name).name for name in found]
+    assert sorted(path.stem for path in JOBS_FOLDER.glob("*.yaml")) == SHIPPED
+    assert [load_job(name).name for name in SHIPPED] == SHIPPED
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if f"{name}-lora" in SHIPPED and name != "opt-1.3b"])
+def test_lora_changes_rates_and_nothing_else_that_is_learned(name: str) -> None:
+    full, lora = load_job(name), load_job(f"{name}-lora")
+    assert lora.ppo.actor_learning_rate == pytest.approx(10 * full.ppo.actor_learning_rate)
+    changed = {line.split(":")[0] for step in (1, 2, 3) for line in difference(*fields_of_both(full, lora, step))}
+    adapters = {f"actor.lora.{field}" for field in ("rank", "alpha", "target_modules")}
+    assert changed == {*adapters, "sft.learning_rate", "ppo.actor_learning_rate"}
+
+
+def fields_of_both(one: Job, other: Job, step: int) -> tuple[Any, Any]:
+    return one.fields_of_step(step), other.fields_of_step(step)
 
 
 # --- strictness -----------------------------------------------------------------------------------
@@ -123,6 +140,13 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
         ("sft=", "sft: fields, not nothing"),
         ("ppo.ema_decay=1", "ppo.ema_decay: below 1, not 1"),
         ("ppo.rollout_batch=12", "ppo: rollout_batch 12 is not a multiple of global_batch 8"),
+        ("ppo.samples_per_prompt=3", "ppo: rollout_batch 8 is not a multiple of samples_per_prompt 3"),
+        ("ppo.advantage=dpo", "ppo.advantage: 'gae', 'rloo', 'grpo' or 'reinforce_baseline', not 'dpo'"),
+        (
+            "ppo.advantage=rloo",
+            "ppo: samples_per_prompt: 2 or more with advantage: rloo, which compares a prompt's answers",
+        ),
+        ("ppo.critic_learning_rate=null", "ppo: critic_learning_rate: this field is required with advantage: gae"),
         ("ppo.rule=is_good", "ppo.rule: module:function, not 'is_good'"),
         ("ppo.rule=.a:b", "ppo.rule: module:function, not '.a:b'"),
         ("ppo.rule=a.b:c\\n", "ppo.rule: module:function, not 'a.b:c\\\\n'"),
@@ -135,6 +159,29 @@ def test_every_shipped_job_is_named_as_its_file() -> None:
         ("data.datasets=[]", "data.datasets: a list of at least one name, not []"),
         ("data.datasets=[3]", "data.datasets.0: text, not 3"),
         ("data.datasets=['']", "data.datasets.0: text that is not empty, not ''"),
+        ("flavours=cu130", "flavours: a list, of cu118 and cu130, each once, not 'cu130'"),
+        ("flavours=[cu118, cu121]", "flavours: a list, of cu118 and cu130, each once, not ['cu118', 'cu121']"),
+        ("flavours=[cu130, cu130]", "flavours: a list, of cu118 and cu130, each once, not ['cu130', 'cu130']"),
+        ("flavours=", "flavours: a list, of cu118 and cu130, each once, not nothing"),
+        ("data.datasets=[{split: train}]", "data.datasets.0.name: this field is required"),
+        ("data.datasets=[{name: a, weight: 0}]", "data.datasets.0.weight: above 0, not 0"),
+        ("data.datasets=[{name: a, weight: -1.5}]", "data.datasets.0.weight: above 0, not -1.5"),
+        (
+            "data.datasets=[{name: a, wieght: 2}]",
+            "data.datasets.0.wieght: unknown field; did you mean weight? "
+            "valid here: name, split, config, columns, steps, weight",
+        ),
+        (
+            "data.datasets=[b, {name: a, steps: [4]}]",
+            "data.datasets.1.steps: a list of steps, of 1, 2 and 3, each once, not [4]",
+        ),
+        (
+            "data.datasets=[{name: a, columns: {question: prompt}}]",
+            "data.datasets.0.columns.question: 'prompt', 'chosen', 'rejected', 'response', 'completion', 'messages', "
+            "'conversations', 'conversation', 'instruction', 'input', 'output', 'system', 'history' or 'label', "
+            "not 'question'",
+        ),
+        ("data.system=keep", "data.system: 'merge' or 'drop', not 'keep'"),
         ("track=wandb", "track: a list, of wandb and trackio, each once, not 'wandb'"),
         ("track=[wandb, mlflow]", "track.1: wandb or trackio, not 'mlflow'"),
         ("track=[wandb, wandb]", "track: a list, of wandb and trackio, each once, not ['wandb', 'wandb']"),
@@ -171,6 +218,26 @@ def test_a_mistake_is_one_line(setting: str, mistake: str) -> None:
     assert mistakes(setting) == [mistake]
 
 
+GROUPS = ("ppo.advantage=grpo", "ppo.samples_per_prompt=4")
+
+
+def test_without_a_critic_its_fields_are_named_or_refused() -> None:
+    job = small(*GROUPS, "ppo.lam=0.9", "ppo.gamma=0.9")
+    assert job.ppo.unread == ["critic_learning_rate", "lam", "gamma"]  # SMALL has the first
+    assert small(*GROUPS, "ppo.advantage=reinforce_baseline", "ppo.gamma=0.9").ppo.unread == ["critic_learning_rate"]
+    assert small("ppo.lam=0.9").ppo.unread == []
+    assert small(*GROUPS, "ppo.critic_learning_rate=null").ppo.critic_learning_rate is None
+    assert mistakes(*GROUPS, "ppo.critic_warmup_updates=2") == [
+        "ppo: critic_warmup_updates: advantage: grpo has no critic; leave the field out"
+    ]
+    assert mistakes(*GROUPS, "ppo.whiten_rewards=true") == ["ppo: whiten_rewards: only with advantage: gae, not grpo"]
+
+
+def test_step_3_alone_loses_its_critic() -> None:
+    assert [small().networks_of(step) for step in (1, 2, 3)] == [("actor",), ("critic",), ("actor", "critic")]
+    assert [small(*GROUPS).networks_of(step) for step in (1, 2, 3)] == [("actor",), ("critic",), ("actor",)]
+
+
 def test_an_integer_is_a_number() -> None:
     assert small("sft.epochs=2").sft.epochs == 2.0
 
@@ -184,8 +251,8 @@ def test_a_long_value_is_cut() -> None:
     [
         (
             "sftt.epochs=1",
-            "sftt: unknown field; did you mean sft? valid here: name, seed, actor, critic, data, sft, reward, ppo, "
-            "hardware, checkpoint, track",
+            "sftt: unknown field; did you mean sft? valid here: name, flavours, seed, actor, critic, data, sft, "
+            "reward, ppo, hardware, checkpoint, track",
         ),
         (
             "actor.lora.alpah=1",
@@ -197,13 +264,13 @@ def test_a_long_value_is_cut() -> None:
         ),
         (
             "dataset=x",
-            "dataset: unknown field; did you mean data.datasets? valid here: name, seed, actor, critic, data, sft, "
-            "reward, ppo, hardware, checkpoint, track",
+            "dataset: unknown field; did you mean data.datasets? valid here: name, flavours, seed, actor, critic, "
+            "data, sft, reward, ppo, hardware, checkpoint, track",
         ),
         (
             "model=x",
-            "model: unknown field; did you mean actor.model? valid here: name, seed, actor, critic, data, sft, "
-            "reward, ppo, hardware, checkpoint, track",
+            "model: unknown field; did you mean actor.model? valid here: name, flavours, seed, actor, critic, data, "
+            "sft, reward, ppo, hardware, checkpoint, track",
         ),
         ("critic.name=x", "critic.name: unknown field; valid here: model, reward_model"),
         ("critic.config=x", "critic.config: unknown field; valid here: model, reward_model"),
@@ -329,7 +396,7 @@ def test_an_unknown_job_is_told_the_known_ones(name: str) -> None:
     with pytest.raises(ToolkitError) as caught:
         load_job(name)
     assert caught.value.what == f"there is no job `{name}`"
-    assert caught.value.why == "neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora"
+    assert caught.value.why == f"neither a file of that name nor one of: {', '.join(SHIPPED)}"
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
@@ -338,7 +405,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         load_job(str(tmp_path / "latin.yaml"))
 
 
-@pytest.mark.parametrize("name", ["demo", "opt-1.3b", "opt-1.3b-lora"])
+@pytest.mark.parametrize("name", ["demo", "opt-1.3b", "qwen2.5-1.5b-lora"])
 def test_a_saved_job_reads_back_the_same(name: str, tmp_path: Path) -> None:
     job = load_job(
         name,
@@ -378,6 +445,8 @@ def steps_changed(setting: str, *before: str) -> list[int]:
         ("critic.model=x/y", [2, 3]),
         ("critic.model=actor", [2, 3]),
         ("data.datasets=[other]", [1, 2, 3]),
+        ("data.system=drop", [1, 2, 3]),
+        ("data.chat_template_kwargs={enable_thinking: false}", [1, 2, 3]),
         ("data.eval_rows=7", []),  # it decides what is measured, not what is learned
         ("sft.epochs=2", [1, 3]),
         ("reward.loss=per_token", [2, 3]),
@@ -457,6 +526,9 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in models_in(inner)]
 
 
+IN_FULL = {"entries": "datasets"}  # properties that give what a field says in short
+
+
 class Reader(ast.NodeVisitor):
     """Finds attributes that are read from a variable that holds the job, or a part of it.
 
@@ -478,9 +550,10 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.Tuple | ast.List):
             return set().union(*(self.types(each) for each in node.elts))
         if isinstance(node, ast.Attribute):
-            owners = {owner for owner in self.types(node.value) if node.attr in owner.model_fields}
-            self.reads |= {(owner, node.attr) for owner in owners} if isinstance(node.ctx, ast.Load) else set()
-            inside = {model for owner in owners for model in models_in(owner.model_fields[node.attr].annotation)}
+            field = IN_FULL.get(node.attr, node.attr)
+            owners = {owner for owner in self.types(node.value) if field in owner.model_fields}
+            self.reads |= {(owner, field) for owner in owners} if isinstance(node.ctx, ast.Load) else set()
+            inside = {model for owner in owners for model in models_in(owner.model_fields[field].annotation)}
             return inside | ({self.job} if node.attr == "job" else set())
         return {self.job} if isinstance(node, ast.Name) and node.id == "job" else set()
 
@@ -557,11 +630,8 @@ def unread(job: type[BaseModel], sources: Iterable[str]) -> list[str]:
 
 
 def sources() -> list[str]:
-    return [
-        path.read_text(encoding="utf-8")
-        for folder in ("rlhf_train", "remote")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-    ]
+    readers = [*(ROOT / "rlhf_train").rglob("*.py"), *(ROOT / "remote").rglob("*.py"), ROOT / "jobs/flavours.py"]
+    return [path.read_text(encoding="utf-8") for path in sorted(readers)]
 
 
 def test_every_field_has_a_reader() -> None:
@@ -640,6 +710,8 @@ def test_models_of_ones_own_take_the_place_of_steps() -> None:
         (["critic.reward_model=my/rm"], [1, 2], ["a/b"], ["my/rm"]),
         (["actor.sft_model=my/sft", "critic.reward_model=my/rm"], [1, 2, 3], ["my/sft", "my/rm"], []),
         (["actor.sft_model=my/sft", "critic.reward_model=my/rm"], [1, 2], [], []),
+        (["ppo.judge_model=my/judge"], [1, 2, 3], ["a/b", "c/d", "my/judge"], []),
+        (["ppo.judge_model=my/judge"], [1, 2], ["a/b", "c/d"], []),
     ],
 )
 def test_the_models_that_steps_read(

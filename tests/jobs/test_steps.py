@@ -27,7 +27,7 @@ def test_what_a_step_names_is_there(step: Step) -> None:
 
 
 def test_step_3_depends_on_all_that_a_job_says_about_learning() -> None:
-    others = ("name", "hardware", "checkpoint", "track")
+    others = ("name", "flavours", "hardware", "checkpoint", "track")
     assert PPO.depends_on == tuple(name for name in Job.model_fields if name not in others)
 
 

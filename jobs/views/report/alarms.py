@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Literal
 
 from jobs.events import RawEvent
 from jobs.formatting import number
 from jobs.steps import PPO, REWARD, label_of
 from jobs.views.report.history import RunHistory, StepHistory
-from jobs.views.report.intervals import difference_of_shares, wilson
-from jobs.views.report.verdict import gain_of
+from jobs.views.report.intervals import Z, difference_of_shares, wilson
+from jobs.views.report.verdict import gain_of, number_in, rows_of
 
 LENGTH_FACTOR = 2.0  # answers this many times longer or shorter than at first
 REPEATED_SHARE = 0.3  # of an answer's groups of four words that have occurred in it before
@@ -45,6 +46,7 @@ def checks_of(history: RunHistory) -> list[AlarmCheck]:
         _repetition(ppo.samples),
         _kl(ppo),
         _score_against_rule(ppo.end or {}),
+        _score_against_judge(ppo),
         _chance(reward.end or {}),
         _finite(history),
     ]
@@ -72,7 +74,7 @@ def _ended(step: StepHistory) -> AlarmCheck:
     _, last = ends_of_curve(step.curve("eos_share")[1])
     if math.isnan(last):
         return AlarmCheck(name, "not known", "", threshold)
-    return AlarmCheck(name, "alarm" if last < ENDED_SHARE else "fine", f"{last:.1%} at last", threshold)
+    return AlarmCheck(name, "alarm" if last < ENDED_SHARE else "fine", f"{last:.1%} over the last tenth", threshold)
 
 
 def repeated_share(text: str) -> float:
@@ -101,7 +103,9 @@ def _kl(step: StepHistory) -> AlarmCheck:
     _, last = ends_of_curve(step.curve("kl_k3")[1])
     if math.isnan(last):
         return AlarmCheck(name, "not known", "", threshold)
-    return AlarmCheck(name, "alarm" if last > KL_NATS else "fine", f"{number(last, '.2f')} nats at last", threshold)
+    return AlarmCheck(
+        name, "alarm" if last > KL_NATS else "fine", f"{number(last, '.2f')} nats over the last tenth", threshold
+    )
 
 
 def _score_against_rule(end: RawEvent) -> AlarmCheck:
@@ -110,16 +114,46 @@ def _score_against_rule(end: RawEvent) -> AlarmCheck:
     gain, before, after = gain_of("mean_reward", end), end.get("good_share_before"), end.get("good_share_after")
     if gain is None or not isinstance(before, int | float) or not isinstance(after, int | float):
         return AlarmCheck(name, "not known", "no rule" if gain else "", threshold)
-    rows = end.get("held_out_rows")
-    fell = difference_of_shares(before, after, rows).is_down if rows else after < before
+    rows, both = rows_of(end), number_in(end, "good_share_both")
+    fell = difference_of_shares(before, after, rows, both).is_down if rows else after < before
     seen = f"{reward} {gain.value:+.2f}, {good} {(after - before) * 100:+.1f} points"
     return AlarmCheck(name, "alarm" if gain.value > 0 and fell else "fine", seen, threshold)
+
+
+def _score_against_judge(step: StepHistory) -> AlarmCheck:
+    reward, judge = label_of("mean_reward"), label_of("judge_score")
+    name, threshold = f"{reward} against {judge}", f"the {reward} rises while the {judge} falls"
+    gain, judged = gain_of("mean_reward", step.end or {}), gain_of("judge_score", step.end or {})
+    if gain is not None and judged is not None:
+        seen = f"{reward} {gain.value:+.2f}, {judge} {judged.value:+.2f}"
+        return AlarmCheck(name, "alarm" if gain.value > 0 and judged.is_down else "fine", seen, threshold)
+    rewards, scores = (step.curve(each)[1] for each in ("mean_reward", "judge_score"))
+    (reward_first, reward_last), (first, last) = ends_of_curve(rewards), ends_of_curve(scores)
+    if math.isnan(last):
+        return AlarmCheck(name, "not known", "no judge" if step.end else "", threshold)
+    seen = f"{reward} {reward_last - reward_first:+.2f}, {judge} {last - first:+.2f}, over the rollouts"
+    is_off = reward_last > reward_first and falls(scores)
+    return AlarmCheck(name, "alarm" if is_off else "fine", seen, threshold)
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Tell whether a curve's last tenth lies below its first by more than its points scatter.
+
+    The difference of the two means, of k values each, is compared with 1.96 s √(2/k), where s is
+    the standard deviation of all values: the slope is in it, too, so a doubtful fall is none. Under
+    ten values tell nothing.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < END_PART:
+        return False
+    first, last = ends_of_curve(finite)
+    return last - first < -Z * stdev(finite) * math.sqrt(2 / (len(finite) // END_PART))
 
 
 def _chance(end: RawEvent) -> AlarmCheck:
     name = f"{label_of('reward_accuracy')} against chance"
     threshold = "the 95 % interval includes 50 %, or is below"
-    share, rows = end.get("reward_accuracy"), end.get("held_out_rows")
+    share, rows = end.get("reward_accuracy"), rows_of(end)
     if not isinstance(share, int | float):
         return AlarmCheck(name, "not known", "", threshold)
     low = wilson(share, rows).low if rows else share

@@ -96,9 +96,11 @@ def histogram(end: RawEvent) -> Html:
 
 
 def _is_histogram(value: Any) -> TypeGuard[dict[str, Any]]:
-    if not isinstance(value, dict) or not {"low", "high", "counts"} <= value.keys() or not value["counts"]:
+    if not isinstance(value, dict) or not isinstance(value.get("counts"), list) or not value["counts"]:
         return False
-    return all(math.isfinite(float(value[name])) for name in ("low", "high"))
+    ends = [value.get("low"), value.get("high")]
+    are_counts = all(type(count) is int and 0 <= count < 2**63 for count in value["counts"])
+    return are_counts and all(isinstance(end, int | float) and abs(end) < 1e300 for end in ends)
 
 
 def _bars(when: str, margins: dict[str, Any], low: float, high: float, most: int) -> Html:
@@ -130,7 +132,10 @@ def _bars(when: str, margins: dict[str, Any], low: float, high: float, most: int
         aria_label=f"histogram of {words}; about {wrong} below 0",
     )  # fmt: skip
     ends = element("div", element("span", number(low, ".3g")), element("span", number(high, ".3g")), class_="ends")
-    colours = (element("i", class_="dash run0"), "right, above 0 ", element("i", class_="dash run1"), "wrong, below 0")
+    colours = (
+        element("span", element("i", class_=f"dash run{place}"), words, class_="key")
+        for place, words in enumerate(("right, above 0", "wrong, below 0"))
+    )
     name = element("span", f"margins {when} training", class_="name")
     caption = element("figcaption", name, element("span", *colours, class_="last"))
     return element("figure", caption, element("div", drawn, ends, class_="bars"))

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
-from jobs.events import MetricFormat, Metrics, RawEvent, parsed
+from jobs.events import MetricFormat, Metrics, RawEvent, parsed, time_of, without_damage
 from jobs.steps import STEPS
-from jobs.views.plain import time_of
 
 # Every metric, shown in the panel or not, with the format and the label of its field.
 METRICS: dict[str, MetricFormat | None] = {
@@ -166,7 +165,8 @@ def _event_of(line: bytes) -> RawEvent | None:
     if b'"kind": "metrics"' in line:
         with suppress(ValueError):  # such as a lone surrogate, which only json reads
             event = from_json(line)
-            return event if isinstance(event, dict) and event.get("kind") == "metrics" else parsed(line)
+            is_one = isinstance(event, dict) and event.get("kind") == "metrics"
+            return without_damage(event) if is_one else parsed(line)
     return parsed(line)
 
 

@@ -17,11 +17,14 @@
     const percent = chart.spec.endsWith("%");
     const axis = { stroke: color("--soft"), font: "11px system-ui, sans-serif", ticks: { show: false },
                    grid: { stroke: color("--grid"), width: 1 } };
-    const ticks = values => values.map(v => percent ? +(100 * v).toPrecision(6) + " %" : short(v));
+    // One way of writing for all ticks of an axis: 1e-3 next to 5e-4, not 0.001.
+    const ticks = values => values.some(v => v && Math.abs(v) < 1e-3) && !percent
+      ? values.map(v => v ? (+v.toPrecision(6)).toExponential() : "0")
+      : values.map(v => percent ? +(100 * v).toPrecision(6) + " %" : short(v));
     const last = caption.querySelector(".last") || caption.appendChild(Object.assign(document.createElement("span"), { className: "last" }));
     const still = last.textContent;
     return {
-      width, height: 170, padding: [8, 8, 0, 0], legend: { show: false },
+      width, height: 170, padding: [8, 16, 0, 0], legend: { show: false },
       scales: { x: { time: false }, y: percent ? { range: (_, low, high) => shares(low, high) } : {} },
       cursor: { y: false, drag: { x: true, y: false }, points: { size: 6 } },
       axes: [{ ...axis, size: 24, space: 60, values: (_, v) => v.map(short) },

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from jobs.events import RawEvent
+from jobs.events import RawEvent, time_of
 from jobs.formatting import before_and_after, duration, money, one_line, plural, size, verdict_of
 from jobs.steps import STEPS
-from jobs.views.plain import plan_lines, resumed_text, time_of
+from jobs.views.plain import plan_lines, resumed_text
 from jobs.views.report.alarms import AlarmCheck, checks_of
 from jobs.views.report.answers import Answered, chosen
 from jobs.views.report.checkpoints import saved_weights
@@ -27,7 +27,11 @@ MOST_CHARACTERS = 4000  # of a prompt or an answer
 # ours, or a model's text, is stopped by the browser.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 WORDS: dict[Tone, str] = {"good": "worked", "bad": "did not work", "unsure": "cannot be told", "running": "not yet"}
-STATES = {"preempted": "stopped; the same command resumes it", "lost": "stopped; the same command resumes it"}
+# The words of `status`, and what they ask for.
+STATES = {
+    "preempted": "preempted; the same command resumes it",
+    "lost": "lost: it stopped without an exit code; the same command resumes it",
+}
 
 
 def page(runs: Sequence[RunPage], now: float | None = None) -> str:
@@ -267,7 +271,10 @@ def _answered(answered: Answered) -> Html:
         )
     mark = element("span", answered.mark, class_="mark") if answered.mark else ""
     prompt = element("p", _cut(answered.prompt), class_="model prompt", dir="auto")
-    return element("article", mark, prompt, element("div", *columns, class_="columns"))
+    count, answers = answered.left_out, plural(answered.left_out, "answers")
+    note = f"{answers} from during training {'is' if count == 1 else 'are'} in events.jsonl alone."
+    left_out = element("p", note, class_="score") if count else ""
+    return element("article", mark, prompt, element("div", *columns, class_="columns"), left_out)
 
 
 def _cut(value: object) -> Html:
@@ -304,9 +311,12 @@ def _tone_of_note(kind: str) -> Tone:
 
 def _job(run: RunPage, *, is_one: bool) -> Html:
     parts: list[Html] = []
+    shown: set[str] = set()  # what one step says of machine and versions, mostly all of them say
     for _, step in run.history.numbered_steps():
-        if step.plan:
-            parts.append(element("p", *(element("span", line, class_="line") for line in _plan(step.plan))))
+        lines = [line for line in _plan(step.plan) if line not in shown] if step.plan else []
+        shown.update(lines)
+        if lines:
+            parts.append(element("p", *(element("span", line, class_="line") for line in lines)))
     rows = [[element("code", name), element("code", value)] for name, value in run.job.items()]
     if rows:
         fields = table(["field", "value"], rows, "the job's fields")

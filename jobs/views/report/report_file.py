@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,20 +19,38 @@ from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage, job_fields, state_of_history
 
 LEAST_S = 10.0  # between two pages of a running job
+MOST_BYTES = 100  # of the runs' names in a file's, which has 255 with what a partial file adds
 MOST_SHARE = 0.01  # of one core's time that the pages take
 
 
 def write_page(runs: Sequence[RunPage], path: Path) -> int:
-    """Write the page of these runs as a whole, or leave the old one; return its size in bytes."""
+    """Write the page of these runs as a whole, or leave the old one; return its size in bytes.
+
+    It takes at most half of the free room: the rest is for the run that may write there.
+    Raises OSError with `path`, whatever file next to it could not be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     content = page(runs).encode("utf-8", "backslashreplace")
     try:
+        if len(content) > shutil.disk_usage(path.parent).free / 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return len(content)
+
+
+def file_of_several(names: Sequence[str]) -> str:
+    """Return the name of a page of several runs: of long ones the beginning, and a hash of all."""
+    joined = "-".join(names).replace("/", "-")
+    data = joined.encode("utf-8", "surrogateescape")
+    if len(data) > MOST_BYTES:
+        joined = f"{data[:MOST_BYTES].decode('utf-8', 'ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
+    return f"report-{joined}.html"
 
 
 class ReportFile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,7 +45,7 @@ def verdict_of_run(history: RunHistory, state: State) -> Verdict:
     """
     ended = [(step, verdict_of_step(each.end)) for step, each in history.numbered_steps() if each.end]
     known = [(step, verdict) for step, verdict in ended if verdict is not None]
-    told = f"step {known[-1][0]} is complete, {known[-1][1].reason}" if known else ""
+    told = _told(ended)
     if state == "failed":
         errors = [note for note in history.notes if note["kind"] == "error"]
         what = one_line(errors[-1].get("what")) if errors else "its last error is in train.log"
@@ -54,45 +56,62 @@ def verdict_of_run(history: RunHistory, state: State) -> Verdict:
         doing = "is being trained" if state in ("running", "queued") else "was stopped"
         now = f"step {unfinished[-1]} {doing}" if unfinished else "the next step begins"
         return Verdict("running", "; ".join(filter(None, (now, told))))
-    if not known:
-        return Verdict("unsure", "the events hold no numbers on held-out data")
-    step, last = known[-1]
+    if not ended:
+        return Verdict("unsure", "the events tell of no complete step")
+    step, last = ended[-1]
+    if last is None:  # an earlier step's verdict is not this run's
+        return Verdict("unsure", told)
     judge = dict(known[:-1]).get(REWARD.number)
     if last.tone == "good" and _is_judged_by_reward(history, step) and judge is not None and judge.tone != "good":
         return Verdict("unsure", f"{last.reason}, but {judge.reason}, and that model gives the reward")
     return last
 
 
+def _told(ended: Sequence[tuple[int, Verdict | None]]) -> str:
+    """Tell of the last complete step, and of the last one with numbers where that has none."""
+    if not ended:
+        return ""
+    (step, last), known = ended[-1], [(step, verdict) for step, verdict in ended if verdict is not None]
+    if last is not None:
+        return f"step {step} is complete, {last.reason}"
+    before = f"; step {known[-1][0]}: {known[-1][1].reason}" if known else ""
+    return f"step {step} is complete, but has no finite held-out numbers{before}"
+
+
 def _is_judged_by_reward(history: RunHistory, step: int) -> bool:
     end = history.steps[step].end or {}
-    return "mean_reward_after" in end and "good_share_after" not in end
+    return "mean_reward_after" in end and not {"good_share_after", "judge_score_after"} & end.keys()
 
 
 def verdict_of_step(end: RawEvent) -> Verdict | None:
     """Return the verdict on a complete step; None if its event holds no numbers."""
     for judge, needed in (
         (_of_answers, ("good_share_before", "good_share_after")),
+        (_of_judge, ("judge_score_before", "judge_score_after")),
         (_of_reward, ("mean_reward_before", "mean_reward_after")),
         (_of_accuracy, ("reward_accuracy",)),
         (_of_perplexity, ("perplexity_before", "perplexity_after")),
     ):
-        if all(isinstance(end.get(name), int | float) for name in needed):
+        if all(number_in(end, name) is not None for name in needed):
             return judge(end)
     return None
 
 
 def _of_answers(end: RawEvent) -> Verdict:
-    before, after, rows = end["good_share_before"], end["good_share_after"], _rows(end)
+    before, after, rows = end["good_share_before"], end["good_share_after"], rows_of(end)
     reason = f"{label_of('good_share')}, by the rule, {_change(before, after)} from {before:.1%} to {after:.1%}"
     if not rows:
         tone = _tone(after - before)
         return _against_reward(end, Verdict(tone, f"{reason}, {NO_ERROR}"))
-    gain = difference_of_shares(before, after, rows)
-    points = (
-        f"{gain.value * 100:+.1f} points, 95 % interval {gain.low * 100:+.1f} to {gain.high * 100:+.1f}{_doubt(gain)}"
-    )
-    verdict = Verdict(_tone_of(gain), f"{reason} of {rows} held-out prompts ({points})", rows)
+    gain = difference_of_shares(before, after, rows, number_in(end, "good_share_both"))
+    verdict = Verdict(_tone_of(gain), f"{reason} of {rows} held-out prompts ({_points(gain)})", rows)
     return _against_reward(end, verdict)
+
+
+def _points(gain: Interval) -> str:
+    """Write a change of a share, in points of 100."""
+    bounds = f"95 % interval {gain.low * 100:+.1f} to {gain.high * 100:+.1f}{_doubt(gain)}"
+    return f"{gain.value * 100:+.1f} points, {bounds}"
 
 
 def _against_reward(end: RawEvent, verdict: Verdict) -> Verdict:
@@ -109,13 +128,23 @@ def gain_of(name: str, end: RawEvent) -> Interval | None:
 
     name: of its fields, without `_before` and `_after`. The bounds are alike if there is no error.
     """
-    before, after = end.get(f"{name}_before"), end.get(f"{name}_after")
-    if not isinstance(before, int | float) or not isinstance(after, int | float):
+    before, after = number_in(end, f"{name}_before"), number_in(end, f"{name}_after")
+    if before is None or after is None:
         return None
-    errors = [end.get(f"{name}_error_{when}") for when in ("before", "after")]
-    if all(isinstance(error, int | float) for error in errors):
-        return difference_of_means(before, after, *errors)  # type: ignore[arg-type]
+    one, two = (number_in(end, f"{name}_error_{when}") for when in ("before", "after"))
+    if one is not None and two is not None:
+        return difference_of_means(before, after, one, two, number_in(end, f"{name}_change_error"))
     return Interval(after - before, after - before, after - before)
+
+
+def number_in(event: RawEvent, name: str) -> float | None:
+    """Return a finite number of an event; None if it is not there, as in events of older runs."""
+    value = event.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _of_judge(end: RawEvent) -> Verdict:
+    return _against_reward(end, _of_mean(end, "judge_score", "prompts", is_up_good=True))
 
 
 def _of_reward(end: RawEvent) -> Verdict:
@@ -128,7 +157,7 @@ def _of_perplexity(end: RawEvent) -> Verdict:
 
 def _of_mean(end: RawEvent, name: str, noun: str, *, is_up_good: bool) -> Verdict:
     """Return the verdict by a mean that has a standard error. noun: what it was measured on."""
-    gain, rows, sign = gain_of(name, end), _rows(end), 1 if is_up_good else -1
+    gain, rows, sign = gain_of(name, end), rows_of(end), 1 if is_up_good else -1
     assert gain is not None, "chosen for having both numbers"
     before, after = (number(end[f"{name}_{when}"], ".2f") for when in ("before", "after"))
     on = f"{rows} held-out {noun}" if rows else f"held-out {noun}"
@@ -141,17 +170,24 @@ def _of_mean(end: RawEvent, name: str, noun: str, *, is_up_good: bool) -> Verdic
 
 
 def _of_accuracy(end: RawEvent) -> Verdict:
-    share, rows = end["reward_accuracy"], _rows(end)
+    share, rows = end["reward_accuracy"], rows_of(end)
     reason = f"the {label_of('reward_accuracy')} is {share:.1%} on"
     if not rows:
         return Verdict(_tone(share - 0.5), f"{reason} held-out pairs, {NO_ERROR}; chance is 50 %")
     seen = wilson(share, rows)
     bounds = f"95 % interval {seen.low:.1%} to {seen.high:.1%}; chance is 50 %"
     tone: Tone = "good" if seen.low > 0.5 else "bad" if seen.high < 0.5 else "unsure"
-    return Verdict(tone, f"{reason} {rows} held-out pairs ({bounds})", rows)
+    before, both = number_in(end, "reward_accuracy_before"), number_in(end, "reward_accuracy_both")
+    if before is None or both is None:
+        return Verdict(tone, f"{reason} {rows} held-out pairs ({bounds})", rows)
+    gain = difference_of_shares(before, share, rows, both)
+    change = f"{_change(before, share)} from {before:.1%} ({_points(gain)})"
+    if gain.is_down and tone == "good":
+        tone = "bad"  # better than chance, but worse than before
+    return Verdict(tone, f"{reason} {rows} held-out pairs ({bounds}), and {change}", rows)
 
 
-def _rows(end: RawEvent) -> int | None:
+def rows_of(end: RawEvent) -> int | None:
     """Return how many rows the numbers were measured on; None if the event does not say."""
     rows = end.get("held_out_rows")
     return rows if isinstance(rows, int) and rows > 0 else None

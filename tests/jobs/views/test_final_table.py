@@ -104,7 +104,7 @@ def test_a_number_with_a_standard_error_says_it() -> None:
 @pytest.mark.parametrize("width", [20, 40, 79, 120])
 def test_no_word_is_broken(width: int) -> None:
     """Every word of the sentences is there, whole, unless it alone is wider than the terminal."""
-    end = END_3 | {"objective_before": -0.5, "objective_after": 1.9}
+    end = END_3 | {"objective_before": -0.5, "objective_after": 1.9, "judge_score_after": 0.5}
     shown = " ".join(" ".join(reported([end], width)).split())
     sentences = [f"{each.label}: {each.meaning}; {each.good}" for each in STEPS[3].outcomes]
     assert [sentence for sentence in sentences if sentence not in shown] == []

@@ -18,8 +18,9 @@ from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage
 from tests.raw_events import END_1, END_2, END_3, PPO, REWARD, SFT, event
 
-UPDATES = [SFT, REWARD | {"lm_loss": 0.5}, PPO | {"objective": 1.2, "explained_variance": 0.25}]
-ENDS = [END_1, END_2, END_3 | {"objective_before": 0.5, "objective_after": 1.5}]
+UPDATES = [SFT, REWARD | {"lm_loss": 0.5}, PPO | {"objective": 1.2, "explained_variance": 0.25, "judge_score": 2.5}]
+OF_STEP_3 = {"objective_before": 0.5, "objective_after": 1.5, "judge_score_before": 0.5, "judge_score_after": 1.5}
+ENDS = [END_1, END_2, END_3 | OF_STEP_3]
 BEST = event("checkpoint", 3, update=9, path="step3/best", metric="mean_reward", value=1.0, size_bytes=1, seconds=1.0)
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from jobs.events import SHOWN, RawEvent
 from jobs.formatting import number
 from jobs.steps import STEPS, Step
-from jobs.views.panel import Board, BoxView, GpuUsage, Live, cards_text, sparkline
+from jobs.views.gpus import GpuUsage, cards_text
+from jobs.views.panel import Board, BoxView, Live, sparkline
 from tests.raw_events import (
     BARE,
     END_1,

@@ -29,3 +29,14 @@ def test_an_answer_that_was_written_twice_is_shown_once() -> None:
 def test_a_page_shows_no_more_than_so_many() -> None:
     assert len(chosen([sample(str(number), "after", float(number)) for number in range(100)])) == MOST_SHOWN
     assert chosen([]) == []
+
+
+def test_a_few_answers_from_during_training_stay_evenly_spread() -> None:
+    during = [sample("a", "during", 1.0, update=update) for update in range(10, 110, 10)]
+    (only,) = chosen([sample("a", "before", 0.0), *during, sample("a", "after", 2.0)])
+    assert [each.get("update") or each["when"] for each in only.answers] == ["before", 10, 40, 70, 100, "after"]
+    assert (only.left_out, only.score) == (6, 2.0)
+    (only,) = chosen(during[:5])  # the newest one gives the score
+    assert [each["update"] for each in only.answers] == [10, 20, 40, 50] and only.left_out == 1
+    (only,) = chosen(during[:4])
+    assert len(only.answers) == 4 and only.left_out == 0

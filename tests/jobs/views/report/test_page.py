@@ -2,15 +2,19 @@ import json
 import re
 from pathlib import Path
 from random import Random
+from typing import get_args
+
+import pytest
 
 from jobs.events import RawEvent
+from jobs.state import State
 from jobs.views.report import curves
 from jobs.views.report.curves import histogram
 from jobs.views.report.history import METRICS, RunHistory
 from jobs.views.report.page import page
 from jobs.views.report.run_page import RunPage
 from tests.jobs.views.report.pages import whole_page
-from tests.raw_events import event
+from tests.raw_events import event, sample
 
 
 def of(*events: RawEvent, state: str = "running") -> str:
@@ -73,8 +77,8 @@ def test_both_histograms_share_one_height_and_say_what_their_colours_are() -> No
     before, after = ({"low": -1.0, "high": 1.0, "counts": counts} for counts in ([10, 0], [3, 5]))
     html = histogram({"margins_before": before, "margins": after})
     assert re.findall(r' height="([0-9.]+)">', html) == ["120.0", "0.0", "36.0", "60.0"]
-    legend = '<i class="dash run0"></i>right, above 0 <i class="dash run1"></i>wrong, below 0'
-    assert html.count(legend) == 2
+    for place, words in enumerate(("right, above 0", "wrong, below 0")):
+        assert html.count(f'<span class="key"><i class="dash run{place}"></i>{words}</span>') == 2
     style = (Path(curves.__file__).parent / "page.css").read_text(encoding="utf-8")
     assert ".bars rect { fill: var(--run0); } .bars rect.wrong { fill: var(--run1); }" in style
 
@@ -95,12 +99,21 @@ def test_a_page_of_a_run_that_has_hardly_begun() -> None:
     assert "1 supervised fine-tuning not yet update 0 of 4" in seen
 
 
+@pytest.mark.parametrize("state", get_args(State))
+def test_a_state_has_the_word_that_status_has(state: str) -> None:
+    assert re.search(rf"state {state}\b", words(of(event("plan", 1, updates=4), state=state)))
+
+
 def test_100000_updates_are_at_most_3_mb() -> None:
     history, random = RunHistory("a"), Random(0)
     lines = [{name: random.gauss(0.0, 1.0) for name in METRICS} for _ in range(997)]
     for step in (1, 2, 3):
         for update in range(1, 33_335):
             history.feed({"kind": "metrics", "step": step, "update": update, **lines[update % 997]})
+    for update in range(0, 100_000, 100):
+        for prompt in "abcdefghijkl":
+            history.feed(sample("during", 100 * "word", prompt=prompt, update=update))
     html = page([RunPage(history, {}, "running")])
     assert len(html.encode()) < 3_000_000
     assert all(len(table[0]) <= 722 for tables in charts(html).values() for table in tables)
+    assert words(html).count("996 answers from during training are in events.jsonl alone.") == 12

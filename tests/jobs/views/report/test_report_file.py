@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs.run_dir import RunDir
-from jobs.views.report.report_file import LEAST_S, ReportFile
+from jobs.views.report.report_file import LEAST_S, ReportFile, file_of_several
 from tests.limits import small_files
 from tests.raw_events import END_1, PLAN, event
 
@@ -80,6 +81,14 @@ def test_a_run_that_crashed_or_was_stopped_says_so(run: RunDir) -> None:
     assert "step 3 was stopped" in html and "the same command resumes it" in html
 
 
+def test_the_name_of_a_page_of_many_runs_has_room_in_a_folder() -> None:
+    assert file_of_several(["a", "gpu-box/b"]) == "report-a-gpu-box-b.html"
+    many = [f"{number}{'é' * 63}" for number in range(6)]
+    name = file_of_several(many)
+    assert name.startswith("report-0" + 49 * "é" + "-") and len(name.encode()) < 130  # 99 bytes: é has two
+    assert file_of_several([*many[:5], "x"]) != name  # the rest counts, too
+
+
 def test_a_full_disk_is_one_warning_and_leaves_the_old_page(run: RunDir) -> None:
     run.report.write_text("old", encoding="utf-8")
     clock, said = Clock(), list[str]()
@@ -90,6 +99,22 @@ def test_a_full_disk_is_one_warning_and_leaves_the_old_page(run: RunDir) -> None
         report.finish(0)
     assert len(said) == 1 and said[0].startswith("the report could not be written: [Errno 27]")
     assert [path.read_text(encoding="utf-8") for path in run.path.iterdir() if path != run.events] == ["old"]
+
+
+def test_a_page_leaves_half_of_the_room_to_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    report = ReportFile(run, said.append)
+    report.finish(0)
+    old = run.report.read_bytes()
+    free = len(old) * 2 + 1000  # the next page has 1 kB more
+    write(run, event("plan", 1, updates=4), END_1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+    report.finish(0)
+    assert said == [f"the report could not be written: [Errno 28] No space left on device: {str(run.report)!r}"]
+    assert run.report.read_bytes() == old
+    free *= 2
+    report.finish(0)
+    assert run.report.read_bytes() != old
 
 
 def test_a_folder_that_is_gone_is_not_made_again(run: RunDir) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from jobs.views.report.history import RunHistory
-from jobs.views.report.verdict import verdict_of_run
+from jobs.views.report.verdict import verdict_of_run, verdict_of_step
 from tests.raw_events import event
 
 
@@ -63,6 +63,50 @@ def test_the_perplexity_decides_with_its_error(
     assert (verdict.tone, verdict.sentence) == (tone, sentence)
 
 
+def test_the_change_of_the_same_rows_has_an_error_of_its_own() -> None:
+    """Two samples with these errors would say nothing: 1.96 √(15² + 5²) = 31; 1.96 · 1 = 1.96."""
+    numbers = {"held_out_rows": 64, "perplexity_before": 31.2, "perplexity_after": 28.2}
+    errors = {"perplexity_error_before": 15.0, "perplexity_error_after": 5.0, "perplexity_change_error": 1.0}
+    assert verdict_of_run(run(numbers | errors), "done").sentence == (
+        "It worked: the perplexity on 64 held-out answers fell from 31.20 to 28.20 "
+        "(-3.00, 95 % interval -4.96 to -1.04)."
+    )
+
+
+# By hand: of 100, φ = (1000 - 50) / 2000 = 0.475 and (234 - 34 - 50) / 872 = 0.172. Wilson's bounds
+# are 71.1 to 86.7 of 80 %, 40.4 to 59.6 of 50 %, 88.8 to 97.8 of 95 %.
+@pytest.mark.parametrize(
+    ("before", "both", "tone", "change"),
+    [
+        (0.5, 0.5, "good", "rose from 50.0% (+30.0 points, 95 % interval +20.5 to +38.7)"),
+        (0.95, 0.78, "bad", "fell from 95.0% (-15.0 points, 95 % interval -23.8 to -6.7)"),
+    ],
+)
+def test_the_accuracy_is_better_than_chance_and_than_before(before: float, both: float, tone: str, change: str) -> None:
+    end = {"held_out_rows": 100, "reward_accuracy_before": before, "reward_accuracy": 0.8, "reward_accuracy_both": both}
+    verdict = verdict_of_step(event("end", 2, **end))
+    assert verdict is not None and verdict.tone == tone
+    assert verdict.reason.endswith(f"; chance is 50 %), and {change}")
+
+
+@pytest.mark.parametrize(
+    ("judge", "tone", "sentence"),
+    [
+        (1.5, "good", "It worked: the judge score on 100 held-out prompts rose from 1.00 to 1.50 "
+                      "(+0.50, 95 % interval +0.30 to +0.70)."),
+        (0.5, "bad", "It did not work: the mean reward rose by 0.20, but the judge score on 100 held-out prompts "
+                     "fell from 1.00 to 0.50 (-0.50, 95 % interval -0.70 to -0.30)."),
+    ],
+)  # fmt: skip
+def test_where_there_is_a_judge_it_decides(judge: float, tone: str, sentence: str) -> None:
+    """Also where the reward model is no better than chance."""
+    scores = {"judge_score_before": 1.0, "judge_score_after": judge, "judge_score_error_before": 0.5}
+    scores |= {"judge_score_error_after": 0.5, "judge_score_change_error": 0.1}
+    chance = {"held_out_rows": 100, "reward_accuracy": 0.5}
+    verdict = verdict_of_run(run(chance, rewards(0.1, 0.3) | scores), "done")
+    assert (verdict.tone, verdict.sentence) == (tone, sentence)
+
+
 def test_a_first_step_that_is_not_clear_takes_nothing_from_the_reward() -> None:
     """It does not give the reward; step 2's model does."""
     unclear = {"held_out_rows": 64, "perplexity_before": 9.0, "perplexity_after": 9.0}
@@ -111,5 +155,20 @@ def test_a_run_that_failed_or_is_not_at_its_end() -> None:
     assert verdict_of_run(history, "failed").sentence == "It did not work: it failed in step 2, out of memory."
 
 
+def test_a_run_whose_steps_are_not_known_is_not_judged() -> None:
+    assert verdict_of_run(RunHistory("a"), "done").sentence.endswith(": the events tell of no complete step.")
+
+
 def test_numbers_that_are_not_finite_are_no_numbers() -> None:
     assert verdict_of_run(run({"mean_reward_before": 0.1, "mean_reward_after": "nan"}), "done").tone == "unsure"
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, {"mean_reward_before": 0.1, "mean_reward_after": "nan"}, rewards(float("nan"), 0.3)]
+)
+def test_an_earlier_step_does_not_speak_for_a_last_one_without_numbers(numbers: dict[str, Any]) -> None:
+    history = run({"reward_accuracy": 0.9}, numbers)
+    told = "step 3 is complete, but has no finite held-out numbers; step 2: the accuracy is 90.0% on held-out pairs, "
+    told += "without an error, since the run recorded none; chance is 50 %."
+    assert verdict_of_run(history, "done").sentence == f"It cannot be told whether it worked: {told}"
+    assert verdict_of_run(history, "running").sentence.endswith(f"the next step begins; {told}")

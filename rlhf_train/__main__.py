@@ -12,6 +12,8 @@ if __name__ == "__main__":  # before the other imports, which take a second: 75 
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 
 import argparse
+import atexit
+import gc
 import json
 import re
 import shlex
@@ -19,21 +21,23 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from env.settings import Cards, Limits, Settings
 from jobs import fitness
-from jobs.errors import ExitCode, ToolkitError, system_error, together
+from jobs.errors import TO_RESUME, ExitCode, ToolkitError, system_error, together
 from jobs.events import read_events
-from jobs.formatting import encodable, visible
-from jobs.run_dir import RunDir
-from jobs.spec import DEPLOYMENT_TYPES, NAME, Job, load_job, settings_of_deployment, steps_of
+from jobs.flavours import refuse_flavour, way_to
+from jobs.formatting import encodable, plural, visible
+from jobs.run_dir import RUN_NAME, RunDir
+from jobs.spec import DEPLOYMENT_TYPES, Job, load_job, settings_of_deployment, steps_of
 from jobs.steps import STEPS
 from jobs.views import console
-from jobs.views.report.report_file import write_page
+from jobs.views.report.report_file import file_of_several, write_page
 from jobs.views.report.run_page import Price, names_of, read_run
 from jobs.yaml12 import dump_yaml
 from rlhf_train import completion, local_runs
@@ -42,12 +46,17 @@ from rlhf_train.ranks.processes import SpareRanks, likely_rank_environment
 from rlhf_train.steps.rule import load_rule
 from rlhf_train.trackers.processes import refuse_missing
 
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from rlhf_train.plan.estimate import Estimate
+    from rlhf_train.plan.placement import Placement
+
 VERSION = "0.1.0"  # as in pyproject.toml, which is not on a box
 EXAMPLES = """examples:
   rlhf-train --job demo --step all                         all three steps, small, on CPU
   rlhf-train --step 3 --set ppo.kl_coef=0.05 --run kl05 --from opt-1.3b
   rlhf-train --job opt-1.3b --step 1 2 --deployment-type single_node --dry-run
   rlhf-train --job opt-1.3b-lora --dry-run --gpu rtx-4090  would it fit on two of these, and how long would it take?
+  rlhf-train --job opt-1.3b --measure                      a few updates of each step: how long, how much memory?
   rlhf-train --job opt-1.3b --download                     only fetch its models and data, also without a GPU
   rlhf-train report demo                                   did it work? writes runs/demo/report.html
   rlhf-train status                                        all runs: state, and how far they are
@@ -101,6 +110,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and what it takes; ends with 3 if it cannot fit"
     )
+    p.add_argument(
+        "--measure",
+        action="store_true",
+        help="a dry run, then a few updates of each step in a folder that is removed: seconds and memory as measured",
+    )
     p.add_argument("--gpu", metavar="NAME", help="with --dry-run: on such a card of env/cards.toml, e.g. rtx-4090")
     p.add_argument("--verbose", action="store_true", help="with --dry-run: show the whole job, as it was read")
     p.add_argument("--quiet", action="store_true", help="only warnings, errors, and the table at the end")
@@ -135,7 +149,7 @@ def settings_of(args: argparse.Namespace, own: Collection[int] = ()) -> list[str
 
 
 def run_named(name: str, folder: Path) -> RunDir:
-    if not NAME.fullmatch(name):
+    if not RUN_NAME.fullmatch(name):
         raise ToolkitError(
             f"`{name}` cannot name a run", hint="use letters, digits, dots, dashes and underscores, 64 at most"
         )
@@ -184,22 +198,27 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
-def wanted_job(args: argparse.Namespace, runs: Path) -> tuple[Job, list[int], RunDir, RunDir | None]:
-    """Return what is asked for: the job, its steps, its run, and the run to take steps from."""
+def wanted_job(args: argparse.Namespace, settings: Settings) -> tuple[Job, list[int], RunDir, RunDir | None]:
+    """Return what is asked for: the job, its steps, its run, and the run to take steps from.
+
+    Raises ToolkitError: the job is wrong, or this stack does not run it.
+    """
     steps = steps_of(args.step)
     job = load_job(args.job, settings_of(args))
-    folder = args.output_dir or runs
+    folder = args.output_dir or settings.runs
     run = run_named(job.name if args.run is None else args.run, folder)
     source = None if args.source is None else run_named(args.source, folder)
     if own := completion.own_steps(models_of(args), steps, [each for each in (run, source) if each]):
         job = load_job(args.job, settings_of(args, own))
+    refuse_flavour(job, settings.flavour, "this stack", way_to)
     return job, steps, run, source
 
 
 def download(args: argparse.Namespace) -> ExitCode:
     """Fetch what the steps need from the hub, and end. Nothing here imports torch."""
     refuse_launchers(os.environ)
-    job, steps, _, _ = wanted_job(args, Settings.from_environ(os.environ).runs)
+    settings = Settings.from_environ(os.environ)
+    job, steps, _, _ = wanted_job(args, settings)
     from rlhf_train.data.downloads import DownloadScreen, describe, downloads_of, fetch_all
 
     def leave(number: int, _frame: object) -> None:
@@ -217,7 +236,7 @@ def download(args: argparse.Namespace) -> ExitCode:
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        fetch_all(downloads, DownloadScreen(sys.stderr))
+        fetch_all(downloads, DownloadScreen(sys.stderr), settings.flavour)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -225,9 +244,18 @@ def download(args: argparse.Namespace) -> ExitCode:
 
 
 def dry_run(
-    args: argparse.Namespace, job: Job, run: RunDir, wanted: Sequence[int], todo: Sequence[int], cache: Path
+    args: argparse.Namespace,
+    job: Job,
+    run: RunDir,
+    wanted: Sequence[int],
+    todo: Sequence[int],
+    cache: Path,
+    measure_it: Callable[[Placement, Estimate], ExitCode],
 ) -> ExitCode:
-    """Say what would be done and what it takes, on this machine or on the card of --gpu."""
+    """Say what would be done and what it takes, on this machine or on the card of --gpu.
+
+    measure_it: called with --measure, unless this machine is unfit. It says the exit code then.
+    """
     from rlhf_train.plan.estimate import check_all, describe, named_card, target_of
     from rlhf_train.plan.machine import facts_of
     from rlhf_train.plan.placement import Machine, place  # this imports torch
@@ -251,25 +279,31 @@ def dry_run(
         target = target_of(machine, placement, cards)
     else:
         placement = replace(placement, device_reason=f"--gpu {args.gpu}")
-    text, fits = describe(job, run, wanted, todo, placement, target)
+    text, fits, made = describe(job, run, wanted, todo, placement, target)
     out = console.console_on(sys.stdout)
     if args.verbose:
         text = f"{dump_yaml(job.dump()).rstrip()}\n\n{text}"
     out.print(encodable(visible(text), out.encoding))
+    if args.measure and is_fit and todo:
+        return measure_it(placement, made)
     return ExitCode.OK if fits and is_fit else ExitCode.UNFIT
 
 
 def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
     refuse_launchers(os.environ)
+    if args.gpu is not None and args.measure:
+        raise ToolkitError(
+            "--measure and --gpu exclude each other", why="this machine is measured", hint="leave one out"
+        )
     if args.gpu is not None and not args.dry_run:
         raise ToolkitError("--gpu is for --dry-run", hint="hardware.device and hardware.ranks say where a job runs")
     settings = Settings.from_environ(os.environ)
-    job, wanted, run, source = wanted_job(args, settings.runs)
-    for step in sorted({*wanted} & {*job.own_models}):
+    job, wanted, run, source = wanted_job(args, settings)
+    for step in sorted({*wanted} & {*job.own_models}) if not args.quiet else ():
         say(f"step {step} ({STEPS[step].title}) is left out: {job.own_models[step]} takes its place")
     wanted = [step for step in wanted if step not in job.own_models]
     load_rule(job.ppo.rule)
-    refuse_missing(job.track)
+    refuse_missing(job.track, settings.flavour)
     begun = time.time()
 
     def leave(_number: int, _frame: object) -> None:
@@ -286,8 +320,20 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
         return taken, completion.steps_to_do(job, run, wanted, redo=args.redo, taken=taken)
 
     taken, todo = look()
-    if args.dry_run:
-        return dry_run(args, job, run, wanted, todo, settings.cache)
+    if args.dry_run or args.measure:
+
+        def measure_it(placement: Placement, made: Estimate) -> ExitCode:
+            from rlhf_train.measure import measure
+
+            earlier = [n for n in STEPS if n not in {*todo, *taken, *job.own_models} and completion.is_complete(run, n)]
+            sources = {run: earlier, **({source: taken} if source else {})}
+            say(f"measuring: a few updates of {plural(len(todo), 'steps')}, in a folder that is removed")
+            text, code = measure(job, run, todo, sources, placement, made, settings.cache, spares)
+            out = console.console_on(sys.stdout)
+            out.print(encodable(visible(text), out.encoding))
+            return code
+
+        return dry_run(args, job, run, wanted, todo, settings.cache, measure_it)
     if todo:
         # They import while this process imports and looks at the machine.
         spares.start(likely_rank_environment(job, os.environ))
@@ -318,7 +364,8 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             if source:
                 completion.take_over(source, run, taken)
                 taken_steps = ", ".join(f"step {step}" for step in taken)
-                say(f"from run {source.name}: {taken_steps or 'nothing more to take over'}")
+                if not args.quiet:
+                    say(f"from run {source.name}: {taken_steps or 'nothing more to take over'}")
             if args.redo:
                 completion.begin_redo(run, todo)
             code = (
@@ -337,7 +384,8 @@ def train(args: argparse.Namespace, spares: SpareRanks) -> ExitCode:
             return code
     console.print_report(read_events(run.events)[0])
     can_talk = completion.is_complete(run, 1) or completion.is_complete(run, 3)
-    if can_talk and "RLHF_REQUEST" not in os.environ:  # on a box, whose name here only `fab train` knows
+    is_on_box = "RLHF_REQUEST" in os.environ  # whose name here only `fab train` knows
+    if can_talk and not args.quiet and not is_on_box:
         say(f"talk to it: {chat_command(run, settings.runs, os.environ)}")
     return ExitCode.OK
 
@@ -379,9 +427,11 @@ def report(argv: Sequence[str]) -> int:
     runs = [local_runs.run_at(name, folder) for name in args.runs]
     names = names_of(runs)
     pages = [read_run(run, name=name, price=Price(args.price)) for run, name in zip(runs, names, strict=True)]
-    together = folder / f"report-{'-'.join(names).replace('/', '-')}.html"
-    path = args.output or (runs[0].report if len(runs) == 1 else together)
-    write_page(pages, path)
+    path = args.output or (runs[0].report if len(runs) == 1 else folder / file_of_several(names))
+    try:
+        write_page(pages, path)
+    except OSError as error:
+        raise system_error(error, ExitCode.UNFIT, "make room, or name another place with --output") from None
     console.console_on(sys.stdout).print(visible(path))
     return ExitCode.OK
 
@@ -406,7 +456,16 @@ def logs(argv: Sequence[str]) -> int:
 VERBS = {"chat": chat, "report": report, "status": status, "logs": logs}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, spares: SpareRanks | None = None) -> int:
+    """Do what `argv` says, and return the exit code.
+
+    spares: of a caller that trains more than one run, and ends them.
+    """
+    if argv is None:
+        # What is imported stays until the end: looking through it again and again, and once more
+        # at the end, took 0.7 of the 2.4 CPU seconds of a process that imports PyTorch.
+        gc.set_threshold(50_000, 20, 100)
+        atexit.register(gc.freeze)
     before = signal.getsignal(signal.SIGTERM)
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -421,15 +480,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(words)
         if args.download:
             return download(args)
-        with SpareRanks(os.environ) as spares:
-            return train(args, spares)
+        with nullcontext(spares) if spares else SpareRanks(os.environ) as ranks:
+            return train(args, ranks)
     except ToolkitError as error:
         console.print_error(error)
         return error.exit_code
     except KeyboardInterrupt:  # before there was anything to stop
         return ExitCode.INTERRUPTED
     except OSError as error:
-        console.print_error(system_error(error, ExitCode.UNFIT))
+        hint = "make room or mend the path" if words and words[0] in VERBS else TO_RESUME  # a verb resumes nothing
+        console.print_error(system_error(error, ExitCode.UNFIT, hint))
         return ExitCode.UNFIT
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -91,6 +91,18 @@ def resident_bytes(process: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def tree_bytes(process: int) -> int:
+    """Return the main memory of a process and of all below it; what they share counts once."""
+    found = re.search(r"^Pss:\s+([0-9]+) kB", read(Path(f"/proc/{process}/smaps_rollup")), flags=re.MULTILINE)
+    own = int(found[1]) * 1024 if found else 0
+    return own + sum(map(tree_bytes, _children(process)))
+
+
+def _children(process: int) -> list[int]:
+    lists = (read(file) for file in Path(f"/proc/{process}/task").glob("*/children"))
+    return [int(child) for text in lists for child in text.split()]
+
+
 def read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -10,17 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs.errors import ExitCode, ToolkitError
-from jobs.events import RawEvent, parsed
-from jobs.formatting import duration, encodable, visible
+from jobs.events import RawEvent, parsed, time_of
+from jobs.formatting import duration, encodable, progress_text, visible
 from jobs.run_dir import RunDir
 from jobs.views import console
 from jobs.views.panel import Live
-from jobs.views.plain import Plain, progress_text, time_of
+from jobs.views.plain import Plain
 from jobs.views.report.history import EventReader, RunHistory
 from jobs.views.report.run_page import state_of_folder
 
 POLL_S = 0.5  # between two looks at a run that is followed
 NO_EVENT = "no event yet"
+UNKNOWN = "-"
 TAIL_BYTES = 2**18  # enough for the last events, however long the run
 
 
@@ -30,9 +32,24 @@ def runs_in(folder: Path) -> list[RunDir]:
     A run that was fetched from a box lies one level deeper, in BOX/RUN.
     """
     here = _folders_in(folder)
-    fetched = [run for path in here if not RunDir(path).events.exists() for run in _folders_in(path)]
+    fetched = [run for path in here if not _has_events(RunDir(path)) for run in _folders_in(path)]
     found = [RunDir(path) for path in (*here, *fetched)]
-    return sorted((run for run in found if run.events.exists()), key=lambda run: run.events.stat().st_mtime)
+    return sorted((run for run in found if _has_events(run)), key=_written_at_s)
+
+
+def _has_events(run: RunDir) -> bool:
+    """Tell whether a folder is that of a run; of one that may not be looked into, say so."""
+    try:
+        return run.events.exists()
+    except OSError:
+        return True
+
+
+def _written_at_s(run: RunDir) -> float:
+    try:
+        return run.events.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -60,8 +77,8 @@ def run_at(name: str, folder: Path) -> RunDir:
     Raises ToolkitError if it is none.
     """
     places = [RunDir(Path(name)), RunDir(folder / name)] if "/" in name else [RunDir(folder / name)]
-    run = next((each for each in places if each.events.exists()), places[0])
-    if not run.events.exists():
+    run = next((each for each in places if _has_events(each)), places[0])
+    if not _has_events(run):
         known = ", ".join(name_in(folder, run) for run in runs_in(folder)) or "none"
         raise ToolkitError(f"there is no run `{name}`", why=f"no {run.events}", hint=f"runs of {folder}: {known}")
     return run
@@ -99,10 +116,15 @@ def status(argv: Sequence[str], folder: Path) -> int:
 
 
 def _row(run: RunDir, name: str) -> tuple[str, ...]:
-    events, history = last_events(run), RunHistory(run.name)
+    try:
+        events = last_events(run)
+    except OSError:  # somebody else's, or no file: the other runs are shown all the same
+        return name, "unreadable", "", UNKNOWN
+    history = RunHistory(run.name)
     for event in events:
         history.feed(event)
-    ago = f"{duration(time.time() - time_of(events[-1]))} ago" if events else NO_EVENT
+    at_s = time_of(events[-1]) if events else math.nan
+    ago = f"{duration(time.time() - at_s)} ago" if math.isfinite(at_s) else UNKNOWN if events else NO_EVENT
     state = state_of_folder(run, history)
     # Of a run that was fetched while it trained, its box knows the state.
     shown = "unknown" if state == "lost" and "/" in name else state

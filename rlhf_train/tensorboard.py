@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.events import RawEvent
+from jobs.events import RawEvent, time_of
 from jobs.formatting import one_line, verdict_of
 from jobs.run_dir import RunDir
 from jobs.steps import STEPS
-from jobs.views.plain import time_of
 from jobs.views.report.history import METRICS
 
 FLUSH_S = 10  # until numbers are on disk
@@ -52,11 +51,13 @@ class TensorBoardFile:
         step = event.get("step")
         if step not in STEPS or event["kind"] not in SHOWN_KINDS:
             return
-        if step not in self._writers:
+        is_first = step not in self._writers
+        if is_first:
             self._writers[step] = _new_file(self._folder / f"step{step}")
         self._writers[step].write(tensorboard_event(event).SerializeToString())
-        if time.monotonic() - self._flushed_at_s >= FLUSH_S:
-            self._writers[step].flush()
+        if is_first or time.monotonic() - self._flushed_at_s >= FLUSH_S:
+            for writer in self._writers.values():  # also of a step that has ended, and writes no more
+                writer.flush()
             self._flushed_at_s = time.monotonic()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from rlhf_train.ranks.collectives import World
 from rlhf_train.worker import leave
+
+FAMILY = ("transformers.models.opt.modeling_opt",)  # as the ranks' own importer has it
 
 
 def environment(rank: int, count: int) -> Mapping[str, str]:
@@ -31,10 +34,14 @@ def join(rank: int, count: int, store: dist.Store) -> World:
 def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     """`work(world, *arguments)` in `count` new processes.
 
-    `work` is a function of a module; what one raises is raised here.
+    `work` is a function of a module; what one raises is raised here. One process has imported what
+    it takes seconds to import, and forks all of them.
     """
+    multiprocessing.set_forkserver_preload(["rlhf_train.worker", "rlhf_train.steps.ppo", *FAMILY])
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(_rank, (count, store.port, work, arguments), nprocs=count)
+    torch.multiprocessing.start_processes(
+        _rank, (count, store.port, work, arguments), nprocs=count, start_method="forkserver"
+    )
 
 
 def _rank(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

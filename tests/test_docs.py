@@ -17,7 +17,7 @@ from invoke.parser import Parser, ParserContext
 from benchmarks.run import NAMES
 from jobs.errors import ToolkitError
 from jobs.spec import find_job, load_job
-from remote.tasks import VERBS, ns
+from remote import tasks
 from remote.verbs.command_line import arguments_of, flags_of, mended
 from rlhf_train.__main__ import parser, report_parser, settings_of
 from rlhf_train.after import chat
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 PATH = re.compile(r"(?<![\w/.-])(?:[\w.-]+/)*[\w.-]+(?:/|\.(?:py|sh|toml|yaml|yml|env|md|txt|pem|in))?(?![\w/-])")
 OURS = {"benchmarks", "docker", "docs", "env", "examples", "jobs", "remote", "rlhf_train", "tests", ".ci"}
 THE_USERS_OWN = {"my-job.yaml", "boxes.yaml", "job.yaml"}  # and job.yaml of a run folder
-VERBS_BY_NAME = {verb.name: verb for verb in VERBS}
+VERBS_BY_NAME = tasks.verbs().tasks
 
 
 def tracked_names() -> set[str]:
@@ -130,7 +130,7 @@ def mistake_in(words: list[str]) -> str:
 
 def mistake_in_fab(words: list[str]) -> str:
     """As `fab` reads them: mended by us, then parsed by Invoke; and the job that they name."""
-    arguments = {name: arguments_of(task) for name, task in ns.tasks.items()}
+    arguments = {name: arguments_of(task) for name, task in VERBS_BY_NAME.items()}
     known = {name: flags_of(each) for name, each in arguments.items()}
     try:
         call_as_mended = mended(words, known, flags_of(program.core_args()).takes_value)
@@ -176,9 +176,9 @@ def test_every_command_of_a_page_is_one(page: Path, monkeypatch: pytest.MonkeyPa
         ("fab train --host a --job demo --step 1,2", ""),
         ("fab gone --host a", "gone"),
         ("fab fetch --host a --gone", "--gone"),
-        ("fab train --host a --job demo --run", "needed value"),
+        ("fab train --host a --job demo --run", "lacks the value of --run"),
         ("fab train --host a --job demo --set ppo.klcoef=1", "ppo.klcoef: unknown field"),
-        ("fab add gpu-box", "command"),
+        ("fab add gpu-box", "lacks a name, or what the rental page shows"),
         ("MIRROR=cn docker compose run train --step 3", ""),
         (".venv/bin/python benchmarks/run.py ppo gone", "gone"),
         ("pip install rlhf-box", "pip is not known here"),
@@ -201,6 +201,31 @@ def test_readme_names_every_verb_and_every_page() -> None:
         assert f"`{name}`" in text and f"`{name}`" in rented, name
     for page in PAGES[1:]:
         assert f"]({page.relative_to(ROOT).as_posix()})" in text
+
+
+def test_each_form_of_rows_is_on_its_page() -> None:
+    from rlhf_train.data import forms
+
+    page = (ROOT / "docs/models-and-data.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([\w ]+) \| `.*` .*\| ([123, ]+) \| (yes|no) \|$", page, flags=re.MULTILINE)
+    ours = [form for form in vars(forms).values() if isinstance(form, forms.Form)]
+    assert sorted(listed) == sorted(
+        (form.title, ", ".join(map(str, form.steps)), "no" if form.is_text else "yes") for form in ours
+    )
+
+
+def test_each_fate_of_a_row_is_one_that_a_test_shows() -> None:
+    from jobs.formatting import ROW_COUNTS
+    from tests.rlhf_train.data import test_dataset, test_forms
+
+    page = (ROOT / "docs/models-and-data.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| .* \| .* \| ([\w ]+): ([\w -]+) \| `(\w+)` \|$", page, flags=re.MULTILINE)
+    assert {name: (outcome, noun) for outcome, noun, name in listed} | {"rows": ("", "rows")} == ROW_COUNTS
+    tested = {counted for *_, counted in test_forms.COUNTED}
+    tested |= {word for _, words in test_dataset.FATES for word in words.split(" and ")}
+    # Those of several rows, and of a tokenizer:
+    # test_prompts_on_both_sides_duplicates_and_typed_control_tokens_are_counted.
+    assert ROW_COUNTS.keys() - tested == {"rows", "duplicate", "prompt_held_out", "control_token"}
 
 
 def test_the_exit_codes_are_all_explained() -> None:

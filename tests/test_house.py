@@ -66,8 +66,10 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "formatting": {"events", "steps"},
         "pace": {"events"},
         "fitness": {"errors", "formatting"},
-        "spec": {"errors", "steps", "yaml12"},
+        "spec": {"errors", "run_dir", "steps", "yaml12"},
         "job_file_page": {"spec"},
+        "families_table": set(),
+        "flavours": {"errors", "fitness", "spec"},
         "model_shape": {"errors", "spec"},
         "estimate": {"model_shape", "spec", "steps"},
         "views": {"errors", "events", "run_dir", "steps", "yaml12", "state", "formatting", "pace"},
@@ -104,9 +106,10 @@ INSIDE: dict[str, dict[str, set[str]]] = {
         "trackers": set(),
         "after": WINGS | {"completion"},
         "launch": WINGS | {"steps", "completion", "worker", "tensorboard", "trackers"},
+        "measure": WINGS | {"steps", "completion", "worker", "tensorboard", "trackers", "launch"},
         "local_runs": set(),
         "__main__": WINGS
-        | {"steps", "completion", "worker", "tensorboard", "trackers", "after", "launch", "local_runs"},
+        | {"steps", "completion", "worker", "tensorboard", "trackers", "after", "launch", "measure", "local_runs"},
     },
 }
 READS_ENVIRON = {"env/settings.py", "remote/verbs/base.py", "rlhf_train/__main__.py", "rlhf_train/launch.py"}

@@ -1,4 +1,4 @@
-"""Jobs that train in seconds: rows, a job, and runs of `python -m rlhf_train` on them."""
+"""Jobs that train in seconds: rows, a job, and runs of `rlhf-train` on them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _of(events: Sequence[dict[str, Any]], kind: str, step: int) -> list[dict[str
 
 
 def train(folder: Path, name: str, settings: Sequence[str] = (), steps: Sequence[str] = ("all",)) -> Trained:
-    """Run `python -m rlhf_train` on the tiny job in `folder`, which is made at the first call.
+    """Run `rlhf-train` on the tiny job in `folder`, which is made at the first call.
 
     name: of the run.
     """
@@ -135,9 +135,10 @@ def train_killed(
     `then`.
     """
     run_dir = RunDir(folder / "runs" / name)
+    words = words_of(folder, ["--job", str(folder / "job.yaml"), "--run", name], settings)
     for step, update in at:
         launcher = subprocess.Popen(
-            command(folder, ["--job", str(folder / "job.yaml"), "--run", name], settings),
+            [sys.executable, "-m", "rlhf_train", *words],
             cwd=CHECKOUT,
             env=environment(folder),
             stdout=subprocess.DEVNULL,
@@ -158,8 +159,8 @@ def train_killed(
     return train(folder, name, [*settings, *then])
 
 
-def command(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
-    words = [sys.executable, "-m", "rlhf_train", "--output-dir", str(folder / "runs"), *arguments]
+def words_of(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
+    words = ["--output-dir", str(folder / "runs"), *arguments]
     for setting in settings:
         words += ["--set", setting]
     return words
@@ -170,10 +171,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path, arguments: Sequence[str], settings: Sequence[str] = ()) -> Trained:
-    """`python -m rlhf_train`, which must end with 0, with its runs and its cache in `folder`."""
-    words = command(folder, arguments, settings)
-    done = subprocess.run(
-        words, cwd=CHECKOUT, env=environment(folder), capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    """`rlhf-train`, which must end with 0, with its runs and its cache in `folder`."""
+    from tests import launcher
+
+    assert launcher.train(words_of(folder, arguments, settings), folder / "cache") == 0
     return Trained(RunDir(folder / "runs" / arguments[arguments.index("--run") + 1]))

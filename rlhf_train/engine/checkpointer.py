@@ -28,6 +28,7 @@ from jobs.events import Checkpoint, Event, Progress, Warning
 from jobs.formatting import plural, size
 from jobs.run_dir import RunDir
 from jobs.steps import label_of
+from rlhf_train import compat
 from rlhf_train.disk import room, size_of, sync
 from rlhf_train.engine import checkpoint_files
 from rlhf_train.engine.checkpoint_files import Saved, random_states, remove_others, set_random_states
@@ -180,6 +181,7 @@ class Checkpointer:
             part.restore(lambda key, name=name: read(f"{name}/{key}"), saved.state["parts"][name])  # type: ignore[misc]
         # With more ranks than before, the added ranks take the states of others: none of our draws
         # depends on them (see rollout.py).
+        self._tell_of_other_versions(saved.state.get("versions", {}))
         states = saved.state["random"]
         set_random_states(states[self.world.rank % len(states)], self.world.device)
         self.skips.in_a_row, self.skips.in_all = saved.state["skipped"]
@@ -189,6 +191,18 @@ class Checkpointer:
         saved.close()
         self.heartbeat.has_trained = True
         return saved.state["loop"]
+
+    def _tell_of_other_versions(self, before: Mapping[str, str]) -> None:
+        """Warn if other libraries compute from here on.
+
+        before: the versions of a checkpoint; {}: it names none.
+        """
+        now = compat.versions()
+        changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changes:
+            message = f"other libraries than before resume it: {', '.join(changes)}"
+            hint = "they round otherwise, so the numbers are not those of a run that was not moved, to the last digit"
+            self.emit(Warning(step=self.step, message=message, hint=hint))
 
     def after(self, update: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Save a checkpoint if one is due.
@@ -263,6 +277,7 @@ class Checkpointer:
             "seconds": self._seconds,
             "inputs": self.surroundings.inputs,
             "ranks": world.size,
+            "versions": compat.versions(),
         }
         in_background = not wait_for_disk and free_memory_bytes() > 2 * self.size_bytes
         if in_background:

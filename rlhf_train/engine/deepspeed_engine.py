@@ -52,8 +52,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def connect(world: World, local_rank: int) -> None:
     """Let DeepSpeed use the process group that this rank has already joined."""
     # Where there is a compiler, DeepSpeed would compile its shared-memory collective for CPUs now,
-    # which takes most of a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # which takes most of a minute. Newer versions make the table when it is first asked for, by a
+    # compiler's run for each operator: 0.1 s of each rank, and that collective alone reads it.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if world.device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,

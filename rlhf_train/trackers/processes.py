@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,18 +25,26 @@ from rlhf_train.trackers import sender
 
 CHECKOUT = Path(__file__).parents[2]
 POLL_S = 0.05
+LEAST_FREE = 2**16  # bytes of a disk; with less, files of a tracker lack numbers, and it says nothing of that
 SAID_S = 2.0  # of waiting for a tracker at the end, until that is said
 
 
-def refuse_missing(track: Sequence[str]) -> None:
-    """Raise ToolkitError (usage) if a tracker of the job is not installed."""
+def refuse_missing(track: Sequence[str], flavour: str = "") -> None:
+    """Raise ToolkitError (usage) if a tracker of the job is not installed.
+
+    flavour: of this stack, if it is one: its locked packages are not to be replaced. trackio asks
+    for a newer huggingface_hub than the transformers of cu118 takes.
+    """
     missing = [name for name in track if not _is_installed(name)]
     if missing:
-        names = " ".join(missing)
+        install = f"{sys.executable} -m pip install {' '.join(missing)}"
+        there = ", ".join(name for name in track if name not in missing)
         raise ToolkitError(
             f"the job's field `track` names {' and '.join(missing)}, which this Python has not",
-            why=f"trackers are optional: {sys.executable} finds no package of that name",
-            hint=f"{sys.executable} -m pip install {names}, or --set 'track=[]'",
+            why=f"flavour {flavour} is made without it"
+            if flavour
+            else f"trackers are optional: {sys.executable} finds no package of that name",
+            hint=f"--set 'track=[{there}]'" if flavour else f"{install}, or --set 'track=[{there}]'",
             exit_code=ExitCode.USAGE,
         )
 
@@ -63,6 +72,20 @@ def environment_of(run: RunDir, environ: Mapping[str, str]) -> dict[str, str]:
     paths = [str(CHECKOUT), environ.get("PYTHONPATH")]
     python = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     return {**ours, **environ, **python}
+
+
+def folder_of(name: str, environ: Mapping[str, str]) -> Path:
+    """Return the folder in which a tracker keeps what it gets, by its own variables."""
+    if name == "wandb":
+        return Path(environ.get("WANDB_DIR") or ".")
+    return Path(environ.get("TRACKIO_DIR") or environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < LEAST_FREE
+    except OSError:  # it is not there yet
+        return False
 
 
 class Trackers:
@@ -130,6 +153,7 @@ class _Sender:
     def __init__(self, name: str, run: RunDir, offset: int, environment: Mapping[str, str], log: IO[bytes]) -> None:
         self.name, self._text, self._is_told = name, b"", False
         self._is_asked = False
+        self._folder = folder_of(name, environment)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlhf_train.trackers.sender", name, str(run.path), str(offset)],
             stdin=subprocess.PIPE,  # closes when this process ends
@@ -154,6 +178,8 @@ class _Sender:
         line, newline, _ = self._text.decode(errors="replace").partition("\n")
         if newline:
             self._say(line, warn)
+        elif is_full(self._folder):
+            self._say(f"{self.name}: the disk of {self._folder} is full, so numbers are missing there", warn)
         elif code is not None and (code or not self._is_asked):
             self._say(f"{self.name}: its process ended with {code}", warn)
 

@@ -5,8 +5,10 @@ A launcher in this process needs no start-up time of its own.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import pytest
 import yaml
 
 from jobs.events import effective, read_events
 from jobs.run_dir import RunDir
-from rlhf_train.__main__ import main
-from tests import tiny
+from tests import launcher, tiny
 
 PATIENCE_S = 90.0  # limit for what takes seconds; other work may share the machine
 SHIM = Path(__file__).parent / "shim"
@@ -71,12 +71,20 @@ class Scene:
         words += ["--run", name, "--step", *step.split(), *more]
         for setting in settings:
             words += ["--set", setting]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RLHF_CACHE", str(self.folder / "cache"))
-            if met is not None:
-                patch.setenv("PYTHONPATH", str(SHIM))
-                patch.setenv("FAULT", json.dumps(met))
-            return main(words)
+        variables = {} if met is None else variables_of(met, Path(_fault_folder().name, "fault.json"))
+        return launcher.train(words, self.folder / "cache", variables)
+
+
+@functools.cache
+def _fault_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make the folder of the one file that the importers of this process know."""
+    return tempfile.TemporaryDirectory()
+
+
+def variables_of(met: Fault, file: Path) -> dict[str, str]:
+    """Write the fault to `file`, and return the variables of ranks that meet it."""
+    file.write_text(json.dumps(met), encoding="utf-8")
+    return {"PYTHONPATH": str(SHIM), "FAULT": str(file)}
 
 
 def events(run: RunDir, kind: str, step: int = 1) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from benchmarks.faults import BETWEEN, ENDING, KILLED, ROLLOUT, SAVE, STARTING, 
 
 # Step, phase, after how many updates of the step, seconds later.
 KILLS = [
-    Wish(1, STARTING, 0, 1.0),
+    Wish(1, STARTING, 0, 0.2),
     Wish(1, UPDATE, 7, 0.02),
-    Wish(2, BETWEEN, 0, 1.0),
+    Wish(2, BETWEEN, 0, 0.2),
     Wish(2, ENDING, 0, 0.02),
     Wish(3, SAVE, 4, 0.0),
     Wish(3, ROLLOUT, 8, 0.02),

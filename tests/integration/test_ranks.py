@@ -5,6 +5,7 @@ These are real runs, compared with each other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,18 @@ HOW: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "true",
     },
 }
+# A LLaMA-like family: grouped heads of keys, biases, a rollout copy that the static decoder reads.
+QWEN = "qwen2, zero 3"
+HOW |= {"qwen2, one": HOW["one"], QWEN: HOW["zero 3"]}
+QWEN_FIELDS = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+QWEN_FIELDS |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 96}
+QWEN_FIELDS |= {"initializer_range": 0.1, "tie_word_embeddings": True}
 ON_PINNED = {
     "two ranks": [pytest.mark.pinned],
     "zero 2": [pytest.mark.pinned_gloo],
     "zero 3": [pytest.mark.pinned_gloo],
 }
-OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if name != "one"]
+OTHERS = [pytest.param(name, marks=ON_PINNED.get(name, [])) for name in HOW if not name.endswith("one")]
 SAVES = ["checkpoint.every_updates=3", "checkpoint.every_minutes=null"]
 SECONDS = {"time", "elapsed_s", "tokens_per_s", "rollout_s", "score_s", "train_s", "seconds"}
 # Rows are padded otherwise; a margin at the border of a histogram's bin may fall on either side.
@@ -63,12 +70,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
         if name not in runs:
             runs[name] = train(
                 folder,
-                name.replace(" ", "-"),
-                JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()],
+                name.replace(",", "").replace(" ", "-"),
+                settings_of(name),
             )
         return runs[name]
 
     return get
+
+
+def family_of(name: str) -> list[str]:
+    return [f"actor.model.config={json.dumps(QWEN_FIELDS)}"] if name.startswith("qwen2") else []
+
+
+def alone(name: str) -> str:
+    """Return the run on one rank that a run is compared with."""
+    return "qwen2, one" if name.startswith("qwen2") else "one"
 
 
 def curve(run: Trained, step: int) -> list[dict[str, Any]]:
@@ -80,7 +96,7 @@ def curve(run: Trained, step: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_curve_is_the_same(trained: Callable[[str], Trained], name: str, step: int) -> None:
-    expected, found = curve(trained("one"), step), curve(trained(name), step)
+    expected, found = curve(trained(alone(name)), step), curve(trained(name), step)
     assert len(expected) == {1: 9, 2: 5, 3: 3}[step]
     assert [list(event) for event in found] == [list(event) for event in expected]
     # 1e-5: sums of some hundred float32 numbers (1.2e-7 each) in another order, through a few
@@ -92,7 +108,7 @@ def test_the_curve_is_the_same(trained: Callable[[str], Trained], name: str, ste
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_sampled_answers_are_the_same(trained: Callable[[str], Trained], name: str) -> None:
     expected, found = (
-        [(e["when"], e["prompt"], e["response"]) for e in trained(n).events("sample", 3)] for n in ("one", name)
+        [(e["when"], e["prompt"], e["response"]) for e in trained(n).events("sample", 3)] for n in (alone(name), name)
     )
     assert found == expected
     before, after = ([each[1:] for each in expected if each[0] == when] for when in ("before", "after"))
@@ -104,7 +120,7 @@ def test_the_sampled_answers_are_the_same(trained: Callable[[str], Trained], nam
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_weights_are_the_same(trained: Callable[[str], Trained], name: str, step: int) -> None:
     for folder in ["model", "model_ema"] if step == 3 else ["model"]:
-        expected, found = (trained(n).weights(step, folder) for n in ("one", name))
+        expected, found = (trained(n).weights(step, folder) for n in (alone(name), name))
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             # A constant added to every key changes no attention: the gradient is rounding alone,
@@ -138,10 +154,11 @@ def test_training_did_something(trained: Callable[[str], Trained]) -> None:
 
 
 def settings_of(name: str) -> list[str]:
-    return JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()]
+    return JOB + [f"hardware.{field}={value}" for field, value in HOW[name].items()] + family_of(name)
 
 
-@pytest.mark.parametrize("name", [name for name in HOW if name != "micro 1"])
+# "zero 2" has two ranks, too.
+@pytest.mark.parametrize("name", ["one", "zero 2", "zero 3", QWEN])
 def test_a_run_that_is_killed_ends_with_the_same_bits(trained: Callable[[str], Trained], name: str) -> None:
     """Kill the run twice, and compare it with a run that nobody touched.
 

@@ -31,7 +31,7 @@ from rlhf_train.__main__ import main
 from rlhf_train.plan.placement import Machine, Placement, place
 from rlhf_train.ranks.processes import SpareRanks
 from rlhf_train.worker import LastWords
-from tests.faults.scene import fault, is_rank
+from tests.faults.scene import fault, is_rank, variables_of
 from tests.tiny import CHECKOUT, job, write_rows
 from tests.wandb_files import offline_runs, points
 
@@ -386,8 +386,8 @@ def test_of_two_ranks_one_is_killed_while_the_other_saves(
 ) -> None:
     """A checkpoint that rank 0 writes is waited for, up to the machine's grace."""
     go_on, partial = tmp_path / "go on", run.step(1).checkpoints / "update-2.partial"
-    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tests/faults/shim"))
-    monkeypatch.setenv("FAULT", json.dumps(fault("wait", "saving", file=str(go_on))))
+    for name, value in variables_of(fault("wait", "saving", file=str(go_on)), tmp_path / "fault.json").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "OTHERS_S", 0.5)
 
     def kill_rank_1() -> None:
@@ -415,7 +415,7 @@ def test_a_bad_row(run: RunDir, tmp_path: Path, capsys: Said) -> None:
     assert error == (
         f"error: bad rows in {rows}\n"
         "  why: line 241, column `rejected`: missing; the row has prompt, chosen\n\n"
-        "hint: every row needs the texts prompt, chosen and rejected, and may have response\n"
+        "hint: pairs of text: every row needs prompt, chosen, rejected; docs/models-and-data.md shows each form\n"
     )
     (event,) = events(run, "error")
     assert (event["rank"], event["what"], event["exit_code"]) == (0, f"bad rows in {rows}", 2)

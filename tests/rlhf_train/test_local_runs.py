@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import ToolkitError
-from jobs.events import RawEvent
+from jobs.events import RawEvent, read_events
 from jobs.run_dir import RunDir
+from jobs.views import console
+from jobs.views.report.history import RunHistory
+from jobs.views.report.page import page
+from jobs.views.report.run_page import RunPage
 from rlhf_train.local_runs import last_events, logs, status
-from tests.raw_events import END_1, END_3, PLAN, PPO, ROLLOUTS, event, squeezed
+from tests.raw_events import BARE, END_1, END_2, END_3, EXPECTED, PLAN, PPO, ROLLOUTS, event, sample, squeezed
 
 Said = pytest.CaptureFixture[str]
 
@@ -143,3 +147,50 @@ def test_a_followed_run_is_shown_until_nobody_trains_in_it(tmp_path: Path, capsy
         trains.join()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 3  PPO: 480 updates, 1920 prompts" and lines[-1].startswith("step 3  done in 1h02m")
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: Said) -> None:
+    run_of(tmp_path, "done", [PLAN, END_3], age_s=60)
+    (tmp_path / "a folder" / "events.jsonl").mkdir(parents=True)
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "events.jsonl").symlink_to("events.jsonl")
+    timeless = run_of(tmp_path, "timeless", [])
+    timeless.events.write_text(json.dumps(END_3 | {"time": "noon"}) + "\n")
+    assert status([], tmp_path) == status(["a folder"], tmp_path) == 0
+    lines = squeezed(capsys.readouterr().out.splitlines())
+    assert sorted(lines) == sorted(
+        [
+            "run state progress last event",
+            "done done step 3, complete 1m00s ago",
+            "timeless done step 3, complete -",
+            "a folder unreadable -",
+            "run state progress last event",
+            "a folder unreadable -",
+        ]
+    )
+
+
+def test_damaged_events_end_no_view(tmp_path: Path, capsys: Said) -> None:
+    """Each field of each kind holds once what its kind does not, and every verb shows the run."""
+    margins = {"low": -1.0, "high": 1.0, "counts": [1, 2]}
+    rows = {"held_out_rows": 100, "margins": margins, "margins_before": margins, "reward_accuracy_before": 0.5}
+    plan = PLAN | {"expected": {"3": EXPECTED["1"], "4": EXPECTED["2"]}, "versions": {"torch": "2.0.1"}}
+    whole = [plan, PPO, sample("before", "x", reward=1.0, good=True, place=1, update=3), END_1, END_2 | rows, END_3]
+    whole += [event("checkpoint", 3, path="a", size_bytes=1, update=3), event("resumed", 3, from_update=60), *BARE]
+    wrong: list[object] = ["much", ["much"], {"a": []}, None, True, -100, 2.5, float("inf"), 10**400]
+    damaged = [each | {name: value} for each in whole for name in each if name != "kind" for value in wrong]
+    for place, value in ((place, value) for place in margins for value in [*wrong, [], [-1]]):
+        damaged.append(END_2 | rows | {"margins": margins | {place: value}})
+    damaged += [plan | {"expected": {"3": EXPECTED["1"], "4": EXPECTED["2"] | {"update_s": value}}} for value in wrong]
+    run = run_of(tmp_path, "one", damaged)
+    run.events.write_text("".join(json.dumps(each) + "\n" for each in damaged))
+    assert logs([], tmp_path) == status([], tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(damaged) / 2
+    ends = [each for each in read_events(run.events)[0] if each["kind"] == "end"]
+    assert len(ends) > 400
+    for end in ends:
+        history = RunHistory("one")
+        history.feed(end)
+        assert page([RunPage(history, {}, "done")]).endswith("</html>\n")
+    console.print_report(read_events(run.events)[0])

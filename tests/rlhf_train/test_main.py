@@ -152,8 +152,7 @@ def test_a_word_that_is_no_verb_is_told_the_verbs(capsys: Said) -> None:
     [
         (
             ["--job", "dmeo"],
-            "error: there is no job `dmeo`\n"
-            "  why: neither a file of that name nor one of: demo, opt-1.3b, opt-1.3b-lora\n",
+            "error: there is no job `dmeo`\n  why: neither a file of that name nor one of: demo, llama-3.2-1b,",
         ),
         (["--job", ""], "error: there is no job ``\n"),
         (["--job", "x" * 300], "error: there is no job `xxx"),
@@ -235,7 +234,29 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["--job", "demo", "--set", "track=[trackio]"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the job's field `track` names trackio, which this Python has not\n")
-    assert "-m pip install trackio, or --set" in said and list(tmp_path.iterdir()) == []
+    assert "-m pip install trackio, or --set 'track=[]'" in said
+    monkeypatch.setenv("RLHF_FLAVOUR", "cu130")  # where locked packages are not to be replaced
+    assert main(["--job", "demo", "--set", "track=[wandb, trackio]"]) == 2
+    said = capsys.readouterr().err
+    assert "  why: flavour cu130 is made without it\n\nhint: --set 'track=[wandb]'\n" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--download"], ["--dry-run"], []])
+def test_a_job_of_another_flavour(
+    monkeypatch: pytest.MonkeyPatch, capsys: Said, tmp_path: Path, words: list[str]
+) -> None:
+    """Refused before the hub is asked for anything: it would say so of Qwen3, whose name it is."""
+    monkeypatch.setenv("RLHF_FLAVOUR", "cu118")
+    for setting, why in (
+        ("flavours=[cu130]", "the job names cu130 alone"),
+        ("critic.model=Qwen/Qwen3-0.6B", "its transformers has no Qwen 3"),
+    ):
+        assert main([*words, "--job", "opt-1.3b", "--set", setting]) == ExitCode.UNFIT
+        said = capsys.readouterr().err
+        assert said.startswith("error: `opt-1.3b` does not run in flavour cu118, which this stack has\n")
+        assert f"  why: {why}\n" in said and "`FLAVOUR=cu130 docker compose run --rm train ...`" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_machine_that_is_unfit(capsys: Said, tmp_path: Path) -> None:
@@ -386,6 +407,23 @@ def test_taking_over_steps_needs_no_gpu(
     assert capsys.readouterr().err.splitlines() == ["from run one: step 1"]
 
 
+def test_quiet_says_nothing_of_what_goes_well(capsys: Said, blind: list[tuple[str, int]]) -> None:
+    """Neither of a model of one's own, nor of steps taken over, nor how to talk to the model."""
+    complete("one", 1)
+    words = [*ON_AUTO, "--run", "two", "--from", "one", "--step", "1", "2", "--set", "critic.reward_model=mine"]
+    for _ in range(2):  # the second time it is complete
+        assert main([*words, "--quiet"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == "" and "perplexity" in printed.out
+    assert main(words) == 0
+    said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "step 2 (reward model) is left out",
+        "step 1 (supervised fine-tuning) is complete",
+        "talk to it",
+    ]
+
+
 def test_ctrl_c_while_it_starts(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -415,8 +453,12 @@ def test_dry_run_of_the_demo(tmp_path: Path, capsys: Said) -> None:
     assert main(["--job", "demo", "--dry-run", "--run", "try", *words]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[:2] == ["run: runs/try", "device: cpu (the job file says so), 1 rank, float32"]
-    assert lines[2].startswith(
+    assert lines[:3] == [
+        "run: runs/try",
+        "device: cpu (the job file says so), 1 rank, float32",
+        "data: rlhf_train/demo/data: pairs of text, 20000 to learn from, 512 held out",
+    ]
+    assert lines[3].startswith(
         "step 1 (supervised fine-tuning): to do; global batch 32 = 16 micro batch x 2 accumulation x 1 rank"
     )
     # 10 epochs at most, and the recipe's most updates.
@@ -455,8 +497,7 @@ def test_dry_run_on_another_card(capsys: Said) -> None:
     assert "device: cuda (--gpu rtx-4090), 1 rank, " in printed
     assert "parameters: actor 6738.4 M (6738.4 M trained)" in printed
     assert " a GPU, of 23.3 GiB (weights 12.6 GiB, optimizer 75.3 GiB" in printed and "  does not fit: " in printed
-    measured = "only OPT was compared with runs, and others took up to four times as long"
-    assert printed.splitlines()[-1].endswith(f" in all (estimate: nobody has measured rtx-4090; estimate: {measured})")
+    assert printed.splitlines()[-1].endswith(" in all (estimate: nobody has measured rtx-4090)")
     assert main(["--job", "demo", "--dry-run", "--step", "1", "--gpu", "h200"]) == 0
     assert "estimate" not in capsys.readouterr().out
 
@@ -487,6 +528,21 @@ def test_a_dry_run_says_all_mistakes_together(capsys: Said) -> None:
         "3. there is no data set `./nothere.jsonl`",
     ):
         assert part in printed
+
+
+def test_a_mistake_of_ppo_hides_no_other(capsys: Said) -> None:
+    wrong = ["ppo.gamma=7", "ppo.global_batch=48"]
+    words = [word for setting in wrong for word in ("--set", setting)]
+    assert main(["--job", "demo", "--dry-run", *words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: 2 mistakes in ") and "ppo.gamma: 1 or below, not 7" in printed
+    assert printed.count("ppo: rollout_batch 64 is not a multiple of global_batch 48") == 1
+
+
+def test_prompts_that_are_all_too_long_are_warned_of(capsys: Said) -> None:
+    assert main(["--job", "demo", "--dry-run", "--step", "1", "--set", "data.max_prompt_tokens=1"]) == 0
+    warning = "warning: step 1: all its prompts seem longer than data.max_prompt_tokens (1), and would be left out"
+    assert capsys.readouterr().out.startswith(f"{warning}\n")
 
 
 def test_dry_run_says_what_is_complete(capsys: Said) -> None:
@@ -542,6 +598,9 @@ def test_dry_run_without_the_hub(tmp_path: Path) -> None:
     error = done.stderr[done.stderr.index("error: ") :]
     assert error.startswith("error: what this job takes is not known without the configs of its models\n")
     assert "cannot load facebook/opt-1.3b from the hub" in error and "unset HF_HUB_OFFLINE" in error
+    # A batch that cannot be hides nothing of the models.
+    done = command("--dry-run", "--set", "hardware={device: cpu, micro_batch: 5}", cwd=tmp_path)
+    assert done.returncode == 2 and "4. what this job takes is not known without the configs" in done.stderr
 
 
 # --- a run that is complete ---
@@ -662,7 +721,21 @@ def test_report_is_a_verb_that_writes_a_page_of_one_run_or_of_several(tmp_path: 
     assert capsys.readouterr().out == "runs/report-runs-a-gpu-box-a.html\n"
     html = Path("runs/report-runs-a-gpu-box-a.html").read_text(encoding="utf-8")
     assert all(html.count(f">{name}</h2>") == html.count(f"</i>{name}</li>") == 1 for name in ("runs/a", "gpu-box/a"))
+    assert main(["report", "a", "--output", "none/page.html"]) == ExitCode.UNFIT
+    assert capsys.readouterr().err == (
+        "error: cannot use none/page.html\n  why: No such file or directory\n\n"
+        "hint: make room, or name another place with --output\n"
+    )
     assert main(["report", "c"]) == ExitCode.USAGE
     assert capsys.readouterr().err == (
         "error: there is no run `c`\n  why: no runs/c/events.jsonl\n\nhint: runs of runs: a, b\n"
     )
+    (tmp_path / "runs" / "folder" / "events.jsonl").mkdir(parents=True)
+    assert main(["report", "folder"]) == main(["logs", "folder"]) == ExitCode.UNFIT
+    said = "error: cannot use runs/folder/events.jsonl\n  why: Is a directory\n\nhint: make room or mend the path\n"
+    assert capsys.readouterr().err == said * 2
+    for number in range(6):
+        shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / (str(number) * 64))
+    assert main(["report", *(str(number) * 64 for number in range(6))]) == ExitCode.OK
+    path = Path(capsys.readouterr().out.strip())
+    assert path.is_file() and path.name.startswith(f"report-{'0' * 64}-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -89,6 +90,17 @@ def test_it_never_harms_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "record_writer" in said
 
 
+def test_a_step_s_first_event_puts_all_that_came_before_on_disk(tmp_path: Path) -> None:
+    """The file is not closed: the launcher closes it at the end of the last step alone."""
+    board = TensorBoardFile(RunDir(tmp_path), lambda what: None)
+    for each in losses((1, 3.0), (2, 2.0)):
+        board.feed(each)
+    assert scalars(tmp_path, 1, "loss") == [(1, 3.0)]
+    board.feed(PPO)
+    assert scalars(tmp_path, 1, "loss") == [(1, 3.0), (2, 2.0)]
+    assert scalars(tmp_path, 3, "kl_coef") == [(120, pytest.approx(0.1))]
+
+
 def test_a_damaged_event_is_left_out(tmp_path: Path) -> None:
     assert len(written(tmp_path, [*losses((1, 2.0)), SFT | {"loss": "much"}, *losses((3, 1.0))])) == 1
     assert scalars(tmp_path, 1, "loss") == [(1, 2.0), (3, 1.0)]
@@ -114,6 +126,22 @@ def test_the_composed_command_serves_the_runs(tmp_path: Path) -> None:
             assert "loss" in answer(f"{url}data/plugin/scalars/tags")[run]
         finally:
             server.kill()
+
+
+def test_the_command_for_a_box_with_docker_is_the_composed_one() -> None:
+    """But for the programs around it: the image is called without compose and its variables."""
+    root = Path(__file__).parents[2]
+    compose = (root / "docker-compose.yml").read_text(encoding="utf-8")
+    (words,) = re.findall(r"entrypoint: \[/opt/entrypoint, (tensorboard, .*)\]", compose)
+    program, *arguments = words.replace('"', "").split(", ")
+    text = (root / "docs/after-training.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = re.findall(r"^(docker run .*)$", text, re.MULTILINE)
+    said = shlex.split(line)
+    assert said[-len(arguments) :] == arguments and said[said.index("--entrypoint") + 1] == program
+    assert "/opt/venv/bin:$PATH" in (root / "docker/Dockerfile").read_text(encoding="utf-8")  # where the program is
+    (image,) = re.findall(r"docker images -q ([a-z-]+) ", line)
+    assert f"image: {image}:${{RLHF_TAG" in compose
+    assert {"-v", "$PWD/runs:/app/runs:ro", "-p", "127.0.0.1:6006:6006", "$(id -u):$(id -g)"} <= {*said}
 
 
 def answer(url: str) -> Any:

@@ -1,10 +1,10 @@
 """This shim puts faults into real ranks.
 
-With this folder on PYTHONPATH and a fault in FAULT (see tests/faults/scene.py), a rank meets the
-fault by itself. Faults come where ids are looked up in the token embedding, which every forward
-pass of a model does once: memory runs out, a number is not finite, a process stops. They may also
-come at a decode step, or where a checkpoint's file is put together. How the ranks and their
-launcher react is not changed.
+With this folder on PYTHONPATH and a fault in the file FAULT (see tests/faults/scene.py), a rank
+meets the fault by itself; each reads it when it is forked. Faults come where ids are looked up in
+the token embedding, which every forward pass of a model does once: memory runs out, a number is not
+finite, a process stops. They may also come at a decode step, or where a checkpoint's file is put
+together. How the ranks and their launcher react is not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 PATIENCE_S = 120.0
 
-fault = json.loads(os.environ.get("FAULT", "null"))
+file = os.environ.get("FAULT")
+fault: dict[str, Any] = {}
 
 
 def wait_for(name: str) -> None:
@@ -97,6 +98,8 @@ def install() -> None:
 
 def begin() -> None:
     """Called in each process that is forked: of the ranks, one meets the fault."""
+    assert file is not None
+    fault.update(json.loads(Path(file).read_text(encoding="utf-8")))
     if not is_here():
         return
     if fault["kind"] == "start":
@@ -107,7 +110,6 @@ def begin() -> None:
         packed_attention.DTYPES["cpu"] = ()  # rows are padded, not packed: so they can be counted
 
 
-if fault is not None:
-    if fault["kind"] != "start":
-        install()  # before all other imports, which may take the functions by name
+if file is not None:
+    install()  # before all other imports, which may take the functions by name
     os.register_at_fork(after_in_child=begin)

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,27 @@ def test_it_resumes_where_it_was(run: RunDir) -> None:
         found.equal(wanted)
         for (_, found), (_, wanted) in zip(again.ema.tensors(), uninterrupted.ema.tensors(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ({}, None),  # of a checkpoint that does not say
+        ({"torch": version("torch"), "a package that is gone": "1"}, None),
+        ({"torch": "1.13.1"}, f"other libraries than before resume it: torch 1.13.1 -> {version('torch')}"),
+    ],
+)
+def test_other_libraries_resume_it_and_it_says_so(run: RunDir, before: dict[str, str], message: str | None) -> None:
+    step = Step(run, {"every_updates": 1})
+    step.update(1)
+    step.checkpointer._wait()
+    saved = latest(run.step(1), nobody)
+    assert saved is not None and saved.state["versions"]["torch"] == version("torch")
+    saved.state["versions"] = before
+    again = Step(run, {}, saved=saved)
+    again.checkpointer.resume()
+    warnings = [event.message for event in again.events if isinstance(event, Warning)]
+    assert warnings == ([] if message is None else [message])
 
 
 def test_without_a_checkpoint_it_starts_anew(run: RunDir) -> None:

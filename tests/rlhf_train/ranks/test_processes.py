@@ -105,11 +105,11 @@ def test_a_guess_where_there_are_gpus(
         (tmp_path / name).touch()
     monkeypatch.setattr(processes, "GPU_FILES", (tmp_path, "nvidia[0-9]*"))
     job = load_job(
-        "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=4"]
+        "demo", [f"hardware.device={wish}", "hardware.ranks=auto", "hardware.precision=auto", "hardware.cpu_threads=1"]
     )
     assert likely_rank_environment(
         job, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    ) == RankEnvironment(device, count, 4)
+    ) == RankEnvironment(device, count, 1)
 
 
 @pytest.mark.parametrize(

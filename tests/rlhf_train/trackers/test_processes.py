@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -114,6 +115,43 @@ def test_a_tracker_that_is_killed_is_said_once_and_leaves_nothing(scene: Scene) 
     assert scene.said == ["wandb: its process ended with -9 (the run does not need it; more in train.log)"]
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "of somebody else").write_bytes(bytes(2**21))
+
+
+@pytest.mark.parametrize("when", ["before it starts", "while it sends"])
+def test_a_full_disk_under_its_folder_is_said_once_and_harms_nothing(disk: Path, tmp_path: Path, when: str) -> None:
+    """Of numbers that wandb loses there it says nothing itself."""
+    if when == "before it starts":
+        fill(disk)
+    scene = Scene(tmp_path, WANDB_MODE="offline", WANDB_DIR=str(disk))
+    scene.update(1)
+    if when == "while it sends":
+        wait_for(lambda: [*disk.glob("wandb/offline-run-*/*.wandb")])
+        fill(disk)
+    wait_for(lambda: scene.said or scene.update(2))
+    scene.close()
+    assert scene.said == [
+        f"wandb: the disk of {disk} is full, so numbers are missing there (the run does not need it; more in train.log)"
+    ]
+    assert not scene.alive()
+    scene.log.close()
+    assert all(json.loads(line) for line in scene.run.events.read_text(encoding="utf-8").splitlines())
+
+
 def test_it_is_not_waited_for_after_the_time_to_stop(scene: Scene) -> None:
     scene.update(1)
     scene.trackers.end_before(time.monotonic())
@@ -145,7 +183,7 @@ def test_a_package_that_is_missing_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ToolkitError) as raised:
         refuse_missing(["wandb", "trackio_of_tests"])
     assert raised.value.what == "the job's field `track` names trackio_of_tests, which this Python has not"
-    assert raised.value.hint == f"{sys.executable} -m pip install trackio_of_tests, or --set 'track=[]'"
+    assert raised.value.hint == f"{sys.executable} -m pip install trackio_of_tests, or --set 'track=[wandb]'"
     assert raised.value.exit_code == 2
 
 

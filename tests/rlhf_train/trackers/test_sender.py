@@ -18,8 +18,9 @@ from env.settings import Settings
 from jobs.events import RawEvent
 from jobs.run_dir import RunDir
 from jobs.spec import load_job, save_job
-from rlhf_train.trackers.processes import environment_of
+from rlhf_train.trackers.processes import Trackers, environment_of
 from rlhf_train.trackers.sender import send_all
+from tests.disks import unmount
 from tests.raw_events import PPO, SFT, event
 from tests.wandb_files import offline_runs, points
 
@@ -50,13 +51,11 @@ def test_a_resume_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("os.environ", environment_of(run, {"HOME": str(tmp_path), "WANDB_MODE": "offline"}))
     damaged = SFT | {"update": 3, "loss": "much"}
     first = [SFT | {"loss": 3.5}, SFT | {"update": 2, "loss": "inf"}, damaged, event("progress", 1, doing="x"), PPO]
-    assert sent("wandb", run, first) == [
-        "wandb: an update could not be sent: could not convert string to float: 'much'"
-    ]
+    assert sent("wandb", run, first) == []
     assert sent("wandb", run, [event("resumed", 1, from_update=1), SFT | {"update": 2, "loss": 2.5}]) == []
     one, two = offline_runs(run.wandb)
     assert points(one, "step1/loss", "step1/update") == [(1, 3.5), (2, float("inf"))]
-    assert points(one, "step1/grad_norm", "step1/update") == [(1, 1.25), (2, 1.25)]
+    assert points(one, "step1/grad_norm", "step1/update") == [(1, 1.25), (2, 1.25), (3, 1.25)]
     assert points(one, "step3/kl", "step3/update") == [(120, pytest.approx(0.0321))]
     assert points(two, "step1/loss", "step1/update") == [(2, 2.5)]
     for records in (one, two):
@@ -111,12 +110,39 @@ def trackio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def without_network(run: RunDir, trackio: Path, kept: Path) -> dict[str, str]:
+    """kept: where trackio keeps its files."""
+    nowhere = "http://127.0.0.1:9"
+    own = {"HOME": str(run.path), "TRACKIO_DIR": str(kept), "PYTHONPATH": str(trackio), "HF_HUB_OFFLINE": "1"}
+    return environment_of(run, own | {"HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere})
+
+
+def test_trackio_on_a_full_disk_says_so_and_ends(trackio: Path, tmp_path: Path) -> None:
+    run, disk, said = begun(tmp_path), tmp_path / "disk", list[str]()
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "of somebody else").write_bytes(bytes(2**15))
+        with run.log.open("ab", buffering=0) as log:
+            trackers = Trackers(["trackio"], run, without_network(run, trackio, disk), log, said.append)
+            with run.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(SFT) + "\n")
+            trackers.feed(SFT)
+            trackers.close(lambda: False, said.append)
+    finally:
+        unmount(disk)
+    assert [line for line in said if "sending the last numbers" not in line] == [
+        f"trackio: the disk of {disk} is full, so numbers are missing there "
+        "(the run does not need it; more in train.log)"
+    ]
+    assert "disk is full" in run.log.read_text(encoding="utf-8")  # trackio's own word, while it sent
+
+
 def test_trackio_keeps_the_numbers_in_its_folder(trackio: Path, tmp_path: Path) -> None:
     """Two calls of the real sender, without any network, continue one run of the real trackio."""
     run, kept = begun(tmp_path), tmp_path / "kept"
-    nowhere = "http://127.0.0.1:9"
-    own = {"HOME": str(tmp_path), "TRACKIO_DIR": str(kept), "PYTHONPATH": str(trackio), "HF_HUB_OFFLINE": "1"}
-    environment = environment_of(run, own | {"HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere})
+    environment = without_network(run, trackio, kept)
     offset = 0
     for updates in ({1: 3.5, 2: 3.0}, {2: 2.5}):
         with run.events.open("a", encoding="utf-8") as file:

@@ -6,13 +6,11 @@ The floor follows from the measured bandwidth and, on a CPU, from the matmul rat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.ceilings import Ceilings, clock_of, now
 from benchmarks.figures import Spread, Table, decode_floor_s, kv_bytes
@@ -22,37 +20,6 @@ from rlhf_train.generation.families.known import read_network
 from rlhf_train.generation.rollout import Rollouts
 
 TARGETS = {16: 1.6, 64: 1.3, 256: 1.15}  # of the floor, on a GPU
-NEVER = -1  # as a stop token: of random weights, any token may come
-
-
-def llama_like(
-    family: str, width: int, layers: int, heads: str, feed: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    """Return a config's fields. heads: of queries, of keys, and numbers of each, as `12/2/128`."""
-    queries, keys, numbers = map(int, heads.split("/"))
-    return {
-        "model_type": family,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": queries,
-        "num_key_value_heads": keys,
-        "head_dim": numbers,
-        "intermediate_size": feed,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        **more,
-    }
-
-
-# The shapes of the config.json files of these models on the hub.
-MODELS = {
-    "small-llama": llama_like("llama", 256, 4, "8/2/32", 683, 2048),  # about as many weights as `small` has
-    "smollm2-135m": llama_like("llama", 576, 30, "9/3/64", 1536, 49152),
-    "qwen3-0.6b": llama_like("qwen3", 1024, 28, "16/8/128", 3072, 151936),
-    "llama-3.2-1b": llama_like("llama", 2048, 16, "32/8/64", 8192, 128256),
-    "qwen2.5-1.5b": llama_like("qwen2", 1536, 28, "12/2/128", 8960, 151936),
-}
 COLUMNS = [
     "batch",
     "floor ms/step",
@@ -64,21 +31,6 @@ COLUMNS = [
     "whole s",
     "tokens/s",
 ]
-
-
-def with_model(size: Size, name: str) -> Size:
-    """Return the size with another actor, whose answers have the size's lengths."""
-    batches = size.decode_batches if name == "small-llama" else (16, 64, 256)
-    return replace(size, actor=MODELS[name], decode_batches=batches)
-
-
-def model_of(fields: dict[str, Any], seed: int, device: str, dtype: torch.dtype) -> Any:
-    """Make the model, with random weights; LLaMA-like ones are made on the device."""
-    if fields["model_type"] == "opt":
-        return actor_of(fields, seed).to(device=device, dtype=dtype)
-    torch.manual_seed(seed)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(dtype=dtype).eval()
 
 
 def static_cache_s(model: Any, prompts: list[np.ndarray], tokens: int, device: str, repeats: int) -> list[float]:
@@ -108,7 +60,7 @@ def generation_s(
     """
     rollouts = Rollouts(
         model,
-        stop_ids=[EOS if model.config.model_type == "opt" else NEVER],
+        stop_ids=[EOS],
         is_static=is_static,
         pad_id=PAD,
         max_tokens=tokens,
@@ -199,8 +151,8 @@ def table(
     next_to: Sequence[str] = (),
 ) -> Table:
     device = where.device
-    dtype = torch.bfloat16 if size.precision == "bfloat16" else torch.float32
-    model = model_of(size.actor, seed, device, dtype)
+    with torch.device(device):
+        model = actor_of(size.actor, seed).to(size.dtype)
     if device == "cuda":
         lay_flat(model)
     rows, numbers = [], []

@@ -42,7 +42,7 @@ def table(
     first: dict[str, float] = {}  # of each group: what its first line took
     for number, (name, work, count) in enumerate(variants(size, ranks)):
         place = folder / str(number)
-        prompts = ppo.write_work(work, place, seed, real_lengths=False)
+        prompts = ppo.write_work(work, place, where.device, seed, real_lengths=False)
         repeats = ppo.repeats_of(ppo.run(work, place, replace(where, ranks=count), updates), prompts)
         seconds = Spread.of([repeat["total_s"] for repeat in repeats])
         say(f"  {name}: {seconds:.2f} s")

@@ -28,7 +28,7 @@ def table(size: Size, folder: Path, where: Where, seed: int, say: Callable[[str]
         ran = steps.run(step, size, folder / name, where, 1, seed)
         runs[f"{step.name}, {step.sequences} sequences of {step.tokens} tokens"] = (step.number, ran)
     say("  step 3")
-    ppo.write_work(size, folder / "ppo", seed, real_lengths=False)
+    ppo.write_work(size, folder / "ppo", where.device, seed, real_lengths=False)
     name = f"step 3, {size.batch} prompts of {size.prompt_tokens} tokens, answers of {size.response_tokens}"
     runs[name] = (3, ppo.run(size, folder / "ppo", where, 1))
     peaks = {name: peak_bytes(ran, step) for name, (step, ran) in runs.items()}

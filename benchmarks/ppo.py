@@ -27,10 +27,10 @@ PHASES = {
 }
 
 
-def write_work(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> Prompts:
+def write_work(size: Size, folder: Path, device: str, seed: int, *, real_lengths: bool) -> Prompts:
     """Write `actor/`, `critic/` and `rows/` with one rollout's prompts, which every update uses."""
     prompts = prompts_of(size, seed, real_lengths=real_lengths)
-    write_models(size, folder, seed, real_lengths=real_lengths)
+    write_models(size, folder, device, seed, real_lengths=real_lengths)
     write_rows(prompt_rows(prompts), folder / "rows")
     return prompts
 
@@ -104,8 +104,9 @@ def table(
         if lengths not in ("both", name.split()[0]):
             continue
         say(f"  {name}")
-        prompts = write_work(size, folder / name.split()[0], seed, real_lengths=real_lengths)
-        repeats = repeats_of(run(lengths_of(size, real_lengths), folder / name.split()[0], where, updates), prompts)
+        work = folder / name.split()[0]
+        prompts = write_work(size, work, where.device, seed, real_lengths=real_lengths)
+        repeats = repeats_of(run(lengths_of(size, real_lengths), work, where, updates), prompts)
         rows.append(row(name, repeats, size.batch))
         share = f"{repeats[0]['real_token_share']:.1%} of the tokens computed in training are real"
         notes.append(f"{name}: {described(prompts)}; {share}")

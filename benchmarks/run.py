@@ -44,8 +44,10 @@ NAMES = {
     "fits-24gb": "which of OPT-1.3b's recipes fit on two cards of 24 GB",
     "peers": "step 3 against TRL, DeepSpeed-Chat and Hugging Face's generate, in turn",
 }
-DECODED = ("small-llama", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "qwen2.5-1.5b")  # of benchmarks/decode.py
-SIZES = ("tiny", "small", "opt-1.3b")  # of benchmarks/work.py, which takes seconds to import
+# Of benchmarks/work.py, which takes seconds to import.
+SIZES = (
+    "tiny", "small", "small-llama", "opt-1.3b", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "qwen2.5-1.5b"
+)  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -55,7 +57,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=list(SIZES), help="of the models (default: small on a CPU, opt-1.3b on a GPU)"
     )
-    parser.add_argument("--model", choices=list(DECODED), help="for decode: a LLaMA-like model in place of the size's")
     parser.add_argument(
         "--next-to", nargs="+", choices=["eager", "static"], default=[], metavar="HOW",
         help="for decode: also time answers by the model's own forward (eager), or by Hugging Face's generate with "

@@ -32,7 +32,6 @@ from benchmarks.work import (
     matmul_parameters,
     prompt_rows,
     prompts_of,
-    write_model,
     write_rows,
 )
 from jobs.events import RawEvent, read_events
@@ -147,18 +146,6 @@ def write_work(step: int, size: Size, folder: Path, device: str, seed: int, mode
     shape = steps.steps_of(size, STEPS[step].section)
     write_rows(steps.full_rows(shape, size, 8 * shape.batch, seed), folder / "rows")
     return Work(step, size, folder, shape.batch)
-
-
-def write_models(size: Size, folder: Path, device: str, seed: int) -> Path:
-    """Write `actor/` and `critic/` in the precision of training.
-
-    They are made on the GPU, since a CPU takes half a minute for OPT-1.3b.
-    """
-    dtype = getattr(torch, size.precision)
-    with torch.device(device):
-        write_model(actor_of(size.actor, seed).to(dtype), size.vocabulary, folder / "actor")
-        write_model(critic_of(size.critic, seed).to(dtype), size.vocabulary, folder / "critic")
-    return folder
 
 
 def speed(
@@ -313,7 +300,7 @@ def curves(size: Size, data: Path, folder: Path, where: Where, seed: int, say: C
     models = folder / "models"
     with torch.device(where.device):
         for name, fields, make in (("actor", size.actor, actor_of), ("critic", size.critic, critic_of)):
-            model = make({**fields, "vocab_size": len(tokenizer)}, seed).to(getattr(torch, size.precision))
+            model = make({**fields, "vocab_size": len(tokenizer)}, seed).to(size.dtype)
             model.save_pretrained(str(models / name))
             tokenizer.save_pretrained(str(models / name))
     other_passes = Variant("1 GPU, passes of 4", 1, more=(("micro_batch", 4),))

@@ -175,7 +175,7 @@ def measure(
 
     At real lengths generate alone is left out: the peers' own rollouts use it.
     """
-    prompts = ppo.write_work(size, folder, seed, real_lengths=real_lengths)
+    prompts = ppo.write_work(size, folder, where.device, seed, real_lengths=real_lengths)
     shaped = ppo.lengths_of(size, real_lengths)
     peers = {peer.name: peer for peer in PEERS if peer.is_whole or not real_lengths}
     pythons = {name: python for name, python in prepare(options, say).items() if name in peers}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.ceilings import Ceilings, clock_of, scaled
 from benchmarks.figures import Spread, Table, matmul_share
@@ -61,8 +62,9 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
 
 def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> Ran:
     """Run a step. updates: without those that do not count."""
-    model = actor_of(size.actor, seed) if step.number == 1 else critic_of(size.critic, seed)
-    write_model(model, size.vocabulary, folder / "model")
+    with torch.device(where.device):
+        model = actor_of(size.actor, seed) if step.number == 1 else critic_of(size.critic, seed)
+    write_model(model.to(size.dtype), size.vocabulary, folder / "model")
     write_rows(full_rows(step, size, 8 * step.batch, seed), folder / "rows")
     total = updates + WARM_UP
     data = {"split": [int(step.number == n) for n in (1, 2, 3)]}

@@ -21,7 +21,7 @@ import torch
 from benchmarks import ceilings, decode, growth, memory, padding, ppo, scaling, side_by_side, steps
 from benchmarks.figures import Table
 from benchmarks.machine import MALLOC, Where, machine, versions
-from benchmarks.work import Size
+from benchmarks.work import Size, write_models
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def do_ceilings(bench: Bench) -> Table:
 def do_decode(bench: Bench) -> Table:
     repeats = bench.options.repeats
     ceiling = ceilings.measure(bench.where.device, repeats)
-    size = bench.size if bench.options.model is None else decode.with_model(bench.size, bench.options.model)
-    return decode.table(size, bench.where, repeats, bench.options.seed, ceiling, bench.say, bench.options.next_to)
+    return decode.table(bench.size, bench.where, repeats, bench.options.seed, ceiling, bench.say, bench.options.next_to)
 
 
 def do_step(name: str) -> Callable[[Bench], Table]:
@@ -99,7 +98,7 @@ def _models(bench: Bench) -> Path:
     """Return the folder of random models, which are written once for all NAMEs of a call."""
     folder = bench.folder.parent / "models"
     if not folder.exists():
-        scaling.write_models(bench.size, folder, bench.where.device, bench.options.seed)
+        write_models(bench.size, folder, bench.where.device, bench.options.seed)
     return folder
 
 

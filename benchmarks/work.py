@@ -2,7 +2,7 @@
 
 The weights decide where an answer ends, so every side that loads the folder samples answers of the
 same lengths: without a special token; or, with a countdown, as many tokens as the prompt's last
-word says; or with the same probability of an EOS at every token.
+word says; or, with an OPT, with the same probability of an EOS at every token.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, EOS = 1, 2
-# The final layer norm's bias, and minus the unembedding, along the direction that keeps special
-# tokens from being sampled.
+# OPT: the final layer norm's bias, and minus the unembedding, along the direction that keeps
+# special tokens from being sampled. LLaMA-like models: the final norm's weight along it.
 PUSH = 10.0
 CHAIN_NORM = 8.0  # of the countdown's embeddings
 # The countdown's layers are scaled by this, so that the token's own embedding dominates the
 # residual stream.
 CALM = 0.02
-THRESHOLD = 0.6  # cosine at which a token of the countdown is recognised
+THRESHOLD = 0.6  # cosine at which an OPT's token of the countdown is recognised
+# The same of a LLaMA-like one, next to its vector of CHAIN_NORM: in numbers of the constant.
+GATED_THRESHOLD = 4.0
 LOUD = 100.0  # scale of the logit of the next token of the countdown
 
 # Means before lengths that are too long are drawn again, as shares of the maximum. Of 256 tokens,
@@ -46,6 +48,26 @@ def opt(hidden: int, layers: int, heads: int, vocabulary: int, positions: int, *
         "word_embed_proj_dim": hidden,
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
+        **more,
+    }
+
+
+def llama_like(
+    family: str, width: int, layers: int, heads: str, feed: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """Return a config's fields. heads: of queries, of keys, and numbers of each, as `12/2/128`."""
+    queries, keys, numbers = map(int, heads.split("/"))
+    return {
+        "model_type": family,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": queries,
+        "num_key_value_heads": keys,
+        "head_dim": numbers,
+        "intermediate_size": feed,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
         **more,
     }
 
@@ -69,21 +91,36 @@ class Size:
     def vocabulary(self) -> int:
         return self.actor["vocab_size"]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.precision)
 
+
+def on_a_gpu(actor: dict[str, Any], critic: dict[str, Any]) -> Size:
+    return Size(
+        actor, critic, 256, 256, 256, precision="bfloat16", micro_batch=64, decode_batches=(16, 64, 256)
+    )  # fmt: skip
+
+
+# Those of models on the hub have the shapes of their config.json files.
+SMOLLM2_135M = llama_like("llama", 576, 30, "9/3/64", 1536, 49152)
+QWEN3_06B = llama_like("qwen3", 1024, 28, "16/8/128", 3072, 151936)
+LLAMA_32_1B = llama_like("llama", 2048, 16, "32/8/64", 8192, 128256)
+QWEN25_05B = llama_like("qwen2", 896, 24, "14/2/64", 4864, 151936)
+QWEN25_15B = llama_like("qwen2", 1536, 28, "12/2/128", 8960, 151936)
 OPT_350M = opt(1024, 24, 16, 50272, 2048, word_embed_proj_dim=512, do_layer_norm_before=False)
 SIZES = {
     "tiny": Size(opt(64, 2, 4, 256, 64), opt(32, 2, 2, 256, 64), 8, 8, 6, 24, 16, decode_batches=(2,)),
     "small": Size(opt(256, 4, 8, 2048, 512), opt(128, 4, 4, 2048, 512), 64, 64, 64),
-    "opt-1.3b": Size(
-        opt(2048, 24, 32, 50272, 2048),
-        OPT_350M,
-        256,
-        256,
-        256,
-        precision="bfloat16",
-        micro_batch=64,
-        decode_batches=(16, 64, 256),
+    # About as many weights as `small`.
+    "small-llama": Size(
+        llama_like("llama", 256, 4, "8/2/32", 683, 2048), llama_like("llama", 128, 4, "4/1/32", 341, 2048), 64, 64, 64
     ),
+    "opt-1.3b": on_a_gpu(opt(2048, 24, 32, 50272, 2048), OPT_350M),
+    "smollm2-135m": on_a_gpu(SMOLLM2_135M, SMOLLM2_135M),
+    "qwen3-0.6b": on_a_gpu(QWEN3_06B, QWEN3_06B),
+    "llama-3.2-1b": on_a_gpu(LLAMA_32_1B, LLAMA_32_1B),
+    "qwen2.5-1.5b": on_a_gpu(QWEN25_15B, QWEN25_05B),
 }
 
 
@@ -108,42 +145,80 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def _config(fields: dict[str, Any], **more: Any) -> Any:
-    fields = {
-        **fields,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "pad_token_id": PAD,
-        "bos_token_id": EOS,
-        "eos_token_id": EOS,
-        **more,
-    }
-    return AutoConfig.for_model(**fields)
+    without = {"dropout": 0.0} if fields["model_type"] == "opt" else {}
+    special = {"pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+    return AutoConfig.for_model(**{**fields, **without, "attention_dropout": 0.0, **special, **more})
 
 
 @torch.no_grad()
 def actor_of(fields: dict[str, Any], seed: int, *, countdown: int = 0, end_probability: float = 0.0) -> Any:
-    """Make an OPT with the head tied to the embedding, whose answers do not end.
+    """Make a model with the head tied to the embedding, whose answers do not end.
 
     countdown: answers end after as many tokens as the prompt's last word says, at most this many:
-    see `countdown_word`. end_probability: answers end with this probability at every token, and
-    their other tokens do not depend on the text before.
+    see `countdown_word`. end_probability: an OPT's answers end with this probability at every
+    token, and their other tokens do not depend on the text before.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(fields))
+    model = AutoModelForCausalLM.from_config(_config(fields)).eval()
+    if fields["model_type"] == "opt":
+        _opt_without_end(model, countdown, end_probability)
+    else:
+        assert not end_probability
+        _llama_without_end(model, countdown)
+    return model
+
+
+def _opt_without_end(model: Any, countdown: int, end_probability: float) -> None:
+    """Only the final layer norm and the head use the last direction.
+
+    The state is a constant there, which gives special tokens a logit of -PUSH^2.
+    """
     decoder, embedding = model.model.decoder, model.get_input_embeddings().weight
-    # Only the final layer norm and the head use the last direction. The state is a constant there,
-    # which gives special tokens a logit of -PUSH^2.
     embedding[:, -1] = 0
     embedding[: len(SPECIAL), -1] = -PUSH
     decoder.final_layer_norm.weight[-1], decoder.final_layer_norm.bias[-1] = 0, PUSH
     if countdown:
-        _count_down(decoder, embedding, countdown)
+        vectors = _chain(embedding, countdown)
+        for layer in decoder.layers:
+            layer.self_attn.out_proj.weight *= CALM
+            layer.fc2.weight *= CALM
+        last, unit = decoder.layers[-1], vectors / CHAIN_NORM
+        last.fc1.weight[:countdown] = unit[1:] / math.sqrt(embedding.shape[1])
+        last.fc1.bias[:countdown] = -THRESHOLD
+        last.fc2.weight[:, :countdown] = unit[:-1].T * CHAIN_NORM * LOUD
     if end_probability:
         state = decoder.final_layer_norm.bias
         decoder.final_layer_norm.weight[:] = 0  # the state before the head is then always its bias
         others = (embedding.float() @ state.float()).index_fill(0, torch.tensor([EOS]), -torch.inf).logsumexp(0)
         embedding[EOS] = state / state.norm() ** 2 * (others + math.log(end_probability / (1 - end_probability)))
-    return model.eval()
+
+
+def _llama_without_end(model: Any, countdown: int) -> None:
+    """The last number of each embedding is 1, of special tokens -1; no layer reads or writes it.
+
+    There is no bias: the state is that constant there, which the final norm makes larger, and the
+    logit of a special token is as far below 0 as that of another is raised.
+    """
+    body, embedding = model.model, model.get_input_embeddings().weight
+    vectors = _chain(embedding, countdown) if countdown else None
+    embedding[:, -1] = 1
+    embedding[: len(SPECIAL), -1] = -1
+    body.norm.weight[-1] = PUSH
+    calm = CALM if countdown else 1.0
+    for layer in body.layers:
+        layer.input_layernorm.weight[-1] = layer.post_attention_layernorm.weight[-1] = 0
+        for product in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            product.weight *= calm
+            product.weight[-1] = 0
+    if vectors is not None:
+        # The last layer reads the constant: it is the gates' bias, and all of the other factor.
+        last, unit = body.layers[-1], vectors / CHAIN_NORM
+        last.post_attention_layernorm.weight[-1] = 1
+        last.mlp.gate_proj.weight[:countdown] = unit[1:]
+        last.mlp.gate_proj.weight[:countdown, -1] = -GATED_THRESHOLD
+        last.mlp.up_proj.weight[:countdown] = 0
+        last.mlp.up_proj.weight[:countdown, -1] = 1
+        last.mlp.down_proj.weight[:, :countdown] = unit[:-1].T * CHAIN_NORM * LOUD
 
 
 def countdown_word(tokens: int) -> int:
@@ -151,9 +226,10 @@ def countdown_word(tokens: int) -> int:
     return len(SPECIAL) - 1 + tokens
 
 
-def _count_down(decoder: Any, embedding: torch.Tensor, longest: int) -> None:
-    """Make neuron k of the last layer recognise `countdown_word(k)` and say the word before it.
+def _chain(embedding: torch.Tensor, longest: int) -> torch.Tensor:
+    """Give EOS and the words of a countdown embeddings of their own, whose last number is 0.
 
+    Neuron k of the last layer is to recognise `countdown_word(k)` and to say the word before it.
     The first neuron says EOS.
     """
     chain = [EOS, *map(countdown_word, range(1, longest + 1))]
@@ -162,14 +238,7 @@ def _count_down(decoder: Any, embedding: torch.Tensor, longest: int) -> None:
     vectors[:, :-1] -= vectors[:, :-1].mean(1, keepdim=True)  # a layer norm leaves such a vector's direction
     vectors *= CHAIN_NORM / vectors.norm(dim=1, keepdim=True)
     embedding[chain] = vectors
-    for layer in decoder.layers:
-        layer.self_attn.out_proj.weight *= CALM
-        layer.fc2.weight *= CALM
-    last, width = decoder.layers[-1], embedding.shape[1]
-    unit = vectors / CHAIN_NORM
-    last.fc1.weight[:longest] = unit[1:] / math.sqrt(width)
-    last.fc1.bias[:longest] = -THRESHOLD
-    last.fc2.weight[:, :longest] = unit[:-1].T * CHAIN_NORM * LOUD
+    return vectors
 
 
 def critic_of(fields: dict[str, Any], seed: int) -> Any:
@@ -183,11 +252,16 @@ def write_model(model: Any, vocabulary: int, folder: Path) -> Path:
     return folder
 
 
-def write_models(size: Size, folder: Path, seed: int, *, real_lengths: bool) -> tuple[Path, Path]:
-    """Write the actor and the critic, which is the reward model too, and return their folders."""
-    actor = actor_of(size.actor, seed, countdown=size.real_response_tokens if real_lengths else 0)
-    actor_folder = write_model(actor, size.vocabulary, folder / "actor")
-    return actor_folder, write_model(critic_of(size.critic, seed), size.vocabulary, folder / "critic")
+def write_models(size: Size, folder: Path, device: str, seed: int, *, real_lengths: bool = False) -> Path:
+    """Write `actor/` and `critic/`, which is the reward model too, in the precision of training.
+
+    They are made on the GPU, since a CPU takes half a minute for OPT-1.3b.
+    """
+    countdown = size.real_response_tokens if real_lengths else 0
+    with torch.device(device):
+        write_model(actor_of(size.actor, seed, countdown=countdown).to(size.dtype), size.vocabulary, folder / "actor")
+        write_model(critic_of(size.critic, seed).to(size.dtype), size.vocabulary, folder / "critic")
+    return folder
 
 
 def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
@@ -195,19 +269,11 @@ def matmul_parameters(fields: dict[str, Any], *, with_head: bool) -> int:
 
     Embeddings do not count, but the head that is tied to them does.
     """
-    width, feed = fields["hidden_size"], fields["ffn_dim"]
-    count = fields["num_hidden_layers"] * (4 * width * width + 2 * width * feed)
-    projected = fields["word_embed_proj_dim"]
-    if projected != width:
-        count += 2 * width * projected
-    return count + (projected * fields["vocab_size"] if with_head else 0)
-
-
-def weight_bytes_of_decoding(fields: dict[str, Any], bytes_each: int) -> int:
-    """Return the bytes of weights that a decode step reads: matrices, their biases and norms."""
-    width, feed = fields["hidden_size"], fields["ffn_dim"]
-    small = fields["num_hidden_layers"] * (4 * width + feed + width + 4 * width) + 2 * width
-    return (matmul_parameters(fields, with_head=True) + small) * bytes_each
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(fields))
+    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    return sum(module.weight.numel() for module in linear if with_head or module is not head)
 
 
 # --- prompts and rows ---

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import decode, run, work
+from benchmarks import decode, work
 from rlhf_train.generation.families.known import network_of
 
 
@@ -21,22 +23,18 @@ def test_weights_lie_as_the_engine_has_them() -> None:
     assert torch.equal(model(ids).logits, before(ids).logits)
 
 
-def test_the_models_are_those_that_the_command_line_knows() -> None:
-    assert tuple(decode.MODELS) == run.DECODED
-
-
 @pytest.mark.parametrize(("name", "millions"), [("smollm2-135m", 134.5), ("qwen3-0.6b", 596.0)])
 def test_the_shapes_have_the_sizes_of_their_names(name: str, millions: float) -> None:
     """All parameters, as their model cards on the hub say."""
-    model = decode.model_of(decode.MODELS[name], 0, "meta", torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**work.SIZES[name].actor))
     assert model.num_parameters() == pytest.approx(millions * 1e6, rel=2e-3)
     matrices, small = decode.weights_of(model)
     assert matrices + small == model.num_parameters()  # the head is the embedding
 
 
 def test_both_ways_next_to_ours_are_timed() -> None:
-    fields = decode.llama_like("llama", 32, 2, "2/1/16", 48, 64)
-    model = decode.model_of(fields, 0, "cpu", torch.float32)
-    prompts = [work.np.arange(4) + 5] * 2
+    model = work.actor_of(work.llama_like("llama", 32, 2, "2/1/16", 48, 64), 0)
+    prompts = [np.arange(4) + 5] * 2
     assert len(decode.generation_s(model, prompts, 3, "cpu", 1, is_static=False)) == 1
     assert len(decode.static_cache_s(model, prompts, 3, "cpu", 1)) == 1

@@ -11,14 +11,14 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import scaling
 from benchmarks.machine import Where
 from benchmarks.product import Ran
-from benchmarks.work import SIZES
+from benchmarks.work import SIZES, write_models
 from jobs.run_dir import RunDir
 
 TINY = SIZES["tiny"]
 
 
 def test_two_ranks_are_measured_and_end_without_their_model(tmp_path: Path) -> None:
-    models = scaling.write_models(TINY, tmp_path / "models", "cpu", seed=1)
+    models = write_models(TINY, tmp_path / "models", "cpu", seed=1)
     work = scaling.write_work(1, TINY, tmp_path / "work", "cpu", 1, models)
     twice = replace(scaling.TWO[0], times=2)
     ran = work.run(twice, Where("cpu", 1), 2)

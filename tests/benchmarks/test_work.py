@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from benchmarks import work
 from benchmarks.work import EOS, PAD, SIZES
 
 TINY = SIZES["tiny"]
+LLAMA = replace(TINY, actor=work.llama_like("llama", 64, 2, "4/2/16", 96, 256))
+QWEN = replace(TINY, actor=work.llama_like("qwen2", 64, 2, "4/2/16", 96, 256))
 
 
 def generated(model, prompts: work.Prompts, most: int) -> list[list[int]]:
@@ -30,16 +34,18 @@ def generated(model, prompts: work.Prompts, most: int) -> list[list[int]]:
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in answers]
 
 
-def test_without_an_end_no_special_token_has_any_probability() -> None:
-    model = work.actor_of(TINY.actor, 0)
+@pytest.mark.parametrize("size", [TINY, LLAMA, QWEN])
+def test_without_an_end_no_special_token_has_any_probability(size: work.Size) -> None:
+    model = work.actor_of(size.actor, 0)
     logits = model(torch.randint(4, 256, (8, 20))).logits.double()
     assert logits.softmax(-1)[..., : len(work.SPECIAL)].max() < 1e-30
 
 
-def test_a_countdown_says_as_many_tokens_as_the_last_word_asks_for() -> None:
-    model = work.actor_of(TINY.actor, 0, countdown=TINY.real_response_tokens)
-    prompts = work.prompts_of(TINY, 3, real_lengths=True, count=40)
-    answers = generated(model, prompts, TINY.real_response_tokens)
+@pytest.mark.parametrize("size", [TINY, LLAMA, QWEN])
+def test_a_countdown_says_as_many_tokens_as_the_last_word_asks_for(size: work.Size) -> None:
+    model = work.actor_of(size.actor, 0, countdown=size.real_response_tokens)
+    prompts = work.prompts_of(size, 3, real_lengths=True, count=40)
+    answers = generated(model, prompts, size.real_response_tokens)
     assert [len(answer) for answer in answers] == prompts.answers and len(set(prompts.answers)) > 5
     assert all(answer[-1] == EOS for answer in answers)
 
@@ -68,6 +74,9 @@ def test_weights_that_a_token_is_multiplied_with() -> None:
     # for the head.
     assert work.matmul_parameters(TINY.actor, with_head=False) == 98_304
     assert work.matmul_parameters(TINY.actor, with_head=True) == 98_304 + 16_384
+    # A layer of the LLaMA: 64 x 64 for queries and for outputs, 64 x 32 for keys and for values,
+    # and 3 x 64 x 96.
+    assert work.matmul_parameters(LLAMA.actor, with_head=False) == 2 * (2 * 4096 + 2 * 2048 + 18_432)
     # reference measurements count 1.311e9 for OPT-1.3b and 0.303e9 for OPT-350m
     assert work.matmul_parameters(SIZES["opt-1.3b"].actor, with_head=True) == pytest.approx(1.311e9, rel=1e-3)
     assert work.matmul_parameters(SIZES["opt-1.3b"].critic, with_head=False) == pytest.approx(0.303e9, rel=1e-3)

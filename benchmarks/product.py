@@ -49,6 +49,7 @@ def job_of(size: Size, actor: Any, critic: Any, rows: Path, where: Where, **part
             "actor_learning_rate": 1e-6,
             "critic_learning_rate": 1e-6,
             "schedule": "constant",
+            "samples_every_updates": 10_000,  # not what is measured
             # It would sample from the reference before the first update, which is not measured.
             "normalize_rewards": False,
         },

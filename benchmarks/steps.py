@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.ceilings import Ceilings, clock_of, scaled
 from benchmarks.figures import Spread, Table, matmul_share
 from benchmarks.machine import Where
 from benchmarks.product import Ran, job_of, run_product
-from benchmarks.work import SPECIAL, Size, actor_of, critic_of, matmul_parameters, text, write_model, write_rows
+from benchmarks.work import SPECIAL, Size, matmul_parameters, text, write_models, write_rows
 
 WARM_UP = 2  # updates that do not count
 COLUMNS = ["", "seconds an update", "samples/s", "real tokens/s", "share of matmul", "real tokens"]
@@ -52,7 +51,7 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
     dice = np.random.RandomState(seed)
 
     def words(tokens: int) -> str:
-        return text(dice.randint(len(SPECIAL), size.vocabulary, tokens).tolist())
+        return text(dice.randint(len(SPECIAL), size.words, tokens).tolist())
 
     answer = size.response_tokens - 1
     return [
@@ -62,14 +61,12 @@ def full_rows(step: Step, size: Size, count: int, seed: int) -> list[dict[str, s
 
 def run(step: Step, size: Size, folder: Path, where: Where, updates: int, seed: int, **parts: Any) -> Ran:
     """Run a step. updates: without those that do not count."""
-    with torch.device(where.device):
-        model = actor_of(size.actor, seed) if step.number == 1 else critic_of(size.critic, seed)
-    write_model(model.to(size.dtype), size.vocabulary, folder / "model")
+    write_models(size, folder, where.device, seed)
     write_rows(full_rows(step, size, 8 * step.batch, seed), folder / "rows")
     total = updates + WARM_UP
     data = {"split": [int(step.number == n) for n in (1, 2, 3)]}
     part = {"global_batch": step.batch, "max_updates": total, "epochs": float(total)}
-    sized, name = replace(size, batch=step.batch), str(folder / "model")
+    sized, name = replace(size, batch=step.batch), str(folder / ("actor" if step.number == 1 else "critic"))
     job = job_of(sized, name, name, folder / "rows", where, data=data, **{step.part: part}, **parts)
     return run_product(job, [step.number], folder, where)
 

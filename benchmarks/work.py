@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+from rlhf_train import compat
+
+SPECIAL = ("<s>", "<pad>", "</s>", "a")  # the product encodes an `a`, to see what stands before a text
 PAD, EOS = 1, 2
+WORDS = 8192  # that prompts and rows are made of, at most
 # OPT: the final layer norm's bias, and minus the unembedding, along the direction that keeps
 # special tokens from being sampled. LLaMA-like models: the final norm's weight along it.
 PUSH = 10.0
@@ -92,6 +95,10 @@ class Size:
         return self.actor["vocab_size"]
 
     @property
+    def words(self) -> int:
+        return min(self.vocabulary, WORDS)
+
+    @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.precision)
 
@@ -128,17 +135,19 @@ SIZES = {
 
 
 def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer in which each word is one token: `w17` is token 17."""
-    words = [*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), vocabulary))]
-    numbers = {word: number for number, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """Make a tokenizer in which each word is one token: `w17` is token 17.
+
+    They are added tokens, which Qwen2's own class also keeps. 150,000 of them would take it 14 s to
+    load, so a model may know more tokens than its tokenizer does, as many real ones do.
+    """
+    words = [*SPECIAL, *(f"w{n}" for n in range(len(SPECIAL), min(vocabulary, WORDS)))]
+    backend = Tokenizer(models.BPE(vocab={words[0]: 0}, merges=[]))
+    backend.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="</s>",
         eos_token="</s>",
         pad_token="<pad>",
-        unk_token="<unk>",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
@@ -261,6 +270,7 @@ def write_models(size: Size, folder: Path, device: str, seed: int, *, real_lengt
     with torch.device(device):
         write_model(actor_of(size.actor, seed, countdown=countdown).to(size.dtype), size.vocabulary, folder / "actor")
         write_model(critic_of(size.critic, seed).to(size.dtype), size.vocabulary, folder / "critic")
+    compat.free_gpu_memory()
     return folder
 
 
@@ -312,12 +322,12 @@ def prompts_of(size: Size, seed: int, *, real_lengths: bool, count: int | None =
     dice, count = np.random.RandomState(seed), count or size.batch
     first = len(SPECIAL) + size.real_response_tokens  # words that count nothing down
     if not real_lengths:
-        rows = dice.randint(first, size.vocabulary, (count, size.prompt_tokens))
+        rows = dice.randint(first, size.words, (count, size.prompt_tokens))
         return Prompts(rows.tolist(), [size.response_tokens] * count)
     lengths = drawn_lengths(dice, count, MEAN_PROMPT * size.real_prompt_tokens, 2.0, 4, size.real_prompt_tokens)
     answers = drawn_lengths(dice, count, MEAN_ANSWER * size.real_response_tokens, 1.0, 2, size.real_response_tokens)
     ids = [
-        [*dice.randint(first, size.vocabulary, n - 1).tolist(), countdown_word(int(a))]
+        [*dice.randint(first, size.words, n - 1).tolist(), countdown_word(int(a))]
         for n, a in zip(lengths, answers, strict=True)
     ]
     return Prompts(ids, answers.tolist())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks import work
 from benchmarks.work import EOS, PAD, SIZES
@@ -64,9 +66,11 @@ def test_lengths_are_drawn_after_the_real_ones() -> None:
     assert prompts.ids[0][-1] == 3 + prompts.answers[0]  # token 4 is the last but the EOS
 
 
-def test_a_word_is_a_token() -> None:
-    tokenizer = work.tokenizer_of(256)
-    assert len(tokenizer) == 256 and tokenizer(work.text([4, 255, 17])).input_ids == [4, 255, 17]
+@pytest.mark.parametrize("size", [TINY, LLAMA, QWEN])
+def test_a_word_is_a_token(size: work.Size, tmp_path: Path) -> None:
+    """Also as the class that transformers takes for the family."""
+    tokenizer = AutoTokenizer.from_pretrained(work.write_model(work.critic_of(size.actor, 0), 256, tmp_path))
+    assert len(tokenizer) >= 256 and tokenizer(work.text([4, 255, 17])).input_ids == [4, 255, 17]
 
 
 def test_weights_that_a_token_is_multiplied_with() -> None:

@@ -26,7 +26,7 @@ PAD, EOS = 1, 2
 WORDS = 8192  # that prompts and rows are made of, at most
 # OPT: the final layer norm's bias, and minus the unembedding, along the direction that keeps
 # special tokens from being sampled. LLaMA-like models: the final norm's weight along it.
-PUSH = 10.0
+PUSH, LLAMA_PUSH = 10.0, 60.0
 CHAIN_NORM = 8.0  # of the countdown's embeddings
 # The countdown's layers are scaled by this, so that the token's own embedding dominates the
 # residual stream.
@@ -148,6 +148,7 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
         bos_token="</s>",
         eos_token="</s>",
         pad_token="<pad>",
+        unk_token="</s>",  # Qwen2's class would add a token of its own, at which answers end
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
@@ -212,7 +213,7 @@ def _llama_without_end(model: Any, countdown: int) -> None:
     vectors = _chain(embedding, countdown) if countdown else None
     embedding[:, -1] = 1
     embedding[: len(SPECIAL), -1] = -1
-    body.norm.weight[-1] = PUSH
+    body.norm.weight[-1] = LLAMA_PUSH
     calm = CALM if countdown else 1.0
     for layer in body.layers:
         layer.input_layernorm.weight[-1] = layer.post_attention_layernorm.weight[-1] = 0

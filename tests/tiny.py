@@ -131,8 +131,8 @@ def train_killed(
 ) -> Trained:
     """Train, and kill all processes (SIGKILL) each time that `at`'s next (step, update) is reached.
 
-    After each kill the same command runs again; after the last kill it also has the settings
-    `then`.
+    A checkpoint of that step is there then. After each kill the same command runs again; after the
+    last kill it also has the settings `then`.
     """
     run_dir = RunDir(folder / "runs" / name)
     words = words_of(folder, ["--job", str(folder / "job.yaml"), "--run", name], settings)
@@ -145,10 +145,12 @@ def train_killed(
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 300
-        while not any(
-            e["kind"] == "metrics" and (e["step"], e["update"]) >= (step, update)
+        least = {"metrics": update, "checkpoint": 1}
+        while least.keys() - {
+            e["kind"]
             for e in read_events(run_dir.events)[0]
-        ):
+            if e["kind"] in least and (e["step"], e["update"]) >= (step, least[e["kind"]])
+        }:
             assert launcher.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.002)
         family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]

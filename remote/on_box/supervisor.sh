@@ -915,7 +915,7 @@ cancel() { # RUN GRACE_S
         printf 'kill\n'
         [ -z "$j_container" ] || docker stop -t 0 "$j_container" >/dev/null 2>&1 || docker kill "$j_container" >/dev/null 2>&1
         end_members "$wanted"
-        each_tenth 40 has_ended "$1"
+        each_tenth 100 has_ended "$1"
     elif [ $alive -eq 0 ]; then
         end_members "$wanted"
     fi

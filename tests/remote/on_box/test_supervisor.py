@@ -1075,7 +1075,9 @@ def test_a_system_that_tells_no_namespace_knows_its_own_jobs(box: Box) -> None:
 
 def test_another_box_that_is_silent_is_not_tidied_but_its_slot_can_be_had(box: Box) -> None:
     box.scenario(TRAINS)
-    for process in (box.started(stdin=sent("HF_TOKEN=x")), int(box.run().process.read_text().split()[0])):
+    supervisor = box.started(stdin=sent("HF_TOKEN=x"))
+    until(lambda: box.run().process.exists())
+    for process in (supervisor, int(box.run().process.read_text().split()[0])):
         kill(process)
     until(lambda: not box.members())
     seen_from_elsewhere(box, f"{OTHER_BOOT} 4026531836 host-2")
